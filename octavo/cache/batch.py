@@ -1,0 +1,66 @@
+"""What one step reads and writes: plain tensors, built once per step on the host, read by every layer.
+
+A step is a list of `(sequence, n_new)`: each sequence computes its next n_new tokens. Decode is n_new = 1, a chunk of a
+prompt is more, and both share a step. Nothing below this file knows about phases, nothing above it about slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Cached(Protocol):
+    """What a batch needs to know of a sequence."""
+
+    tokens: list[int]
+    num_cached: int  # tokens whose K and V are in the cache
+    block_table: list[int]
+
+
+@dataclass
+class Batch:
+    """T packed rows of B sequences, in order. Index tensors are int64."""
+
+    ids: Tensor  # [T]
+    positions: Tensor  # [T]
+    slots: Tensor  # [T] where each row's K and V go: block·block_size + place
+    block_table: Tensor  # [B, most blocks]; beyond a sequence's own, block 0, never visible
+    q_lens: list[int]  # new tokens of each sequence
+    kv_lens: list[int]  # tokens each sequence can see once the new ones are written
+    logits_at: Tensor  # [sequences whose next token is due] rows of their last tokens
+    plan: dict[Any, Any] = field(default_factory=dict)  # what an attention implementation keeps for all layers
+
+    @classmethod
+    def build(cls, work: Sequence[tuple[Cached, int]], block_size: int) -> Batch:
+        q_lens = [n for _, n in work]
+        kv_lens = [sequence.num_cached + n for sequence, n in work]
+        ids = [token for (sequence, _), n, end in zip(work, q_lens, kv_lens, strict=True)
+               for token in sequence.tokens[end - n : end]]  # fmt: skip
+        widest = max(len(sequence.block_table) for sequence, _ in work)
+        table = torch.tensor([s.block_table + [0] * (widest - len(s.block_table)) for s, _ in work])
+
+        lens = torch.tensor(q_lens)
+        ends = lens.cumsum(0)
+        row = torch.repeat_interleave(lens)  # which sequence each row is of
+        positions = torch.arange(len(ids)) + (torch.tensor(kv_lens) - ends)[row]
+        slots = table[row, positions // block_size] * block_size + positions % block_size
+        due = [end == len(sequence.tokens) for (sequence, _), end in zip(work, kv_lens, strict=True)]
+        return cls(torch.tensor(ids), positions, slots, table, q_lens, kv_lens, ends[torch.tensor(due)] - 1)
+
+    def at(self, offset: int) -> Batch:
+        """The same step with its rows placed `offset` positions later, as calibration places its windows."""
+        return replace(self, positions=self.positions + offset)
+
+    def on(self, device: torch.device) -> Batch:
+        """This batch with its tensors on `device`: itself, or one copy shared by that device's layers."""
+        if device == self.ids.device:
+            return self
+        if device not in self.plan:
+            tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+            self.plan[device] = replace(self, **tensors, plan={})
+        return self.plan[device]

@@ -1,0 +1,114 @@
+"""Which block of the cache belongs to whom. Pure Python: numbers only, no tensors.
+
+A block holds the K and V of `block_size` consecutive tokens, in every layer. A full block is remembered by the hash of
+its whole prefix, so that a later sequence with the same beginning shares it instead of computing it. A freed block
+keeps its contents and its hash until it is taken for something else, least recently freed first; sequences free their
+blocks from the tail, so the beginning of a prefix outlives its end.
+
+    free ∪ referenced = all blocks, disjoint        a block table is append-only: a block never moves
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+from hashlib import blake2b
+
+
+@dataclass(slots=True)
+class Block:
+    references: int = 0
+    prefix: bytes | None = None  # hash of all tokens up to this block's end; None while it is not full
+    tokens: tuple[int, ...] = ()  # its own tokens, to verify a hit
+
+
+def prefix_hash(parent: bytes | None, tokens: Tokens[int]) -> bytes:
+    """Hash of a prefix that ends with the block `tokens`, given the hash of what stands before it."""
+    text = b"".join(token.to_bytes(4, "little") for token in tokens)
+    return blake2b((parent or b"") + text, digest_size=16).digest()
+
+
+class BlockPool:
+    """Hands out, shares and takes back `num_blocks` blocks of `block_size` tokens."""
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True):
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self.blocks = [Block() for _ in range(num_blocks)]
+        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # oldest first
+        self.by_prefix: dict[bytes, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that `tokens` tokens need."""
+        return -(-tokens // self.block_size)
+
+    def take(self) -> int:
+        """A block of one's own; what it held is forgotten. The caller has looked at `len(pool.free)`."""
+        index, _ = self.free.popitem(last=False)
+        block = self.blocks[index]
+        self._forget(index)
+        block.references = 1
+        return index
+
+    def match(self, tokens: Tokens[int]) -> list[tuple[int, bytes]]:
+        """Blocks that hold the longest cached prefix of `tokens`, each with its hash, and a reference on each.
+
+        Whole blocks only and never the last token: its logits are still to be computed, and a shared block is never
+        written.
+        """
+        found: list[tuple[int, bytes]] = []
+        if not self.prefix_caching:
+            return found
+        parent = None
+        for start in range(0, (len(tokens) - 1) // self.block_size * self.block_size, self.block_size):
+            own = tuple(tokens[start : start + self.block_size])
+            parent = prefix_hash(parent, own)
+            index = self.by_prefix.get(parent)
+            if index is None or self.blocks[index].tokens != own:
+                break
+            self.blocks[index].references += 1
+            self.free.pop(index, None)
+            found.append((index, parent))
+        return found
+
+    def seal(self, index: int, parent: bytes | None, tokens: Tokens[int]) -> bytes:
+        """Remember a block that has become full of `tokens`; returns the hash of the prefix it ends.
+
+        If another block holds the same prefix already, that one stays the shared one: tables do not change.
+        """
+        own = tuple(tokens)
+        prefix = prefix_hash(parent, own)
+        if self.prefix_caching and prefix not in self.by_prefix:
+            self.by_prefix[prefix] = index
+            self.blocks[index].prefix, self.blocks[index].tokens = prefix, own
+        return prefix
+
+    def release(self, table: Tokens[int]) -> None:
+        """Give back the references of a block table, tail first."""
+        for index in reversed(table):
+            block = self.blocks[index]
+            block.references -= 1
+            if block.references == 0:
+                self.free[index] = None
+
+    def clear(self) -> None:
+        """Forget every cached prefix, so that the next request is a cold one."""
+        for index in list(self.by_prefix.values()):
+            self._forget(index)
+
+    def check(self) -> None:
+        """Raise AssertionError unless every block is either free or referenced and every hash leads to its block."""
+        for index, block in enumerate(self.blocks):
+            assert (block.references == 0) == (index in self.free), f"block {index}: {block.references} references"
+            assert block.prefix is None or self.by_prefix.get(block.prefix) == index, f"block {index}: stale hash"
+        assert all(self.blocks[index].prefix == prefix for prefix, index in self.by_prefix.items())
+
+    def _forget(self, index: int) -> None:
+        block = self.blocks[index]
+        if block.prefix is not None:
+            del self.by_prefix[block.prefix]
+        block.prefix, block.tokens = None, ()

@@ -1,0 +1,192 @@
+"""The tensors that hold the codes, and nothing larger: what `nbytes` says is what the cache takes.
+
+`KVCache` has one `LayerCache` for each attention layer, `LayerCache` one `RowStore` for K and one for V. A RowStore
+knows the codec and the static part of its side, and therefore how to fold that static part into a query and out of an
+output row (DESIGN, "the one idea"): attention on codes needs nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.cache.layout import Layout
+from octavo.quant.calibration import Calibration
+from octavo.quant.codec import Static, centered, encode, rotate, token_scale
+from octavo.quant.format import Codec, Granularity, KVFormat
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Geometry of the K and V rows of one layer, as its dry trace showed it."""
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    device: torch.device = torch.device("cpu")
+    shares: int | None = None  # reads the cache of that earlier layer and writes none of its own
+
+    def token_bytes(self, format: KVFormat) -> int:
+        return 0 if self.shares is not None else format.token_bytes(self.kv_heads, self.k_dim, self.v_dim)
+
+
+class RowStore:
+    """One side, K or V, of one layer."""
+
+    def __init__(
+        self, codec: Codec, heads: int, dim: int, static: Static | None, layout: Layout, num_blocks: int, device: torch.device
+    ):
+        self.codec, self.heads, self.dim, self.layout = codec, heads, dim, layout
+        self.static = static.to(device) if static is not None else None
+        width = codec.code_bytes(dim) if codec.bits == 4 else dim
+        self.codes = layout.allocate(num_blocks, heads, width, getattr(torch, codec.dtype), device)
+        self.scales = layout.allocate(num_blocks, heads, 1, torch.uint8, device) if codec.kind == "token" else None
+        self.saturated = torch.zeros((), dtype=torch.int64, device=device)
+        self.written = 0  # values
+
+    def write(self, x: Tensor, slots: Tensor) -> None:
+        """Encode rows x [tokens, heads, dim] into slots [tokens]."""
+        rows = encode(x, self.codec, self.static)
+        self.layout.write_rows(self.codes, slots, rows.codes)
+        if self.scales is not None and rows.scales is not None:
+            self.layout.write_rows(self.scales, slots, rows.scales[..., None])
+        if rows.saturated is not None:
+            self.saturated += rows.saturated
+        self.written += x.numel()
+
+    def read(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Centered codes float32 [heads, n·block_size, dim] of blocks [n], and the token scales [heads, n·block_size]
+        or None. Of a few blocks at a time: this is a tile, not the cache."""
+        codes = centered(self.layout.read_rows(self.codes, blocks), self.codec, self.dim)
+        if self.scales is None:
+            return codes, None
+        return codes, token_scale(self.layout.read_rows(self.scales, blocks)[..., 0], self.codec)
+
+    def fold(self, q: Tensor) -> Tensor:
+        """q̃ = R(q ∘ c) for queries [tokens, heads, group, dim]: q̃·code is q·x up to a term equal for every key."""
+        if self.static is not None:
+            q = q * self.static.c[:, None]
+        return rotate(q) if self.codec.rotated else q
+
+    def unfold(self, out: Tensor, weight: Tensor) -> Tensor:
+        """c ∘ Rᵀ(out) + weight·mu for weighted sums of codes `out` [tokens, heads, group, dim], where `weight`
+        [tokens, heads, group, 1] is the sum of the weights."""
+        if self.codec.rotated:
+            out = rotate(out)
+        if self.static is None:
+            return out
+        return out * self.static.c[:, None] + weight * self.static.mu[:, None]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+
+    @property
+    def static_nbytes(self) -> int:
+        return self.static.mu.nbytes + self.static.c.nbytes + self.static.reciprocal.nbytes if self.static else 0
+
+
+class LayerCache:
+    """K and V of one layer."""
+
+    def __init__(self, k: RowStore, v: RowStore):
+        self.k, self.v = k, v
+
+    def write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Encode k [tokens, kv_heads, k_dim] and v [tokens, kv_heads, v_dim] into slots [tokens]."""
+        self.k.write(k, slots)
+        self.v.write(v, slots)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a cache by what they are for. `padding` is inside `codes`' tensors but stands for no value."""
+
+    codes: int
+    scales: int
+    padding: int
+    static: int
+
+    @property
+    def total(self) -> int:
+        return self.codes + self.scales + self.padding + self.static
+
+
+class KVCache:
+    """The cache of a whole model: `num_blocks` blocks in every layer.
+
+    `formats` is one KVFormat for each layer, or one for all. Static formats take mu and c from `calibration`, which
+    must have been checked against the model; token formats use it where there is one.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        formats: KVFormat | Sequence[KVFormat],
+        num_blocks: int,
+        layout: Layout | None = None,
+        calibration: Calibration | None = None,
+        granularity: Granularity | None = None,
+        headroom: float | None = None,
+    ):
+        self.layout, self.num_blocks = layout or Layout(), num_blocks
+        self.formats = [formats] * len(shapes) if isinstance(formats, KVFormat) else list(formats)
+        if len(self.formats) != len(shapes):
+            raise ValueError(f"{len(self.formats)} formats for {len(shapes)} layers")
+        self.shapes = list(shapes)
+        self.layers: list[LayerCache] = []
+        for i, (shape, format) in enumerate(zip(self.shapes, self.formats, strict=True)):
+            if shape.shares is not None:
+                self.layers.append(self.layers[shape.shares])
+                continue
+
+            def store(side: str, codec: Codec, dim: int, i: int = i, shape: LayerShape = shape) -> RowStore:
+                static = None
+                if codec.kind != "raw" and calibration is not None:
+                    static = calibration.static(i, side, granularity, headroom)
+                if codec.needs_calibration and static is None:
+                    raise ValueError(f"the {codec} codec has no scale without a calibration")
+                return RowStore(codec, shape.kv_heads, dim, static, self.layout, num_blocks, shape.device)
+
+            self.layers.append(LayerCache(store("k", format.k, shape.k_dim), store("v", format.v, shape.v_dim)))
+
+    @property
+    def stores(self) -> list[RowStore]:
+        """Every RowStore once: shared layers own none."""
+        owners = (layer for layer, shape in zip(self.layers, self.shapes, strict=True) if shape.shares is None)
+        return [store for layer in owners for store in (layer.k, layer.v)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks' tensors, read from the tensors."""
+        return sum(store.nbytes for store in self.stores)
+
+    @property
+    def block_nbytes(self) -> int:
+        return self.nbytes // self.num_blocks
+
+    @property
+    def token_nbytes(self) -> int:
+        return self.block_nbytes // self.layout.block_size
+
+    def memory(self) -> Memory:
+        """The tensors' bytes: codes, scales, padding of odd 4-bit rows, static mu, c and 1/c."""
+        rows = self.num_blocks * self.layout.block_size
+        values = sum(rows * store.heads * store.dim * store.codec.bits // 8 for store in self.stores)
+        codes = sum(store.codes.nbytes for store in self.stores)
+        return Memory(
+            codes=values,
+            scales=self.nbytes - codes,
+            padding=codes - values,
+            static=sum(store.static_nbytes for store in self.stores),
+        )
+
+    def saturation(self) -> list[tuple[float, float]]:
+        """Share of values that lay outside the codec's range since the start, (K, V) of each layer."""
+        return [
+            (layer.k.saturated.item() / max(layer.k.written, 1), layer.v.saturated.item() / max(layer.v.written, 1))
+            for layer in self.layers
+        ]

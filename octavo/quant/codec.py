@@ -1,0 +1,140 @@
+"""Encode and decode in plain torch. This file is the specification: every kernel is tested against it.
+
+A row `x[D]` of one token and one KV head is stored as
+
+    y    = R((x − mu) / c)            static part: mu[D], c[D] from calibration; R a Hadamard rotation or the identity
+    code = round((y − z) / s)         token part: s, z of this row; s = 1 and z = 0 in static formats
+
+The divisions are multiplications by float32 reciprocals that are part of the specification, so kernels that use the
+same numbers agree bit for bit (within one code where rotated: sums may be taken in another order).
+
+The token scale is one byte, an index into a logarithmic table: row e holds rows whose largest |y| is at most
+`ABSMAX[e] = 2^((e + 1)/16 − 6)`, sixteen steps an octave over sixteen octaves. Eight bits: `code = round(y/s)` with
+s = ABSMAX/127, to even on ties. Four bits are mid-rise, `y ≈ (code − 7.5)·s` with s = ABSMAX/8: sixteen cells of equal
+width and none spent on a symmetric zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+
+from octavo.quant.format import Codec
+
+ABSMAX = torch.exp2((torch.arange(256, dtype=torch.float64) + 1) / 16 - 6)
+LEVELS = {8: 127.0, 4: 8.0}  # |y|/s of the largest value a row can hold
+TOKEN_SCALE = {bits: (ABSMAX / levels).float() for bits, levels in LEVELS.items()}
+TOKEN_RECIPROCAL = {bits: (levels / ABSMAX).float() for bits, levels in LEVELS.items()}
+TOKEN_LIMIT = {bits: TOKEN_SCALE[bits] * levels for bits, levels in LEVELS.items()}  # in float32, as kernels have it
+MID_RISE = 7.5
+
+
+@dataclass(frozen=True)
+class Static:
+    """The static part of one side of one layer: `mu` and `c`, both float32 [kv_heads, dim], c > 0."""
+
+    mu: Tensor
+    c: Tensor
+
+    @cached_property
+    def reciprocal(self) -> Tensor:
+        return self.c.reciprocal()
+
+    def to(self, device: torch.device) -> Static:
+        return Static(self.mu.to(device), self.c.to(device))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded rows: `codes` [..., kv_heads, width] in the codec's stored dtype, `scales` uint8 [..., kv_heads] of token
+    codecs or None, `saturated` how many values lay outside what the codec can hold (a 0-d int64 tensor) or None."""
+
+    codes: Tensor
+    scales: Tensor | None = None
+    saturated: Tensor | None = None
+
+
+@cache
+def hadamard(dim: int) -> Tensor:
+    """Orthonormal Hadamard matrix [dim, dim], float32, symmetric and its own inverse (Sylvester's construction).
+
+    Where `dim` is no power of two: block-diagonal, of the largest power of two that divides it (80 → five of 16).
+    """
+    size = dim & -dim
+    block = torch.ones(1, 1)
+    while len(block) < size:
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+    return torch.block_diag(*[block / size**0.5] * (dim // size))
+
+
+def rotate(x: Tensor) -> Tensor:
+    """R x along the last dimension; R is its own inverse and transpose."""
+    return x @ hadamard(x.shape[-1]).to(x.device)
+
+
+def pack(nibbles: Tensor) -> Tensor:
+    """4-bit codes [..., D] → uint8 [..., ceil(D/2)]: value d in the low half of byte d, value d + ceil(D/2) in the high.
+
+    Halves, not neighbours: unpacking is a mask and a shift with no interleave.
+    """
+    half = -(-nibbles.shape[-1] // 2)
+    low, high = nibbles[..., :half], nibbles[..., half:]
+    if high.shape[-1] < half:
+        high = torch.nn.functional.pad(high, (0, 1))
+    return low | (high << 4)
+
+
+def unpack(codes: Tensor, dim: int) -> Tensor:
+    """uint8 [..., ceil(dim/2)] → 4-bit codes [..., dim]."""
+    return torch.cat([codes & 15, codes >> 4], -1)[..., :dim]
+
+
+def encode(x: Tensor, codec: Codec, static: Static | None = None) -> Rows:
+    """Encode rows `x` [..., kv_heads, dim] of any float dtype.
+
+    Saturation is counted per value. Static: |y| > 128.5, which is more than one step beyond the calibrated range (its
+    own end is y = ±127.5). Token: beyond the last entry of the scale table.
+    """
+    if codec.kind == "raw":
+        return Rows(x.to(getattr(torch, codec.dtype)))
+    y = x.float()
+    if static is not None:
+        y = (y - static.mu) * static.reciprocal
+    if codec.rotated:
+        y = rotate(y)
+    if codec.kind == "static":
+        return Rows(y.round().clamp(-128, 127).to(torch.int8), None, (y.abs() > 128.5).sum())
+    levels = LEVELS[codec.bits]
+    scales = torch.searchsorted(TOKEN_LIMIT[codec.bits].to(y.device), y.abs().amax(-1)).clamp_(max=255)
+    y = y * TOKEN_RECIPROCAL[codec.bits].to(y.device)[scales][..., None]
+    saturated = (y.abs() > levels + 0.5).sum()
+    if codec.bits == 4:
+        codes = pack((y.floor() + 8).clamp_(0, 15).to(torch.uint8))
+    else:
+        codes = y.round().clamp_(-128, 127).to(torch.int8)
+    return Rows(codes, scales.to(torch.uint8), saturated)
+
+
+def centered(codes: Tensor, codec: Codec, dim: int) -> Tensor:
+    """The codes as float32 numbers that only a scale separates from y: [..., dim]. Attention computes on these."""
+    if codec.bits == 4:
+        return unpack(codes, dim).float() - MID_RISE
+    return codes.float()
+
+
+def token_scale(scales: Tensor, codec: Codec) -> Tensor:
+    """Float32 scale s of each row from its one-byte index, the same shape."""
+    return TOKEN_SCALE[codec.bits].to(scales.device)[scales.int()]
+
+
+def decode(rows: Rows, codec: Codec, dim: int, static: Static | None = None) -> Tensor:
+    """The float32 values [..., kv_heads, dim] that the rows stand for. Attention never calls this; tests do."""
+    y = centered(rows.codes, codec, dim)
+    if rows.scales is not None:
+        y = y * token_scale(rows.scales, codec)[..., None]
+    if codec.rotated:
+        y = rotate(y)
+    return y if static is None else y * static.c + static.mu

@@ -1,0 +1,114 @@
+"""The formats a K or V row can be stored in, as values that parse from and print as a name.
+
+A `Codec` says what one row of one side becomes; a `KVFormat` is one codec for K and one for V. Variation is data: no
+class per combination. The names:
+
+    bf16 fp16 fp32          raw: the codes are the values (the baseline, through the same engine)
+    int8                    8 bits, static scale from calibration, no bytes beside the codes
+    int8-token              8 bits and one byte of logarithmic scale per token and head
+    int4-token              4 bits, rotated, and the same byte
+    int8-token-rotated      int4-token-unrotated      the rotation turned on or off
+    int8/int4-token         K and V named apart
+    k8v4  k4v8  k16v8 …     short for token codecs side by side (16 is bf16)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from octavo.errors import OctavoError
+
+Kind = Literal["raw", "static", "token"]
+Granularity = Literal["tensor", "head", "channel"]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What one row `x[D]` of one token and one KV head becomes."""
+
+    kind: Kind
+    bits: int
+    rotated: bool = False
+    dtype: str = "int8"  # torch's name of the stored element; uint8 holds two 4-bit codes
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.kind == "static"
+
+    def code_bytes(self, dim: int) -> int:
+        """Bytes of the codes of one row of `dim` values; an odd row of 4-bit codes is padded to a whole byte."""
+        return -(-dim * self.bits // 8)
+
+    def scale_bytes(self) -> int:
+        return 1 if self.kind == "token" else 0
+
+    def row_bytes(self, dim: int) -> int:
+        return self.code_bytes(dim) + self.scale_bytes()
+
+    def __str__(self) -> str:
+        return next(name for name, codec in CODECS.items() if codec == self)
+
+
+CODECS = {
+    "bf16": Codec("raw", 16, dtype="bfloat16"),
+    "fp16": Codec("raw", 16, dtype="float16"),
+    "fp32": Codec("raw", 32, dtype="float32"),
+    "int8": Codec("static", 8),
+    "int8-token": Codec("token", 8),
+    "int8-token-rotated": Codec("token", 8, rotated=True),
+    "int4-token": Codec("token", 4, rotated=True, dtype="uint8"),
+    "int4-token-unrotated": Codec("token", 4, dtype="uint8"),
+}
+SHORT = {"16": "bf16", "8": "int8-token", "4": "int4-token"}  # the digits of k8v4
+RAW_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # by the name of a torch dtype
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """How a layer's cache stores K and V.
+
+    >>> KVFormat.parse("k8v4") == KVFormat.parse("int8-token/int4-token")
+    True
+    >>> str(KVFormat.parse("int8/int8"))
+    'int8'
+    """
+
+    k: Codec
+    v: Codec
+
+    @classmethod
+    def parse(cls, name: str) -> KVFormat:
+        """The format of that name; raises `OctavoError` that lists the names there are."""
+        text = name.strip().lower()
+        if short := re.fullmatch(r"k(16|8|4)v(16|8|4)", text):
+            return cls(*(CODECS[SHORT[bits]] for bits in short.groups()))
+        k, _, v = text.partition("/")
+        try:
+            return cls(CODECS[k], CODECS[v or k])
+        except KeyError as missing:
+            raise OctavoError(
+                f"there is no KV format {missing} in {name!r}; the formats are {', '.join(CODECS)}, "
+                "K/V pairs such as int8/int4-token, and short forms such as k8v4"
+            ) from None
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.k.needs_calibration or self.v.needs_calibration
+
+    @property
+    def takes_calibration(self) -> bool:
+        """Whether calibrated statistics change the codes: raw formats have no static part."""
+        return self.k.kind != "raw" or self.v.kind != "raw"
+
+    def token_bytes(self, kv_heads: int, k_dim: int, v_dim: int) -> int:
+        """Bytes of one token in one layer."""
+        return kv_heads * (self.k.row_bytes(k_dim) + self.v.row_bytes(v_dim))
+
+    def __str__(self) -> str:
+        if self.k == self.v:
+            return str(self.k)
+        digits = {name: bits for bits, name in SHORT.items()}
+        k, v = str(self.k), str(self.v)
+        return f"k{digits[k]}v{digits[v]}" if k in digits and v in digits else f"{k}/{v}"
