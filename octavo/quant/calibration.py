@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -82,7 +83,7 @@ class Calibration:
         path = directory / FILE_NAME
         part = path.with_name(f".{FILE_NAME}.{os.getpid()}.part")
         tensors = {
-            f"layers.{i}.{side}.{name}": tensor.contiguous()
+            f"layers.{i}.{side}.{name}": tensor.clone(memory_format=torch.contiguous_format)  # layers may share one
             for i, sides in enumerate(self.layers)
             for side, statistics in sides.items()
             for name, tensor in statistics.items()
@@ -99,7 +100,8 @@ class Calibration:
                 "free some space there or name another directory with --work-dir"
             ) from None
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # a read-only file system refuses even to remove what is not there
+                part.unlink()
         return path
 
     @classmethod

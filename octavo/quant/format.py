@@ -84,9 +84,9 @@ class KVFormat:
         text = name.strip().lower()
         if short := re.fullmatch(r"k(16|8|4)v(16|8|4)", text):
             return cls(*(CODECS[SHORT[bits]] for bits in short.groups()))
-        k, _, v = text.partition("/")
+        k, slash, v = text.partition("/")
         try:
-            return cls(CODECS[k], CODECS[v or k])
+            return cls(CODECS[k], CODECS[v if slash else k])
         except KeyError as missing:
             raise OctavoError(
                 f"there is no KV format {missing} in {name!r}; the formats are {', '.join(CODECS)}, "

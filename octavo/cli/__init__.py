@@ -1,0 +1,42 @@
+"""The `octavo` command: one short file for each verb, each a thin face of a function that Python can call too."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from octavo.cli.calibrate import calibrate
+from octavo.cli.chat import chat
+from octavo.cli.generate import generate
+from octavo.errors import OctavoError
+
+app = typer.Typer(
+    help="Calibrated int8 KV caches for Hugging Face language models. MODEL is a directory or a Hub id; with none, the "
+    "small bundled model `pamphlet`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(calibrate)
+app.command()(chat)
+app.command()(generate)
+
+lite = typer.Typer(help="The verb of LMDeploy's page: `octavo lite calibrate …`.", no_args_is_help=True)
+lite.command()(calibrate)
+lite.callback()(lambda: None)  # with a single command typer would drop its name
+app.add_typer(lite, name="lite", hidden=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line. Bad input is one line on stderr and status 2, an interrupt status 130."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] == ["chat", "turbomind"]:  # as on LMDeploy's page, which names its engine here
+        argv = ["chat", *argv[2:]]
+    try:
+        app(argv)
+    except OctavoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

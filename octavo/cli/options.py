@@ -1,0 +1,123 @@
+"""The options that every verb with a model shares, and how they become an LLM."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from octavo.llm import LLM
+    from octavo.models.model import Model
+
+# `--quant-policy` of LMDeploy's page, where 4 meant int8; 8 is what LMDeploy calls int8 today.
+QUANT_POLICY = {0: None, 4: "int8", 8: "int8"}
+
+
+def option(help: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="Model and cache", **more)
+
+
+@dataclass
+class LoadOptions:
+    """How the model is loaded."""
+
+    model: Annotated[
+        str | None, typer.Argument(help="A directory or a Hub id. [default: the bundled model]", show_default=False)
+    ] = None
+    model_format: Annotated[str, option("How the weights are stored: hf, awq.")] = "hf"
+    dtype: Annotated[str, option("auto, bf16, fp16 or fp32.")] = "auto"
+    device: Annotated[str, option("auto, cpu, cuda, cuda:1, …")] = "auto"
+    device_map: Annotated[str | None, option("auto: spread the model over GPUs, memory and disk.")] = None
+    load_format: Annotated[str, option("auto, or dummy for random weights of the config's shape.")] = "auto"
+    chat_template: Annotated[Path | None, option("A Jinja file in place of the model's template.")] = None
+    session_len: Annotated[int | None, option("Longest session in tokens. [default: the model's]", min=2)] = None
+
+    def load(self) -> Model:
+        from octavo.models.model import Model
+
+        return Model.load(
+            self.model,
+            dtype=self.dtype,
+            device=self.device,
+            device_map=self.device_map,
+            load_format=self.load_format,
+            model_format=self.model_format,
+            chat_template=self.chat_template,
+            context=self.session_len,
+        )
+
+
+@dataclass
+class ServeOptions(LoadOptions):
+    """How it is served."""
+
+    kv: Annotated[str | None, option("KV cache format: int8, int8-token, … [default: the model's 16 bits]")] = None
+    quant_policy: Annotated[int | None, option("0: 16 bits, 4 or 8: int8, as on LMDeploy's page.")] = None
+    calibration: Annotated[
+        Path | None, option("File or directory of the calibration. [default: beside the model]", "--calibration", "--work-dir")
+    ] = None
+    granularity: Annotated[str | None, option("tensor, head or channel, in place of the calibration's.")] = None
+    headroom: Annotated[float | None, option("Range served over range seen, in place of the calibration's.")] = None
+    max_batch_size: Annotated[int, option("Sequences that run at a time.", min=1)] = 16
+    cache_max_entry_count: Annotated[
+        float | None, option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]")
+    ] = None
+    kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB.")] = None
+
+    def llm(self) -> LLM:
+        from octavo.llm import LLM
+
+        return LLM(
+            self.load(),
+            self.format_name(),
+            calibration=self.calibration,
+            granularity=self.granularity,  # type: ignore[arg-type]  # checked by LLM
+            headroom=self.headroom,
+            session_len=self.session_len,
+            max_batch_size=self.max_batch_size,
+            kv_cache_memory=self.kv_cache_memory,
+            cache_max_entry_count=self.cache_max_entry_count,
+        )
+
+    def format_name(self) -> str | None:
+        """The format that --kv or --quant-policy names."""
+        if self.quant_policy is None:
+            return self.kv
+        if self.quant_policy not in QUANT_POLICY:
+            raise OctavoError(f"--quant-policy is 0 (16 bits), 4 or 8 (both int8), not {self.quant_policy}")
+        policy = QUANT_POLICY[self.quant_policy]
+        if self.kv is not None and self.kv != policy:
+            raise OctavoError(f"--kv {self.kv} and --quant-policy {self.quant_policy} contradict each other; give one")
+        return policy
+
+
+def takes(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: a command `f(options, …own)` takes the fields of `options` as arguments and options of its own."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        hints = get_type_hints(options, globals(), include_extras=True)
+        shared = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+            for f in fields(options)
+        ]
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            chosen = options(**{f.name: values.pop(f.name) for f in fields(options)})
+            command(chosen, **values)
+
+        merged = [*shared, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
+        run.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in merged}
+        return run
+
+    return decorate

@@ -1,0 +1,122 @@
+"""From logits to the next token: what a request may ask for, and one batched function that does it.
+
+Order, as in transformers: repetition penalty, temperature, top-k, top-p, min-p. The draw is an exponential race,
+argmax(p/e) with e ~ Exp(1), each row from its own generator: a seeded request gives the same text in any company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from octavo.engine.sequence import Sequence
+
+MAX_LOGPROBS = 100
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request's tokens are chosen. Greedy by default: the same prompt gives the same answer."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0  # least probability, as a share of the most likely token's
+    repetition_penalty: float = 1.0  # over prompt and answer; 1 is off
+    seed: int | None = None
+    stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; n: of the chosen token and of the n most likely ones
+
+    def __post_init__(self) -> None:
+        for name, value in (("stop", self.stop), ("stop_token_ids", self.stop_token_ids)):
+            object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value))
+        rules = {
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
+            "seed": (self.seed is None or 0 <= self.seed < 1 << 64, "between 0 and 2^64 − 1"),
+            "stop": (all(self.stop), "strings that are not empty"),
+            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+        }
+        for name, (right, expected) in rules.items():
+            if not right:
+                raise OctavoError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One chosen token. Log-probabilities are the model's own, before temperature and cuts."""
+
+    token: int
+    logprob: float | None = None
+    top: dict[int, float] = field(default_factory=dict)  # the most likely tokens, best first
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
+    """The next token of each sequence from its row of `logits` [sequences, vocabulary]."""
+    logits = logits.float()
+    wanted = [s.params.logprobs for s in sequences]
+    logprobs = logits.log_softmax(-1) if any(n is not None for n in wanted) else None
+    for row, sequence in zip(logits, sequences, strict=True):
+        if sequence.params.repetition_penalty != 1:
+            seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+            penalty = sequence.params.repetition_penalty
+            row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+    tokens = logits.argmax(-1)
+    drawn = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
+    if drawn:
+        tokens[drawn] = _draw(logits[drawn], [sequences[i] for i in drawn])
+    chosen = tokens.tolist()
+    if logprobs is None:
+        return [Sampled(token) for token in chosen]
+    return [
+        Sampled(token) if n is None else _with_logprobs(token, row, n)
+        for token, row, n in zip(chosen, logprobs, wanted, strict=True)
+    ]
+
+
+def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+    """Random tokens [rows] from logits [rows, vocabulary]."""
+    params = [s.params for s in sequences]
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, device=logits.device)[:, None]
+
+    logits = logits / column([p.temperature for p in params])
+    vocabulary = logits.shape[-1]
+    kept = max(p.top_k or vocabulary for p in params)
+    if kept < vocabulary or any(p.top_k or p.top_p < 1 or p.min_p for p in params):
+        logits, index = logits.topk(min(kept, vocabulary))  # best first
+        rank = torch.arange(logits.shape[-1], device=logits.device)
+        logits = logits.masked_fill(rank >= column([p.top_k or vocabulary for p in params]), -torch.inf)
+        probabilities = logits.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # the best token always stays
+        cut = before > column([p.top_p if p.top_p < 1 else 2.0 for p in params])
+        cut |= probabilities < column([p.min_p for p in params]) * probabilities[:, :1]
+        probabilities = probabilities.masked_fill(cut, 0)
+    else:
+        index, probabilities = None, logits.softmax(-1)
+    race = torch.empty_like(probabilities)
+    for row, sequence in zip(race, sequences, strict=True):
+        row.exponential_(generator=sequence.generator)
+    winner = (probabilities / race).argmax(-1, keepdim=True)
+    return (winner if index is None else index.gather(-1, winner))[:, 0]
+
+
+def _with_logprobs(token: int, row: Tensor, n: int) -> Sampled:
+    values, tokens = row.topk(min(n, len(row)))
+    return Sampled(token, row[token].item(), dict(zip(tokens.tolist(), values.tolist(), strict=True)))

@@ -1,0 +1,152 @@
+"""Who runs in the next step, and with how many tokens.
+
+There are no phases: each running sequence computes as many of its pending tokens as the step's budget allows, one for
+a decode, a chunk for a prompt. First come, first served. When blocks run out the latest comer is preempted: its blocks
+are freed and it waits, first in line, to be computed again (mostly from the prefix cache, if nobody took its blocks).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from octavo.cache.blocks import BlockPool
+from octavo.engine.sampling import Sampled
+from octavo.engine.sequence import FinishReason, Sequence
+from octavo.errors import OctavoError
+
+Work = list[tuple[Sequence, int]]
+
+
+class Scheduler:
+    """Decides in `schedule`, changes sequences in `commit`."""
+
+    def __init__(self, pool: BlockPool, max_batch_size: int, max_batch_tokens: int, max_context: int):
+        self.pool = pool
+        self.max_batch_size = max_batch_size  # sequences in a step
+        self.max_batch_tokens = max(max_batch_tokens, max_batch_size)  # tokens in a step
+        self.max_context = min(max_context, len(pool) * pool.block_size)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; raises OctavoError if it can never fit."""
+        if sequence.num_prompt == 0:
+            raise OctavoError("the prompt is empty: it has no token to start from")
+        if sequence.num_prompt >= self.max_context:
+            room = len(self.pool) * self.pool.block_size
+            limit = (
+                f"the KV cache holds {room} tokens (enlarge it with --kv-cache-memory)"
+                if room == self.max_context
+                else f"a session holds {self.max_context} (--session-len, or the model's own context)"
+            )
+            raise OctavoError(f"the prompt has {sequence.num_prompt} tokens and the answer needs room too, but {limit}")
+        sequence.max_len = min(sequence.num_prompt + sequence.params.max_tokens, self.max_context)
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Work:
+        """The next step's work. Takes blocks and, if they run out, preempts."""
+        work: Work = []
+        budget = self.max_batch_tokens
+        preempted = False
+        for sequence in list(self.running):
+            if sequence not in self.running:  # preempted by an older one in this very step
+                continue
+            tokens = min(sequence.pending, budget)
+            while not self._reserve(sequence, tokens):
+                preempted = True
+                self._preempt(self.running[-1])
+                if sequence not in self.running:
+                    break
+            else:
+                if tokens:
+                    work.append((sequence, tokens))
+                    budget -= tokens
+        while self.waiting and budget and len(self.running) < self.max_batch_size and not preempted:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            tokens = min(sequence.pending, budget)
+            self._reserve(sequence, tokens)
+            work.append((sequence, tokens))
+            budget -= tokens
+        return work
+
+    def commit(self, work: Work, sampled: list[Sampled]) -> list[Sequence]:
+        """Take in what a step computed; returns the sequences that gained a token. `sampled` is in the order of those
+        whose last pending token was computed."""
+        results = iter(sampled)
+        gained = []
+        for sequence, tokens in work:
+            sequence.num_cached += tokens
+            self._seal(sequence)
+            if sequence.pending:
+                continue
+            result = next(results)
+            sequence.tokens.append(result.token)
+            sequence.sampled.append(result)
+            gained.append(sequence)
+            if result.token in sequence.stop_ids:
+                self.finish(sequence, "stop")
+            elif len(sequence.tokens) >= sequence.max_len:
+                self.finish(sequence, "length")
+        return gained
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence wherever it is and free its blocks."""
+        if sequence.finished:
+            return
+        sequence.finish_reason = reason
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._free(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def check(self) -> None:
+        """The pool is whole, and the references are exactly those of the running sequences' block tables."""
+        self.pool.check()
+        held = sum(len(sequence.block_table) for sequence in self.running)
+        assert held == sum(block.references for block in self.pool.blocks), "a block leaked"
+        assert all(not sequence.block_table for sequence in self.waiting), "a waiting sequence holds blocks"
+
+    def _reserve(self, sequence: Sequence, tokens: int) -> bool:
+        """Extend the block table for `tokens` more tokens, if there are blocks enough."""
+        needed = self.pool.blocks_for(sequence.num_cached + tokens) - len(sequence.block_table)
+        if needed > len(self.pool.free):
+            return False
+        sequence.block_table += [self.pool.take() for _ in range(needed)]
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Start a waiting sequence on its cached prefix, if there is room for all its tokens."""
+        hits = self.pool.match(sequence.tokens)
+        if self.pool.blocks_for(len(sequence.tokens)) - len(hits) > len(self.pool.free):
+            self.pool.release([block for block, _ in hits])
+            return False
+        sequence.block_table = [block for block, _ in hits]
+        sequence.prefixes = [prefix for _, prefix in hits]
+        sequence.num_cached = len(hits) * self.pool.block_size
+        if not sequence.preemptions:
+            sequence.prefix_hit = sequence.num_cached
+        return True
+
+    def _seal(self, sequence: Sequence) -> None:
+        """Make blocks that have become full findable."""
+        size = self.pool.block_size
+        while (len(sequence.prefixes) + 1) * size <= sequence.num_cached:
+            i = len(sequence.prefixes)
+            parent = sequence.prefixes[-1] if i else None
+            own = sequence.tokens[i * size : (i + 1) * size]
+            sequence.prefixes.append(self.pool.seal(sequence.block_table[i], parent, own))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._free(sequence)
+        sequence.preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        sequence.block_table, sequence.prefixes, sequence.num_cached = [], [], 0

@@ -1,0 +1,60 @@
+"""One request on its way through the engine: tokens in, tokens out, and where its K and V stand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from octavo.engine.sampling import Sampled, SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and what has been generated after it. Only the scheduler changes it.
+
+        tokens      [prompt …………………………… | generated ………]
+        num_cached  [K and V are stored ………|← to be computed →]     decode: one token is left
+    """
+
+    prompt: Iterable[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    stop_ids: frozenset[int] = frozenset()  # tokens that end it: the model's EOS ids and the request's own
+    tokens: list[int] = field(init=False)
+    num_prompt: int = field(init=False)
+    sampled: list[Sampled] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    max_len: int = 0  # most tokens, prompt included; set when it is added
+    num_cached: int = 0  # tokens whose K and V are in the cache
+    block_table: list[int] = field(default_factory=list)
+    prefixes: list[bytes] = field(default_factory=list)  # hash of the prefix that each full block ends
+    prefix_hit: int = 0  # prompt tokens that another sequence had computed
+    preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+        self.num_prompt = len(self.tokens)
+        self.generator = torch.Generator()
+        if self.params.seed is not None:
+            self.generator.manual_seed(self.params.seed)
+        elif self.params.temperature > 0:
+            self.generator.seed()
+
+    @property
+    def output(self) -> list[int]:
+        """The generated tokens, the one that ended it included."""
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose K and V are still to be computed."""
+        return len(self.tokens) - self.num_cached
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None

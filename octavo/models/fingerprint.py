@@ -1,0 +1,67 @@
+"""Which weights are these? A short digest that ties a calibration to the model it was measured on.
+
+It covers config.json and, for each tensor, its name, shape, dtype and a kilobyte of its bytes, read from the files. So
+it is the same whatever the load dtype, the device or the sharding, and takes milliseconds on a model of any size. It is
+no proof of equality: one changed value between the samples goes unseen, a finetuned tensor does not.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octavo.models.load import open_tensors, weight_files
+
+# Bookkeeping: what wrote the file, where from, and what changes no weight and no result.
+_VOLATILE = frozenset(
+    {
+        "transformers_version",
+        "_name_or_path",
+        "name_or_path",
+        "_commit_hash",
+        "auto_map",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "_attn_implementation",
+        "attn_implementation",
+    }
+)
+_WINDOWS, _WINDOW = 4, 256  # samples of a tensor, and bytes in each
+
+
+def fingerprint(path: Path) -> str:
+    """`sha256:` and 32 hex digits for the model in the directory `path`. Raises OctavoError for a torn weight file."""
+    digest = hashlib.sha256()
+    config = _canonical(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    tensors = {name: tensor for file in weight_files(path) for name, tensor in open_tensors(file).items()}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(_samples(tensor))
+    return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def _canonical(config: Any) -> Any:
+    """The config and its sub-configs without the volatile keys, `architectures` in one order."""
+    if isinstance(config, list):
+        return [_canonical(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    kept = {key: _canonical(value) for key, value in config.items() if key not in _VOLATILE}
+    if isinstance(kept.get("architectures"), list):
+        kept["architectures"] = sorted(kept["architectures"])
+    return kept
+
+
+def _samples(tensor: torch.Tensor) -> bytes:
+    """The tensor's bytes in row-major order, whole if few, else windows from its first byte to its last."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if data.numel() <= _WINDOWS * _WINDOW:
+        return data.numpy().tobytes()
+    last = data.numel() - _WINDOW
+    starts = [last * i // (_WINDOWS - 1) for i in range(_WINDOWS)]
+    return b"".join(data[start : start + _WINDOW].numpy().tobytes() for start in starts)

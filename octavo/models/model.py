@@ -1,0 +1,100 @@
+"""A loaded model with what belongs to it: tokenizer, generation defaults, fingerprint, calibration."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octavo.errors import OctavoError
+from octavo.models.bind import BoundModel, bind
+from octavo.models.fingerprint import fingerprint
+from octavo.models.load import eos_token_ids, load_model, load_tokenizer, resolve
+from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
+from octavo.quant.format import KVFormat
+
+BUNDLED = Path(__file__).parent.parent / "data" / "pamphlet"
+
+
+@dataclass
+class Model:
+    """Made by `Model.load`; several LLMs may share one, each with a cache of its own format."""
+
+    bound: BoundModel
+    tokenizer: Any
+    path: Path
+    name: str  # as the user wrote it
+    eos_ids: frozenset[int]
+    generation: dict[str, Any] = field(default_factory=dict)  # what the model's generation_config.json sets
+    synthetic: bool = False  # random weights: `--load-format dummy`
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        device_map: str | None = None,
+        load_format: str = "auto",
+        model_format: str = "hf",
+        chat_template: Path | None = None,
+        context: int | None = None,
+    ) -> Model:
+        """Load and bind a directory, a Hub id, or the bundled model if None.
+
+        `context` is the longest session to be served: some RoPE variants depend on it.
+        """
+        name = str(model if model is not None else BUNDLED.name)
+        path = BUNDLED if name == BUNDLED.name and not Path(name).exists() else resolve(name)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        hf = load_model(
+            path, dtype=dtype, device=device, device_map=device_map, load_format=load_format, model_format=model_format
+        )
+        tokenizer = load_tokenizer(path, chat_template)
+        generation = hf.generation_config if (path / "generation_config.json").is_file() else None
+        eos = eos_token_ids(hf.config, generation, tokenizer)
+        asked = generation.to_diff_dict() if generation else {}
+        return cls(bind(hf, context), tokenizer, path, name, eos, asked, load_format == "dummy")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the weights; a calibration made for others is refused."""
+        return SYNTHETIC if self.synthetic else fingerprint(self.path)
+
+    @property
+    def work_dir(self) -> Path:
+        """Where artefacts go by default: the model's directory, or for a Hub id and the bundled model a cache."""
+        if self.path != BUNDLED and Path(self.name).is_dir() and Path(self.name).samefile(self.path):
+            return self.path
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return cache / "octavo" / self.name.replace("/", "--")
+
+    def calibration(self, given: str | Path | Calibration | None, format: KVFormat) -> Calibration | None:
+        """The calibration to serve `format` with, checked against the weights: `given`, or the one found beside the
+        model, in a directory named as the model is (`--work-dir $MODEL` of a Hub id), or in the cache."""
+        if not format.takes_calibration:
+            return None
+        if isinstance(given, Calibration):
+            found = given
+        elif given is not None:
+            found = Calibration.load(Path(given))
+        else:
+            places = [Path(self.name), self.work_dir, self.path]
+            files = [place / FILE_NAME for place in places if (place / FILE_NAME).is_file()]
+            if not files:
+                if not format.needs_calibration:
+                    return None
+                raise OctavoError(
+                    f"{format} needs a calibration of {self.name} and none is in {self.work_dir}: run "
+                    f"`octavo calibrate {self.name}`, or use --kv int8-token, which needs none"
+                )
+            found = Calibration.load(files[0])
+        shapes = [(shape.kv_heads, shape.k_dim, shape.v_dim) for shape in self.bound.shapes]
+        found.check(self.fingerprint, shapes)
+        return found

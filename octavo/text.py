@@ -1,0 +1,82 @@
+"""Between tokens and text: chat prompts, text that grows with its tokens, stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from typing import Any
+
+from octavo.errors import OctavoError
+
+Message = dict[str, str]  # {"role": "user", "content": …}
+REPLACEMENT = "\ufffd"  # a decoder's mark for bytes that are not yet a character
+
+
+def encode_chat(tokenizer: Any, messages: Rows[Message]) -> list[int]:
+    """Token ids of a conversation with the prompt for the model's next turn, by the model's chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise OctavoError("this model has no chat template; give one with --chat-template FILE, or use `octavo generate`")
+    try:
+        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # a template is code of the model's: jinja's errors, and its own raise_exception
+        raise OctavoError(f"the model's chat template refused the conversation: {error}") from None
+    return list(encoded["input_ids"])
+
+
+class TextStream:
+    """The text of a growing list of tokens, without decoding all of it again for each.
+
+    Text is released once it can no longer change: not in the middle of a character, and not while it might be the
+    beginning of a stop string. A stop string ends the stream and is not part of the text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Rows[str] = ()):
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.ids: list[int] = []
+        self.decoded = ""  # text of all tokens up to self.read
+        self.released = 0  # characters of it that have been given out
+        self.context, self.read = 0, 0  # tokens [context, read) set the scene for decoding those after them
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the text that became certain."""
+        self.ids.append(token)
+        scene, text = self._decode(self.ids[self.context : self.read]), self._decode(self.ids[self.context :])
+        if text.endswith(REPLACEMENT) or len(text) <= len(scene):
+            return ""
+        self._take(text[len(scene) :])
+        return self._release(len(self.decoded) - self._held_back())
+
+    def flush(self) -> str:
+        """The rest of the text, half characters and half stop strings included."""
+        if not self.stopped:
+            rest = self._decode(self.ids[self.context :])
+            self._take(rest[len(self._decode(self.ids[self.context : self.read])) :])
+        return self._release(len(self.decoded))
+
+    @property
+    def text(self) -> str:
+        """What has been released so far."""
+        return self.decoded[: self.released]
+
+    def _take(self, new: str) -> None:
+        start = max(0, len(self.decoded) - max(map(len, self.stop), default=0))
+        self.decoded += new
+        self.context, self.read = self.read, len(self.ids)
+        found = [at for at in (self.decoded.find(stop, start) for stop in self.stop) if at >= 0]
+        if found:
+            self.decoded = self.decoded[: min(found)]
+            self.stopped = True
+
+    def _held_back(self) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        if self.stopped:
+            return 0
+        sizes = (n for stop in self.stop for n in range(len(stop) - 1, 0, -1) if self.decoded.endswith(stop[:n]))
+        return max(sizes, default=0)
+
+    def _release(self, end: int) -> str:
+        start, self.released = self.released, max(self.released, end)
+        return self.decoded[start : self.released]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
