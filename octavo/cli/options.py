@@ -1,10 +1,10 @@
-"""The options that every verb with a model shares, and how they become an LLM."""
+"""The options that verbs share, and what they become: a model, an LLM, sampling parameters."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -14,6 +14,7 @@ import typer
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
+    from octavo.engine.sampling import SamplingParams
     from octavo.llm import LLM
     from octavo.models.model import Model
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 QUANT_POLICY = {0: None, 4: "int8", 8: "int8"}
 
 
-def option(help: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel="Model and cache", **more)
+def option(help: str, *names: str, panel: str = "Model and cache", **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
 @dataclass
@@ -99,21 +100,65 @@ class ServeOptions(LoadOptions):
         return policy
 
 
-def takes(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: a command `f(options, …own)` takes the fields of `options` as arguments and options of its own."""
+def sampling(help: str, *names: str) -> Any:
+    return option(help, *names, panel="Sampling, by default as the model's generation config says")
+
+
+@dataclass
+class SamplingOptions:
+    """How tokens are chosen; None leaves it to the model's own generation config."""
+
+    max_tokens: Annotated[int | None, sampling("Longest answer in tokens.")] = None
+    temperature: Annotated[float | None, sampling("0 is greedy: always the most likely token.")] = None
+    top_k: Annotated[int | None, sampling("Draw from the k most likely tokens; 0 is off.")] = None
+    top_p: Annotated[float | None, sampling("Draw from the most likely tokens that hold this share; 1 is off.")] = None
+    min_p: Annotated[float | None, sampling("Least share of the best token's probability; 0 is off.")] = None
+    repetition_penalty: Annotated[float | None, sampling("Against tokens that have appeared; 1 is off.")] = None
+    seed: Annotated[int | None, sampling("The same seed draws the same answer.")] = None
+    stop: Annotated[list[str] | None, sampling("A string that ends the answer; may be repeated.")] = None
+    stop_token_id: Annotated[list[int] | None, sampling("A token id that ends the answer; may be repeated.")] = None
+    ignore_eos: Annotated[bool, sampling("Go on to the longest answer; for measurements.", "--ignore-eos")] = False
+
+    def given(self) -> dict[str, Any]:
+        """The fields of SamplingParams that the command line sets."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen["stop_token_ids"] = chosen.pop("stop_token_id")
+        return {name: value for name, value in chosen.items() if value is not None and value is not False and value != []}
+
+    def params(self, defaults: SamplingParams) -> SamplingParams:
+        """`defaults` with what the command line sets; raises OctavoError for what makes no sense."""
+        chosen = replace(defaults, **self.given())
+        cuts = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name)]
+        if cuts and self.temperature is None and chosen.temperature == 0:
+            flag = "--" + cuts[0].replace("_", "-")
+            raise OctavoError(f"{flag} changes nothing: this model is greedy by default; give a --temperature above 0 too")
+        return chosen
+
+    def check(self) -> None:
+        """Raise OctavoError for values that no model's defaults can mend, before a model is loaded."""
+        from octavo.engine.sampling import SamplingParams
+
+        self.params(SamplingParams(temperature=1.0))
+
+
+def takes(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: a command `f(a, b, …own)` takes the fields of the dataclasses `kinds` (A, B) as arguments and options
+    of its own, and gets an A and a B."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        hints = get_type_hints(options, globals(), include_extras=True)
-        shared = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
-            for f in fields(options)
-        ]
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[len(kinds) :]
+        shared = []
+        for kind in kinds:
+            hints = get_type_hints(kind, globals(), include_extras=True)
+            shared += [
+                inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+                for f in fields(kind)
+            ]
 
         @wraps(command)
         def run(**values: Any) -> None:
-            chosen = options(**{f.name: values.pop(f.name) for f in fields(options)})
-            command(chosen, **values)
+            chosen = [kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for kind in kinds]
+            command(*chosen, **values)
 
         merged = [*shared, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
         run.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from octavo.models.load import open_tensors, weight_files
+from octavo.models.load import open_tensors, read_json, weight_files
 
 # Bookkeeping: what wrote the file, where from, and what changes no weight and no result.
 _VOLATILE = frozenset(
@@ -35,7 +35,7 @@ _WINDOWS, _WINDOW = 4, 256  # samples of a tensor, and bytes in each
 def fingerprint(path: Path) -> str:
     """`sha256:` and 32 hex digits for the model in the directory `path`. Raises OctavoError for a torn weight file."""
     digest = hashlib.sha256()
-    config = _canonical(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    config = _canonical(read_json(path / "config.json"))
     digest.update(json.dumps(config, sort_keys=True).encode())
     tensors = {name: tensor for file in weight_files(path) for name, tensor in open_tensors(file).items()}
     for name in sorted(tensors):

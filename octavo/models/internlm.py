@@ -8,7 +8,6 @@ This module knows configs, tensors and text; it opens no weight file.
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,10 +116,11 @@ def llama_tensors(tensors: dict[str, torch.Tensor], config: LlamaConfig) -> dict
     return llama
 
 
-class InternLMTokenizer(SentencePieceBackend):
+class SentencePieceTokenizer(SentencePieceBackend):
     """A sentencepiece `tokenizer.model` as a transformers tokenizer. Text between special tokens is the library's own.
 
-    The dummy prefix, byte fallback and user-defined symbols (`<eoh>`, `<|Bot|>`, ...) are thus the model file's.
+    So the dummy prefix, byte fallback and user-defined symbols (`<eoh>`, `<|Bot|>`, ...) are the model file's. It also
+    serves old Llamas without a tokenizer.json: transformers converts those with protobuf, and can lose the prefix.
     """
 
     model_input_names = ("input_ids", "attention_mask")
@@ -147,7 +147,8 @@ class InternLMTokenizer(SentencePieceBackend):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Special tokens stand as they are; what lies between them is decoded by sentencepiece."""
-        text, run = "", []
+        text = ""
+        run: list[str] = []
         for token in tokens:
             if token in self._added_tokens_encoder:
                 text += self.sp_model.decode(run) + token
@@ -155,10 +156,3 @@ class InternLMTokenizer(SentencePieceBackend):
             elif token:
                 run.append(token)
         return text + self.sp_model.decode(run)
-
-
-def load_tokenizer(path: Path, model_type: str) -> InternLMTokenizer:
-    """The tokenizer in `path`, with the built-in chat template where the directory brings none."""
-    tokenizer = InternLMTokenizer.from_pretrained(path)
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATES[model_type]
-    return tokenizer

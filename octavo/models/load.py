@@ -154,6 +154,7 @@ def load_model(
     else:
         model = _filled(path, config, torch_dtype, device_map)
     if (path / "generation_config.json").is_file():
+        read_json(path / "generation_config.json")
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.eval().requires_grad_(False)
     return model if device_map is not None else model.to(device)
@@ -163,15 +164,24 @@ def load_tokenizer(path: Path, chat_template: Path | None = None) -> PreTrainedT
     """The tokenizer in `path`. A Jinja file `chat_template` replaces the template the model brings."""
     if not any(next(path.glob(pattern), None) for pattern in _VOCABULARIES):
         raise OctavoError(f"{path} holds no tokenizer: add the model's tokenizer.json or tokenizer.model.")
-    model_type = _config_json(path).get("model_type")
+    model_type = _config_json(path).get("model_type", "")
+    settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
     try:
         with _quiet():
-            if model_type in internlm.MODEL_TYPES and (path / "tokenizer.model").is_file():
-                tokenizer = internlm.load_tokenizer(path, model_type)
+            if _is_sentencepiece(path, model_type, settings):
+                tokenizer = internlm.SentencePieceTokenizer.from_pretrained(path)
+                tokenizer.chat_template = tokenizer.chat_template or internlm.CHAT_TEMPLATES.get(model_type)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises plain Exception
-        raise OctavoError(f"The tokenizer in {path} cannot be read: {_one_line(error)}") from error
+        if "auto_map" in settings and model_type not in internlm.MODEL_TYPES:
+            raise Unsupported(
+                f"The tokenizer in {path} asks to run its own Python code, which Octavo never does: "
+                "use a model with a tokenizer.json."
+            ) from error
+        raise OctavoError(
+            f"The tokenizer in {path} cannot be read ({_one_line(error)}): download its files again."
+        ) from error
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template, tokenizer)
     return tokenizer
@@ -200,7 +210,7 @@ def weight_files(path: Path) -> list[Path]:
             return [path / single]
         index = path / f"{single}.index.json"
         if index.is_file():
-            shards = sorted({path / shard for shard in _json(index).get("weight_map", {}).values()})
+            shards = sorted({path / shard for shard in read_json(index).get("weight_map", {}).values()})
             for shard in shards:
                 if not shard.is_file():
                     raise OctavoError(f"The weight file {shard}, named in {index.name}, is missing: download it again.")
@@ -230,13 +240,25 @@ def open_tensors(file: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises OctavoError where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OctavoError(f"{file} cannot be read ({_one_line(error)}): download it again.") from error
+    if not isinstance(found, dict):
+        raise OctavoError(f"{file} is not a JSON object: download it again.")
+    return found
+
+
 def _filled(
     path: Path, config: PreTrainedConfig, dtype: torch.dtype | str, device_map: str | dict[str, Any] | None
 ) -> PreTrainedModel:
     """The model with the checkpoint's weights, every one of them. Raises OctavoError naming those that do not fit."""
     # Opened before the model is built: a torn file is named at once, and by its name.
     tensors = {name: tensor for file in weight_files(path) for name, tensor in open_tensors(file).items()}
-    build, source = AutoModelForCausalLM.from_pretrained, {"pretrained_model_name_or_path": path}
+    build = AutoModelForCausalLM.from_pretrained
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
     if _config_json(path)["model_type"] == "internlm2":
         build = LlamaForCausalLM.from_pretrained
         source = {"pretrained_model_name_or_path": None, "state_dict": internlm.llama_tensors(tensors, config)}
@@ -304,6 +326,15 @@ def _check_device(device: str, device_map: str | dict[str, Any] | None) -> None:
         raise OctavoError(f"The device {device!r} cannot be used here: {_one_line(error)}") from error
 
 
+def _is_sentencepiece(path: Path, model_type: str, settings: dict[str, Any]) -> bool:
+    """Whether tokenizer.model is all there is to go by: in InternLM, and in old Llamas."""
+    if not (path / "tokenizer.model").is_file():
+        return False
+    llama = settings.get("tokenizer_class") in (None, "LlamaTokenizer", "LlamaTokenizerFast")
+    alone = "auto_map" not in settings and not (path / "tokenizer.json").is_file()
+    return model_type in internlm.MODEL_TYPES or (llama and alone)
+
+
 def _template(file: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of a chat template that renders."""
     try:
@@ -315,17 +346,7 @@ def _template(file: Path, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _config_json(path: Path) -> dict[str, Any]:
-    return _json(path / "config.json")
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OctavoError(f"{file} cannot be read ({_one_line(error)}): download it again.") from error
-    if not isinstance(found, dict):
-        raise OctavoError(f"{file} is not a JSON object: download it again.")
-    return found
+    return read_json(path / "config.json")
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,136 @@
+"""`octavo calibrate`: run the model over texts once and keep the ranges of its K and V beside it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octavo.cli.options import LoadOptions, takes
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from octavo.models.model import Model
+    from octavo.quant.calibration import Calibration
+
+SELF = "self"
+
+
+@takes(LoadOptions)
+def calibrate(
+    options: LoadOptions,
+    calib_dataset: Annotated[
+        str, typer.Option(help="ptb, c4, wikitext2, pileval, a .txt or .jsonl file, or self: text the model writes.")
+    ] = SELF,
+    calib_samples: Annotated[int, typer.Option(help="Windows of text.", min=1)] = 128,
+    calib_seqlen: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 2048,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Where the calibration is saved. [default: the model's directory, or a cache]")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where files of the named data sets are looked for first.")] = None,
+    granularity: Annotated[str, typer.Option(help="Default of this calibration: tensor, head or channel.")] = "channel",
+    headroom: Annotated[float, typer.Option(help="Default of this calibration: range served over range seen.")] = 1.5,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+) -> None:
+    """Calibrate MODEL for the int8 KV cache."""
+    from rich.console import Console
+
+    from octavo.calibrate import calibrate as observe
+    from octavo.quant.calibration import validate_choice
+
+    validate_choice(granularity, headroom)
+    model = options.load()
+    directory = work_dir or model.work_dir
+    _require_writable(directory)
+    source, windows = _windows(model, calib_dataset, data_dir, calib_samples, calib_seqlen, seed)
+    with progress() as bar:
+        task = bar.add_task("observing K and V", total=len(windows))
+        calibration = observe(
+            model,
+            windows,
+            dataset=source,
+            granularity=granularity,  # type: ignore[arg-type]  # validated above
+            headroom=headroom,
+            seed=seed,
+            progress=lambda done: bar.update(task, completed=done),
+        )
+    path = calibration.save(directory)
+    console = Console()
+    console.print(range_table(calibration))
+    header = calibration.header
+    console.print(
+        f"{header.samples} windows of {header.seqlen} tokens of {header.dataset}, at positions "
+        f"{header.positions[0]} to {header.positions[1]}"
+    )
+    console.print(f"saved to {path}", soft_wrap=True)
+
+
+def _windows(
+    model: Model, dataset: str, data_dir: Path | None, count: int, length: int, seed: int
+) -> tuple[str, list[list[int]]]:
+    """Name of what was read, and the windows to observe."""
+    from octavo.corpus import load_texts, self_windows, token_windows
+    from octavo.llm import LLM
+
+    length = min(length, model.bound.max_context)
+    if model.synthetic:
+        import torch
+
+        ids = torch.randint(model.bound.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+        return "synthetic: one random batch, for weights that are random too", ids.tolist()
+    if dataset == SELF:
+        with progress() as bar:
+            task = bar.add_task("sampling text from the model", total=count * length)
+            llm = LLM(model, session_len=length + 1, max_batch_size=16)
+            windows = self_windows(
+                llm, count, length, seed=seed, progress=lambda done, _: bar.update(task, completed=done)
+            )
+        return "self: text sampled from the model", windows
+    texts = load_texts(dataset, data_dir)
+    return texts.name, list(token_windows(texts, model.tokenizer, count, length, seed=seed))
+
+
+def _require_writable(directory: Path) -> None:
+    """Fail before the work, not after it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".octavo-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OctavoError(f"nothing can be written in {directory} ({error.strerror}); name another with --work-dir") from None
+
+
+def progress() -> Any:
+    """A progress bar on stderr that leaves nothing behind but its last line."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+    )
+
+
+def range_table(calibration: Calibration) -> Any:
+    """What was seen, layer by layer: the range of all values, and the width of the widest and the median channel."""
+    from rich.table import Table
+
+    table = Table(title="Ranges of K and V seen")
+    table.add_column("layer", justify="right")
+    for side in ("K", "V"):
+        for name in ("min", "max", "widest", "median"):
+            table.add_column(f"{side} {name}", justify="right")
+    for i, sides in enumerate(calibration.layers):
+        cells = []
+        for side in ("k", "v"):
+            low, high = sides[side]["min"], sides[side]["max"]
+            width = (high - low).flatten()
+            cells += [low.min(), high.max(), width.max(), width.median()]
+        table.add_row(str(i), *(f"{value.item():.2f}" for value in cells))
+    return table
