@@ -89,7 +89,9 @@ def main() -> None:
                 "range": [round(min(values), 3), round(max(values), 3)],
             }
             rows.append(row)
-            print(f"batch {batch:2d}  {name:12s} {row['ratio']:.2f}× the bare step of {row['bare_ms']} ms  {row['range']}")
+            print(
+                f"batch {batch:2d}  {name:12s} {row['ratio']:.2f}× the bare step of {row['bare_ms']} ms  {row['range']}"
+            )
     document = {"benchmark": "engine_cpu", **describe(), "rounds": args.rounds, "rows": rows}
     if args.out:
         args.out.write_text(json.dumps(document, indent=1) + "\n")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from octavo.attention import attend
 from octavo.cache.batch import Batch
+from octavo.cache.layout import Layout
 from octavo.cache.store import KVCache
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
@@ -60,10 +61,12 @@ def calibrate(
     length = _common_length(windows, bound.max_context)
     offsets = _offsets(bound, len(windows), length, seed)
     raw = KVFormat.parse(RAW_NAMES[str(bound.dtype)[6:]])
-    size = KVCache(bound.shapes, raw, 1).layout.block_size
+    size = Layout().block_size
     cache = KVCache(bound.shapes, raw, -(-length // size))
     observed = [
-        None if shape.shares is not None else (Statistics(shape.kv_heads, shape.k_dim), Statistics(shape.kv_heads, shape.v_dim))
+        None
+        if shape.shares is not None
+        else (Statistics(shape.kv_heads, shape.k_dim), Statistics(shape.kv_heads, shape.v_dim))
         for shape in bound.shapes
     ]
     for done, (window, offset) in enumerate(zip(windows, offsets, strict=True)):

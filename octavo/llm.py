@@ -1,13 +1,14 @@
 """The Python face: text in, text out.
 
-    from octavo import LLM, SamplingParams
-    llm = LLM("model-dir", kv="int8")
-    for out in llm.generate(["Once upon a time"], SamplingParams(max_tokens=64)):
-        print(out.text)
+from octavo import LLM, SamplingParams
+llm = LLM("model-dir", kv="int8")
+for out in llm.generate(["Once upon a time"], SamplingParams(max_tokens=64)):
+    print(out.text)
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
@@ -86,6 +87,13 @@ class LLM:
         self.format = kv if isinstance(kv, KVFormat) else KVFormat.parse(kv or RAW_NAMES[str(bound.dtype)[6:]])
         self.calibration = self.model.calibration(calibration, self.format)
         self.session_len = min(bound.max_context, session_len or bound.max_context)
+        if self.calibration is not None and self.session_len > self.calibration.header.positions[1] + 1:
+            warnings.warn(
+                f"sessions may reach {self.session_len} tokens but the calibration covers positions up to "
+                f"{self.calibration.header.positions[1]}: beyond them K may leave its range. Calibrate over the whole "
+                "context, or lower --session-len",
+                stacklevel=2,
+            )
 
         layout, formats = Layout(), [self.format] * len(bound.layers)
         session_blocks = -(-self.session_len // layout.block_size)

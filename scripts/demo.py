@@ -1,6 +1,6 @@
 """The main job on the bundled model: calibrate, compare what the cache costs, generate, and measure what int8 changes.
 
-    make demo
+make demo
 """
 
 from pathlib import Path
@@ -74,7 +74,9 @@ def demo() -> None:
 
     console.rule("3. Generate: the same prompts with both caches, greedy")
     params = SamplingParams(max_tokens=60)
-    for prompt, *answers in zip(PROMPTS, *(llm.generate(list(PROMPTS), params) for llm in (baseline, int8)), strict=True):
+    for prompt, *answers in zip(
+        PROMPTS, *(llm.generate(list(PROMPTS), params) for llm in (baseline, int8)), strict=True
+    ):
         for llm, answer in zip((baseline, int8), answers, strict=True):
             console.print(f"[bold]{llm.format!s:>6}[/bold]  [dim]{prompt}[/dim]{answer.text}", highlight=False)
         console.print()

@@ -6,27 +6,72 @@ asks `write_rows` and `read_rows` and knows nothing else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+SLACK = 256  # bytes after the last block: a kernel's last register may read that far beyond a row's end
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Row-major blocks: a tensor [num_blocks, heads, block_size, width], each head's rows of a block contiguous."""
+    """How the `block_size` rows of one head of one block lie: row by row, or in the `tiles` that the CPU kernels read.
+
+        rows      [block_size, width]: one row after the other
+        k-tiles   codes of a byte [width/4, block_size, 4], others [width, block_size]: the same dimensions of
+                  neighbouring tokens side by side, which is what a dot product of many tokens with a query reads
+        v-tiles   codes of a byte [block_size/4, width, 4], others as rows: four tokens of the same dimension side by
+                  side, which is what a weighted sum over tokens reads
+
+    In k-tiles an int8 code is stored as uint8, code + 128: x86's dot product is of unsigned with signed bytes.
+    """
 
     block_size: int = 64
+    order: Literal["rows", "tiles", "k-tiles", "v-tiles"] = "rows"
+
+    def of(self, side: Literal["k", "v"]) -> Layout:
+        """The layout of one side: tiles differ between K and V."""
+        return replace(self, order=f"{side}-tiles") if self.order == "tiles" else self  # type: ignore[arg-type]
 
     def allocate(self, num_blocks: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory of `num_blocks` blocks, [num_blocks, heads, …] with the rest as above."""
         # Zeros, not empty: a raw row that was never written is masked by a weight of 0, and 0·NaN would be NaN.
-        return torch.zeros(num_blocks, heads, self.block_size, width, dtype=dtype, device=device)
+        shape = (num_blocks, heads, *self._shape(width, dtype))
+        slack = 0 if self.order == "rows" else SLACK // dtype.itemsize
+        size = torch.Size(shape).numel()
+        return torch.zeros(size + slack, dtype=dtype, device=device)[:size].view(shape)
 
     def write_rows(self, memory: Tensor, slots: Tensor, rows: Tensor) -> None:
         """Put rows [tokens, heads, width] into the slots [tokens], int64; slot = block·block_size + place in it."""
-        memory[slots // self.block_size, :, slots % self.block_size] = rows
+        block, place = slots // self.block_size, slots % self.block_size
+        if not self._tiled(memory.dtype):
+            self._by_token(memory)[block, :, place] = rows
+        elif self.order == "k-tiles":
+            if memory.dtype == torch.int8:
+                rows = rows ^ -128
+            self._by_token(memory)[block, :, place] = rows.unflatten(-1, (-1, 4))
+        else:
+            self._by_token(memory)[block, :, place // 4, place % 4] = rows
 
     def read_rows(self, memory: Tensor, blocks: Tensor) -> Tensor:
         """All rows of the blocks [n]: a copy [heads, n·block_size, width]."""
-        rows = memory[blocks].transpose(0, 1)
-        return rows.reshape(rows.shape[0], -1, rows.shape[-1])
+        rows = self._by_token(memory[blocks]).transpose(0, 1)  # [heads, n, block_size, width], of tiles with one more
+        rows = rows.reshape(rows.shape[0], len(blocks) * self.block_size, -1)
+        return rows ^ -128 if self.order == "k-tiles" and rows.dtype == torch.int8 else rows
+
+    def _tiled(self, dtype: torch.dtype) -> bool:
+        return self.order != "rows" and dtype.itemsize == 1
+
+    def _shape(self, width: int, dtype: torch.dtype) -> tuple[int, ...]:
+        size = self.block_size
+        if self.order == "k-tiles":
+            return (width // 4, size, 4) if self._tiled(dtype) else (width, size)
+        return (size // 4, width, 4) if self._tiled(dtype) else (size, width)
+
+    def _by_token(self, memory: Tensor) -> Tensor:
+        """A view of [n, heads, …] whose third dimension (of v-tiles the third and fourth) counts tokens."""
+        if self.order == "k-tiles":
+            return memory.transpose(2, 3)
+        return memory.transpose(3, 4) if self._tiled(memory.dtype) else memory

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,13 +38,23 @@ class RowStore:
     """One side, K or V, of one layer."""
 
     def __init__(
-        self, codec: Codec, heads: int, dim: int, static: Static | None, layout: Layout, num_blocks: int, device: torch.device
+        self,
+        codec: Codec,
+        heads: int,
+        dim: int,
+        static: Static | None,
+        layout: Layout,
+        num_blocks: int,
+        device: torch.device,
     ):
         self.codec, self.heads, self.dim, self.layout = codec, heads, dim, layout
         self.static = static.to(device) if static is not None else None
         width = codec.code_bytes(dim) if codec.bits == 4 else dim
         self.codes = layout.allocate(num_blocks, heads, width, getattr(torch, codec.dtype), device)
-        self.scales = layout.allocate(num_blocks, heads, 1, torch.uint8, device) if codec.kind == "token" else None
+        self.scales = None
+        self.scale_layout = Layout(layout.block_size)  # one byte a row: there is nothing to tile
+        if codec.kind == "token":
+            self.scales = self.scale_layout.allocate(num_blocks, heads, 1, torch.uint8, device)
         self.saturated = torch.zeros((), dtype=torch.int64, device=device)
         self.written = 0  # values
 
@@ -52,7 +63,7 @@ class RowStore:
         rows = encode(x, self.codec, self.static)
         self.layout.write_rows(self.codes, slots, rows.codes)
         if self.scales is not None and rows.scales is not None:
-            self.layout.write_rows(self.scales, slots, rows.scales[..., None])
+            self.scale_layout.write_rows(self.scales, slots, rows.scales[..., None])
         if rows.saturated is not None:
             self.saturated += rows.saturated
         self.written += x.numel()
@@ -63,7 +74,7 @@ class RowStore:
         codes = centered(self.layout.read_rows(self.codes, blocks), self.codec, self.dim)
         if self.scales is None:
             return codes, None
-        return codes, token_scale(self.layout.read_rows(self.scales, blocks)[..., 0], self.codec)
+        return codes, token_scale(self.scale_layout.read_rows(self.scales, blocks)[..., 0], self.codec)
 
     def fold(self, q: Tensor) -> Tensor:
         """q̃ = R(q ∘ c) for queries [tokens, heads, group, dim]: q̃·code is q·x up to a term equal for every key."""
@@ -81,8 +92,13 @@ class RowStore:
         return out * self.static.c[:, None] + weight * self.static.mu[:, None]
 
     @property
+    def scale_nbytes(self) -> int:
+        return self.scales.nbytes if self.scales is not None else 0
+
+    @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+        """Of the memory behind the tensors: what a layout keeps beside the blocks is counted too."""
+        return self.codes.untyped_storage().nbytes() + self.scale_nbytes
 
     @property
     def static_nbytes(self) -> int:
@@ -143,13 +159,16 @@ class KVCache:
                 self.layers.append(self.layers[shape.shares])
                 continue
 
-            def store(side: str, codec: Codec, dim: int, i: int = i, shape: LayerShape = shape) -> RowStore:
+            def store(
+                side: Literal["k", "v"], codec: Codec, dim: int, i: int = i, shape: LayerShape = shape
+            ) -> RowStore:
                 static = None
                 if codec.kind != "raw" and calibration is not None:
                     static = calibration.static(i, side, granularity, headroom)
                 if codec.needs_calibration and static is None:
                     raise ValueError(f"the {codec} codec has no scale without a calibration")
-                return RowStore(codec, shape.kv_heads, dim, static, self.layout, num_blocks, shape.device)
+                own = self.layout.of(side)
+                return RowStore(codec, shape.kv_heads, dim, static, own, num_blocks, shape.device)
 
             self.layers.append(LayerCache(store("k", format.k, shape.k_dim), store("v", format.v, shape.v_dim)))
 
@@ -161,26 +180,26 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the blocks' tensors, read from the tensors."""
+        """Bytes of the blocks, read from the tensors."""
         return sum(store.nbytes for store in self.stores)
 
     @property
     def block_nbytes(self) -> int:
-        return self.nbytes // self.num_blocks
+        return sum(store.codes.nbytes + store.scale_nbytes for store in self.stores) // self.num_blocks
 
     @property
     def token_nbytes(self) -> int:
         return self.block_nbytes // self.layout.block_size
 
     def memory(self) -> Memory:
-        """The tensors' bytes: codes, scales, padding of odd 4-bit rows, static mu, c and 1/c."""
+        """The tensors' bytes: codes, scales, padding of odd 4-bit rows and of layouts, static mu, c and 1/c."""
         rows = self.num_blocks * self.layout.block_size
-        values = sum(rows * store.heads * store.dim * store.codec.bits // 8 for store in self.stores)
-        codes = sum(store.codes.nbytes for store in self.stores)
+        codes = sum(rows * store.heads * store.dim * store.codec.bits // 8 for store in self.stores)
+        scales = sum(store.scale_nbytes for store in self.stores)
         return Memory(
-            codes=values,
-            scales=self.nbytes - codes,
-            padding=codes - values,
+            codes=codes,
+            scales=scales,
+            padding=self.nbytes - codes - scales,
             static=sum(store.static_nbytes for store in self.stores),
         )
 

@@ -96,7 +96,8 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, device=logits.device)[:, None]
 
-    logits = logits / column([p.temperature for p in params])
+    # The best token is 0 and no temperature too small for float32: the colder, the closer to greedy, never inf or NaN.
+    logits = (logits - logits.amax(-1, keepdim=True)) / column([max(p.temperature, 1e-30) for p in params])
     vocabulary = logits.shape[-1]
     kept = max(p.top_k or vocabulary for p in params)
     if kept < vocabulary or any(p.top_k or p.top_p < 1 or p.min_p for p in params):
@@ -105,14 +106,17 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
         logits = logits.masked_fill(rank >= column([p.top_k or vocabulary for p in params]), -torch.inf)
         probabilities = logits.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # the best token always stays
-        cut = before > column([p.top_p if p.top_p < 1 else 2.0 for p in params])
+        cut = before >= column([p.top_p if p.top_p < 1 else 2.0 for p in params])
         cut |= probabilities < column([p.min_p for p in params]) * probabilities[:, :1]
         probabilities = probabilities.masked_fill(cut, 0)
     else:
         index, probabilities = None, logits.softmax(-1)
-    race = torch.empty_like(probabilities)
+    race = torch.empty(len(sequences), vocabulary)  # over all tokens, in their order, whatever the neighbours cut
     for row, sequence in zip(race, sequences, strict=True):
         row.exponential_(generator=sequence.generator)
+    race = race.to(logits.device)
+    if index is not None:
+        race = race.gather(-1, index)
     winner = (probabilities / race).argmax(-1, keepdim=True)
     return (winner if index is None else index.gather(-1, winner))[:, 0]
 

@@ -25,6 +25,7 @@ class Scheduler:
         self.max_batch_size = max_batch_size  # sequences in a step
         self.max_batch_tokens = max(max_batch_tokens, max_batch_size)  # tokens in a step
         self.max_context = min(max_context, len(pool) * pool.block_size)
+        self.cache_limited = self.max_context < max_context
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
 
@@ -33,10 +34,9 @@ class Scheduler:
         if sequence.num_prompt == 0:
             raise OctavoError("the prompt is empty: it has no token to start from")
         if sequence.num_prompt >= self.max_context:
-            room = len(self.pool) * self.pool.block_size
             limit = (
-                f"the KV cache holds {room} tokens (enlarge it with --kv-cache-memory)"
-                if room == self.max_context
+                f"the KV cache holds {self.max_context} tokens (enlarge it with --kv-cache-memory)"
+                if self.cache_limited
                 else f"a session holds {self.max_context} (--session-len, or the model's own context)"
             )
             raise OctavoError(f"the prompt has {sequence.num_prompt} tokens and the answer needs room too, but {limit}")

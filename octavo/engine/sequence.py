@@ -17,8 +17,8 @@ FinishReason = Literal["stop", "length", "abort"]
 class Sequence:
     """A prompt and what has been generated after it. Only the scheduler changes it.
 
-        tokens      [prompt …………………………… | generated ………]
-        num_cached  [K and V are stored ………|← to be computed →]     decode: one token is left
+    tokens      [prompt …………………………… | generated ………]
+    num_cached  [K and V are stored ………|← to be computed →]     decode: one token is left
     """
 
     prompt: Iterable[int]

@@ -2,23 +2,24 @@
 
 transformers sends every attention layer of a model through a function that can be registered. Ours finds, on the module
 that calls it, which layer that is, and hands q, k and v to whatever `attend` the forward was given: the serving cache,
-the observer of a calibration, a recorder. Nothing is taken from the model's config that the call itself can tell: a
-one-token dry run records each layer's geometry, scale, window, soft cap and sinks.
+the observer of a calibration, a recorder. Nothing is taken from the model's config that a dry run can tell: it records
+each layer's geometry, scale, window, soft cap and sinks.
 
 What cannot be right is refused here, since it would be wrong in silence: layers that keep another state than K and V,
-attention patterns that live only in a mask, keywords that change the scores, models that never reach the hook.
+attention patterns other than a window, keywords that change the scores, models that never reach the hook, that mix the
+rows of a packed step or that count positions in a way of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from octavo.attention import AttentionSpec
@@ -26,12 +27,14 @@ from octavo.cache.store import LayerShape
 from octavo.errors import Unsupported
 
 NAME = "octavo"
+ALONE = "octavo-alone"  # the same function under a name for which transformers makes masks, so that they can be read
+NO_WINDOW = -1  # an attention pattern that is none
 UNLIMITED = 1 << 30  # context of a model that names no limit
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Keywords of the attention call that cannot change what is computed here. Any other one that is set is refused.
 HARMLESS = {
-    "attention_mask", "cache_position", "dropout", "is_causal", "layer_idx", "output_attentions", "output_hidden_states",
-    "output_router_logits", "position_ids", "return_dict", "training", "use_cache",
+    "attention_mask", "cache_position", "dropout", "is_causal", "layer_idx", "logits_to_keep", "output_attentions",
+    "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "training", "use_cache",
 }  # fmt: skip
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -92,12 +95,16 @@ def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
     frequencies with the length are pinned to it, so that a sequence's neighbours never change its answer.
     """
     config = hf.config.get_text_config()
-    name = config.model_type
+    name = hf.config.model_type
     if getattr(hf.config, "is_encoder_decoder", False):
         raise Unsupported(f"{name} is an encoder-decoder; Octavo serves decoder-only language models")
     strange = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if strange:
-        raise Unsupported(f"{name} has layers of type {', '.join(sorted(strange))}, whose state is not a KV cache of rows")
+        raise Unsupported(
+            f"{name} has layers of type {', '.join(sorted(strange))}, whose state is not a KV cache of rows"
+        )
+    if getattr(config, "attn_temperature_tuning", False):  # llama4: by the row's number, thousands of rows apart
+        raise Unsupported(f"{name} scales its queries by their place in the step, not by their position")
     if not hf._can_set_attn_implementation():
         raise Unsupported(f"{name} does not send its attention through transformers' AttentionInterface")
     max_context = getattr(config, "max_position_embeddings", None) or UNLIMITED
@@ -109,8 +116,7 @@ def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
         raise Unsupported(f"{name} did not accept the attention function; it kept {config._attn_implementation!r}")
     bound = BoundModel(hf.eval(), max_context)
     with _Trace(bound) as trace:
-        zero = torch.zeros(1, dtype=torch.int64, device=bound.device)
-        bound.forward(zero, zero, zero, trace)
+        trace.run()
     expected = getattr(config, "num_hidden_layers", len(trace.specs))
     if len(trace.specs) != expected or not trace.specs:
         raise Unsupported(
@@ -124,7 +130,7 @@ def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The registered function: q [1, heads, T, dim], k and v [1, kv_heads, T, dim] after RoPE, before any GQA repeat."""
+    """The registered function: q [1, heads, T, dim], k and v [1, kv_heads, T, dim] after RoPE, before a GQA repeat."""
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     point: _Point | None = getattr(module, NAME, None)
     if point is None:
@@ -132,22 +138,30 @@ def _attention(
     attend = point.model.attend
     if isinstance(attend, _Trace):
         attend.record(module, q, k, v, attention_mask, kwargs)
-        return v.repeat_interleave(q.shape[1] // v.shape[1], 1)[None], None  # one key takes all the weight
+        return v.repeat_interleave(q.shape[1] // v.shape[1], 1)[None], None  # a row sees itself alone
     if attend is None:
         raise RuntimeError("a bound model runs through BoundModel.forward")
     return attend(point.layer, q, k, v)[None], None
 
 
 class _Trace:
-    """Records the layers that a dry run reaches, in the order in which it reaches them."""
+    """Two dry runs of the tokens a, b, a that record the layers in the order in which they are reached.
+
+    In both every row attends to itself alone, so a row may depend on nothing but its token and its position. First as
+    the engine runs it, two sequences packed: positions 0, 1, 0. Row 0 must equal row 2, or the model mixes rows
+    (convolutions, recurrent states) or takes positions from the rows' order. Then as one sequence whose positions the
+    model counts itself, with a mask: rows 0 and 1 must be what they were, and the mask tells the window.
+    """
 
     active: _Trace | None = None
 
     def __init__(self, bound: BoundModel):
         self.bound = bound
-        self.name = bound.hf.config.get_text_config().model_type
+        self.name = bound.hf.config.model_type
         self.specs: list[AttentionSpec] = []
-        self.seen: list[tuple[Tensor, Tensor]] = []  # kept alive: identity tells a shared K/V from a new one
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []  # kept alive: identity tells a shared K/V from a new one
+        self.masks: dict[int, tuple[Tensor, Callable[..., Tensor]]] = {}  # what transformers made, by address
+        self.alone = False  # the second run
 
     def __enter__(self) -> _Trace:
         for module in self.bound.hf.modules():
@@ -157,7 +171,30 @@ class _Trace:
 
     def __exit__(self, *_: object) -> None:
         _Trace.active = None
+        self.bound.hf.set_attn_implementation(NAME)
         self.seen.clear()
+        self.masks.clear()
+
+    def run(self) -> None:
+        hf = self.bound.hf
+        try:
+            a, b = self.bound.vocab_size // 2, self.bound.vocab_size // 3
+            ids = torch.tensor([a, b, a], device=self.bound.device)
+            rows = torch.arange(3, device=self.bound.device)
+            self.bound.forward(ids, rows % 2, rows, self)
+            AttentionInterface.register(ALONE, _attention)
+            AttentionMaskInterface.register(ALONE, _mask)
+            hf.set_attn_implementation(ALONE)
+            self.bound.attend, self.alone = self, True
+            with torch.inference_mode():
+                hf(input_ids=ids[None], use_cache=False)
+        except (Unsupported, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise Unsupported(f"{self.name} does not run on token ids alone: {reason}") from error
+        finally:
+            self.bound.attend = None
 
     @staticmethod
     def adopt(module: nn.Module) -> _Point:
@@ -172,6 +209,9 @@ class _Trace:
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> None:
         index = getattr(module, NAME).layer
+        if self.alone:
+            self.compare(index, q, k, v, mask)
+            return
         if index != len(self.specs):
             raise Unsupported(f"{self.name} runs one attention module as several layers, which one cache cannot hold")
         if mask is not None:
@@ -182,9 +222,13 @@ class _Trace:
         strange = [key for key, value in kwargs.items() if key not in known and value is not None]
         if strange:
             raise Unsupported(f"{self.name} calls attention with {', '.join(strange)}, which Octavo does not know")
+        if not all(_alike(x[0], x[2]) for x in (q, k, v)):
+            raise Unsupported(
+                f"layer {index} of {self.name} mixes the rows of a packed step, or takes positions from their order"
+            )
         scale = kwargs.get("scaling")
-        shares = next((i for i, (old_k, old_v) in enumerate(self.seen) if _same(k, old_k) and _same(v, old_v)), None)
-        self.seen.append((k, v))
+        shares = next((i for i, (_, old_k, old_v) in enumerate(self.seen) if _same(k, old_k) and _same(v, old_v)), None)
+        self.seen.append((q, k, v))
         self.specs.append(
             AttentionSpec(
                 shape=LayerShape(k.shape[1], k.shape[2], v.shape[2], k.device, shares),
@@ -196,9 +240,65 @@ class _Trace:
             )
         )
 
+    def compare(self, index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        """The second run of a layer."""
+        if not all(_alike(x[:2], old[:2]) for x, old in zip((q, k, v), self.seen[index], strict=True)):
+            raise Unsupported(
+                f"{self.name} does not count positions from 0: given as 0, 1, … it computes something else"
+            )
+        if mask is None or mask.is_meta:
+            return
+        # The keyword and the mask may disagree. The model's own attention obeys the mask.
+        _, shown = self.masks.get(mask.data_ptr(), (None, None))
+        pattern = _window(shown, self.bound.max_context, self.specs[index].window) if shown is not None else NO_WINDOW
+        if pattern == NO_WINDOW:
+            raise Unsupported(f"{self.name} masks its attention in a pattern that is not a causal window")
+        self.specs[index] = replace(self.specs[index], window=pattern)
+
+
+def _mask(
+    *, batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Tensor], **kwargs: Any
+) -> Tensor:
+    """Registered for ALONE: a mask that hides nothing, remembered with the function that would have filled it."""
+    mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=kwargs.get("device"))
+    if _Trace.active is not None:
+        _Trace.active.masks[mask.data_ptr()] = mask, mask_function
+    return mask
+
+
+def _window(shown: Callable[..., Tensor], context: int, default: int | None) -> int | None:
+    """How many last tokens a mask function shows every query, itself included: None if all, NO_WINDOW if it does not
+    tell by distance alone. A function that looks up the tokens at hand knows no others; if it is causal for these, the
+    window is the default."""
+
+    def row(query: int, keys: Tensor) -> Tensor:
+        zero = torch.tensor(0)
+        return shown(zero, zero, torch.tensor(query), keys).expand(len(keys))
+
+    last = min(context, 1 << 20) - 1
+    keys = torch.arange(last + 2)  # to one beyond the query
+    try:
+        rows = {query: row(query, keys) for query in (last, last - 1)}
+    except Exception:
+        return default if all(torch.equal(row(q, keys[:3]), keys[:3] <= q) for q in range(3)) else NO_WINDOW
+    counts = [int(row.sum()) for row in rows.values()]
+    for (query, seen), count in zip(rows.items(), counts, strict=True):
+        if not torch.equal(seen, (keys <= query) & (keys > query - count)):
+            return NO_WINDOW
+    if counts == [last + 1, last]:
+        return None
+    return counts[0] if counts[0] == counts[1] else NO_WINDOW
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding. A model on the meta device has shapes and no values: all are."""
+    return a.is_meta or bool((a.float() - b.float()).norm() <= 0.01 * b.float().norm())
+
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    # By storage, not by address: tensors on the meta device have none.
+    same_place = a.untyped_storage() is b.untyped_storage() and a.storage_offset() == b.storage_offset()
+    return same_place and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _pin_rope(hf: PreTrainedModel, context: int) -> None:

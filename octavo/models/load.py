@@ -346,7 +346,8 @@ def _template(file: Path, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _config_json(path: Path) -> dict[str, Any]:
-    return read_json(path / "config.json")
+    """Of a model's directory, or of a config file alone."""
+    return read_json(path if path.is_file() else path / "config.json")
 
 
 def _one_line(error: Exception) -> str:

@@ -60,7 +60,9 @@ class Calibration:
     ) -> Static:
         """mu and c of one side (`"k"` or `"v"`) of one layer; the header's granularity and headroom by default."""
         ranges = self.layers[layer][side]
-        granularity, headroom = granularity or self.header.granularity, headroom or self.header.headroom
+        granularity = self.header.granularity if granularity is None else granularity
+        headroom = self.header.headroom if headroom is None else headroom
+        validate_choice(granularity, headroom)
         return static_part(ranges["min"], ranges["max"], granularity, headroom)
 
     def check(self, fingerprint: str, shapes: list[tuple[int, int, int]]) -> None:
@@ -130,7 +132,9 @@ def _read_header(path: Path, text: str | None) -> Header:
     try:
         fields: dict[str, Any] = json.loads(text or "")
         if fields["version"] != VERSION:
-            raise OctavoError(f"{path} is of calibration version {fields['version']}, this is {VERSION}; calibrate again")
+            raise OctavoError(
+                f"{path} is of calibration version {fields['version']}, this is {VERSION}; calibrate again"
+            )
         header = Header(**{**fields, "positions": tuple(fields["positions"])})
     except (ValueError, TypeError, KeyError):
         raise OctavoError(f"{path} has no Octavo header: it is another kind of file, or damaged") from None
@@ -147,5 +151,7 @@ def _layers(path: Path, tensors: dict[str, Tensor]) -> list[dict[str, Side]]:
         for side in ("k", "v"):
             ranges = layers.get(i, {}).get(side, {})
             if not {"min", "max"} <= ranges.keys() or not all(torch.isfinite(t).all() for t in ranges.values()):
-                raise OctavoError(f"{path}: the {side.upper()} ranges of layer {i} are missing or not finite; calibrate again")
+                raise OctavoError(
+                    f"{path}: the {side.upper()} ranges of layer {i} are missing or not finite; calibrate again"
+                )
     return [layers[i] for i in range(len(layers))]

@@ -1,0 +1,70 @@
+"""What a model will take, without its weights: built and traced on torch's meta device, where tensors have shapes only.
+
+The same dry run that binds a model for serving (bind.py) tells the geometry of every layer's cache, so nothing is
+guessed from field names of a config, and a model that Octavo refuses is refused here with the same words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from octavo.cache.size import format_bytes, free_memory
+from octavo.cache.store import LayerShape
+from octavo.errors import OctavoError, Unsupported
+from octavo.models.bind import BoundModel, bind
+from octavo.models.load import load_model, read_json
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a model: its layers' K and V rows, and its weights."""
+
+    shapes: list[LayerShape]
+    dtype: torch.dtype
+    max_context: int
+    weights: int  # bytes of all parameters, tied ones once
+    linear: int  # parameters of linear layers and experts, which 4-bit weight quantizers take
+
+    @classmethod
+    def trace(cls, path: Path, dtype: str = "auto") -> Geometry:
+        """Of the model in directory `path`, or of a config.json alone; no weight file is read.
+
+        `dtype` is the config's, or a name like bf16. Raises Unsupported for models that Octavo refuses.
+        """
+        config = path if path.is_file() else path / "config.json"
+        if read_json(config).get("quantization_config") is not None:
+            raise Unsupported(
+                f"{config} describes quantized weights, whose size is not known here: name the 16-bit model."
+            )
+        with torch.device("meta"):
+            hf = load_model(path, dtype=dtype, device="meta", load_format="dummy")
+        own, weights, linear = hf.dtype, sum(p.nbytes for p in hf.parameters()), _linear(hf)
+        try:
+            bound = bind(hf.to(torch.bfloat16))  # what experts' kernels want on the meta device; no shape depends on it
+        except RuntimeError as error:  # code that looks at values, which a meta tensor has none of
+            bound = _with_values(path, dtype, weights, error)
+        return cls(bound.shapes, own, bound.max_context, weights, linear)
+
+
+def _with_values(path: Path, dtype: str, weights: int, error: RuntimeError) -> BoundModel:
+    """Bound with random weights: the few models whose code cannot run on shapes alone."""
+    if 2 * weights > free_memory(torch.device("cpu")):
+        raise OctavoError(
+            f"{path} cannot be traced without weights ({str(error).splitlines()[0]}), and {format_bytes(weights)} of "
+            "random ones are too many for this machine."
+        ) from error
+    return bind(load_model(path, dtype=dtype, load_format="dummy"))
+
+
+def _linear(hf: PreTrainedModel) -> int:
+    """Parameters that 4-bit quantizers take: all matrices but embeddings and the head."""
+    head = hf.get_output_embeddings()
+    kept = {
+        id(p) for m in hf.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters(recurse=False)
+    }
+    return sum(p.numel() for p in hf.parameters() if p.dim() >= 2 and id(p) not in kept)

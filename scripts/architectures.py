@@ -1,0 +1,102 @@
+"""Write docs/ARCHITECTURES.md: which of transformers' language models Octavo serves, as the tests' probe finds it.
+
+Run from anywhere, takes half a minute; a test fails when the page and the probe differ.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "ARCHITECTURES.md"
+sys.path.insert(0, str(ROOT))  # the tests are no installed package
+
+from tests.models import zoo  # noqa: E402
+from tests.models.probe import Outcome, probe  # noqa: E402
+
+INTRODUCTION = """\
+# Architectures
+
+Octavo runs any model that sends its attention through transformers' `AttentionInterface` and keeps no state but K and
+V. What it cannot run exactly it refuses when the model is loaded, with the reason. This page is the list, found with
+transformers {version}. `python scripts/architectures.py` writes it and a test keeps it true.
+
+Each architecture is built as a tiny random float32 model with its features switched on. Sequences of different lengths
+are packed into steps of prefill, decode and both, over a paged cache in the `fp32` format, and the logits compared with
+the model's own eager attention over each sequence alone. *Exact* is a difference within float32 rounding. A name such
+as `llama+yarn` is an architecture with one more feature. A checkpoint may switch on what its architecture has switched
+off here; the refusals look at the model that is loaded, not at this list.
+
+| result | models |
+|---|---|
+| exact | {exact} |
+| refused, with a reason | {refused} |
+| accepted but wrong | {wrong} |
+| not built, so not known | {not_built} |
+"""
+
+FEATURES = """\
+What their layers have, as the dry run at load sees it. *GQA*: fewer KV heads than query heads. *window*: sliding, in
+some layers or in all. *K and V of different dims*: latent attention (MLA) in its expanded form, stored per head: right,
+but not small. *own scale*: other than 1/√dim. *KV-shared layers* store nothing of their own.
+"""
+
+
+def page(outcomes: Sequence[Outcome]) -> str:
+    """The whole text."""
+    by_verdict = {v: [o for o in outcomes if o.verdict == v] for v in ("exact", "refused", "wrong")}
+    by_features: dict[tuple[str, ...], list[str]] = {}
+    for outcome in by_verdict["exact"]:
+        by_features.setdefault(outcome.features, []).append(outcome.name)
+    introduction = INTRODUCTION.format(
+        version=transformers.__version__,
+        not_built=len(zoo.NOT_BUILT),
+        **{verdict: len(found) for verdict, found in by_verdict.items()},
+    )
+    parts = [
+        introduction,
+        "## Exact\n\n" + FEATURES,
+        table(
+            ("features", "architectures"),
+            ((", ".join(key) or "none of these", code(found)) for key, found in sorted(by_features.items())),
+        ),
+        "Model types that share a class with one of these share its result: "
+        + ", ".join(f"`{alias}` ({name})" for alias, name in zoo.aliases().items())
+        + ".\n",
+    ]
+    if by_verdict["wrong"]:
+        parts += ["## Accepted but wrong\n", table(("architecture",), ((code([o.name]),) for o in by_verdict["wrong"]))]
+    parts += [
+        "## Refused\n",
+        table(("architecture", "reason"), ((code([o.name]), o.reason) for o in by_verdict["refused"])),
+        "## Not built\n",
+        table(("architecture", "reason"), ((code([name]), reason) for name, reason in sorted(zoo.NOT_BUILT.items()))),
+    ]
+    return "\n".join(parts)
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    cells = [head, ("---",) * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in cells)
+
+
+def code(names: Iterable[str]) -> str:
+    return " ".join(f"`{name}`" for name in names)
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # the models are too small to share
+    transformers.logging.set_verbosity_error()
+    outcomes = [probe(name) for name in zoo.names()]
+    PAGE.write_text(page(outcomes))
+    for verdict in ("exact", "refused", "wrong"):
+        print(f"{verdict}: {sum(outcome.verdict == verdict for outcome in outcomes)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What many tests share: the bundled model, a tiny random one, and calibrations of theirs that no file holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from octavo.attention import attend
+from octavo.cache.batch import Batch
+from octavo.cache.layout import Layout
+from octavo.cache.store import KVCache
+from octavo.engine.sequence import Sequence
+from octavo.models.bind import BoundModel, bind
+from octavo.models.model import BUNDLED, Model
+from octavo.quant.calibration import SYNTHETIC, Calibration, Header
+from octavo.quant.format import KVFormat
+from octavo.quant.statistics import Statistics
+
+
+@pytest.fixture(scope="session")
+def pamphlet() -> Model:
+    """The bundled model in float32, where equal work gives equal tokens."""
+    return Model.load(device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def text_ids(pamphlet: Model) -> list[int]:
+    """A few thousand tokens of prose."""
+    return pamphlet.tokenizer((BUNDLED / "evaluation.txt").read_text(encoding="utf-8")[:20_000])["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def calibration(pamphlet: Model, text_ids: list[int]) -> Calibration:
+    """Of `pamphlet`, over one window of prose."""
+    return observe(pamphlet.bound, text_ids[:512], pamphlet.fingerprint)
+
+
+@pytest.fixture(scope="session")
+def llama() -> BoundModel:
+    """A tiny random Llama with grouped heads: steps of a millisecond, for tests that need thousands of them."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,  # large enough that what was said before decides what comes next
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return bind(LlamaForCausalLM(config).float())
+
+
+@pytest.fixture(scope="session")
+def llama_calibration(llama: BoundModel) -> Calibration:
+    ids = torch.randint(llama.vocab_size, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    return observe(llama, ids, SYNTHETIC)
+
+
+def observe(bound: BoundModel, ids: list[int], fingerprint: str) -> Calibration:
+    """The statistics of K and V in one real forward over `ids`, from position 0."""
+    layout = Layout()
+    blocks = -(-len(ids) // layout.block_size)
+    cache = KVCache(bound.shapes, KVFormat.parse("fp32"), blocks, layout)
+    window = Sequence(ids)
+    window.block_table = list(range(blocks))
+    batch = Batch.build([(window, len(ids))], layout.block_size)
+    sides = [{"k": Statistics(s.kv_heads, s.k_dim), "v": Statistics(s.kv_heads, s.v_dim)} for s in bound.shapes]
+
+    def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sides[layer]["k"].update(k)
+        sides[layer]["v"].update(v)
+        return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
+
+    bound.forward(batch.ids, batch.positions, batch.logits_at, record)
+    header = Header(fingerprint, "a test", 1, len(ids), len(ids), (0, len(ids) - 1))
+    return Calibration(header, [{side: seen.summary() for side, seen in layer.items()} for layer in sides])
