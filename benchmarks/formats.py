@@ -111,7 +111,7 @@ def measure(model: Model, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _numbers(score: Score) -> dict[str, Any]:
-    return {key: value for key, value in asdict(score).items() if key != "kl_by_position"}
+    return {key: value for key, value in asdict(score).items() if not key.startswith("kl_by_")}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from octavo.attention import attend
+from octavo.attention import attend, layout_for
 from octavo.cache.batch import Batch
-from octavo.cache.layout import Layout
 from octavo.cache.store import KVCache
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
@@ -61,8 +60,9 @@ def calibrate(
     length = _common_length(windows, bound.max_context)
     offsets = _offsets(bound, len(windows), length, seed)
     raw = KVFormat.parse(RAW_NAMES[str(bound.dtype)[6:]])
-    size = Layout().block_size
-    cache = KVCache(bound.shapes, raw, -(-length // size))
+    layout = layout_for(bound.shapes, [raw] * len(bound.shapes))
+    size = layout.block_size
+    cache = KVCache(bound.shapes, raw, -(-length // size), layout)
     observed = [
         None
         if shape.shares is not None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from octavo.cache.layout import Layout
+from octavo.attention import layout_for
 from octavo.cache.size import block_bytes, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
@@ -77,6 +77,10 @@ class LLM:
         prefix_caching: bool = True,
         **loading: Any,
     ):
+        sizes = {"session_len": session_len, "max_batch_size": max_batch_size, "max_batch_tokens": max_batch_tokens}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise OctavoError(f"{name} is {size}; it must be at least 1")
         if isinstance(model, Model):
             if loading:
                 raise TypeError(f"{', '.join(loading)}: the model is loaded already")
@@ -95,7 +99,8 @@ class LLM:
                 stacklevel=2,
             )
 
-        layout, formats = Layout(), [self.format] * len(bound.layers)
+        formats = [self.format] * len(bound.layers)
+        layout = layout_for(bound.shapes, formats)
         session_blocks = -(-self.session_len // layout.block_size)
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
         blocks = num_blocks(

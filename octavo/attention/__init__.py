@@ -2,17 +2,24 @@
 
 Write, then read: every query, its own chunk's included, attends to stored codes, so what a later query reads for a
 token depends on that token's prefix alone and never on how the work was cut into steps.
+
+Which implementation reads a cache is decided when the cache is made, by the layout that `layout_for` gives it.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from octavo.attention import reference
+from octavo.attention import cpu, reference
 from octavo.cache.batch import Batch
+from octavo.cache.layout import Layout
 from octavo.cache.store import LayerCache, LayerShape
+from octavo.errors import OctavoError
+from octavo.quant.format import KVFormat
 
 
 @dataclass(frozen=True)
@@ -27,10 +34,32 @@ class AttentionSpec:
     sinks: Tensor | None = None  # [heads] a logit that takes weight and gives nothing (gpt-oss)
 
 
+def layout_for(shapes: Sequence[LayerShape], formats: Sequence[KVFormat]) -> Layout:
+    """The layout of the fastest implementation that can read such a cache here.
+
+    `OCTAVO_ATTENTION=reference` or `native` forces one; raises OctavoError if the native one cannot be had.
+    """
+    wanted = os.environ.get("OCTAVO_ATTENTION") or None
+    if wanted not in (None, "reference", "native"):
+        raise OctavoError(f"OCTAVO_ATTENTION is {wanted!r}; it must be reference or native")
+    missing = cpu.unavailable()
+    if missing is None:
+        for shape, format in zip(shapes, formats, strict=True):
+            if shape.device.type != "cpu":
+                missing = f"the cache is on {shape.device}"
+            elif not (cpu.takes(format.k, shape.k_dim) and cpu.takes(format.v, shape.v_dim)):
+                missing = f"it has no kernel for heads of {shape.k_dim} and {shape.v_dim}"
+    if wanted == "native" and missing is not None:
+        raise OctavoError(f"OCTAVO_ATTENTION=native cannot be had: {missing}")
+    return Layout(order="rows" if missing is not None or wanted == "reference" else "tiles")
+
+
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """Attention of q [T, heads, k_dim] over the cache, which first takes k [T, kv_heads, k_dim] and v [T, kv_heads,
     v_dim]; returns [T, heads, v_dim] in q's dtype. Scores, softmax and sums are float32."""
     batch = batch.on(q.device)
+    if cache.k.layout.order == "k-tiles":
+        return cpu.attend(spec, cache, q, k, v, batch)
     if spec.shape.shares is None:
         cache.write(k, v, batch.slots)
     return reference.attend(spec, cache, q, batch)

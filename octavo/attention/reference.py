@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from octavo.attention import AttentionSpec
 
 TILE_ELEMENTS = 1 << 21  # of the largest float32 temporary of a tile: 8 MB, about a core's share of cache
+TILE_TOKENS = 1 << 11  # a longer sum in float32 would lose the end of a long flat tail
 NOTHING = -1e30  # the running maximum of a row that has seen nothing; finite, so that differences are not NaN
 
 
@@ -108,7 +109,7 @@ def _attend_group(
     first = 0 if spec.window is None else max(0, int(group.kv_len.min()) - n + 1 - spec.window) // size
     last = -(-group.longest // size)
     per_token = max(sequences * kv_heads * max(cache.k.dim, cache.v.dim), q.shape[:3].numel())
-    step = max(1, TILE_ELEMENTS // (per_token * size))
+    step = max(1, min(TILE_ELEMENTS // per_token, TILE_TOKENS) // size)
     for block in range(first, last, step):
         end = min(block + step, last)
         blocks = group.table[:, block:end].flatten()

@@ -29,7 +29,7 @@ class Batch:
     ids: Tensor  # [T]
     positions: Tensor  # [T]
     slots: Tensor  # [T] where each row's K and V go: block·block_size + place
-    block_table: Tensor  # [B, most blocks]; beyond a sequence's own, block 0, never visible
+    block_table: Tensor  # [B, most blocks]; beyond a sequence's own, its last one again, never visible
     q_lens: list[int]  # new tokens of each sequence
     kv_lens: list[int]  # tokens each sequence can see once the new ones are written
     logits_at: Tensor  # [sequences whose next token is due] rows of their last tokens
@@ -42,7 +42,7 @@ class Batch:
         ids = [token for (sequence, _), n, end in zip(work, q_lens, kv_lens, strict=True)
                for token in sequence.tokens[end - n : end]]  # fmt: skip
         widest = max(len(sequence.block_table) for sequence, _ in work)
-        table = torch.tensor([s.block_table + [0] * (widest - len(s.block_table)) for s, _ in work])
+        table = torch.tensor([s.block_table + s.block_table[-1:] * (widest - len(s.block_table)) for s, _ in work])
 
         lens = torch.tensor(q_lens)
         ends = lens.cumsum(0)
@@ -54,7 +54,20 @@ class Batch:
 
     def at(self, offset: int) -> Batch:
         """The same step with its rows placed `offset` positions later, as calibration places its windows."""
-        return replace(self, positions=self.positions + offset)
+        return replace(self, positions=self.positions + offset, plan={})
+
+    def only(self, i: int) -> Batch:
+        """The part of sequence `i`, alone; whose logits are due is left out."""
+        rows = slice(sum(self.q_lens[:i]), sum(self.q_lens[: i + 1]))
+        return Batch(
+            self.ids[rows],
+            self.positions[rows],
+            self.slots[rows],
+            self.block_table[i : i + 1],
+            self.q_lens[i : i + 1],
+            self.kv_lens[i : i + 1],
+            self.logits_at[:0],
+        )
 
     def on(self, device: torch.device) -> Batch:
         """This batch with its tensors on `device`: itself, or one copy shared by that device's layers."""

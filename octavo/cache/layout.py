@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-SLACK = 256  # bytes after the last block: a kernel's last register may read that far beyond a row's end
+LANES = 16  # 32-bit lanes of the widest register that reads a row of V
+SLACK = 64  # bytes after the last block where rows are no whole registers: the last one reads beyond the row's end
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Layout:
         """Memory of `num_blocks` blocks, [num_blocks, heads, …] with the rest as above."""
         # Zeros, not empty: a raw row that was never written is masked by a weight of 0, and 0·NaN would be NaN.
         shape = (num_blocks, heads, *self._shape(width, dtype))
-        slack = 0 if self.order == "rows" else SLACK // dtype.itemsize
+        slack = SLACK // dtype.itemsize if self.order == "v-tiles" and width % LANES else 0
         size = torch.Size(shape).numel()
         return torch.zeros(size + slack, dtype=dtype, device=device)[:size].view(shape)
 

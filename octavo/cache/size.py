@@ -18,7 +18,7 @@ DEFAULT_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of the memory that is free once the
 
 def parse_bytes(text: str) -> int:
     """'4GiB', '512 MB', '1e9' → bytes."""
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    match = re.fullmatch(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[0-9]+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if not match:
         raise OctavoError(f"{text!r} is not an amount of memory; write it like 4GiB or 512MB")
     return int(float(match[1]) * UNITS[match[2]])

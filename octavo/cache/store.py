@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class RowStore:
             self.scales = self.scale_layout.allocate(num_blocks, heads, 1, torch.uint8, device)
         self.saturated = torch.zeros((), dtype=torch.int64, device=device)
         self.written = 0  # values
+        self.native: Any = None  # what a native kernel keeps of this store
 
     def write(self, x: Tensor, slots: Tensor) -> None:
         """Encode rows x [tokens, heads, dim] into slots [tokens]."""

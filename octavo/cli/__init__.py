@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import typer
 
+from octavo.cli.accuracy import accuracy
 from octavo.cli.calibrate import calibrate
 from octavo.cli.chat import chat
+from octavo.cli.doctor import doctor
 from octavo.cli.generate import generate
+from octavo.cli.memory import memory
+from octavo.cli.plan import plan
+from octavo.cli.speed import speed
 from octavo.errors import OctavoError
 
 app = typer.Typer(
     help="Calibrated int8 KV caches for Hugging Face language models. MODEL is a directory or a Hub id; with none, the "
     "small bundled model `pamphlet`.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # rich would take "[default: …]" for markup and drop it
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(calibrate)
 app.command()(chat)
 app.command()(generate)
+app.command()(accuracy)
+app.command()(doctor)
+app.command()(speed)
+app.command()(memory)
+app.command()(plan)
 
 lite = typer.Typer(help="The verb of LMDeploy's page: `octavo lite calibrate …`.", no_args_is_help=True)
 lite.command()(calibrate)
@@ -31,6 +43,7 @@ app.add_typer(lite, name="lite", hidden=True)
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Bad input is one line on stderr and status 2, an interrupt status 130."""
     argv = sys.argv[1:] if argv is None else argv
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
     if argv[:2] == ["chat", "turbomind"]:  # as on LMDeploy's page, which names its engine here
         argv = ["chat", *argv[2:]]
     try:

@@ -29,7 +29,9 @@ def calibrate(
     work_dir: Annotated[
         Path | None, typer.Option(help="Where the calibration is saved. [default: the model's directory, or a cache]")
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where files of the named data sets are looked for first.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where files of the named data sets are looked for first.")
+    ] = None,
     granularity: Annotated[str, typer.Option(help="Default of this calibration: tensor, head or channel.")] = "channel",
     headroom: Annotated[float, typer.Option(help="Default of this calibration: range served over range seen.")] = 1.5,
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
@@ -100,7 +102,9 @@ def _require_writable(directory: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OctavoError(f"nothing can be written in {directory} ({error.strerror}); name another with --work-dir") from None
+        raise OctavoError(
+            f"nothing can be written in {directory} ({error.strerror}); name another with --work-dir"
+        ) from None
 
 
 def progress() -> Any:

@@ -57,13 +57,37 @@ class LoadOptions:
 
 
 @dataclass
+class ShapeOptions:
+    """A model whose sizes are asked for: its config is enough."""
+
+    model: Annotated[
+        str | None, typer.Argument(help="A directory or a Hub id. [default: the bundled model]", show_default=False)
+    ] = None
+    config: Annotated[Path | None, option("A config.json in place of MODEL; no weights are needed.")] = None
+    dtype: Annotated[str, option("auto, bf16, fp16 or fp32.")] = "auto"
+
+    def locate(self) -> tuple[str, Path]:
+        """Name and path of what describes the model: a directory, or the config alone."""
+        from octavo.models.model import locate
+
+        if self.config is None:
+            return locate(self.model)
+        if self.model is not None:
+            raise OctavoError(f"MODEL {self.model} and --config {self.config} exclude each other")
+        if not self.config.is_file():
+            raise OctavoError(f"--config {self.config}: there is no such file; name a model's config.json")
+        return self.config.stem if self.config.stem != "config" else self.config.resolve().parent.name, self.config
+
+
+@dataclass
 class ServeOptions(LoadOptions):
     """How it is served."""
 
     kv: Annotated[str | None, option("KV cache format: int8, int8-token, … [default: the model's 16 bits]")] = None
     quant_policy: Annotated[int | None, option("0: 16 bits, 4 or 8: int8, as on LMDeploy's page.")] = None
     calibration: Annotated[
-        Path | None, option("File or directory of the calibration. [default: beside the model]", "--calibration", "--work-dir")
+        Path | None,
+        option("File or directory of the calibration. [default: beside the model]", "--calibration", "--work-dir"),
     ] = None
     granularity: Annotated[str | None, option("tensor, head or channel, in place of the calibration's.")] = None
     headroom: Annotated[float | None, option("Range served over range seen, in place of the calibration's.")] = None
@@ -123,7 +147,9 @@ class SamplingOptions:
         """The fields of SamplingParams that the command line sets."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self)}
         chosen["stop_token_ids"] = chosen.pop("stop_token_id")
-        return {name: value for name, value in chosen.items() if value is not None and value is not False and value != []}
+        return {
+            name: value for name, value in chosen.items() if value is not None and value is not False and value != []
+        }
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """`defaults` with what the command line sets; raises OctavoError for what makes no sense."""
@@ -131,7 +157,9 @@ class SamplingOptions:
         cuts = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name)]
         if cuts and self.temperature is None and chosen.temperature == 0:
             flag = "--" + cuts[0].replace("_", "-")
-            raise OctavoError(f"{flag} changes nothing: this model is greedy by default; give a --temperature above 0 too")
+            raise OctavoError(
+                f"{flag} changes nothing: this model is greedy by default; give a --temperature above 0 too"
+            )
         return chosen
 
     def check(self) -> None:
@@ -149,7 +177,7 @@ def takes(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[len(kinds) :]
         shared = []
         for kind in kinds:
-            hints = get_type_hints(kind, globals(), include_extras=True)
+            hints = get_type_hints(kind, include_extras=True)
             shared += [
                 inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
                 for f in fields(kind)

@@ -2,7 +2,8 @@
 
 Every format reads the same windows in lockstep with the baseline, through the same engine parts: perplexity, KL
 divergence from the baseline's next-token distribution, and how often the most likely token is the same one. KL is the
-sensitive one: perplexity can hide damage that goes both ways.
+sensitive one: perplexity can hide damage that goes both ways. What these small differences come to in an answer is
+`greedy` and `parting`: after how many tokens the answers of two formats part.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from octavo.attention import attend
+from octavo.attention import attend, layout_for
 from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
 from octavo.calibrate import Window
+from octavo.engine.sampling import SamplingParams
+from octavo.llm import LLM
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity, KVFormat
 
+BINS, BIN = 8, 64  # pieces that a window is looked at in, and what a piece's length is a multiple of
 CHUNK = 256  # rows of logits held at a time: a large vocabulary makes them the largest tensor of all
+
+
+Answers = Sequence[Sequence[int]]  # token ids
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,16 @@ class Candidate:
 
 
 @dataclass
+class Bin:
+    """Predictions of tokens `start` to `stop` − 1 of each window."""
+
+    start: int
+    stop: int
+    kl: float
+    kl_error: float
+
+
+@dataclass
 class Score:
     """Measured over `tokens` predictions in windows of one length; ± are standard errors over windows."""
 
@@ -45,12 +62,16 @@ class Score:
     tokens: int
     perplexity: float
     perplexity_error: float
+    loss_change: float  # nats per token, from the baseline on the same tokens
+    loss_change_error: float  # paired: far smaller than the perplexities' own
     kl: float  # mean, nats, from the baseline
     kl_error: float
     kl_p99: float
     kl_max: float
     agreement: float  # share of positions with the baseline's most likely token
+    agreement_error: float
     saturated: float  # share of K and V values outside the codec's range
+    kl_by_bin: list[Bin] = field(repr=False)
     kl_by_position: list[float] = field(repr=False)  # mean over windows, [length − 1]
 
 
@@ -74,7 +95,29 @@ def compare(
                 run.take(reference, reference if run is runs[0] else run.advance(rows), targets)
         if progress is not None:
             progress(done + 1)
-    return [run.score() for run in runs]
+    return [run.score(runs[0]) for run in runs]
+
+
+def greedy(
+    llm: LLM, prompts: Sequence[Sequence[int]], tokens: int, progress: Callable[[int], None] | None = None
+) -> Answers:
+    """The most likely continuation of each prompt, `tokens` tokens of it whatever they are."""
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    answers: dict[int, list[int]] = {}
+    for delta in llm.generate([list(prompt) for prompt in prompts], params, stream=True):
+        if delta.completion is not None:
+            answers[delta.index] = delta.completion.tokens
+            if progress is not None:
+                progress(len(answers))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def parting(answers: Answers, baseline: Answers) -> list[int | None]:
+    """How many tokens each answer shares with the baseline's before they part; None if they never do."""
+    return [
+        next((i for i, (own, other) in enumerate(zip(*pair, strict=True)) if own != other), None)
+        for pair in zip(answers, baseline, strict=True)
+    ]
 
 
 class _Run:
@@ -82,12 +125,13 @@ class _Run:
 
     def __init__(self, model: Model, candidate: Candidate, length: int):
         self.bound, self.candidate = model.bound, candidate
-        size = 64
+        formats = [candidate.format] * len(self.bound.layers)
+        layout = layout_for(self.bound.shapes, formats)
         self.cache = KVCache(
             self.bound.shapes,
-            candidate.format,
-            -(-length // size),
-            None,
+            formats,
+            -(-length // layout.block_size),
+            layout,
             candidate.calibration,
             candidate.granularity,
             candidate.headroom,
@@ -121,8 +165,11 @@ class _Run:
         self.kl[-1].append((reference.exp() * (reference - own)).sum(-1))
         self.same[-1].append((reference.argmax(-1) == own.argmax(-1)).float())
 
-    def score(self) -> Score:
-        loss, kl, same = (torch.stack([torch.cat(w) for w in m]).double() for m in (self.loss, self.kl, self.same))
+    def score(self, baseline: _Run) -> Score:
+        loss, kl, same, before = (
+            torch.stack([torch.cat(chunks) for chunks in measured]).double()  # [windows, length − 1]
+            for measured in (self.loss, self.kl, self.same, baseline.loss)
+        )
         stores = self.cache.stores
         perplexity = math.exp(loss.mean())
         return Score(
@@ -130,14 +177,28 @@ class _Run:
             tokens=loss.numel(),
             perplexity=perplexity,
             perplexity_error=perplexity * _standard_error(loss),
+            loss_change=(loss - before).mean().item(),
+            loss_change_error=_standard_error(loss - before),
             kl=kl.mean().item(),
             kl_error=_standard_error(kl),
             kl_p99=kl.flatten().kthvalue(max(1, round(0.99 * kl.numel()))).values.item(),
             kl_max=kl.max().item(),
             agreement=same.mean().item(),
+            agreement_error=_standard_error(same),
             saturated=sum(s.saturated.item() for s in stores) / max(1, sum(s.written for s in stores)),
+            kl_by_bin=[
+                Bin(start + 1, start + 1 + part.shape[1], part.mean().item(), _standard_error(part))
+                for start, part in _bins(kl)
+            ],
             kl_by_position=kl.mean(0).tolist(),
         )
+
+
+def _bins(per_token: Tensor) -> list[tuple[int, Tensor]]:
+    """[windows, tokens] cut into at most BINS pieces of whole blocks, the last of what is left: (start, piece)."""
+    width = BIN * -(-per_token.shape[1] // (BIN * BINS))
+    starts = range(0, per_token.shape[1], width)
+    return list(zip(starts, per_token.split(width, 1), strict=True))
 
 
 def _standard_error(per_token: Tensor) -> float:

@@ -1,7 +1,8 @@
 """What a model will take, without its weights: built and traced on torch's meta device, where tensors have shapes only.
 
 The same dry run that binds a model for serving (bind.py) tells the geometry of every layer's cache, so nothing is
-guessed from field names of a config, and a model that Octavo refuses is refused here with the same words.
+guessed from field names of a config, and most models that Octavo refuses are refused here with the same words; some
+show only by their values that they cannot be served.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ class Geometry:
         own, weights, linear = hf.dtype, sum(p.nbytes for p in hf.parameters()), _linear(hf)
         try:
             bound = bind(hf.to(torch.bfloat16))  # what experts' kernels want on the meta device; no shape depends on it
-        except RuntimeError as error:  # code that looks at values, which a meta tensor has none of
+        except OctavoError:
+            raise
+        except Exception as error:  # code that looks at values, which a meta tensor has none of
             bound = _with_values(path, dtype, weights, error)
         return cls(bound.shapes, own, bound.max_context, weights, linear)
 
 
-def _with_values(path: Path, dtype: str, weights: int, error: RuntimeError) -> BoundModel:
+def _with_values(path: Path, dtype: str, weights: int, error: Exception) -> BoundModel:
     """Bound with random weights: the few models whose code cannot run on shapes alone."""
     if 2 * weights > free_memory(torch.device("cpu")):
         raise OctavoError(

@@ -20,6 +20,12 @@ from octavo.quant.format import KVFormat
 BUNDLED = Path(__file__).parent.parent / "data" / "pamphlet"
 
 
+def locate(model: str | Path | None) -> tuple[str, Path]:
+    """Name and directory of a model as the user wrote it: a directory, a Hub id, or the bundled model if None."""
+    name = str(model if model is not None else BUNDLED.name)
+    return name, BUNDLED if name == BUNDLED.name and not Path(name).exists() else resolve(name)
+
+
 @dataclass
 class Model:
     """Made by `Model.load`; several LLMs may share one, each with a cache of its own format."""
@@ -49,8 +55,7 @@ class Model:
 
         `context` is the longest session to be served: some RoPE variants depend on it.
         """
-        name = str(model if model is not None else BUNDLED.name)
-        path = BUNDLED if name == BUNDLED.name and not Path(name).exists() else resolve(name)
+        name, path = locate(model)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         hf = load_model(

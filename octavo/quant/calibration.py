@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -135,7 +136,7 @@ def _read_header(path: Path, text: str | None) -> Header:
             raise OctavoError(
                 f"{path} is of calibration version {fields['version']}, this is {VERSION}; calibrate again"
             )
-        header = Header(**{**fields, "positions": tuple(fields["positions"])})
+        header = Header(**{**fields, "positions": tuple(fields["positions"]), "headroom": float(fields["headroom"])})
     except (ValueError, TypeError, KeyError):
         raise OctavoError(f"{path} has no Octavo header: it is another kind of file, or damaged") from None
     validate_choice(header.granularity, header.headroom)
@@ -143,15 +144,25 @@ def _read_header(path: Path, text: str | None) -> Header:
 
 
 def _layers(path: Path, tensors: dict[str, Tensor]) -> list[dict[str, Side]]:
+    """The statistics by layer and side; all of a side have one shape, and no range is empty or not finite."""
     layers: dict[int, dict[str, Side]] = {}
     for name, tensor in tensors.items():
-        _, index, side, statistic = name.split(".")
-        layers.setdefault(int(index), {}).setdefault(side, {})[statistic] = tensor
+        match = re.fullmatch(r"layers\.(\d+)\.([kv])\.(\w+)", name)
+        if match is None:
+            raise OctavoError(f"{path} holds {name}, which is no statistic of a layer; calibrate again")
+        layers.setdefault(int(match[1]), {}).setdefault(match[2], {})[match[3]] = tensor
     for i in range(len(layers)):
         for side in ("k", "v"):
             ranges = layers.get(i, {}).get(side, {})
-            if not {"min", "max"} <= ranges.keys() or not all(torch.isfinite(t).all() for t in ranges.values()):
+            shapes = {(t.dim(), t.shape) for t in ranges.values()}
+            if (
+                not {"min", "max"} <= ranges.keys()
+                or len(shapes) > 1
+                or ranges["min"].dim() != 2
+                or not all(torch.isfinite(t).all() for t in ranges.values())
+                or (ranges["min"] > ranges["max"]).any()
+            ):
                 raise OctavoError(
-                    f"{path}: the {side.upper()} ranges of layer {i} are missing or not finite; calibrate again"
+                    f"{path}: the {side.upper()} ranges of layer {i} are missing or damaged; calibrate again"
                 )
     return [layers[i] for i in range(len(layers))]

@@ -6,7 +6,7 @@ A row `x[D]` of one token and one KV head is stored as
     code = round((y − z) / s)         token part: s, z of this row; s = 1 and z = 0 in static formats
 
 The divisions are multiplications by float32 reciprocals that are part of the specification, so kernels that use the
-same numbers agree bit for bit (within one code where rotated: sums may be taken in another order).
+same numbers and the same order of sums agree bit for bit.
 
 The token scale is one byte, an index into a logarithmic table: row e holds rows whose largest |y| is at most
 `ABSMAX[e] = 2^((e + 1)/16 − 6)`, sixteen steps an octave over sixteen octaves. Eight bits: `code = round(y/s)` with
@@ -17,7 +17,7 @@ width and none spent on a symmetric zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,22 +57,20 @@ class Rows:
     saturated: Tensor | None = None
 
 
-@cache
-def hadamard(dim: int) -> Tensor:
-    """Orthonormal Hadamard matrix [dim, dim], float32, symmetric and its own inverse (Sylvester's construction).
-
-    Where `dim` is no power of two: block-diagonal, of the largest power of two that divides it (80 → five of 16).
-    """
-    size = dim & -dim
-    block = torch.ones(1, 1)
-    while len(block) < size:
-        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
-    return torch.block_diag(*[block / size**0.5] * (dim // size))
-
-
 def rotate(x: Tensor) -> Tensor:
-    """R x along the last dimension; R is its own inverse and transpose."""
-    return x @ hadamard(x.shape[-1]).to(x.device)
+    """R x along the last dimension [..., dim]: an orthonormal Hadamard transform, its own inverse and transpose.
+
+    Where `dim` is no power of two: block by block, of the largest power of two that divides it (80 → five of 16). A
+    butterfly of sums, not a matrix product: each row's codes are the same bits in any company, and in any kernel.
+    """
+    size = x.shape[-1] & -x.shape[-1]
+    y = x.unflatten(-1, (-1, size))
+    half = 1
+    while half < size:
+        low, high = y.unflatten(-1, (-1, 2, half)).unbind(-2)
+        y = torch.stack([low + high, low - high], -2).flatten(-3)
+        half *= 2
+    return (y * size**-0.5).flatten(-2)
 
 
 def pack(nibbles: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import hypothesis.strategies as st
 import numpy as np
@@ -76,13 +76,16 @@ class Layer:
         self.k_place = self.normal(case.kv_heads, case.k_dim) * case.place
         self.v_place = self.normal(case.kv_heads, case.v_dim) * case.place
         sides = {"k": self.ranges(self.k_place), "v": self.ranges(self.v_place)}
-        calibration = Calibration(HEADER, [sides]) if case.calibrated else None
+        self.calibration = Calibration(HEADER, [sides]) if case.calibrated else None
         each = -(-CONTEXT // case.block_size)
-        self.cache = KVCache(
-            [shape], KVFormat.parse(case.format), sequences * each, Layout(case.block_size), calibration, headroom=1.0
-        )
+        self.cache = self.empty_cache(sequences * each, "rows")
         order = torch.randperm(sequences * each, generator=self.random).tolist()
         self.sequences = [Sequence(order[i * each : (i + 1) * each]) for i in range(sequences)]
+
+    def empty_cache(self, blocks: int, order: Literal["rows", "tiles"]) -> KVCache:
+        layout = Layout(self.case.block_size, order)
+        format = KVFormat.parse(self.case.format)
+        return KVCache([self.spec.shape], format, blocks, layout, self.calibration, headroom=1.0)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.random)
@@ -141,7 +144,7 @@ def rows_of(store: RowStore, sequence: Sequence) -> Rows:
     codes = store.layout.read_rows(store.codes, table).transpose(0, 1)[:total]
     if store.scales is None:
         return Rows(codes)
-    return Rows(codes, store.layout.read_rows(store.scales, table).transpose(0, 1)[:total, :, 0])
+    return Rows(codes, store.scale_layout.read_rows(store.scales, table).transpose(0, 1)[:total, :, 0])
 
 
 def stored(store: RowStore, sequence: Sequence) -> Array:
@@ -566,6 +569,19 @@ def test_attending_reads_the_cache_and_changes_nothing(format: str) -> None:
     after = [t for store in layer.cache.stores for t in (store.codes, store.scales) if t is not None]
     assert first.any()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("format", ["fp32", *SOME])
+def test_the_layout_of_the_cache_does_not_change_an_answer(format: str) -> None:
+    layer = Layer(Case(format, sinks=True), sequences=2)
+    tiles = layer.empty_cache(layer.cache.num_blocks, "tiles").layers[0]
+    for work in ([(0, 30), (1, 50)], [(1, 1), (0, 1)]):
+        rows = sum(n for _, n in work)
+        q, k, v = layer.queries(rows), layer.keys(rows), layer.values(rows)
+        batch = Batch.build([(layer.sequences[i], n) for i, n in work], layer.case.block_size)
+        expected = layer.feed(work, q, k, v, batch)
+        tiles.write(k, v, batch.slots)
+        assert torch.equal(reference.attend(layer.spec, tiles, q, batch), expected)
 
 
 def test_a_layer_that_shares_another_reads_its_cache_and_writes_none() -> None:

@@ -29,7 +29,7 @@ def test_chunks_and_decodes_share_a_step() -> None:
     assert batch.ids.tolist() == [14, 20, 21, 22, 33, 34, 35, 40]
     assert batch.positions.tolist() == [4, 0, 1, 2, 3, 4, 5, 0]
     assert batch.slots.tolist() == [2 * 4 + 0, 20, 21, 22, 0 * 4 + 3, 9 * 4 + 0, 9 * 4 + 1, 12]
-    assert batch.block_table.tolist() == [[7, 2, 0], [5, 1, 0], [0, 9, 4], [3, 0, 0]]
+    assert batch.block_table.tolist() == [[7, 2, 2], [5, 1, 1], [0, 9, 4], [3, 3, 3]]
     assert batch.q_lens == [1, 3, 3, 1]
     assert batch.kv_lens == [5, 3, 6, 1]
     assert batch.logits_at.tolist() == [0, 6, 7]  # the second sequence's prompt goes on
@@ -75,6 +75,18 @@ def test_a_batch_on_another_device_is_one_copy_of_its_tensors() -> None:
     for name in ("ids", "positions", "slots", "block_table", "logits_at"):
         assert getattr(moved, name).device == meta
         assert getattr(batch, name).device == torch.device("cpu")
+
+
+def test_one_sequence_of_a_step_is_the_step_of_that_sequence() -> None:
+    work = [(Sequence([1, 2, 3], 1, [4, 5]), 2), (Sequence([6, 7, 8], 0, [2, 3]), 3), (Sequence([9], 0, [0]), 1)]
+    batch = Batch.build(work, 2)
+    for i, one in enumerate(work):
+        alone, part = Batch.build([one], 2), batch.only(i)
+        for name in ("ids", "positions", "slots"):
+            assert torch.equal(getattr(part, name), getattr(alone, name))
+        assert (part.q_lens, part.kv_lens) == (alone.q_lens, alone.kv_lens)
+        assert part.block_table[:, : len(one[0].block_table)].tolist() == [one[0].block_table]
+        assert part.plan is not batch.plan
 
 
 @st.composite

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from octavo.cache.layout import Layout
+from octavo.cache.layout import SLACK, Layout
 from octavo.cache.store import KVCache, LayerShape, Memory, RowStore
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.codec import Rows, Static, decode, encode, rotate
@@ -16,6 +18,7 @@ from octavo.quant.format import CODECS, KVFormat
 
 CPU = torch.device("cpu")
 HEADER = Header("f", dataset="none", samples=1, seqlen=1, tokens=1, positions=(0, 0))
+ORDERS: list[Any] = ["rows", "tiles"]
 TOKEN_NAMES = [name for name in CODECS if "token" in name]
 
 
@@ -38,19 +41,31 @@ def calibration(shapes: list[LayerShape], low: float = -4.0, high: float = 4.0) 
 
 
 def store(
-    name: str, heads: int = 2, dim: int = 6, blocks: int = 4, size: int = 8, static: Static | None = None
+    name: str,
+    heads: int = 2,
+    dim: int = 6,
+    blocks: int = 4,
+    size: int = 8,
+    static: Static | None = None,
+    order: Any = "rows",
 ) -> RowStore:
     if name == "int8" and static is None:
         static = Static(torch.zeros(heads, dim), torch.ones(heads, dim) / 16)
-    return RowStore(CODECS[name], heads, dim, static, Layout(size), blocks, CPU)
+    return RowStore(CODECS[name], heads, dim, static, Layout(size, order), blocks, CPU)
 
 
 def read_decoded(rows: RowStore, slots: Tensor) -> Tensor:
     """The values that the given slots stand for, [tokens, heads, dim], through the layout alone."""
     every = torch.arange(len(rows.codes))
     codes = rows.layout.read_rows(rows.codes, every).transpose(0, 1)[slots]
-    scales = None if rows.scales is None else rows.layout.read_rows(rows.scales, every).transpose(0, 1)[slots][..., 0]
+    scales = (
+        None if rows.scales is None else rows.scale_layout.read_rows(rows.scales, every).transpose(0, 1)[slots][..., 0]
+    )
     return decode(Rows(codes, scales), rows.codec, rows.dim, rows.static)
+
+
+def tensors_of(cache: KVCache) -> list[Tensor]:
+    return [t for store in cache.stores for t in (store.codes, store.scales) if t is not None]
 
 
 # Layout
@@ -97,13 +112,66 @@ def test_writing_no_rows_changes_nothing() -> None:
     assert not memory.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("order", ["k-tiles", "v-tiles"])
+def test_tiles_give_back_the_rows_that_were_written(order: Any, dtype: torch.dtype) -> None:
+    layout, generator = Layout(8, order), torch.Generator().manual_seed(0)
+    memory = layout.allocate(4, 3, 12, dtype, CPU)
+    slots = torch.randperm(32, generator=generator)[:21]
+    rows = torch.randint(0, 256, (21, 3, 12), generator=generator).to(torch.uint8)
+    rows = rows.view(torch.int8) if dtype == torch.int8 else rows.to(dtype)
+    layout.write_rows(memory, slots[:10], rows[:10])
+    layout.write_rows(memory, slots[10:], rows[10:])
+    back = layout.read_rows(memory, torch.arange(4))
+    assert back.dtype == dtype
+    assert torch.equal(back.transpose(0, 1)[slots], rows)
+    swapped = layout.read_rows(memory, torch.tensor([2, 0]))
+    assert torch.equal(swapped, torch.cat([back[:, 16:24], back[:, :8]], 1))
+    swapped.zero_()
+    assert torch.equal(layout.read_rows(memory, torch.arange(4)), back)
+
+
+def test_tiles_put_each_code_where_the_kernels_look_for_it() -> None:
+    rows = torch.randint(-128, 128, (8, 2, 12), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    k_layout, v_layout = Layout(8, "k-tiles"), Layout(8, "v-tiles")
+    k, v = (layout.allocate(1, 2, 12, torch.int8, CPU) for layout in (k_layout, v_layout))
+    floats = k_layout.allocate(1, 2, 12, torch.float32, CPU)
+    k_layout.write_rows(k, torch.arange(8), rows)
+    v_layout.write_rows(v, torch.arange(8), rows)
+    k_layout.write_rows(floats, torch.arange(8), rows.float())
+    assert k.shape == (1, 2, 3, 8, 4)
+    assert v.shape == (1, 2, 2, 12, 4)
+    assert floats.shape == (1, 2, 12, 8)
+    for token in range(8):
+        for d in range(12):
+            code = rows[token, :, d].tolist()
+            assert (k.view(torch.uint8)[0, :, d // 4, token, d % 4].int() - 128).tolist() == code
+            assert v[0, :, token // 4, d, token % 4].tolist() == code
+            assert floats[0, :, d, token].tolist() == code
+
+
+@pytest.mark.parametrize("order", ["k-tiles", "v-tiles"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_tiles_end_with_room_for_a_registers_overrun(order: Any, dtype: torch.dtype) -> None:
+    memory = Layout(8, order).allocate(2, 1, 8, dtype, CPU)
+    assert memory.numel() == 2 * 8 * 8
+    assert memory.untyped_storage().nbytes() == memory.nbytes + SLACK
+    assert not memory.any()
+
+
+def test_a_layout_of_tiles_differs_by_side_and_one_of_rows_does_not() -> None:
+    assert Layout(16, "tiles").of("k") == Layout(16, "k-tiles")
+    assert Layout(16, "tiles").of("v") == Layout(16, "v-tiles")
+    assert Layout(16).of("k") == Layout(16).of("v") == Layout(16)
+
+
 # RowStore
 
 
 @pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("dim", [6, 7])
-def test_a_store_holds_the_codes_of_what_was_written(name: str, dim: int) -> None:
-    rows, generator = store(name, dim=dim), torch.Generator().manual_seed(1)
+@pytest.mark.parametrize(("dim", "order"), [(6, "rows"), (7, "rows"), (8, "k-tiles"), (8, "v-tiles")])
+def test_a_store_holds_the_codes_of_what_was_written(name: str, dim: int, order: str) -> None:
+    rows, generator = store(name, dim=dim, order=order), torch.Generator().manual_seed(1)
     slots = torch.randperm(32, generator=generator)[:20]
     x = torch.randn(20, 2, dim, generator=generator)
     rows.write(x[:5], slots[:5])
@@ -113,9 +181,9 @@ def test_a_store_holds_the_codes_of_what_was_written(name: str, dim: int) -> Non
 
 
 @pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("dim", [6, 7])
-def test_read_gives_centered_codes_and_their_scales(name: str, dim: int) -> None:
-    rows, generator = store(name, dim=dim), torch.Generator().manual_seed(2)
+@pytest.mark.parametrize(("dim", "order"), [(6, "rows"), (7, "rows"), (8, "k-tiles"), (8, "v-tiles")])
+def test_read_gives_centered_codes_and_their_scales(name: str, dim: int, order: str) -> None:
+    rows, generator = store(name, dim=dim, order=order), torch.Generator().manual_seed(2)
     x = torch.randn(32, 2, dim, generator=generator)
     rows.write(x, torch.arange(32))
     blocks = torch.tensor([2, 0])
@@ -201,10 +269,16 @@ def test_a_cache_takes_exactly_what_its_format_says() -> None:
         per_token = parse(name).token_bytes(2, 8, 8) + parse(name).token_bytes(3, 16, 5)
         assert cache.token_nbytes == per_token
         assert cache.block_nbytes == 16 * per_token
-        assert cache.nbytes == 6 * 16 * per_token
-        assert cache.nbytes == sum(
-            t.nbytes for s in cache.stores for t in (s.codes, s.scales) if t is not None
-        )  # fmt: skip
+        assert cache.nbytes == 6 * 16 * per_token == sum(t.nbytes for t in tensors_of(cache))
+
+
+@pytest.mark.parametrize("name", [*CODECS, "k8v4"])
+def test_tiles_take_the_same_bytes_a_token_and_a_little_at_the_end(name: str) -> None:
+    shapes = [LayerShape(2, 16, 8)]
+    rows, tiles = (KVCache(shapes, parse(name), 6, Layout(16, order), calibration(shapes)) for order in ORDERS)
+    assert (tiles.token_nbytes, tiles.block_nbytes) == (rows.token_nbytes, rows.block_nbytes)
+    assert tiles.nbytes == rows.nbytes + 2 * SLACK
+    assert tiles.memory() == replace(rows.memory(), padding=2 * SLACK)
 
 
 def test_int8_takes_exactly_half_of_bf16() -> None:
@@ -219,7 +293,7 @@ def test_the_parts_of_memory_add_up_to_the_tensors(name: str, dim: int) -> None:
     shapes = [LayerShape(2, dim, dim + 2), LayerShape(3, 16, dim)]
     cache = KVCache(shapes, parse(name), 6, Layout(16), calibration(shapes))
     memory = cache.memory()
-    tensors = [t for s in cache.stores for t in (s.codes, s.scales) if t is not None]
+    tensors = tensors_of(cache)
     assert memory.codes + memory.padding + memory.scales == sum(t.nbytes for t in tensors) == cache.nbytes
     assert memory.scales == sum(s.scales.nbytes for s in cache.stores if s.scales is not None)
     held = [t for s in cache.stores if s.static for t in (s.static.mu, s.static.c, s.static.reciprocal)]

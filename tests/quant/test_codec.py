@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.quant.codec import Rows, Static, centered, decode, encode, hadamard, pack, rotate, token_scale, unpack
+from octavo.quant.codec import Rows, Static, centered, decode, encode, pack, rotate, token_scale, unpack
 from octavo.quant.format import CODECS, Codec, Granularity
 from octavo.quant.statistics import static_part
 
@@ -49,6 +49,11 @@ def ranges(x: Array, granularity: Granularity) -> tuple[Array, Array]:
 
 def calibrated(x: Array, granularity: Granularity = "channel", headroom: float = 1.0) -> Static:
     return static_part(torch.from_numpy(x).amin(0), torch.from_numpy(x).amax(0), granularity, headroom)
+
+
+def hadamard(dim: int) -> torch.Tensor:
+    """The matrix that `rotate` applies."""
+    return rotate(torch.eye(dim))
 
 
 def numpy_hadamard(dim: int) -> Array:

@@ -1,0 +1,151 @@
+"""The CPU decode kernel against torch's own attention, against our 16-bit kernel, and against the memory's speed.
+
+One layer, one new token for each sequence, block tables random. torch's bf16 `scaled_dot_product_attention` (q length 1)
+gets contiguous K and V; a plain streaming read sums the bytes of the same blocks through the same table. In each round
+every contestant runs in turn; what is reported is the median over rounds of the ratio within a round, with its range.
+The last line is one JSON document.
+
+    python benchmarks/attention_cpu.py --out benchmarks/results/attention-cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from machine import describe
+from torch import Tensor
+
+from octavo.attention import AttentionSpec, attend, cpu
+from octavo.cache.batch import Batch
+from octavo.cache.layout import Layout
+from octavo.cache.store import KVCache, LayerShape
+from octavo.quant.calibration import Calibration, Header
+from octavo.quant.format import KVFormat
+
+DIM = 128
+CASES = [  # batch, tokens, query heads, KV heads
+    (8, 4096, 32, 8),
+    (8, 4096, 32, 32),
+    (1, 32768, 32, 8),
+    *((batch, tokens, 32, 8) for batch in (1, 8, 32) for tokens in (64, 512, 2048, 8192)),
+]
+FORMATS = ("bf16", "int8", "int8-token", "int4-token")
+
+
+class Sequence:
+    def __init__(self, tokens: int, blocks: list[int]):
+        self.tokens, self.num_cached, self.block_table = [0] * tokens, tokens - 1, blocks
+
+
+class Contestant:
+    """Decode attention of one format over caches that are full."""
+
+    def __init__(self, name: str, batch: int, tokens: int, heads: int, kv_heads: int):
+        blocks = -(-tokens // 64)
+        shape = LayerShape(kv_heads, DIM, DIM)
+        side = {"min": torch.full((kv_heads, DIM), -5.0), "max": torch.full((kv_heads, DIM), 5.0)}
+        calibration = Calibration(Header("", "", 0, 0, 0, (0, 0)), [{"k": side, "v": side}])
+        table = torch.randperm(batch * blocks).view(batch, blocks)
+        self.cache = KVCache([shape], KVFormat.parse(name), batch * blocks, Layout(order="tiles"), calibration)
+        self.spec = AttentionSpec(shape, heads, DIM**-0.5)
+        for store in self.cache.stores:  # codes and scales of plausible rows, in any order
+            if store.codec.kind == "raw":
+                store.codes.copy_(torch.randn(store.codes.shape))
+            else:
+                store.codes.copy_(torch.randint(-100, 100, store.codes.shape))
+            if store.scales is not None:
+                store.scales.fill_(120)
+        self.batch = Batch.build([(Sequence(tokens, row.tolist()), 1) for row in table], 64)
+        self.q = torch.randn(batch, heads, DIM, dtype=torch.bfloat16)
+        self.kv = torch.randn(2, batch, kv_heads, DIM, dtype=torch.bfloat16)
+
+    def __call__(self) -> None:
+        attend(self.spec, self.cache.layers[0], self.q, *self.kv, self.batch)
+
+
+def torch_attention(batch: int, tokens: int, heads: int, kv_heads: int) -> Callable[[], Tensor]:
+    q = torch.randn(batch, heads, 1, DIM, dtype=torch.bfloat16)
+    k, v = torch.randn(2, batch, kv_heads, tokens, DIM, dtype=torch.bfloat16)
+    return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != kv_heads)
+
+
+def streaming_read(contestant: Contestant) -> Callable[[], None]:
+    """Reads each block of the contestant's codes once, in the order of its table."""
+    stores = contestant.cache.stores
+    table = contestant.batch.block_table.flatten()
+
+    def run() -> None:
+        for store in stores:
+            cpu.stream(store, table)
+
+    return run
+
+
+def seconds(run: Callable[[], Any], least: float) -> float:
+    """Median of single runs, repeated for at least that many seconds."""
+    times: list[float] = []
+    while sum(times) < least or len(times) < 3:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure(case: tuple[int, int, int, int], rounds: int, least: float) -> dict[str, Any]:
+    contestants: dict[str, Callable[[], Any]] = {name: Contestant(name, *case) for name in FORMATS}
+    contestants["read"] = streaming_read(contestants["int8"])  # type: ignore[arg-type]
+    contestants["torch"] = torch_attention(*case)
+    for run in contestants.values():
+        run()
+    results = [{name: seconds(run, least) for name, run in contestants.items()} for _ in range(rounds)]
+
+    def ratio(slow: str, fast: str) -> dict[str, Any]:
+        values = sorted(result[slow] / result[fast] for result in results)
+        return {"median": round(statistics.median(values), 3), "range": [round(values[0], 3), round(values[-1], 3)]}
+
+    return {
+        **dict(zip(("batch", "tokens", "heads", "kv_heads"), case, strict=True)),
+        "ms": {name: round(1e3 * statistics.median(r[name] for r in results), 4) for name in contestants},
+        "int8_over_torch": ratio("torch", "int8"),
+        "int8_share_of_streaming_read": ratio("read", "int8"),
+        "int8_over_bf16": ratio("bf16", "int8"),
+        "int8_token_over_int8": ratio("int8", "int8-token"),
+        "int4_token_over_int8": ratio("int8", "int4-token"),
+    }
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--rounds", type=int, default=7)
+    cli.add_argument("--seconds", type=float, default=0.1, help="least time of each run of a round")
+    cli.add_argument("--isa", help="another instruction set than the best")
+    cli.add_argument("--cases", type=int, default=len(CASES))
+    cli.add_argument("--out", type=Path)
+    args = cli.parse_args()
+
+    torch.manual_seed(0)
+    assert cpu.unavailable() is None, cpu.unavailable()
+    if args.isa:
+        cpu._native.use(args.isa)
+    rows = []
+    for case in CASES[: args.cases]:
+        row = measure(case, args.rounds, args.seconds)
+        rows.append(row)
+        parts = (f"{key} {value['median']:.2f}" for key, value in row.items() if isinstance(value, dict) and "median" in value)
+        print(f"{case}: {'  '.join(parts)}   {row['ms']}", flush=True)
+    document = {"benchmark": "attention_cpu", **describe(), "isa": cpu._native.isa(), "rounds": args.rounds, "rows": rows}
+    if args.out:
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+// What Python hands to the kernels: plain structs of pointers and sizes, the same for every instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace octavo {
+
+constexpr int BLOCK = 64;  // tokens of a block
+
+enum class Code : int { BF16, FP16, FP32, INT8, INT4 };
+enum class Float : int { BF16, FP16, FP32 };
+
+// One side, K or V, of one layer's cache. A head's rows of a block are `head_bytes` apart, blocks `heads·head_bytes`:
+//
+//     K   raw [dim][64]      INT8 u8 = code + 128 [dim/4][64][4]      INT4 two a byte [dim/8][64][4]
+//     V   raw [64][dim]      INT8 [64/4][dim][4]                      INT4 [64/4][dim/2][4]
+//
+// INT4 holds value d in the low half of byte d and value d + dim/2 in the high half.
+struct Side {
+    Code code;
+    int heads, dim;
+    bool is_k, rotated;
+    uint8_t* codes;
+    uint8_t* scales;  // [blocks, heads, 64] or null: no token scale
+    const float *mu, *c, *reciprocal;  // [heads, dim] or null: no static part
+    const float *token_scale, *token_reciprocal, *token_limit;  // [256], of the specification
+    int64_t head_bytes;
+    int64_t* saturated;
+};
+
+struct Attention {
+    int heads;  // of queries
+    float scale;
+    int64_t window;  // 0: none
+    float softcap;   // 0: none
+    const float* sinks;  // [heads] or null
+};
+
+// Query rows of the step that attend in this call; all sequences in order, each with few new tokens.
+struct Step {
+    int sequences;
+    const int64_t* first_row;  // [sequences] its first row in q and out
+    const int64_t* new_tokens;  // [sequences]
+    const int64_t* kv_len;  // [sequences]
+    const int64_t* table;  // [sequences, table_width]
+    int64_t table_width;
+};
+
+struct Rows {  // x[token, head, ·]: strides in elements, the last dimension is contiguous
+    const void* data;
+    Float type;
+    int64_t token_stride, head_stride;
+};
+
+typedef void (*Task)(int64_t begin, int64_t end, void* context);
+typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Task task, void* context);
+
+struct Pool {  // torch's own threads
+    ParallelFor parallel_for;
+    int threads;
+};
+
+struct Kernels {
+    const char* name;
+    void (*write)(const Side&, const Rows& x, const int64_t* slots, int64_t tokens, const Pool&);
+    void (*decode)(const Side& k, const Side& v, const Attention&, const Step&, const Rows& q, void* out, const Pool&);
+    // Rows of some blocks of one head as numbers: out [blocks·64, dim], without the static part and the rotation.
+    void (*read)(const Side&, int head, const int64_t* blocks, int64_t count, Float type, void* out, const Pool&);
+    // Nothing but reading the codes of the blocks, all heads: what the memory allows. Returns their sum.
+    int64_t (*stream)(const Side&, const int64_t* blocks, int64_t count, const Pool&);
+};
+
+}  // namespace octavo

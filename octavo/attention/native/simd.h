@@ -1,0 +1,199 @@
+// One vector register of 32-bit lanes, in whatever the file is compiled for: AVX-512, AVX2, NEON or plain C++.
+//
+// Arithmetic, comparison and selection are the compiler's own vector operators. What they lack is here: the four-byte
+// dot product that attention on codes is made of, conversions from 16-bit floats, and exp.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace octavo::ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // 32-bit lanes of a register
+constexpr int ROWS = 2;  // query rows that share a pass over K: as many accumulators as there are registers for
+#elif defined(__AVX2__)
+constexpr int W = 8;
+constexpr int ROWS = 1;
+#else
+constexpr int W = 4;
+constexpr int ROWS = 1;
+#endif
+constexpr int PASS = 4;  // registers of tokens (for K) or channels (for V) in a pass
+
+typedef float f32v __attribute__((vector_size(4 * W)));
+typedef int32_t i32v __attribute__((vector_size(4 * W)));
+typedef uint32_t u32v __attribute__((vector_size(4 * W)));
+typedef uint8_t u8v __attribute__((vector_size(4 * W)));
+typedef uint16_t u16h __attribute__((vector_size(2 * W)));
+
+template <class V>
+inline V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V>
+inline void store(void* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+inline f32v splat(float x) { return x - f32v{}; }
+inline i32v splat(int32_t x) { return x - i32v{}; }
+inline f32v to_float(i32v x) { return __builtin_convertvector(x, f32v); }
+inline f32v max(f32v a, f32v b) { return a > b ? a : b; }
+template <int... I>
+inline i32v counting(std::integer_sequence<int, I...>) { return i32v{I...}; }
+inline i32v counting() { return counting(std::make_integer_sequence<int, W>{}); }  // 0, 1, 2, …
+
+template <int BY, int... I>
+inline f32v turned(f32v a, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, a, ((I + BY) % W)...);
+}
+// One number from all lanes, by halves.
+template <int BY = W / 2, class Op>
+inline float reduce(f32v a, Op op) {
+    a = op(a, turned<BY>(a, std::make_integer_sequence<int, W>{}));
+    if constexpr (BY > 1) return reduce<BY / 2>(a, op);
+    else return a[0];
+}
+inline float max(f32v a) {
+    return reduce(a, [](f32v x, f32v y) { return max(x, y); });
+}
+inline float sum(f32v a) {
+    return reduce(a, [](f32v x, f32v y) { return x + y; });
+}
+// The low byte of each lane, W bytes in a row.
+inline void store_bytes(uint8_t* p, i32v x) {
+    typedef uint8_t u8q __attribute__((vector_size(W)));
+    store(p, __builtin_convertvector((u32v)x & 255u, u8q));
+}
+
+// acc[i] + Σ_{j<4} a[4i+j]·b[4i+j], a unsigned, b signed, without saturation.
+inline i32v dot4(i32v acc, u8v a, u8v b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+    return (i32v)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    const __m512i x = (__m512i)a, y = (__m512i)b, low = _mm512_set1_epi16(255);
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(x, low), _mm512_srai_epi16(_mm512_slli_epi16(y, 8), 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(x, 8), _mm512_srai_epi16(y, 8));
+    return acc + (i32v)even + (i32v)odd;
+#elif defined(__AVXVNNI__)
+    return (i32v)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    // vpmaddubsw would saturate at int16: widen even and odd bytes instead.
+    const __m256i x = (__m256i)a, y = (__m256i)b, low = _mm256_set1_epi16(255);
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(x, low), _mm256_srai_epi16(_mm256_slli_epi16(y, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(y, 8));
+    return acc + (i32v)even + (i32v)odd;
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return (i32v)vusdotq_s32((int32x4_t)acc, (uint8x16_t)a, (int8x16_t)b);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    // Signed by signed only: a = (a − 128) + 64 + 64.
+    const int8x16_t y = (int8x16_t)b, x = (int8x16_t)(a ^ (uint8_t)128), half = vdupq_n_s8(64);
+    return (i32v)vdotq_s32(vdotq_s32(vdotq_s32((int32x4_t)acc, x, y), half, y), half, y);
+#else
+    for (int i = 0; i < W; i++)
+        for (int j = 0; j < 4; j++) acc[i] += int32_t(a[4 * i + j]) * int8_t(b[4 * i + j]);
+    return acc;
+#endif
+}
+
+// The four bytes at p in every lane.
+inline u8v splat4(const void* p) {
+    int32_t word;
+    std::memcpy(&word, p, 4);
+    return (u8v)splat(word);
+}
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+inline float to_float(fp16 x) {
+    const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+    float f;
+    if (rest >= 0x7c00) {  // inf, NaN
+        const uint32_t bits = 0x7f800000u | (rest & 0x3ff) << 13;
+        std::memcpy(&f, &bits, 4);
+    } else {  // an exponent shift that normal and subnormal numbers share
+        const uint32_t bits = rest << 13;
+        std::memcpy(&f, &bits, 4);
+        f *= 0x1p112f;
+    }
+    return sign ? -f : f;
+}
+inline void from_float(float x, float& out) { out = x; }
+inline void from_float(float x, bf16& out) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) out.bits = uint16_t(bits >> 16 | 64);  // NaN stays NaN
+    else out.bits = uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);          // to even
+}
+inline void from_float(float x, fp16& out) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint16_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) { out.bits = sign | 0x7e00; return; }
+    if (bits >= 0x477ff000u) { out.bits = sign | 0x7c00; return; }  // rounds beyond the largest
+    if (bits < 0x38800000u) {  // subnormal: let a float addition do the rounding
+        float f;
+        std::memcpy(&f, &bits, 4);
+        f += 0.5f;
+        uint32_t rounded;
+        std::memcpy(&rounded, &f, 4);
+        out.bits = sign | uint16_t(rounded - 0x3f000000u);
+        return;
+    }
+    bits += 0xfff + (bits >> 13 & 1);
+    out.bits = sign | uint16_t((bits - 0x38000000u) >> 13);
+}
+
+inline f32v load_float(const float* p) { return load<f32v>(p); }
+inline f32v load_float(const bf16* p) {
+    return (f32v)(__builtin_convertvector(load<u16h>(p), u32v) << 16);
+}
+inline f32v load_float(const fp16* p) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_cvtph_ps(load<__m256i>(p));
+#elif defined(__F16C__)
+    return (f32v)_mm256_cvtph_ps(load<__m128i>(p));
+#else
+    f32v v;
+    for (int i = 0; i < W; i++) v[i] = to_float(p[i]);
+    return v;
+#endif
+}
+
+// e^x for x ≤ 0, relative error below 2e-7; 0 below −87 (and for −inf, which masks).
+inline f32v exp(f32v x) {
+    const f32v bounded = max(x, splat(-87.0f));
+    const f32v magic = splat(0x1.8p23f);  // adding it rounds to an integer
+    const f32v n = (bounded * 1.44269504f + magic) - magic;
+    const f32v r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    f32v p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const i32v power = (__builtin_convertvector(n, i32v) + 127) << 23;
+    return x < -87.0f ? f32v{} : p * (f32v)power;
+}
+
+}  // namespace octavo::ISA

@@ -1,0 +1,269 @@
+"""`octavo accuracy`: what a cache format costs, on a text of the user's or on benchmark tasks.
+
+Theory first, then what was measured. Tables go to stdout, progress to stderr; with --json stdout is one document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import quantiles
+from typing import TYPE_CHECKING, Annotated, Any
+
+from octavo.cli.options import LoadOptions, option, takes
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from octavo.corpus import Texts
+    from octavo.measure.accuracy import Candidate
+    from octavo.models.model import Model
+
+WINDOW, WINDOWS = 1024, 16
+PROMPT, ANSWER, PROMPTS = 256, 256, 16  # tokens, tokens, and how many, to see where greedy answers part
+
+
+def about_text(help: str, *names: str, **more: Any) -> Any:
+    return option(help, *names, panel="On a text", **more)
+
+
+def about_tasks(help: str, *names: str, **more: Any) -> Any:
+    return option(help, *names, panel="On benchmark tasks", **more)
+
+
+@takes(LoadOptions)
+def accuracy(
+    options: LoadOptions,
+    kv: Annotated[
+        str | None,
+        option(
+            "Formats to compare, as in fp16,int8; the first is the baseline, beside a single one the model's 16 bits. "
+            "[default: these, int8 if the model is calibrated, int8-token]"
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        option("File or directory of the calibration. [default: beside the model]", "--calibration", "--work-dir"),
+    ] = None,
+    granularity: Annotated[str | None, option("tensor, head or channel, in place of the calibration's.")] = None,
+    headroom: Annotated[float | None, option("Range served over range seen, in place of the calibration's.")] = None,
+    data_dir: Annotated[Path | None, option("Where files of the named text or of the tasks are.")] = None,
+    text: Annotated[
+        str | None,
+        about_text(
+            "A .txt or .jsonl file, or ptb, c4, wikitext2, pileval. [default: evaluation.txt of the bundled model]"
+        ),
+    ] = None,
+    windows: Annotated[int | None, about_text(f"At most so many windows of it. [default: {WINDOWS}]", min=1)] = None,
+    window: Annotated[int | None, about_text(f"Tokens in a window. [default: {WINDOW}]", min=2)] = None,
+    tasks: Annotated[
+        str | None,
+        about_tasks(
+            "all, or some of winogrande, nq_open, gsm8k, bbh, openbookqa, openbookqa_fact, eprstmt, crows_pairs, "
+            "bbh/word_sorting, …"
+        ),
+    ] = None,
+    limit: Annotated[int | None, about_tasks("Only the first so many documents, of bbh of each subset.", min=1)] = None,
+    max_batch_size: Annotated[int | None, about_tasks("Documents at a time. [default: 16]", min=1)] = None,
+    results: Annotated[
+        Path | None,
+        about_tasks("Where results are kept, so that a run can go on. [default: beside the calibration]"),
+    ] = None,
+    json: Annotated[bool, option("One JSON document on stdout.", "--json")] = False,
+) -> None:
+    """Measure what a KV cache format of MODEL costs in accuracy."""
+    from octavo.cli import accuracy_tables, document
+
+    on_text = text is not None or tasks is None
+    _refuse({"--limit": limit, "--max-batch-size": max_batch_size, "--results": results}, tasks is not None, "--tasks")
+    _refuse({"--windows": windows, "--window": window}, on_text, "--text")
+    parts, skipped = _parts(tasks, data_dir) if tasks is not None else ([], {})
+    source = _text(text, data_dir) if on_text else None
+    model = options.load()
+    candidates = _candidates(model, kv, calibration, granularity, headroom)
+    read = _windows(model, source, windows or WINDOWS, window) if source is not None else []
+    found = _about(model) | {"baseline": candidates[0].name, "theory": _theory(model, candidates)}
+    if not json:
+        accuracy_tables.show_theory(found)
+    if source is not None:
+        found["text"] = _on_text(model, candidates, source.name, read)
+        if not json:
+            accuracy_tables.show_text(found)
+    if parts:
+        where = results or model.work_dir / "accuracy"
+        found["tasks"] = _on_tasks(model, candidates, parts, where, limit, max_batch_size or 16) | {"skipped": skipped}
+        if not json:
+            accuracy_tables.show_tasks(found)
+    if json:
+        document.show(found)
+
+
+def _refuse(given: dict[str, Any], right: bool, other: str) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if names and not right:
+        raise OctavoError(f"{names[0]} goes with {other}, which is not given")
+
+
+def _parts(tasks: str, data_dir: Path | None) -> tuple[list[Any], dict[str, str]]:
+    from octavo.measure.tasks import documents, require_harness, select
+
+    parts, skipped = select(tasks, data_dir)
+    require_harness()
+    for part in parts:
+        documents.check(part)
+    return parts, skipped
+
+
+def _text(text: str | None, data_dir: Path | None) -> Texts:
+    from octavo.corpus import load_texts
+    from octavo.models.model import BUNDLED
+
+    return load_texts(str(BUNDLED / "evaluation.txt") if text is None else text, data_dir, "test")
+
+
+def _candidates(
+    model: Model, kv: str | None, calibration: Path | None, granularity: str | None, headroom: float | None
+) -> list[Candidate]:
+    """The formats to compare, the baseline first."""
+    from octavo.cli.speed import formats
+    from octavo.measure.accuracy import Candidate
+    from octavo.quant.calibration import validate_choice
+    from octavo.quant.format import RAW_NAMES, KVFormat
+
+    validate_choice(granularity or "channel", 1.0 if headroom is None else headroom)
+    names = formats(model, kv, calibration)
+    if len(names) == 1:
+        names = list(dict.fromkeys([RAW_NAMES[str(model.bound.dtype)[6:]], *names]))
+    parsed = [KVFormat.parse(name) for name in names]
+    return [
+        Candidate(str(f), f, model.calibration(calibration, f), granularity, headroom)  # type: ignore[arg-type]  # checked
+        for f in parsed
+    ]
+
+
+def _about(model: Model) -> dict[str, Any]:
+    from octavo.measure.machine import describe
+
+    return {
+        "command": "accuracy",
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "dtype": str(model.bound.dtype)[6:],
+        "machine": describe(model.bound.device),
+    }
+
+
+def _theory(model: Model, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """Computed from the model's geometry, not measured."""
+    shapes = model.bound.shapes
+    bytes_ = [sum(shape.token_bytes(candidate.format) for shape in shapes) for candidate in candidates]
+    return [
+        {"how": "computed", "format": candidate.name, "bytes_per_token": own, "times_smaller": bytes_[0] / own}
+        for candidate, own in zip(candidates, bytes_, strict=True)
+    ]
+
+
+def _windows(model: Model, source: Texts, count: int, length: int | None) -> list[list[int]]:
+    from octavo.windows import consecutive_windows
+
+    context = model.bound.max_context
+    if length is not None and length > context:
+        raise OctavoError(
+            f"a window of {length} tokens is longer than {model.name}'s context of {context}: lower --window"
+        )
+    return consecutive_windows(source, model.tokenizer, length or min(WINDOW, context), count)
+
+
+def _on_text(
+    model: Model, candidates: Sequence[Candidate], name: str, windows: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    from octavo.cli.calibrate import progress
+    from octavo.measure.accuracy import compare
+
+    with progress() as bar:
+        task = bar.add_task(f"reading {len(windows)} windows of {name}", total=len(windows))
+        baseline, *others = candidates
+        scores = compare(model, baseline, others, windows, progress=lambda done: bar.update(task, completed=done))
+    rows = [{key: value for key, value in asdict(s).items() if key != "kl_by_position"} for s in scores]
+    return {
+        "how": "measured",
+        "name": name,
+        "windows": len(windows),
+        "window": len(windows[0]),
+        "scores": rows,
+        "greedy": _greedy(model, candidates, windows),
+    }
+
+
+def _greedy(model: Model, candidates: Sequence[Candidate], windows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Where the greedy answers to the windows' beginnings part from the baseline's."""
+    from octavo.cli.calibrate import progress
+    from octavo.llm import LLM
+    from octavo.measure.accuracy import greedy, parting
+
+    prompts = [window[: min(PROMPT, -(-len(window) // 2))] for window in windows[:PROMPTS]]
+    tokens = min(ANSWER, model.bound.max_context - len(prompts[0]))
+    answers = {}
+    with progress() as bar:
+        task = bar.add_task("answering", total=len(prompts) * len(candidates))
+        for i, candidate in enumerate(candidates):
+            llm = LLM(
+                model,
+                candidate.format,
+                calibration=candidate.calibration,
+                granularity=candidate.granularity,
+                headroom=candidate.headroom,
+                session_len=len(prompts[0]) + tokens,
+                max_batch_size=len(prompts),
+                prefix_caching=False,
+            )
+            bar.update(task, description=f"answering {len(prompts)} prompts in {candidate.name}")
+
+            def tell(done: int, before: int = i * len(prompts)) -> None:
+                bar.update(task, completed=before + done)
+
+            answers[candidate.name] = greedy(llm, prompts, tokens, tell)
+    rows = []
+    for candidate in candidates[1:]:
+        points = parting(answers[candidate.name], answers[candidates[0].name])
+        ends = sorted(tokens if point is None else point for point in points)
+        low, median, high = quantiles(ends, n=4, method="inclusive") if len(ends) > 1 else ends * 3
+        rows.append(
+            {
+                "name": candidate.name,
+                "median": median,
+                "quartiles": [low, high],
+                "never": points.count(None),  # these count as parting at the end
+                "points": points,
+            }
+        )
+    return {"prompts": len(prompts), "prompt_tokens": len(prompts[0]), "answer_tokens": tokens, "rows": rows}
+
+
+def _on_tasks(
+    model: Model,
+    candidates: Sequence[Candidate],
+    parts: Sequence[Any],
+    directory: Path,
+    limit: int | None,
+    max_batch_size: int,
+) -> dict[str, Any]:
+    from octavo.cli.calibrate import progress
+    from octavo.measure.benchmark import Results, run
+
+    with progress() as bar:
+        task = bar.add_task("loading tasks", total=None)
+
+        def tell(title: str, done: int, total: int) -> None:
+            bar.update(task, description=title, completed=done, total=total or None)
+
+        rows = run(
+            model,
+            candidates,
+            parts,
+            Results(directory),
+            limit=limit,
+            max_batch_size=max_batch_size,
+            progress=tell,
+        )
+    return {"how": "measured", "limit": limit, "results": str(directory), "rows": [asdict(row) for row in rows]}

@@ -1,0 +1,217 @@
+"""`octavo generate`: one prompt answered on stdout, or a file of prompts answered into a file.
+
+What is asked for goes to stdout, what there is to say about it to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence as Rows
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octavo.cli.options import SamplingOptions, ServeOptions, takes
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from octavo.cli.lines import Line, Output
+    from octavo.engine.sampling import SamplingParams
+    from octavo.llm import LLM, Completion
+
+# Options that change how fast answers are made, and not what they are.
+WITHOUT_EFFECT = {"device", "device_map", "session_len", "max_batch_size", "cache_max_entry_count", "kv_cache_memory"}
+
+
+@takes(ServeOptions, SamplingOptions)
+def generate(
+    options: ServeOptions,
+    sampling: SamplingOptions,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue; - reads it from stdin.")] = None,
+    input: Annotated[
+        str | None, typer.Option(help='Lines of {"prompt": …} or {"messages": …}, sampling fields beside; - is stdin.')
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File for their answers; one that exists is gone on with. [default: stdout]")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Add log-probabilities of each token and of the n most likely. Needs JSON.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")] = False,
+) -> None:
+    """Continue a prompt, or all prompts of a file at a time."""
+    sampling.check()
+    if logprobs is not None and not (as_json or input):
+        raise OctavoError("--logprobs come as JSON: add --json")
+    if input is not None and (prompt is not None or as_json):
+        other = "--prompt" if prompt is not None else "--json (its answers are JSON lines)"
+        raise OctavoError(f"--input and {other} exclude each other")
+    if input is None and output is not None:
+        raise OctavoError("--output is for the answers to an --input; redirect stdout for the one to a --prompt")
+    if input is None:
+        text = _prompt(prompt)
+        llm = options.llm()
+        _one(llm, text, _params(llm, sampling, logprobs), chat, as_json)
+    else:
+        _many(options, sampling, input, output, chat, logprobs)
+
+
+def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool) -> None:
+    from octavo.cache.size import format_bytes
+    from octavo.cli.footprint import Footprint
+
+    start = time.perf_counter()
+    pieces = (
+        llm.chat([{"role": "user", "content": text}], params, stream=True)
+        if chat
+        else llm.generate(text, params, stream=True)
+    )
+    try:
+        for delta in pieces:
+            if not as_json:
+                print(delta.text, end="", flush=True)
+    except KeyboardInterrupt:
+        _tell("\ninterrupted")
+        raise
+    seconds, completion = time.perf_counter() - start, delta.completion
+    assert completion is not None
+    # The K and V of the last token are not in the cache: nothing came after it.
+    held = Footprint.of(llm, completion.prompt_tokens + len(completion.tokens) - 1)
+    rate = len(completion.tokens) / seconds
+    if as_json:
+        document = {
+            "model": llm.model.name,
+            "kv": held.format,
+            **answer(llm, completion),
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(rate, 1),
+            "kv_bytes": held.nbytes,
+            "kv_bytes_16_bits": held.nbytes_16,
+        }
+        print(json.dumps(document, ensure_ascii=False, indent=2))
+        return
+    print(flush=True)
+    _tell(
+        f"{completion.prompt_tokens:,} tokens in, {len(completion.tokens):,} out in {seconds:.1f} s "
+        f"({rate:.1f} tok/s) · finish: {completion.finish_reason} · "
+        f"KV {held.format}: {format_bytes(held.nbytes)}, in 16 bits {format_bytes(held.nbytes_16)}"
+    )
+
+
+def _many(
+    options: ServeOptions, sampling: SamplingOptions, input: str, path: Path | None, chat: bool, logprobs: int | None
+) -> None:
+    from octavo.cli.lines import Output, read_lines
+
+    shaping = {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}
+    shaping |= {"kv": options.format_name(), "quant_policy": None, "chat": chat, "logprobs": logprobs}
+    try:
+        if input == "-":
+            lines = read_lines(sys.stdin.buffer, shaping | asdict(sampling))
+        else:
+            with open(input, "rb") as file:
+                lines = read_lines(file, shaping | asdict(sampling))
+    except OSError as error:
+        raise OctavoError(f"{input} cannot be read: {error.strerror}") from None
+    if not lines:
+        raise OctavoError(f"{input} holds no prompt")
+    output = Output(path, lines)
+    left = [line for line in lines if line.number not in output.answered]
+    if output.answered:
+        _tell(f"{len(output.answered):,} of {len(lines):,} lines are answered in {path} already")
+    if left:
+        llm = options.llm()
+        _serve(llm, left, output, _params(llm, sampling, logprobs), chat)
+
+
+def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams, chat: bool) -> None:
+    """Answer the lines together, each written when it is complete."""
+    from octavo.cli.calibrate import progress
+    from octavo.cli.lines import parse
+
+    served: list[Line] = []
+    requests: list[tuple[list[int], SamplingParams]] = []
+    refused: list[int] = []
+    tokens = done = 0
+    start = time.perf_counter()
+    with progress() as bar:
+        task = bar.add_task("answering", total=len(lines))
+        try:
+            for line in lines:
+                try:
+                    requests.append(parse(line.text, llm, defaults, chat))
+                    served.append(line)
+                except OctavoError as error:
+                    output.write(line, {"error": str(error)})
+                    refused.append(line.number)
+                    bar.console.print(f"line {line.number}: {error}", markup=False, highlight=False, soft_wrap=True)
+                    bar.advance(task)
+            pieces = llm.generate([p for p, _ in requests], [p for _, p in requests], stream=True) if requests else ()
+            for delta in pieces:
+                if delta.completion:
+                    output.write(served[delta.index], answer(llm, delta.completion))
+                    done += 1
+                    tokens += len(delta.completion.tokens)
+                    rate = tokens / (time.perf_counter() - start)
+                    bar.update(task, advance=1, description=f"answering, {rate:.0f} tok/s")
+        except KeyboardInterrupt:
+            bar.stop()
+            again = f"; the same command goes on with {output.path}" if output.path else ""
+            _tell(f"interrupted: {_lines(done)} answered{again}")
+            raise
+    seconds = time.perf_counter() - start
+    _tell(f"{_lines(done)} answered, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tok/s)")
+    if refused:
+        _tell(
+            f"{_lines(len(refused))} could not be served and got the reason for an answer; the same command tries again"
+        )
+        raise typer.Exit(1)
+
+
+def answer(llm: LLM, completion: Completion) -> dict[str, Any]:
+    """A completion as JSON."""
+
+    def named(token: int, logprob: float | None) -> dict[str, Any]:
+        return {"token": token, "text": llm.tokenizer.decode([token]), "logprob": logprob}
+
+    fields = {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": len(completion.tokens),
+        "cached_tokens": completion.cached_tokens,
+    }
+    if any(one.logprob is not None for one in completion.sampled):
+        fields["logprobs"] = [
+            {**named(one.token, one.logprob), "top": [named(*other) for other in one.top.items()]}
+            for one in completion.sampled
+        ]
+    return fields
+
+
+def _params(llm: LLM, sampling: SamplingOptions, logprobs: int | None) -> SamplingParams:
+    params = sampling.params(llm.default_params)
+    return params if logprobs is None else replace(params, logprobs=logprobs)
+
+
+def _prompt(given: str | None) -> str:
+    if given is None and sys.stdin.isatty():
+        raise OctavoError("there is no prompt: give --prompt TEXT, pipe it in, or answer a file with --input")
+    if given is None or given == "-":
+        given = sys.stdin.read().removesuffix("\n")
+    if not given:
+        raise OctavoError("the prompt is empty")
+    return given.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _lines(n: int) -> str:
+    return f"{n:,} line" if n == 1 else f"{n:,} lines"
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

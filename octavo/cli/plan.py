@@ -1,0 +1,98 @@
+"""`octavo plan`: how many sessions fit in so much memory, by weights and cache format; and the growth as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octavo.cli.memory import CONTEXT, console, formats, mib, table
+from octavo.cli.options import ShapeOptions, option, takes
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from octavo.measure.plan import Fit
+
+FORMATS = ("int8", "int4-token")
+
+
+@takes(ShapeOptions)
+def plan(
+    options: ShapeOptions,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of the device, like 80GiB. [default: what is free on this one]")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help=f"Tokens of every session. [default: {CONTEXT}, or the model's context]")
+    ] = None,
+    kv: Annotated[
+        str | None,
+        option("Formats to compare, the baseline first. [default: the model's own, int8, int4-token]"),
+    ] = None,
+    reserve: Annotated[str, typer.Option(help="Held back for activations and the runtime, like 2GiB.")] = "0",
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw memory over sessions, of the first two formats, to a .png, .svg or .pdf file."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Compute how many sessions of MODEL fit. Nothing is run, and a config is enough."""
+    from octavo.cache.size import format_bytes, parse_bytes
+    from octavo.cli import document
+    from octavo.measure.memory import device_memory, find_device
+    from octavo.measure.plan import INT4_BITS, check_picture, draw, fits
+    from octavo.models.geometry import Geometry
+
+    if plot is not None:
+        check_picture(plot)
+    whole = parse_bytes(memory) if memory is not None else device_memory(find_device("auto"))
+    room = whole - parse_bytes(reserve)
+    if room <= 0:
+        raise OctavoError(f"--reserve {reserve} leaves nothing of {format_bytes(whole)}")
+    name, path = options.locate()
+    geometry = Geometry.trace(path, options.dtype)
+    length = min(CONTEXT, geometry.max_context) if context is None else context
+    chosen = formats(geometry, kv, FORMATS)
+    found = fits(geometry, chosen, length, room)
+    if plot is not None:
+        drawn = {str(format) for format in chosen[:2]}
+        draw([fit for fit in found if fit.kv in drawn], room, length, name, plot)
+    if json:
+        document.show(
+            {
+                "command": "plan",
+                "how": "computed",
+                "model": name,
+                "memory": whole,
+                "reserve": whole - room,
+                "context": length,
+                "int4_bits_per_weight": INT4_BITS,
+                "fits": [asdict(fit) for fit in found],
+                "plot": str(plot) if plot is not None else None,
+            }
+        )
+        return
+    out = console()
+    out.print(f"{name}, {format_bytes(whole)}, {format_bytes(whole - room)} of it held back", markup=False)
+    out.print(fit_table(found, length, format_bytes(room)))
+    out.print(f"int4 weights: linear layers in {INT4_BITS:.2f} bits a weight, groups of 128 with scale and zero.")
+    out.print(
+        "Weights and KV cache alone: activations and the runtime come on top; --reserve holds memory back for them."
+    )
+    if plot is not None:
+        out.print(f"drawn to {plot}", soft_wrap=True, markup=False)
+
+
+def fit_table(found: Sequence[Fit], context: int, room: str) -> Any:
+    columns = ("weights", "KV", "MiB of weights", "MiB per session", "sessions", "times as many")
+    rows = table(f"Sessions of {context:,} tokens that fit in {room} (computed)", *columns)
+    first = found[0].sessions
+    for i, fit in enumerate(found):
+        ratio = f"{fit.sessions / first:.2f}" if first else "–"
+        ends = i + 1 == len(found) or found[i + 1].weights != fit.weights
+        sizes = mib(fit.weight_bytes), mib(fit.session_bytes)
+        rows.add_row(fit.weights, fit.kv, *sizes, f"{fit.sessions:,}", ratio, end_section=ends)
+    return rows

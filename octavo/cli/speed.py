@@ -1,0 +1,161 @@
+"""`octavo speed`: tokens per second and latencies of each cache format, beside what the memory's bandwidth allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octavo.cli.options import LoadOptions, option, takes
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from octavo.measure.ceiling import Ceiling
+    from octavo.measure.speed import Speed
+    from octavo.models.model import Model
+
+
+@takes(LoadOptions)
+def speed(
+    options: LoadOptions,
+    kv: Annotated[
+        str | None,
+        option(
+            "Formats to compare, as in bf16,int8; the first is the baseline. [default: the model's 16 bits, int8 if the "
+            "model is calibrated, int8-token]"
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        option("File or directory of the calibration. [default: beside the model]", "--calibration", "--work-dir"),
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Sessions at a time.")] = "1,8",
+    context: Annotated[str, typer.Option(help="Tokens of a session, prompt and answer.")] = "512,2048",
+    tokens: Annotated[int, typer.Option(help="Decode steps that are timed in a round.", min=1)] = 32,
+    rounds: Annotated[int, typer.Option(help="Times that every format takes its turn.", min=1)] = 3,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Measure prefill and decode of MODEL in each format."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from octavo.cli import document
+    from octavo.cli.calibrate import progress
+    from octavo.measure import machine
+    from octavo.measure.ceiling import bandwidth, ceilings
+    from octavo.measure.speed import check, measure
+
+    batch_sizes, contexts = numbers(batch_size, "--batch-size"), numbers(context, "--context")
+    model = options.load()
+    names = formats(model, kv, calibration)
+    check(model, batch_sizes, contexts, tokens)
+    rate = bandwidth(model.bound.device)
+    theory = ceilings(model.bound, names, batch_sizes, contexts, tokens, rate)
+    about, console = machine.describe(model.bound.device), Console(highlight=False)
+    if not json:
+        console.print(f"{model.name} on {machine.sentence(about)}", markup=False)
+        console.print(f"a plain streaming read reaches {rate / 1e9:.1f} GB/s (measured)\n")
+        console.print(ceiling_table(theory))
+    with progress() as bar:
+        task = bar.add_task("measuring", total=len(theory) * rounds)
+        found = measure(
+            model,
+            names,
+            batch_sizes,
+            contexts,
+            theory,
+            tokens=tokens,
+            rounds=rounds,
+            calibration=calibration,
+            progress=lambda done: bar.update(task, completed=done),
+        )
+    if not json:
+        console.print(speed_table(found))
+        console.print(f"{rounds} rounds of {tokens} decode steps; ratios to {names[0]} within a round, and their range")
+        return
+    document.show(
+        {
+            "command": "speed",
+            "model": model.name,
+            "machine": about,
+            "rounds": rounds,
+            "tokens": tokens,
+            "baseline": names[0],
+            "bandwidth": {"how": "measured", "bytes_per_second": rate},
+            "theory": [{"how": "computed", **asdict(row)} for row in theory],
+            "speed": [{"how": "measured", **asdict(row)} for row in found],
+        }
+    )
+
+
+def numbers(text: str, name: str) -> list[int]:
+    """'1,8' → [1, 8]; raises OctavoError for anything but whole numbers of at least 1."""
+    try:
+        found = list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise OctavoError(f"{name} takes whole numbers with commas between, like 1,8; not {text!r}")
+    return found
+
+
+def formats(model: Model, kv: str | None, calibration: Path | None) -> list[str]:
+    """The formats to compare, the baseline first, each known and calibrated if it has to be."""
+    from octavo.quant.format import RAW_NAMES, KVFormat
+
+    if kv is not None:
+        found = [KVFormat.parse(name) for name in kv.split(",")]
+    else:
+        found = [KVFormat.parse(name) for name in (RAW_NAMES[str(model.bound.dtype)[6:]], "int8", "int8-token")]
+        if model.calibration(calibration, found[-1]) is None:
+            del found[1]
+    for format in found:
+        model.calibration(calibration, format)
+    return list(dict.fromkeys(map(str, found)))
+
+
+def ceiling_table(theory: Sequence[Ceiling]) -> Any:
+    from octavo.cache.size import format_bytes
+
+    columns = ("batch", "context", "format", "weights", "cache", "tokens/s at most")
+    table = _table("What a decode step reads, and the ceiling this sets (computed)", *columns)
+    for row in theory:
+        read = format_bytes(row.weight_bytes), format_bytes(row.cache_bytes)
+        table.add_row(f"{row.batch_size}", f"{row.context:,}", row.kv, *read, f"{row.decode:,.0f}")
+    return table
+
+
+def speed_table(found: Sequence[Speed]) -> Any:
+    columns = (
+        "batch", "context", "format", "prefill\ntokens/s", "ratio", "decode\ntokens/s", "ratio (range)", "of\nceiling",
+        "first token, ms\np50 / p99", "per token, ms\np50 / p99",
+    )  # fmt: skip
+    table = _table("Measured", *columns)
+    for row in found:
+        ratio = row.decode_ratio
+        spread = f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
+        table.add_row(
+            f"{row.batch_size}",
+            f"{row.context:,}",
+            row.kv,
+            f"{row.prefill:,.0f}",
+            f"{row.prefill_ratio.median:.2f}",
+            f"{row.decode:,.0f}",
+            spread,
+            f"{row.ceiling:.0%}",
+            *(f"{1e3 * times.p50:,.1f} / {1e3 * times.p99:,.1f}" for times in (row.first_token, row.per_token)),
+        )
+    return table
+
+
+def _table(title: str, *columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "format" else "right")
+    return table

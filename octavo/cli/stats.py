@@ -1,0 +1,46 @@
+"""`/stats`: the bytes of a conversation in its cache's format, beside what 16 bits would take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from octavo.cli.footprint import Footprint, worst_saturation
+
+if TYPE_CHECKING:
+    from octavo.cli.conversation import Conversation
+
+
+def show(conversation: Conversation, console: Console) -> None:
+    from octavo.cache.size import format_bytes
+
+    llm, here = conversation.llm, conversation.footprint()
+    whole = Footprint.of(llm, llm.cache.num_blocks * here.block_size)
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    table.add_column(here.format, justify="right", style="bold")
+    table.add_column("16 bits", justify="right")
+    table.add_row("bytes per token", f"{here.token_bytes:,}", f"{here.token_bytes_16:,}")
+    table.add_row("this conversation", format_bytes(here.nbytes), format_bytes(here.nbytes_16))
+    table.add_row("the whole cache", format_bytes(whole.nbytes), format_bytes(whole.nbytes_16))
+    if ranges := llm.cache.memory().static:
+        table.add_row("calibrated ranges", format_bytes(ranges), "")
+    console.print(table)
+
+    facts = Table.grid(padding=(0, 3, 0, 0))
+    facts.add_row("tokens", f"{here.tokens:,} of {conversation.capacity:,}")
+    if here.blocks:
+        last = f"the last one holds {here.last_block}" if here.last_block < here.block_size else "all of them full"
+        facts.add_row("blocks", f"{here.blocks} of {whole.blocks:,}, of {here.block_size} tokens each; {last}")
+    if (turn := conversation.turn) and turn.cached_tokens is not None:
+        found = f"{turn.cached_tokens:,} of its {turn.prompt_tokens:,} tokens were in the cache already"
+        facts.add_row("last prompt", f"{found} ({turn.cached_tokens / turn.prompt_tokens:.0%})")
+    if here.token_bytes != here.token_bytes_16:
+        share, where = worst_saturation(llm)
+        facts.add_row("out of range", f"at most {share:.2%} of the values ({where})" if share else "no value")
+    console.print(facts)
+    console.print()

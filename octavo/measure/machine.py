@@ -1,0 +1,45 @@
+"""Where a number was measured: what every result says of its machine and versions."""
+
+from __future__ import annotations
+
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+import octavo
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Date, device, processor, threads, memory and versions, ready for JSON."""
+    return {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "octavo": octavo.__version__,
+    }
+
+
+def sentence(machine: dict[str, Any]) -> str:
+    """The same in one line for people."""
+    where = machine["processor"] if machine["device"] == "cpu" else f"{machine['device']}, {machine['processor']}"
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    return f"{where}, {threads} ({machine['instructions']}), torch {machine['torch']}, {machine['date']}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

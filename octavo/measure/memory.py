@@ -1,0 +1,143 @@
+"""Where a model's memory goes, by cache format and number of sessions: theory first, then the machine's own figures.
+
+    total = weights + KV cache + the rest (activations, static parts of the cache, allocator, the process itself)
+
+Theory knows the first two exactly, from the model's geometry (models/geometry.py). The rest is only ever measured
+(point.py), and a point that this machine is too small for is computed, without a rest, and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from octavo.cache.layout import Layout
+from octavo.cache.size import block_bytes
+from octavo.errors import OctavoError
+from octavo.measure.point import CannotMeasure, Filled, Request, Source, measure
+from octavo.models.geometry import Geometry
+from octavo.quant.format import RAW_NAMES, KVFormat
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a format costs in theory."""
+
+    format: str
+    token: int  # bytes of one token in all layers
+    session: int  # bytes of a session filled to the context; its last block counts whole
+    static: int  # bytes once, whatever the number of sessions
+    sessions: int  # that fit beside the weights
+
+    def cache(self, sessions: int) -> int:
+        return sessions * self.session
+
+
+@dataclass(frozen=True)
+class Point:
+    """One batch size in one format, in bytes."""
+
+    batch: int
+    format: str
+    how: Literal["measured", "computed"]
+    weights: int
+    cache: int
+    total: int  # computed: weights and cache alone
+    found: Filled | None = None  # what was measured
+    reason: str | None = None  # why it was not
+
+    @property
+    def rest(self) -> int | None:
+        return self.total - self.weights - self.cache if self.found else None
+
+    def document(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None} | {"rest": self.rest}
+
+
+def baseline(geometry: Geometry) -> KVFormat:
+    """The raw format of the model's own type."""
+    return KVFormat.parse(RAW_NAMES[str(geometry.dtype).removeprefix("torch.")])
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, for auto a GPU if there is one; raises OctavoError if it cannot be used here."""
+    gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if gpu else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise OctavoError(f"there is no device {name!r}: name auto, cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not gpu):
+        raise OctavoError(f"the memory of the device {name!r} cannot be measured here")
+    return device
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or those that are free on a CPU. Allocates nothing on the device, which is yet to be measured."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().available
+
+
+def costs(
+    geometry: Geometry, formats: Sequence[KVFormat], context: int, memory: int, weights: int | None = None
+) -> list[Cost]:
+    """What each format costs, and how many sessions of `context` tokens `memory` bytes hold beside the weights."""
+    if not 2 <= context <= geometry.max_context:
+        raise OctavoError(f"a context of {context} tokens: the model's own reaches from 2 to {geometry.max_context}")
+    size, shapes = Layout().block_size, geometry.shapes
+    room = memory - (geometry.weights if weights is None else weights)
+    found = []
+    for format in formats:
+        block = block_bytes(shapes, [format] * len(shapes), size)
+        session = -(-context // size) * block
+        found.append(Cost(str(format), block // size, session, _static(geometry, format), max(0, room // session)))
+    return found
+
+
+def _static(geometry: Geometry, format: KVFormat) -> int:
+    """mu, c and 1/c in float32, of the sides that need a calibration."""
+    sides = [(s, codec, dim) for s in geometry.shapes for codec, dim in ((format.k, s.k_dim), (format.v, s.v_dim))]
+    return sum(12 * s.kv_heads * dim for s, codec, dim in sides if s.shares is None and codec.needs_calibration)
+
+
+def points(
+    geometry: Geometry,
+    theory: Sequence[Cost],
+    batches: Sequence[int],
+    context: int,
+    source: Source | None = None,
+    progress: Callable[[Point], None] | None = None,
+) -> list[Point]:
+    """The table, by batch size and then by format: measured where there is a `source` and room, computed elsewhere."""
+    found = []
+    for batch in batches:
+        for cost in theory:
+            found.append(_point(geometry, cost, batch, context, source))
+            if progress is not None:
+                progress(found[-1])
+    return found
+
+
+def _point(geometry: Geometry, cost: Cost, batch: int, context: int, source: Source | None) -> Point:
+    weights, cache = geometry.weights, cost.cache(batch)
+    reason = "there are no weights: a config alone was given"
+    if source is not None:
+        request = Request(source, KVFormat.parse(cost.format), batch, context, weights, cache)
+        try:
+            filled = measure(request)
+            return Point(batch, cost.format, "measured", filled.weights, filled.cache, filled.peak, filled)
+        except CannotMeasure as why:
+            reason = str(why)
+    return Point(batch, cost.format, "computed", weights, cache, weights + cache, reason=reason)
+
+
+def saved(point: Point, all_points: Sequence[Point]) -> tuple[int, int | None]:
+    """Bytes that a point takes less than the first format does at its batch size: of the cache, and in total where
+    both are measured."""
+    first = next(p for p in all_points if p.batch == point.batch)
+    both = point.found is not None and first.found is not None
+    return first.cache - point.cache, first.total - point.total if both else None

@@ -1,0 +1,217 @@
+"""One point of the memory table: load a model, fill every session to its context, take one step of all, look.
+
+It runs in a process of its own, so that what one point leaves behind does not pollute the next:
+
+    load the weights → warm up → [forget the peak] → make the cache, fill it → one decode step of all sessions → look
+
+The model fills the sessions in chunks, as serving does. What it has not filled when its time is up is written as random
+rows, encoded and put into every slot that is left: the same bytes, touched in the same way.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import psutil
+import torch
+from transformers.utils import logging
+
+from octavo.cache.batch import Batch
+from octavo.cache.size import format_bytes, free_memory
+from octavo.calibrate import calibrate
+from octavo.llm import LLM
+from octavo.models.bind import bind
+from octavo.models.load import load_model
+from octavo.models.model import Model
+from octavo.quant.format import KVFormat
+
+CHUNK = 1024  # tokens of a session in one step, as the engine takes them
+WARM_UP = 64  # tokens
+OVERHEAD = 1 << 30  # bytes beside weights and cache: Python, its libraries, activations
+
+
+class CannotMeasure(Exception):
+    """Why a point was not measured."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to measure, and for how long it may fill sessions by itself."""
+
+    path: Path  # a directory, or with dummy weights a config.json alone
+    dtype: str = "auto"
+    device: str = "cpu"
+    load_format: str = "auto"
+    fill_seconds: float = 60.0
+
+    def load(self, context: int) -> Model:
+        """The model without a tokenizer, marked synthetic: it is shown random tokens only."""
+        hf = load_model(self.path, dtype=self.dtype, device=self.device, load_format=self.load_format)
+        return Model(bind(hf, context), None, self.path, self.path.name, frozenset(), synthetic=True)
+
+
+@dataclass(frozen=True)
+class Request:
+    """How many sessions of the source's model to fill. `weights` and `cache` are bytes, as computed."""
+
+    source: Source
+    format: KVFormat
+    batch: int
+    context: int
+    weights: int
+    cache: int
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Bytes found. `weights`, `cache` and `static` are the tensors' own sizes, `peak` is the device's."""
+
+    weights: int
+    cache: int
+    static: int
+    peak: int  # most since the warm-up. CPU: resident set of the process, CUDA: PyTorch's allocator
+    settled: int  # the same at the end
+    before: int  # CPU: resident set before the model was loaded; CUDA: 0
+    driver: int | None  # CUDA: in use on the whole device by the driver's count, other processes included
+    by_model: int  # tokens that the model wrote; the others are random rows
+
+
+def measure(request: Request) -> Filled:
+    """Measure in a fresh process; raises CannotMeasure where the memory is too small for it."""
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(fill_and_look, request).result()
+    except BrokenProcessPool:
+        raise CannotMeasure("the system ended the process that measured it, as it does when memory runs out") from None
+
+
+def fill_and_look(request: Request) -> Filled:
+    """The measurement; expects a process that has done nothing else."""
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with suppress(OSError):  # should memory run out all the same, this process is to go and no other
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    device = torch.device(request.source.device)
+    before = _resident() if device.type == "cpu" else 0
+    need = OVERHEAD + (request.weights + request.cache) * 21 // 20
+    if need > (free := free_memory(device)):
+        raise CannotMeasure(f"it needs {format_bytes(need)} and {format_bytes(free)} are free here")
+    try:
+        return _fill_and_look(request, device, before)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise CannotMeasure(f"memory ran out: {str(error).splitlines()[0]}") from None
+
+
+def _fill_and_look(request: Request, device: torch.device, before: int) -> Filled:
+    model = request.source.load(request.context)
+    # The ranges of one random batch: which ones they are changes no byte. For raw formats it is a warm-up.
+    vocabulary = model.bound.vocab_size
+    calibration = calibrate(model, [_random_tokens(vocabulary, min(WARM_UP, request.context))], dataset="synthetic")
+    _forget_peak(device)
+
+    llm = LLM(
+        model,
+        request.format,
+        calibration=calibration,
+        session_len=request.context,
+        max_batch_size=request.batch,
+        kv_cache_memory=request.cache,
+        prefix_caching=False,
+    )
+    blocks = llm.engine.pool.blocks_for(request.context)
+    sessions = [
+        Session(_random_tokens(vocabulary, request.context, seed=i), list(range(i * blocks, (i + 1) * blocks)))
+        for i in range(request.batch)
+    ]
+    by_model = fill(llm, sessions, request.source.fill_seconds)
+    for store in llm.cache.stores:
+        if store.written != request.batch * request.context * store.heads * store.dim:
+            raise AssertionError(f"{store.written} values were written: the sessions are not full")
+    cuda = device.type == "cuda"
+    return Filled(
+        weights=sum(parameter.nbytes for parameter in model.bound.hf.parameters()),
+        cache=llm.cache.nbytes,
+        static=llm.cache.memory().static,
+        peak=torch.cuda.max_memory_allocated(device) if cuda else _peak_resident(),
+        settled=torch.cuda.memory_allocated(device) if cuda else _resident(),
+        before=before,
+        driver=_in_use(device) if cuda else None,
+        by_model=by_model,
+    )
+
+
+@dataclass
+class Session:
+    """A sequence with blocks of its own, driven past the scheduler: all sessions are full at once, none ends."""
+
+    tokens: list[int]
+    block_table: list[int]
+    num_cached: int = 0
+
+
+def fill(llm: LLM, sessions: list[Session], seconds: float) -> int:
+    """Fill all sessions to their last token, at first by the model and after `seconds` by random rows, then decode that
+    token in one step of all. Returns the number of tokens that the model wrote."""
+    runner, size = llm.engine.runner, llm.engine.pool.block_size
+    deadline, by_model = time.monotonic() + seconds, 0
+    for session in sessions:
+        rest = len(session.tokens) - 1
+        while session.num_cached < rest and time.monotonic() < deadline:
+            n = min(CHUNK, rest - session.num_cached)
+            runner.run(Batch.build([(session, n)], size))
+            session.num_cached += n
+            by_model += n
+        table = torch.tensor(session.block_table)
+        for places in torch.arange(session.num_cached, rest).split(CHUNK):
+            _write_random_rows(llm, table[places // size] * size + places % size)
+        session.num_cached = rest
+    runner.run(Batch.build([(session, 1) for session in sessions], size))
+    return by_model + len(sessions)
+
+
+def _write_random_rows(llm: LLM, slots: torch.Tensor) -> None:
+    """K and V rows of every layer into slots [tokens]."""
+    dtype = llm.model.bound.dtype
+    for store in llm.cache.stores:
+        device = store.codes.device
+        store.write(torch.randn(len(slots), store.heads, store.dim, dtype=dtype, device=device), slots.to(device))
+
+
+def _random_tokens(vocabulary: int, count: int, seed: int = 0) -> list[int]:
+    return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # elsewhere than on Linux the peak is what is found at the end
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _resident() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def _peak_resident() -> int:
+    """Most memory the process held since `_forget_peak`."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return _resident()
+    kibibytes = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+    return max(kibibytes << 10, _resident())
+
+
+def _in_use(device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free

@@ -1,0 +1,156 @@
+"""`octavo memory` and `octavo plan`: one JSON document, tables that say what was measured, errors of one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo.cli import main
+from octavo.measure import memory
+from octavo.measure.point import CannotMeasure, Filled, Request
+
+INTERNLM = Path(__file__).parents[2] / "benchmarks" / "geometries" / "internlm-chat-7b.json"
+MIB = 1 << 20
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def octavo(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command line; returns exit status, stdout and stderr."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            main(list(map(str, argv)))
+        out, err = capsys.readouterr()
+        return int(exit.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements by arithmetic: 100 MiB of rest in every point, and no room for 48 sessions."""
+
+    def measure(request: Request) -> Filled:
+        if request.batch == 48:
+            raise CannotMeasure("it needs too much")
+        peak = request.weights + request.cache + 100 * MIB
+        tokens = request.batch * request.context
+        return Filled(request.weights, request.cache, 0, peak, peak - MIB, 60 * MIB, None, tokens // 2)
+
+    monkeypatch.setattr(memory, "measure", measure)
+
+
+def document(result: tuple[int, str, str]) -> dict[str, Any]:
+    status, out, err = result
+    assert (status, err) == (0, "")
+    return json.loads(out)
+
+
+def test_the_page_s_table_from_a_config_alone(octavo: Run) -> None:
+    found = document(octavo("memory", "--config", INTERNLM, "--kv", "fp16,int8", "--json"))
+    assert found["command"] == "memory"
+    assert found["model"] == "internlm-chat-7b"
+    assert [row["session"] // MIB for row in found["theory"]] == [1024, 512]
+    points = {(row["batch"], row["format"]): row for row in found["points"]}
+    saved = [points[batch, "int8"]["saved_cache"] // MIB for batch in (8, 16, 32, 48)]
+    assert saved == [4096, 8192, 16384, 24576]
+    assert {row["how"] for row in [*found["points"], *found["theory"]]} == {"computed"}
+    assert all(row["saved_total"] is None and row["rest"] is None for row in found["points"])
+
+
+def test_the_table_for_people_says_the_same(octavo: Run) -> None:
+    status, out, err = octavo("memory", "--config", INTERNLM, "--batch-size", "48")
+    assert (status, err) == (0, "")
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in out.splitlines()}
+    assert rows["48", "fp16"] == ["13,966", "49,152", "63,118", "computed"]
+    assert rows["48", "int8"] == ["13,966", "24,576", "38,542", "24,576", "computed"]
+    assert "nothing was measured: there are no weights" in out
+
+
+def test_measured_and_computed_rows_stand_side_by_side(octavo: Run, pretended: None) -> None:
+    status, out, _ = octavo("memory", "--config", INTERNLM, "--load-format", "dummy", "--batch-size", "8,48")
+    assert status == 0
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in out.splitlines()}
+    assert rows["8", "int8"] == ["13,966", "4,096", "100", "18,162", "4,096", "4,096", "measured"]
+    assert rows["48", "int8"] == ["13,966", "24,576", "–", "38,542", "–", "24,576", "computed"]
+    words = " ".join(out.split())
+    assert "48 × fp16, 48 × int8: not measured: it needs too much." in words
+    assert "filled by the model (50%), then random rows" in words
+    assert "Of the rest, 60 MiB are Python" in words
+
+
+def test_measured_points_as_json(octavo: Run, pretended: None) -> None:
+    status, out, _ = octavo(
+        "memory", "--config", INTERNLM, "--load-format", "dummy", "--batch-size", "8,48", "--json"
+    )  # progress on stderr
+    found = json.loads(out)["points"]
+    assert status == 0
+    assert [row["how"] for row in found] == ["measured", "measured", "computed", "computed"]
+    assert found[1]["saved_total"] == found[1]["saved_cache"] == 4096 * MIB
+    assert found[1]["found"]["by_model"] == 8 * 2048 // 2
+    assert found[3]["reason"] == "it needs too much"
+
+
+def test_a_plan_as_json_and_as_a_table(octavo: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "growth.svg"
+    command = ("plan", "--config", INTERNLM, "--memory", "80GiB", "--context", 2048)
+    found = document(octavo(*command, "--plot", picture, "--json"))
+    assert (found["how"], found["memory"], found["context"], found["plot"]) == (
+        "computed",
+        80 << 30,
+        2048,
+        str(picture),
+    )
+    assert [fit["sessions"] for fit in found["fits"]] == [66, 132, 261, 75, 150, 296]
+    assert picture.stat().st_size > 1000
+    status, out, _ = octavo(*command, "--reserve", "2GiB")
+    rows = [line.split() for line in out.splitlines()]
+    assert status == 0
+    assert ["fp16", "int8", "13,966", "512", "128", "2.00"] in rows
+
+
+def test_a_plan_for_the_bundled_model_and_this_machine(octavo: Run) -> None:
+    found = document(octavo("plan", "--json"))
+    assert found["model"] == "pamphlet"
+    assert found["memory"] > 0
+    assert found["fits"][0]["kv"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["memory", "--batch-size", "8,x"], "--batch-size"),
+        (["memory", "--batch-size", "0"], "--batch-size"),
+        (["memory", "--kv", "fp16,int9"], "there is no KV format 'int9'"),
+        (["memory", "--context", "4096"], "the model's own reaches from 2 to 2048"),
+        (["memory", "--device", "gpu"], "there is no device 'gpu'"),
+        (["memory", "--dtype", "int8"], "The dtype 'int8' is unknown"),
+        (["memory", "--config", "nowhere.json"], "there is no such file"),
+        (["memory", "pamphlet", "--config", INTERNLM], "exclude each other"),
+        (["memory", "--load-format", "bogus"], "load format 'bogus' is unknown"),
+        (["plan", "--memory", "80 apples"], "not an amount of memory"),
+        (["plan", "--memory", "1GiB", "--reserve", "1GiB"], "leaves nothing of 1.00 GiB"),
+        (["plan", "--plot", "growth.jpg"], "ends with .png, .svg, .pdf"),
+        (["plan", "--config", INTERNLM, "--memory", "1GiB", "--plot", "x.png"], "raise --memory"),
+    ],
+)
+def test_wrong_values_are_one_line_and_status_2(octavo: Run, arguments: list[object], words: str) -> None:
+    status, out, err = octavo(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import sys, octavo.cli.memory, octavo.cli.plan; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,132 @@
+"""Options: what the command line says is what an LLM and its sampling get, and nothing is accepted and ignored."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from octavo.cli import main
+from octavo.cli.options import LoadOptions, SamplingOptions, ServeOptions, takes
+from octavo.engine.sampling import SamplingParams
+from octavo.errors import OctavoError
+
+DEFAULTS = SamplingParams(max_tokens=99, temperature=0.7, top_k=40, top_p=0.9, repetition_penalty=1.1)
+
+
+@dataclass
+class Left:
+    width: Annotated[int, typer.Option()] = 1
+
+
+@dataclass
+class Right:
+    name: Annotated[str | None, typer.Option()] = None
+
+
+class Reached(Exception):
+    """A command came to the point where it loads its model."""
+
+
+@pytest.fixture
+def reached(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The options of the command that wanted to load a model."""
+    seen: list[Any] = []
+
+    def load(self: LoadOptions) -> None:
+        seen.append(self)
+        raise Reached
+
+    monkeypatch.setattr(LoadOptions, "load", load)
+    return seen
+
+
+def test_what_is_not_given_is_the_models_default() -> None:
+    assert SamplingOptions().params(DEFAULTS) == DEFAULTS
+    assert SamplingOptions(stop=[], stop_token_id=[], ignore_eos=False).params(DEFAULTS) == DEFAULTS
+
+
+def test_what_is_given_overrides_it_zero_too() -> None:
+    params = SamplingOptions(temperature=0, top_k=0, seed=0, stop=["a", "b"], stop_token_id=[5], ignore_eos=True)
+    assert params.params(DEFAULTS) == SamplingParams(
+        max_tokens=99, temperature=0, top_k=0, top_p=0.9, repetition_penalty=1.1, seed=0, stop=("a", "b"),
+        stop_token_ids=(5,), ignore_eos=True,
+    )  # fmt: skip
+
+
+def test_a_cut_that_a_greedy_model_would_ignore_is_refused() -> None:
+    greedy = SamplingParams()
+    with pytest.raises(OctavoError, match="--top-p changes nothing"):
+        SamplingOptions(top_p=0.9).params(greedy)
+    assert SamplingOptions(top_p=0.9, temperature=0.5).params(greedy).top_p == 0.9
+    assert SamplingOptions(top_p=0.9, temperature=0).params(greedy).temperature == 0  # greedy by the user's own word
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+@pytest.mark.parametrize("flag", [("--top-p", "2"), ("--max-tokens", "0"), ("--temperature", "-1"), ("--stop", "")])
+def test_nonsense_is_refused_before_a_model_is_loaded(
+    verb: str, flag: tuple[str, str], reached: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([verb, *flag])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {flag[0][2:].replace('-', '_')} is ")
+    assert not reached
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["generate", "--temprature", "1"])
+    assert exit.value.code == 2
+
+
+def test_takes_hands_each_dataclass_its_own_fields() -> None:
+    seen: list[Any] = []
+    app = typer.Typer()
+
+    @app.command()
+    @takes(Left, Right)
+    def command(left: Left, right: Right, own: Annotated[bool, typer.Option("--own")] = False) -> None:
+        """What it does."""
+        seen.append((left, right, own))
+
+    runner = CliRunner()
+    assert runner.invoke(app, ["--name", "x", "--own"]).exit_code == 0
+    assert runner.invoke(app, ["--width", "3"]).exit_code == 0
+    assert seen == [(Left(1), Right("x"), True), (Left(3), Right(None), False)]
+    assert "What it does." in runner.invoke(app, ["--help"]).output
+
+
+def test_quant_policy_is_the_pages_word_for_a_format() -> None:
+    assert [ServeOptions(quant_policy=n).format_name() for n in (None, 0, 4, 8)] == [None, None, "int8", "int8"]
+    assert ServeOptions(kv="int8", quant_policy=4).format_name() == "int8"
+    with pytest.raises(OctavoError, match="contradict"):
+        ServeOptions(kv="int4-token", quant_policy=4).format_name()
+    with pytest.raises(OctavoError, match="not 3"):
+        ServeOptions(quant_policy=3).format_name()
+
+
+def test_the_pages_chat_command(reached: list[Any]) -> None:
+    with pytest.raises(Reached):
+        main(["chat", "turbomind", "internlm/internlm-chat-7b", "--model-format", "hf", "--quant-policy", "4"])
+    (options,) = reached
+    assert (options.model, options.model_format, options.format_name()) == ("internlm/internlm-chat-7b", "hf", "int8")
+
+
+def test_the_pages_calibrate_command(reached: list[Any]) -> None:
+    line = "lite calibrate MODEL --calib-dataset ptb --calib-samples 128 --calib-seqlen 2048 --work-dir MODEL"
+    with pytest.raises(Reached):
+        main(line.split())
+    assert reached[0].model == "MODEL"
+
+
+def test_the_command_line_comes_up_without_torch() -> None:
+    script = (
+        "import sys, octavo.cli; print([m for m in ('torch', 'transformers', 'prompt_toolkit') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,55 @@
+"""How the engine's tests drive it: every step checked, and the pool whole at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from octavo.cache.layout import Layout
+from octavo.cache.store import KVCache
+from octavo.engine.engine import Engine
+from octavo.engine.sampling import SamplingParams
+from octavo.engine.sequence import Sequence
+from octavo.models.bind import BoundModel
+from octavo.quant.calibration import Calibration
+from octavo.quant.format import KVFormat
+
+FORMATS = ("fp32", "int8", "int8-token", "int4-token")
+
+
+def engine(
+    bound: BoundModel,
+    kv: str = "fp32",
+    calibration: Calibration | None = None,
+    blocks: int = 64,
+    block_size: int = 16,
+    batch: int = 8,
+    budget: int = 1024,
+    context: int | None = None,
+    hits: bool = True,
+) -> Engine:
+    """An engine on a cache of small blocks. Only the format that needs the calibration takes it."""
+    format = KVFormat.parse(kv)
+    cache = KVCache(bound.shapes, format, blocks, Layout(block_size), calibration if format.needs_calibration else None)
+    return Engine(bound, cache, batch, budget, context, hits)
+
+
+def step(engine: Engine) -> list[Sequence]:
+    gained = engine.step()
+    engine.scheduler.check()
+    return gained
+
+
+def drain(engine: Engine) -> None:
+    """Step until nothing is left to do."""
+    while engine.busy:
+        step(engine)
+    assert len(engine.pool.free) == len(engine.pool), "blocks are still held"
+
+
+def run(engine: Engine, prompts: Iterable[list[int]], max_tokens: int = 24, **params: object) -> list[Sequence]:
+    """All prompts at once, to their ends."""
+    sequences = [Sequence(prompt, SamplingParams(max_tokens=max_tokens, **params)) for prompt in prompts]
+    for sequence in sequences:
+        engine.add(sequence)
+    drain(engine)
+    return sequences

@@ -1,0 +1,109 @@
+"""A scheduler with a shadow cache of plain numbers in the place of K and V.
+
+`Shadow` plays the rest of the engine. What it "computes" for a slot is the whole prefix that ends there, what it
+"attends to" must be exactly that, and the token it "samples" is a function of all tokens before it. So any block that
+is handed out twice, overwritten while shared, found under a wrong hash or left unwritten shows at once.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+from octavo.cache.blocks import BlockPool
+from octavo.engine.sampling import Sampled, SamplingParams
+from octavo.engine.scheduler import Scheduler, Work
+from octavo.engine.sequence import Sequence
+
+
+def next_token(tokens: list[int], vocabulary: int = 8) -> int:
+    return zlib.crc32(bytes(tokens)) % vocabulary
+
+
+class Shadow(Scheduler):
+    """A scheduler with a cache that remembers, for each slot, the prefix whose K and V it would hold."""
+
+    def __init__(
+        self,
+        blocks: int = 16,
+        block_size: int = 4,
+        batch: int = 4,
+        budget: int = 16,
+        context: int = 1000,
+        hits: bool = True,
+    ):
+        super().__init__(BlockPool(blocks, block_size, hits), batch, budget, context)
+        self.slots: dict[int, tuple[int, ...]] = {}
+        self.order: list[Sequence] = []  # by their first tokens
+        self.unique = 99  # the token that prompts without content were last made of
+
+    def request(
+        self, prompt: list[int] | int, max_tokens: int = 1000, stop_ids: frozenset[int] = frozenset()
+    ) -> Sequence:
+        """Queue a sequence; a number n stands for a prompt of n tokens that no other prompt shares."""
+        if isinstance(prompt, int):
+            self.unique += 1
+            prompt = [self.unique] * prompt
+        sequence = Sequence(prompt, SamplingParams(max_tokens=max_tokens), stop_ids)
+        self.add(sequence)
+        return sequence
+
+    def step(self, token: int | None = None) -> Work:
+        """One step, checked on both sides of the commit; `token` is sampled by all, else a function of the prefix."""
+        running = list(self.running)
+        work = self.schedule()
+        self.check()
+        self._check_work(work, running)
+        for sequence, n in work:
+            for i in range(sequence.num_cached, sequence.num_cached + n):
+                self.slots[self._slot(sequence, i)] = tuple(sequence.tokens[: i + 1])
+        for sequence, n in work:
+            for i in range(sequence.num_cached + n):
+                assert self.slots[self._slot(sequence, i)] == tuple(sequence.tokens[: i + 1]), (
+                    f"position {i} is another's"
+                )
+        due = [sequence for sequence, n in work if n == sequence.pending]
+        self.order += [sequence for sequence in due if not sequence.output]
+        gained = self.commit(work, [Sampled(next_token(s.tokens) if token is None else token) for s in due])
+        assert gained == due
+        self.check()
+        return work
+
+    def run(self, limit: int = 10_000) -> int:
+        """Step until nothing is left; returns how many steps it took."""
+        for steps in range(limit):
+            if not (self.running or self.waiting):
+                assert len(self.pool.free) == len(self.pool)
+                return steps
+            self.step()
+        raise AssertionError(f"not done after {limit} steps")
+
+    def _slot(self, sequence: Sequence, position: int) -> int:
+        size = self.pool.block_size
+        return sequence.block_table[position // size] * size + position % size
+
+    def _check_work(self, work: Work, before: list[Sequence]) -> None:
+        assert work, "a step without work"
+        assert sum(n for _, n in work) <= self.max_batch_tokens
+        assert len(self.running) <= self.max_batch_size
+        assert [s for s in self.running if s in [w for w, _ in work]] == [s for s, _ in work], (
+            "not oldest first, or twice"
+        )
+        size = self.pool.block_size
+        for sequence, n in work:
+            assert 1 <= n <= sequence.pending
+            assert sequence in self.running
+            end = sequence.num_cached + n
+            assert len(sequence.block_table) == -(-end // size) or sequence in before, "blocks ahead of need"
+            assert len(sequence.block_table) * size >= end, "no room for what is computed"
+            for block in sequence.block_table[sequence.num_cached // size :]:
+                assert self.pool.blocks[block].references == 1, "a shared block is written"
+
+
+def alone(prompt: list[int], max_len: int, stop_ids: frozenset[int] = frozenset()) -> list[int]:
+    """What a sequence must generate whatever happens around it."""
+    tokens = list(prompt)
+    while len(tokens) < max_len:
+        tokens.append(next_token(tokens))
+        if tokens[-1] in stop_ids:
+            break
+    return tokens[len(prompt) :]
