@@ -392,6 +392,18 @@ inline f32v softcap(f32v s, float cap) {
     return s < 0.0f ? -capped : capped;
 }
 
+// What is added before a weight is cut to an integer: not ½ for each, but spread evenly over [0, 1) along the block. A
+// tail of equal weights below ½ would vanish together; so, their share of it is rounded up and the sum is kept.
+constexpr struct Dither {
+    alignas(64) float of[BLOCK];
+    constexpr Dither() : of() {
+        for (int t = 0; t < BLOCK; t++) {
+            const double x = (t + 0.5) * 0.6180339887498949;  // the golden ratio: no two neighbours alike
+            of[t] = float(x - int(x));
+        }
+    }
+} DITHER;
+
 // Scores of one row become weights; returns false if the row sees nothing of the block, of which it sees [from, to).
 bool soften(const float* scores, const Query& query, const Attention& attention, const float* k_scale,
             const float* v_scale, int64_t from, int64_t to, const Side& v, Weights& w, float& top, float& total) {
@@ -428,11 +440,12 @@ bool soften(const float* scores, const Query& query, const Attention& attention,
         return true;
     }
     const float peak = v_scale ? max(largest) : 1.0f;  // the best token's own weight is 1
-    const float inverse = peak > 0 ? 65535.0f / peak : 0.0f;
-    w.step = peak / 65535.0f;
+    constexpr float STEPS = 65534;  // 16 bits, and room for what is added
+    const float inverse = peak > 0 ? STEPS / peak : 0.0f;
+    w.step = peak / STEPS;
     f32v sum_w = {};
     for (int i = 0; i < N; i++) {
-        const i32v value = __builtin_convertvector(s[i] * inverse + 0.5f, i32v);
+        const i32v value = __builtin_convertvector(s[i] * inverse + load<f32v>(DITHER.of + i * W), i32v);
         sum_w = sum_w + to_float(value);
         store_bytes(w.high + i * W, value >> 8);
         store_bytes(w.low + i * W, value);

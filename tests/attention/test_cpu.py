@@ -1,0 +1,266 @@
+"""The native kernels against float64 attention over the decoded values of the same codes, for each instruction set.
+
+The codes themselves must be those of the specification, bit for bit. Where the extension is not built (no compiler)
+these tests are skipped; what then happens is tested too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from octavo import LLM, OctavoError, SamplingParams
+from octavo.attention import AttentionSpec, attend, cpu, layout_for
+from octavo.cache.batch import Batch
+from octavo.cache.layout import Layout
+from octavo.cache.store import KVCache, LayerShape
+from octavo.models.model import Model
+from octavo.quant.calibration import Calibration
+from octavo.quant.format import KVFormat
+from tests.attention.test_reference import (
+    HEADER,
+    Case,
+    Layer,
+    Sequence,
+    assert_stored,
+    numpy_attention,
+    rows_of,
+    stored,
+)
+
+native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+ISAS = cpu._native.isas() if cpu.unavailable() is None else ["none"]
+CLOSE = 1e-3  # of each row's norm: 15-bit queries and 16-bit weights
+
+CASES = [
+    Case("bf16", 64, 64, 2, 3, 64),
+    Case("fp16", 80, 80, 1, 4, 64),
+    Case("fp32", 96, 96, 2, 1, 64),
+    Case("int8", 64, 64, 1, 8, 64),
+    Case("int8", 80, 80, 2, 3, 64),
+    Case("int8", 96, 128, 4, 1, 64),
+    Case("int8", 128, 128, 2, 4, 64),
+    Case("int8", 256, 256, 1, 3, 64),
+    Case("int8-token", 64, 64, 2, 4, 64),
+    Case("int8-token", 96, 96, 3, 1, 64, calibrated=False),
+    Case("int8-token-rotated", 80, 80, 2, 3, 64),
+    Case("int4-token", 64, 64, 1, 3, 64, calibrated=False),
+    Case("int4-token", 80, 80, 1, 8, 64),
+    Case("int4-token", 128, 64, 2, 4, 64),
+    Case("int4-token-unrotated", 256, 256, 1, 1, 64),
+    Case("k8v4", 128, 128, 1, 8, 64),
+    Case("bf16/int4-token", 96, 96, 2, 3, 64),
+    Case("int8", 64, 64, 2, 3, 64, window=50),
+    Case("int4-token", 64, 64, 2, 3, 64, window=70),
+    Case("int8", 64, 64, 2, 3, 64, softcap=5.0, place=2.0),
+    Case("int8-token", 64, 64, 2, 3, 64, sinks=True),
+    Case("int8", 64, 64, 2, 3, 64, window=33, softcap=20.0, sinks=True),
+    Case("bf16", 64, 64, 2, 3, 64, window=33, softcap=20.0, sinks=True),
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    """Runs the test with each instruction set of this processor."""
+    before = cpu._native.isa()
+    cpu._native.use(request.param)
+    yield request.param
+    cpu._native.use(before)
+
+
+class NativeLayer(Layer):
+    """The same layer with its cache in tiles."""
+
+    def __init__(self, case: Case, sequences: int = 1, seed: int = 0):
+        super().__init__(case, sequences, seed)
+        self.cache = self.empty_cache(self.cache.num_blocks, "tiles")
+
+    def compare(self, sequence: Sequence, q: torch.Tensor, out: torch.Tensor) -> None:
+        layer, total = self.cache.layers[0], sequence.num_cached
+        assert_stored(layer.k, sequence, torch.cat(sequence.keys))
+        assert_stored(layer.v, sequence, torch.cat(sequence.values))
+        keys, values = stored(layer.k, sequence), stored(layer.v, sequence)
+        expected = numpy_attention(self.spec, q.double().numpy(), keys, values, first=total - len(q))
+        assert_close(out, expected)
+
+
+def assert_close(out: torch.Tensor, expected: np.ndarray) -> None:
+    error = np.linalg.norm(out.double().numpy() - expected, axis=-1)
+    assert (error <= CLOSE * np.linalg.norm(expected, axis=-1) + 1e-6).all(), error.max()
+
+
+@native
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_steps_are_plain_attention_over_the_decoded_cache(isa: str, case: Case) -> None:
+    layer = NativeLayer(case, sequences=3)
+    layer.step([(0, 62), (1, 3), (2, 8)])
+    for _ in range(4):  # over a block's edge: 62, 63, 64, 65, 66
+        layer.step([(0, 1), (1, 1)])
+    layer.step([(0, 1), (1, 70), (2, 2)])  # a chunk of a prompt among decodes
+    layer.step([(2, 1), (1, 8), (0, 9)])
+
+
+@native
+@pytest.mark.parametrize("name", ["int8", "int8-token", "int4-token", "bf16"])
+def test_a_long_context_is_split_over_threads_and_joined(isa: str, name: str) -> None:
+    tokens, shape = 5000, LayerShape(1, 64, 64)
+    layer = NativeLayer(Case(name, 64, 64, 1, 4, 64))
+    cache = KVCache([shape], KVFormat.parse(name), 79, Layout(order="tiles"), layer.calibration)
+    random = torch.Generator().manual_seed(0)
+    sequence = Sequence(torch.randperm(79, generator=random).tolist(), [0] * tokens)
+    q, k, v = (torch.randn(tokens, heads, 64, generator=random) for heads in (4, 1, 1))
+    batch = Batch.build([(sequence, tokens)], 64)
+    for store, x in zip(cache.stores, (k, v), strict=True):
+        cpu.write(store, x, batch.slots)
+    sequence.num_cached = tokens - 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    out = attend(layer.spec, cache.layers[0], q[-1:], k[-1:], v[-1:], Batch.build([(sequence, 1)], 64))
+    torch.set_num_threads(before)
+    sequence.num_cached = tokens
+    keys, values = (stored(store, sequence) for store in cache.stores)
+    assert_close(out, numpy_attention(layer.spec, q[-1:].double().numpy(), keys, values, first=tokens - 1))
+
+
+def adversarial(kind: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [1, 2, 64], k and v [tokens, 1, 64] of a case that breaks careless kernels."""
+    random = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(n, h, 64, generator=random) for n, h in ((1, 2), (tokens, 1), (tokens, 1)))
+    if kind == "one huge logit":
+        k[tokens // 2] = 40 * q[0, 0]
+    elif kind == "all logits equal":
+        k[:] = k[0]
+    elif kind == "a sink 12 nats above the tail":  # the tail of 32k tokens holds a sixth of the weight
+        k[:] = 0.0
+        k[0] = q[0, 0] * 12 * 8 / (q[0, 0] @ q[0, 0])
+        v[1:] += 1.0
+    elif kind == "constant rows":
+        k[:], v[:] = 0.5, -0.25
+    elif kind == "rows of zeros":
+        q[:], k[:], v[:] = 0, 0, 0
+    elif kind == "far outside the range":
+        k, v = k * 5, v * 100
+    return q, k, v
+
+
+@native
+@pytest.mark.parametrize("name", ["int8", "int8-token", "int4-token", "bf16"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "one huge logit",
+        "all logits equal",
+        "a sink 12 nats above the tail",
+        "constant rows",
+        "rows of zeros",
+        "far outside the range",
+    ],
+)
+def test_adversarial_rows_stay_close(isa: str, name: str, kind: str) -> None:
+    tokens = 32768 if "sink" in kind else 500
+    q, k, v = adversarial(kind, tokens)
+    shape, blocks = LayerShape(1, 64, 64), -(-tokens // 64)
+    ranges = {"min": torch.full((1, 64), -5.0), "max": torch.full((1, 64), 13.0)}
+    calibration = Calibration(HEADER, [{"k": ranges, "v": ranges}])
+    cache = KVCache([shape], KVFormat.parse(name), blocks, Layout(order="tiles"), calibration, headroom=1.0)
+    sequence = Sequence(list(range(blocks)), [0] * tokens, tokens - 1)
+    whole = Batch.build([(Sequence(sequence.block_table, sequence.tokens), tokens)], 64)
+    for store, x in zip(cache.stores, (k, v), strict=True):
+        cpu.write(store, x, whole.slots)
+    spec = AttentionSpec(shape, 2, 0.125)
+    out = attend(spec, cache.layers[0], q, k[-1:], v[-1:], Batch.build([(sequence, 1)], 64))
+    sequence.num_cached = tokens
+    keys, values = (stored(store, sequence) for store in cache.stores)
+    assert_close(out, numpy_attention(spec, q.double().numpy(), keys, values, first=tokens - 1))
+    assert torch.isfinite(out).all()
+
+
+@native
+@pytest.mark.parametrize("name", ["int8", "int8-token", "int4-token"])
+def test_saturation_is_counted_as_the_specification_counts_it(isa: str, name: str) -> None:
+    layers = [kind(Case(name, block_size=64)) for kind in (Layer, NativeLayer)]
+    for layer in layers:
+        q, k, v = layer.queries(40), layer.keys(40) * 3, layer.values(40) * 3
+        k[3, 0, 5] = 1e6
+        layer.feed([(0, 40)], q, k, v)
+    counts = [[(store.saturated.item(), store.written) for store in layer.cache.stores] for layer in layers]
+    assert counts[0] == counts[1]
+    assert name == "int4-token" or counts[0][0][0] > 0
+
+
+@native
+def test_bf16_and_strided_rows_are_encoded_as_their_float_values(isa: str) -> None:
+    shape = LayerShape(2, 64, 64)
+    cache = KVCache([shape], KVFormat.parse("int8-token"), 1, Layout(order="tiles"))
+    x = torch.randn(2, 10, 64).bfloat16().transpose(0, 1)  # as a model hands it over: [tokens, heads, dim], strided
+    sequence = Sequence([0], [0] * 10, 10)
+    cpu.write(cache.stores[0], x, torch.arange(10))
+    assert_stored(cache.stores[0], sequence, x.contiguous())
+    cpu.write(cache.stores[1], x.float()[..., ::1], torch.arange(10))
+    assert torch.equal(rows_of(cache.stores[0], sequence).scales, rows_of(cache.stores[1], sequence).scales)
+
+
+@native
+def test_a_negative_slot_writes_nowhere(isa: str) -> None:
+    cache = KVCache([LayerShape(1, 64, 64)], KVFormat.parse("bf16"), 2, Layout(order="tiles"))
+    cpu.write(cache.stores[0], torch.ones(3, 1, 64), torch.tensor([-1, 70, -1]))
+    assert cache.stores[0].codes.float().sum() == 64
+
+
+@native
+def test_no_native_kernel_reads_beyond_its_memory_in_random_shapes() -> None:
+    """What a sanitizer build (make sanitize) runs over: random geometry and tables, NaN included."""
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        k_dim, v_dim = (8 * int(n) for n in random.integers(1, 33, 2))
+        name = random.choice(["bf16", "fp16", "fp32", "int8-token", "int4-token", "k8v4", "int8-token-rotated"])
+        kv_heads, group, blocks = (int(n) for n in random.integers(1, 5, 3))
+        shape = LayerShape(kv_heads, k_dim, v_dim)
+        cache = KVCache([shape], KVFormat.parse(str(name)), blocks, Layout(order="tiles"))
+        tokens = int(random.integers(1, 64 * blocks + 1))
+        sequence = Sequence(random.permutation(blocks).tolist(), [0] * tokens)
+        new = int(min(tokens, random.integers(1, 12)))
+        spec = AttentionSpec(shape, kv_heads * group, k_dim**-0.5, window=int(random.integers(1, 100)))
+        for n in (tokens - new, new):
+            if n:
+                q, k, v = (
+                    torch.randn(n, h, d) for h, d in ((kv_heads * group, k_dim), (kv_heads, k_dim), (kv_heads, v_dim))
+                )
+                k[0, 0, 0] = random.choice([0.0, np.nan, np.inf, 1e30])
+                attend(spec, cache.layers[0], q, k, v, Batch.build([(sequence, n)], 64))
+                sequence.num_cached += n
+
+
+@native
+def test_the_greedy_text_is_that_of_the_reference(pamphlet: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["Once upon a time", "The old sailor looked at the sea and " * 20]
+    texts = []
+    for implementation in ("native", "reference"):
+        monkeypatch.setenv("OCTAVO_ATTENTION", implementation)
+        llm = LLM(pamphlet, kv="int8-token")
+        assert llm.cache.layout.order == ("tiles" if implementation == "native" else "rows")
+        texts.append([out.text for out in llm.generate(prompts, SamplingParams(max_tokens=48))])
+    assert texts[0] == texts[1]
+
+
+def test_without_the_extension_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "unavailable", lambda: "the native extension is not built")
+    shapes, formats = [LayerShape(1, 64, 64)], [KVFormat.parse("int8-token")]
+    assert layout_for(shapes, formats).order == "rows"
+    monkeypatch.setenv("OCTAVO_ATTENTION", "native")
+    with pytest.raises(OctavoError, match="not built"):
+        layout_for(shapes, formats)
+
+
+@native
+def test_a_shape_without_a_kernel_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    formats = [KVFormat.parse("int8-token")]
+    assert layout_for([LayerShape(1, 64, 64)], formats).order == "tiles"
+    assert layout_for([LayerShape(1, 60, 64)], formats).order == "rows"
+    monkeypatch.setenv("OCTAVO_ATTENTION", "native")
+    with pytest.raises(OctavoError, match="heads of 60 and 64"):
+        layout_for([LayerShape(1, 60, 64)], formats)
+    monkeypatch.setenv("OCTAVO_ATTENTION", "fast")
+    with pytest.raises(OctavoError, match="reference or native"):
+        layout_for([LayerShape(1, 64, 64)], formats)
