@@ -1,8 +1,8 @@
 """The CPU decode kernel against torch's own attention, against our 16-bit kernel, and against the memory's speed.
 
-One layer, one new token for each sequence, block tables random. torch's bf16 `scaled_dot_product_attention` (q length 1)
-gets contiguous K and V; a plain streaming read sums the bytes of the same blocks through the same table. In each round
-every contestant runs in turn; what is reported is the median over rounds of the ratio within a round, with its range.
+One layer, one new token for each sequence, block tables random. torch's bf16 `scaled_dot_product_attention` (q length
+1) gets contiguous K and V; a plain streaming read sums the bytes of the same blocks through the same table. In each
+round every contestant runs in turn; what is reported is the median over rounds of the ratio within a round, with its range.
 The last line is one JSON document.
 
     python benchmarks/attention_cpu.py --out benchmarks/results/attention-cpu.json
@@ -139,9 +139,19 @@ def main() -> None:
     for case in CASES[: args.cases]:
         row = measure(case, args.rounds, args.seconds)
         rows.append(row)
-        parts = (f"{key} {value['median']:.2f}" for key, value in row.items() if isinstance(value, dict) and "median" in value)
+        parts = (
+            f"{key} {value['median']:.2f}"
+            for key, value in row.items()
+            if isinstance(value, dict) and "median" in value
+        )
         print(f"{case}: {'  '.join(parts)}   {row['ms']}", flush=True)
-    document = {"benchmark": "attention_cpu", **describe(), "isa": cpu._native.isa(), "rounds": args.rounds, "rows": rows}
+    document = {
+        "benchmark": "attention_cpu",
+        **describe(),
+        "isa": cpu._native.isa(),
+        "rounds": args.rounds,
+        "rows": rows,
+    }
     if args.out:
         args.out.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))

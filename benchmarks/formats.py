@@ -163,7 +163,8 @@ def main() -> None:
         head += (
             " Columns: text (calibrated on). Numbers: mean KL divergence from the fp32 cache, nats; the last column is"
         )
-        head += f" the largest change of perplexity.\n\n{where}; {args.samples} calibration windows of {args.seqlen} tokens,"
+        head += f" the largest change of perplexity.\n\n{where}; {args.samples} calibration windows of {args.seqlen}"
+        head += " tokens,"
         head += f" up to {args.windows} windows of {args.window} a text.\n\n"
         args.markdown.write_text(head + "\n".join(tables))
     if args.out:

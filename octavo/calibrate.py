@@ -60,7 +60,7 @@ def calibrate(
     length = _common_length(windows, bound.max_context)
     offsets = _offsets(bound, len(windows), length, seed)
     raw = KVFormat.parse(RAW_NAMES[str(bound.dtype)[6:]])
-    layout = layout_for(bound.shapes, [raw] * len(bound.shapes))
+    layout = layout_for(bound.shapes)
     size = layout.block_size
     cache = KVCache(bound.shapes, raw, -(-length // size), layout)
     observed = [

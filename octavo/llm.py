@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 from octavo.attention import layout_for
 from octavo.cache.size import block_bytes, num_blocks, parse_bytes
@@ -100,7 +100,7 @@ class LLM:
             )
 
         formats = [self.format] * len(bound.layers)
-        layout = layout_for(bound.shapes, formats)
+        layout = layout_for(bound.shapes)
         session_blocks = -(-self.session_len // layout.block_size)
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
         blocks = num_blocks(
@@ -159,13 +159,13 @@ class LLM:
     ) -> list[Completion] | Iterator[Delta]:
         """Continue prompts, each a string or a list of token ids: completions in their order, or with `stream` pieces
         as they come. `params` is one for all or one for each, the model's own defaults if None."""
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        prompts = cast(list[Prompt], [prompts] if one else prompts)
         each = [params or self.default_params] * len(prompts) if not isinstance(params, Rows) else list(params)
         if len(each) != len(prompts):
             raise OctavoError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
         answers = [
-            _Answer(i, self.sequence(prompt, p), TextStream(self.tokenizer, p.stop))  # type: ignore[arg-type]
+            _Answer(i, self.sequence(prompt, p), TextStream(self.tokenizer, p.stop))
             for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))
         ]
         pieces = self._run(answers)
@@ -233,9 +233,9 @@ class _Answer:
 
     def take(self) -> None:
         token = self.sequence.tokens[-1]
-        if self.sequence.finish_reason != "stop":  # the token that ends an answer is no part of its text
-            if piece := self.text.push(token):
-                self.pieces.append(Delta(self.index, piece))
+        ends = self.sequence.finish_reason == "stop"  # the token that ends an answer is no part of its text
+        if not ends and (piece := self.text.push(token)):
+            self.pieces.append(Delta(self.index, piece))
 
     def complete(self) -> None:
         sequence = self.sequence

@@ -97,7 +97,7 @@ def test_progress_and_header_say_what_was_measured() -> None:
 def test_activations_that_are_not_finite_name_the_layer_and_the_sample() -> None:
     model = tiny()
     model.bound.hf.model.layers[1].self_attn.v_proj.weight.data[0, 0] = math.inf
-    with pytest.raises(OctavoError, match="V of layer 1 is not finite in sample 0.*--dtype"):
+    with pytest.raises(OctavoError, match=r"V of layer 1 is not finite in sample 0.*--dtype"):
         calibrate(model, windows(1, 16), dataset="random")
 
 
@@ -135,7 +135,7 @@ class TestCommand:
         header = Calibration.load(tmp_path).header
         assert (header.samples, header.seqlen, header.granularity) == (4, 128, "channel")
 
-    def test_the_pages_command_line_works_when_pasted(self, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    def test_the_pages_command_line_works_when_pasted(self, tmp_path) -> None:  # type: ignore[no-untyped-def]
         (tmp_path / "ptb.train.txt").write_text("the sheet is folded three times and becomes eight leaves \n" * 2000)
         with pytest.raises(SystemExit) as exit:
             main(

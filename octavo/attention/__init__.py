@@ -19,7 +19,6 @@ from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.store import LayerCache, LayerShape
 from octavo.errors import OctavoError
-from octavo.quant.format import KVFormat
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class AttentionSpec:
     sinks: Tensor | None = None  # [heads] a logit that takes weight and gives nothing (gpt-oss)
 
 
-def layout_for(shapes: Sequence[LayerShape], formats: Sequence[KVFormat]) -> Layout:
+def layout_for(shapes: Sequence[LayerShape]) -> Layout:
     """The layout of the fastest implementation that can read such a cache here.
 
     `OCTAVO_ATTENTION=reference` or `native` forces one; raises OctavoError if the native one cannot be had.
@@ -44,10 +43,10 @@ def layout_for(shapes: Sequence[LayerShape], formats: Sequence[KVFormat]) -> Lay
         raise OctavoError(f"OCTAVO_ATTENTION is {wanted!r}; it must be reference or native")
     missing = cpu.unavailable()
     if missing is None:
-        for shape, format in zip(shapes, formats, strict=True):
+        for shape in shapes:
             if shape.device.type != "cpu":
                 missing = f"the cache is on {shape.device}"
-            elif not (cpu.takes(format.k, shape.k_dim) and cpu.takes(format.v, shape.v_dim)):
+            elif not (cpu.takes(shape.k_dim) and cpu.takes(shape.v_dim)):
                 missing = f"it has no kernel for heads of {shape.k_dim} and {shape.v_dim}"
     if wanted == "native" and missing is not None:
         raise OctavoError(f"OCTAVO_ATTENTION=native cannot be had: {missing}")

@@ -22,7 +22,6 @@ from octavo.attention import reference
 from octavo.cache.batch import Batch
 from octavo.cache.store import LayerCache, RowStore
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
-from octavo.quant.format import Codec
 
 if TYPE_CHECKING:
     from octavo.attention import AttentionSpec
@@ -52,8 +51,8 @@ def unavailable() -> str | None:
     return None
 
 
-def takes(codec: Codec, dim: int) -> bool:
-    """Whether the kernels have this codec and dimension."""
+def takes(dim: int) -> bool:
+    """Whether the kernels have rows of this dimension; they have every codec."""
     return dim % 8 == 0 and dim <= LARGEST
 
 
@@ -70,8 +69,8 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
         sinks = spec.sinks.float().contiguous() if spec.sinks is not None else None
         attention = _native.Attention(spec.heads, spec.scale, spec.window or 0, spec.softcap or 0.0, _address(sinks))
         _native.decode(
-            _side(cache.k), _side(cache.v), attention, step.few, q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1),
-            out.data_ptr(), torch.get_num_threads(),
+            _side(cache.k), _side(cache.v), attention, step.few,
+            q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     for rows, chunk in step.chunks:
         # torch's attention knows neither soft caps nor sinks.
@@ -132,8 +131,8 @@ def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batc
 
 
 def _scaled_dot_product(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
-    """Causal attention of the last n of the tokens that keys [m, k_dim] and values [m, v_dim] are of, or of the keys
-    `seen` [n, m]: q [n, group, k_dim] → [n, group, v_dim]."""
+    """Attention of the last n of m tokens, q [n, group, k_dim], over keys [m, k_dim] and values [m, v_dim]: causal, or
+    over what is `seen` [n, m]. Returns [n, group, v_dim]."""
     n, m = len(q), len(keys)
     q = q.transpose(0, 1)[None]  # [1, group, n, k_dim]
     keys, values = (x.expand(1, q.shape[1], -1, -1) for x in (keys, values))
@@ -174,7 +173,7 @@ def _side(store: RowStore) -> Any:
     """The kernel's view of a store, made once: the tensors it points to live as long as the store."""
     if store.native is None:
         codec, static = store.codec, store.static
-        tables = [None] * 3
+        tables: list[Tensor | None] = [None] * 3
         if codec.kind == "token":
             tables = [table[codec.bits] for table in (TOKEN_SCALE, TOKEN_RECIPROCAL, TOKEN_LIMIT)]
         store.native = _native.side(

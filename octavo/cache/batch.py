@@ -74,6 +74,6 @@ class Batch:
         if device == self.ids.device:
             return self
         if device not in self.plan:
-            tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+            tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
             self.plan[device] = replace(self, **tensors, plan={})
         return self.plan[device]

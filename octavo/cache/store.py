@@ -19,6 +19,8 @@ from octavo.quant.calibration import Calibration
 from octavo.quant.codec import Static, centered, encode, rotate, token_scale
 from octavo.quant.format import Codec, Granularity, KVFormat
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -27,7 +29,7 @@ class LayerShape:
     kv_heads: int
     k_dim: int
     v_dim: int
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     shares: int | None = None  # reads the cache of that earlier layer and writes none of its own
 
     def token_bytes(self, format: KVFormat) -> int:

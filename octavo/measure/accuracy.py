@@ -2,8 +2,7 @@
 
 Every format reads the same windows in lockstep with the baseline, through the same engine parts: perplexity, KL
 divergence from the baseline's next-token distribution, and how often the most likely token is the same one. KL is the
-sensitive one: perplexity can hide damage that goes both ways. What these small differences come to in an answer is
-`greedy` and `parting`: after how many tokens the answers of two formats part.
+sensitive one: perplexity can hide damage that goes both ways. What they come to in an answer: see parting.py.
 """
 
 from __future__ import annotations
@@ -19,17 +18,12 @@ from octavo.attention import attend, layout_for
 from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
 from octavo.calibrate import Window
-from octavo.engine.sampling import SamplingParams
-from octavo.llm import LLM
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity, KVFormat
 
 BINS, BIN = 8, 64  # pieces that a window is looked at in, and what a piece's length is a multiple of
 CHUNK = 256  # rows of logits held at a time: a large vocabulary makes them the largest tensor of all
-
-
-Answers = Sequence[Sequence[int]]  # token ids
 
 
 @dataclass(frozen=True)
@@ -98,35 +92,13 @@ def compare(
     return [run.score(runs[0]) for run in runs]
 
 
-def greedy(
-    llm: LLM, prompts: Sequence[Sequence[int]], tokens: int, progress: Callable[[int], None] | None = None
-) -> Answers:
-    """The most likely continuation of each prompt, `tokens` tokens of it whatever they are."""
-    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    answers: dict[int, list[int]] = {}
-    for delta in llm.generate([list(prompt) for prompt in prompts], params, stream=True):
-        if delta.completion is not None:
-            answers[delta.index] = delta.completion.tokens
-            if progress is not None:
-                progress(len(answers))
-    return [answers[i] for i in range(len(prompts))]
-
-
-def parting(answers: Answers, baseline: Answers) -> list[int | None]:
-    """How many tokens each answer shares with the baseline's before they part; None if they never do."""
-    return [
-        next((i for i, (own, other) in enumerate(zip(*pair, strict=True)) if own != other), None)
-        for pair in zip(answers, baseline, strict=True)
-    ]
-
-
 class _Run:
     """One candidate's cache and what was measured on it."""
 
     def __init__(self, model: Model, candidate: Candidate, length: int):
         self.bound, self.candidate = model.bound, candidate
         formats = [candidate.format] * len(self.bound.layers)
-        layout = layout_for(self.bound.shapes, formats)
+        layout = layout_for(self.bound.shapes)
         self.cache = KVCache(
             self.bound.shapes,
             formats,

@@ -49,8 +49,8 @@ class Static:
 
 @dataclass(frozen=True)
 class Rows:
-    """Encoded rows: `codes` [..., kv_heads, width] in the codec's stored dtype, `scales` uint8 [..., kv_heads] of token
-    codecs or None, `saturated` how many values lay outside what the codec can hold (a 0-d int64 tensor) or None."""
+    """Encoded rows: `codes` [..., kv_heads, width] in the codec's stored dtype, `scales` uint8 [..., kv_heads] of
+    token codecs or None, `saturated` the number of values outside what the codec can hold (0-d int64) or None."""
 
     codes: Tensor
     scales: Tensor | None = None
@@ -74,7 +74,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def pack(nibbles: Tensor) -> Tensor:
-    """4-bit codes [..., D] → uint8 [..., ceil(D/2)]: value d in the low half of byte d, value d + ceil(D/2) in the high.
+    """4-bit codes [..., D] → uint8 [..., ceil(D/2)]: value d in byte d's low half, value d + ceil(D/2) in its high.
 
     Halves, not neighbours: unpacking is a mask and a shift with no interleave.
     """

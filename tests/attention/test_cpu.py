@@ -6,6 +6,8 @@ these tests are skipped; what then happens is tested too.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -61,12 +63,15 @@ CASES = [
 
 
 @pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> str:
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs the test with each instruction set of this processor."""
     before = cpu._native.isa()
     cpu._native.use(request.param)
-    yield request.param
+    yield
     cpu._native.use(before)
+
+
+every_isa = pytest.mark.usefixtures("isa")
 
 
 class NativeLayer(Layer):
@@ -90,9 +95,10 @@ def assert_close(out: torch.Tensor, expected: np.ndarray) -> None:
     assert (error <= CLOSE * np.linalg.norm(expected, axis=-1) + 1e-6).all(), error.max()
 
 
+@every_isa
 @native
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_steps_are_plain_attention_over_the_decoded_cache(isa: str, case: Case) -> None:
+def test_steps_are_plain_attention_over_the_decoded_cache(case: Case) -> None:
     layer = NativeLayer(case, sequences=3)
     layer.step([(0, 62), (1, 3), (2, 8)])
     for _ in range(4):  # over a block's edge: 62, 63, 64, 65, 66
@@ -101,9 +107,10 @@ def test_steps_are_plain_attention_over_the_decoded_cache(isa: str, case: Case) 
     layer.step([(2, 1), (1, 8), (0, 9)])
 
 
+@every_isa
 @native
 @pytest.mark.parametrize("name", ["int8", "int8-token", "int4-token", "bf16"])
-def test_a_long_context_is_split_over_threads_and_joined(isa: str, name: str) -> None:
+def test_a_long_context_is_split_over_threads_and_joined(name: str) -> None:
     tokens, shape = 5000, LayerShape(1, 64, 64)
     layer = NativeLayer(Case(name, 64, 64, 1, 4, 64))
     cache = KVCache([shape], KVFormat.parse(name), 79, Layout(order="tiles"), layer.calibration)
@@ -144,6 +151,7 @@ def adversarial(kind: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor, tor
     return q, k, v
 
 
+@every_isa
 @native
 @pytest.mark.parametrize("name", ["int8", "int8-token", "int4-token", "bf16"])
 @pytest.mark.parametrize(
@@ -157,7 +165,7 @@ def adversarial(kind: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor, tor
         "far outside the range",
     ],
 )
-def test_adversarial_rows_stay_close(isa: str, name: str, kind: str) -> None:
+def test_adversarial_rows_stay_close(name: str, kind: str) -> None:
     tokens = 32768 if "sink" in kind else 500
     q, k, v = adversarial(kind, tokens)
     shape, blocks = LayerShape(1, 64, 64), -(-tokens // 64)
@@ -176,9 +184,10 @@ def test_adversarial_rows_stay_close(isa: str, name: str, kind: str) -> None:
     assert torch.isfinite(out).all()
 
 
+@every_isa
 @native
 @pytest.mark.parametrize("name", ["int8", "int8-token", "int4-token"])
-def test_saturation_is_counted_as_the_specification_counts_it(isa: str, name: str) -> None:
+def test_saturation_is_counted_as_the_specification_counts_it(name: str) -> None:
     layers = [kind(Case(name, block_size=64)) for kind in (Layer, NativeLayer)]
     for layer in layers:
         q, k, v = layer.queries(40), layer.keys(40) * 3, layer.values(40) * 3
@@ -189,8 +198,9 @@ def test_saturation_is_counted_as_the_specification_counts_it(isa: str, name: st
     assert name == "int4-token" or counts[0][0][0] > 0
 
 
+@every_isa
 @native
-def test_bf16_and_strided_rows_are_encoded_as_their_float_values(isa: str) -> None:
+def test_bf16_and_strided_rows_are_encoded_as_their_float_values() -> None:
     shape = LayerShape(2, 64, 64)
     cache = KVCache([shape], KVFormat.parse("int8-token"), 1, Layout(order="tiles"))
     x = torch.randn(2, 10, 64).bfloat16().transpose(0, 1)  # as a model hands it over: [tokens, heads, dim], strided
@@ -201,8 +211,9 @@ def test_bf16_and_strided_rows_are_encoded_as_their_float_values(isa: str) -> No
     assert torch.equal(rows_of(cache.stores[0], sequence).scales, rows_of(cache.stores[1], sequence).scales)
 
 
+@every_isa
 @native
-def test_a_negative_slot_writes_nowhere(isa: str) -> None:
+def test_a_negative_slot_writes_nowhere() -> None:
     cache = KVCache([LayerShape(1, 64, 64)], KVFormat.parse("bf16"), 2, Layout(order="tiles"))
     cpu.write(cache.stores[0], torch.ones(3, 1, 64), torch.tensor([-1, 70, -1]))
     assert cache.stores[0].codes.float().sum() == 64
@@ -246,21 +257,20 @@ def test_the_greedy_text_is_that_of_the_reference(pamphlet: Model, monkeypatch: 
 
 def test_without_the_extension_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "unavailable", lambda: "the native extension is not built")
-    shapes, formats = [LayerShape(1, 64, 64)], [KVFormat.parse("int8-token")]
-    assert layout_for(shapes, formats).order == "rows"
+    shapes = [LayerShape(1, 64, 64)]
+    assert layout_for(shapes).order == "rows"
     monkeypatch.setenv("OCTAVO_ATTENTION", "native")
     with pytest.raises(OctavoError, match="not built"):
-        layout_for(shapes, formats)
+        layout_for(shapes)
 
 
 @native
 def test_a_shape_without_a_kernel_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    formats = [KVFormat.parse("int8-token")]
-    assert layout_for([LayerShape(1, 64, 64)], formats).order == "tiles"
-    assert layout_for([LayerShape(1, 60, 64)], formats).order == "rows"
+    assert layout_for([LayerShape(1, 64, 64)]).order == "tiles"
+    assert layout_for([LayerShape(1, 60, 64)]).order == "rows"
     monkeypatch.setenv("OCTAVO_ATTENTION", "native")
     with pytest.raises(OctavoError, match="heads of 60 and 64"):
-        layout_for([LayerShape(1, 60, 64)], formats)
+        layout_for([LayerShape(1, 60, 64)])
     monkeypatch.setenv("OCTAVO_ATTENTION", "fast")
     with pytest.raises(OctavoError, match="reference or native"):
-        layout_for([LayerShape(1, 64, 64)], formats)
+        layout_for([LayerShape(1, 64, 64)])
