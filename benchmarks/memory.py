@@ -63,13 +63,15 @@ def measured(found: Sequence[Point]) -> str:
     return table(head, map(row, found))
 
 
+def tell(point: Point) -> None:
+    print(f"{point.batch} × {point.format} {point.how}: {mib(point.total)} MiB", file=sys.stderr)
+
+
 def run(path: Path, names: Sequence[str], load_format: str, seconds: float) -> list[Point]:
     geometry = Geometry.trace(path)
     theory = costs(geometry, [KVFormat.parse(name) for name in names], CONTEXT, device_memory(CPU))
     source = Source(path, load_format=load_format, fill_seconds=seconds)
-    return points(
-        geometry, theory, list(PAGE), CONTEXT, source, lambda p: print(p.batch, p.format, p.how, file=sys.stderr)
-    )
+    return points(geometry, theory, list(PAGE), CONTEXT, source, tell)
 
 
 def main() -> None:

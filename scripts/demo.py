@@ -14,6 +14,7 @@ from octavo.cli import main
 from octavo.cli.calibrate import progress
 from octavo.corpus import consecutive_windows, load_texts
 from octavo.measure.accuracy import Candidate, Score, compare
+from octavo.measure.report import write_report
 from octavo.models.model import BUNDLED, Model
 
 WORK_DIR = Path("demo")
@@ -94,7 +95,13 @@ def demo() -> None:
             progress=lambda done: bar.update(task, completed=done),
         )
     console.print(accuracy(scores))
-    console.print(f"Next: .venv/bin/octavo chat --kv int8 --calibration {WORK_DIR}")
+
+    console.rule("5. Report: all of it on one page")
+    with progress() as bar:
+        task = bar.add_task("writing", total=None)
+        path = write_report(model, WORK_DIR / "report", calibration=WORK_DIR)
+        bar.update(task, total=1, completed=1)
+    console.print(f"{path}\n\nNext: .venv/bin/octavo chat --kv int8 --calibration {WORK_DIR}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from octavo.cli.doctor import doctor
 from octavo.cli.generate import generate
 from octavo.cli.memory import memory
 from octavo.cli.plan import plan
+from octavo.cli.report import report
 from octavo.cli.speed import speed
 from octavo.errors import OctavoError
 
@@ -31,6 +32,7 @@ app.command()(generate)
 app.command()(accuracy)
 app.command()(doctor)
 app.command()(speed)
+app.command()(report)
 app.command()(memory)
 app.command()(plan)
 
@@ -43,7 +45,7 @@ app.add_typer(lite, name="lite", hidden=True)
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Bad input is one line on stderr and status 2, an interrupt status 130."""
     argv = sys.argv[1:] if argv is None else argv
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     if argv[:2] == ["chat", "turbomind"]:  # as on LMDeploy's page, which names its engine here
         argv = ["chat", *argv[2:]]
     try:

@@ -5,10 +5,10 @@ Theory first, then what was measured. Tables go to stdout, progress to stderr; w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import quantiles
 from typing import TYPE_CHECKING, Annotated, Any
 
 from octavo.cli.options import LoadOptions, option, takes
@@ -72,7 +72,8 @@ def accuracy(
     json: Annotated[bool, option("One JSON document on stdout.", "--json")] = False,
 ) -> None:
     """Measure what a KV cache format of MODEL costs in accuracy."""
-    from octavo.cli import accuracy_tables, document
+    from octavo.cli import accuracy_tables
+    from octavo.measure.document import dumps
 
     on_text = text is not None or tasks is None
     _refuse({"--limit": limit, "--max-batch-size": max_batch_size, "--results": results}, tasks is not None, "--tasks")
@@ -81,21 +82,23 @@ def accuracy(
     source = _text(text, data_dir) if on_text else None
     model = options.load()
     candidates = _candidates(model, kv, calibration, granularity, headroom)
-    read = _windows(model, source, windows or WINDOWS, window) if source is not None else []
+    context = min(model.bound.max_context, options.session_len or model.bound.max_context)
+    read = _windows(model, source, windows or WINDOWS, window, context) if source is not None else []
     found = _about(model) | {"baseline": candidates[0].name, "theory": _theory(model, candidates)}
     if not json:
         accuracy_tables.show_theory(found)
     if source is not None:
-        found["text"] = _on_text(model, candidates, source.name, read)
+        found["text"] = _on_text(model, candidates, source.name, read, context)
         if not json:
             accuracy_tables.show_text(found)
     if parts:
         where = results or model.work_dir / "accuracy"
-        found["tasks"] = _on_tasks(model, candidates, parts, where, limit, max_batch_size or 16) | {"skipped": skipped}
+        sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16}
+        found["tasks"] = _on_tasks(model, candidates, parts, where, sizes) | {"skipped": skipped}
         if not json:
             accuracy_tables.show_tasks(found)
     if json:
-        document.show(found)
+        print(dumps(found))
 
 
 def _refuse(given: dict[str, Any], right: bool, other: str) -> None:
@@ -163,19 +166,18 @@ def _theory(model: Model, candidates: Sequence[Candidate]) -> list[dict[str, Any
     ]
 
 
-def _windows(model: Model, source: Texts, count: int, length: int | None) -> list[list[int]]:
+def _windows(model: Model, source: Texts, count: int, length: int | None, context: int) -> list[list[int]]:
     from octavo.windows import consecutive_windows
 
-    context = model.bound.max_context
     if length is not None and length > context:
         raise OctavoError(
-            f"a window of {length} tokens is longer than {model.name}'s context of {context}: lower --window"
+            f"a window of {length} tokens is longer than {model.name}'s sessions of {context}: lower --window"
         )
     return consecutive_windows(source, model.tokenizer, length or min(WINDOW, context), count)
 
 
 def _on_text(
-    model: Model, candidates: Sequence[Candidate], name: str, windows: Sequence[Sequence[int]]
+    model: Model, candidates: Sequence[Candidate], name: str, windows: Sequence[Sequence[int]], context: int
 ) -> dict[str, Any]:
     from octavo.cli.calibrate import progress
     from octavo.measure.accuracy import compare
@@ -191,53 +193,32 @@ def _on_text(
         "windows": len(windows),
         "window": len(windows[0]),
         "scores": rows,
-        "greedy": _greedy(model, candidates, windows),
+        "greedy": _greedy(model, candidates, windows, context),
     }
 
 
-def _greedy(model: Model, candidates: Sequence[Candidate], windows: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _greedy(
+    model: Model, candidates: Sequence[Candidate], windows: Sequence[Sequence[int]], context: int
+) -> dict[str, Any]:
     """Where the greedy answers to the windows' beginnings part from the baseline's."""
     from octavo.cli.calibrate import progress
-    from octavo.llm import LLM
-    from octavo.measure.accuracy import greedy, parting
+    from octavo.measure.parting import partings
 
     prompts = [window[: min(PROMPT, -(-len(window) // 2))] for window in windows[:PROMPTS]]
-    tokens = min(ANSWER, model.bound.max_context - len(prompts[0]))
-    answers = {}
+    tokens = min(ANSWER, context - len(prompts[0]))
     with progress() as bar:
         task = bar.add_task("answering", total=len(prompts) * len(candidates))
-        for i, candidate in enumerate(candidates):
-            llm = LLM(
-                model,
-                candidate.format,
-                calibration=candidate.calibration,
-                granularity=candidate.granularity,
-                headroom=candidate.headroom,
-                session_len=len(prompts[0]) + tokens,
-                max_batch_size=len(prompts),
-                prefix_caching=False,
-            )
-            bar.update(task, description=f"answering {len(prompts)} prompts in {candidate.name}")
 
-            def tell(done: int, before: int = i * len(prompts)) -> None:
-                bar.update(task, completed=before + done)
+        def tell(name: str, done: int) -> None:
+            bar.update(task, description=f"answering {len(prompts)} prompts in {name}", completed=done)
 
-            answers[candidate.name] = greedy(llm, prompts, tokens, tell)
-    rows = []
-    for candidate in candidates[1:]:
-        points = parting(answers[candidate.name], answers[candidates[0].name])
-        ends = sorted(tokens if point is None else point for point in points)
-        low, median, high = quantiles(ends, n=4, method="inclusive") if len(ends) > 1 else ends * 3
-        rows.append(
-            {
-                "name": candidate.name,
-                "median": median,
-                "quartiles": [low, high],
-                "never": points.count(None),  # these count as parting at the end
-                "points": points,
-            }
-        )
-    return {"prompts": len(prompts), "prompt_tokens": len(prompts[0]), "answer_tokens": tokens, "rows": rows}
+        rows = partings(model, candidates[0], candidates[1:], prompts, tokens, tell)
+    return {
+        "prompts": len(prompts),
+        "prompt_tokens": len(prompts[0]),
+        "answer_tokens": tokens,
+        "rows": [asdict(row) for row in rows],
+    }
 
 
 def _on_tasks(
@@ -245,8 +226,7 @@ def _on_tasks(
     candidates: Sequence[Candidate],
     parts: Sequence[Any],
     directory: Path,
-    limit: int | None,
-    max_batch_size: int,
+    sizes: dict[str, Any],
 ) -> dict[str, Any]:
     from octavo.cli.calibrate import progress
     from octavo.measure.benchmark import Results, run
@@ -257,13 +237,10 @@ def _on_tasks(
         def tell(title: str, done: int, total: int) -> None:
             bar.update(task, description=title, completed=done, total=total or None)
 
-        rows = run(
-            model,
-            candidates,
-            parts,
-            Results(directory),
-            limit=limit,
-            max_batch_size=max_batch_size,
-            progress=tell,
-        )
-    return {"how": "measured", "limit": limit, "results": str(directory), "rows": [asdict(row) for row in rows]}
+        try:
+            rows = run(model, candidates, parts, Results(directory), progress=tell, **sizes)
+        except KeyboardInterrupt:
+            bar.stop()
+            print(f"interrupted: what is done is kept in {directory}; the same command goes on", file=sys.stderr)
+            raise
+    return {"how": "measured", **sizes, "results": str(directory), "rows": [asdict(row) for row in rows]}

@@ -82,7 +82,7 @@ def answers(greedy: dict[str, Any], baseline: str) -> Table:
     for row in greedy["rows"]:
         least = "≥ " if row["median"] == greedy["answer_tokens"] else ""
         low, high = row["quartiles"]
-        table.add_row(row["name"], f"{least}{row['median']:g}", f"{low:g}–{high:g}", str(row["never"]))
+        table.add_row(row["name"], f"{least}{row['median']:g}", f"{low:g}–{high:g}", str(row["equal"]))
     return table
 
 

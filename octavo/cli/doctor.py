@@ -31,10 +31,10 @@ def doctor(
 ) -> None:
     """Examine MODEL: does it work, and which cache formats suit it? Status 0: it is healthy; 1: it is refused, or
     something is advised against."""
-    from octavo.cli import document
     from octavo.cli.calibrate import progress
     from octavo.measure.diagnosis import Diagnosis
     from octavo.measure.doctor import diagnose
+    from octavo.measure.document import dumps
     from octavo.measure.machine import describe
 
     try:
@@ -47,7 +47,7 @@ def doctor(
             found = diagnose(model, text, lambda share: bar.update(task, completed=round(100 * share)))
         machine = describe(model.bound.device)
     if json:
-        document.show({"command": "doctor", "machine": machine, **found.document()})
+        print(dumps({"command": "doctor", "machine": machine, **found.document()}))
     else:
         _show(found)
     if not found.healthy:
@@ -113,7 +113,9 @@ def _formats(found: Diagnosis) -> Any:
 
 
 def _layers(found: Diagnosis) -> Any:
-    title = "Layer by layer: the largest constant in K, the norm of its bias, the widest channel over the median one in K "
+    title = (
+        "Layer by layer: the largest constant in K, the norm of its bias, the widest channel over the median one in K "
+    )
     title += "and V, and the KL with this layer alone in each of " + ", ".join(found.layers)
     table = _table(title, "layer", "constant", "bias", "K", "V", *found.layers)
     widths = {(width.layer, width.side): width.ratio for width in found.widths}

@@ -43,15 +43,16 @@ def memory(
     """Measure the memory of MODEL with all sessions filled; with --config alone, compute it."""
     from contextlib import nullcontext
 
-    from octavo.cli import document
     from octavo.cli.calibrate import progress
     from octavo.measure import machine
+    from octavo.measure.document import dumps
     from octavo.measure.memory import costs, device_memory, find_device, points, saved
     from octavo.measure.point import Source
     from octavo.models.geometry import Geometry
 
     batches, where = numbers(batch_size, "--batch-size"), find_device(device)
     name, path = options.locate()
+    with_weights = Source(path, options.dtype, str(where), load_format, fill_seconds)
     geometry = Geometry.trace(path, options.dtype)
     length = min(CONTEXT, geometry.max_context) if context is None else context
     room = device_memory(where)
@@ -60,8 +61,7 @@ def memory(
     if not json:
         out.print(f"{name} on {machine.sentence(about)}", markup=False)
         out.print(cost_table(theory, geometry, length, room))
-    with_weights = options.config is None or load_format == "dummy"
-    source = Source(path, options.dtype, str(where), load_format, fill_seconds) if with_weights else None
+    source = with_weights if options.config is None or load_format == "dummy" else None
     with progress() if source else nullcontext() as bar:
         task = bar.add_task("measuring", total=len(batches) * len(theory)) if bar else None
         found = points(geometry, theory, batches, length, source, (lambda _: bar.advance(task)) if bar else None)
@@ -72,18 +72,21 @@ def memory(
     for point in found:
         cache, total = saved(point, found)
         rows.append({**point.document(), "saved_cache": cache, "saved_total": total})
-    document.show(
-        {
-            "command": "memory",
-            "model": name,
-            "machine": about,
-            "dtype": str(geometry.dtype)[6:],
-            "context": length,
-            "weights": {"how": "computed", "bytes": geometry.weights},
-            "memory": {"how": "measured", "bytes": room},
-            "theory": [{"how": "computed", **asdict(row)} for row in theory],
-            "points": rows,
-        }
+    print(
+        dumps(
+            {
+                "command": "memory",
+                "model": name,
+                "machine": about,
+                "dtype": str(geometry.dtype)[6:],
+                "context": length,
+                "unit": "bytes",
+                "weights": {"how": "computed", "bytes": geometry.weights},
+                "memory": {"how": "measured", "bytes": room},
+                "theory": [{"how": "computed", **asdict(row)} for row in theory],
+                "points": rows,
+            }
+        )
     )
 
 

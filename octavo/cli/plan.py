@@ -41,7 +41,7 @@ def plan(
 ) -> None:
     """Compute how many sessions of MODEL fit. Nothing is run, and a config is enough."""
     from octavo.cache.size import format_bytes, parse_bytes
-    from octavo.cli import document
+    from octavo.measure.document import dumps
     from octavo.measure.memory import device_memory, find_device
     from octavo.measure.plan import INT4_BITS, check_picture, draw, fits
     from octavo.models.geometry import Geometry
@@ -61,18 +61,21 @@ def plan(
         drawn = {str(format) for format in chosen[:2]}
         draw([fit for fit in found if fit.kv in drawn], room, length, name, plot)
     if json:
-        document.show(
-            {
-                "command": "plan",
-                "how": "computed",
-                "model": name,
-                "memory": whole,
-                "reserve": whole - room,
-                "context": length,
-                "int4_bits_per_weight": INT4_BITS,
-                "fits": [asdict(fit) for fit in found],
-                "plot": str(plot) if plot is not None else None,
-            }
+        print(
+            dumps(
+                {
+                    "command": "plan",
+                    "how": "computed",
+                    "model": name,
+                    "memory": whole,
+                    "reserve": whole - room,
+                    "context": length,
+                    "unit": "bytes",
+                    "int4_bits_per_weight": INT4_BITS,
+                    "fits": [asdict(fit) for fit in found],
+                    "plot": str(plot) if plot is not None else None,
+                }
+            )
         )
         return
     out = console()

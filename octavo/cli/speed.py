@@ -23,8 +23,8 @@ def speed(
     kv: Annotated[
         str | None,
         option(
-            "Formats to compare, as in bf16,int8; the first is the baseline. [default: the model's 16 bits, int8 if the "
-            "model is calibrated, int8-token]"
+            "Formats to compare, as in bf16,int8; the first is the baseline. [default: the model's 16 bits, int8 if "
+            "it is calibrated, int8-token]"
         ),
     ] = None,
     calibration: Annotated[
@@ -42,10 +42,10 @@ def speed(
 
     from rich.console import Console
 
-    from octavo.cli import document
     from octavo.cli.calibrate import progress
     from octavo.measure import machine
     from octavo.measure.ceiling import bandwidth, ceilings
+    from octavo.measure.document import dumps
     from octavo.measure.speed import check, measure
 
     batch_sizes, contexts = numbers(batch_size, "--batch-size"), numbers(context, "--context")
@@ -76,19 +76,18 @@ def speed(
         console.print(speed_table(found))
         console.print(f"{rounds} rounds of {tokens} decode steps; ratios to {names[0]} within a round, and their range")
         return
-    document.show(
-        {
-            "command": "speed",
-            "model": model.name,
-            "machine": about,
-            "rounds": rounds,
-            "tokens": tokens,
-            "baseline": names[0],
-            "bandwidth": {"how": "measured", "bytes_per_second": rate},
-            "theory": [{"how": "computed", **asdict(row)} for row in theory],
-            "speed": [{"how": "measured", **asdict(row)} for row in found],
-        }
-    )
+    content = {
+        "command": "speed",
+        "model": model.name,
+        "machine": about,
+        "rounds": rounds,
+        "tokens": tokens,
+        "baseline": names[0],
+        "bandwidth": {"how": "measured", "bytes_per_second": rate},
+        "theory": [{"how": "computed", **asdict(row)} for row in theory],
+        "speed": [{"how": "measured", **asdict(row)} for row in found],
+    }
+    print(dumps(content))
 
 
 def numbers(text: str, name: str) -> list[int]:

@@ -20,7 +20,8 @@ def _binding(found: Diagnosis) -> Finding:
 
 
 def _self_check(found: Diagnosis) -> Finding:
-    assert found.self_check is not None and found.anatomy is not None
+    assert found.self_check is not None
+    assert found.anatomy is not None
     check, dtype = found.self_check, found.anatomy.dtype
     numbers = (
         f"two sequences in one batch differ from each alone by {_relative(check.alone)}, and from transformers' own "
@@ -41,8 +42,8 @@ def _positions(found: Diagnosis) -> Finding | None:
     return Finding(
         "note",
         "positions",
-        "attention depends on where a text stands, not only on distances: a calibration sees positions from 0 on only, so "
-        "calibrate with windows as long as the sessions to be served (--calib-seqlen)",
+        "attention depends on where a text stands, not only on distances: a calibration sees positions from 0 on "
+        "only, so calibrate with windows as long as the sessions to be served (--calib-seqlen)",
     )
 
 
@@ -59,9 +60,10 @@ def _keys(found: Diagnosis) -> Finding | None:
     where = _listed([layer.layer for layer in biased])
     norms = f", key bias norm {worst.bias_norm:.0f}" if worst.bias_norm is not None else ""
     text = (
-        f"in layer{'s' if len(biased) > 1 else ''} {where} a few channels of K hold a large constant (layer {worst.layer}: "
-        f"{worst.channels} channels, up to {worst.offset:.0f} times the spread of the others{norms}), as in Qwen2 and "
-        "Qwen2.5. One scale for a whole row gives them nearly all its steps; calibrated channels take the constant out"
+        f"in layer{'s' if len(biased) > 1 else ''} {where} a few channels of K hold a large constant (layer "
+        f"{worst.layer}: {worst.channels} channels, up to {worst.offset:.0f} times the spread of the others{norms}), "
+        "as in Qwen2 and Qwen2.5. One scale for a whole row gives them nearly all its steps; calibrated channels take "
+        "the constant out"
     )
     return Finding("note", "key biases", text)
 
@@ -103,8 +105,8 @@ def _formats(found: Diagnosis) -> list[Finding]:
             "warning",
             "8 bits",
             f"do not serve int8-token without a calibration: {kl('int8-token')}, "
-            f"{scores['int8-token'].kl / scores[calibrated[0]].kl:.0f} times as much as with one. Run `{command}`, then "
-            f"serve with {good}, at channel granularity (one range a layer: {kl('int8, tensor × 1.0')})",
+            f"{scores['int8-token'].kl / scores[calibrated[0]].kl:.0f} times as much as with one. Run `{command}`, "
+            f"then serve with {good}, at channel granularity (one range a layer: {kl('int8, tensor × 1.0')})",
         )
     else:
         eight = Finding(

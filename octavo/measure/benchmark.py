@@ -103,12 +103,13 @@ def run(
     results: Results,
     *,
     limit: int | None = None,
+    session_len: int | None = None,
     max_batch_size: int = 16,
     progress: Progress | None = None,
 ) -> list[Row]:
     """The benchmarks of `parts`, the first `limit` documents of each, in every format; the first is the baseline."""
     require_harness()
-    keys = {(c.name, part): _key(model, c, part, limit) for c in candidates for part in parts}
+    keys = {(c.name, part): _key(model, c, part, limit, session_len) for c in candidates for part in parts}
     found = {which: result for which, key in keys.items() if (result := results.load(key)) is not None}
     missing = [part for part in parts if any((c.name, part) not in found for c in candidates)]
     tasks = _load(missing) if missing else {}
@@ -122,6 +123,7 @@ def run(
             calibration=candidate.calibration,
             granularity=candidate.granularity,
             headroom=candidate.headroom,
+            session_len=session_len,
             max_batch_size=max_batch_size,
         )
         for part in todo:
@@ -141,7 +143,7 @@ def run(
     ]
 
 
-def _key(model: Model, candidate: Candidate, part: Part, limit: int | None) -> dict[str, Any]:
+def _key(model: Model, candidate: Candidate, part: Part, limit: int | None, session_len: int | None) -> dict[str, Any]:
     from octavo import __version__
 
     calibration = None
@@ -161,6 +163,7 @@ def _key(model: Model, candidate: Candidate, part: Part, limit: int | None) -> d
         "task": part.name,
         "documents": digest(part),
         "limit": limit,
+        "session_len": min(model.bound.max_context, session_len or model.bound.max_context),
         "octavo": __version__,
         "lm_eval": version("lm_eval"),
     }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,9 @@ CALIBRATED, MEASURED, LENGTH = 8, 4, 256  # windows of LENGTH tokens
 CHARS = 400_000  # of a text that are looked at
 SECONDS = 40.0  # what the measurements may take, about
 LAST_BIT = "16 bits, last bit flipped"
-CANDIDATES = (  # name, format, whether the doctor's own calibration is used, granularity and headroom if not its own
+CANDIDATES: tuple[
+    tuple[str, str, bool, dict[str, Any]], ...
+] = (  # name, format, whether the doctor's own calibration is used, granularity and headroom if not its own
     ("int8", "int8", True, {}),
     ("int8, tensor × 1.0", "int8", True, {"granularity": "tensor", "headroom": 1.0}),
     ("int8-token", "int8-token", False, {}),
@@ -75,7 +78,7 @@ def diagnose(model: Model, text: str | None = None, progress: Callable[[float], 
     raw = KVFormat.parse(RAW_NAMES[str(bound.dtype)[6:]])
     candidates = [Candidate(LAST_BIT, raw, simulate=flip_last_bit)]
     candidates += [
-        Candidate(name, KVFormat.parse(kv), calibration if own else None, **choice)  # type: ignore[arg-type]
+        Candidate(name, KVFormat.parse(kv), calibration if own else None, **choice)
         for name, kv, own, choice in CANDIDATES
     ]
     scores = compare(

@@ -27,6 +27,7 @@ from octavo.measure.scoring import Request, score
 
 MAX_TOKENS = 256  # of an answer whose task names no limit, as in the harness's `hf` model
 BATCH_SIZE = 16
+HARNESS_DEVICE = "cuda:0"  # what its command line says where the user says nothing, on machines without one too
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 Progress = Callable[[int, int], None]  # requests done, of how many
@@ -53,9 +54,8 @@ class OctavoLM(TemplateLM):
             self.llm = pretrained
         else:
             width = max_batch_size or BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
-            self.llm = LLM(
-                pretrained, kv, session_len=max_length, max_batch_size=width, device=device or "auto", **options
-            )
+            device = "auto" if device in (None, HARNESS_DEVICE) else device
+            self.llm = LLM(pretrained, kv, session_len=max_length, max_batch_size=width, device=device, **options)
         self.tokenizer = self.llm.tokenizer
         self.progress = progress
 
@@ -114,7 +114,7 @@ class OctavoLM(TemplateLM):
                     f"a task asks for answers of {params[-1].max_tokens} tokens, which leaves a session of "
                     f"{self.max_length} no room for the question: raise --session-len, or use another model"
                 )
-            prompts.append(self.tok_encode(context)[-room:])
+            prompts.append(self.tok_encode(context)[-room:] or [self.prefix_token_id])
         answers = [""] * len(requests)
         with self._counter("answers", len(requests), disable_tqdm) as count:
             done = 0

@@ -68,6 +68,7 @@ def draw(plan: Sequence[Fit], memory: int, context: int, name: str, path: Path) 
     lines = sorted((fit for fit in plan if fit.sessions > 0), key=lambda fit: fit.sessions)
     if not lines:
         raise OctavoError("there is nothing to draw: the weights leave no room for a session; raise --memory")
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -95,7 +96,8 @@ def draw(plan: Sequence[Fit], memory: int, context: int, name: str, path: Path) 
     )
     axes.spines[["top", "right"]].set_visible(False)
     try:
-        figure.savefig(path, dpi=160)
+        with rc_context({"svg.hashsalt": name}):  # the same picture is the same file
+            figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
     except OSError as error:
         raise OctavoError(f"the picture {path} cannot be written: {error.strerror}") from None
 

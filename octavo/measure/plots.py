@@ -37,18 +37,26 @@ def growth(fits: Sequence[Fit], memory: int) -> Figure:
     figure, axes = _figure(3.4)
     full = memory / 2**30
     lines = sorted((fit for fit in fits if fit.sessions), key=lambda fit: fit.sessions)
-    for i, fit in enumerate(lines):
-        x, top = fit.sessions, fit.total(fit.sessions) / 2**30
-        style = "-" if fit.weights != "int4" else (0, (4, 2))
-        axes.plot([0, x], [fit.weight_bytes / 2**30, top], color=colour(fit.kv), linestyle=style, solid_capstyle="round")
-        axes.plot(x, top, "o", color=colour(fit.kv), markersize=5)
-        lift = 8 + 28 * (i % 2)
+    widest = max((fit.sessions for fit in lines), default=1)
+    label = 0.4 * widest  # the width of a label, about
+    levels: list[float] = []  # where each row of labels ends
+    for fit in lines:
+        x, style = fit.sessions, "-" if fit.weights != "int4" else (0, (4, 2))
+        axes.plot([0, x], [fit.weight_bytes / 2**30, full], color=colour(fit.kv), linestyle=style)
+        axes.plot(x, full, "o", color=colour(fit.kv), markersize=5)
+        right = max(x, label)
+        level = next((i for i, end in enumerate(levels) if end < right - label), len(levels))
+        levels[level : level + 1] = [right]
+        height = full * (1.05 + 0.17 * level)
+        axes.plot([x, x], [full, height], color=colour(fit.kv), linewidth=0.6)
+        name = f"{fit.weights} weights, {fit.kv} cache\n{x:,} sessions"
         axes.annotate(
-            f"{fit.weights} weights, {fit.kv} cache\n{x:,} sessions", (x, top), (4, lift), textcoords="offset points",
-            ha="right", va="bottom", fontsize=9, color=colour(fit.kv),
+            name, (right, height), (-4, -2), textcoords="offset points", va="bottom", ha="right", fontsize=9,
+            color=colour(fit.kv),
         )  # fmt: skip
     axes.axhline(full, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-    axes.set(xlim=(0, None), ylim=(0, full * 1.45), xlabel="sessions at a time", ylabel="weights and cache, GiB")
+    axes.set(xlim=(0, widest * 1.04), ylim=(0, full * (1.08 + 0.17 * len(levels))))
+    axes.set(xlabel="sessions at a time", ylabel="weights and cache, GiB")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_yticks([tick for tick in axes.get_yticks() if tick <= full])
     return figure
@@ -63,7 +71,9 @@ def kl_by_position(lines: Sequence[Line], rounding: float) -> Figure:
     first, last = lines[0][1][0], lines[0][1][-1]
     axes.plot([first, last], [rounding] * 2, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
     axes.set(xlabel="position in the window, tokens", ylabel="KL, nats per token")
-    _end_labels(axes, [(name, x[-1], y[-1], colour(name)) for name, x, y in lines] + [("last bit", last, rounding, MUTED)])
+    _end_labels(
+        axes, [(name, x[-1], y[-1], colour(name)) for name, x, y in lines] + [("last bit", last, rounding, MUTED)]
+    )
     return figure
 
 
@@ -92,9 +102,10 @@ def ranges(widths: Sequence[Tensor]) -> Figure:
     if columns > PIXELS:  # the widest of neighbours: an outlier stays visible
         rows = torch.nn.functional.adaptive_max_pool1d(rows.nan_to_num(1e-6)[None], PIXELS)[0]
     seen = rows[~rows.isnan()]
-    norm = LogNorm(seen.min().item(), max(seen.max().item(), 1.01 * seen.min().item()))
+    low, high = seen.min().item(), max(seen.max().item(), 1.01 * seen.min().item())
+    place = (0, columns, len(widths), 0)
     image = axes.imshow(
-        rows.numpy(), cmap="viridis", norm=norm, aspect="auto", interpolation="none", extent=(0, columns, len(widths), 0)
+        rows.numpy(), cmap="viridis", norm=LogNorm(low, high), aspect="auto", interpolation="none", extent=place
     )
     for head in range(1, heads if heads <= 16 else 0):
         axes.axvline(head * columns / heads, color="#ffffff", linewidth=0.8)
@@ -104,9 +115,8 @@ def ranges(widths: Sequence[Tensor]) -> Figure:
     axes.set_yticks([i + 0.5 for i in range(0, len(widths), step)], [str(i) for i in range(0, len(widths), step)])
     axes.set(xlabel=f"channel, {heads} KV head{'s' if heads > 1 else ''} side by side", ylabel="layer")
     bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03, aspect=18)
-    bar.outline.set_visible(False)  # type: ignore[operator]  # a spine, whatever the stubs say
+    bar.outline.set_visible(False)
     bar.ax.tick_params(which="both", length=0, labelcolor=MUTED, labelsize=9)
-    low, high = norm.vmin, norm.vmax
     ticks = [low, (low * high) ** 0.5, high]
     bar.set_ticks(ticks, labels=[f"{tick:,.0f}" if tick >= 10 else f"{tick:.2g}" for tick in ticks])
     bar.ax.minorticks_off()
@@ -160,9 +170,9 @@ def decode(speeds: Sequence[Speed], theory: Sequence[Ceiling]) -> Figure:
 def latency(speeds: Sequence[Speed]) -> Figure:
     """Milliseconds per token over the batch size: the median, and a whisker to the 99th percentile."""
     figure, axes = _figure(3.3)
+    axes.set_yscale("log")
     names = list(dict.fromkeys(row.kv for row in speeds))
     sizes = sorted({row.batch_size for row in speeds})
-    top = max(row.per_token.p99 for row in speeds) * 1e3
     for i, kv in enumerate(names):
         own = [row for row in speeds if row.kv == kv]
         x = [sizes.index(row.batch_size) + 0.2 * (i - (len(names) - 1) / 2) for row in own]
@@ -170,11 +180,15 @@ def latency(speeds: Sequence[Speed]) -> Figure:
         axes.vlines(x, p50, p99, color=colour(kv), linewidth=1.2)
         axes.plot(x, p50, "o", color=colour(kv), markersize=5)
         axes.plot(x, p99, "_", color=colour(kv), markersize=6)
-        axes.annotate(kv, (0, 1 - 0.09 * i), (8, -4), xycoords="axes fraction", textcoords="offset points",
-                      color=colour(kv), va="top", fontsize=9)  # fmt: skip
+        axes.annotate(kv, (0.16 * i, 1.03), xycoords="axes fraction", color=colour(kv), fontsize=9)
     axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-    axes.set(xlabel="sessions at a time", ylabel="ms per token, median to 99 %", ylim=(0, top * 1.1))
-    axes.set_xlim(-0.5, len(sizes) - 0.5)
+    low, high = min(row.per_token.p50 for row in speeds), max(row.per_token.p99 for row in speeds)
+    axes.set(xlabel="sessions at a time", ylabel="ms per token", xlim=(-0.5, len(sizes) - 0.5))
+    axes.set_ylim(1e3 * low / 1.3, 1e3 * high * 1.3)
+    ticks = [digit * 10.0**power for power in range(-3, 7) for digit in (1, 2, 5)]
+    axes.set_yticks([tick for tick in ticks if 1e3 * low / 1.3 <= tick <= 1e3 * high * 1.3])
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
+    axes.minorticks_off()
     return figure
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -26,6 +26,7 @@ from transformers.utils import logging
 from octavo.cache.batch import Batch
 from octavo.cache.size import format_bytes, free_memory
 from octavo.calibrate import calibrate
+from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.models.bind import bind
 from octavo.models.load import load_model
@@ -33,6 +34,7 @@ from octavo.models.model import Model
 from octavo.quant.format import KVFormat
 
 CHUNK = 1024  # tokens of a session in one step, as the engine takes them
+ROWS = 128  # random rows written at a time, so few that they need no memory to speak of
 WARM_UP = 64  # tokens
 OVERHEAD = 1 << 30  # bytes beside weights and cache: Python, its libraries, activations
 
@@ -50,6 +52,10 @@ class Source:
     device: str = "cpu"
     load_format: str = "auto"
     fill_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.load_format not in ("auto", "dummy"):
+            raise OctavoError(f"the load format {self.load_format!r} is unknown: choose auto or dummy")
 
     def load(self, context: int) -> Model:
         """The model without a tokenizer, marked synthetic: it is shown random tokens only."""
@@ -85,11 +91,31 @@ class Filled:
 
 def measure(request: Request) -> Filled:
     """Measure in a fresh process; raises CannotMeasure where the memory is too small for it."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(theirs, request), daemon=True)
+    process.start()
+    theirs.close()
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(fill_and_look, request).result()
-    except BrokenProcessPool:
+        found = ours.recv()
+    except EOFError:
         raise CannotMeasure("the system ended the process that measured it, as it does when memory runs out") from None
+    finally:
+        process.terminate()
+        process.join()
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def _answer(pipe: Connection, request: Request) -> None:
+    found: Filled | BaseException
+    try:
+        found = fill_and_look(request)
+    except (Exception, KeyboardInterrupt) as error:
+        found = error
+    with suppress(OSError):  # nobody listens any more
+        pipe.send(found)
 
 
 def fill_and_look(request: Request) -> Filled:
@@ -136,12 +162,13 @@ def _fill_and_look(request: Request, device: torch.device, before: int) -> Fille
         if store.written != request.batch * request.context * store.heads * store.dim:
             raise AssertionError(f"{store.written} values were written: the sessions are not full")
     cuda = device.type == "cuda"
+    settled = torch.cuda.memory_allocated(device) if cuda else _resident()
     return Filled(
         weights=sum(parameter.nbytes for parameter in model.bound.hf.parameters()),
         cache=llm.cache.nbytes,
         static=llm.cache.memory().static,
         peak=torch.cuda.max_memory_allocated(device) if cuda else _peak_resident(),
-        settled=torch.cuda.memory_allocated(device) if cuda else _resident(),
+        settled=settled,
         before=before,
         driver=_in_use(device) if cuda else None,
         by_model=by_model,
@@ -170,7 +197,7 @@ def fill(llm: LLM, sessions: list[Session], seconds: float) -> int:
             session.num_cached += n
             by_model += n
         table = torch.tensor(session.block_table)
-        for places in torch.arange(session.num_cached, rest).split(CHUNK):
+        for places in torch.arange(session.num_cached, rest).split(ROWS):
             _write_random_rows(llm, table[places // size] * size + places % size)
         session.num_cached = rest
     runner.run(Batch.build([(session, 1) for session in sessions], size))
@@ -179,10 +206,15 @@ def fill(llm: LLM, sessions: list[Session], seconds: float) -> int:
 
 def _write_random_rows(llm: LLM, slots: torch.Tensor) -> None:
     """K and V rows of every layer into slots [tokens]."""
-    dtype = llm.model.bound.dtype
     for store in llm.cache.stores:
-        device = store.codes.device
-        store.write(torch.randn(len(slots), store.heads, store.dim, dtype=dtype, device=device), slots.to(device))
+        rows = _random_rows(store.heads, store.dim, llm.model.bound.dtype, store.codes.device)
+        store.write(rows[: len(slots)], slots.to(rows.device))
+
+
+@cache
+def _random_rows(heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[ROWS, heads, dim], the same again and again: what they say changes no byte."""
+    return torch.randn(ROWS, heads, dim, device=device).to(dtype)
 
 
 def _random_tokens(vocabulary: int, count: int, seed: int = 0) -> list[int]:

@@ -35,7 +35,7 @@ class SelfCheck:
 
     @property
     def passed(self) -> bool:
-        """The median row within rounding, and no row far outside: in 16 bits, a router of experts may flip for a few."""
+        """The median row within rounding, and none far outside: in 16 bits a router of experts may flip for a few."""
         return all(
             median <= self.tolerance and worst <= 10 * self.tolerance
             for median, worst in (self.alone, self.transformers)

@@ -40,7 +40,8 @@ class Latency:
     def of(cls, seconds: Sequence[float]) -> Latency:
         ordered = sorted(seconds)
         n = len(ordered)
-        return cls(*(ordered[max(0, -(-n * percent // 100) - 1)] for percent in (50, 99)), n)
+        p50, p99 = (ordered[max(0, -(-n * percent // 100) - 1)] for percent in (50, 99))
+        return cls(p50, p99, n)
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,15 @@ class _Rounds:
     steps: list[float] = field(default_factory=list)
 
 
+def step_tokens(batch_size: int) -> int:
+    """The most tokens of a step: large batches still leave most of it to prompts."""
+    return max(CHUNK, 8 * batch_size)
+
+
 def prompt_length(batch_size: int, context: int, tokens: int) -> int:
     """Tokens of each prompt, so that sessions fill `context` with their last token and none ends before."""
     # While later prompts are computed, the earlier sessions decode already.
-    chunks = -(-batch_size * context // max(1, max(CHUNK, 2 * batch_size) - batch_size))
+    chunks = -(-batch_size * context // (step_tokens(batch_size) - batch_size))
     return context - tokens - chunks - 1
 
 
@@ -149,14 +155,15 @@ def _prepare(model: Model, name: str, batch_size: int, context: int, calibration
         calibration=calibration,
         session_len=context,
         max_batch_size=batch_size,
-        max_batch_tokens=CHUNK,
+        max_batch_tokens=step_tokens(batch_size),
         prefix_caching=False,
     )
     needed = batch_size * -(-context // llm.cache.layout.block_size)
     if llm.cache.num_blocks < needed:
+        wanted, allowed = format_bytes(needed * llm.cache.block_nbytes), format_bytes(llm.cache.nbytes)
         raise OctavoError(
-            f"{batch_size} sessions of {context} tokens take {format_bytes(needed * llm.cache.block_nbytes)} in {name}, "
-            f"and {format_bytes(llm.cache.nbytes)} may be taken: lower --batch-size or --context"
+            f"{batch_size} sessions of {context} tokens take {wanted} in {name}, and {allowed} may be taken: "
+            "lower --batch-size or --context"
         )
     for store in llm.cache.stores:
         store.codes.fill_(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError
 
@@ -22,7 +22,7 @@ LIGHT = {
     "ink": "#1d1b18", "muted": "#6f6a62", "rule": "#ddd7cc", "paper": "#ffffff",
     "c0": "#5d5a55", "c1": "#0a6c8c", "c2": "#7446a5", "c3": "#c2410c", "c4": "#8a6a00",
 }  # fmt: skip
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "font.size": 10,
     "text.color": INK,

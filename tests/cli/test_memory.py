@@ -74,7 +74,8 @@ def test_the_table_for_people_says_the_same(octavo: Run) -> None:
     assert "nothing was measured: there are no weights" in out
 
 
-def test_measured_and_computed_rows_stand_side_by_side(octavo: Run, pretended: None) -> None:
+@pytest.mark.usefixtures("pretended")
+def test_measured_and_computed_rows_stand_side_by_side(octavo: Run) -> None:
     status, out, _ = octavo("memory", "--config", INTERNLM, "--load-format", "dummy", "--batch-size", "8,48")
     assert status == 0
     rows = {tuple(line.split()[:2]): line.split()[2:] for line in out.splitlines()}
@@ -86,7 +87,8 @@ def test_measured_and_computed_rows_stand_side_by_side(octavo: Run, pretended: N
     assert "Of the rest, 60 MiB are Python" in words
 
 
-def test_measured_points_as_json(octavo: Run, pretended: None) -> None:
+@pytest.mark.usefixtures("pretended")
+def test_measured_points_as_json(octavo: Run) -> None:
     status, out, _ = octavo(
         "memory", "--config", INTERNLM, "--load-format", "dummy", "--batch-size", "8,48", "--json"
     )  # progress on stderr
@@ -151,6 +153,6 @@ def test_wrong_values_are_one_line_and_status_2(octavo: Run, arguments: list[obj
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    code = "import sys, octavo.cli.memory, octavo.cli.plan; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
+    code = "import sys, octavo.cli.memory, octavo.cli.plan; print({'torch', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"

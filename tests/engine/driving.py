@@ -26,10 +26,14 @@ def engine(
     budget: int = 1024,
     context: int | None = None,
     hits: bool = True,
+    layout: Layout | None = None,
 ) -> Engine:
-    """An engine on a cache of small blocks. Only the format that needs the calibration takes it."""
+    """An engine on a cache of small blocks, read by the reference, or of the layout given. Only the format that needs
+    the calibration takes it."""
     format = KVFormat.parse(kv)
-    cache = KVCache(bound.shapes, format, blocks, Layout(block_size), calibration if format.needs_calibration else None)
+    cache = KVCache(
+        bound.shapes, format, blocks, layout or Layout(block_size), calibration if format.needs_calibration else None
+    )
     return Engine(bound, cache, batch, budget, context, hits)
 
 

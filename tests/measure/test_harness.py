@@ -15,12 +15,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from octavo import LLM, OctavoError, SamplingParams, Unsupported
 from octavo.measure.benchmark import _load, _quiet
 from octavo.measure.harness import OctavoLM
 from octavo.measure.scoring import Request, score
-from octavo.measure.tasks import select
+from octavo.measure.tasks import HERE, select
 from octavo.models.model import Model
 from tests.measure.raw_files import write_raw_files
 
@@ -81,23 +82,47 @@ def test_generated_answers_are_equal(octavo_lm: OctavoLM, hf_lm: HFLM) -> None:
     assert octavo_lm.generate_until(asked, True) == hf_lm.generate_until(asked, True)
 
 
-@pytest.mark.parametrize("name", ["winogrande", "openbookqa", "eprstmt", "crows_pairs", "nq_open", "gsm8k"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "winogrande",
+        "nq_open",
+        "gsm8k",
+        "bbh/snarks",
+        "openbookqa",
+        "openbookqa_fact",
+        "eprstmt",
+        "crows_pairs",
+    ],
+)
 def test_tasks_give_the_results_of_the_hf_model(name: str, octavo_lm: OctavoLM, hf_lm: HFLM, tmp_path: Path) -> None:
     write_raw_files(tmp_path)
-    parts, _ = select(name, tmp_path)
+    [part], _ = select(name, tmp_path)
     answers = []
     for lm in (octavo_lm, hf_lm):
-        task = _load(parts)[parts[0].definition]
+        task = _load([part])[part.definition]
         task.set_fewshot_seed(1234)
+        task.set_config("num_fewshot", 2 if name == "gsm8k" else 0)
         if task.OUTPUT_TYPE == "generate_until":
-            task.set_config("num_fewshot", 2 if name == "gsm8k" else 0)
             task.set_config("generation_kwargs", {"max_gen_toks": 16}, update=True)
         with _quiet():
-            answers.append(evaluate(lm, {"tasks": {name: task}}, limit=4, bootstrap_iters=0))
-    ours, theirs = answers
-    metrics = {key: value for key, value in ours["results"][name].items() if "," in key and "stderr" not in key}
-    assert metrics == pytest.approx({key: theirs["results"][name][key] for key in metrics}, rel=1e-4)
-    assert [s["prompt_hash"] for s in ours["samples"][name]] == [s["prompt_hash"] for s in theirs["samples"][name]]
+            answers.append(evaluate(lm, {"tasks": {task.task_name: task}}, limit=4, bootstrap_iters=0))
+    ours, theirs = (answer["results"][part.definition] for answer in answers)
+    metrics = [key for key in ours if "," in key and "stderr" not in key]
+    assert part.benchmark.metric in metrics
+    assert {key: ours[key] for key in metrics} == pytest.approx({key: theirs[key] for key in metrics}, rel=1e-4)
+    prompts = [[sample["prompt_hash"] for sample in answer["samples"][part.definition]] for answer in answers]
+    assert prompts[0] == prompts[1]
+
+
+def test_the_tasks_of_ours_load_by_name_in_the_harness(tmp_path: Path) -> None:
+    write_raw_files(tmp_path)
+    with _quiet():
+        manager = TaskManager(include_path=HERE, include_defaults=False, metadata={"data_dir": str(tmp_path)})
+        [task] = manager.load("eprstmt")["tasks"].values()
+    assert len(task.eval_docs) == 4
+    assert task.doc_to_text(task.eval_docs[0]) == ' 内容： "很好"。情绪分类：'
+    assert [task.doc_to_target(doc) for doc in task.eval_docs] == [1, 0, 1, 0]
 
 
 def test_a_prefix_hit_changes_no_score_and_saves_rows(pamphlet: Model, text_ids: list[int]) -> None:

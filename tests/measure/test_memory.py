@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from octavo.errors import OctavoError, Unsupported
-from octavo.measure import memory
 from octavo.measure.memory import baseline, costs, find_device, points, saved
-from octavo.measure.point import CannotMeasure, Source
+from octavo.measure.point import Source
 from octavo.models.geometry import Geometry
 from octavo.models.model import BUNDLED, Model
 from octavo.quant.format import KVFormat
@@ -77,7 +79,7 @@ def test_configs_that_tell_no_size_are_refused(tmp_path: Path) -> None:
     file.write_text("{")
     with pytest.raises(OctavoError, match=r"awq\.json cannot be read"):
         Geometry.trace(file)
-    file.write_text('{"model_type": "bert"}')
+    file.write_text('{"model_type": "vit"}')
     with pytest.raises(OctavoError, match="not a causal language model"):
         Geometry.trace(file)
 
@@ -97,21 +99,21 @@ def test_code_that_looks_at_values_is_traced_with_random_weights(
 
 
 def test_the_process_takes_what_theory_says_and_no_more(tmp_path: Path) -> None:
-    """256 MiB of fp16 cache against 128 MiB of int8, all of it touched: the resident sets differ by as much, within 6 %.
+    """256 MiB of fp16 cache against 128 MiB of int8, all of it touched: resident sets differ by as much, within 8 %.
 
-    Beside the cache the processes do the same, and their own noise is a few MiB.
+    Beside the cache the processes do the same. Many layers of small heads keep what a step holds at a time small.
     """
-    config = tmp_path / "wide.json"
+    config = tmp_path / "deep.json"
     config.write_text(json.dumps({
-        "model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 64,
-        "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128, "max_position_embeddings": 1024,
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 32, "vocab_size": 64,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 128, "max_position_embeddings": 1024,
         "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
     }))  # fmt: skip
     geometry = Geometry.trace(config)
     theory = costs(geometry, [FP16, INT8], 1024, 1 << 30)
-    source = Source(config, load_format="dummy", fill_seconds=0.5)
+    source = Source(config, load_format="dummy", fill_seconds=0.1)
     seen = []
-    found = points(geometry, theory, [8], 1024, source, seen.append)
+    found = points(geometry, theory, [16], 1024, source, seen.append)
     assert seen == found
     assert [point.how for point in found] == ["measured"] * 2, found[0].reason
     for point in found:
@@ -120,18 +122,18 @@ def test_the_process_takes_what_theory_says_and_no_more(tmp_path: Path) -> None:
         assert 0 <= point.cache - point.batch * 1024 * geometry_bytes(geometry, point.format) < MIB // 64
         assert point.found.before < point.found.settled <= point.found.peak
         assert point.rest == point.total - point.weights - point.cache
-        assert 8 <= point.found.by_model <= 8 * 1024, "the last token of each session at least"
+        assert 16 <= point.found.by_model <= 16 * 1024, "the last token of each session at least"
     of_cache, in_total = saved(found[1], found)
     assert of_cache == pytest.approx(128 * MIB, rel=1e-3)
     assert in_total is not None
-    assert in_total == pytest.approx(of_cache, rel=0.06)
+    assert in_total == pytest.approx(of_cache, rel=0.08)
 
 
 def geometry_bytes(geometry: Geometry, format: str) -> int:
     return sum(shape.token_bytes(KVFormat.parse(format)) for shape in geometry.shapes)
 
 
-def test_what_does_not_fit_is_computed_and_says_why(monkeypatch: pytest.MonkeyPatch, internlm: Geometry) -> None:
+def test_what_does_not_fit_is_computed_and_says_why(internlm: Geometry) -> None:
     """The real check in a real process: no machine has a million sessions of a gigabyte."""
     theory = costs(internlm, [FP16], 2048, 0)
     [point] = points(internlm, theory, [1 << 20], 2048, Source(INTERNLM, load_format="dummy"))
@@ -139,12 +141,19 @@ def test_what_does_not_fit_is_computed_and_says_why(monkeypatch: pytest.MonkeyPa
     assert "it needs" in str(point.reason)
     assert "are free here" in str(point.reason)
 
-    def killed(request: object) -> None:
-        raise CannotMeasure("the system ended it")
 
-    monkeypatch.setattr(memory, "measure", killed)
-    [point] = points(internlm, theory, [1], 2048, Source(INTERNLM))
-    assert (point.how, point.reason) == ("computed", "the system ended it")
+class Doomed(Source):
+    def load(self, context: int) -> Model:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError(context)
+
+
+def test_a_process_that_is_killed_is_a_point_that_was_not_measured(internlm: Geometry) -> None:
+    [point] = points(
+        dataclasses.replace(internlm, weights=0), costs(internlm, [FP16], 64, 0), [1], 64, Doomed(INTERNLM)
+    )
+    assert point.how == "computed"
+    assert "the system ended the process" in str(point.reason)
 
 
 def test_a_config_alone_has_no_weights_to_load() -> None:

@@ -44,7 +44,7 @@ def test_4_bit_weights_keep_embeddings_norms_biases_and_the_head(internlm: Geome
     assert pytest.approx(133 / 32) == INT4_BITS
 
 
-def test_a_tied_head_is_an_embedding(internlm: Geometry) -> None:
+def test_a_tied_head_is_an_embedding() -> None:
     pamphlet = Geometry.trace(BUNDLED)
     assert weight_kinds(pamphlet)["int4"] > 2 * 4096 * 384, "the one matrix of both stays in 16 bits"
 

@@ -1,0 +1,58 @@
+"""`octavo report`: everything about a model's cache on one page, to be sent to a colleague."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octavo.cli.options import LoadOptions, option, takes
+
+
+@takes(LoadOptions)
+def report(
+    options: LoadOptions,
+    out: Annotated[Path, typer.Option(help="Directory that the report is written into.")] = Path("report"),
+    calibration: Annotated[
+        Path | None,
+        option(
+            "File or directory of the calibration. [default: beside the model, else one made for the report]",
+            "--calibration",
+            "--work-dir",
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="What is read: a .txt or .jsonl file, or ptb, c4, wikitext2, pileval. "
+            "[default: a bundled English text]",
+            show_default=False,
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory that sessions are counted in, like 80GiB. [default: this machine's]")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="The numbers as one JSON document on stdout, too.")] = False,
+) -> None:
+    """Write what MODEL's cache saves and costs as a web page, as Markdown and as JSON."""
+    from octavo.cache.size import parse_bytes
+    from octavo.cli.calibrate import progress
+    from octavo.measure.document import dumps
+    from octavo.measure.report import require_directory, write_report
+
+    require_directory(out)
+    size = parse_bytes(memory) if memory is not None else None
+    model = options.load()
+    with progress() as bar:
+        task = bar.add_task("examining the model", total=100)
+        found = write_report(
+            model,
+            out,
+            calibration=calibration,
+            text=text,
+            memory=size,
+            progress=lambda what, share: bar.update(task, description=what, completed=round(100 * share)),
+        )
+        bar.update(task, description="report", completed=100)
+    print(dumps(found.document()) if json else f"{out / 'report.html'}\n{out / 'report.md'}\n{out / 'report.json'}")

@@ -1,0 +1,68 @@
+"""The kernels built in ways that the installed extension is not: with sanitizers, and for other processors.
+
+Each build compares one instruction set with the portable one (selftest.cpp). Those for other processors run under
+qemu's user emulation: Debian's g++-aarch64-linux-gnu and qemu-user-static.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from octavo.attention import cpu
+
+ROOT = Path(__file__).parents[2]
+NATIVE = ROOT / "octavo" / "attention" / "native"
+FLAGS = ["-std=c++20", "-O2", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", f"-I{NATIVE}"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+
+
+def isa_flags(isa: str) -> list[str]:
+    """The compiler flags of an instruction set, from CMakeLists.txt."""
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    named = dict(re.findall(r"set\((\w+) ?([^)]*)\)", cmake))
+    return named[f"FLAGS_{isa}"].replace("${AVX2}", named["AVX2"]).split()
+
+
+def build(directory: Path, compiler: str, isa: str, more: list[str]) -> Path:
+    objects = []
+    for name in (isa, "portable"):
+        objects.append(str(directory / f"{name}.o"))
+        define = [f"-DISA={name}", f'-DISA_NAME="{name}"']
+        source = str(NATIVE / "kernel.cpp")
+        command = [compiler, *FLAGS, *isa_flags(name), *define, *more, "-c", source, "-o", objects[-1]]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    program = directory / "selftest"
+    main = str(ROOT / "tests" / "attention" / "selftest.cpp")
+    subprocess.run([compiler, *FLAGS, f"-DTESTED={isa}", *more, main, *objects, "-o", str(program)], check=True)
+    return program
+
+
+def require(*programs: str) -> None:
+    for program in programs:
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+
+
+@pytest.mark.parametrize("isa", cpu._native.isas() if cpu._native else [])
+def test_sanitizers_find_nothing(isa: str, tmp_path: Path) -> None:
+    require("g++")
+    if isa == "portable":
+        pytest.skip("compared with itself in every other case")
+    result = subprocess.run([build(tmp_path, "g++", isa, SANITIZE)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "agrees with portable" in result.stdout
+
+
+@pytest.mark.parametrize("isa", ["neon_dotprod", "neon_i8mm"])
+def test_neon_agrees_under_emulation(isa: str, tmp_path: Path) -> None:
+    require("aarch64-linux-gnu-g++", "qemu-aarch64-static")
+    program = build(tmp_path, "aarch64-linux-gnu-g++", isa, ["-static"])
+    command = ["qemu-aarch64-static", "-cpu", "max", str(program)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "agrees with portable" in result.stdout

@@ -1,0 +1,124 @@
+"""`octavo speed`, `doctor` and `report` from the command line: one JSON document, statuses, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import BloomConfig
+
+from octavo.cli import main
+from octavo.measure import ceiling, doctor
+from octavo.models.model import BUNDLED
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceiling, "READ_BYTES", 1 << 20)
+    for name, value in {"LENGTH": 64, "CALIBRATED": 2, "MEASURED": 2}.items():
+        monkeypatch.setattr(doctor, name, value)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit:
+        main(list(arguments))
+    return int(exit.value.code or 0)
+
+
+SPEED = ("speed", "--kv", "bf16,int8-token", "--batch-size", "2", "--context", "64", "--tokens", "2", "--rounds", "1")
+
+
+def test_speed_prints_theory_before_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*SPEED) == 0
+    out = capsys.readouterr().out
+    assert 0 < out.index("streaming read") < out.index("(computed)") < out.index("Measured")
+    assert "int8-token" in out
+
+
+def test_speed_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*SPEED, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["command"], found["baseline"]) == ("speed", "bf16")
+    assert [row["kv"] for row in found["speed"]] == ["bf16", "int8-token"]
+    assert {row["how"] for row in found["theory"]} == {"computed"}
+    assert {row["how"] for row in [*found["speed"], found["bandwidth"]]} == {"measured"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch-size", "1,x"), "--batch-size takes whole numbers with commas between, like 1,8; not '1,x'"),
+        (("--context", "0"), "--context takes whole numbers"),
+        (("--context", "4096"), "beyond the model's 2048"),
+        (("--kv", "int9"), "no KV format 'int9'"),
+        (("--kv", "int8"), "octavo calibrate"),
+    ],
+)
+def test_speed_refuses_with_one_line(
+    arguments: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where no calibration is
+    assert run("speed", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_healthy_model_is_status_0_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor") == 0
+    out = capsys.readouterr().out
+    assert "healthy" in out
+    assert "6 query heads on 2 KV heads of 64" in out
+
+
+def test_doctor_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["command"], found["accepted"], found["healthy"]) == ("doctor", True, True)
+    assert found["machine"]["torch"]
+
+
+def test_a_refused_architecture_is_status_1_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    BloomConfig(vocab_size=4096, hidden_size=32, n_layer=2, n_head=4).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((BUNDLED / name).read_bytes())
+    assert run("doctor", str(tmp_path), "--load-format", "dummy") == 1
+    out = capsys.readouterr().out
+    assert "bloom does not send its attention through" in " ".join(out.split())
+    assert "refused" in out
+    assert run("doctor", str(tmp_path), "--load-format", "dummy", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["accepted"], found["healthy"]) == (False, False)
+    assert "bloom" in found["findings"][0]["text"]
+
+
+def test_random_weights_are_examined_on_random_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    run("doctor", "--load-format", "dummy", "--json")
+    assert json.loads(capsys.readouterr().out)["text"].startswith("random tokens")
+
+
+@pytest.mark.parametrize("verb", ["doctor", "report", "speed"])
+def test_a_model_that_is_not_there_is_status_2(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(verb, "./nowhere") == 2
+    assert "There is no directory ./nowhere" in capsys.readouterr().err
+
+
+def test_report_needs_a_directory_it_can_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
+    (tmp_path / "file").touch()
+    assert run("report", "--out", str(tmp_path / "file" / "x")) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_report_reads_sizes_of_memory_before_it_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
+    assert run("report", "--out", str(tmp_path), "--memory", "much") == 2
+    assert "'much' is not an amount of memory" in capsys.readouterr().err
