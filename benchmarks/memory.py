@@ -56,8 +56,9 @@ def the_page(geometry: Geometry, theory: Sequence[Cost]) -> str:
 def measured(found: Sequence[Point]) -> str:
     def row(point: Point) -> list[str]:
         of_cache, in_total = saved(point, found)
-        cells = [mib(point.weights), mib(point.cache), mib(point.rest), mib(point.total), mib(in_total), mib(of_cache)]
-        return [f"{point.batch}", point.format, *cells, point.how]
+        sizes = (mib(size) for size in (point.weights, point.cache, point.rest, point.total))
+        savings = ("", "") if point.format == found[0].format else (mib(in_total), mib(of_cache))
+        return [f"{point.batch}", point.format, *sizes, *savings, point.how]
 
     head = ["batch", "KV", "weights", "KV cache", "the rest", "total", "saved", "saved by theory", "how"]
     return table(head, map(row, found))
@@ -114,7 +115,7 @@ differences of totals and of caches. *Rest*: what the page had beside these. No 
 
 ## {args.layers} of its 32 layers, measured
 
-Random weights, all else equal. {machine["processor"]}, {machine["threads"]} threads, torch {machine["torch"]},
+Random weights, all else equal. {machine["processor"]}, threads: {machine["threads"]}, torch {machine["torch"]},
 {machine["date"]}.
 
 {measured(scaled)}
@@ -123,7 +124,7 @@ Random weights, all else equal. {machine["processor"]}, {machine["threads"]} thr
 
 ## pamphlet, measured
 
-The bundled model, whose cache is small beside the process: a few MiB of allocator noise show.
+The bundled model, whose cache is small beside the process, and the process's own memory varies by some 15 MiB.
 
 {measured(bundled)}
 

@@ -10,6 +10,7 @@ rows, encoded and put into every slot that is left: the same bytes, touched in t
 
 from __future__ import annotations
 
+import signal
 import time
 import warnings
 from contextlib import suppress
@@ -99,13 +100,20 @@ def measure(request: Request) -> Filled:
     try:
         found = ours.recv()
     except EOFError:
-        raise CannotMeasure("the system ended the process that measured it, as it does when memory runs out") from None
+        process.join()
+        raise CannotMeasure(f"the process that measured it died, {_how(process.exitcode or 0)}") from None
     finally:
         process.terminate()
         process.join()
     if isinstance(found, BaseException):
         raise found
     return found
+
+
+def _how(exit_code: int) -> str:
+    if exit_code == -signal.SIGKILL:
+        return "killed by the system, as it does when memory runs out"
+    return f"by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"with exit code {exit_code}"
 
 
 def _answer(pipe: Connection, request: Request) -> None:

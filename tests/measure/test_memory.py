@@ -153,7 +153,7 @@ def test_a_process_that_is_killed_is_a_point_that_was_not_measured(internlm: Geo
         dataclasses.replace(internlm, weights=0), costs(internlm, [FP16], 64, 0), [1], 64, Doomed(INTERNLM)
     )
     assert point.how == "computed"
-    assert "the system ended the process" in str(point.reason)
+    assert "died, killed by the system" in str(point.reason)
 
 
 def test_a_config_alone_has_no_weights_to_load() -> None:
