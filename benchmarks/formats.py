@@ -35,7 +35,7 @@ from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 
 BIASED_CHANNELS = {3: 40.0, 17: -25.0, 40: 60.0, 61: 80.0}  # of each KV head, as in Qwen2's first and last layers
-HEADROOMS = (1.0, 1.25, 1.5, 1.75, 2.0)
+HEADROOMS = (1.0, 1.25, 1.4, 1.5, 2.0)
 
 
 def biased(model: Model, directory: Path) -> Model:
@@ -139,7 +139,7 @@ def main() -> None:
     cli.add_argument("--samples", type=int, default=128)
     cli.add_argument("--seqlen", type=int, default=2048)
     cli.add_argument("--window", type=int, default=1024)
-    cli.add_argument("--windows", type=int, default=12)
+    cli.add_argument("--windows", type=int, default=8)
     cli.add_argument("--out", type=Path)
     cli.add_argument("--markdown", type=Path)
     args = cli.parse_args()

@@ -50,14 +50,14 @@ def memory(baseline: LLM, int8: LLM) -> Table:
 
 
 def accuracy(scores: list[Score]) -> Table:
-    table = Table(title=f"{scores[0].tokens} tokens of evaluation.txt, which the calibration did not see")
-    for name in ("format", "perplexity", "KL to baseline, nats", "99th percentile", "same top token", "saturated"):
+    table = Table(title=f"{scores[0].tokens} tokens of evaluation.txt, not calibrated on; KL divergence from bf16")
+    for name in ("format", "perplexity", "KL, nats", "KL p99", "same top", "saturated"):
         table.add_column(name, justify="left" if name == "format" else "right")
     for score in scores:
         table.add_row(
             score.name,
-            f"{score.perplexity:.3f} ± {score.perplexity_error:.3f}",
-            f"{score.kl:.1e} ± {score.kl_error:.0e}",
+            f"{score.perplexity:.2f} ± {score.perplexity_error:.2f}",
+            f"{score.kl:.1e} ± {score.kl_error:.0e}" if score.kl else "0",
             f"{score.kl_p99:.1e}",
             f"{score.agreement:.2%}",
             f"{score.saturated:.1e}",
@@ -99,9 +99,12 @@ def demo() -> None:
     console.rule("5. Report: all of it on one page")
     with progress() as bar:
         task = bar.add_task("writing", total=None)
-        path = write_report(model, WORK_DIR / "report", calibration=WORK_DIR)
+        write_report(model, WORK_DIR / "report", calibration=WORK_DIR)
         bar.update(task, total=1, completed=1)
-    console.print(f"{path}\n\nNext: .venv/bin/octavo chat --kv int8 --calibration {WORK_DIR}", soft_wrap=True)
+    console.print(
+        f"open {WORK_DIR / 'report' / 'report.html'}\n\nNext: .venv/bin/octavo chat --kv int8 --calibration {WORK_DIR}",
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

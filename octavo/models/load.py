@@ -262,11 +262,12 @@ def _filled(
     if _config_json(path)["model_type"] == "internlm2":
         build = LlamaForCausalLM.from_pretrained
         source = {"pretrained_model_name_or_path": None, "state_dict": internlm.llama_tensors(tensors, config)}
+    size = sum(tensor.nbytes for tensor in tensors.values())
     del tensors
 
     # Where `device_map` sends layers to disk, .bin weights are rewritten there. The folder lives as long as the model.
     spill = tempfile.TemporaryDirectory(prefix="octavo-offload-") if device_map is not None else None
-    with _quiet():
+    with _quiet(bar=size > 1 << 30):
         model, report = build(
             **source,
             config=config,
@@ -355,11 +356,15 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers warns about what is an error here; say it once."""
-    level = logging.get_verbosity()
+def _quiet(bar: bool = False) -> Iterator[None]:
+    """transformers warns about what is an error here; say it once. Its progress `bar` is for what takes a while."""
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if not bar:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
