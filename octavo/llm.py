@@ -9,6 +9,7 @@ for out in llm.generate(["Once upon a time"], SamplingParams(max_tokens=64)):
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
@@ -164,11 +165,12 @@ class LLM:
         each = [params or self.default_params] * len(prompts) if not isinstance(params, Rows) else list(params)
         if len(each) != len(prompts):
             raise OctavoError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
+        outbox: deque[Delta] = deque()
         answers = [
-            _Answer(i, self.sequence(prompt, p), TextStream(self.tokenizer, p.stop))
+            _Answer(i, self.sequence(prompt, p), TextStream(self.tokenizer, p.stop), outbox)
             for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))
         ]
-        pieces = self._run(answers)
+        pieces = self._run(answers, outbox)
         if stream:
             return pieces
         return [delta.completion for delta in sorted(pieces, key=lambda d: d.index) if delta.completion]
@@ -195,20 +197,19 @@ class LLM:
         eos = frozenset() if params.ignore_eos else self.model.eos_ids
         return Sequence(tokens, params, eos | frozenset(params.stop_token_ids))
 
-    def _run(self, answers: list[_Answer]) -> Iterator[Delta]:
+    def _run(self, answers: list[_Answer], outbox: deque[Delta]) -> Iterator[Delta]:
         """Step the engine until these answers are complete. Whoever stops listening aborts what is unfinished."""
         try:
             for answer in answers:
                 self.engine.add(answer.sequence)
                 self._answers[answer.sequence] = answer
-            open_answers = answers
-            while open_answers:
-                if not any(answer.pieces for answer in open_answers):
+            unfinished = len(answers)
+            while unfinished:
+                while not outbox:  # another iterator's step may have filled it
                     self._step()
-                for answer in open_answers:
-                    while answer.pieces:
-                        yield answer.pieces.pop(0)
-                open_answers = [answer for answer in open_answers if not answer.sequence.finished or answer.pieces]
+                delta = outbox.popleft()
+                unfinished -= delta.completion is not None
+                yield delta
         finally:
             for answer in answers:
                 if self._answers.pop(answer.sequence, None) and not answer.sequence.finished:
@@ -225,17 +226,16 @@ class LLM:
 
 
 class _Answer:
-    """A sequence and its growing text."""
+    """A sequence and its growing text, whose pieces go to `outbox`."""
 
-    def __init__(self, index: int, sequence: Sequence, text: TextStream):
-        self.index, self.sequence, self.text = index, sequence, text
-        self.pieces: list[Delta] = []
+    def __init__(self, index: int, sequence: Sequence, text: TextStream, outbox: deque[Delta]):
+        self.index, self.sequence, self.text, self.outbox = index, sequence, text, outbox
 
     def take(self) -> None:
         token = self.sequence.tokens[-1]
         ends = self.sequence.finish_reason == "stop"  # the token that ends an answer is no part of its text
         if not ends and (piece := self.text.push(token)):
-            self.pieces.append(Delta(self.index, piece))
+            self.outbox.append(Delta(self.index, piece))
 
     def complete(self) -> None:
         sequence = self.sequence
@@ -249,4 +249,4 @@ class _Answer:
             cached_tokens=sequence.prefix_hit,
             sampled=sequence.sampled,
         )
-        self.pieces.append(Delta(self.index, rest, completion))
+        self.outbox.append(Delta(self.index, rest, completion))
