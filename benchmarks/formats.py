@@ -88,7 +88,7 @@ def measure(model: Model, args: argparse.Namespace) -> list[dict[str, Any]]:
     samples, seqlen = args.samples, args.seqlen
     drawn = {
         "ptb": token_windows(load_texts("ptb", args.data), model.tokenizer, samples, seqlen),
-        "self": self_windows(LLM(model, session_len=seqlen + 1), samples, seqlen),
+        "self": self_windows(LLM(model), samples, seqlen),
     }
     rows = []
     for source, windows in drawn.items():

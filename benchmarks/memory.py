@@ -30,7 +30,7 @@ from octavo.quant.format import KVFormat
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "benchmarks" / "geometries" / "internlm-chat-7b.json"
 CONTEXT = 2048
-PAGE = {8: (22337, 18241), 16: (30593, 22369), 32: (47073, 30625), 48: (63553, 38881)}  # MiB by nvidia-smi: fp16, int8
+PAGE = {8: (22337, 18241), 16: (30593, 22369), 32: (47073, 30625), 48: (63553, 38881)}  # MiB, fp16 and int8, as printed
 CPU = torch.device("cpu")
 
 
@@ -101,7 +101,7 @@ Written by `python benchmarks/memory.py`. All numbers are MiB; every session hol
 
 ## internlm-chat-7b: the page's table
 
-*Page*: as LMDeploy's page on KV int8 printed it, the driver's count on an A100. *Computed*: {mib(geometry.weights)} of
+*Page*: as LMDeploy's page on KV int8 printed it. *Computed*: {mib(geometry.weights)} of
 weights and {session} (fp16) or {half} (int8) for each session, from the model's geometry; the two saved columns are
 differences of totals and of caches. *Rest*: what the page had beside these. No run of this model was made here.
 
@@ -115,7 +115,7 @@ differences of totals and of caches. *Rest*: what the page had beside these. No 
 
 ## {args.layers} of its 32 layers, measured
 
-Random weights, all else equal. {machine["processor"]}, threads: {machine["threads"]}, torch {machine["torch"]},
+Random weights, all else equal. The rest differs by some 80 MiB from process to process. {machine["processor"]}, threads: {machine["threads"]}, torch {machine["torch"]},
 {machine["date"]}.
 
 {measured(scaled)}

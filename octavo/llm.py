@@ -91,7 +91,11 @@ class LLM:
         bound = self.model.bound
         self.format = kv if isinstance(kv, KVFormat) else KVFormat.parse(kv or RAW_NAMES[str(bound.dtype)[6:]])
         self.calibration = self.model.calibration(calibration, self.format)
-        self.session_len = min(bound.max_context, session_len or bound.max_context)
+        if session_len is not None and session_len > bound.max_context:
+            raise OctavoError(
+                f"session_len is {session_len}, but {self.model.name} has a context of {bound.max_context}"
+            )
+        self.session_len = session_len or bound.max_context
         if self.calibration is not None and self.session_len > self.calibration.header.positions[1] + 1:
             warnings.warn(
                 f"sessions may reach {self.session_len} tokens but the calibration covers positions up to "
@@ -190,7 +194,9 @@ class LLM:
 
     def sequence(self, prompt: Prompt, params: SamplingParams) -> Sequence:
         """The engine's form of a request; raises OctavoError for tokens the model does not have."""
-        tokens = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        tokens = list(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+        if not all(isinstance(token, int) for token in tokens):
+            raise OctavoError("a prompt is a string or a list of token ids")
         strange = [token for token in (*tokens, *params.stop_token_ids) if not 0 <= token < self.model.bound.vocab_size]
         if strange:
             raise OctavoError(f"token {strange[0]} is not in the model's vocabulary of {self.model.bound.vocab_size}")

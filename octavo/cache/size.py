@@ -21,7 +21,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[0-9]+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if not match:
         raise OctavoError(f"{text!r} is not an amount of memory; write it like 4GiB or 512MB")
-    return int(float(match[1]) * UNITS[match[2]])
+    size = float(match[1]) * UNITS[match[2]]
+    if size == float("inf"):
+        raise OctavoError(f"{text!r} is more memory than there is")
+    return int(size)
 
 
 def format_bytes(n: float) -> str:

@@ -85,7 +85,7 @@ def _windows(
     if dataset == SELF:
         with progress() as bar:
             task = bar.add_task("sampling text from the model", total=count * length)
-            llm = LLM(model, session_len=length + 1, max_batch_size=16)
+            llm = LLM(model, session_len=min(length + 1, model.bound.max_context), max_batch_size=16)
             windows = self_windows(
                 llm, count, length, seed=seed, progress=lambda done, _: bar.update(task, completed=done)
             )

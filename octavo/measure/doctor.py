@@ -147,7 +147,9 @@ def _windows(model: Model, text: str | None, length: int) -> tuple[str, list[lis
         ).tolist()
         return "random tokens, since the weights are random too", ids[:CALIBRATED], ids[CALIBRATED:]
     if text == SELF:
-        windows = self_windows(LLM(model, session_len=length + 1, max_batch_size=count), count, length)
+        windows = self_windows(
+            LLM(model, session_len=min(length + 1, model.bound.max_context), max_batch_size=count), count, length
+        )
         return "text that the model wrote", windows[:CALIBRATED], windows[CALIBRATED:]
     texts = load_texts(text or str(PROSE))
     whole = "\n\n".join(texts)[:CHARS]

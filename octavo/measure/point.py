@@ -3,19 +3,14 @@
 It runs in a process of its own, so that what one point leaves behind does not pollute the next:
 
     load the weights → warm up → [forget the peak] → make the cache, fill it → one decode step of all sessions → look
-
-The model fills the sessions in chunks, as serving does. What it has not filled when its time is up is written as random
-rows, encoded and put into every slot that is left: the same bytes, touched in the same way.
 """
 
 from __future__ import annotations
 
 import signal
-import time
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,18 +19,16 @@ import psutil
 import torch
 from transformers.utils import logging
 
-from octavo.cache.batch import Batch
 from octavo.cache.size import format_bytes, free_memory
 from octavo.calibrate import calibrate
 from octavo.errors import OctavoError
 from octavo.llm import LLM
+from octavo.measure.fill import Session, fill, random_tokens
 from octavo.models.bind import bind
 from octavo.models.load import load_model
 from octavo.models.model import Model
 from octavo.quant.format import KVFormat
 
-CHUNK = 1024  # tokens of a session in one step, as the engine takes them
-ROWS = 128  # random rows written at a time, so few that they need no memory to speak of
 WARM_UP = 64  # tokens
 OVERHEAD = 1 << 30  # bytes beside weights and cache: Python, its libraries, activations
 
@@ -148,7 +141,7 @@ def _fill_and_look(request: Request, device: torch.device, before: int) -> Fille
     model = request.source.load(request.context)
     # The ranges of one random batch: which ones they are changes no byte. For raw formats it is a warm-up.
     vocabulary = model.bound.vocab_size
-    calibration = calibrate(model, [_random_tokens(vocabulary, min(WARM_UP, request.context))], dataset="synthetic")
+    calibration = calibrate(model, [random_tokens(vocabulary, min(WARM_UP, request.context))], dataset="synthetic")
     _forget_peak(device)
 
     llm = LLM(
@@ -162,7 +155,7 @@ def _fill_and_look(request: Request, device: torch.device, before: int) -> Fille
     )
     blocks = llm.engine.pool.blocks_for(request.context)
     sessions = [
-        Session(_random_tokens(vocabulary, request.context, seed=i), list(range(i * blocks, (i + 1) * blocks)))
+        Session(random_tokens(vocabulary, request.context, seed=i), list(range(i * blocks, (i + 1) * blocks)))
         for i in range(request.batch)
     ]
     by_model = fill(llm, sessions, request.source.fill_seconds)
@@ -181,52 +174,6 @@ def _fill_and_look(request: Request, device: torch.device, before: int) -> Fille
         driver=_in_use(device) if cuda else None,
         by_model=by_model,
     )
-
-
-@dataclass
-class Session:
-    """A sequence with blocks of its own, driven past the scheduler: all sessions are full at once, none ends."""
-
-    tokens: list[int]
-    block_table: list[int]
-    num_cached: int = 0
-
-
-def fill(llm: LLM, sessions: list[Session], seconds: float) -> int:
-    """Fill all sessions to their last token, at first by the model and after `seconds` by random rows, then decode that
-    token in one step of all. Returns the number of tokens that the model wrote."""
-    runner, size = llm.engine.runner, llm.engine.pool.block_size
-    deadline, by_model = time.monotonic() + seconds, 0
-    for session in sessions:
-        rest = len(session.tokens) - 1
-        while session.num_cached < rest and time.monotonic() < deadline:
-            n = min(CHUNK, rest - session.num_cached)
-            runner.run(Batch.build([(session, n)], size))
-            session.num_cached += n
-            by_model += n
-        table = torch.tensor(session.block_table)
-        for places in torch.arange(session.num_cached, rest).split(ROWS):
-            _write_random_rows(llm, table[places // size] * size + places % size)
-        session.num_cached = rest
-    runner.run(Batch.build([(session, 1) for session in sessions], size))
-    return by_model + len(sessions)
-
-
-def _write_random_rows(llm: LLM, slots: torch.Tensor) -> None:
-    """K and V rows of every layer into slots [tokens]."""
-    for store in llm.cache.stores:
-        rows = _random_rows(store.heads, store.dim, llm.model.bound.dtype, store.codes.device)
-        store.write(rows[: len(slots)], slots.to(rows.device))
-
-
-@cache
-def _random_rows(heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[ROWS, heads, dim], the same again and again: what they say changes no byte."""
-    return torch.randn(ROWS, heads, dim, device=device).to(dtype)
-
-
-def _random_tokens(vocabulary: int, count: int, seed: int = 0) -> list[int]:
-    return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def _forget_peak(device: torch.device) -> None:

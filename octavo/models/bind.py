@@ -193,7 +193,7 @@ class _Trace:
         except (Unsupported, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if self.bound.device.type == "meta":  # code that looks at values: no fault of the model's
+            if next(hf.parameters()).is_meta:  # code that looks at values: no fault of the model's
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise Unsupported(f"{self.name} does not run on token ids alone: {reason}") from error

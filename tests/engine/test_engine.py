@@ -23,12 +23,13 @@ TOKENS = 8  # of an answer
 
 # Sums in another order differ in the last bit, which log-probabilities hardly show, unless a value lies so close to
 # the border of two codes that it tips over. Few tokens see such a value, and one code is worth little. Attention to K
-# and V that are not those stored would show in nearly all tokens, and more. The native kernels read folded codes with
-# queries of 15 bits in a decode and in full in a chunk, so there codes tip over more often; raw rows stay exact.
-ROUNDING = 2e-5  # nats, a third of the tokens at least
-TIPPED = {"fp32": 2e-5, "int8": 5e-3, "int8-token": 5e-3, "int4-token": 5e-2}  # nats, any token
-NATIVE_ROUNDING = {"fp32": 2e-5, "int8": 1e-3, "int8-token": 1e-3, "int4-token": 1e-2}
-NATIVE_TIPPED = {"fp32": 2e-5, "int8": 3e-2, "int8-token": 3e-2, "int4-token": 2e-1}
+# and V that are not those stored would show in nearly all tokens, and more: five times these thirds with int4-token.
+# The native kernels read folded codes with queries of 15 bits in a decode and in full in a chunk, so there codes tip
+# over more often; raw rows stay exact.
+THIRD = {"fp32": 2e-5, "int8": 1.2e-4, "int8-token": 1.2e-4, "int4-token": 1e-3}  # nats, a third of the tokens at least
+MOST = {"fp32": 2e-5, "int8": 5e-3, "int8-token": 5e-3, "int4-token": 5e-2}  # nats, any token
+NATIVE_THIRD = {"fp32": 2e-5, "int8": 1e-3, "int4-token": 1e-2}
+NATIVE_MOST = {"fp32": 2e-5, "int8": 3e-2, "int4-token": 2e-1}
 
 HOW = [(kv, "reference") for kv in FORMATS] + [(kv, "native") for kv in ("fp32", "int8", "int4-token")]
 
@@ -86,15 +87,15 @@ def cold(make: Make, prompts: list[list[int]]) -> list[Sequence]:
 @pytest.fixture(scope="module")
 def assert_same(how: tuple[str, str]) -> Compare:
     kv, attention = how
-    most, third = (TIPPED[kv], ROUNDING) if attention == "reference" else (NATIVE_TIPPED[kv], NATIVE_ROUNDING[kv])
+    most, third = (MOST, THIRD) if attention == "reference" else (NATIVE_MOST, NATIVE_THIRD)
 
     def compare(got: list[Sequence], expected: list[Sequence]) -> None:
         assert [sequence.output for sequence in got] == [sequence.output for sequence in expected]
         assert {sequence.finish_reason for sequence in got} == {"length"}
         ours, theirs = (torch.tensor([[s.logprob for s in x.sampled] for x in some]) for some in (got, expected))
         apart = (ours - theirs).abs()
-        assert apart.max() <= most
-        assert apart.quantile(1 / 3) <= third
+        assert apart.max() <= most[kv]
+        assert apart.quantile(1 / 3) <= third[kv]
 
     return compare
 
@@ -141,7 +142,7 @@ def test_a_turn_that_continues_an_answer_finds_the_answer_too(
     assert_same(found, ask(make(hits=False), continued))
 
 
-@pytest.mark.parametrize(("budget", "chosen"), [(1, [0, 1]), (7, [2, 3]), (40, [3, 4])])
+@pytest.mark.parametrize(("budget", "chosen"), [(1, [0, 1]), (7, [1, 2, 3]), (40, [3, 4])])
 def test_a_prompt_in_chunks_answers_as_one_in_a_piece(
     make: Make, prompts: list[list[int]], cold: list[Sequence], budget: int, chosen: list[int], assert_same: Compare
 ):

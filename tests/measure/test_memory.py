@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from octavo.errors import OctavoError, Unsupported
+from octavo.llm import LLM
+from octavo.measure.fill import Session, fill
 from octavo.measure.memory import baseline, costs, find_device, points, saved
 from octavo.measure.point import Source
 from octavo.models.geometry import Geometry
@@ -99,9 +101,10 @@ def test_code_that_looks_at_values_is_traced_with_random_weights(
 
 
 def test_the_process_takes_what_theory_says_and_no_more(tmp_path: Path) -> None:
-    """256 MiB of fp16 cache against 128 MiB of int8, all of it touched: resident sets differ by as much, within 8 %.
+    """256 MiB of fp16 cache against 128 MiB of int8, all of it touched: resident sets differ by as much, within 4 %.
 
-    Beside the cache the processes do the same. Many layers of small heads keep what a step holds at a time small.
+    Seen: 0.1 to 0.5 %. Beside the cache the processes do the same; many layers of small heads keep small what a step
+    holds at a time, and random rows alone leave the allocator in the same state every time.
     """
     config = tmp_path / "deep.json"
     config.write_text(json.dumps({
@@ -111,7 +114,7 @@ def test_the_process_takes_what_theory_says_and_no_more(tmp_path: Path) -> None:
     }))  # fmt: skip
     geometry = Geometry.trace(config)
     theory = costs(geometry, [FP16, INT8], 1024, 1 << 30)
-    source = Source(config, load_format="dummy", fill_seconds=0.1)
+    source = Source(config, load_format="dummy", fill_seconds=0)
     seen = []
     found = points(geometry, theory, [16], 1024, source, seen.append)
     assert seen == found
@@ -122,11 +125,11 @@ def test_the_process_takes_what_theory_says_and_no_more(tmp_path: Path) -> None:
         assert 0 <= point.cache - point.batch * 1024 * geometry_bytes(geometry, point.format) < MIB // 64
         assert point.found.before < point.found.settled <= point.found.peak
         assert point.rest == point.total - point.weights - point.cache
-        assert 16 <= point.found.by_model <= 16 * 1024, "the last token of each session at least"
+        assert point.found.by_model == 16, "the last token of each session"
     of_cache, in_total = saved(found[1], found)
     assert of_cache == pytest.approx(128 * MIB, rel=1e-3)
     assert in_total is not None
-    assert in_total == pytest.approx(of_cache, rel=0.08)
+    assert in_total == pytest.approx(of_cache, rel=0.04)
 
 
 def geometry_bytes(geometry: Geometry, format: str) -> int:
@@ -140,6 +143,21 @@ def test_what_does_not_fit_is_computed_and_says_why(internlm: Geometry) -> None:
     assert (point.how, point.rest, point.cache) == ("computed", None, 1 << 50)
     assert "it needs" in str(point.reason)
     assert "are free here" in str(point.reason)
+
+
+@pytest.mark.parametrize(("seconds", "by_model"), [(0.0, 3), (1e9, 3 * 200)])
+def test_every_slot_of_every_session_is_written(pamphlet: Model, seconds: float, by_model: int) -> None:
+    llm = LLM(pamphlet, "int8-token", session_len=256, max_batch_size=3, prefix_caching=False)
+    sessions = [Session(list(range(i, i + 200)), list(range(4 * i, 4 * i + 4))) for i in range(3)]
+    assert fill(llm, sessions, seconds) == by_model
+    assert [store.written for store in llm.cache.stores] == [
+        3 * 200 * store.heads * store.dim for store in llm.cache.stores
+    ]
+    slots = torch.arange(3 * 256).view(3, 256)[:, :200].flatten()
+    for store in llm.cache.stores:
+        assert store.scales is not None
+        written = store.scales.transpose(1, 2).flatten(0, 1)[slots]  # [tokens, heads, 1]; an index of 0 is a tiny row
+        assert (written > 0).all()
 
 
 class Doomed(Source):

@@ -1,0 +1,65 @@
+"""Fill the cache of a number of sessions, every slot of it, as fast as may be.
+
+The model fills the sessions in chunks, as serving does. What it has not filled when its time is up is written as random
+rows, encoded and put into every slot that is left: the same bytes, touched in the same way.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from octavo.cache.batch import Batch
+from octavo.llm import LLM
+
+CHUNK = 1024  # tokens of a session in one step, as the engine takes them
+ROWS = 128  # random rows written at a time, so few that they need no memory to speak of
+
+
+@dataclass
+class Session:
+    """A sequence with blocks of its own, driven past the scheduler: all sessions are full at once, none ends."""
+
+    tokens: list[int]
+    block_table: list[int]
+    num_cached: int = 0
+
+
+def fill(llm: LLM, sessions: list[Session], seconds: float) -> int:
+    """Fill all sessions to their last token, at first by the model and after `seconds` by random rows, then decode that
+    token in one step of all. Returns the number of tokens that the model wrote."""
+    runner, size = llm.engine.runner, llm.engine.pool.block_size
+    deadline, by_model = time.monotonic() + seconds, 0
+    for session in sessions:
+        rest = len(session.tokens) - 1
+        while session.num_cached < rest and time.monotonic() < deadline:
+            n = min(CHUNK, rest - session.num_cached)
+            runner.run(Batch.build([(session, n)], size))
+            session.num_cached += n
+            by_model += n
+        table = torch.tensor(session.block_table)
+        for places in torch.arange(session.num_cached, rest).split(ROWS):
+            _write_random_rows(llm, table[places // size] * size + places % size)
+        session.num_cached = rest
+    runner.run(Batch.build([(session, 1) for session in sessions], size))
+    return by_model + len(sessions)
+
+
+def _write_random_rows(llm: LLM, slots: torch.Tensor) -> None:
+    """K and V rows of every layer into slots [tokens]."""
+    for store in llm.cache.stores:
+        rows = _random_rows(store.heads, store.dim, llm.model.bound.dtype, store.codes.device)
+        store.write(rows[: len(slots)], slots.to(rows.device))
+
+
+@cache
+def _random_rows(heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[ROWS, heads, dim], the same again and again: what they say changes no byte."""
+    return torch.randn(ROWS, heads, dim, device=device).to(dtype)
+
+
+def random_tokens(vocabulary: int, count: int, seed: int = 0) -> list[int]:
+    return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
