@@ -2,7 +2,7 @@
 
 One layer, one new token for each sequence, block tables random. torch's bf16 `scaled_dot_product_attention` (q length
 1) gets contiguous K and V; a plain streaming read sums the bytes of the same blocks through the same table. In each
-round every contestant runs in turn; what is reported is the median over rounds of the ratio within a round, with its range.
+round every contestant runs in turn; reported is the median over rounds of the ratio within a round, with its range.
 The last line is one JSON document.
 
     python benchmarks/attention_cpu.py --out benchmarks/results/attention-cpu.json
