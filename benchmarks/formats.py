@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM
 
 from octavo import LLM, KVFormat
 from octavo.calibrate import calibrate
-from octavo.cli.calibrate import progress
+from octavo.cli.progress import progress
 from octavo.corpus import consecutive_windows, load_texts, self_windows, token_windows
 from octavo.measure.accuracy import Candidate, Score, compare
 from octavo.models.model import Model

@@ -115,8 +115,8 @@ differences of totals and of caches. *Rest*: what the page had beside these. No 
 
 ## {args.layers} of its 32 layers, measured
 
-Random weights, all else equal. The rest differs by some 80 MiB from process to process. {machine["processor"]}, threads: {machine["threads"]}, torch {machine["torch"]},
-{machine["date"]}.
+Random weights, all else equal. The rest differs by some 80 MiB from process to process. {machine["processor"]},
+threads: {machine["threads"]}, torch {machine["torch"]}, {machine["date"]}.
 
 {measured(scaled)}
 

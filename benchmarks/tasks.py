@@ -52,9 +52,9 @@ def main() -> None:
         options = ["--kv", args.kv, "--calibration", calibration, "--max-batch-size", args.max_batch_size]
         options += ["--data-dir", args.data, "--results", kept, *limit]
         document = json.loads(run("accuracy", args.model, "--tasks", "all", *options, "--json"))
-    for place in ("results", "skipped"):  # paths of this machine
-        del document["tasks"][place]
-    document = {"benchmark": "tasks", **describe(), **document}
+    del document["tasks"]["results"]  # a path of this machine, as are the reasons for what was skipped
+    document["tasks"]["skipped"] = list(document["tasks"]["skipped"])
+    document = {"benchmark": "tasks", "commit": describe()["commit"], **document}
     if args.out:
         args.out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(document, ensure_ascii=False))

@@ -20,14 +20,8 @@ from octavo.cache.store import KVCache
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
 from octavo.models.model import Model
-from octavo.quant.calibration import (
-    DEFAULT_GRANULARITY,
-    DEFAULT_HEADROOM,
-    Calibration,
-    Header,
-    validate_choice,
-)
-from octavo.quant.format import RAW_NAMES, Granularity, KVFormat
+from octavo.quant.calibration import Calibration, Header, validate_choice
+from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Granularity
 from octavo.quant.statistics import Statistics
 
 FARTHEST = 1 << 17  # where windows end for a model that names no context of its own
@@ -59,7 +53,7 @@ def calibrate(
     bound = model.bound
     length = _common_length(windows, bound.max_context)
     offsets = _offsets(bound, len(windows), length, seed)
-    raw = KVFormat.parse(RAW_NAMES[str(bound.dtype)[6:]])
+    raw = bound.raw_format
     layout = layout_for(bound.shapes)
     size = layout.block_size
     cache = KVCache(bound.shapes, raw, -(-length // size), layout)

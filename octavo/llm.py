@@ -25,7 +25,7 @@ from octavo.engine.sequence import FinishReason, Sequence
 from octavo.errors import OctavoError
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import RAW_NAMES, Granularity, KVFormat
+from octavo.quant.format import Granularity, KVFormat
 from octavo.text import Message, TextStream, encode_chat
 
 Prompt = str | Rows[int]
@@ -89,8 +89,10 @@ class LLM:
         else:
             self.model = Model.load(model, context=session_len, **loading)
         bound = self.model.bound
-        self.format = kv if isinstance(kv, KVFormat) else KVFormat.parse(kv or RAW_NAMES[str(bound.dtype)[6:]])
+        self.format = bound.raw_format if kv is None else kv if isinstance(kv, KVFormat) else KVFormat.parse(kv)
         self.calibration = self.model.calibration(calibration, self.format)
+        if (granularity, headroom) != (None, None) and self.calibration is None:
+            raise OctavoError(f"granularity and headroom choose from a calibration; {self.format} has none here")
         if session_len is not None and session_len > bound.max_context:
             raise OctavoError(
                 f"session_len is {session_len}, but {self.model.name} has a context of {bound.max_context}"

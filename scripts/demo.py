@@ -11,7 +11,7 @@ from rich.table import Table
 from octavo import LLM, KVFormat, SamplingParams
 from octavo.cache.size import format_bytes
 from octavo.cli import main
-from octavo.cli.calibrate import progress
+from octavo.cli.progress import progress
 from octavo.corpus import consecutive_windows, load_texts
 from octavo.measure.accuracy import Candidate, Score, compare
 from octavo.measure.report import write_report

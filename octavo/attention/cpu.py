@@ -108,7 +108,8 @@ def stream(store: RowStore, blocks: Tensor) -> int:
 def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batch) -> Tensor:
     """One sequence with many new tokens: q [n, heads, k_dim] → [n, heads, v_dim].
 
-    bf16 queries meet tiles in bf16, which holds every code exactly; others meet float32.
+    bf16 queries meet tiles in bf16, which holds every int8 code exactly (and one times a token scale rounded); others
+    meet float32.
     """
     n, kv_len = batch.q_lens[0], batch.kv_lens[0]
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
@@ -116,7 +117,7 @@ def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batc
     first = 0 if spec.window is None else max(0, kv_len - n + 1 - spec.window) // cache.k.layout.block_size
     blocks = batch.block_table[0, first : -(-kv_len // cache.k.layout.block_size)].contiguous()
     start = first * cache.k.layout.block_size
-    folded = cache.k.fold((q.float() * spec.scale).unflatten(1, (cache.k.heads, group)))
+    folded = cache.k.fold(q.float().unflatten(1, (cache.k.heads, group)))
     hidden = None
     if spec.window is not None:
         query, key = torch.arange(kv_len - n, kv_len)[:, None], torch.arange(start, kv_len)
@@ -125,12 +126,12 @@ def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batc
     for head in range(cache.k.heads):
         keys = read(cache.k, head, blocks, dtype)[: kv_len - start]
         values = read(cache.v, head, blocks, dtype)[: kv_len - start]
-        out[:, head] = _scaled_dot_product(folded[:, head].to(dtype), keys, values, hidden)
+        out[:, head] = _scaled_dot_product(folded[:, head].to(dtype), keys, values, hidden, spec.scale)
     weight = torch.ones(1, 1, 1, 1)  # every query sees itself
     return cache.v.unfold(out, weight).flatten(1, 2).to(q.dtype)
 
 
-def _scaled_dot_product(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
+def _scaled_dot_product(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float) -> Tensor:
     """Attention of the last n of m tokens, q [n, group, k_dim], over keys [m, k_dim] and values [m, v_dim]: causal, or
     over what is `seen` [n, m]. Returns [n, group, v_dim]."""
     n, m = len(q), len(keys)
@@ -138,7 +139,7 @@ def _scaled_dot_product(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | 
     keys, values = (x.expand(1, q.shape[1], -1, -1) for x in (keys, values))
     if seen is None and n < m:
         seen = torch.arange(m) <= torch.arange(m - n, m)[:, None]
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, is_causal=seen is None, scale=1.0)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, is_causal=seen is None, scale=scale)
     return out[0].transpose(0, 1)
 
 

@@ -62,6 +62,12 @@ def num_blocks(
     the free memory.
     """
     if memory is not None:
+        if share is not None:
+            raise OctavoError("--kv-cache-memory and --cache-max-entry-count both size the KV cache; give one")
+        if memory > free_memory(device):
+            raise OctavoError(
+                f"a KV cache of {format_bytes(memory)} does not fit: {format_bytes(free_memory(device))} are free"
+            )
         blocks = memory // one_block
         if blocks < 1:
             raise OctavoError(

@@ -131,12 +131,12 @@ def _candidates(
     from octavo.cli.speed import formats
     from octavo.measure.accuracy import Candidate
     from octavo.quant.calibration import validate_choice
-    from octavo.quant.format import RAW_NAMES, KVFormat
+    from octavo.quant.format import KVFormat
 
     validate_choice(granularity or "channel", 1.0 if headroom is None else headroom)
     names = formats(model, kv, calibration)
     if len(names) == 1:
-        names = list(dict.fromkeys([RAW_NAMES[str(model.bound.dtype)[6:]], *names]))
+        names = list(dict.fromkeys([str(model.bound.raw_format), *names]))
     parsed = [KVFormat.parse(name) for name in names]
     return [
         Candidate(str(f), f, model.calibration(calibration, f), granularity, headroom)  # type: ignore[arg-type]  # checked
@@ -179,7 +179,7 @@ def _windows(model: Model, source: Texts, count: int, length: int | None, contex
 def _on_text(
     model: Model, candidates: Sequence[Candidate], name: str, windows: Sequence[Sequence[int]], context: int
 ) -> dict[str, Any]:
-    from octavo.cli.calibrate import progress
+    from octavo.cli.progress import progress
     from octavo.measure.accuracy import compare
 
     with progress() as bar:
@@ -201,7 +201,7 @@ def _greedy(
     model: Model, candidates: Sequence[Candidate], windows: Sequence[Sequence[int]], context: int
 ) -> dict[str, Any]:
     """Where the greedy answers to the windows' beginnings part from the baseline's."""
-    from octavo.cli.calibrate import progress
+    from octavo.cli.progress import progress
     from octavo.measure.parting import partings
 
     prompts = [window[: min(PROMPT, -(-len(window) // 2))] for window in windows[:PROMPTS]]
@@ -228,7 +228,7 @@ def _on_tasks(
     directory: Path,
     sizes: dict[str, Any],
 ) -> dict[str, Any]:
-    from octavo.cli.calibrate import progress
+    from octavo.cli.progress import progress
     from octavo.measure.benchmark import Results, run
 
     with progress() as bar:

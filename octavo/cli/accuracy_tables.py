@@ -30,6 +30,8 @@ def show_text(document: dict[str, Any]) -> None:
 def show_tasks(document: dict[str, Any]) -> None:
     console, tasks = Console(highlight=False, soft_wrap=True), document["tasks"]
     console.print(benchmarks(tasks, document["baseline"]))
+    if any(error == 0 for row in tasks["rows"] for error in row["difference_errors"].values()):
+        console.print("± 0.00: no item of n changed, so that of all items hardly more than 3/n would")
     for reason in tasks["skipped"].values():
         console.print(f"not run: {reason}")
     console.print(f"results are kept in {tasks['results']}")

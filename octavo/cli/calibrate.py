@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from octavo.cli.options import LoadOptions, takes
+from octavo.cli.progress import progress
 from octavo.errors import OctavoError
+from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM
 
 if TYPE_CHECKING:
     from octavo.models.model import Model
@@ -22,18 +23,27 @@ SELF = "self"
 def calibrate(
     options: LoadOptions,
     calib_dataset: Annotated[
-        str, typer.Option(help="ptb, c4, wikitext2, pileval, a .txt or .jsonl file, or self: text the model writes.")
-    ] = SELF,
+        str | None,
+        typer.Option(
+            help="ptb, c4, wikitext2, pileval, a .txt or .jsonl file, or self: the model writes. [default: self]"
+        ),
+    ] = None,
     calib_samples: Annotated[int, typer.Option(help="Windows of text.", min=1)] = 128,
-    calib_seqlen: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 2048,
+    calib_seqlen: Annotated[
+        int | None, typer.Option(help="Tokens in a window. [default: 2048, or the model's context]", min=2)
+    ] = None,
     work_dir: Annotated[
         Path | None, typer.Option(help="Where the calibration is saved. [default: the model's directory, or a cache]")
     ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Where files of the named data sets are looked for first.")
     ] = None,
-    granularity: Annotated[str, typer.Option(help="Default of this calibration: tensor, head or channel.")] = "channel",
-    headroom: Annotated[float, typer.Option(help="Default of this calibration: range served over range seen.")] = 1.5,
+    granularity: Annotated[
+        str, typer.Option(help="Default of this calibration: tensor, head or channel.")
+    ] = DEFAULT_GRANULARITY,
+    headroom: Annotated[
+        float, typer.Option(help="Default of this calibration: range served over range seen.")
+    ] = DEFAULT_HEADROOM,
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
 ) -> None:
     """Calibrate MODEL for the int8 KV cache."""
@@ -44,6 +54,8 @@ def calibrate(
 
     validate_choice(granularity, headroom)
     model = options.load()
+    if model.synthetic and work_dir is None:
+        raise OctavoError("--load-format dummy makes a calibration of random weights: name a --work-dir for it")
     directory = work_dir or model.work_dir
     _require_writable(directory)
     source, windows = _windows(model, calib_dataset, data_dir, calib_samples, calib_seqlen, seed)
@@ -70,19 +82,23 @@ def calibrate(
 
 
 def _windows(
-    model: Model, dataset: str, data_dir: Path | None, count: int, length: int, seed: int
+    model: Model, dataset: str | None, data_dir: Path | None, count: int, length: int | None, seed: int
 ) -> tuple[str, list[list[int]]]:
     """Name of what was read, and the windows to observe."""
     from octavo.corpus import load_texts, self_windows, token_windows
     from octavo.llm import LLM
 
-    length = min(length, model.bound.max_context)
+    length = min(2048, model.bound.max_context) if length is None else length
+    if length > model.bound.max_context:
+        raise OctavoError(f"--calib-seqlen {length} is beyond the model's context of {model.bound.max_context}")
     if model.synthetic:
         import torch
 
+        if dataset is not None:
+            raise OctavoError("--load-format dummy observes one random batch: leave --calib-dataset out")
         ids = torch.randint(model.bound.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
         return "synthetic: one random batch, for weights that are random too", ids.tolist()
-    if dataset == SELF:
+    if dataset in (None, SELF):
         with progress() as bar:
             task = bar.add_task("sampling text from the model", total=count * length)
             llm = LLM(model, session_len=min(length + 1, model.bound.max_context), max_batch_size=16)
@@ -90,7 +106,7 @@ def _windows(
                 llm, count, length, seed=seed, progress=lambda done, _: bar.update(task, completed=done)
             )
         return "self: text sampled from the model", windows
-    texts = load_texts(dataset, data_dir)
+    texts = load_texts(str(dataset), data_dir)
     return texts.name, list(token_windows(texts, model.tokenizer, count, length, seed=seed))
 
 
@@ -105,20 +121,6 @@ def _require_writable(directory: Path) -> None:
         raise OctavoError(
             f"nothing can be written in {directory} ({error.strerror}); name another with --work-dir"
         ) from None
-
-
-def progress() -> Any:
-    """A progress bar on stderr that leaves nothing behind but its last line."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
-    )
 
 
 def range_table(calibration: Calibration) -> Any:

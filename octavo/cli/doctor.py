@@ -31,7 +31,7 @@ def doctor(
 ) -> None:
     """Examine MODEL: does it work, and which cache formats suit it? Status 0: it is healthy; 1: it is refused, or
     something is advised against."""
-    from octavo.cli.calibrate import progress
+    from octavo.cli.progress import progress
     from octavo.measure.diagnosis import Diagnosis
     from octavo.measure.doctor import diagnose
     from octavo.measure.document import dumps

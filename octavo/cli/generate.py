@@ -131,8 +131,8 @@ def _many(
 
 def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams, chat: bool) -> None:
     """Answer the lines together, each written when it is complete."""
-    from octavo.cli.calibrate import progress
     from octavo.cli.lines import parse
+    from octavo.cli.progress import progress
 
     served: list[Line] = []
     requests: list[tuple[list[int], SamplingParams]] = []

@@ -43,7 +43,7 @@ def memory(
     """Measure the memory of MODEL with all sessions filled; with --config alone, compute it."""
     from contextlib import nullcontext
 
-    from octavo.cli.calibrate import progress
+    from octavo.cli.progress import progress
     from octavo.measure import machine
     from octavo.measure.document import dumps
     from octavo.measure.memory import costs, device_memory, find_device, points, saved

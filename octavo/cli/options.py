@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from octavo.errors import OctavoError
+from octavo.quant.format import RAW_NAMES
 
 if TYPE_CHECKING:
     from octavo.engine.sampling import SamplingParams
@@ -119,9 +120,9 @@ class ServeOptions(LoadOptions):
         if self.quant_policy not in QUANT_POLICY:
             raise OctavoError(f"--quant-policy is 0 (16 bits), 4 or 8 (both int8), not {self.quant_policy}")
         policy = QUANT_POLICY[self.quant_policy]
-        if self.kv is not None and self.kv != policy:
+        if self.kv is not None and self.kv != policy and (policy or self.kv not in RAW_NAMES.values()):
             raise OctavoError(f"--kv {self.kv} and --quant-policy {self.quant_policy} contradict each other; give one")
-        return policy
+        return policy or self.kv
 
 
 def sampling(help: str, *names: str) -> Any:

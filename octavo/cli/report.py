@@ -37,7 +37,7 @@ def report(
 ) -> None:
     """Write what MODEL's cache saves and costs as a web page, as Markdown and as JSON."""
     from octavo.cache.size import parse_bytes
-    from octavo.cli.calibrate import progress
+    from octavo.cli.progress import progress
     from octavo.measure.document import dumps
     from octavo.measure.report import require_directory, write_report
 

@@ -42,7 +42,7 @@ def speed(
 
     from rich.console import Console
 
-    from octavo.cli.calibrate import progress
+    from octavo.cli.progress import progress
     from octavo.measure import machine
     from octavo.measure.ceiling import bandwidth, ceilings
     from octavo.measure.document import dumps
@@ -103,12 +103,12 @@ def numbers(text: str, name: str) -> list[int]:
 
 def formats(model: Model, kv: str | None, calibration: Path | None) -> list[str]:
     """The formats to compare, the baseline first, each known and calibrated if it has to be."""
-    from octavo.quant.format import RAW_NAMES, KVFormat
+    from octavo.quant.format import KVFormat
 
     if kv is not None:
         found = [KVFormat.parse(name) for name in kv.split(",")]
     else:
-        found = [KVFormat.parse(name) for name in (RAW_NAMES[str(model.bound.dtype)[6:]], "int8", "int8-token")]
+        found = [KVFormat.parse(name) for name in (str(model.bound.raw_format), "int8", "int8-token")]
         if model.calibration(calibration, found[-1]) is None:
             del found[1]
     for format in found:

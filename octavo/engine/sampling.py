@@ -41,12 +41,12 @@ class SamplingParams:
         for name, value in (("stop", self.stop), ("stop_token_ids", self.stop_token_ids)):
             object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value))
         rules = {
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "max_tokens": (1 <= self.max_tokens < 1 << 31, "at least 1, below 2^31"),
+            "temperature": (0 <= self.temperature <= 1e30, "0 or more, and at most 1e30"),
+            "top_k": (0 <= self.top_k < 1 << 31, "0 (off) or more, below 2^31"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
+            "repetition_penalty": (1e-3 <= self.repetition_penalty <= 1e3, "between 0.001 and 1000"),
             "seed": (self.seed is None or 0 <= self.seed < 1 << 64, "between 0 and 2^64 − 1"),
             "stop": (all(self.stop), "strings that are not empty"),
             "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),

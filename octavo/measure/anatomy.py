@@ -22,7 +22,7 @@ from octavo.calibrate import FARTHEST, Window, shift_invariant
 from octavo.measure.ceiling import cache_bytes
 from octavo.models.bind import NAME, UNLIMITED, BoundModel
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import RAW_NAMES, KVFormat
+from octavo.quant.format import KVFormat
 
 BLOCK = Layout().block_size
 OFFSET = (
@@ -97,7 +97,7 @@ def whole_text(
     calibration: Calibration | None = None,
 ) -> tuple[Batch, KVCache]:
     """A whole text as one step, and a cache that holds it: unquantized, or in `formats`, one for all layers or each."""
-    formats = formats or KVFormat.parse(RAW_NAMES[str(bound.dtype)[6:]])
+    formats = formats or bound.raw_format
     cache = KVCache(bound.shapes, formats, -(-len(window) // BLOCK), None, calibration)
     batch = Batch.build([(Window(window, cache.num_blocks), len(window))], cache.layout.block_size)
     return batch.on(bound.device), cache

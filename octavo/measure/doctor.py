@@ -32,7 +32,7 @@ from octavo.measure.selfcheck import self_check
 from octavo.models.bind import BoundModel
 from octavo.models.model import BUNDLED, Model
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import RAW_NAMES, KVFormat
+from octavo.quant.format import KVFormat
 from octavo.windows import consecutive_windows, self_windows, token_windows
 
 SELF = "self"
@@ -75,7 +75,7 @@ def diagnose(model: Model, text: str | None = None, progress: Callable[[float], 
     found.calibrated, found.measured = (f"{len(w)} windows of {length} tokens" for w in (calibration_windows, windows))
     report(0.3)
 
-    raw = KVFormat.parse(RAW_NAMES[str(bound.dtype)[6:]])
+    raw = bound.raw_format
     candidates = [Candidate(LAST_BIT, raw, simulate=flip_last_bit)]
     candidates += [
         Candidate(name, KVFormat.parse(kv), calibration if own else None, **choice)
@@ -101,7 +101,7 @@ def sensitivity(
     bound: BoundModel, calibration: Calibration, window: Sequence[int], progress: Callable[[float], None]
 ) -> dict[str, list[float]]:
     """Mean KL, nats, over `window` with a single layer in each of LAYER_FORMATS and the others unquantized."""
-    raw = KVFormat.parse(RAW_NAMES[str(bound.dtype)[6:]])
+    raw = bound.raw_format
     owners = [i for i, shape in enumerate(bound.shapes) if shape.shares is None]
     reference = _log_probabilities(bound, [raw] * len(bound.layers), None, window)
     probabilities = reference.exp()

@@ -18,7 +18,6 @@ from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
 from octavo.calibrate import Window
 from octavo.models.bind import BoundModel, unbound
-from octavo.quant.format import RAW_NAMES, KVFormat
 
 LENGTHS = (75, 22)  # one crosses the end of a block, one does not
 DECODED = 6  # of them one by one
@@ -55,7 +54,7 @@ def self_check(bound: BoundModel) -> SelfCheck:
 
 def _logits(bound: BoundModel, texts: Sequence[list[int]]) -> list[Tensor]:
     """Float logits [length, vocabulary] of texts that share every step: one prefill, then one token each."""
-    raw = KVFormat.parse(RAW_NAMES[str(bound.dtype)[6:]])
+    raw = bound.raw_format
     blocks = [-(-len(text) // 64) for text in texts]
     cache = KVCache(bound.shapes, raw, sum(blocks))
     windows = [Window(text, 0) for text in texts]

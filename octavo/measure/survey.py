@@ -25,7 +25,7 @@ from octavo.measure.speed import Speed, measure, prompt_length
 from octavo.models.geometry import Geometry
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import RAW_NAMES, KVFormat
+from octavo.quant.format import KVFormat
 from octavo.windows import consecutive_windows, token_windows
 
 FORMATS = ("int8", "int8-token", "k8v4", "int4-token")  # beside the model's 16 bits
@@ -89,7 +89,7 @@ def gather(
     progress("examining the model", 0)
     diagnosis = diagnose(model, text, lambda share: progress("examining the model", 0.2 * share))
 
-    raw = KVFormat.parse(RAW_NAMES[str(bound.dtype)[6:]])
+    raw = bound.raw_format
     calibration = model.calibration(given, KVFormat.parse("int8-token"))
     texts = load_texts(text or str(PROSE))
     whole = "\n\n".join(texts)

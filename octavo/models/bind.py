@@ -25,6 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from octavo.attention import AttentionSpec
 from octavo.cache.store import LayerShape
 from octavo.errors import Unsupported
+from octavo.quant.format import RAW_NAMES, KVFormat
 
 NAME = "octavo"
 ALONE = "octavo-alone"  # the same function under a name for which transformers makes masks, so that they can be read
@@ -65,6 +66,11 @@ class BoundModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.hf.dtype
+
+    @property
+    def raw_format(self) -> KVFormat:
+        """The cache that keeps K and V as the model computes them: the baseline."""
+        return KVFormat.parse(RAW_NAMES[str(self.dtype).removeprefix("torch.")])
 
     @property
     def device(self) -> torch.device:

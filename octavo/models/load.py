@@ -318,6 +318,8 @@ def _refuse_quantized(path: Path, model_format: str) -> None:
 def _check_device(device: str, device_map: str | dict[str, Any] | None) -> None:
     """Fail before the weights are read rather than after."""
     if device_map is not None:
+        if isinstance(device_map, str) and device_map not in ("auto", "balanced", "sequential"):
+            raise OctavoError(f"The device map {device_map!r} is unknown: choose auto, balanced or sequential.")
         if importlib.util.find_spec("accelerate") is None:
             raise OctavoError("A device map needs accelerate: pip install 'octavo[offload]'.")
         return

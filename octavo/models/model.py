@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,9 @@ BUNDLED = Path(__file__).parent.parent / "data" / "pamphlet"
 def locate(model: str | Path | None) -> tuple[str, Path]:
     """Name and directory of a model as the user wrote it: a directory, a Hub id, or the bundled model if None."""
     name = str(model if model is not None else BUNDLED.name)
-    return name, BUNDLED if name == BUNDLED.name and not Path(name).exists() else resolve(name)
+    # A folder of that name may hold a calibration only: `--work-dir pamphlet`.
+    bundled = model is None or (name == BUNDLED.name and not (Path(name) / "config.json").is_file())
+    return name, BUNDLED if bundled else resolve(name)
 
 
 @dataclass
@@ -101,5 +104,11 @@ class Model:
                 )
             found = Calibration.load(files[0])
         shapes = [(shape.kv_heads, shape.k_dim, shape.v_dim) for shape in self.bound.shapes]
-        found.check(self.fingerprint, shapes)
+        try:
+            found.check(self.fingerprint, shapes)
+        except OctavoError as error:
+            if given is not None or format.needs_calibration:
+                raise
+            warnings.warn(f"{error}; {format} is served without it", stacklevel=3)
+            return None
         return found

@@ -22,14 +22,12 @@ from torch import Tensor
 
 from octavo.errors import OctavoError
 from octavo.quant.codec import Static
-from octavo.quant.format import Granularity
+from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Granularity
 from octavo.quant.statistics import static_part
 
 FILE_NAME = "kv_calibration.safetensors"
 VERSION = 1
 SYNTHETIC = "synthetic"  # the fingerprint of `--load-format dummy`
-DEFAULT_GRANULARITY: Granularity = "channel"
-DEFAULT_HEADROOM = 1.5
 
 Side = dict[str, Tensor]  # statistic → [kv_heads, dim]
 
@@ -96,6 +94,9 @@ class Calibration:
             save_file(tensors, part, metadata={"octavo": json.dumps(asdict(self.header))})
             with part.open("rb") as written:
                 os.fsync(written.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            part.chmod(0o666 & ~mask)  # safetensors makes it readable by its owner alone
             part.replace(path)
         except (OSError, SafetensorError) as error:
             raise OctavoError(
@@ -126,7 +127,7 @@ def validate_choice(granularity: str, headroom: float) -> None:
     if granularity not in get_args(Granularity):
         raise OctavoError(f"granularity {granularity!r} is none of {', '.join(get_args(Granularity))}")
     if not 0.1 <= headroom <= 100:
-        raise OctavoError(f"a headroom of {headroom} makes no sense: 1.0 is the calibrated range, 1.5 the default")
+        raise OctavoError(f"a headroom of {headroom} makes no sense: 1.0 is the calibrated range")
 
 
 def _read_header(path: Path, text: str | None) -> Header:

@@ -23,6 +23,10 @@ from octavo.errors import OctavoError
 Kind = Literal["raw", "static", "token"]
 Granularity = Literal["tensor", "head", "channel"]
 
+# How static scales are chosen from calibrated ranges unless said otherwise: docs/FORMATS.md has the numbers behind it.
+DEFAULT_GRANULARITY: Granularity = "channel"
+DEFAULT_HEADROOM = 1.5
+
 
 @dataclass(frozen=True)
 class Codec:

@@ -219,7 +219,7 @@ def test_all_runs_what_it_finds_and_names_the_rest(
     out, err = capsys.readouterr()
     head = next(line.split() for line in out.splitlines() if "dataset" in line)
     assert head == ["task", "dataset", "metric", "n", "int8-token", "fp32", "diff"]
-    rows = [line.split() for line in out.splitlines() if "±" in line]
+    rows = [line.split() for line in out.splitlines() if " ± " in line]
     assert [row[1] for row in rows] == ["winogrande", "openbookqa", "eprstmt", "crows_pairs"]
     assert out.count("not run: ") == 4
     assert "not run: bbh reads bbh/snarks.json" in out
