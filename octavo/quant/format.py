@@ -25,7 +25,7 @@ Granularity = Literal["tensor", "head", "channel"]
 
 # How static scales are chosen from calibrated ranges unless said otherwise: docs/FORMATS.md has the numbers behind it.
 DEFAULT_GRANULARITY: Granularity = "channel"
-DEFAULT_HEADROOM = 1.5
+DEFAULT_HEADROOM = 1.4
 
 
 @dataclass(frozen=True)

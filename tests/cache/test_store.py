@@ -150,12 +150,16 @@ def test_tiles_put_each_code_where_the_kernels_look_for_it() -> None:
             assert floats[0, :, d, token].tolist() == code
 
 
-@pytest.mark.parametrize("order", ["k-tiles", "v-tiles"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
-def test_tiles_end_with_room_for_a_registers_overrun(order: Any, dtype: torch.dtype) -> None:
-    memory = Layout(8, order).allocate(2, 1, 8, dtype, CPU)
-    assert memory.numel() == 2 * 8 * 8
-    assert memory.untyped_storage().nbytes() == memory.nbytes + SLACK
+@pytest.mark.parametrize(
+    ("order", "width", "room"), [("k-tiles", 8, 0), ("v-tiles", 8, SLACK), ("v-tiles", 40, SLACK), ("v-tiles", 64, 0)]
+)
+def test_only_rows_of_v_that_are_no_whole_registers_have_room_at_the_end(
+    order: Any, width: int, room: int, dtype: torch.dtype
+) -> None:
+    memory = Layout(8, order).allocate(2, 1, width, dtype, CPU)
+    assert memory.numel() == 2 * 8 * width
+    assert memory.untyped_storage().nbytes() == memory.nbytes + room
     assert not memory.any()
 
 
@@ -277,8 +281,8 @@ def test_tiles_take_the_same_bytes_a_token_and_a_little_at_the_end(name: str) ->
     shapes = [LayerShape(2, 16, 8)]
     rows, tiles = (KVCache(shapes, parse(name), 6, Layout(16, order), calibration(shapes)) for order in ORDERS)
     assert (tiles.token_nbytes, tiles.block_nbytes) == (rows.token_nbytes, rows.block_nbytes)
-    assert tiles.nbytes == rows.nbytes + 2 * SLACK
-    assert tiles.memory() == replace(rows.memory(), padding=2 * SLACK)
+    assert tiles.nbytes == rows.nbytes + SLACK  # of V, whose 8 channels are half a register
+    assert tiles.memory() == replace(rows.memory(), padding=SLACK)
 
 
 def test_int8_takes_exactly_half_of_bf16() -> None:
@@ -357,7 +361,7 @@ def test_layers_and_sides_take_their_own_static_part() -> None:
             assert torch.equal(rows.static.c, expected.c)
     default = KVCache(shapes, parse("int8"), 2, Layout(4), made).layers[0].k.static
     assert default is not None
-    assert torch.equal(default.c, made.static(0, "k", "channel", 1.5).c)
+    assert torch.equal(default.c, made.static(0, "k", "channel", 1.4).c)
 
 
 def test_saturation_is_a_share_of_each_layer_and_side() -> None:
