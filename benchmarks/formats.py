@@ -12,7 +12,6 @@ K and V rounded to e4m3 with scale 1. The last line is one JSON document.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import lzma
 import tempfile
@@ -22,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from biased import save_biased
 from machine import describe
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from octavo import LLM, KVFormat
 from octavo.calibrate import calibrate
@@ -34,22 +33,7 @@ from octavo.measure.accuracy import Candidate, Score, compare
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 
-BIASED_CHANNELS = {3: 40.0, 17: -25.0, 40: 60.0, 61: 80.0}  # of each KV head, as in Qwen2's first and last layers
 HEADROOMS = (1.0, 1.25, 1.4, 1.5, 2.0)
-
-
-def biased(model: Model, directory: Path) -> Model:
-    """The same weights with large key biases in the first and last layer."""
-    config = copy.deepcopy(model.bound.hf.config)
-    config.attention_bias = True
-    hf = LlamaForCausalLM(config)
-    hf.load_state_dict(model.bound.hf.state_dict(), strict=False)
-    for layer in (hf.model.layers[0], hf.model.layers[-1]):
-        for channel, bias in BIASED_CHANNELS.items():
-            layer.self_attn.k_proj.bias.data.view(config.num_key_value_heads, -1)[:, channel] = bias
-    hf.save_pretrained(directory)
-    model.tokenizer.save_pretrained(directory)
-    return Model.load(directory, dtype="float32")
 
 
 def fp8(x: Tensor) -> Tensor:
@@ -149,7 +133,7 @@ def main() -> None:
     document |= {key: getattr(args, key) for key in ("samples", "seqlen", "window", "windows")}
     document["pamphlet"] = measure(plain, args)
     with tempfile.TemporaryDirectory() as directory:
-        model = biased(plain, Path(directory))
+        model = Model.load(save_biased(plain, Path(directory)), dtype="float32")
         model.name = "key-biased"
         document["key-biased"] = measure(model, args)
     tables = [f"## {name}\n\n{table(document[name])}\n" for name in ("pamphlet", "key-biased")]

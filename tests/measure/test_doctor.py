@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.biased import CHANNELS, save_biased
 from octavo.errors import OctavoError
 from octavo.measure import doctor
 from octavo.measure.advice import _listed, findings
@@ -21,7 +22,6 @@ from octavo.measure.selfcheck import self_check
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from tests.measure.biased import CHANNELS, save_biased
 from tests.models import zoo
 
 
