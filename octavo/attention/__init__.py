@@ -9,8 +9,10 @@ Which implementation reads a cache is decided when the cache is made, by the lay
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
@@ -33,6 +35,11 @@ class AttentionSpec:
     sinks: Tensor | None = None  # [heads] a logit that takes weight and gives nothing (gpt-oss)
 
 
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
 def layout_for(shapes: Sequence[LayerShape]) -> Layout:
     """The layout of the fastest implementation that can read such a cache here.
 
@@ -48,6 +55,8 @@ def layout_for(shapes: Sequence[LayerShape]) -> Layout:
                 missing = f"the cache is on {shape.device}"
             elif not (cpu.takes(shape.k_dim) and cpu.takes(shape.v_dim)):
                 missing = f"it has no kernel for heads of {shape.k_dim} and {shape.v_dim}"
+    elif wanted is None:
+        _say_once(f"attention runs on plain torch, which is slower: {missing}")
     if wanted == "native" and missing is not None:
         raise OctavoError(f"OCTAVO_ATTENTION=native cannot be had: {missing}")
     return Layout(order="rows" if missing is not None or wanted == "reference" else "tiles")
