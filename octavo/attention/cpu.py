@@ -31,7 +31,7 @@ try:
 except ImportError as error:
     _native, _missing = None, str(error)
 
-FEW = 8  # new tokens of a sequence that the decode kernel takes; more are a chunk
+FEW = 1  # new tokens of a sequence that the decode kernel takes: prompts are computed alike however they are cut
 LARGEST = 512  # head_dim up to which 15-bit queries times codes fit int32
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # kernel.h: Float
 CODES = {"bf16": 0, "fp16": 1, "fp32": 2}  # kernel.h: Code; integer codes are 3 and 4
@@ -118,27 +118,26 @@ def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batc
     blocks = batch.block_table[0, first : -(-kv_len // cache.k.layout.block_size)].contiguous()
     start = first * cache.k.layout.block_size
     folded = cache.k.fold(q.float().unflatten(1, (cache.k.heads, group)))
-    hidden = None
-    if spec.window is not None:
+    seen = None  # all of them new, and no window: plainly causal, which torch knows without a mask
+    if spec.window is not None or n < kv_len:
         query, key = torch.arange(kv_len - n, kv_len)[:, None], torch.arange(start, kv_len)
-        hidden = (key <= query) & (key > query - spec.window)
+        seen = key <= query
+        if spec.window is not None:
+            seen &= key > query - spec.window
     out = torch.empty(n, cache.k.heads, group, cache.v.dim)
     for head in range(cache.k.heads):
         keys = read(cache.k, head, blocks, dtype)[: kv_len - start]
         values = read(cache.v, head, blocks, dtype)[: kv_len - start]
-        out[:, head] = _scaled_dot_product(folded[:, head].to(dtype), keys, values, hidden, spec.scale)
+        out[:, head] = _scaled_dot_product(folded[:, head].to(dtype), keys, values, seen, spec.scale)
     weight = torch.ones(1, 1, 1, 1)  # every query sees itself
     return cache.v.unfold(out, weight).flatten(1, 2).to(q.dtype)
 
 
 def _scaled_dot_product(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float) -> Tensor:
-    """Attention of the last n of m tokens, q [n, group, k_dim], over keys [m, k_dim] and values [m, v_dim]: causal, or
-    over what is `seen` [n, m]. Returns [n, group, v_dim]."""
-    n, m = len(q), len(keys)
+    """torch's attention of q [n, group, k_dim] over keys [m, k_dim] and values [m, v_dim]: over those `seen` [n, m], or
+    causal. Returns [n, group, v_dim]."""
     q = q.transpose(0, 1)[None]  # [1, group, n, k_dim]
     keys, values = (x.expand(1, q.shape[1], -1, -1) for x in (keys, values))
-    if seen is None and n < m:
-        seen = torch.arange(m) <= torch.arange(m - n, m)[:, None]
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, is_causal=seen is None, scale=scale)
     return out[0].transpose(0, 1)
 
