@@ -38,13 +38,14 @@ def calibrate() -> None:
 def memory(baseline: LLM, int8: LLM) -> Table:
     """Bytes of one full session in each format, read from the caches' tensors."""
     table = Table(title=f"KV cache of one session of {baseline.session_len} tokens (from the tensors' own sizes)")
-    for name in ("format", "per token", "per session", "sessions in 1 GiB", "static part, once"):
+    for name in ("format", "per token", "per session", "sessions in 1 GiB", "padding", "static, once"):
         table.add_column(name, justify="left" if name == "format" else "right")
     for llm in (baseline, int8):
         session = llm.cache.token_nbytes * llm.session_len
-        static = format_bytes(llm.cache.memory().static)
+        memory = llm.cache.memory()
+        apart = (format_bytes(memory.padding), format_bytes(memory.static))
         table.add_row(
-            str(llm.format), f"{llm.cache.token_nbytes} B", format_bytes(session), f"{2**30 / session:.0f}", static
+            str(llm.format), f"{llm.cache.token_nbytes} B", format_bytes(session), f"{2**30 / session:.0f}", *apart
         )
     return table
 

@@ -27,8 +27,11 @@ def show(conversation: Conversation, console: Console) -> None:
     table.add_row("bytes per token", f"{here.token_bytes:,}", f"{here.token_bytes_16:,}")
     table.add_row("this conversation", format_bytes(here.nbytes), format_bytes(here.nbytes_16))
     table.add_row("the whole cache", format_bytes(whole.nbytes), format_bytes(whole.nbytes_16))
-    if ranges := llm.cache.memory().static:
-        table.add_row("calibrated ranges", format_bytes(ranges), "")
+    memory = llm.cache.memory()
+    if memory.padding:
+        table.add_row("padding, in the above", format_bytes(memory.padding), "")
+    if memory.static:
+        table.add_row("calibrated ranges", format_bytes(memory.static), "")
     console.print(table)
 
     facts = Table.grid(padding=(0, 3, 0, 0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from octavo.attention import attend, layout_for
 from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
 from octavo.calibrate import Window
+from octavo.llm import LLM
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity, KVFormat
@@ -36,6 +38,11 @@ class Candidate:
     granularity: Granularity | None = None
     headroom: float | None = None
     simulate: Callable[[Tensor], Tensor] | None = None  # what K and V go through first, for formats we do not have
+
+    def llm(self, model: Model, **sizes: Any) -> LLM:
+        """The model served from such a cache; `sizes` are LLM's own arguments."""
+        return LLM(model, self.format, calibration=self.calibration, granularity=self.granularity,
+                   headroom=self.headroom, **sizes)  # fmt: skip
 
 
 @dataclass

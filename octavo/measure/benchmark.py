@@ -117,12 +117,8 @@ def run(
         todo = [part for part in parts if (candidate.name, part) not in found]
         if not todo:
             continue
-        llm = LLM(
+        llm = candidate.llm(
             model,
-            candidate.format,
-            calibration=candidate.calibration,
-            granularity=candidate.granularity,
-            headroom=candidate.headroom,
             session_len=session_len,
             max_batch_size=max_batch_size,
         )

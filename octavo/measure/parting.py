@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from statistics import quantiles
 
 from octavo.engine.sampling import SamplingParams
-from octavo.llm import LLM
 from octavo.measure.accuracy import Candidate
 from octavo.models.model import Model
 
@@ -42,12 +41,8 @@ def partings(
     done = 0
     answers: dict[str, list[list[int]]] = {}
     for candidate in (baseline, *candidates):
-        llm = LLM(
+        llm = candidate.llm(
             model,
-            candidate.format,
-            calibration=candidate.calibration,
-            granularity=candidate.granularity,
-            headroom=candidate.headroom,
             session_len=max(map(len, prompts)) + tokens,
             max_batch_size=len(prompts),
             prefix_caching=False,
