@@ -6,6 +6,7 @@
 namespace octavo {
 
 constexpr int BLOCK = 64;  // tokens of a block
+constexpr int LARGEST = 512;  // dim of a row: up to there, 15-bit queries times codes fit int32
 
 enum class Code : int { BF16, FP16, FP32, INT8, INT4 };
 enum class Float : int { BF16, FP16, FP32 };
