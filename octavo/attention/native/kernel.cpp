@@ -454,9 +454,9 @@ constexpr struct Dither {
     Sum& so_far = row.so_far;
     row.factor = top > NOTHING;
     if (top <= so_far.top) {
-        row.factor *= std::exp2(top - so_far.top);
+        row.factor *= exp2(splat(top - so_far.top))[0];
     } else {  // a new maximum: what was summed so far is relative to the old one
-        const float keep = std::exp2(so_far.top - top);
+        const float keep = exp2(splat(so_far.top - top))[0];
         so_far.top = top;
         so_far.total *= keep;
         for (int d = 0; d < v.dim; d += W) store(so_far.out + d, load<f32v>(so_far.out + d) * keep);

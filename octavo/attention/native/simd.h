@@ -188,7 +188,7 @@ inline i32v nearest(f32v x) { return (i32v)(x + MAGIC) - (i32v)splat(MAGIC); }
 
 // 2^x for x ≤ 0, relative error below 3e-7; never less than 2^−126.
 inline f32v exp2(f32v x) {
-    x = max(x, splat(-126.0f));
+    x = max(splat(-126.0f), x);
     const f32v n = (x + MAGIC) - MAGIC, r = x - n;
     f32v p = splat(1.32647e-3f);
     p = p * r + 9.67151e-3f;
