@@ -512,7 +512,7 @@ void attend_unit(const Unit& unit, const Side& k, const Side& v, const Attention
         alignas(64) float k_scale[BLOCK], v_scale[BLOCK];
         auto scales = [&](const Side& side, float* out) -> const float* {
             if (!side.scales) return nullptr;
-            __builtin_prefetch(side.scales + next * BLOCK, 0, 2);
+            __builtin_prefetch(side.scales + next * BLOCK, 0, 3);
             for (int t = 0; t < BLOCK; t += W) store(out + t, look_up(side.token_scale, side.scales + cell * BLOCK + t));
             return out;
         };
