@@ -643,18 +643,22 @@ void unpack(const Side& side, const uint8_t* block, int token, float* row) {
     }
 }
 
-void read(const Side& side, int head, const int64_t* blocks, int64_t count, Float type, void* out, const Pool& pool) {
-    parallel(pool, count, count * BLOCK * side.dim >= 1 << 15, [&](int64_t b) {
-        thread_local std::vector<float> row;
-        row.resize(side.dim);
-        const int64_t cell = blocks[b] * side.heads + head;
-        const uint8_t* block = side.codes + cell * side.head_bytes;
+void read(const Side& side, int head, int heads, const int64_t* blocks, int64_t count, Float type, void* out,
+          const Pool& pool) {
+    const int64_t items = heads * count;
+    parallel(pool, items, items * BLOCK * side.dim >= 1 << 15, [&](int64_t item) {
+        alignas(64) float row[LARGEST + W] = {};
+        const int64_t cell = blocks[item % count] * side.heads + head + item / count;
         for (int t = 0; t < BLOCK; t++) {
-            unpack(side, block, t, row.data());
-            const float scale = side.scales ? side.token_scale[side.scales[cell * BLOCK + t]] : 1.0f;
+            unpack(side, side.codes + cell * side.head_bytes, t, row);
+            if (side.scales) {
+                const float scale = side.token_scale[side.scales[cell * BLOCK + t]];
+                for (int d = 0; d < side.dim; d++) row[d] *= scale;
+            }
+            if (side.rotated) rotate(row, side.dim);
             with_float(type, [&](auto kind) {
-                auto* to = static_cast<decltype(kind)*>(out) + (b * BLOCK + t) * side.dim;
-                for (int d = 0; d < side.dim; d++) from_float(row[d] * scale, to[d]);
+                auto* to = static_cast<decltype(kind)*>(out) + (item * BLOCK + t) * side.dim;
+                for (int d = 0; d < side.dim; d++) from_float(row[d], to[d]);
             });
         }
     });
