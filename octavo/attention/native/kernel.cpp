@@ -467,18 +467,19 @@ constexpr struct Dither {
         for (int i = 0; i < N; i++) store(row.weight + i * W, s[i]);
         return;
     }
-    const float peak = v_scale ? max(largest) : 1.0f;  // the best token's own weight is 1
+    // The best token's own weight is 1; where the row sees nothing, a floor keeps the rest from becoming infinite.
+    const float peak = v_scale ? std::max(max(largest), 1e-30f) : 1.0f;
     constexpr float STEPS = 65534;  // 16 bits, and room for what is added
-    const float inverse = peak > 0 ? STEPS / peak : 0.0f;
+    const float inverse = STEPS / peak;
     row.weight_step = peak / STEPS;
-    i32v weights = {};
+    u32v weights = {};
     for (int i = 0; i < N; i++) {
         const i32v value = __builtin_convertvector(s[i] * inverse + load<f32v>(DITHER.of + i * W), i32v);
-        weights += value;
+        weights += (u32v)value;
         store_bytes(row.weight_high + i * W, value >> 8);
         store_bytes(row.weight_low + i * W, value);
     }
-    row.weight_sum = v.code == Code::INT4 ? sum(to_float(weights)) : 0.0f;
+    row.weight_sum = v.code == Code::INT4 ? sum(to_float((i32v)weights)) : 0.0f;
 }
 
 // Some blocks of one sequence and one KV head, for all query rows that share them.
