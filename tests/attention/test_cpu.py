@@ -131,6 +131,25 @@ def test_a_long_context_is_split_over_threads_and_joined(name: str) -> None:
     assert_close(out, numpy_attention(layer.spec, q[-1:].double().numpy(), keys, values, first=tokens - 1))
 
 
+@native
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("int8", 64, 64, 3, 2, 64, window=30),
+        Case("int4-token", 64, 128, 3, 2, 64, sinks=True),
+        Case("int8", 64, 64, 3, 2, 64, softcap=5.0, place=2.0, sinks=True),
+        Case("int8-token", 64, 64, 3, 2, 64, window=30, softcap=20.0, sinks=True),
+    ],
+    ids=str,
+)
+def test_a_chunk_may_be_cut_into_any_tiles(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "TILE_ELEMENTS", 1 << 13)
+    monkeypatch.setattr(cpu, "WINDOW_ROWS", 16)
+    layer = NativeLayer(case, sequences=2)
+    layer.step([(0, 130), (1, 70)])
+    layer.step([(0, 70), (1, 1)])
+
+
 @every_isa
 @native
 @pytest.mark.parametrize("work", [[200], [150, 50], [199, 1]], ids=str)

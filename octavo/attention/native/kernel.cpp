@@ -345,7 +345,7 @@ void add_codes(const uint8_t* block, Ahead& ahead, Row* rows, int dim) {
     constexpr int MOST = FOUR ? PASS / 2 : PASS;
     const int width = FOUR ? dim / 2 : dim;
     int d = 0;
-    for (; d + (MOST - 1) * W < width; d += MOST * W) add_codes_pass<FOUR, R, MOST>(block, ahead, rows, width, d);
+    for (; d + MOST * W <= width; d += MOST * W) add_codes_pass<FOUR, R, MOST>(block, ahead, rows, width, d);
     for (; d < width; d += W) add_codes_pass<FOUR, R, 1>(block, ahead, rows, width, d);
 }
 
@@ -368,7 +368,7 @@ template <class T, int R, int N>
 template <class T, int R>
 void add_raw(const uint8_t* block, Ahead& ahead, Row* rows, int dim) {
     int d = 0;
-    for (; d + (PASS - 1) * W < dim; d += PASS * W) add_raw_pass<T, R, PASS>(block, ahead, rows, dim, d);
+    for (; d + PASS * W <= dim; d += PASS * W) add_raw_pass<T, R, PASS>(block, ahead, rows, dim, d);
     for (; d < dim; d += W) add_raw_pass<T, R, 1>(block, ahead, rows, dim, d);
 }
 
