@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo.calibrate import calibrate
 from octavo.models.bind import bind
 from octavo.models.model import Model
-from octavo.models.pack import pack
+from octavo.models.prepack import prepack
 from octavo.quant.calibration import Calibration
 
 CONFIG = LlamaConfig(
@@ -40,7 +40,7 @@ def random_llama(config: LlamaConfig = CONFIG) -> LlamaForCausalLM:
 
 def served(hf: LlamaForCausalLM) -> Model:
     """The model as `Model.load` would have it, but for a tokenizer. Takes `hf` over."""
-    pack(hf)
+    prepack(hf)
     return Model(bind(hf), None, Path("random-llama"), "random-llama", frozenset(), synthetic=True)
 
 

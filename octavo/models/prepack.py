@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 
-class PackedLinear(nn.Module):
+class PrepackedLinear(nn.Module):
     """`nn.Linear` in bf16 on a CPU. `weight` is opaque: it has a shape and a size, and `to_dense` gives its rows."""
 
     def __init__(self, linear: nn.Linear):
@@ -27,10 +27,10 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def pack(model: nn.Module) -> None:
-    """Pack the linear layers of a model in place, where this processor has a product for it.
+def prepack(model: nn.Module) -> None:
+    """Prepack the linear layers of a model in place, where this processor has a product for it.
 
-    A weight that two modules share (tied embeddings) stays as it is: packed, it would be there twice.
+    A weight that two modules share (tied embeddings) stays as it is: rearranged, it would be there twice.
     """
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return
@@ -40,4 +40,4 @@ def pack(model: nn.Module) -> None:
             if type(child) is not nn.Linear or users[id(child.weight)] > 1:
                 continue
             if child.weight.dtype == torch.bfloat16 and child.weight.device.type == "cpu":
-                setattr(parent, name, PackedLinear(child))
+                setattr(parent, name, PrepackedLinear(child))
