@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class BoundModel:
         """The cache that keeps K and V as the model computes them: the baseline."""
         return KVFormat.parse(RAW_NAMES[str(self.dtype).removeprefix("torch.")])
 
-    @property
+    @cached_property  # a decode step asks for it, and the way there is long
     def device(self) -> torch.device:
         """Where token ids go in and logits come out."""
         return self.hf.get_input_embeddings().weight.device
