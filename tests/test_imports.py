@@ -22,6 +22,7 @@ ORDER = (
     ("quant",),
     ("cache",),
     ("attention",),
+    ("weights",),
     ("models",),
     ("engine",),
     ("text",),
