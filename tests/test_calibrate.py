@@ -166,6 +166,11 @@ class TestCommand:
         assert "Traceback" not in error
         assert not (tmp_path / "out" / FILE_NAME).exists()
 
+    def test_a_data_set_nobody_knows_is_refused_before_anything_is_made(self, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+        assert self.run("pamphlet", "--calib-dataset", "nope.txt", "--work-dir", str(tmp_path / "out")) == 2
+        assert "nope.txt" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
     def test_a_work_dir_that_cannot_be_written_fails_before_the_work(self, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
         (tmp_path / "file").touch()
         assert self.run("pamphlet", "--work-dir", str(tmp_path / "file" / "x")) == 2

@@ -13,6 +13,7 @@ from octavo.errors import OctavoError
 from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM
 
 if TYPE_CHECKING:
+    from octavo.corpus import Texts
     from octavo.models.model import Model
     from octavo.quant.calibration import Calibration
 
@@ -50,15 +51,17 @@ def calibrate(
     from rich.console import Console
 
     from octavo.calibrate import calibrate as observe
+    from octavo.corpus import load_texts
     from octavo.quant.calibration import validate_choice
 
     validate_choice(granularity, headroom)
+    texts = load_texts(calib_dataset, data_dir) if calib_dataset not in (None, SELF) else None
     model = options.load()
     if model.synthetic and work_dir is None:
         raise OctavoError("--load-format dummy makes a calibration of random weights: name a --work-dir for it")
     directory = work_dir or model.work_dir
     _require_writable(directory)
-    source, windows = _windows(model, calib_dataset, data_dir, calib_samples, calib_seqlen, seed)
+    source, windows = _windows(model, calib_dataset, texts, calib_samples, calib_seqlen, seed)
     with progress() as bar:
         task = bar.add_task("observing K and V", total=len(windows))
         calibration = observe(
@@ -82,10 +85,10 @@ def calibrate(
 
 
 def _windows(
-    model: Model, dataset: str | None, data_dir: Path | None, count: int, length: int | None, seed: int
+    model: Model, dataset: str | None, texts: Texts | None, count: int, length: int | None, seed: int
 ) -> tuple[str, list[list[int]]]:
-    """Name of what was read, and the windows to observe."""
-    from octavo.corpus import load_texts, self_windows, token_windows
+    """Name of what was read, and the windows to observe: of `texts`, or of the model's own if None."""
+    from octavo.corpus import self_windows, token_windows
     from octavo.llm import LLM
 
     length = min(2048, model.bound.max_context) if length is None else length
@@ -98,7 +101,7 @@ def _windows(
             raise OctavoError("--load-format dummy observes one random batch: leave --calib-dataset out")
         ids = torch.randint(model.bound.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
         return "synthetic: one random batch, for weights that are random too", ids.tolist()
-    if dataset in (None, SELF):
+    if texts is None:
         with progress() as bar:
             task = bar.add_task("sampling text from the model", total=count * length)
             llm = LLM(model, session_len=min(length + 1, model.bound.max_context), max_batch_size=16)
@@ -106,7 +109,6 @@ def _windows(
                 llm, count, length, seed=seed, progress=lambda done, _: bar.update(task, completed=done)
             )
         return "self: text sampled from the model", windows
-    texts = load_texts(str(dataset), data_dir)
     return texts.name, list(token_windows(texts, model.tokenizer, count, length, seed=seed))
 
 

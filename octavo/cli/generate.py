@@ -54,6 +54,8 @@ def generate(
     if input is None and output is not None:
         raise OctavoError("--output is for the answers to an --input; redirect stdout for the one to a --prompt")
     if input is None:
+        if prompt is None and options.model is not None and " " in options.model:
+            raise OctavoError(f"{options.model!r} is no model: a text to continue goes after --prompt")
         text = _prompt(prompt)
         llm = options.llm()
         _one(llm, text, _params(llm, sampling, logprobs), chat, as_json)

@@ -38,9 +38,12 @@ def report(
     """Write what MODEL's cache saves and costs as a web page, as Markdown and as JSON."""
     from octavo.cache.size import parse_bytes
     from octavo.cli.progress import progress
+    from octavo.corpus import load_texts
     from octavo.measure.document import dumps
     from octavo.measure.report import require_directory, write_report
 
+    if text is not None:
+        load_texts(text)  # a name mistyped is known before the model is loaded
     require_directory(out)
     size = parse_bytes(memory) if memory is not None else None
     model = options.load()

@@ -63,6 +63,11 @@ def test_text_on_stdout_numbers_on_stderr(octavo: Run, llm: LLM, capsys: pytest.
     assert err.endswith("finish: length · KV int8-token: 97.5 KiB, in 16 bits 192 KiB\n")
 
 
+def test_a_text_in_place_of_a_model_is_shown_its_place(octavo: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert octavo("generate", "Once upon a time") == 2
+    assert "--prompt" in capsys.readouterr().err
+
+
 def test_json_is_one_document_and_nothing_else(octavo: Run, llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     assert octavo("generate", *SHORT, "--prompt", "Once upon a time", "--json", "--logprobs", "2") == 0
     document = json.loads(capsys.readouterr().out)
