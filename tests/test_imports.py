@@ -29,6 +29,7 @@ ORDER = (
     ("llm",),
     ("windows",),
     ("calibrate", "corpus"),
+    ("quantize",),
     ("serve",),
     ("measure",),
     ("cli",),

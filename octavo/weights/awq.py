@@ -19,6 +19,7 @@ TOP = 15  # the highest of 16 codes
 STEPS = 20  # of α in [0, 1): 0 is no scaling
 LEAST_MEAN = 1e-4  # a channel that is never active does not drive its scale to 0
 SHRINKS = [1 - i / 20 for i in range(10)]  # of a group's range, best first if equal
+TYPICAL = 0.85  # what is found for most groups
 AT_A_TIME = 1 << 24  # values of a weight whose clipping is searched together
 
 
@@ -35,27 +36,27 @@ def round_to_nearest(weight: Tensor, group_size: int, shrink: Tensor | float = 1
 
 def search_scale(
     weights: Sequence[Tensor], rows: Tensor, mean: Tensor, group_size: int
-) -> tuple[Tensor, float, float]:
-    """The scale [in] of the input channels that `weights` [out, in] share, α, and the error it leaves of the one that
-    rounding alone makes. `rows` [n, in] are inputs, `mean` [in] the mean of |x| over many more.
+) -> tuple[Tensor, float]:
+    """The scale [in] of the input channels that `weights` [out, in] share, and its α. `rows` [n, in] are inputs, `mean`
+    [in] the mean of |x| over many more.
 
-    The error of a layer is relative to its own output, so that no layer outweighs the others.
+    The error of a layer is relative to its own output, so that no layer outweighs the others. Ranges are clipped about
+    as they will be at the end: what clipping mends is no reason for a scale.
     """
     mean = mean.float().clamp(min=LEAST_MEAN)
     outputs = [rows @ weight.T for weight in weights]
-    best, errors = (torch.ones_like(mean), 0.0), []
+    best, least = (torch.ones_like(mean), 0.0), torch.inf
     for step in range(STEPS):
         alpha = step / STEPS
         scale = mean**alpha
         scale = scale / (scale.max() * scale.min()).sqrt()
         error = 0.0
         for weight, output in zip(weights, outputs, strict=True):
-            rounded = round_to_nearest(weight * scale, group_size).dequantize()
+            rounded = round_to_nearest(weight * scale, group_size, TYPICAL).dequantize()
             error += ((rows / scale @ rounded.T - output).square().mean() / output.square().mean()).item()
-        if error < min(errors, default=torch.inf):
-            best = scale, alpha
-        errors.append(error)
-    return *best, min(errors) / errors[0]
+        if error < least:
+            best, least = (scale, alpha), error
+    return best
 
 
 def search_shrink(weight: Tensor, rows: Tensor, group_size: int) -> Tensor:

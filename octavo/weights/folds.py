@@ -86,37 +86,36 @@ def find_folds(model: nn.Module, linear: dict[str, nn.Linear], run: Run) -> list
     return list(found.values())
 
 
-def absorb(source: nn.Module, scale: Tensor) -> bool:
-    """Divide the output of a norm or linear layer by `scale` [channels], in its weights. False, and nothing is changed,
-    for a module that does not do what its weights say."""
+def absorb(source: nn.Module, scale: Tensor) -> None:
+    """Divide the output of a fold's source by `scale` [channels], in its weights."""
     weight, bias = source.weight.data, getattr(source, "bias", None)  # type: ignore[union-attr]
     if isinstance(source, nn.Linear):
         weight.div_(scale[:, None])
     else:
-        x = torch.randn(4, len(scale), generator=torch.Generator().manual_seed(0)).to(weight)
-        shift = next((shift for shift in (0, 1) if _is_scaled_by(source, x, shift)), None)  # Gemma: 1 + weight
-        if shift is None:
-            return False
+        shift = _shift(source)
         weight.copy_((weight + shift) / scale - shift)
     if bias is not None:
         bias.data.div_(scale)
-    return True
 
 
-def _is_scaled_by(norm: nn.Module, x: Tensor, shift: int) -> bool:
-    """Whether the output of `norm` is proportional to its weight plus `shift`, apart from a bias."""
+def _shift(norm: nn.Module) -> int | None:
+    """What a norm adds to its weight before it multiplies by it: 0, or 1 in Gemma. None for a module that does not
+    scale its output so."""
     weight, bias = norm.weight.data, getattr(norm, "bias", None)  # type: ignore[union-attr]
-    kept = weight.clone()
+    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    kept, offset = weight.clone(), 0 if bias is None else bias
     try:
-        once = norm(x)
-        weight.copy_(2 * (kept + shift) - shift)
-        twice = norm(x)
+        once = norm(x) - offset
+        for shift in (0, 1):
+            weight.copy_(2 * (kept + shift) - shift)
+            twice = norm(x) - offset
+            if (twice - 2 * once).norm() <= 0.02 * twice.norm():  # what rounding the weight leaves
+                return shift
     except Exception:  # a module that takes more than x
-        return False
+        return None
     finally:
         weight.copy_(kept)
-    offset = 0 if bias is None else bias
-    return bool(((twice - offset) - 2 * (once - offset)).norm() <= 0.02 * (twice - offset).norm())
+    return None
 
 
 def _width(module: nn.Module) -> int | None:
@@ -174,8 +173,7 @@ def _hold(
     for fold in folds:
         source = sources[str(fold.source)]
         width = linear[fold.layers[0]].in_features
-        ones = torch.ones(width, device=source.weight.device)  # type: ignore[union-attr]
-        if not isinstance(source, nn.Linear) and not absorb(source, ones.to(source.weight)):  # type: ignore[arg-type]
+        if not isinstance(source, nn.Linear) and _shift(source) is None:
             return False
         scale = 2.0 ** torch.randint(-1, 2, (width,), generator=generator)
         handles.append(source.register_forward_hook(lambda m, args, y, s=scale: y / s.to(y)))
