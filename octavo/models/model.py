@@ -13,8 +13,9 @@ import torch
 
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel, bind
+from octavo.models.files import resolve
 from octavo.models.fingerprint import fingerprint
-from octavo.models.load import eos_token_ids, load_model, load_tokenizer, resolve
+from octavo.models.load import eos_token_ids, load_model, load_tokenizer
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
 from octavo.quant.format import KVFormat
 

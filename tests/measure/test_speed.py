@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo.engine.engine import Engine
 from octavo.errors import OctavoError
 from octavo.measure import ceiling, speed
-from octavo.measure.ceiling import bandwidth, cache_bytes, ceilings, weight_bytes
+from octavo.measure.ceiling import bandwidth, cache_bytes, ceilings, read_bytes
 from octavo.measure.speed import Latency, Ratio, check, measure, prompt_length
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import Model
@@ -28,11 +28,9 @@ def small_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_reads_every_weight_once_and_an_embedding_of_its_own_not_at_all(
     llama: BoundModel, pamphlet: Model
 ) -> None:
-    assert weight_bytes(pamphlet.bound) == sum(
-        p.nbytes for p in pamphlet.bound.hf.parameters()
-    )  # tied: read as the head
+    assert read_bytes(pamphlet.bound) == sum(p.nbytes for p in pamphlet.bound.hf.parameters())  # tied: read as the head
     everything = sum(p.nbytes for p in llama.hf.parameters())
-    assert weight_bytes(llama) == everything - llama.hf.get_input_embeddings().weight.nbytes
+    assert read_bytes(llama) == everything - llama.hf.get_input_embeddings().weight.nbytes
 
 
 def test_a_step_reads_the_codes_of_the_whole_context_and_a_window_reads_less(llama: BoundModel) -> None:
