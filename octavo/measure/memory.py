@@ -1,10 +1,11 @@
-"""Where a model's memory goes, by kind of weights, cache format and number of sessions: theory first, then the machine's own figures.
+"""Where a model's memory goes, by kind of weights, cache format and number of sessions: theory, then measurement.
 
     total = weights + KV cache + the rest (activations, static parts of the cache, allocator, the process itself)
 
-Theory knows the first two exactly, from the model's geometry (models/geometry.py); of a 16-bit model's weights in 4 bits
-it assumes groups of 128, each with a 16-bit scale and a zero, embeddings, norms and the head as they are. The rest is only ever measured
-(point.py), and a point that this machine is too small for is computed, without a rest, and says why.
+Theory knows the first two exactly, from the model's geometry (models/geometry.py). What a 16-bit model would take with
+4-bit weights is computed for groups of 128, each with a 16-bit scale and a zero; embeddings, norms and the head stay.
+The rest is only ever measured (point.py), and a point that this machine is too small for is computed, without a rest,
+and says why.
 """
 
 from __future__ import annotations

@@ -167,9 +167,8 @@ class Doomed(Source):
 
 
 def test_a_process_that_is_killed_is_a_point_that_was_not_measured(internlm: Geometry) -> None:
-    [point] = points(
-        dataclasses.replace(internlm, weights=0), costs(internlm, [FP16], 64, 0), [1], 64, Doomed(INTERNLM)
-    )
+    [cost] = costs(internlm, [FP16], 64, 0)
+    [point] = points([dataclasses.replace(cost, weight_bytes=0)], [1], 64, {"fp16": Doomed(INTERNLM)})
     assert point.how == "computed"
     assert "died, killed by the system" in str(point.reason)
 
