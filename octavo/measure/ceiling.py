@@ -14,6 +14,7 @@ import torch
 
 from octavo.cache.size import free_memory
 from octavo.cache.store import LayerShape
+from octavo.measure.accuracy import Candidate
 from octavo.models.bind import BoundModel
 from octavo.models.packed import weight_bytes
 from octavo.quant.format import KVFormat
@@ -65,18 +66,20 @@ def cache_bytes(bound: BoundModel, format: KVFormat, context: int) -> int:
 
 def ceilings(
     bound: BoundModel,
-    names: Sequence[str],
+    candidates: Sequence[Candidate],
     batch_sizes: Sequence[int],
     contexts: Sequence[int],
     tokens: int,
     rate: float,
 ) -> list[Ceiling]:
-    """The theory: for every cell and format, at the mean context of the decode steps that are measured."""
-    weights = read_bytes(bound)
+    """The theory: for every cell and candidate, at the mean context of the decode steps that are measured."""
     found = []
     for context in contexts:
         for batch_size in batch_sizes:
-            for name in names:
-                read = batch_size * cache_bytes(bound, KVFormat.parse(name), context - tokens // 2)
-                found.append(Ceiling(name, batch_size, context, weights, read, batch_size * rate / (weights + read)))
+            for candidate in candidates:
+                own = candidate.model.bound if candidate.model else bound
+                weights, mean = read_bytes(own), context - tokens // 2
+                read = batch_size * cache_bytes(own, candidate.format, mean)
+                decode = batch_size * rate / (weights + read)
+                found.append(Ceiling(candidate.name, batch_size, context, weights, read, decode))
     return found
