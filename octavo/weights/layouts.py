@@ -1,8 +1,8 @@
 """How checkpoints store the 4-bit weights of a linear layer, and the one form they are all read into and written from.
 
 A weight of [out, in] is `(code − zero) · scale`: codes and zeros are 0 … 15, and `group_size` columns of a row share a
-zero and a scale. Eight 4-bit numbers make an int32, first in lowest bits; what differs is along which dimension, in which
-order, and by how much zeros are shifted:
+zero and a scale. Eight 4-bit numbers make an int32, the first in its lowest bits. What differs is along which dimension
+and in which order they are packed, and by how much zeros are shifted:
 
     AWQ (gemm)            qweight [in, out/8], qzeros [in/g, out/8], scales [in/g, out]; columns 0 2 4 6 1 3 5 7
     GPTQ                  qweight [in/8, out], qzeros [in/g, out/8], scales [in/g, out]; zeros less one, but in v2
@@ -35,6 +35,10 @@ class Int4Weight:
     @property
     def group_size(self) -> int:
         return self.codes.shape[1] // self.scales.shape[1]
+
+    def rows(self, chosen: Tensor) -> Int4Weight:
+        """Some of its outputs."""
+        return Int4Weight(self.codes[chosen], self.zeros[chosen], self.scales[chosen])
 
     def dequantize(self) -> Tensor:
         """float32 [out, in]."""

@@ -50,6 +50,11 @@ class PackedLinear(nn.Module):
         """Inputs that share a scale."""
         return 8 * self.codes.shape[1] // self.scales.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the packed weight."""
+        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
+
     def fill(self, weight: Int4Weight) -> None:
         """Take a weight, packed anew. Raises Unsupported for a group size that the tiles do not have."""
         group = math.gcd(weight.group_size, 128)
