@@ -113,12 +113,13 @@ def quantize(
 
 def require_16_bits(path: Path) -> None:
     """Raises Unsupported for a model whose weights are quantized already."""
-    from octavo.models.load import read_json
+    from octavo.models.files import quantization
 
-    found = read_json(path / "config.json").get("quantization_config")
+    found, _ = quantization(path)
     if found is not None:
-        method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
-        raise Unsupported(f"{path} is quantized already ({method}): name the 16-bit model")
+        raise Unsupported(
+            f"{path} holds weights that are quantized already ({found.get('quant_method', 'awq')}): name the 16-bit model"
+        )
 
 
 def error_table(quantized: Quantized) -> Any:
@@ -126,9 +127,9 @@ def error_table(quantized: Quantized) -> Any:
     from rich.table import Table
 
     table = Table(title="Errors of the layers' outputs, relative mean squares")
-    for name in ("layers of one input", "scale absorbed by"):
+    for name in ("layers", "scale absorbed by"):
         table.add_column(name)
-    for name in ("blocks", "α", "rounded only", "here"):
+    for name in ("blocks", "α", "rtn", "here"):
         table.add_column(name, justify="right")
     kinds: dict[str, list[Any]] = {}
     for group in quantized.groups:
@@ -153,7 +154,7 @@ def _listed(names: list[str]) -> str:
 
 def _sizes(quantized: Quantized, before: Path, after: Path) -> str:
     from octavo.cache.size import format_bytes
-    from octavo.models.load import weight_files
+    from octavo.models.files import weight_files
 
     old, new = (sum(file.stat().st_size for file in weight_files(path)) for path in (before, after))
     return (

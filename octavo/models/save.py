@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from octavo.errors import OctavoError
 from octavo.models import internlm
-from octavo.models.load import read_json, weight_files
+from octavo.models.files import read_json, weight_files
 
 SHARD = "5GB"  # the largest file of weights
 COPIED = (
