@@ -46,12 +46,17 @@ def unavailable() -> str | None:
     if _native is None:
         return f"the native extension is not built ({_missing})"
     try:
-        library = Path(torch.__file__).parent / "lib"
-        torch_cpu = ctypes.CDLL(str(next(library.glob("libtorch_cpu.*"))))
-        _native.set_parallel_for(ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value)
+        _native.set_parallel_for(torch_parallel_for())
     except (OSError, AttributeError, StopIteration) as error:
         return f"this torch exports no thread pool ({error})"
     return None
+
+
+def torch_parallel_for() -> int | None:
+    """The address of torch's own parallel loop. Raises OSError, AttributeError or StopIteration where it has none."""
+    library = Path(torch.__file__).parent / "lib"
+    torch_cpu = ctypes.CDLL(str(next(library.glob("libtorch_cpu.*"))))
+    return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
 
 
 def takes(dim: int) -> bool:

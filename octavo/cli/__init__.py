@@ -14,6 +14,7 @@ from octavo.cli.doctor import doctor
 from octavo.cli.generate import generate
 from octavo.cli.memory import memory
 from octavo.cli.plan import plan
+from octavo.cli.quantize import quantize
 from octavo.cli.report import report
 from octavo.cli.speed import speed
 from octavo.errors import OctavoError
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(calibrate)
+app.command()(quantize)
 app.command()(chat)
 app.command()(generate)
 app.command()(accuracy)

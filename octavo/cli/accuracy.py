@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from octavo.cli.candidates import BASELINE, beside, candidates, load_baseline
 from octavo.cli.options import LoadOptions, option, takes
 from octavo.errors import OctavoError
 
@@ -47,6 +48,7 @@ def accuracy(
     ] = None,
     granularity: Annotated[str | None, option("tensor, head or channel, in place of the calibration's.")] = None,
     headroom: Annotated[float | None, option("Range served over range seen, in place of the calibration's.")] = None,
+    baseline: Annotated[str | None, BASELINE] = None,
     data_dir: Annotated[Path | None, option("Where files of the named text or of the tasks are.")] = None,
     text: Annotated[
         str | None,
@@ -81,20 +83,22 @@ def accuracy(
     parts, skipped = _parts(tasks, data_dir) if tasks is not None else ([], {})
     source = _text(text, data_dir) if on_text else None
     model = options.load()
-    candidates = _candidates(model, kv, calibration, granularity, headroom)
+    compared = _candidates(model, kv, calibration, granularity, headroom)
+    if baseline is not None:
+        compared = beside(load_baseline(options, baseline, model), model, compared)
     context = min(model.bound.max_context, options.session_len or model.bound.max_context)
     read = _windows(model, source, windows or WINDOWS, window, context) if source is not None else []
-    found = _about(model) | {"baseline": candidates[0].name, "theory": _theory(model, candidates)}
+    found = _about(model) | {"baseline": compared[0].name, "theory": _theory(model, compared)}
     if not json:
         accuracy_tables.show_theory(found)
     if source is not None:
-        found["text"] = _on_text(model, candidates, source.name, read, context)
+        found["text"] = _on_text(model, compared, source.name, read, context)
         if not json:
             accuracy_tables.show_text(found)
     if parts:
         where = results or model.work_dir / "accuracy"
         sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16}
-        found["tasks"] = _on_tasks(model, candidates, parts, where, sizes) | {"skipped": skipped}
+        found["tasks"] = _on_tasks(model, compared, parts, where, sizes) | {"skipped": skipped}
         if not json:
             accuracy_tables.show_tasks(found)
     if json:
@@ -127,21 +131,16 @@ def _text(text: str | None, data_dir: Path | None) -> Texts:
 def _candidates(
     model: Model, kv: str | None, calibration: Path | None, granularity: str | None, headroom: float | None
 ) -> list[Candidate]:
-    """The formats to compare, the baseline first."""
-    from octavo.cli.speed import formats
+    """The formats to compare, the baseline first; beside a single one the model's 16 bits."""
     from octavo.measure.accuracy import Candidate
     from octavo.quant.calibration import validate_choice
-    from octavo.quant.format import KVFormat
 
     validate_choice(granularity or "channel", 1.0 if headroom is None else headroom)
-    names = formats(model, kv, calibration)
-    if len(names) == 1:
-        names = list(dict.fromkeys([str(model.bound.raw_format), *names]))
-    parsed = [KVFormat.parse(name) for name in names]
-    return [
-        Candidate(str(f), f, model.calibration(calibration, f), granularity, headroom)  # type: ignore[arg-type]  # checked
-        for f in parsed
-    ]
+    found = candidates(model, kv, calibration, granularity, headroom)
+    raw = model.bound.raw_format
+    if len(found) == 1 and found[0].format != raw:
+        found.insert(0, Candidate(str(raw), raw))
+    return found
 
 
 def _about(model: Model) -> dict[str, Any]:
@@ -193,7 +192,18 @@ def _on_text(
         "windows": len(windows),
         "window": len(windows[0]),
         "scores": rows,
+        "kv_loss": _kv_loss(model, candidates, [score.loss_change for score in scores]),
         "greedy": _greedy(model, candidates, windows, context),
+    }
+
+
+def _kv_loss(model: Model, candidates: Sequence[Candidate], changes: Sequence[float]) -> dict[str, dict[str, float]]:
+    """By kind of weights, what each format costs beside the first one with the same weights, nats a token."""
+    found: dict[str, dict[str, float]] = {}
+    for candidate, change in zip(candidates, changes, strict=True):
+        found.setdefault((candidate.model or model).weight_kind, {})[str(candidate.format)] = change
+    return {
+        kind: {name: change - next(iter(own.values())) for name, change in own.items()} for kind, own in found.items()
     }
 
 

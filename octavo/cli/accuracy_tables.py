@@ -18,6 +18,8 @@ def show_theory(document: dict[str, Any]) -> None:
 def show_text(document: dict[str, Any]) -> None:
     console, text, baseline = Console(), document["text"], document["baseline"]
     console.print(scores(text, baseline))
+    if len(text["kv_loss"]) > 1:
+        console.print(cache_alone(text["kv_loss"]))
     if document["dtype"] != "float32":
         console.print(
             f"The model computes in {document['dtype']}: its rounding is part of KL. --dtype fp32 shows less.\n"
@@ -66,6 +68,15 @@ def scores(text: dict[str, Any], baseline: str) -> Table:
     return table
 
 
+def cache_alone(kv_loss: dict[str, dict[str, float]]) -> Table:
+    """What the cache costs with each kind of weights."""
+    first, *formats = next(iter(kv_loss.values()))
+    table = _table(f"Loss of the cache alone, nats a token, from {first} with the same weights", "weights", *formats)
+    for kind, own in kv_loss.items():
+        table.add_row(kind, *(f"{own[name]:+.5f}" for name in formats))
+    return table
+
+
 def positions(text: dict[str, Any]) -> Table:
     rows = text["scores"][1:]
     table = _table("KL by position in the window, nats", "tokens", *(row["name"] for row in rows))
@@ -111,7 +122,7 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    words = {"", "format", "tokens", "task", "dataset", "metric"}
+    words = {"", "format", "weights", "tokens", "task", "dataset", "metric"}
     for name in columns:
         table.add_column(name, justify="left" if name in words else "right")
     return table

@@ -10,11 +10,13 @@ import typer
 
 from octavo.cli.options import ShapeOptions, option, takes
 from octavo.cli.speed import numbers
+from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from octavo.measure.memory import Cost, Point
+    from octavo.measure.point import Source
     from octavo.models.geometry import Geometry
     from octavo.quant.format import KVFormat
 
@@ -32,6 +34,13 @@ def memory(
         str | None,
         option("Formats to compare, as in fp16,int8; the first is the baseline. [default: the model's own, int8]"),
     ] = None,
+    weights: Annotated[
+        str | None,
+        option("Kinds of weights to compare, as in fp16,int4. [default: the model's own; of 4-bit models both]"),
+    ] = None,
+    baseline: Annotated[
+        str | None, option("The same model with 16-bit weights, to measure beside MODEL with 4-bit ones.")
+    ] = None,
     device: Annotated[str, option("auto, cpu, cuda, cuda:1, …")] = "auto",
     load_format: Annotated[str, option("auto, or dummy to measure with random weights.")] = "auto",
     fill_seconds: Annotated[
@@ -46,7 +55,7 @@ def memory(
     from octavo.cli.progress import progress
     from octavo.measure import machine
     from octavo.measure.document import dumps
-    from octavo.measure.memory import costs, device_memory, find_device, points, saved
+    from octavo.measure.memory import costs, device_memory, find_device, own_kind, points, saved
     from octavo.measure.point import Source
     from octavo.models.geometry import Geometry
 
@@ -56,15 +65,18 @@ def memory(
     geometry = Geometry.trace(path, options.dtype)
     length = min(CONTEXT, geometry.max_context) if context is None else context
     room = device_memory(where)
-    theory = costs(geometry, formats(geometry, kv), length, room)
+    chosen = kinds(geometry, weights)
+    theory = costs(geometry, formats(geometry, kv), length, room, chosen)
     about, out = machine.describe(where), console()
     if not json:
         out.print(f"{name} on {machine.sentence(about)}", markup=False)
-        out.print(cost_table(theory, geometry, length, room))
-    source = with_weights if options.config is None or load_format == "dummy" else None
-    with progress() if source else nullcontext() as bar:
+        out.print(cost_table(theory, length, room))
+    sources = {own_kind(geometry): with_weights} if options.config is None or load_format == "dummy" else {}
+    if baseline is not None:
+        sources |= baseline_source(baseline, geometry, with_weights)
+    with progress() if sources else nullcontext() as bar:
         task = bar.add_task("measuring", total=len(batches) * len(theory)) if bar else None
-        found = points(geometry, theory, batches, length, source, (lambda _: bar.advance(task)) if bar else None)
+        found = points(theory, batches, length, sources, (lambda _: bar.advance(task)) if bar else None)
     if not json:
         show(found, length, where.type, out)
         return
@@ -100,19 +112,64 @@ def formats(geometry: Geometry, kv: str | None, default: Sequence[str] = ("int8"
     return list(dict.fromkeys(KVFormat.parse(name) for name in kv.split(",")))
 
 
-def cost_table(theory: Sequence[Cost], geometry: Geometry, context: int, room: int) -> Any:
+def kinds(geometry: Geometry, weights: str | None) -> list[str]:
+    """Those of --weights, each once; or the model's own, of a 4-bit model also its 16-bit one's."""
+    from octavo.measure.memory import own_kind, weight_kinds
+
+    known = weight_kinds(geometry)
+    if weights is None:
+        return list(known) if geometry.packed else [own_kind(geometry)]
+    chosen = list(dict.fromkeys(weights.split(",")))
+    for kind in chosen:
+        if kind not in known:
+            raise OctavoError(f"--weights {kind}: this model's are {' or '.join(known)}")
+    return chosen
+
+
+def baseline_source(model: str, geometry: Geometry, own: Source) -> dict[str, Source]:
+    """Where the 16-bit weights are measured. Raises OctavoError if they are another model's."""
+    from dataclasses import replace
+
+    from octavo.measure.memory import own_kind
+    from octavo.models.geometry import Geometry
+    from octavo.models.model import locate
+
+    _, path = locate(model)
+    other = Geometry.trace(path, own.dtype)
+    if other.packed or not geometry.packed or other.shapes != geometry.shapes or other.linear != geometry.linear:
+        raise OctavoError(f"--baseline {model} is not the 16-bit model of a 4-bit MODEL: their layers differ")
+    return {own_kind(other): replace(own, path=path)}
+
+
+def cost_table(theory: Sequence[Cost], context: int, room: int) -> Any:
     from octavo.cache.size import format_bytes
 
     title = (
-        f"In theory (computed): weights of {mib(geometry.weights)} MiB, sessions of {context:,} tokens, "
+        f"In theory (computed): weights of {_weights(theory)}, sessions of {context:,} tokens, "
         f"and how many fit in the {format_bytes(room)} of this device"
     )
-    rows = ("format", "bytes per token", "MiB per session", "times smaller", "static part, MiB", "sessions")
+    several = len({cost.weights for cost in theory}) > 1
+    rows = (
+        *(["weights"] if several else []),
+        "format",
+        "bytes per token",
+        "MiB per session",
+        "times smaller",
+        "static part, MiB",
+        "sessions",
+    )
     found = table(title, *rows)
     for cost in theory:
         ratio = f"{theory[0].session / cost.session:.2f}"
-        found.add_row(cost.format, f"{cost.token:,}", mib(cost.session), ratio, mib(cost.static), f"{cost.sessions:,}")
+        kind = [cost.weights] if several else []
+        cells = f"{cost.token:,}", mib(cost.session), ratio, mib(cost.static), f"{cost.sessions:,}"
+        found.add_row(*kind, cost.format, *cells)
     return found
+
+
+def _weights(theory: Sequence[Cost]) -> str:
+    sizes = {cost.weights: mib(cost.weight_bytes) for cost in theory}
+    return " or ".join(f"{size} MiB ({kind})" for kind, size in sizes.items())
 
 
 def show(found: Sequence[Point], context: int, device: str, out: Console) -> None:
@@ -128,16 +185,20 @@ def point_table(found: Sequence[Point], context: int, measured: bool) -> Any:
     columns = ["batch", "format", "weights", "KV cache", "total", "saved", ""]
     if measured:
         columns[4:6] = ["the rest", "total", "saved", "of it cache"]
+    several = len({point.kind for point in found}) > 1
+    if several:
+        columns.insert(1, "kind")
     rows = table(f"Memory in MiB, every session with {context:,} tokens", *columns)
-    baseline = found[0].format
+    baseline = found[0].kind, found[0].format
     for i, point in enumerate(found):
         of_cache, in_total = saved(point, found)
         savings = [in_total, of_cache] if measured else [of_cache]
         rest = [mib(point.rest)] if measured else []
         cells = [mib(point.weights), mib(point.cache), *rest, mib(point.total)]
-        cells += ["" if point.format == baseline else mib(value) for value in savings]
+        cells += ["" if (point.kind, point.format) == baseline else mib(value) for value in savings]
         ends = i + 1 == len(found) or found[i + 1].batch != point.batch
-        rows.add_row(f"{point.batch}", point.format, *cells, point.how, end_section=ends)
+        kind = [point.kind] if several else []
+        rows.add_row(f"{point.batch}", *kind, point.format, *cells, point.how, end_section=ends)
     return rows
 
 
@@ -187,7 +248,7 @@ def table(title: str, *columns: str) -> Any:
 
     found = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
     for column in columns:
-        found.add_column(column, justify="left" if column in ("format", "weights", "KV", "") else "right")
+        found.add_column(column, justify="left" if column in ("format", "weights", "kind", "KV", "") else "right")
     return found
 
 

@@ -42,8 +42,8 @@ def plan(
     """Compute how many sessions of MODEL fit. Nothing is run, and a config is enough."""
     from octavo.cache.size import format_bytes, parse_bytes
     from octavo.measure.document import dumps
-    from octavo.measure.memory import device_memory, find_device
-    from octavo.measure.plan import INT4_BITS, check_picture, draw, fits
+    from octavo.measure.memory import INT4_BITS, device_memory, find_device
+    from octavo.measure.plan import check_picture, draw, fits
     from octavo.models.geometry import Geometry
 
     if plot is not None:
@@ -81,7 +81,8 @@ def plan(
     out = console()
     out.print(f"{name}, {format_bytes(whole)}, {format_bytes(whole - room)} of it held back", markup=False)
     out.print(fit_table(found, length, format_bytes(room)))
-    out.print(f"int4 weights: linear layers in {INT4_BITS:.2f} bits a weight, groups of 128 with scale and zero.")
+    if not geometry.packed:
+        out.print(f"int4 weights: linear layers in {INT4_BITS:.2f} bits a weight, groups of 128 with scale and zero.")
     out.print(
         "Weights and KV cache alone: activations and the runtime come on top; --reserve holds memory back for them."
     )

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli.candidates import BASELINE, beside, candidates, load_baseline
 from octavo.cli.options import LoadOptions, option, takes
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from octavo.measure.ceiling import Ceiling
     from octavo.measure.speed import Speed
-    from octavo.models.model import Model
 
 
 @takes(LoadOptions)
@@ -31,6 +31,7 @@ def speed(
         Path | None,
         option("File or directory of the calibration. [default: beside the model]", "--calibration", "--work-dir"),
     ] = None,
+    baseline: Annotated[str | None, BASELINE] = None,
     batch_size: Annotated[str, typer.Option(help="Sessions at a time.")] = "1,8",
     context: Annotated[str, typer.Option(help="Tokens of a session, prompt and answer.")] = "512,2048",
     tokens: Annotated[int, typer.Option(help="Decode steps that are timed in a round.", min=1)] = 32,
@@ -50,10 +51,12 @@ def speed(
 
     batch_sizes, contexts = numbers(batch_size, "--batch-size"), numbers(context, "--context")
     model = options.load()
-    names = formats(model, kv, calibration)
+    compared = candidates(model, kv, calibration)
+    if baseline is not None:
+        compared = beside(load_baseline(options, baseline, model), model, compared)
     check(model, batch_sizes, contexts, tokens)
     rate = bandwidth(model.bound.device)
-    theory = ceilings(model.bound, names, batch_sizes, contexts, tokens, rate)
+    theory = ceilings(model.bound, compared, batch_sizes, contexts, tokens, rate)
     about, console = machine.describe(model.bound.device), Console(highlight=False)
     if not json:
         console.print(f"{model.name} on {machine.sentence(about)}", markup=False)
@@ -63,18 +66,18 @@ def speed(
         task = bar.add_task("measuring", total=len(theory) * rounds)
         found = measure(
             model,
-            names,
+            compared,
             batch_sizes,
             contexts,
             theory,
             tokens=tokens,
             rounds=rounds,
-            calibration=calibration,
             progress=lambda done: bar.update(task, completed=done),
         )
     if not json:
         console.print(speed_table(found))
-        console.print(f"{rounds} rounds of {tokens} decode steps; ratios to {names[0]} within a round, and their range")
+        first = compared[0].name
+        console.print(f"{rounds} rounds of {tokens} decode steps; ratios to {first} within a round, and their range")
         return
     content = {
         "command": "speed",
@@ -82,7 +85,7 @@ def speed(
         "machine": about,
         "rounds": rounds,
         "tokens": tokens,
-        "baseline": names[0],
+        "baseline": compared[0].name,
         "bandwidth": {"how": "measured", "bytes_per_second": rate},
         "theory": [{"how": "computed", **asdict(row)} for row in theory],
         "speed": [{"how": "measured", **asdict(row)} for row in found],
@@ -99,21 +102,6 @@ def numbers(text: str, name: str) -> list[int]:
     if min(found) < 1:
         raise OctavoError(f"{name} takes whole numbers with commas between, like 1,8; not {text!r}")
     return found
-
-
-def formats(model: Model, kv: str | None, calibration: Path | None) -> list[str]:
-    """The formats to compare, the baseline first, each known and calibrated if it has to be."""
-    from octavo.quant.format import KVFormat
-
-    if kv is not None:
-        found = [KVFormat.parse(name) for name in kv.split(",")]
-    else:
-        found = [KVFormat.parse(name) for name in (str(model.bound.raw_format), "int8", "int8-token")]
-        if model.calibration(calibration, found[-1]) is None:
-            del found[1]
-    for format in found:
-        model.calibration(calibration, format)
-    return list(dict.fromkeys(map(str, found)))
 
 
 def ceiling_table(theory: Sequence[Ceiling]) -> Any:

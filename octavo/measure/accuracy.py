@@ -38,10 +38,11 @@ class Candidate:
     granularity: Granularity | None = None
     headroom: float | None = None
     simulate: Callable[[Tensor], Tensor] | None = None  # what K and V go through first, for formats we do not have
+    model: Model | None = None  # in place of the one at hand: the same model with other weights
 
     def llm(self, model: Model, **sizes: Any) -> LLM:
         """The model served from such a cache; `sizes` are LLM's own arguments."""
-        return LLM(model, self.format, calibration=self.calibration, granularity=self.granularity,
+        return LLM(self.model or model, self.format, calibration=self.calibration, granularity=self.granularity,
                    headroom=self.headroom, **sizes)  # fmt: skip
 
 
@@ -103,7 +104,7 @@ class _Run:
     """One candidate's cache and what was measured on it."""
 
     def __init__(self, model: Model, candidate: Candidate, length: int):
-        self.bound, self.candidate = model.bound, candidate
+        self.bound, self.candidate = (candidate.model or model).bound, candidate
         formats = [candidate.format] * len(self.bound.layers)
         layout = layout_for(self.bound.shapes)
         self.cache = KVCache(

@@ -150,7 +150,7 @@ def _key(model: Model, candidate: Candidate, part: Part, limit: int | None, sess
                 total.update(layer[side]["min"].numpy().tobytes() + layer[side]["max"].numpy().tobytes())
         calibration = total.hexdigest()[:16]
     return {
-        "model": model.fingerprint,
+        "model": (candidate.model or model).fingerprint,
         "dtype": str(model.bound.dtype)[6:],
         "kv": str(candidate.format),
         "calibration": calibration,

@@ -14,7 +14,9 @@ import torch
 
 from octavo.cache.size import free_memory
 from octavo.cache.store import LayerShape
+from octavo.measure.accuracy import Candidate
 from octavo.models.bind import BoundModel
+from octavo.models.packed import weight_bytes
 from octavo.quant.format import KVFormat
 
 READ_BYTES = 1 << 30  # of the streaming read: several times any cache
@@ -44,14 +46,12 @@ def bandwidth(device: torch.device, repeats: int = 5) -> float:
     return array.nbytes / best
 
 
-def weight_bytes(bound: BoundModel) -> int:
+def read_bytes(bound: BoundModel) -> int:
     """What a step reads of the weights: all of them, but for an input embedding of its own (only rows of it are read).
     A mixture of experts reads fewer in a small batch, and can then beat this ceiling."""
-    own = {id(parameter): parameter.nbytes for parameter in bound.hf.parameters()}
     inputs, outputs = bound.hf.get_input_embeddings(), bound.hf.get_output_embeddings()
-    if outputs is None or inputs.weight is not outputs.weight:
-        own.pop(id(inputs.weight), None)
-    return sum(own.values())
+    tied = outputs is not None and inputs.weight is getattr(outputs, "weight", None)
+    return weight_bytes(bound.hf) - (0 if tied else inputs.weight.nbytes)
 
 
 def cache_bytes(bound: BoundModel, format: KVFormat, context: int) -> int:
@@ -66,18 +66,20 @@ def cache_bytes(bound: BoundModel, format: KVFormat, context: int) -> int:
 
 def ceilings(
     bound: BoundModel,
-    names: Sequence[str],
+    candidates: Sequence[Candidate],
     batch_sizes: Sequence[int],
     contexts: Sequence[int],
     tokens: int,
     rate: float,
 ) -> list[Ceiling]:
-    """The theory: for every cell and format, at the mean context of the decode steps that are measured."""
-    weights = weight_bytes(bound)
+    """The theory: for every cell and candidate, at the mean context of the decode steps that are measured."""
     found = []
     for context in contexts:
         for batch_size in batch_sizes:
-            for name in names:
-                read = batch_size * cache_bytes(bound, KVFormat.parse(name), context - tokens // 2)
-                found.append(Ceiling(name, batch_size, context, weights, read, batch_size * rate / (weights + read)))
+            for candidate in candidates:
+                own = candidate.model.bound if candidate.model else bound
+                weights, mean = read_bytes(own), context - tokens // 2
+                read = batch_size * cache_bytes(own, candidate.format, mean)
+                decode = batch_size * rate / (weights + read)
+                found.append(Ceiling(candidate.name, batch_size, context, weights, read, decode))
     return found

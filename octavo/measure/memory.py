@@ -1,14 +1,16 @@
-"""Where a model's memory goes, by cache format and number of sessions: theory first, then the machine's own figures.
+"""Where a model's memory goes, by kind of weights, cache format and number of sessions: theory, then measurement.
 
     total = weights + KV cache + the rest (activations, static parts of the cache, allocator, the process itself)
 
-Theory knows the first two exactly, from the model's geometry (models/geometry.py). The rest is only ever measured
-(point.py), and a point that this machine is too small for is computed, without a rest, and says why.
+Theory knows the first two exactly, from the model's geometry (models/geometry.py). What a 16-bit model would take with
+4-bit weights is computed for groups of 128, each with a 16-bit scale and a zero; embeddings, norms and the head stay.
+The rest is only ever measured (point.py), and a point that this machine is too small for is computed, without a rest,
+and says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -22,11 +24,17 @@ from octavo.measure.point import CannotMeasure, Filled, Request, Source, measure
 from octavo.models.geometry import Geometry
 from octavo.quant.format import RAW_NAMES, KVFormat
 
+INT4 = "int4"
+GROUP = 128
+INT4_BITS = 4 + 16 / GROUP + 8 / GROUP  # of one weight in memory, its share of scale and zero included
+
 
 @dataclass(frozen=True)
 class Cost:
-    """What a format costs in theory."""
+    """What a kind of weights and a cache format cost in theory."""
 
+    weights: str  # their kind
+    weight_bytes: int
     format: str
     token: int  # bytes of one token in all layers
     session: int  # bytes of a session filled to the context; its last block counts whole
@@ -39,9 +47,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Point:
-    """One batch size in one format, in bytes."""
+    """One batch size with one kind of weights in one format, in bytes."""
 
     batch: int
+    kind: str
     format: str
     how: Literal["measured", "computed"]
     weights: int
@@ -82,19 +91,34 @@ def device_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def weight_kinds(geometry: Geometry) -> dict[str, int]:
+    """Bytes of all weights by their kind: in the model's own type, and with linear layers in 4 bits."""
+    size = geometry.dtype.itemsize
+    plain = geometry.weights - geometry.packed_bytes + size * geometry.packed
+    four = plain - size * geometry.linear + round(geometry.linear * INT4_BITS / 8)
+    return {str(baseline(geometry)): plain, INT4: geometry.weights if geometry.packed else four}
+
+
+def own_kind(geometry: Geometry) -> str:
+    """The kind of the weights that the model has."""
+    return INT4 if geometry.packed else str(baseline(geometry))
+
+
 def costs(
-    geometry: Geometry, formats: Sequence[KVFormat], context: int, memory: int, weights: int | None = None
+    geometry: Geometry, formats: Sequence[KVFormat], context: int, memory: int, kinds: Sequence[str] | None = None
 ) -> list[Cost]:
-    """What each format costs, and how many sessions of `context` tokens `memory` bytes hold beside the weights."""
+    """For each kind of weights (the model's own if None), what each format costs, and how many sessions of `context`
+    tokens `memory` bytes hold beside the weights."""
     if not 2 <= context <= geometry.max_context:
         raise OctavoError(f"a context of {context} tokens: the model's own reaches from 2 to {geometry.max_context}")
-    size, shapes = Layout().block_size, geometry.shapes
-    room = memory - (geometry.weights if weights is None else weights)
+    size, shapes, weights = Layout().block_size, geometry.shapes, weight_kinds(geometry)
     found = []
-    for format in formats:
-        block = block_bytes(shapes, [format] * len(shapes), size)
-        session = -(-context // size) * block
-        found.append(Cost(str(format), block // size, session, _static(geometry, format), max(0, room // session)))
+    for kind in kinds if kinds is not None else [own_kind(geometry)]:
+        for format in formats:
+            block = block_bytes(shapes, [format] * len(shapes), size)
+            session = -(-context // size) * block
+            fit = max(0, (memory - weights[kind]) // session)
+            found.append(Cost(kind, weights[kind], str(format), block // size, session, _static(geometry, format), fit))
     return found
 
 
@@ -105,34 +129,38 @@ def _static(geometry: Geometry, format: KVFormat) -> int:
 
 
 def points(
-    geometry: Geometry,
     theory: Sequence[Cost],
     batches: Sequence[int],
     context: int,
-    source: Source | None = None,
+    sources: Mapping[str, Source] | None = None,
     progress: Callable[[Point], None] | None = None,
 ) -> list[Point]:
-    """The table, by batch size and then by format: measured where there is a `source` and room, computed elsewhere."""
+    """The table, by batch size and then as in `theory`: measured where its kind of weights has a source and there is
+    room, computed elsewhere."""
     found = []
     for batch in batches:
         for cost in theory:
-            found.append(_point(geometry, cost, batch, context, source))
+            found.append(_point(cost, batch, context, sources or {}))
             if progress is not None:
                 progress(found[-1])
     return found
 
 
-def _point(geometry: Geometry, cost: Cost, batch: int, context: int, source: Source | None) -> Point:
-    weights, cache = geometry.weights, cost.cache(batch)
-    reason = "there are no weights: a config alone was given"
-    if source is not None:
+def _point(cost: Cost, batch: int, context: int, sources: Mapping[str, Source]) -> Point:
+    weights, cache = cost.weight_bytes, cost.cache(batch)
+    source = sources.get(cost.weights)
+    if source is None:
+        reason = f"there are no {cost.weights} weights" if sources else "there are no weights: a config alone was given"
+    else:
         request = Request(source, KVFormat.parse(cost.format), batch, context, weights, cache)
         try:
             filled = measure(request)
-            return Point(batch, cost.format, "measured", filled.weights, filled.cache, filled.peak, filled)
+            return Point(
+                batch, cost.weights, cost.format, "measured", filled.weights, filled.cache, filled.peak, filled
+            )
         except CannotMeasure as why:
             reason = str(why)
-    return Point(batch, cost.format, "computed", weights, cache, weights + cache, reason=reason)
+    return Point(batch, cost.weights, cost.format, "computed", weights, cache, weights + cache, reason=reason)
 
 
 def saved(point: Point, all_points: Sequence[Point]) -> tuple[int, int | None]:

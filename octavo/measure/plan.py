@@ -2,8 +2,8 @@
 
     total = weights + sessions · (bytes of one session in the cache's format)
 
-4-bit weights are what AWQ stores: groups of 128 with a 16-bit scale and a 4-bit zero, 4.16 bits a weight; embeddings,
-norms and the head stay as they are. Activations and the runtime come on top: hold memory back for them.
+Of a model with 16-bit weights, 4-bit ones are computed for groups of 128, 4.19 bits a weight; embeddings, norms and the
+head stay as they are. Activations and the runtime come on top: hold memory back for them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.errors import OctavoError
-from octavo.measure.memory import baseline, costs
+from octavo.measure.memory import costs, weight_kinds
 from octavo.models.geometry import Geometry
 from octavo.quant.format import KVFormat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GROUP = 128
-INT4_BITS = 4 + 16 / GROUP + 4 / GROUP  # of one weight, its share of scale and zero included
 PICTURES = (".png", ".svg", ".pdf")
 COLOURS = ("#444444", "#c7660a", "#2166ac", "#1b7837")  # dark enough for text on white
 
@@ -41,21 +39,11 @@ class Fit:
         return self.weight_bytes + sessions * self.session_bytes
 
 
-def weight_kinds(geometry: Geometry) -> dict[str, int]:
-    """Bytes of all weights by their kind: as the model has them, and with linear layers in 4 bits."""
-    linear = geometry.linear * geometry.dtype.itemsize
-    return {
-        str(baseline(geometry)): geometry.weights,
-        "int4": geometry.weights - linear + round(geometry.linear * INT4_BITS / 8),
-    }
-
-
 def fits(geometry: Geometry, formats: Sequence[KVFormat], context: int, memory: int) -> list[Fit]:
     """For each kind of weights, each format: sessions of `context` tokens in `memory` bytes."""
     return [
-        Fit(kind, cost.format, weights, cost.session, cost.sessions)
-        for kind, weights in weight_kinds(geometry).items()
-        for cost in costs(geometry, formats, context, memory, weights)
+        Fit(cost.weights, cost.format, cost.weight_bytes, cost.session, cost.sessions)
+        for cost in costs(geometry, formats, context, memory, list(weight_kinds(geometry)))
     ]
 
 

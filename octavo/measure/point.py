@@ -27,6 +27,7 @@ from octavo.measure.fill import Session, fill, random_tokens
 from octavo.models.bind import bind
 from octavo.models.load import load_model
 from octavo.models.model import Model
+from octavo.models.packed import weight_bytes
 from octavo.quant.format import KVFormat
 
 WARM_UP = 64  # tokens
@@ -165,7 +166,7 @@ def _fill_and_look(request: Request, device: torch.device, before: int) -> Fille
     cuda = device.type == "cuda"
     settled = torch.cuda.memory_allocated(device) if cuda else _resident()
     return Filled(
-        weights=sum(parameter.nbytes for parameter in model.bound.hf.parameters()),
+        weights=weight_bytes(model.bound.hf),
         cache=llm.cache.nbytes,
         static=llm.cache.memory().static,
         peak=torch.cuda.max_memory_allocated(device) if cuda else _peak_resident(),

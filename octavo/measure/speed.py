@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -20,10 +19,9 @@ from octavo.cache.size import format_bytes
 from octavo.engine.sampling import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
+from octavo.measure.accuracy import Candidate
 from octavo.measure.ceiling import Ceiling
 from octavo.models.model import Model
-from octavo.quant.calibration import Calibration
-from octavo.quant.format import KVFormat
 
 CHUNK = 1024  # tokens in a step
 
@@ -114,17 +112,16 @@ def check(model: Model, batch_sizes: Sequence[int], contexts: Sequence[int], tok
 
 def measure(
     model: Model,
-    names: Sequence[str],
+    candidates: Sequence[Candidate],
     batch_sizes: Sequence[int],
     contexts: Sequence[int],
     theory: Sequence[Ceiling],
     *,
     tokens: int = 32,
     rounds: int = 3,
-    calibration: Path | Calibration | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Speed]:
-    """Every format of `names` over batch sizes and contexts; ratios are to the first. `theory` is of `ceilings`;
+    """Every candidate over batch sizes and contexts; ratios are to the first. `theory` is of `ceilings`;
     `progress` is called with the number of runs done, of `rounds` for each cell and format."""
     check(model, batch_sizes, contexts, tokens)
     generator = torch.Generator().manual_seed(0)
@@ -133,7 +130,7 @@ def measure(
     for context in contexts:
         for batch_size in batch_sizes:
             length = prompt_length(batch_size, context, tokens)
-            runs = {name: _Rounds(_prepare(model, name, batch_size, context, calibration)) for name in names}
+            runs = {c.name: _Rounds(_prepare(model, c, batch_size, context)) for c in candidates}
             for turn in range(rounds):
                 prompts = torch.randint(model.bound.vocab_size, (batch_size, length), generator=generator).tolist()
                 for run in list(runs.values())[:: 1 if turn % 2 == 0 else -1]:
@@ -141,18 +138,15 @@ def measure(
                     done += 1
                     if progress is not None:
                         progress(done)
-            first = runs[names[0]]
+            first = runs[candidates[0].name]
             found += [_speed(name, batch_size, context, run, first, limits) for name, run in runs.items()]
     return found
 
 
-def _prepare(model: Model, name: str, batch_size: int, context: int, calibration: Path | Calibration | None) -> LLM:
+def _prepare(model: Model, candidate: Candidate, batch_size: int, context: int) -> LLM:
     """An LLM whose cache holds all sessions, every page of it touched, and the first call behind it."""
-    format = KVFormat.parse(name)
-    llm = LLM(
+    llm = candidate.llm(
         model,
-        format,
-        calibration=calibration,
         session_len=context,
         max_batch_size=batch_size,
         max_batch_tokens=step_tokens(batch_size),
@@ -162,7 +156,7 @@ def _prepare(model: Model, name: str, batch_size: int, context: int, calibration
     if llm.cache.num_blocks < needed:
         wanted, allowed = format_bytes(needed * llm.cache.block_nbytes), format_bytes(llm.cache.nbytes)
         raise OctavoError(
-            f"{batch_size} sessions of {context} tokens take {wanted} in {name}, and {allowed} may be taken: "
+            f"{batch_size} sessions of {context} tokens take {wanted} in {candidate.name}, and {allowed} may be taken: "
             "lower --batch-size or --context"
         )
     for store in llm.cache.stores:

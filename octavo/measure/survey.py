@@ -119,7 +119,7 @@ def gather(
 
     progress("measuring bandwidth", 0.5)
     rate = bandwidth(bound.device)
-    timed = [str(raw), *TIMED]
+    timed = [candidate for candidate in candidates if candidate.name in (str(raw), *TIMED)]
     speed_context = min(CONTEXT, bound.max_context)
     sizes = [size for size in BATCH_SIZES if prompt_length(size, speed_context, TOKENS) > 0]
     theory = ceilings(bound, timed, sizes, [speed_context], TOKENS, rate)
@@ -132,7 +132,6 @@ def gather(
         theory,
         tokens=TOKENS,
         rounds=ROUNDS,
-        calibration=calibration,
         progress=lambda done: progress("timing", 0.5 + 0.5 * done / runs),
     )
     return Survey(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from octavo.models.load import open_tensors, read_json, weight_files
+from octavo.models.files import open_tensors, read_json, weight_files
 
 # Bookkeeping: what wrote the file, where from, and what changes no weight and no result.
 _VOLATILE = frozenset(

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from octavo.cache.size import format_bytes, free_memory
 from octavo.cache.store import LayerShape
-from octavo.errors import OctavoError, Unsupported
+from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel, bind
-from octavo.models.load import load_model, read_json
+from octavo.models.load import load_model
+from octavo.models.packed import packed_layers, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Geometry:
     max_context: int
     weights: int  # bytes of all parameters, tied ones once
     linear: int  # parameters of linear layers and experts, which 4-bit weight quantizers take
+    packed: int  # those of them that are in 4 bits already
+    packed_bytes: int
 
     @classmethod
     def trace(cls, path: Path, dtype: str = "auto") -> Geometry:
@@ -37,21 +40,19 @@ class Geometry:
 
         `dtype` is the config's, or a name like bf16. Raises Unsupported for models that Octavo refuses.
         """
-        config = path if path.is_file() else path / "config.json"
-        if read_json(config).get("quantization_config") is not None:
-            raise Unsupported(
-                f"{config} describes quantized weights, whose size is not known here: name the 16-bit model."
-            )
         with torch.device("meta"):
             hf = load_model(path, dtype=dtype, device="meta", load_format="dummy")
-        own, weights, linear = hf.dtype, sum(p.nbytes for p in hf.parameters()), _linear(hf)
+        layers = packed_layers(hf).values()
+        packed = sum(layer.in_features * layer.out_features for layer in layers)
+        packed_bytes = sum(layer.nbytes for layer in layers)
+        own, weights, linear = hf.dtype, weight_bytes(hf), packed + _linear(hf)
         try:
             bound = bind(hf.to(torch.bfloat16))  # what experts' kernels want on the meta device; no shape depends on it
         except OctavoError:
             raise
         except Exception as error:  # code that looks at values, which a meta tensor has none of
             bound = _with_values(path, dtype, weights, error)
-        return cls(bound.shapes, own, bound.max_context, weights, linear)
+        return cls(bound.shapes, own, bound.max_context, weights, linear, packed, packed_bytes)
 
 
 def _with_values(path: Path, dtype: str, weights: int, error: Exception) -> BoundModel:
@@ -65,7 +66,7 @@ def _with_values(path: Path, dtype: str, weights: int, error: Exception) -> Boun
 
 
 def _linear(hf: PreTrainedModel) -> int:
-    """Parameters that 4-bit quantizers take: all matrices but embeddings and the head."""
+    """Parameters in 16 bits that 4-bit quantizers take: all matrices but embeddings and the head."""
     head = hf.get_output_embeddings()
     kept = {
         id(p) for m in hf.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters(recurse=False)

@@ -47,7 +47,7 @@ _LLAMA_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-_RENAMED = re.compile("|".join(rf"(?<=\.){re.escape(name)}(?=\.)" for name in _LLAMA_NAMES))
+_RENAMED = re.compile("|".join(rf"(?<=\.){re.escape(name)}$" for name in _LLAMA_NAMES))
 
 
 def llama_config(raw: dict[str, Any]) -> LlamaConfig:
@@ -92,28 +92,36 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
 def llama_tensors(tensors: dict[str, torch.Tensor], config: LlamaConfig) -> dict[str, torch.Tensor]:
     """InternLM2's tensors under Llama's names, `wqkv` split into q, k and v.
 
-    `wqkv` rows are [kv_heads, q_per_kv + 2, head_dim]: each KV head's queries, then its key, then its value.
-    Raises OctavoError where its shape is another.
+    Raises OctavoError where the shape of `wqkv` is another.
     """
-    kv_heads, head_dim = config.num_key_value_heads, config.head_dim
-    group = config.num_attention_heads // kv_heads + 2
-    height = kv_heads * group * head_dim
     llama = {}
     for name, tensor in tensors.items():
-        if ".attention.wqkv." not in name:
-            name = _RENAMED.sub(lambda match: _LLAMA_NAMES[match[0]], name)
-            llama[re.sub(r"^output\.", "lm_head.", name)] = tensor
-            continue
-        if tensor.shape[0] != height:
-            raise OctavoError(
-                f"The weight {name} has {tensor.shape[0]} rows where config.json asks for {height}: "
-                "the weights belong to another config, so fetch both again."
-            )
-        rows = tensor.reshape(kv_heads, group, head_dim, *tensor.shape[1:])
-        parts = {"q_proj": rows[:, :-2], "k_proj": rows[:, -2], "v_proj": rows[:, -1]}
-        for part, value in parts.items():  # a bias has no second dimension
-            llama[name.replace("attention.wqkv", f"self_attn.{part}")] = value.reshape(-1, *tensor.shape[1:])
+        layer, _, last = name.rpartition(".")
+        for part, rows in llama_layers(layer, config).items():
+            if rows is not None and tensor.shape[0] != (height := _fused_rows(config)):
+                raise OctavoError(
+                    f"The weight {name} has {tensor.shape[0]} rows where config.json asks for {height}: "
+                    "the weights belong to another config, so fetch both again."
+                )
+            llama[f"{part}.{last}"] = tensor if rows is None else tensor[rows]
     return llama
+
+
+def llama_layers(layer: str, config: LlamaConfig) -> dict[str, torch.Tensor | None]:
+    """The Llama layers that a layer of InternLM2 becomes, each with the rows that it takes, None for all.
+
+    `wqkv` rows are [kv_heads, q_per_kv + 2, head_dim]: each KV head's queries, then its key, then its value.
+    """
+    if not layer.endswith(".attention.wqkv"):
+        renamed = _RENAMED.sub(lambda match: _LLAMA_NAMES[match[0]], layer)
+        return {"lm_head" if renamed == "output" else renamed: None}
+    rows = torch.arange(_fused_rows(config)).view(config.num_key_value_heads, -1, config.head_dim)
+    parts = {"q_proj": rows[:, :-2], "k_proj": rows[:, -2], "v_proj": rows[:, -1]}
+    return {layer.replace("attention.wqkv", f"self_attn.{part}"): value.flatten() for part, value in parts.items()}
+
+
+def _fused_rows(config: LlamaConfig) -> int:
+    return (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
 
 
 class SentencePieceTokenizer(SentencePieceBackend):

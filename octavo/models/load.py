@@ -7,20 +7,15 @@ model is not known here (see bind.py).
 """
 
 import importlib.util
-import json
-import re
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import jinja2
 import torch
-from huggingface_hub import errors as hub
-from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -28,7 +23,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,6 +32,9 @@ from transformers.utils import logging
 
 from octavo.errors import OctavoError, Unsupported
 from octavo.models import internlm
+from octavo.models.files import config_json, one_line, open_tensors, quantization, read_json, weight_files
+from octavo.models.packed import fill, noise, with_packed_layers
+from octavo.weights.checkpoint import PackedLayers, WeightFormat, read_format
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -47,59 +44,14 @@ _DTYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 # Chat models end a turn with one of these, which not every generation_config.json lists.
 _TURN_ENDS = ("<eoa>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 
 
-def resolve(model: str | Path) -> Path:
-    """The directory of a model: itself where it holds a config.json, else a Hub id's snapshot, fetched if need be.
-
-    A directory without config.json may still be a Hub id: `--work-dir internlm/internlm-chat-7b` makes one that holds
-    a calibration only.
-    """
-    path = Path(model).expanduser()
-    if (path / "config.json").is_file():
-        return path
-    if path.is_file():
-        raise OctavoError(f"{model} is a file: name the directory that holds config.json and the weights.")
-    if not _HUB_ID.fullmatch(str(model)):
-        if path.is_dir():
-            raise OctavoError(f"The directory {model} has no config.json: name one that holds a Hugging Face model.")
-        raise OctavoError(f"There is no directory {model}: name one that holds a Hugging Face model, or a Hub id.")
-    return _download(str(model))
-
-
-def _download(repo: str) -> Path:
-    """A Hub snapshot without code and without a second copy of the weights."""
-    # Subfolders and consolidated files hold the weights again, in other formats.
-    doubles = ["*/*", "consolidated*"]
-    files = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
-    try:
-        path = Path(huggingface_hub.snapshot_download(repo, allow_patterns=files, ignore_patterns=doubles))
-        if not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-            huggingface_hub.snapshot_download(repo, allow_patterns=["pytorch_model*.bin"], ignore_patterns=doubles)
-    except hub.GatedRepoError as error:
-        raise OctavoError(f"{repo} is gated: accept its terms on the Hub, then run `hf auth login`.") from error
-    except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-        raise OctavoError(
-            f"Neither a directory with a config.json nor a model on the Hub is named {repo}: check the name, "
-            "or run `hf auth login` if the model is private."
-        ) from error
-    except Exception as error:  # the many ways a network fails
-        raise OctavoError(
-            f"No directory {repo} with a config.json is here and the Hub cannot be reached for it: "
-            "check the network, or name a local directory."
-        ) from error
-    if not (path / "config.json").is_file():
-        raise OctavoError(f"{repo} on the Hub has no config.json: name a repository in the transformers format.")
-    return path
-
-
 def load_config(path: Path) -> PreTrainedConfig:
     """The model's config, InternLM's as the Llama it is. Raises Unsupported for a model that needs its own code."""
-    raw = _config_json(path)
+    raw = config_json(path)
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING and model_type not in internlm.MODEL_TYPES:
         if "auto_map" in raw:
@@ -114,11 +66,14 @@ def load_config(path: Path) -> PreTrainedConfig:
     try:
         if model_type in internlm.MODEL_TYPES:
             return internlm.llama_config(raw)
-        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # read by octavo.weights, not by transformers
+        return config
     except Unsupported:
         raise
     except Exception as error:  # transformers validates with exceptions of many libraries
-        raise OctavoError(f"{path}/config.json does not describe a {model_type} model: {_one_line(error)}") from error
+        raise OctavoError(f"{path}/config.json does not describe a {model_type} model: {one_line(error)}") from error
 
 
 def load_model(
@@ -140,7 +95,7 @@ def load_model(
         raise OctavoError(f"The load format {load_format!r} is unknown: choose auto or dummy.")
     if dtype != "auto" and dtype not in _DTYPES:
         raise OctavoError(f"The dtype {dtype!r} is unknown: choose auto, {', '.join(_DTYPES)}.")
-    _refuse_quantized(path, model_format)
+    format = _weight_format(path, model_format)
     config = load_config(path)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise Unsupported(f"{path} ({config.model_type}) is not a causal language model: name one that writes text.")
@@ -150,9 +105,9 @@ def load_model(
     if load_format == "dummy":
         if device_map is not None:
             raise Unsupported("Dummy weights live on one device: leave the device map out.")
-        model = _dummy(config, torch_dtype)
+        model = _dummy(config, torch_dtype, format)
     else:
-        model = _filled(path, config, torch_dtype, device_map)
+        model = _filled(path, config, torch_dtype, device_map, format)
     if (path / "generation_config.json").is_file():
         read_json(path / "generation_config.json")
         model.generation_config = GenerationConfig.from_pretrained(path)
@@ -164,7 +119,7 @@ def load_tokenizer(path: Path, chat_template: Path | None = None) -> PreTrainedT
     """The tokenizer in `path`. A Jinja file `chat_template` replaces the template the model brings."""
     if not any(next(path.glob(pattern), None) for pattern in _VOCABULARIES):
         raise OctavoError(f"{path} holds no tokenizer: add the model's tokenizer.json or tokenizer.model.")
-    model_type = _config_json(path).get("model_type", "")
+    model_type = config_json(path).get("model_type", "")
     settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
     try:
         with _quiet():
@@ -180,7 +135,7 @@ def load_tokenizer(path: Path, chat_template: Path | None = None) -> PreTrainedT
                 "use a model with a tokenizer.json."
             ) from error
         raise OctavoError(
-            f"The tokenizer in {path} cannot be read ({_one_line(error)}): download its files again."
+            f"The tokenizer in {path} cannot be read ({one_line(error)}): download its files again."
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template, tokenizer)
@@ -203,72 +158,40 @@ def eos_token_ids(
     return frozenset([*named, *turns])
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The files of the weights, safetensors before `.bin`. Raises OctavoError where there is none or one is missing."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if (path / single).is_file():
-            return [path / single]
-        index = path / f"{single}.index.json"
-        if index.is_file():
-            shards = sorted({path / shard for shard in read_json(index).get("weight_map", {}).values()})
-            for shard in shards:
-                if not shard.is_file():
-                    raise OctavoError(f"The weight file {shard}, named in {index.name}, is missing: download it again.")
-            return shards
-    raise OctavoError(
-        f"{path} holds no model.safetensors or pytorch_model.bin: download the weights, or use --load-format dummy."
-    )
-
-
-def open_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """A weight file's tensors by name, mapped from disk and not read yet. Raises OctavoError naming a torn file."""
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-        # Only zip archives, all that torch has written since 2020, can be mapped.
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise TypeError("it holds more than tensors")
-        return tensors
-    except SafetensorError as error:
-        raise OctavoError(f"The weight file {file} is torn ({_one_line(error)}): download it again.") from error
-    except Exception as error:  # unpickling fails in any way a byte can be wrong
-        raise OctavoError(
-            f"The weight file {file} is torn or holds more than plain tensors, and code in it is never run: "
-            "download it again, or use safetensors."
-        ) from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`. Raises OctavoError where there is none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OctavoError(f"{file} cannot be read ({_one_line(error)}): download it again.") from error
-    if not isinstance(found, dict):
-        raise OctavoError(f"{file} is not a JSON object: download it again.")
-    return found
-
-
 def _filled(
-    path: Path, config: PreTrainedConfig, dtype: torch.dtype | str, device_map: str | dict[str, Any] | None
+    path: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str,
+    device_map: str | dict[str, Any] | None,
+    format: WeightFormat | None,
 ) -> PreTrainedModel:
     """The model with the checkpoint's weights, every one of them. Raises OctavoError naming those that do not fit."""
     # Opened before the model is built: a torn file is named at once, and by its name.
     tensors = {name: tensor for file in weight_files(path) for name, tensor in open_tensors(file).items()}
-    build = AutoModelForCausalLM.from_pretrained
-    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
-    if _config_json(path)["model_type"] == "internlm2":
-        build = LlamaForCausalLM.from_pretrained
-        source = {"pretrained_model_name_or_path": None, "state_dict": internlm.llama_tensors(tensors, config)}
     size = sum(tensor.nbytes for tensor in tensors.values())
+    architecture: Any = AutoModelForCausalLM
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
+    packed = PackedLayers.take(format, tensors) if format is not None else None
+    fused = config_json(path)["model_type"] == "internlm2"
+    if fused or packed is not None:  # transformers is given tensors in place of the files
+        if fused:
+            tensors = internlm.llama_tensors(tensors, config)
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
+    idle: set[str] = set()
+    if packed is not None:
+        if device_map is not None:
+            raise Unsupported("4-bit weights live on one device: leave the device map out.")
+        if fused:
+            packed.rename(partial(internlm.llama_layers, config=config))
+        architecture = with_packed_layers(architecture, partial(packed.packs, plain=set(tensors)))
+        idle = packed.idle(tensors)
     del tensors
 
     # Where `device_map` sends layers to disk, .bin weights are rewritten there. The folder lives as long as the model.
     spill = tempfile.TemporaryDirectory(prefix="octavo-offload-") if device_map is not None else None
     with _quiet(bar=size > 1 << 30):
-        model, report = build(
+        model, report = architecture.from_pretrained(
             **source,
             config=config,
             dtype=dtype,
@@ -280,7 +203,7 @@ def _filled(
             output_loading_info=True,
         )
     model._octavo_offload = spill
-    leftovers = {name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")}
+    leftovers = {name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")} - idle
     shapes = {f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"]}
     for what, names in (
         ("lack", report["missing_keys"]),
@@ -291,28 +214,31 @@ def _filled(
         if names:
             listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise OctavoError(f"The weights in {path} {what} {listed}: fetch config.json and the weights again.")
+    if packed is not None:
+        fill(model, packed)
     return model
 
 
-def _dummy(config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+def _dummy(config: PreTrainedConfig, dtype: torch.dtype | str, format: WeightFormat | None) -> PreTrainedModel:
     """The model with random weights, the same every time. The caller's random state is left alone."""
-    if dtype == "auto":
-        dtype = config.dtype or torch.float32
+    chosen: torch.dtype = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        if format is None:
+            return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
+        return noise(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, chosen, format)
 
 
-def _refuse_quantized(path: Path, model_format: str) -> None:
+def _weight_format(path: Path, model_format: str) -> WeightFormat | None:
+    """How the linear layers' weights are quantized; None if they are not. Raises Unsupported for what is not read."""
     if model_format not in ("hf", "awq"):
         raise OctavoError(f"The model format {model_format!r} is unknown: choose hf or awq.")
-    found = _config_json(path).get("quantization_config")
-    if model_format == "awq" or found is not None:
-        method = (found or {}).get("quant_method", "awq")
-        raise Unsupported(
-            f"{path} holds weights quantized with {method}: 4-bit weights come in a later version, "
-            "so name the 16-bit model."
-        )
+    found, where = quantization(path)
+    format = read_format(found, str(where)) if found is not None else None
+    if model_format == "awq" and (format is None or format.method != "awq"):
+        holds = "not quantized" if format is None else f"quantized with {format.method}"
+        raise OctavoError(f"The weights in {path} are {holds}: leave --model-format out.")
+    return format
 
 
 def _check_device(device: str, device_map: str | dict[str, Any] | None) -> None:
@@ -326,7 +252,7 @@ def _check_device(device: str, device_map: str | dict[str, Any] | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise OctavoError(f"The device {device!r} cannot be used here: {_one_line(error)}") from error
+        raise OctavoError(f"The device {device!r} cannot be used here: {one_line(error)}") from error
 
 
 def _is_sentencepiece(path: Path, model_type: str, settings: dict[str, Any]) -> bool:
@@ -344,17 +270,8 @@ def _template(file: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         template = file.read_text(encoding="utf-8")
         tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], chat_template=template, tokenize=False)
     except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
-        raise OctavoError(f"The chat template {file} cannot be used: {_one_line(error)}") from error
+        raise OctavoError(f"The chat template {file} cannot be used: {one_line(error)}") from error
     return template
-
-
-def _config_json(path: Path) -> dict[str, Any]:
-    """Of a model's directory, or of a config file alone."""
-    return read_json(path if path.is_file() else path / "config.json")
-
-
-def _one_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

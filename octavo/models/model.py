@@ -13,8 +13,10 @@ import torch
 
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel, bind
+from octavo.models.files import resolve
 from octavo.models.fingerprint import fingerprint
-from octavo.models.load import eos_token_ids, load_model, load_tokenizer, resolve
+from octavo.models.load import eos_token_ids, load_model, load_tokenizer
+from octavo.models.packed import packed_layers
 from octavo.models.prepack import prepack
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
 from octavo.quant.format import KVFormat
@@ -77,6 +79,11 @@ class Model:
     def fingerprint(self) -> str:
         """Identifies the weights; a calibration made for others is refused."""
         return SYNTHETIC if self.synthetic else fingerprint(self.path)
+
+    @property
+    def weight_kind(self) -> str:
+        """int4, or the model's own type: bf16, fp16 or fp32."""
+        return "int4" if packed_layers(self.bound.hf) else str(self.bound.raw_format)
 
     @property
     def work_dir(self) -> Path:

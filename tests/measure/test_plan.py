@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from octavo.errors import OctavoError
-from octavo.measure.plan import INT4_BITS, Fit, draw, fits, weight_kinds
+from octavo.measure.memory import INT4_BITS, weight_kinds
+from octavo.measure.plan import Fit, draw, fits
 from octavo.models.geometry import Geometry
 from octavo.models.model import BUNDLED
 from octavo.quant.format import KVFormat
@@ -40,8 +41,8 @@ def test_4_bit_weights_keep_embeddings_norms_biases_and_the_head(internlm: Geome
     kept = 2 * 103168 * 4096 + 32 * (4 * 4096 + 2 * 4096) + 4096
     assert internlm.linear == 32 * layer
     kinds = weight_kinds(internlm)
-    assert kinds == {"fp16": 2 * (32 * layer + kept), "int4": 32 * layer * 133 // 256 + 2 * kept}
-    assert pytest.approx(133 / 32) == INT4_BITS
+    assert kinds == {"fp16": 2 * (32 * layer + kept), "int4": 32 * layer * 67 // 128 + 2 * kept}
+    assert pytest.approx(67 / 16) == INT4_BITS
 
 
 def test_a_tied_head_is_an_embedding() -> None:

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo.engine.engine import Engine
 from octavo.errors import OctavoError
 from octavo.measure import ceiling, speed
-from octavo.measure.ceiling import bandwidth, cache_bytes, ceilings, weight_bytes
+from octavo.measure.accuracy import Candidate
+from octavo.measure.ceiling import bandwidth, cache_bytes, ceilings, read_bytes
 from octavo.measure.speed import Latency, Ratio, check, measure, prompt_length
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import Model
@@ -28,11 +29,9 @@ def small_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_reads_every_weight_once_and_an_embedding_of_its_own_not_at_all(
     llama: BoundModel, pamphlet: Model
 ) -> None:
-    assert weight_bytes(pamphlet.bound) == sum(
-        p.nbytes for p in pamphlet.bound.hf.parameters()
-    )  # tied: read as the head
+    assert read_bytes(pamphlet.bound) == sum(p.nbytes for p in pamphlet.bound.hf.parameters())  # tied: read as the head
     everything = sum(p.nbytes for p in llama.hf.parameters())
-    assert weight_bytes(llama) == everything - llama.hf.get_input_embeddings().weight.nbytes
+    assert read_bytes(llama) == everything - llama.hf.get_input_embeddings().weight.nbytes
 
 
 def test_a_step_reads_the_codes_of_the_whole_context_and_a_window_reads_less(llama: BoundModel) -> None:
@@ -51,7 +50,7 @@ def test_a_layer_that_shares_anothers_cache_reads_it_too(llama: BoundModel) -> N
 
 
 def test_the_ceiling_is_bandwidth_over_bytes(llama: BoundModel) -> None:
-    [row] = ceilings(llama, ["int8"], [4], [100], 20, 1e9)
+    [row] = ceilings(llama, [Candidate("int8", KVFormat.parse("int8"))], [4], [100], 20, 1e9)
     assert row.cache_bytes == 4 * cache_bytes(llama, KVFormat.parse("int8"), 90)
     assert row.decode == pytest.approx(4e9 / (row.weight_bytes + row.cache_bytes))
 
@@ -82,9 +81,10 @@ def test_every_format_takes_its_turn_and_every_timed_step_decodes_all_sessions(
         speed, "step_tokens", lambda _: 24
     )  # many steps of prefill, in which the first sessions decode already
     names, tokens, rounds = ["fp32", "int8-token"], 5, 3
-    theory = ceilings(pamphlet.bound, names, [3], [64], tokens, 1e9)
+    candidates = [Candidate(name, KVFormat.parse(name)) for name in names]
+    theory = ceilings(pamphlet.bound, candidates, [3], [64], tokens, 1e9)
     done: list[int] = []
-    first, second = measure(pamphlet, names, [3], [64], theory, tokens=tokens, rounds=rounds, progress=done.append)
+    first, second = measure(pamphlet, candidates, [3], [64], theory, tokens=tokens, rounds=rounds, progress=done.append)
     assert done == [1, 2, 3, 4, 5, 6]
     assert [row.kv for row in (first, second)] == names
     for row in (first, second):

@@ -16,7 +16,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from octavo.errors import OctavoError, Unsupported
-from octavo.models.load import eos_token_ids, load_config, load_model, load_tokenizer, resolve, weight_files
+from octavo.models.files import resolve, weight_files
+from octavo.models.load import eos_token_ids, load_config, load_model, load_tokenizer
 
 IDS = torch.tensor([[1, 5, 9, 2, 7]])
 
@@ -280,7 +281,7 @@ def test_unsupported_models_are_refused_with_a_reason(tmp_path):
         ({}, Unsupported, "None .*unknown to transformers"),
         ({"model_type": "vit"}, Unsupported, "not a causal language model"),
         ({"model_type": "llama", "hidden_size": "big"}, OctavoError, "does not describe a llama model"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, Unsupported, "with gptq"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}}, Unsupported, "bitsandbytes"),
     ):
         file.write_text(json.dumps(raw))
         with pytest.raises(error, match=message):

@@ -15,6 +15,7 @@
 #include <limits>
 #include <vector>
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace octavo::ISA {
@@ -28,24 +29,6 @@ constexpr int64_t UNIT_BLOCKS = 8;  // fewest blocks of a piece of a split conte
 constexpr int UNITS_A_THREAD = 6;  // pieces for each thread to balance with
 
 inline int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
-
-template <class F>
-void parallel(const Pool& pool, int64_t items, bool worth_it, F&& body) {
-    if (!worth_it || pool.threads < 2 || items < 2) {
-        for (int64_t i = 0; i < items; i++) body(i);
-        return;
-    }
-    struct Shared {
-        F& body;
-        int64_t items;
-        std::atomic<int64_t> next{0};
-    } shared{body, items};
-    // One task a thread; each takes the next item until none is left, so that long ones do not hold up the rest.
-    pool.parallel_for(0, std::min<int64_t>(pool.threads, items), 1, [](int64_t, int64_t, void* context) {
-        Shared& s = *static_cast<Shared*>(context);
-        for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.items;) s.body(i);
-    }, &shared);
-}
 
 template <class F>
 void with_float(Float type, F&& f) {

@@ -1,0 +1,132 @@
+"""A model's files: its directory or Hub snapshot, its JSON, and its weights as tensors by name.
+
+Pickles are read with `weights_only=True`, and what is torn is an error that names the file.
+"""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub import errors as hub
+from safetensors import SafetensorError, safe_open
+
+from octavo.errors import OctavoError
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+
+def resolve(model: str | Path) -> Path:
+    """The directory of a model: itself where it holds a config.json, else a Hub id's snapshot, fetched if need be.
+
+    A directory without config.json may still be a Hub id: `--work-dir internlm/internlm-chat-7b` makes one that holds
+    a calibration only.
+    """
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.is_file():
+        raise OctavoError(f"{model} is a file: name the directory that holds config.json and the weights.")
+    if not _HUB_ID.fullmatch(str(model)):
+        if path.is_dir():
+            raise OctavoError(f"The directory {model} has no config.json: name one that holds a Hugging Face model.")
+        raise OctavoError(f"There is no directory {model}: name one that holds a Hugging Face model, or a Hub id.")
+    return _download(str(model))
+
+
+def _download(repo: str) -> Path:
+    """A Hub snapshot without code and without a second copy of the weights."""
+    # Subfolders and consolidated files hold the weights again, in other formats.
+    doubles = ["*/*", "consolidated*"]
+    files = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+    try:
+        path = Path(huggingface_hub.snapshot_download(repo, allow_patterns=files, ignore_patterns=doubles))
+        if not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+            huggingface_hub.snapshot_download(repo, allow_patterns=["pytorch_model*.bin"], ignore_patterns=doubles)
+    except hub.GatedRepoError as error:
+        raise OctavoError(f"{repo} is gated: accept its terms on the Hub, then run `hf auth login`.") from error
+    except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
+        raise OctavoError(
+            f"Neither a directory with a config.json nor a model on the Hub is named {repo}: check the name, "
+            "or run `hf auth login` if the model is private."
+        ) from error
+    except Exception as error:  # the many ways a network fails
+        raise OctavoError(
+            f"No directory {repo} with a config.json is here and the Hub cannot be reached for it: "
+            "check the network, or name a local directory."
+        ) from error
+    if not (path / "config.json").is_file():
+        raise OctavoError(f"{repo} on the Hub has no config.json: name a repository in the transformers format.")
+    return path
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of the weights, safetensors before `.bin`. Raises OctavoError where there is none or one is missing."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (path / single).is_file():
+            return [path / single]
+        index = path / f"{single}.index.json"
+        if index.is_file():
+            shards = sorted({path / shard for shard in read_json(index).get("weight_map", {}).values()})
+            for shard in shards:
+                if not shard.is_file():
+                    raise OctavoError(f"The weight file {shard}, named in {index.name}, is missing: download it again.")
+            return shards
+    raise OctavoError(
+        f"{path} holds no model.safetensors or pytorch_model.bin: download the weights, or use --load-format dummy."
+    )
+
+
+def open_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """A weight file's tensors by name, mapped from disk and not read yet. Raises OctavoError naming a torn file."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+        # Only zip archives, all that torch has written since 2020, can be mapped.
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise TypeError("it holds more than tensors")
+        return tensors
+    except SafetensorError as error:
+        raise OctavoError(f"The weight file {file} is torn ({one_line(error)}): download it again.") from error
+    except Exception as error:  # unpickling fails in any way a byte can be wrong
+        raise OctavoError(
+            f"The weight file {file} is torn or holds more than plain tensors, and code in it is never run: "
+            "download it again, or use safetensors."
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises OctavoError where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OctavoError(f"{file} cannot be read ({one_line(error)}): download it again.") from error
+    if not isinstance(found, dict):
+        raise OctavoError(f"{file} is not a JSON object: download it again.")
+    return found
+
+
+def config_json(path: Path) -> dict[str, Any]:
+    """Of a model's directory, or of a config file alone."""
+    return read_json(path if path.is_file() else path / "config.json")
+
+
+def one_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def quantization(path: Path) -> tuple[dict[str, Any] | None, Path]:
+    """What is said of quantized weights, and where: in config.json, or beside it as AutoAWQ and AutoGPTQ once did."""
+    config = path if path.is_file() else path / "config.json"
+    found = config_json(path).get("quantization_config")
+    if found is not None or path.is_file():
+        return found, config
+    for name in ("quant_config.json", "quantize_config.json"):
+        if (path / name).is_file():
+            return read_json(path / name), path / name
+    return None, config

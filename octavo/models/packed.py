@@ -1,0 +1,78 @@
+"""Models whose linear layers hold 4-bit weights: the architecture with PackedLinear in their place, then filled.
+
+transformers builds the model and loads what is not quantized, as ever. It never sees a packed tensor, and a 16-bit
+weight is never made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from octavo.errors import OctavoError, Unsupported
+from octavo.weights.checkpoint import PackedLayers, WeightFormat
+from octavo.weights.layouts import Int4Weight
+from octavo.weights.linear import PackedLinear
+
+
+def with_packed_layers(architecture: type[PreTrainedModel], packs: Callable[[str], bool]) -> type[PreTrainedModel]:
+    """`architecture` with an empty PackedLinear in place of each linear layer whose name `packs`."""
+
+    def build(model: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        architecture.__init__(model, config, *args, **kwargs)
+        for name, layer in list(model.named_modules()):
+            if type(layer) is nn.Linear and packs(name):
+                own = PackedLinear(layer.in_features, layer.out_features, layer.bias is not None, layer.weight.dtype)
+                model.set_submodule(name, own.to(layer.weight.device))
+
+    return type(architecture.__name__, (architecture,), {"__init__": build, "__module__": architecture.__module__})
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of all parameters, tied ones once, and of packed weights."""
+    return sum(p.nbytes for p in model.parameters()) + sum(layer.nbytes for layer in packed_layers(model).values())
+
+
+def fill(model: PreTrainedModel, packed: PackedLayers) -> None:
+    """Pack every layer anew, one at a time. Raises OctavoError naming what is missing, left over or misshapen."""
+    layers = packed_layers(model)
+    for name in sorted(packed.places.keys() - layers.keys()):
+        raise Unsupported(f"{packed.places[name][0]} is quantized, and no linear layer of this model has that name.")
+    outputs: dict[str, int] = {}
+    for name, (source, _) in packed.places.items():
+        outputs[source] = outputs.get(source, 0) + layers[name].out_features
+    last, weight = "", None
+    for name, layer in layers.items():
+        source, rows = packed.places.get(name, (name, None))
+        if weight is None or source != last:
+            last, weight = source, packed.weight(source, outputs.get(source, layer.out_features), layer.in_features)
+        layer.fill(weight if rows is None else weight.rows(rows))
+
+
+def noise(
+    architecture: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, format: WeightFormat
+) -> PreTrainedModel:
+    """A model of random weights, of the deviation that training starts from."""
+    packed = with_packed_layers(architecture, format.packs)
+    if torch.get_default_device().type == "meta":
+        model = packed._from_config(config, dtype=dtype)
+    else:
+        model = packed.from_pretrained(None, config=config, state_dict={}, dtype=dtype)
+    scale = getattr(config, "initializer_range", 0.02) / 4.6  # 4.6: the deviation of codes 0 … 15
+    for name, layer in packed_layers(model).items():
+        out, columns = layer.out_features, layer.in_features
+        if columns % format.group(columns):
+            raise OctavoError(f"{name} has {columns} inputs, which groups of {format.group_size} do not divide.")
+        groups = columns // format.group(columns)
+        codes = torch.randint(16, (out, columns), dtype=torch.uint8)
+        zeros = torch.randint(7, 9, (out, groups), dtype=torch.uint8)
+        layer.fill(Int4Weight(codes, zeros, torch.full((out, groups), scale, dtype=torch.float16)))
+    return model

@@ -1,0 +1,56 @@
+"""Products with 4-bit weights by the native CPU kernels (native/kernel.cpp).
+
+The extension may be missing (no compiler when the package was installed): `unavailable()` says why.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.attention.cpu import FLOATS, torch_parallel_for
+
+try:
+    from octavo.weights import _native  # type: ignore[attr-defined]
+except ImportError as error:
+    _native, _missing = None, str(error)
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the kernels cannot be used here; None if they can."""
+    if _native is None:
+        return f"the native extension is not built ({_missing})"
+    try:
+        _native.set_parallel_for(torch_parallel_for())
+    except (OSError, AttributeError, StopIteration) as error:
+        return f"this torch exports no thread pool ({error})"
+    return None
+
+
+def matrix(codes: Tensor, scales: Tensor, zeros: Tensor, out: int, columns: int, group: int) -> Any:
+    """The kernels' view of a weight: valid as long as the tensors are."""
+    return _native.Matrix(
+        out, columns, group, codes.data_ptr(), scales.data_ptr(), FLOATS[scales.dtype], zeros.data_ptr()
+    )
+
+
+def multiply(matrix: Any, out: int, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x [rows, in] → [rows, out] of the same type, sums in float32 and rounded once."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = torch.empty(len(x), out, dtype=x.dtype)
+    _native.multiply(
+        matrix, x.data_ptr(), len(x), x.stride(0), FLOATS[x.dtype], 0 if bias is None else bias.data_ptr(),
+        y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def decode(matrix: Any, first: int, into: Tensor) -> Tensor:
+    """Rows of the weight from `first`, a multiple of 16, into [count, in]."""
+    _native.decode(matrix, first, len(into), FLOATS[into.dtype], into.data_ptr(), torch.get_num_threads())
+    return into

@@ -1,0 +1,157 @@
+"""How checkpoints store the 4-bit weights of a linear layer, and the one form they are all read into and written from.
+
+A weight of [out, in] is `(code − zero) · scale`: codes and zeros are 0 … 15, and `group_size` columns of a row share a
+zero and a scale. Eight 4-bit numbers make an int32, the first in its lowest bits. What differs is along which dimension
+and in which order they are packed, and by how much zeros are shifted:
+
+    AWQ (gemm)            qweight [in, out/8], qzeros [in/g, out/8], scales [in/g, out]; columns 0 2 4 6 1 3 5 7
+    GPTQ                  qweight [in/8, out], qzeros [in/g, out/8], scales [in/g, out]; zeros less one, but in v2
+    compressed-tensors    weight_packed [out, in/8], weight_scale [out, in/g], weight_shape [2], and where it is not
+                          symmetric (zero 8) weight_zero_point [out/8, in/g]; dimensions padded to eights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # the column of each 4-bit number of a word
+_AWQ_PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # the number that holds each column
+SYMMETRIC = 8  # the zero of weights stored without one
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """The weight of a linear layer in 4 bits, unpacked."""
+
+    codes: Tensor  # uint8 [out, in], 0 … 15
+    zeros: Tensor  # uint8 [out, in/group_size], 0 … 15
+    scales: Tensor  # floating [out, in/group_size], in the checkpoint's own type
+
+    @property
+    def group_size(self) -> int:
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def rows(self, chosen: Tensor) -> Int4Weight:
+        """Some of its outputs."""
+        return Int4Weight(self.codes[chosen], self.zeros[chosen], self.scales[chosen])
+
+    def dequantize(self) -> Tensor:
+        """float32 [out, in]."""
+        groups = self.codes.float().unflatten(1, (-1, self.group_size))
+        return ((groups - self.zeros.float()[..., None]) * self.scales.float()[..., None]).flatten(1)
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """One way of storing an Int4Weight as named tensors."""
+
+    # (out, in, group_size) → the shape of each tensor by its name after the layer's
+    shapes: Callable[[int, int, int], dict[str, tuple[int, ...]]]
+    unpack: Callable[[Mapping[str, Tensor]], Int4Weight]  # tensors of those shapes
+    pack: Callable[[Int4Weight], dict[str, Tensor]]
+    multiple: tuple[int, int] = (1, 1)  # what out and in are multiples of
+
+
+def _awq_shapes(out: int, columns: int, group: int) -> dict[str, tuple[int, ...]]:
+    groups = columns // group
+    return {"qweight": (columns, out // 8), "qzeros": (groups, out // 8), "scales": (groups, out)}
+
+
+def _unpack_awq(tensors: Mapping[str, Tensor]) -> Int4Weight:
+    codes, zeros = (_nibbles(tensors[name])[..., _AWQ_PLACE].flatten(1) for name in ("qweight", "qzeros"))
+    return Int4Weight(_turned(codes), _turned(zeros), _turned(tensors["scales"]))
+
+
+def _pack_awq(weight: Int4Weight) -> dict[str, Tensor]:
+    codes, zeros = (x.T.unflatten(1, (-1, 8))[..., _AWQ_ORDER] for x in (weight.codes, weight.zeros))
+    return {"qweight": _words(codes), "qzeros": _words(zeros), "scales": _turned(weight.scales)}
+
+
+def _gptq_shapes(out: int, columns: int, group: int) -> dict[str, tuple[int, ...]]:
+    groups = columns // group
+    return {"qweight": (columns // 8, out), "qzeros": (groups, out // 8), "scales": (groups, out)}
+
+
+def _unpack_gptq(tensors: Mapping[str, Tensor], less: int) -> Int4Weight:
+    codes = _nibbles(_turned(tensors["qweight"])).flatten(1)
+    # Zero 0 less one is stored as 15: quantizers make no zero of 16.
+    zeros = _nibbles(tensors["qzeros"]).flatten(1) + less & 15
+    return Int4Weight(codes, _turned(zeros), _turned(tensors["scales"]))
+
+
+def _pack_gptq(weight: Int4Weight, less: int) -> dict[str, Tensor]:
+    zeros = (weight.zeros.T.to(torch.int16) - less & 15).to(torch.uint8)
+    return {
+        "qweight": _turned(_words(weight.codes.unflatten(1, (-1, 8)))),
+        "qzeros": _words(zeros.unflatten(1, (-1, 8))),
+        "scales": _turned(weight.scales),
+    }
+
+
+def _compressed_shapes(out: int, columns: int, group: int, symmetric: bool) -> dict[str, tuple[int, ...]]:
+    groups = columns // group
+    shapes = {"weight_packed": (out, -(-columns // 8)), "weight_scale": (out, groups), "weight_shape": (2,)}
+    return shapes if symmetric else shapes | {"weight_zero_point": (-(-out // 8), groups)}
+
+
+def _unpack_compressed(tensors: Mapping[str, Tensor]) -> Int4Weight:
+    out, columns = tensors["weight_shape"].tolist()
+    scales, packed = tensors["weight_scale"], tensors.get("weight_zero_point")
+    codes = _nibbles(tensors["weight_packed"]).flatten(1)[:, :columns].contiguous()
+    if packed is None:
+        return Int4Weight(codes, torch.full(scales.shape, SYMMETRIC, dtype=torch.uint8), scales)
+    return Int4Weight(codes, _turned(_nibbles(_turned(packed)).flatten(1)[:, :out]), scales)
+
+
+def _pack_compressed(weight: Int4Weight, symmetric: bool) -> dict[str, Tensor]:
+    packed = {
+        "weight_packed": _words(_eights(weight.codes)),
+        "weight_scale": weight.scales.contiguous(),
+        "weight_shape": torch.tensor(weight.codes.shape),
+    }
+    return packed if symmetric else packed | {"weight_zero_point": _turned(_words(_eights(weight.zeros.T)))}
+
+
+def _nibbles(words: Tensor) -> Tensor:
+    """int32 [rows, n] → uint8 [rows, n, 8], lowest bits first."""
+    bytes = words.contiguous().view(torch.uint8)
+    return torch.stack((bytes & 15, bytes >> 4), dim=-1).flatten(1).unflatten(1, (-1, 8))
+
+
+def _words(nibbles: Tensor) -> Tensor:
+    """uint8 [rows, n, 8] → int32 [rows, n], lowest bits first."""
+    pairs = nibbles.unflatten(2, (4, 2))
+    return (pairs[..., 0] | pairs[..., 1] << 4).flatten(1).contiguous().view(torch.int32)
+
+
+def _eights(x: Tensor) -> Tensor:
+    """[rows, n] → [rows, ⌈n/8⌉, 8], padded with zeros."""
+    return F.pad(x, (0, -x.shape[1] % 8)).unflatten(1, (-1, 8))
+
+
+def _turned(x: Tensor) -> Tensor:
+    return x.T.contiguous()
+
+
+AWQ = WeightLayout(_awq_shapes, _unpack_awq, _pack_awq, multiple=(8, 1))
+GPTQ = WeightLayout(
+    _gptq_shapes, lambda tensors: _unpack_gptq(tensors, 1), lambda weight: _pack_gptq(weight, 1), multiple=(8, 8)
+)
+GPTQ_V2 = WeightLayout(
+    _gptq_shapes, lambda tensors: _unpack_gptq(tensors, 0), lambda weight: _pack_gptq(weight, 0), multiple=(8, 8)
+)
+COMPRESSED = WeightLayout(
+    lambda out, columns, group: _compressed_shapes(out, columns, group, False),
+    _unpack_compressed,
+    lambda weight: _pack_compressed(weight, False),
+)
+COMPRESSED_SYMMETRIC = WeightLayout(
+    lambda out, columns, group: _compressed_shapes(out, columns, group, True),
+    _unpack_compressed,
+    lambda weight: _pack_compressed(weight, True),
+)

@@ -1,0 +1,123 @@
+"""A linear layer whose weight stays in 4 bits: one packed copy in memory, and never a 16-bit one.
+
+On a CPU the native kernels multiply packed weights. Elsewhere, and without the extension, a slice of output columns at
+a time is decoded to the activations' type and multiplied by torch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo.errors import Unsupported
+from octavo.weights import cpu
+from octavo.weights.layouts import Int4Weight
+
+TILE = 16  # kernel.h
+SLICE = 1 << 22  # weights decoded at a time
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` for an Int4Weight. Empty until `fill`, so that it can be built before weights are read.
+
+    In tiles of 16 outputs, zeros and scales for every `group` (16 … 128) inputs; the last tile and the last group of
+    a row may be padded:
+
+        codes   uint8 [tiles, in/8, 16, 4]   byte j: input j of the eight in the low half, j + 4 in the high half
+        scales  [tiles, in/group, 16]        in the checkpoint's type
+        zeros   uint8 [tiles, in/group, 16]
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.codes: Tensor
+        self.scales: Tensor
+        self.zeros: Tensor
+        for name in ("codes", "scales", "zeros"):
+            self.register_buffer(name, None, persistent=False)
+        self._matrix: tuple[int, Any] = (0, None)
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return 8 * self.codes.shape[1] // self.scales.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the packed weight."""
+        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
+
+    def fill(self, weight: Int4Weight) -> None:
+        """Take a weight, packed anew. Raises Unsupported for a group size that the tiles do not have."""
+        group = math.gcd(weight.group_size, 128)
+        codes, zeros, scales = weight.codes, weight.zeros, weight.scales
+        if group < TILE:
+            if scales.shape[1] > 1:
+                raise Unsupported(f"groups of {weight.group_size} weights are not supported: only multiples of 16 are")
+            codes, group = F.pad(codes, (0, -codes.shape[1] % TILE)), TILE
+        repeat = codes.shape[1] // group // scales.shape[1]
+        tiles = _tiled(codes).unflatten(2, (-1, 2, 4)).transpose(1, 2)  # [tiles, in/8, 16, 2, 4]
+        self.codes = (tiles[..., 0, :] | tiles[..., 1, :] << 4).contiguous()
+        self.zeros, self.scales = (
+            _tiled(x.repeat_interleave(repeat, dim=1)).transpose(1, 2).contiguous() for x in (zeros, scales)
+        )
+
+    def decode(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight as numbers: [end − first, in]; `first` is a multiple of 16."""
+        tiles = slice(first // TILE, -(-end // TILE))
+        packed = self.codes[tiles]
+        codes = torch.stack((packed & 15, packed >> 4), dim=3).transpose(1, 2).flatten(2)
+        zeros, scales = (x[tiles].transpose(1, 2).float()[..., None] for x in (self.zeros, self.scales))
+        rows = ((codes.unflatten(2, (-1, self.group)) - zeros) * scales).to(dtype).flatten(2).flatten(0, 1)
+        return rows[: end - first, : self.in_features]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out] of x's type."""
+        rows = x.reshape(-1, self.in_features)
+        multiply = self._native if x.device.type == "cpu" and _kernels() else self._plain
+        return multiply(rows).unflatten(0, x.shape[:-1])
+
+    def _native(self, x: Tensor) -> Tensor:
+        place, matrix = self._matrix
+        if place != self.codes.data_ptr():
+            matrix = cpu.matrix(
+                self.codes, self.scales, self.zeros, self.out_features, 8 * self.codes.shape[1], self.group
+            )
+            self._matrix = (self.codes.data_ptr(), matrix)
+        if 8 * self.codes.shape[1] != self.in_features:
+            x = F.pad(x, (0, 8 * self.codes.shape[1] - self.in_features))
+        return cpu.multiply(matrix, self.out_features, x, self.bias)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        step = max(TILE, SLICE // self.in_features // TILE * TILE)
+        y = x.new_empty(len(x), self.out_features)
+        for first in range(0, self.out_features, step):
+            end = min(first + step, self.out_features)
+            bias = None if self.bias is None else self.bias[first:end]
+            y[:, first:end] = F.linear(x, self.decode(first, end, x.dtype), bias)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 4 bits"
+
+
+def _tiled(x: Tensor) -> Tensor:
+    """[out, n] → [tiles, 16, n], padded with zeros."""
+    return F.pad(x, (0, 0, 0, -len(x) % TILE)).unflatten(0, (-1, TILE))
+
+
+@cache
+def _kernels() -> bool:
+    """Whether the native kernels are there. Says once if they are not."""
+    why = cpu.unavailable()
+    if why is not None:
+        warnings.warn(f"4-bit weights are multiplied without the native kernels and slower: {why}", stacklevel=4)
+    return why is None
