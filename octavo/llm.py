@@ -13,10 +13,13 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 from octavo.attention import layout_for
+from octavo.cache import session
+from octavo.cache.session import Damaged, Identity, SavedSession
 from octavo.cache.size import block_bytes, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
@@ -24,7 +27,7 @@ from octavo.engine.sampling import Sampled, SamplingParams
 from octavo.engine.sequence import FinishReason, Sequence
 from octavo.errors import OctavoError
 from octavo.models.model import Model
-from octavo.quant.calibration import Calibration
+from octavo.quant.calibration import SYNTHETIC, Calibration
 from octavo.quant.format import Granularity, KVFormat
 from octavo.text import Message, TextStream, encode_chat
 
@@ -50,6 +53,14 @@ class Delta:
     index: int
     text: str
     completion: Completion | None = None
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A saved session that is in the cache again."""
+
+    tokens: list[int]  # of the whole conversation
+    cached_tokens: int  # of them, found by the prompt that begins with them
 
 
 class LLM:
@@ -194,6 +205,44 @@ class LLM:
         prompt = encode_chat(self.tokenizer, messages)
         return self.generate(prompt, params, stream=True) if stream else self.generate(prompt, params)[0]
 
+    def save(self, path: str | Path, conversation: Prompt | Rows[Message], about: dict[str, Any] | None = None) -> int:
+        """Keep a conversation's quantized K and V in a file: a prompt with its answer, as text or token ids, or
+        messages. Returns how many of its tokens the file holds the codes of: whole blocks.
+
+        Codes are copied from the prefix cache; what is not there any more, or has never been, is computed first.
+        `about` is kept beside them, anything that JSON has. Raises OctavoError if the file cannot be written.
+        """
+        tokens, identity, pool = self._conversation(conversation), self.session_identity, self.engine.pool
+        if len(pool.find(tokens)) < pool.prefix_blocks(tokens):
+            self._compute(tokens)
+        session.save(Path(path), tokens, session.read_prefix(self.cache, pool, tokens), identity, about)
+        return len(pool.find(tokens)) * pool.block_size
+
+    def restore(self, path: str | Path) -> Restored:
+        """Put a saved session into the prefix cache: a prompt that begins with its tokens is not prefilled again.
+
+        Raises OctavoError for a file saved with other weights, another format or another calibration. Codes that are
+        torn or altered are never used but computed again from the tokens, with a warning.
+        """
+        saved = SavedSession.open(Path(path))
+        saved.check(self.session_identity)
+        pool = self.engine.pool
+        try:
+            session.write_prefix(self.cache, pool, saved.tokens, saved.codes())
+        except Damaged as damage:
+            warnings.warn(f"{damage}; what it held is computed again", stacklevel=2)
+            self._compute(saved.tokens)
+        return Restored(saved.tokens, len(pool.find(saved.tokens)) * pool.block_size)
+
+    @cached_property
+    def session_identity(self) -> Identity:
+        """What the codes in this cache mean; raises OctavoError where none could be recognized again."""
+        if not self.engine.pool.prefix_caching:
+            raise OctavoError("sessions are kept in the prefix cache, and it is turned off")
+        if self.model.fingerprint == SYNTHETIC:
+            raise OctavoError("sessions cannot be kept with random weights: nothing tells them from others")
+        return Identity.of(self.cache, self.model.fingerprint, self.model.bound.arithmetic)
+
     def sequence(self, prompt: Prompt, params: SamplingParams) -> Sequence:
         """The engine's form of a request; raises OctavoError for tokens the model does not have."""
         tokens = list(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
@@ -204,6 +253,19 @@ class LLM:
             raise OctavoError(f"token {strange[0]} is not in the model's vocabulary of {self.model.bound.vocab_size}")
         eos = frozenset() if params.ignore_eos else self.model.eos_ids
         return Sequence(tokens, params, eos | frozenset(params.stop_token_ids))
+
+    def _conversation(self, conversation: Prompt | Rows[Message]) -> list[int]:
+        """Its token ids."""
+        if not isinstance(conversation, str) and len(conversation) and isinstance(conversation[0], dict):
+            return encode_chat(self.tokenizer, cast(Rows[Message], conversation), reply=False)
+        return self.sequence(cast(Prompt, conversation), SamplingParams()).tokens
+
+    def _compute(self, tokens: list[int]) -> None:
+        """Have the K and V of `tokens` in the prefix cache."""
+        longest = self.engine.scheduler.max_context - 1  # a request is answered with a token at least
+        sequence = self.sequence(tokens[:longest], SamplingParams(max_tokens=1))
+        outbox: deque[Delta] = deque()
+        deque(self._run([_Answer(0, sequence, TextStream(self.tokenizer), outbox)], outbox), maxlen=0)
 
     def _run(self, answers: list[_Answer], outbox: deque[Delta]) -> Iterator[Delta]:
         """Step the engine until these answers are complete. Whoever stops listening aborts what is unfinished."""

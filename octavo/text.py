@@ -11,14 +11,15 @@ Message = dict[str, str]  # {"role": "user", "content": …}
 REPLACEMENT = "\ufffd"  # a decoder's mark for bytes that are not yet a character
 
 
-def encode_chat(tokenizer: Any, messages: Rows[Message]) -> list[int]:
-    """Token ids of a conversation with the prompt for the model's next turn, by the model's chat template."""
+def encode_chat(tokenizer: Any, messages: Rows[Message], reply: bool = True) -> list[int]:
+    """Token ids of a conversation by the model's chat template, with the prompt for the model's next turn if it is to
+    reply."""
     if not getattr(tokenizer, "chat_template", None):
         raise OctavoError(
             "this model has no chat template; give one with --chat-template FILE, or use `octavo generate`"
         )
     try:
-        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=reply, return_dict=True)
     except Exception as error:  # a template is code of the model's: jinja's errors, and its own raise_exception
         raise OctavoError(f"the model's chat template refused the conversation: {error}") from None
     return list(encoded["input_ids"])

@@ -54,25 +54,32 @@ class BlockPool:
         block.references = 1
         return index
 
-    def match(self, tokens: Tokens[int]) -> list[tuple[int, bytes]]:
-        """Blocks that hold the longest cached prefix of `tokens`, each with its hash, and a reference on each.
+    def prefix_blocks(self, tokens: Tokens[int]) -> int:
+        """Most blocks that a hit on `tokens` can have: whole ones, and never that of the last token, whose logits are
+        still to be computed; and a shared block is never written."""
+        return max(0, len(tokens) - 1) // self.block_size
 
-        Whole blocks only and never the last token: its logits are still to be computed, and a shared block is never
-        written.
-        """
+    def find(self, tokens: Tokens[int]) -> list[tuple[int, bytes]]:
+        """Blocks that hold the longest cached prefix of `tokens`, each with its hash."""
         found: list[tuple[int, bytes]] = []
         if not self.prefix_caching:
             return found
         parent = None
-        for start in range(0, (len(tokens) - 1) // self.block_size * self.block_size, self.block_size):
+        for start in range(0, self.prefix_blocks(tokens) * self.block_size, self.block_size):
             own = tuple(tokens[start : start + self.block_size])
             parent = prefix_hash(parent, own)
             index = self.by_prefix.get(parent)
             if index is None or self.blocks[index].tokens != own:
                 break
+            found.append((index, parent))
+        return found
+
+    def match(self, tokens: Tokens[int]) -> list[tuple[int, bytes]]:
+        """As `find`, with a reference on each block."""
+        found = self.find(tokens)
+        for index, _ in found:
             self.blocks[index].references += 1
             self.free.pop(index, None)
-            found.append((index, parent))
         return found
 
     def seal(self, index: int, parent: bytes | None, tokens: Tokens[int]) -> bytes:
