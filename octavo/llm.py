@@ -17,42 +17,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
+from octavo.answer import Answer, Completion, Delta, Outbox
 from octavo.attention import layout_for
 from octavo.cache import session
 from octavo.cache.session import Damaged, Identity, SavedSession
 from octavo.cache.size import block_bytes, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
-from octavo.engine.sampling import Sampled, SamplingParams
+from octavo.engine.sampling import SamplingParams
 from octavo.engine.sequence import FinishReason, Sequence
 from octavo.errors import OctavoError
+from octavo.grammar import Grammars
 from octavo.models.model import Model
 from octavo.quant.calibration import SYNTHETIC, Calibration
 from octavo.quant.format import Granularity, KVFormat
 from octavo.text import Message, TextStream, encode_chat
 
 Prompt = str | Rows[int]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished answer."""
-
-    text: str
-    tokens: list[int]  # the one that ended it included
-    finish_reason: FinishReason
-    prompt_tokens: int
-    cached_tokens: int  # of the prompt, found in the prefix cache
-    sampled: list[Sampled]  # tokens with their log-probabilities, where asked for
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A piece of an answer as it grows: new text of prompt `index`; the completion comes with the last piece."""
-
-    index: int
-    text: str
-    completion: Completion | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +112,8 @@ class LLM:
         )
         cache = KVCache(bound.shapes, formats, blocks, layout, self.calibration, granularity, headroom)
         self.engine = Engine(bound, cache, max_batch_size, max_batch_tokens, self.session_len, prefix_caching)
-        self._answers: dict[Sequence, _Answer] = {}
+        self._grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
+        self._answers: dict[Sequence, Answer] = {}
 
     @property
     def cache(self) -> KVCache:
@@ -183,10 +165,7 @@ class LLM:
         if len(each) != len(prompts):
             raise OctavoError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
         outbox: deque[Delta] = deque()
-        answers = [
-            _Answer(i, self.sequence(prompt, p), TextStream(self.tokenizer, p.stop), outbox)
-            for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))
-        ]
+        answers = [self.answer(prompt, p, outbox, i) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
         pieces = self._run(answers, outbox)
         if stream:
             return pieces
@@ -248,11 +227,46 @@ class LLM:
         tokens = list(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
         if not all(isinstance(token, int) for token in tokens):
             raise OctavoError("a prompt is a string or a list of token ids")
-        strange = [token for token in (*tokens, *params.stop_token_ids) if not 0 <= token < self.model.bound.vocab_size]
+        named = (*tokens, *params.stop_token_ids, *params.logit_bias)
+        strange = [token for token in named if not 0 <= token < self.model.bound.vocab_size]
         if strange:
             raise OctavoError(f"token {strange[0]} is not in the model's vocabulary of {self.model.bound.vocab_size}")
         eos = frozenset() if params.ignore_eos else self.model.eos_ids
-        return Sequence(tokens, params, eos | frozenset(params.stop_token_ids))
+        guide = self._grammars.guide(params.json_schema) if params.json_schema is not None else None
+        return Sequence(tokens, params, eos | frozenset(params.stop_token_ids), guide)
+
+    def answer(self, prompt: Prompt, params: SamplingParams, outbox: Outbox, index: int = 0) -> Answer:
+        """A request that is not yet in the engine; its pieces will go to `outbox`. Touches no engine: any thread may
+        call it."""
+        return Answer(index, self.sequence(prompt, params), TextStream(self.tokenizer, params.stop), outbox)
+
+    def submit(self, answer: Answer) -> None:
+        """Queue an answer for the next steps; raises OctavoError if it can never fit."""
+        self.engine.add(answer.sequence)
+        self._answers[answer.sequence] = answer
+
+    def finish(self, answer: Answer, reason: FinishReason = "abort") -> None:
+        """End an answer now, between two steps: its blocks are free, and it is complete with what it has."""
+        if self._answers.pop(answer.sequence, None):
+            self.engine.finish(answer.sequence, reason)
+            answer.complete()
+
+    @property
+    def running(self) -> list[Answer]:
+        return [self._answers[sequence] for sequence in self.engine.scheduler.running]
+
+    def step(self) -> int:
+        """One step of the engine; pieces of answers go to their outboxes. Returns the number of tokens gained."""
+        gained = self.engine.step()
+        for sequence in gained:
+            answer = self._answers[sequence]
+            answer.take()
+            if answer.text.stopped:
+                self.engine.finish(sequence, "stop")
+            if sequence.finished:
+                del self._answers[sequence]
+                answer.complete()
+        return len(gained)
 
     def _conversation(self, conversation: Prompt | Rows[Message]) -> list[int]:
         """Its token ids."""
@@ -263,60 +277,22 @@ class LLM:
     def _compute(self, tokens: list[int]) -> None:
         """Have the K and V of `tokens` in the prefix cache."""
         longest = self.engine.scheduler.max_context - 1  # a request is answered with a token at least
-        sequence = self.sequence(tokens[:longest], SamplingParams(max_tokens=1))
         outbox: deque[Delta] = deque()
-        deque(self._run([_Answer(0, sequence, TextStream(self.tokenizer), outbox)], outbox), maxlen=0)
+        answer = self.answer(tokens[:longest], SamplingParams(max_tokens=1), outbox)
+        deque(self._run([answer], outbox), maxlen=0)
 
-    def _run(self, answers: list[_Answer], outbox: deque[Delta]) -> Iterator[Delta]:
+    def _run(self, answers: list[Answer], outbox: deque[Delta]) -> Iterator[Delta]:
         """Step the engine until these answers are complete. Whoever stops listening aborts what is unfinished."""
         try:
             for answer in answers:
-                self.engine.add(answer.sequence)
-                self._answers[answer.sequence] = answer
+                self.submit(answer)
             unfinished = len(answers)
             while unfinished:
                 while not outbox:  # another iterator's step may have filled it
-                    self._step()
+                    self.step()
                 delta = outbox.popleft()
                 unfinished -= delta.completion is not None
                 yield delta
         finally:
             for answer in answers:
-                if self._answers.pop(answer.sequence, None) and not answer.sequence.finished:
-                    self.engine.finish(answer.sequence)
-
-    def _step(self) -> None:
-        for sequence in self.engine.step():
-            answer = self._answers[sequence]
-            answer.take()
-            if answer.text.stopped:
-                self.engine.finish(sequence, "stop")
-            if sequence.finished:
-                answer.complete()
-
-
-class _Answer:
-    """A sequence and its growing text, whose pieces go to `outbox`."""
-
-    def __init__(self, index: int, sequence: Sequence, text: TextStream, outbox: deque[Delta]):
-        self.index, self.sequence, self.text, self.outbox = index, sequence, text, outbox
-
-    def take(self) -> None:
-        token = self.sequence.tokens[-1]
-        ends = self.sequence.finish_reason == "stop"  # the token that ends an answer is no part of its text
-        if not ends and (piece := self.text.push(token)):
-            self.outbox.append(Delta(self.index, piece))
-
-    def complete(self) -> None:
-        sequence = self.sequence
-        rest = self.text.flush()
-        assert sequence.finish_reason is not None
-        completion = Completion(
-            text=self.text.text,
-            tokens=sequence.output,
-            finish_reason="stop" if self.text.stopped else sequence.finish_reason,
-            prompt_tokens=sequence.num_prompt,
-            cached_tokens=sequence.prefix_hit,
-            sampled=sequence.sampled,
-        )
-        self.outbox.append(Delta(self.index, rest, completion))
+                self.finish(answer)

@@ -25,6 +25,8 @@ ORDER = (
     ("models",),
     ("engine",),
     ("text",),
+    ("grammar",),
+    ("answer",),
     ("llm",),
     ("windows",),
     ("calibrate", "corpus"),

@@ -136,7 +136,7 @@ def test_codes_of_another_format_calibration_model_or_dtype_are_refused(
             llm.restore(tmp_path / "s")
         assert codes(llm, prompt)["layers.0.k.codes"].shape[1] == 0
     new(pamphlet, "int8-token").save(tmp_path / "s", prompt)
-    with pytest.raises(OctavoError, match="computed with float32, .* runs with bfloat16"):
+    with pytest.raises(OctavoError, match=r"computed with float32, .* runs with bfloat16"):
         LLM(Model.load(device="cpu", dtype="bf16"), "int8-token", session_len=512).restore(tmp_path / "s")
 
 

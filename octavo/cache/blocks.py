@@ -11,6 +11,7 @@ blocks from the tail, so the beginning of a prefix outlives its end.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -59,19 +60,22 @@ class BlockPool:
         still to be computed; and a shared block is never written."""
         return max(0, len(tokens) - 1) // self.block_size
 
-    def find(self, tokens: Tokens[int]) -> list[tuple[int, bytes]]:
-        """Blocks that hold the longest cached prefix of `tokens`, each with its hash."""
-        found: list[tuple[int, bytes]] = []
-        if not self.prefix_caching:
-            return found
+    def prefixes(self, tokens: Tokens[int]) -> Iterator[tuple[bytes, tuple[int, ...]]]:
+        """Of each block that a hit on `tokens` can have, the hash of the prefix that it ends, and its own tokens."""
         parent = None
         for start in range(0, self.prefix_blocks(tokens) * self.block_size, self.block_size):
             own = tuple(tokens[start : start + self.block_size])
             parent = prefix_hash(parent, own)
-            index = self.by_prefix.get(parent)
+            yield parent, own
+
+    def find(self, tokens: Tokens[int]) -> list[tuple[int, bytes]]:
+        """Blocks that hold the longest cached prefix of `tokens`, each with its hash."""
+        found: list[tuple[int, bytes]] = []
+        for prefix, own in self.prefixes(tokens):
+            index = self.by_prefix.get(prefix)
             if index is None or self.blocks[index].tokens != own:
                 break
-            found.append((index, parent))
+            found.append((index, prefix))
         return found
 
     def match(self, tokens: Tokens[int]) -> list[tuple[int, bytes]]:

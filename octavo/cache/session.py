@@ -1,9 +1,9 @@
 """A session in a file: the tokens of a conversation and the codes of its K and V, just as they lay in the cache.
 
 One safetensors file. Its tensors are the rows of whole blocks, `layers.{i}.{k,v}.codes` [heads, tokens, width] and, in
-token formats, `….scales` [heads, tokens], in no layout of a device's or kernel's: what one wrote another reads. Its JSON
-header holds the tokens, what the codes mean, and a checksum of every tensor and of itself. It comes first in the file,
-so that of a torn file the tokens are left, from which codes can be computed again; damaged ones are never used.
+token formats, `….scales` [heads, tokens], in no layout of a device's or kernel's: what one wrote another reads. Its
+JSON header holds the tokens, what the codes mean, and a checksum of every tensor and of itself. It comes first in the
+file, so that of a torn file the tokens are left, from which codes can be computed again; damaged ones are never used.
 
 The last, partly filled block is left out: its tokens, fewer than a block has, are computed again with what follows.
 """
@@ -112,9 +112,7 @@ class SavedSession:
         if saved.formats != here.formats:
             raise OctavoError(f"{self.path} holds {saved.format} codes, and this cache {here.format}; {otherwise}")
         if saved.calibration != here.calibration:
-            raise OctavoError(
-                f"{self.path} was saved under another calibration, granularity or headroom; {otherwise}"
-            )
+            raise OctavoError(f"{self.path} was saved under another calibration, granularity or headroom; {otherwise}")
         if (saved.arithmetic, saved.shapes) != (here.arithmetic, here.shapes):
             raise OctavoError(
                 f"{self.path} holds K and V computed with {saved.arithmetic}, and this model runs with "
@@ -180,9 +178,8 @@ def write_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int], codes: Co
     codes is left out.
     """
     size = pool.block_size
-    rows = min((tensor.shape[1] for tensor in codes.values()), default=0)
     hits = pool.match(tokens)
-    whole = min(rows // size, pool.prefix_blocks(tokens))
+    whole = min(rows(codes) // size, pool.prefix_blocks(tokens))
     new = [pool.take() for _ in range(min(whole - len(hits), len(pool.free)))]
     first, last = len(hits) * size, (len(hits) + len(new)) * size
     slots = (torch.tensor(new, dtype=torch.int64)[:, None] * size + torch.arange(size)).flatten()
@@ -197,6 +194,11 @@ def write_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int], codes: Co
     for i, index in enumerate(new, len(hits)):
         parent = pool.seal(index, parent, tokens[i * size : (i + 1) * size])
     pool.release([*(index for index, _ in hits), *new])
+
+
+def rows(codes: Codes) -> int:
+    """Tokens that the codes are of."""
+    return min((tensor.shape[1] for tensor in codes.values()), default=0)
 
 
 def _stores(cache: KVCache) -> Iterator[tuple[str, RowStore]]:

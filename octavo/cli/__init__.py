@@ -15,6 +15,7 @@ from octavo.cli.generate import generate
 from octavo.cli.memory import memory
 from octavo.cli.plan import plan
 from octavo.cli.report import report
+from octavo.cli.serve import serve
 from octavo.cli.speed import speed
 from octavo.errors import OctavoError
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(calibrate)
 app.command()(chat)
 app.command()(generate)
+app.command()(serve)
 app.command()(accuracy)
 app.command()(doctor)
 app.command()(speed)

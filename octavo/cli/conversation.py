@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.cli.footprint import Footprint
 from octavo.errors import OctavoError
+from octavo.text import check_messages
 
 if TYPE_CHECKING:
     from octavo.cache.session import SavedSession
@@ -131,23 +132,6 @@ class Conversation:
         from octavo.text import encode_chat
 
         return encode_chat(self.llm.tokenizer, [*self._said(), {"role": "user", "content": text}])
-
-
-def check_messages(value: Any) -> list[Message]:
-    """`value` as messages; raises OctavoError for anything else."""
-    if not isinstance(value, list) or not value:
-        raise OctavoError("messages is not a list of messages")
-    for i, message in enumerate(value, 1):
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            raise OctavoError(f'message {i} is not of the form {{"role": "user", "content": "…"}}')
-        if not all(is_text(part) for part in message.values()):
-            raise OctavoError(f"message {i} holds something else than text")
-    return value
-
-
-def is_text(value: Any) -> bool:
-    """Whether `value` is a string that a tokenizer can take: no half of a surrogate pair, as JSON allows."""
-    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def _read(path: Path) -> tuple[SavedSession, dict[str, Any]]:

@@ -17,8 +17,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from octavo.cli.conversation import check_messages, is_text
 from octavo.errors import OctavoError
+from octavo.text import check_messages, is_text
 
 if TYPE_CHECKING:
     from octavo.engine.sampling import SamplingParams

@@ -74,8 +74,8 @@ class Scheduler:
         return work
 
     def commit(self, work: Work, sampled: list[Sampled]) -> list[Sequence]:
-        """Take in what a step computed; returns the sequences that gained a token. `sampled` is in the order of those
-        whose last pending token was computed."""
+        """Take in what a step computed; returns the sequences that gained a token, or failed to. `sampled` is in
+        the order of those whose last pending token was computed."""
         results = iter(sampled)
         gained = []
         for sequence, tokens in work:
@@ -84,9 +84,12 @@ class Scheduler:
             if sequence.pending:
                 continue
             result = next(results)
+            gained.append(sequence)
+            if result.failed:
+                self.finish(sequence, "error")
+                continue
             sequence.tokens.append(result.token)
             sequence.sampled.append(result)
-            gained.append(sequence)
             if result.token in sequence.stop_ids:
                 self.finish(sequence, "stop")
             elif len(sequence.tokens) >= sequence.max_len:

@@ -70,7 +70,7 @@ class BoundModel:
 
     @property
     def arithmetic(self) -> str:
-        """What K and V depend on beside the weights: the dtype, and rotary frequencies, which may follow the context."""
+        """What K and V depend on beside the weights: dtype, and RoPE's frequencies, which may follow the context."""
         digest = sha256()
         for name, buffer in self.hf.named_buffers():
             if name.endswith("inv_freq"):
