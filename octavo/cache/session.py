@@ -159,15 +159,13 @@ def save(path: Path, tokens: Tokens[int], codes: Codes, identity: Identity, abou
 
 def read_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int]) -> Codes:
     """A copy, on the CPU, of the codes of the longest prefix of `tokens` that is cached."""
-    found = [index for index, _ in pool.match(tokens)]
-    blocks = torch.tensor(found, dtype=torch.int64)
+    blocks = torch.tensor([index for index, _ in pool.find(tokens)], dtype=torch.int64)
     codes = {}
     for name, store in _stores(cache):
         here = blocks.to(store.codes.device)
         codes[f"{name}.codes"] = store.layout.read_rows(store.codes, here).cpu().contiguous()
         if store.scales is not None:
             codes[f"{name}.scales"] = store.scale_layout.read_rows(store.scales, here)[..., 0].cpu().contiguous()
-    pool.release(found)
     return codes
 
 
@@ -177,23 +175,30 @@ def write_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int], codes: Co
     What is cached already stays as it is. Blocks are taken from what is free, and if that is too little, the end of the
     codes is left out.
     """
-    size = pool.block_size
-    hits = pool.match(tokens)
+    size, hits = pool.block_size, pool.match(tokens)
     whole = min(rows(codes) // size, pool.prefix_blocks(tokens))
     new = [pool.take() for _ in range(min(whole - len(hits), len(pool.free)))]
-    first, last = len(hits) * size, (len(hits) + len(new)) * size
-    slots = (torch.tensor(new, dtype=torch.int64)[:, None] * size + torch.arange(size)).flatten()
+    try:
+        _write_blocks(cache, new, codes, len(hits) * size)
+        parent = hits[-1][1] if hits else None
+        for i, index in enumerate(new, len(hits)):
+            parent = pool.seal(index, parent, tokens[i * size : (i + 1) * size])
+    finally:
+        pool.release([*(index for index, _ in hits), *new])
+
+
+def _write_blocks(cache: KVCache, blocks: list[int], codes: Codes, first: int) -> None:
+    """Fill blocks with the rows of codes from row `first` on."""
+    size = cache.layout.block_size
+    slots = (torch.tensor(blocks, dtype=torch.int64)[:, None] * size + torch.arange(size)).flatten()
+    part = slice(first, first + len(slots))
     for name, store in _stores(cache):
-        here = slots.to(store.codes.device)
-        part = codes[f"{name}.codes"][:, first:last].transpose(0, 1).to(store.codes.device)
-        store.layout.write_rows(store.codes, here, part)
+        device = store.codes.device
+        here = codes[f"{name}.codes"][:, part].transpose(0, 1).to(device)
+        store.layout.write_rows(store.codes, slots.to(device), here)
         if store.scales is not None:
-            part = codes[f"{name}.scales"][:, first:last].transpose(0, 1).to(store.codes.device)
-            store.scale_layout.write_rows(store.scales, here, part[..., None])
-    parent = hits[-1][1] if hits else None
-    for i, index in enumerate(new, len(hits)):
-        parent = pool.seal(index, parent, tokens[i * size : (i + 1) * size])
-    pool.release([*(index for index, _ in hits), *new])
+            here = codes[f"{name}.scales"][:, part].transpose(0, 1).to(device)
+            store.scale_layout.write_rows(store.scales, slots.to(device), here[..., None])
 
 
 def rows(codes: Codes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,22 +36,33 @@ def serve(
     timeout: Annotated[float, serving("Seconds an answer may take, its time in the queue included.", min=0.001)] = 600,
     max_body: Annotated[int, serving("Bytes a request may have.", min=1)] = 8 << 20,
     grace: Annotated[float, serving("Seconds that running answers have to end at SIGTERM or Ctrl-C.", min=0)] = 30,
+    session_dir: Annotated[
+        Path | None, serving("Keep conversations' caches here, over restarts too.", file_okay=False)
+    ] = None,
+    session_dir_size: Annotated[str, serving("Bytes they may take; the least recently used are removed.")] = "10GiB",
     as_json: Annotated[
         bool, typer.Option("--json", help="Tell on stdout, as one line of JSON, what is served.")
     ] = False,
 ) -> None:
     """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
+    from octavo.cache.size import parse_bytes
+
     try:
         from octavo.serve.server import Server, bind, url
         from octavo.serve.service import Limits
+        from octavo.serve.sessions import SessionDir
     except ImportError as error:
         raise OctavoError(f"`octavo serve` needs {error.name}: pip install 'octavo[serve]'") from None
 
+    room = parse_bytes(session_dir_size)
     with bind(host, port) as sock:
         llm = options.llm()
+        sessions = SessionDir(session_dir, room, llm) if session_dir else None
         limits = Limits(max_queue, timeout, max_body)
         origins = tuple(cors_origin or ())
-        server = Server(llm, sock, served_model_name, limits, api_key=api_key, cors_origins=origins, grace=grace)
+        server = Server(
+            llm, sock, served_model_name, limits, api_key=api_key, cors_origins=origins, grace=grace, sessions=sessions
+        )
         state = {"url": url(sock), "model": server.service.name, **_facts(llm)}
         if as_json:
             print(json.dumps(state), flush=True)

@@ -61,16 +61,17 @@ def create_app(service: Service, api_key: str | None = None, cors_origins: tuple
         return Response(generate_latest(service.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def cache(_: Request) -> Response:
-        return JSONResponse(await service.worker.call(lambda llm: cache_state(llm, service.worker, service.name)))
+        return JSONResponse(
+            await service.worker.call(lambda llm: cache_state(llm, service.worker, service.name, service.sessions))
+        )
 
     async def openapi(_: Request) -> Response:
         return JSONResponse(document())
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        service.worker.start(asyncio.get_running_loop())
-        yield
-        service.worker.stop()
+        async with service.running():
+            yield
 
     routes: list[BaseRoute] = [
         Route("/v1/chat/completions", chat, methods=["POST"]),

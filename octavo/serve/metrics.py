@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from octavo.cache.size import block_bytes
 from octavo.llm import LLM
 from octavo.quant.format import KVFormat
+from octavo.serve.sessions import SessionDir
 from octavo.serve.worker import Worker
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -60,7 +61,7 @@ class Metrics:
             yield CounterMetricFamily(name, help, value)
 
 
-def cache_state(llm: LLM, worker: Worker, model: str) -> dict[str, Any]:
+def cache_state(llm: LLM, worker: Worker, model: str, sessions: SessionDir | None = None) -> dict[str, Any]:
     """The cache in numbers; on the engine's thread, since it walks through the blocks."""
     cache, pool, scheduler = llm.cache, llm.engine.pool, llm.engine.scheduler
     used = len(pool) - len(pool.free)
@@ -77,6 +78,9 @@ def cache_state(llm: LLM, worker: Worker, model: str) -> dict[str, Any]:
         "bytes_used_16_bits": used * block_16,
         "sessions_running": len(scheduler.running),
         "sessions_waiting": len(scheduler.waiting),
+        "sessions_saved": len(sessions.chains) if sessions else None,
+        "sessions_saved_bytes": sessions.nbytes if sessions else None,
+        "restored_tokens": sessions.restored_tokens if sessions else None,
         "prefix_hit_tokens": worker.counts.hit_tokens,
         "prefix_query_tokens": worker.counts.prompt_tokens,
         "tokens_per_second": round(worker.tokens_per_second, 1),

@@ -11,6 +11,7 @@ from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.serve.app import create_app
 from octavo.serve.service import Limits, Service
+from octavo.serve.sessions import SessionDir
 
 
 class Server:
@@ -26,9 +27,10 @@ class Server:
         api_key: str | None = None,
         cors_origins: tuple[str, ...] = (),
         grace: float = 30.0,
+        sessions: SessionDir | None = None,
     ):
         self.sock = sock
-        self.service = Service(llm, name or llm.model.name, limits or Limits(), on_death=self._give_up)
+        self.service = Service(llm, name or llm.model.name, limits or Limits(), self._give_up, sessions)
         app = create_app(self.service, api_key, cors_origins)
         config = uvicorn.Config(
             app,

@@ -16,6 +16,7 @@ from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.serve.errors import ApiError
 from octavo.serve.metrics import Metrics
+from octavo.serve.sessions import SessionDir
 from octavo.serve.worker import EngineFailure, Job, Worker
 
 
@@ -31,10 +32,17 @@ class Limits:
 class Service:
     """The model behind the routes."""
 
-    def __init__(self, llm: LLM, name: str, limits: Limits, on_death: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        llm: LLM,
+        name: str,
+        limits: Limits,
+        on_death: Callable[[], None] = lambda: None,
+        sessions: SessionDir | None = None,
+    ):
         self.llm, self.name, self.limits = llm, name, limits
         self.created = int(time.time())
-        self.worker = Worker(llm, on_death)
+        self.worker, self.sessions = Worker(llm, on_death), sessions
         self.metrics = Metrics(llm, self.worker)
         self.capacity = llm.engine.scheduler.max_batch_size + limits.max_queue
         self.admitted = 0  # answers promised and not yet complete
@@ -59,6 +67,19 @@ class Service:
             )
 
     @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The engine's thread, and what is saved beside it."""
+        self.worker.start(asyncio.get_running_loop())
+        saving = asyncio.create_task(self.sessions.save_quiet(self.worker)) if self.sessions else None
+        yield
+        if self.sessions and saving:
+            saving.cancel()
+            await asyncio.gather(saving, return_exceptions=True)
+            if self.worker.alive:
+                await self.sessions.save(self.worker)
+        self.worker.stop()
+
+    @asynccontextmanager
     async def job(self, n: int, prepare: Callable[[], list[tuple[list[int], SamplingParams]]]) -> AsyncIterator[Job]:
         """The answers of a request of `n` answers, on their way. Whoever leaves early aborts what is unfinished."""
         job = self._admit(n)
@@ -68,6 +89,9 @@ class Service:
             try:
                 async with asyncio.timeout_at(deadline):
                     job.answers = await loop.run_in_executor(self.preparing, self._answers, job, prepare)
+                    if self.sessions:
+                        for prompt in {tuple(answer.sequence.tokens) for answer in job.answers}:
+                            await self.sessions.restore(self.worker, prompt)
             except TimeoutError:
                 raise _late() from None
             except OctavoError as error:
@@ -82,6 +106,9 @@ class Service:
                     self.worker.finish(job, "abort")
         finally:
             job.release()
+            if self.sessions:
+                for answer in job.answers:
+                    self.sessions.remember(answer.sequence.tokens)
 
     async def batches(self, job: Job) -> AsyncIterator[list[Delta]]:
         """The job's pieces; raises ApiError for what went wrong."""

@@ -14,10 +14,12 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Sequence as Tokens
+from contextlib import suppress
 from pathlib import Path
 
 from octavo.cache import session
-from octavo.cache.session import Codes, Identity, SavedSession
+from octavo.cache.session import Codes, SavedSession
 from octavo.cache.size import format_bytes
 from octavo.errors import OctavoError
 from octavo.llm import LLM
@@ -37,7 +39,7 @@ class SessionDir:
         self.sizes: dict[Path, int] = {}  # every session file, least recently used first
         self.chains: dict[Path, list[bytes]] = {}  # of those that fit this cache, the hashes of their prefixes
         self.index: dict[bytes, Path] = {}  # such a hash → a file that has its block
-        self.fresh: dict[bytes, tuple[list[int], float]] = {}  # last hash → tokens not yet saved, and when they ended
+        self.fresh: dict[bytes, tuple[Tokens[int], float]] = {}  # last hash → tokens not yet saved, and when they ended
         self.restored_tokens = 0
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,7 @@ class SessionDir:
     def nbytes(self) -> int:
         return sum(self.sizes.values())
 
-    def remember(self, tokens: list[int]) -> None:
+    def remember(self, tokens: Tokens[int]) -> None:
         """A conversation has ended its turn."""
         chain = self._chain(tokens)
         if not chain or chain[-1] in self.index:
@@ -80,7 +82,7 @@ class SessionDir:
                 except OctavoError as error:
                     logger.warning("a session is not kept: %s", error)
 
-    async def restore(self, worker: Worker, tokens: list[int]) -> None:
+    async def restore(self, worker: Worker, tokens: Tokens[int]) -> None:
         """Put back what is saved of a prompt and not cached."""
         chain = self._chain(tokens)
         blocks = next((n for n in range(len(chain), 0, -1) if chain[n - 1] in self.index), 0)
@@ -98,7 +100,7 @@ class SessionDir:
         self.restored_tokens += (after - before) * self.pool.block_size
         self._touch(file)
 
-    async def _save(self, worker: Worker, tokens: list[int]) -> None:
+    async def _save(self, worker: Worker, tokens: Tokens[int]) -> None:
         codes = await worker.call(lambda llm: session.read_prefix(llm.cache, llm.engine.pool, tokens))
         tokens = tokens[: session.rows(codes) + 1]
         chain = self._chain(tokens)
@@ -136,27 +138,28 @@ class SessionDir:
             self.index.update(dict.fromkeys(chain, file))
 
     def _forget(self, file: Path) -> None:
-        file.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.unlink()
         self.sizes.pop(file, None)
-        for prefix in self.chains.pop(file, []):
-            if self.index[prefix] == file:
-                del self.index[prefix]
+        if self.chains.pop(file, None):  # another file may have some of its blocks too
+            self.index = {prefix: other for other, chain in self.chains.items() for prefix in chain}
 
     def _touch(self, file: Path) -> None:
         """Its use is remembered over restarts too."""
         if file in self.sizes:
             self.sizes[file] = self.sizes.pop(file)
-            os.utime(file)
+            with suppress(OSError):
+                os.utime(file)
 
     def _shrink(self) -> None:
         while self.nbytes > self.limit:
             self._forget(next(iter(self.sizes)))
 
-    def _chain(self, tokens: list[int]) -> list[bytes]:
+    def _chain(self, tokens: Tokens[int]) -> list[bytes]:
         return [prefix for prefix, _ in self.pool.prefixes(tokens)]
 
 
-def _write(llm: LLM, tokens: list[int], codes: Codes) -> tuple[int, int]:
+def _write(llm: LLM, tokens: Tokens[int], codes: Codes) -> tuple[int, int]:
     """Blocks of `tokens` that are cached before and after."""
     pool = llm.engine.pool
     before = len(pool.find(tokens))
