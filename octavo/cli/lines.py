@@ -159,13 +159,22 @@ def _fields(text: bytes) -> dict[str, Any]:
 
 def _typed(name: str, value: Any) -> Any:
     """`value` if it is of the type that the sampling parameter `name` has."""
-    if name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+    numbers = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    if name in numbers:
         right, expected = type(value) in (int, float), "a number"
     elif name == "ignore_eos":
         right, expected = type(value) is bool, "true or false"
     elif name == "stop":
         many = value if isinstance(value, list) else [value]
         right, expected = all(is_text(one) for one in many), "a string or a list of strings"
+    elif name == "json_schema":
+        right, expected = isinstance(value, dict), "a JSON schema, that is an object"
+    elif name == "logit_bias":
+        right = isinstance(value, dict) and all(
+            token.isdecimal() and type(bias) in (int, float) for token, bias in value.items()
+        )
+        expected = 'an object like {"token id": bias}'
+        value = {int(token): bias for token, bias in value.items()} if right else value
     elif name == "stop_token_ids":
         right, expected = isinstance(value, list) and all(type(one) is int for one in value), "a list of token ids"
     else:

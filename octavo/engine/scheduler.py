@@ -123,9 +123,11 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Start a waiting sequence on its cached prefix, if there is room for all its tokens."""
+        """Start a waiting sequence on its cached prefix, if there is room for all its tokens and nobody who runs is
+        about to compute more of that prefix."""
         hits = self.pool.match(sequence.tokens)
-        if self.pool.blocks_for(len(sequence.tokens)) - len(hits) > len(self.pool.free):
+        needed = self.pool.blocks_for(len(sequence.tokens)) - len(hits)
+        if needed > len(self.pool.free) or self._comes(sequence, len(hits)):
             self.pool.release([block for block, _ in hits])
             return False
         sequence.block_table = [block for block, _ in hits]
@@ -134,6 +136,17 @@ class Scheduler:
         if not sequence.preemptions:
             sequence.prefix_hit = sequence.num_cached
         return True
+
+    def _comes(self, sequence: Sequence, hits: int) -> bool:
+        """Whether a running sequence is computing the block that comes after the `hits` found: to wait for it, a step
+        or the chunks of its prompt, costs less than to compute it twice."""
+        end = (hits + 1) * self.pool.block_size
+        if end >= len(sequence.tokens) or not self.pool.prefix_caching:
+            return False
+        return any(
+            other.num_cached < end <= other.num_prompt and other.tokens[:end] == sequence.tokens[:end]
+            for other in self.running
+        )
 
     def _seal(self, sequence: Sequence) -> None:
         """Make blocks that have become full findable."""

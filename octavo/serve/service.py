@@ -117,7 +117,7 @@ class Service:
                 for delta in pieces:
                     if delta.completion and delta.completion.finish_reason == "error":
                         raise ApiError(500, "the answer cannot be continued as the request demands")
-                    if delta.completion and not delta.completion.tokens:
+                    if delta.completion and not any(answer.sequence.output for answer in job.answers):
                         raise _late()
                 yield pieces
         except OctavoError as error:
