@@ -84,7 +84,7 @@ def create_app(service: Service, api_key: str | None = None, cors_origins: tuple
         Route("/openapi.json", openapi),
     ]
     if PAGE.is_dir():
-        routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
+        routes.append(Mount("/", Page(directory=PAGE, html=True)))
     middleware = [Middleware(Gate, service, api_key)]
     if cors_origins:
         middleware.insert(
@@ -211,6 +211,20 @@ class Answering(Response):
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+class Page(StaticFiles):
+    """The page at /, which may load and send nothing but this server's own."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers["Content-Security-Policy"] = (
+            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Cache-Control"] = "no-cache"  # asked for again after an update
+        return response
 
 
 class Gate:

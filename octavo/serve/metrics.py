@@ -70,6 +70,8 @@ def cache_state(llm: LLM, worker: Worker, model: str, sessions: SessionDir | Non
         "model": model,
         "format": str(llm.format),
         "block_size": pool.block_size,
+        "block_bytes": cache.block_nbytes,
+        "block_bytes_16_bits": block_16,
         "blocks_total": len(pool),
         "blocks_used": used,
         "blocks_cached": sum(pool.blocks[index].prefix is not None for index in pool.free),  # free, and findable
