@@ -59,7 +59,9 @@ def test_a_conversation_outlives_the_server(pamphlet: Model, text_ids: list[int]
         running.assert_idle()
         state = json.load(urlopen(f"{running.url}/cache"))
         assert (state["sessions_saved"], state["restored_tokens"]) == (1, 192)
-        assert state["sessions_saved_bytes"] == sum(file.stat().st_size for file in (tmp_path / "new" / "dir").iterdir())
+        assert state["sessions_saved_bytes"] == sum(
+            file.stat().st_size for file in (tmp_path / "new" / "dir").iterdir()
+        )
 
 
 def test_what_went_on_replaces_what_was_saved_of_it(pamphlet: Model, text_ids: list[int], tmp_path: Path):

@@ -381,7 +381,7 @@ function paintCache() {
     document.title = `${model} · Octavo`;
     for (const name of document.querySelectorAll(".turn.assistant h3")) name.textContent = model;
   }
-  $("model").textContent = `${model} · ${now.format}`;
+  $("model").textContent = model;
 }
 
 let polling = false;
