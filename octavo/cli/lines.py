@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -171,7 +172,7 @@ def _typed(name: str, value: Any) -> Any:
         right, expected = isinstance(value, dict), "a JSON schema, that is an object"
     elif name == "logit_bias":
         right = isinstance(value, dict) and all(
-            token.isdecimal() and type(bias) in (int, float) for token, bias in value.items()
+            re.fullmatch("[0-9]{1,9}", token) and type(bias) in (int, float) for token, bias in value.items()
         )
         expected = 'an object like {"token id": bias}'
         value = {int(token): bias for token, bias in value.items()} if right else value

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -163,12 +163,17 @@ class Answering(Response):
                 self.service.metrics.aborted.inc()
                 return
             await work  # raises what went wrong
+        except ApiError as error:
+            await self._refuse(error, scope, receive, send)
+        except asyncio.CancelledError:  # the grace time is over
+            end = ApiError(503, "the server was stopped before this answer's end")
+            await self._refuse(end, scope, receive, send)
         finally:
             for task in (work, gone):
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
 
-    async def _batches(self) -> AsyncIterator[list[Delta]]:
+    async def _batches(self) -> AsyncGenerator[list[Delta]]:
         metrics = self.service.metrics
         async with self.service.job(len(self.reply.completions), self.prepare) as job:
             first = True
@@ -182,22 +187,26 @@ class Answering(Response):
         metrics.duration.observe(time.monotonic() - self.start)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async for _ in self._batches():
-            pass
+        async with aclosing(self._batches()) as batches:
+            async for _ in batches:
+                pass
         body = dumps(self.reply.whole(self.n))
+        self.begun = True
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
         """The head waits for the first piece: until then a refusal still has its own status."""
-        try:
-            async for pieces in self._batches():
+        async with aclosing(self._batches()) as batches:
+            async for pieces in batches:
                 events = [event(self.reply.chunk(delta, self.usage)) for delta in pieces]
                 await self._send(send, b"".join(events))
-            end = event(self.reply.usage_chunk(self.n)) + DONE if self.usage else DONE
-            await self._send(send, end, more=False)
-        except ApiError as error:
-            if not self.begun:
-                raise
+        end = event(self.reply.usage_chunk(self.n)) + DONE if self.usage else DONE
+        await self._send(send, end, more=False)
+
+    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self.begun:
+            await _refuse(None, error)(scope, receive, send)
+        elif self.stream:
             await self._send(send, event(error.body), more=False)
 
     async def _send(self, send: Send, body: bytes, more: bool = True) -> None:

@@ -251,6 +251,7 @@ def _json(text: str) -> Any:
         return None
 
 
+TAGS = ("str", "int", "constrained-str", "NamedTool")
 R = TypeVar("R", bound=BaseModel)
 
 
@@ -259,10 +260,10 @@ def parse(body: bytes, kind: type[R]) -> R:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # A union's members are no part of a field's name.
-    parts = [str(part) for part in first["loc"] if part not in ("str", "int", "NamedTool") and "[" not in str(part)]
-    where = ".".join(parts)
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+    # Of a union every member complains: the one that came furthest is meant. Its tag is no part of the field's name.
+    first = max((one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]), key=lambda one: len(one["loc"]))
+    where = ".".join(str(part) for part in first["loc"] if part not in TAGS and "[" not in str(part))
     if first["type"] == "json_invalid":
         raise ApiError(400, "the body is not JSON")
     if first["type"] == "extra_forbidden":
