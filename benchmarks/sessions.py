@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from machine import describe
 
 from octavo import LLM, SamplingParams
@@ -84,8 +83,8 @@ def main() -> None:
                 row = measure(llm, ids[: tokens + 1], Path(directory) / "session", args.rounds)
                 rows.append(row)
                 print(
-                    f"{kv:10s} {row['tokens']:5d} tokens  {row['file_bytes']:9,d} bytes  restored and answered in "
-                    f"{row['restore_ms']:7.1f} ms, prefilled in {row['prefill_ms']:7.1f}: {row['prefill_over_restore']}×"
+                    f"{kv:10s} {row['tokens']:5d} tokens  {row['file_bytes']:9,d} bytes  restored in "
+                    f"{row['restore_ms']:.1f} ms, prefilled in {row['prefill_ms']:.1f}: {row['prefill_over_restore']}×"
                 )
     sixteen = {row["tokens"]: row["file_bytes"] for row in rows if row["kv"] == "bf16"}
     for row in rows:

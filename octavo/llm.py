@@ -194,7 +194,8 @@ class LLM:
         tokens, identity, pool = self._conversation(conversation), self.session_identity, self.engine.pool
         if len(pool.find(tokens)) < pool.prefix_blocks(tokens):
             self._compute(tokens)
-        session.save(Path(path), tokens, session.read_prefix(self.cache, pool, tokens), identity, about)
+        codes = session.to_rows(self.cache, session.copy_prefix(self.cache, pool, tokens))
+        session.save(Path(path), tokens, codes, identity, about)
         return len(pool.find(tokens)) * pool.block_size
 
     def restore(self, path: str | Path) -> Restored:
@@ -207,7 +208,8 @@ class LLM:
         saved.check(self.session_identity)
         pool = self.engine.pool
         try:
-            session.write_prefix(self.cache, pool, saved.tokens, saved.codes())
+            copies = session.to_blocks(self.cache, saved.codes())
+            session.paste_prefix(self.cache, pool, saved.tokens, copies)
         except Damaged as damage:
             warnings.warn(f"{damage}; what it held is computed again", stacklevel=2)
             self._compute(saved.tokens)

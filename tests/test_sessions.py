@@ -25,7 +25,7 @@ def new(model: Model, kv: str, calibration: Calibration | None = None, **options
 
 
 def codes(llm: LLM, tokens: list[int]) -> session.Codes:
-    return session.read_prefix(llm.cache, llm.engine.pool, tokens)
+    return session.to_rows(llm.cache, session.copy_prefix(llm.cache, llm.engine.pool, tokens))
 
 
 def assert_idle(llm: LLM) -> None:

@@ -26,13 +26,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from octavo.cache.blocks import BlockPool
-from octavo.cache.store import KVCache, RowStore
+from octavo.cache.layout import Layout
+from octavo.cache.store import CPU, KVCache, RowStore
 from octavo.errors import OctavoError
 
 VERSION = 1
 LARGEST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 
-Codes = dict[str, Tensor]
+Codes = dict[str, Tensor]  # rows, by the names above
+Copies = list[tuple[Tensor, Tensor | None]]  # codes and scales of some blocks of every store, in its own layout
 
 
 class Damaged(OctavoError):
@@ -157,29 +159,32 @@ def save(path: Path, tokens: Tokens[int], codes: Codes, identity: Identity, abou
     return size
 
 
-def read_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int]) -> Codes:
-    """A copy, on the CPU, of the codes of the longest prefix of `tokens` that is cached."""
+def copy_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int]) -> Copies:
+    """A copy of the blocks that hold the longest cached prefix of `tokens`."""
     blocks = torch.tensor([index for index, _ in pool.find(tokens)], dtype=torch.int64)
-    codes = {}
-    for name, store in _stores(cache):
+    copies: Copies = []
+    for _, store in _stores(cache):
         here = blocks.to(store.codes.device)
-        codes[f"{name}.codes"] = store.layout.read_rows(store.codes, here).cpu().contiguous()
-        if store.scales is not None:
-            codes[f"{name}.scales"] = store.scale_layout.read_rows(store.scales, here)[..., 0].cpu().contiguous()
-    return codes
+        copies.append((store.codes[here], store.scales[here] if store.scales is not None else None))
+    return copies
 
 
-def write_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int], codes: Codes) -> None:
-    """Put codes of the first of `tokens` into free blocks, from where sequences find them as if one had computed them.
+def paste_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int], copies: Copies) -> None:
+    """Put copies of the first blocks of `tokens` into free blocks, where sequences find them as if one had computed
+    them.
 
-    What is cached already stays as it is. Blocks are taken from what is free, and if that is too little, the end of the
-    codes is left out.
+    What is cached already stays as it is. If too few blocks are free, the end is left out.
     """
-    size, hits = pool.block_size, pool.match(tokens)
-    whole = min(rows(codes) // size, pool.prefix_blocks(tokens))
+    hits, size = pool.match(tokens), pool.block_size
+    whole = min(len(copies[0][0]), pool.prefix_blocks(tokens))
     new = [pool.take() for _ in range(min(whole - len(hits), len(pool.free)))]
+    part = slice(len(hits), len(hits) + len(new))
     try:
-        _write_blocks(cache, new, codes, len(hits) * size)
+        for (_, store), (codes, scales) in zip(_stores(cache), copies, strict=True):
+            here = torch.tensor(new, dtype=torch.int64, device=store.codes.device)
+            store.codes[here] = codes[part].to(here.device)
+            if store.scales is not None and scales is not None:
+                store.scales[here] = scales[part].to(here.device)
         parent = hits[-1][1] if hits else None
         for i, index in enumerate(new, len(hits)):
             parent = pool.seal(index, parent, tokens[i * size : (i + 1) * size])
@@ -187,18 +192,35 @@ def write_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int], codes: Co
         pool.release([*(index for index, _ in hits), *new])
 
 
-def _write_blocks(cache: KVCache, blocks: list[int], codes: Codes, first: int) -> None:
-    """Fill blocks with the rows of codes from row `first` on."""
-    size = cache.layout.block_size
-    slots = (torch.tensor(blocks, dtype=torch.int64)[:, None] * size + torch.arange(size)).flatten()
-    part = slice(first, first + len(slots))
+def to_rows(cache: KVCache, copies: Copies) -> Codes:
+    """Blocks as rows, on the CPU. Any thread may do it: nothing of the cache is read but its layouts."""
+    codes = {}
+    for (name, store), (blocks, scales) in zip(_stores(cache), copies, strict=True):
+        every = torch.arange(len(blocks), device=blocks.device)
+        codes[f"{name}.codes"] = store.layout.read_rows(blocks, every).cpu().contiguous()
+        if scales is not None:
+            codes[f"{name}.scales"] = store.scale_layout.read_rows(scales, every)[..., 0].cpu().contiguous()
+    return codes
+
+
+def to_blocks(cache: KVCache, codes: Codes) -> Copies:
+    """Rows as blocks of this cache, whole ones, on the CPU. Any thread may do it."""
+    count = rows(codes) // cache.layout.block_size
+    slots = torch.arange(count * cache.layout.block_size)
+
+    def laid_out(layout: Layout, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        blocks = layout.allocate(count, rows.shape[0], rows.shape[2], dtype, CPU)
+        layout.write_rows(blocks, slots, rows[:, : len(slots)].transpose(0, 1))
+        return blocks
+
+    copies: Copies = []
     for name, store in _stores(cache):
-        device = store.codes.device
-        here = codes[f"{name}.codes"][:, part].transpose(0, 1).to(device)
-        store.layout.write_rows(store.codes, slots.to(device), here)
-        if store.scales is not None:
-            here = codes[f"{name}.scales"][:, part].transpose(0, 1).to(device)
-            store.scale_layout.write_rows(store.scales, slots.to(device), here[..., None])
+        blocks = laid_out(store.layout, codes[f"{name}.codes"], store.codes.dtype)
+        scales = store.scales
+        if scales is not None:
+            scales = laid_out(store.scale_layout, codes[f"{name}.scales"][..., None], scales.dtype)
+        copies.append((blocks, scales))
+    return copies
 
 
 def rows(codes: Codes) -> int:

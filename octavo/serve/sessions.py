@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from octavo.cache import session
-from octavo.cache.session import Codes, SavedSession
+from octavo.cache.session import Copies, SavedSession
 from octavo.cache.size import format_bytes
 from octavo.errors import OctavoError
 from octavo.llm import LLM
@@ -35,7 +35,7 @@ class SessionDir:
 
     def __init__(self, path: Path, limit: int, llm: LLM):
         self.path, self.limit = path, limit
-        self.pool, self.identity = llm.engine.pool, llm.session_identity
+        self.cache, self.pool, self.identity = llm.cache, llm.engine.pool, llm.session_identity
         self.sizes: dict[Path, int] = {}  # every session file, least recently used first
         self.chains: dict[Path, list[bytes]] = {}  # of those that fit this cache, the hashes of their prefixes
         self.index: dict[bytes, Path] = {}  # such a hash → a file that has its block
@@ -90,9 +90,9 @@ class SessionDir:
             return
         file = self.index[chain[blocks - 1]]
         try:
-            codes = await asyncio.to_thread(self._read, file)
+            copies = await asyncio.to_thread(self._read, file)
             prefix = tokens[: blocks * self.pool.block_size + 1]
-            before, after = await worker.call(lambda llm: _write(llm, prefix, codes))
+            before, after = await worker.call(lambda llm: _paste(llm, prefix, copies))
         except Exception as error:  # whatever a file can hold, the request goes on without it
             logger.warning("a saved session is removed, and its prompt computed again: %s", error)
             self._forget(file)
@@ -101,7 +101,8 @@ class SessionDir:
         self._touch(file)
 
     async def _save(self, worker: Worker, tokens: Tokens[int]) -> None:
-        codes = await worker.call(lambda llm: session.read_prefix(llm.cache, llm.engine.pool, tokens))
+        copies = await worker.call(lambda llm: session.copy_prefix(llm.cache, llm.engine.pool, tokens))
+        codes = await asyncio.to_thread(session.to_rows, self.cache, copies)
         tokens = tokens[: session.rows(codes) + 1]
         chain = self._chain(tokens)
         if not chain or chain[-1] in self.index:
@@ -115,10 +116,10 @@ class SessionDir:
             self._forget(shorter)
         self._shrink()
 
-    def _read(self, file: Path) -> Codes:
+    def _read(self, file: Path) -> Copies:
         saved = SavedSession.open(file)
         saved.check(self.identity)
-        return saved.codes()
+        return session.to_blocks(self.cache, saved.codes())
 
     def _take_in(self, file: Path) -> None:
         """A file that is there at the start. One of another model or format is left alone, but its bytes count."""
@@ -159,9 +160,9 @@ class SessionDir:
         return [prefix for prefix, _ in self.pool.prefixes(tokens)]
 
 
-def _write(llm: LLM, tokens: Tokens[int], codes: Codes) -> tuple[int, int]:
+def _paste(llm: LLM, tokens: Tokens[int], copies: Copies) -> tuple[int, int]:
     """Blocks of `tokens` that are cached before and after."""
     pool = llm.engine.pool
     before = len(pool.find(tokens))
-    session.write_prefix(llm.cache, pool, tokens, codes)
+    session.paste_prefix(llm.cache, pool, tokens, copies)
     return before, len(pool.find(tokens))

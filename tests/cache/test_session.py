@@ -46,6 +46,14 @@ def fill(kv: KVCache, pool: BlockPool, tokens: list[int] = TOKENS, seed: int = 0
     pool.check()
 
 
+def read(kv: KVCache, pool: BlockPool, tokens: list[int]) -> Codes:
+    return session.to_rows(kv, session.copy_prefix(kv, pool, tokens))
+
+
+def write(kv: KVCache, pool: BlockPool, tokens: list[int], codes: Codes) -> None:
+    session.paste_prefix(kv, pool, tokens, session.to_blocks(kv, codes))
+
+
 def equal(a: Codes, b: Codes) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -59,7 +67,7 @@ def test_codes_come_back_bit_for_bit_under_either_layout(saved: Any, restored: A
     """Several formats in one cache, a layer that shares another's, odd sizes of rows."""
     kv, pool = cache(saved)
     fill(kv, pool)
-    codes = session.read_prefix(kv, pool, TOKENS)
+    codes = read(kv, pool, TOKENS)
     assert {name for name in codes if name.startswith("layers.2")} == set()
     assert codes["layers.0.k.codes"].shape == (2, 40, 16)
     assert codes["layers.0.k.scales"].shape == (2, 40)
@@ -70,23 +78,23 @@ def test_codes_come_back_bit_for_bit_under_either_layout(saved: Any, restored: A
     other, there = cache(restored)
     other_tokens = list(range(50, 90))
     fill(other, there, other_tokens, seed=1)
-    before = session.read_prefix(other, there, other_tokens)
-    session.write_prefix(other, there, TOKENS, SavedSession.open(tmp_path / "s").codes())
+    before = read(other, there, other_tokens)
+    write(other, there, TOKENS, SavedSession.open(tmp_path / "s").codes())
     there.check()
     assert len(there.free) == len(there)
-    assert equal(session.read_prefix(other, there, TOKENS), codes)
-    assert equal(session.read_prefix(other, there, other_tokens), before), "another conversation was written over"
+    assert equal(read(other, there, TOKENS), codes)
+    assert equal(read(other, there, other_tokens), before), "another conversation was written over"
 
 
 def test_what_is_cached_already_is_kept_and_only_the_rest_written():
     kv, pool = cache()
     fill(kv, pool)
-    codes = session.read_prefix(kv, pool, TOKENS)
+    codes = read(kv, pool, TOKENS)
     other, there = cache()
     fill(other, there, TOKENS[:20], seed=1)
-    own = session.read_prefix(other, there, TOKENS)
-    session.write_prefix(other, there, TOKENS, codes)
-    now = session.read_prefix(other, there, TOKENS)
+    own = read(other, there, TOKENS)
+    write(other, there, TOKENS, codes)
+    now = read(other, there, TOKENS)
     for name, rows in now.items():
         assert torch.equal(rows[:, :16], own[name])
         assert torch.equal(rows[:, 16:], codes[name][:, 16:])
@@ -95,32 +103,32 @@ def test_what_is_cached_already_is_kept_and_only_the_rest_written():
 def test_a_cache_that_is_too_small_takes_the_beginning():
     kv, pool = cache()
     fill(kv, pool)
-    codes = session.read_prefix(kv, pool, TOKENS)
+    codes = read(kv, pool, TOKENS)
     other, there = cache(blocks=4)
     held = there.take()
-    session.write_prefix(other, there, TOKENS, codes)
+    write(other, there, TOKENS, codes)
     there.check()
     assert len(there.find(TOKENS)) == 3
-    assert equal(session.read_prefix(other, there, TOKENS), {name: rows[:, :24] for name, rows in codes.items()})
+    assert equal(read(other, there, TOKENS), {name: rows[:, :24] for name, rows in codes.items()})
     there.release([held])
 
 
 def test_of_a_cold_conversation_nothing_is_read_and_nothing_written(tmp_path: Path):
     kv, pool = cache("tiles")
-    codes = session.read_prefix(kv, pool, TOKENS)
+    codes = read(kv, pool, TOKENS)
     assert {rows.shape[1] for rows in codes.values()} == {0}
     session.save(tmp_path / "s", TOKENS, codes, IDENTITY)
-    session.write_prefix(kv, pool, TOKENS, SavedSession.open(tmp_path / "s").codes())
+    write(kv, pool, TOKENS, SavedSession.open(tmp_path / "s").codes())
     assert pool.find(TOKENS) == []
 
 
 def test_blocks_of_another_size_take_the_same_rows():
     kv, pool = cache()
     fill(kv, pool)
-    codes = session.read_prefix(kv, pool, TOKENS)
+    codes = read(kv, pool, TOKENS)
     other, there = KVCache(SHAPES, [KVFormat.parse(name) for name in MIXED], 4, Layout(16)), BlockPool(4, 16)
-    session.write_prefix(other, there, TOKENS, codes)
-    assert equal(session.read_prefix(other, there, TOKENS), {name: rows[:, :32] for name, rows in codes.items()})
+    write(other, there, TOKENS, codes)
+    assert equal(read(other, there, TOKENS), {name: rows[:, :32] for name, rows in codes.items()})
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -130,7 +138,7 @@ def test_blocks_of_another_size_take_the_same_rows():
 def file(tmp_path: Path) -> Path:
     kv, pool = cache()
     fill(kv, pool)
-    session.save(tmp_path / "s", TOKENS, session.read_prefix(kv, pool, TOKENS), IDENTITY, {"title": "Ünï"})
+    session.save(tmp_path / "s", TOKENS, read(kv, pool, TOKENS), IDENTITY, {"title": "Ünï"})
     return tmp_path / "s"
 
 

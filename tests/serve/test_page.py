@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -55,6 +56,15 @@ def ask(page: Any, text: str) -> None:
     page.press("#message", "Enter")
 
 
+def shorten(page: Any, max_tokens: int) -> None:
+    """Answers of at most so many tokens."""
+
+    def send(route: Any) -> None:
+        route.continue_(post_data=json.dumps({**route.request.post_data_json, "max_tokens": max_tokens}))
+
+    page.route("**/v1/chat/completions", send)
+
+
 def done(page: Any) -> None:
     page.wait_for_selector("#send:visible", timeout=60_000)
 
@@ -97,6 +107,7 @@ def test_an_answer_grows_and_is_stopped_and_is_there_after_a_reload(browser: Any
 
 def test_the_gauge_moves_and_a_second_question_finds_the_first_in_the_cache(browser: Any, running: Running):
     with opened(browser, running) as page:
+        shorten(page, 16)
         ask(page, "Tell me a story about a cat. " * 12)
         done(page)
         ask(page, "And then?")

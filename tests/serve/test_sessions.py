@@ -142,7 +142,7 @@ def test_the_least_recently_used_go_first(pamphlet: Model, prompts: list[list[in
 
 def test_a_directory_that_cannot_be_is_refused(pamphlet: Model, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OctavoError, match="--session-dir .* cannot be used"):
+    with pytest.raises(OctavoError, match=r"--session-dir .* cannot be used"):
         SessionDir(tmp_path / "file" / "dir", PLENTY, small(pamphlet))
     with pytest.raises(OctavoError, match="prefix cache, and it is turned off"):
         SessionDir(tmp_path, PLENTY, small(pamphlet, prefix_caching=False))
