@@ -90,8 +90,9 @@ def _banner(state: dict[str, Any]) -> None:
     from octavo.cache.size import format_bytes
 
     print(
-        f"{state['model']} at {state['url']}/v1 · KV cache {state['kv']}, {format_bytes(state['cache_bytes'])}: "
-        f"{state['cache_tokens']:,} tokens, {state['sessions']:,} sessions of {state['session_len']:,}",
+        f"{state['model']}: a chat at {state['url']}/, the API at {state['url']}/v1\n"
+        f"KV cache {state['kv']}, {format_bytes(state['cache_bytes'])}: {state['cache_tokens']:,} tokens, "
+        f"{state['sessions']:,} sessions of {state['session_len']:,}",
         file=sys.stderr,
         flush=True,
     )

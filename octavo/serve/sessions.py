@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Sequence as Tokens
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
 from octavo.cache import session
@@ -27,6 +28,7 @@ from octavo.serve.worker import Worker
 
 logger = logging.getLogger("octavo")
 QUIET = 5.0  # seconds without a request after which a conversation is saved
+MOST_FRESH = 1024  # conversations that wait to be saved; where they come faster than the disk takes them, some are not
 SUFFIX = ".session"
 
 
@@ -36,6 +38,7 @@ class SessionDir:
     def __init__(self, path: Path, limit: int, llm: LLM):
         self.path, self.limit = path, limit
         self.cache, self.pool, self.identity = llm.cache, llm.engine.pool, llm.session_identity
+        self.kind = sha256(repr(self.identity).encode()).hexdigest()[:8]  # of two formats in one directory
         self.sizes: dict[Path, int] = {}  # every session file, least recently used first
         self.chains: dict[Path, list[bytes]] = {}  # of those that fit this cache, the hashes of their prefixes
         self.index: dict[bytes, Path] = {}  # such a hash → a file that has its block
@@ -64,6 +67,8 @@ class SessionDir:
         for earlier in chain:
             self.fresh.pop(earlier, None)
         self.fresh[chain[-1]] = (tokens, time.monotonic())
+        if len(self.fresh) > MOST_FRESH:
+            del self.fresh[next(iter(self.fresh))]
 
     async def save_quiet(self, worker: Worker) -> None:
         """For ever: save what has become quiet."""
@@ -79,16 +84,18 @@ class SessionDir:
                 del self.fresh[last]
                 try:
                     await self._save(worker, tokens)
-                except OctavoError as error:
+                except Exception as error:  # the disk is full, a step is failing: the next may do
                     logger.warning("a session is not kept: %s", error)
 
     async def restore(self, worker: Worker, tokens: Tokens[int]) -> None:
         """Put back what is saved of a prompt and not cached."""
         chain = self._chain(tokens)
         blocks = next((n for n in range(len(chain), 0, -1) if chain[n - 1] in self.index), 0)
-        if blocks <= await worker.call(lambda llm: len(llm.engine.pool.find(tokens))):
+        if blocks == 0:
             return
         file = self.index[chain[blocks - 1]]
+        if blocks <= await worker.call(lambda llm: len(llm.engine.pool.find(tokens))):
+            return
         try:
             copies = await asyncio.to_thread(self._read, file)
             prefix = tokens[: blocks * self.pool.block_size + 1]
@@ -109,7 +116,7 @@ class SessionDir:
             return
         if (size := sum(rows.nbytes for rows in codes.values())) > self.limit:
             raise OctavoError(f"it takes {format_bytes(size)}, and all may take {format_bytes(self.limit)}")
-        file = self.path / f"{chain[-1].hex()}{SUFFIX}"
+        file = self.path / f"{chain[-1].hex()}.{self.kind}{SUFFIX}"
         written = await asyncio.to_thread(session.save, file, tokens, codes, self.identity)
         self._add(file, written, chain)
         for shorter in [old for old, its in self.chains.items() if its[-1] in chain[:-1]]:
@@ -124,13 +131,13 @@ class SessionDir:
     def _take_in(self, file: Path) -> None:
         """A file that is there at the start. One of another model or format is left alone, but its bytes count."""
         try:
-            saved = SavedSession.open(file)
-        except OctavoError as error:
+            saved, size = SavedSession.open(file), file.stat().st_size
+        except (OctavoError, OSError) as error:
             logger.warning("a saved session is removed: %s", error)
             self._forget(file)
             return
         fits = saved.identity == self.identity
-        self._add(file, file.stat().st_size, self._chain(saved.tokens) if fits else [])
+        self._add(file, size, self._chain(saved.tokens) if fits else [])
 
     def _add(self, file: Path, size: int, chain: list[bytes]) -> None:
         self.sizes[file] = size

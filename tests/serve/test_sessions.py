@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ PLENTY = 1 << 30
 @contextmanager
 def keeping(directory: Path, model: Model, limit: int = PLENTY, **more: object) -> Iterator[tuple[Running, SessionDir]]:
     """A server that has seen nothing but the directory."""
-    llm = small(model, **more)
+    llm = LLM(model, **{"kv": "fp32", "session_len": 512, "max_batch_size": 4, **more})
     sessions = SessionDir(directory, limit, llm)
     with serving(llm, sessions=sessions) as running:
         yield running, sessions
@@ -112,8 +113,10 @@ def test_torn_altered_and_strange_files_cost_a_warning_each_and_no_request(
 def test_sessions_of_another_format_are_left_alone(pamphlet: Model, prompts: list[list[int]], tmp_path: Path):
     with keeping(tmp_path, pamphlet) as (running, _):
         ask(running, prompts[0])
-    other = LLM(pamphlet, kv="int8-token", session_len=512)
-    assert SessionDir(tmp_path, PLENTY, other).chains == {}
+    with keeping(tmp_path, pamphlet, kv="int8-token") as (running, sessions):
+        assert sessions.chains == {}
+        assert ask(running, prompts[0])[1] == 0
+    assert len(list(tmp_path.iterdir())) == 2
     with keeping(tmp_path, pamphlet) as (running, _):
         assert ask(running, prompts[0])[1] == 64
 
@@ -127,7 +130,7 @@ def test_the_least_recently_used_go_first(pamphlet: Model, prompts: list[list[in
     one = max(file.stat().st_size for file in tmp_path.iterdir())
     with keeping(tmp_path, pamphlet, limit=int(2.5 * one)) as (running, sessions):
         oldest = next(iter(sessions.sizes))
-        used = next(prompt for prompt in prompts[:2] if sessions._chain(prompt)[-1].hex() == oldest.stem)
+        used = next(prompt for prompt in prompts[:2] if oldest.name.startswith(sessions._chain(prompt)[-1].hex()))
         assert ask(running, used)[1] == 64  # it is the newest now
         ask(running, prompts[2])
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 2.5 * one
@@ -146,3 +149,21 @@ def test_a_directory_that_cannot_be_is_refused(pamphlet: Model, tmp_path: Path):
         SessionDir(tmp_path / "file" / "dir", PLENTY, small(pamphlet))
     with pytest.raises(OctavoError, match="prefix cache, and it is turned off"):
         SessionDir(tmp_path, PLENTY, small(pamphlet, prefix_caching=False))
+
+
+def test_where_nothing_is_saved_a_request_does_not_wait_for_the_engine(
+    pamphlet: Model, prompts: list[list[int]], tmp_path: Path
+):
+    sessions = SessionDir(tmp_path, PLENTY, small(pamphlet))
+    asyncio.run(sessions.restore(None, prompts[0]))  # type: ignore[arg-type]  # there is no worker to wait for
+
+
+def test_more_conversations_than_the_disk_takes_are_not_all_kept(
+    pamphlet: Model, text_ids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "MOST_FRESH", 3)
+    sessions = SessionDir(tmp_path, PLENTY, small(pamphlet))
+    for i in range(5):
+        sessions.remember(text_ids[i : i + 70])
+    sessions.remember(text_ids[4:200])  # goes on with the last
+    assert [tokens for tokens, _ in sessions.fresh.values()] == [text_ids[2:72], text_ids[3:73], text_ids[4:200]]
