@@ -59,7 +59,8 @@ class Layout:
     def read_rows(self, memory: Tensor, blocks: Tensor) -> Tensor:
         """All rows of the blocks [n]: a copy [heads, n·block_size, width]."""
         rows = self._by_token(memory[blocks]).transpose(0, 1)  # [heads, n, block_size, width], of tiles with one more
-        rows = rows.reshape(rows.shape[0], len(blocks) * self.block_size, -1)
+        width = memory.shape[2:].numel() // self.block_size
+        rows = rows.reshape(rows.shape[0], len(blocks) * self.block_size, width)
         return rows ^ -128 if self.order == "k-tiles" and rows.dtype == torch.int8 else rows
 
     def _tiled(self, dtype: torch.dtype) -> bool:

@@ -1,14 +1,18 @@
 """From logits to the next token: what a request may ask for, and one batched function that does it.
 
-Order, as in transformers: repetition penalty, temperature, top-k, top-p, min-p. The draw is an exponential race,
-argmax(p/e) with e ~ Exp(1), each row from its own generator: a seeded request gives the same text in any company.
+Order, as in transformers: repetition penalty, temperature, top-k, top-p, min-p. Presence and frequency penalties and
+the bias of tokens come after the repetition penalty, and last what the answer's grammar allows. The draw is an
+exponential race, argmax(p/e) with e ~ Exp(1), each row from its own generator: a seeded request gives the same text in
+any company.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +22,7 @@ from octavo.errors import OctavoError
 if TYPE_CHECKING:
     from octavo.engine.sequence import Sequence
 
+logger = logging.getLogger("octavo")
 MAX_LOGPROBS = 100
 
 
@@ -31,11 +36,15 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0  # least probability, as a share of the most likely token's
     repetition_penalty: float = 1.0  # over prompt and answer; 1 is off
+    presence_penalty: float = 0.0  # off the logit of every token of the answer so far
+    frequency_penalty: float = 0.0  # the same, times how often it has appeared
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # token id: added to its logit
     seed: int | None = None
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; n: of the chosen token and of the n most likely ones
+    json_schema: Mapping[str, Any] | None = field(default=None, hash=False)  # the answer is JSON that matches it
 
     def __post_init__(self) -> None:
         for name, value in (("stop", self.stop), ("stop_token_ids", self.stop_token_ids)):
@@ -47,6 +56,9 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (1e-3 <= self.repetition_penalty <= 1e3, "between 0.001 and 1000"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            "logit_bias": (all(-100 <= bias <= 100 for bias in self.logit_bias.values()), "between -100 and 100"),
             "seed": (self.seed is None or 0 <= self.seed < 1 << 64, "between 0 and 2^64 − 1"),
             "stop": (all(self.stop), "strings that are not empty"),
             "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
@@ -54,6 +66,18 @@ class SamplingParams:
         for name, (right, expected) in rules.items():
             if not right:
                 raise OctavoError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
+        if self.json_schema is not None and self.ignore_eos:
+            raise OctavoError("json_schema and ignore_eos exclude each other: JSON has an end")
+
+
+class Guide(Protocol):
+    """What an answer may go on with, by a grammar of its own."""
+
+    def restrict(self, row: Tensor) -> None:
+        """Set the logits [vocabulary] of all tokens that must not come next to -inf."""
+
+    def accept(self, token: int) -> None:
+        """The token that was chosen."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +87,7 @@ class Sampled:
     token: int
     logprob: float | None = None
     top: dict[int, float] = field(default_factory=dict)  # the most likely tokens, best first
+    failed: bool = False  # no token: what the request asks for cannot be done
 
 
 @torch.inference_mode()
@@ -71,22 +96,45 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
     logits = logits.float()
     wanted = [s.params.logprobs for s in sequences]
     logprobs = logits.log_softmax(-1) if any(n is not None for n in wanted) else None
+    failed = set()
     for row, sequence in zip(logits, sequences, strict=True):
-        if sequence.params.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
-            penalty = sequence.params.repetition_penalty
-            row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+        try:
+            _adjust(row, sequence)
+        except Exception:  # what one request asks for must not end the others
+            logger.exception("the next token of a request cannot be chosen: its answer is ended")
+            failed.add(sequence)
     tokens = logits.argmax(-1)
     drawn = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
     if drawn:
         tokens[drawn] = _draw(logits[drawn], [sequences[i] for i in drawn])
     chosen = tokens.tolist()
-    if logprobs is None:
-        return [Sampled(token) for token in chosen]
-    return [
-        Sampled(token) if n is None else _with_logprobs(token, row, n)
-        for token, row, n in zip(chosen, logprobs, wanted, strict=True)
-    ]
+    for token, sequence in zip(chosen, sequences, strict=True):
+        if sequence.guide and sequence not in failed:
+            sequence.guide.accept(token)
+    results = [Sampled(token) for token in chosen]
+    for i, (n, sequence) in enumerate(zip(wanted, sequences, strict=True)):
+        if sequence in failed:
+            results[i] = Sampled(chosen[i], failed=True)
+        elif n is not None and logprobs is not None:
+            results[i] = _with_logprobs(chosen[i], logprobs[i], n)
+    return results
+
+
+def _adjust(row: Tensor, sequence: Sequence) -> None:
+    """Change the logits [vocabulary] of one sequence as its request asks."""
+    params = sequence.params
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+        penalty = params.repetition_penalty
+        row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+    if (params.presence_penalty or params.frequency_penalty) and sequence.output:
+        # OpenAI's API reference, "frequency and presence penalties": over the generated tokens alone.
+        seen, counts = torch.tensor(sequence.output, device=row.device).unique(return_counts=True)
+        row[seen] -= params.presence_penalty + params.frequency_penalty * counts
+    if params.logit_bias:
+        row[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()), device=row.device)
+    if sequence.guide:
+        sequence.guide.restrict(row)
 
 
 def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:

@@ -74,8 +74,8 @@ class Scheduler:
         return work
 
     def commit(self, work: Work, sampled: list[Sampled]) -> list[Sequence]:
-        """Take in what a step computed; returns the sequences that gained a token. `sampled` is in the order of those
-        whose last pending token was computed."""
+        """Take in what a step computed; returns the sequences that gained a token, or failed to. `sampled` is in
+        the order of those whose last pending token was computed."""
         results = iter(sampled)
         gained = []
         for sequence, tokens in work:
@@ -84,9 +84,12 @@ class Scheduler:
             if sequence.pending:
                 continue
             result = next(results)
+            gained.append(sequence)
+            if result.failed:
+                self.finish(sequence, "error")
+                continue
             sequence.tokens.append(result.token)
             sequence.sampled.append(result)
-            gained.append(sequence)
             if result.token in sequence.stop_ids:
                 self.finish(sequence, "stop")
             elif len(sequence.tokens) >= sequence.max_len:
@@ -120,9 +123,11 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Start a waiting sequence on its cached prefix, if there is room for all its tokens."""
+        """Start a waiting sequence on its cached prefix, if there is room for all its tokens and nobody who runs is
+        about to compute more of that prefix."""
         hits = self.pool.match(sequence.tokens)
-        if self.pool.blocks_for(len(sequence.tokens)) - len(hits) > len(self.pool.free):
+        needed = self.pool.blocks_for(len(sequence.tokens)) - len(hits)
+        if needed > len(self.pool.free) or self._comes(sequence, len(hits)):
             self.pool.release([block for block, _ in hits])
             return False
         sequence.block_table = [block for block, _ in hits]
@@ -131,6 +136,17 @@ class Scheduler:
         if not sequence.preemptions:
             sequence.prefix_hit = sequence.num_cached
         return True
+
+    def _comes(self, sequence: Sequence, hits: int) -> bool:
+        """Whether a running sequence is computing the block that comes after the `hits` found: to wait for it, a step
+        or the chunks of its prompt, costs less than to compute it twice."""
+        end = (hits + 1) * self.pool.block_size
+        if end >= len(sequence.tokens) or not self.pool.prefix_caching:
+            return False
+        return any(
+            other.num_cached < end <= other.num_prompt and other.tokens[:end] == sequence.tokens[:end]
+            for other in self.running
+        )
 
     def _seal(self, sequence: Sequence) -> None:
         """Make blocks that have become full findable."""

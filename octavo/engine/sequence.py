@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
-from octavo.engine.sampling import Sampled, SamplingParams
+from octavo.engine.sampling import Guide, Sampled, SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(eq=False)
@@ -24,6 +24,7 @@ class Sequence:
     prompt: Iterable[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = frozenset()  # tokens that end it: the model's EOS ids and the request's own
+    guide: Guide | None = None  # what its answer may go on with
     tokens: list[int] = field(init=False)
     num_prompt: int = field(init=False)
     sampled: list[Sampled] = field(default_factory=list)

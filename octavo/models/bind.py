@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -67,6 +68,15 @@ class BoundModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.hf.dtype
+
+    @property
+    def arithmetic(self) -> str:
+        """What K and V depend on beside the weights: dtype, and RoPE's frequencies, which may follow the context."""
+        digest = sha256()
+        for name, buffer in self.hf.named_buffers():
+            if name.endswith("inv_freq"):
+                digest.update(buffer.float().cpu().numpy().tobytes())
+        return f"{str(self.dtype).removeprefix('torch.')}, rotary frequencies {digest.hexdigest()[:8]}"
 
     @property
     def raw_format(self) -> KVFormat:
