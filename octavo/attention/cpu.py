@@ -146,7 +146,7 @@ class _Step:
     """What the kernels need to know of a step, made once and kept for all layers."""
 
     def __init__(self, batch: Batch):
-        starts = torch.tensor([0, *batch.q_lens]).cumsum(0)
+        starts = batch.q_start
         few = [i for i, n in enumerate(batch.q_lens) if n <= FEW]
         self.few: Any = None
         if few:
@@ -154,7 +154,7 @@ class _Step:
             self.keep = (  # alive as long as their addresses are
                 starts[chosen],
                 torch.tensor(batch.q_lens)[chosen],
-                torch.tensor(batch.kv_lens)[chosen],
+                batch.kv_len[chosen],
                 batch.block_table[chosen],
             )
             self.few = _native.Step(len(few), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1])
