@@ -62,6 +62,11 @@ def layout_for(shapes: Sequence[LayerShape]) -> Layout:
     return Layout(order="rows" if missing is not None or wanted == "reference" else "tiles")
 
 
+def capturable(cache: LayerCache) -> bool:
+    """Whether what reads this cache can be captured in a CUDA graph: it must not look at a step's values on the host."""
+    return False
+
+
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """Attention of q [T, heads, k_dim] over the cache, which first takes k [T, kv_heads, k_dim] and v [T, kv_heads,
     v_dim]; returns [T, heads, v_dim] in q's dtype. Scores, softmax and sums are float32."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
-
-import torch
 
 from octavo.engine.sampling import Sampled, SamplingParams
 
@@ -26,6 +25,7 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()  # tokens that end it: the model's EOS ids and the request's own
     tokens: list[int] = field(init=False)
     num_prompt: int = field(init=False)
+    seed: int = field(init=False)  # its own, or one that nobody chose
     sampled: list[Sampled] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -39,11 +39,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.num_prompt = len(self.tokens)
-        self.generator = torch.Generator()
-        if self.params.seed is not None:
-            self.generator.manual_seed(self.params.seed)
-        elif self.params.temperature > 0:
-            self.generator.seed()
+        self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
 
     @property
     def output(self) -> list[int]:
