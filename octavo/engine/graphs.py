@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,7 +87,10 @@ class DecodeGraphs:
         buffers.clear()
         for size in reversed(sizes(buffers.rows)):  # the largest first: the others fit in its memory
             # A new Batch for every run: what attention derives from one (its plan) must be derived within the capture.
-            self.replays[size] = capture(lambda size=size: forward(buffers.batch(size)))
+            self.replays[size] = capture(partial(self._padded, forward, size))
+
+    def _padded(self, forward: Forward, size: int) -> Tensor:
+        return forward(self.buffers.batch(size))
 
     def takes(self, batch: Batch) -> bool:
         """Whether this is a decode step of all its sequences, and not too large."""

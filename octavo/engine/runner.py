@@ -50,7 +50,7 @@ class Runner:
         devices = {shape.device for shape in self.model.shapes} | {self.model.device}
         if len(devices) > 1:
             raise NotImplementedError(f"the model is spread over {', '.join(sorted(map(str, devices)))}")
-        if not capturable(self.cache.layers[0]):
+        if not capturable(self.cache.layout):
             raise NotImplementedError("attention runs on plain torch, which looks at lengths on the host")
 
     def _forward(self, batch: Batch) -> Tensor:

@@ -124,8 +124,8 @@ def choose(logits: Tensor, sequences: Rows[Sequence], ahead: bool = False) -> Ch
         tokens[rows] = _draw(logits[rows], [sequences[i] for i in drawn], ahead)
     if logprobs is None:
         return Choice(tokens, wanted)
-    most = min(max(n or 0 for n in wanted), logprobs.shape[-1])
-    return Choice(tokens, wanted, logprobs.gather(-1, tokens[:, None])[:, 0], tuple(logprobs.topk(most)))
+    values, ids = logprobs.topk(min(max(n or 0 for n in wanted), logprobs.shape[-1]))
+    return Choice(tokens, wanted, logprobs.gather(-1, tokens[:, None])[:, 0], (values, ids))
 
 
 def _draw(logits: Tensor, sequences: Rows[Sequence], ahead: bool) -> Tensor:

@@ -122,7 +122,7 @@ def test_only_decode_steps_of_the_captured_sizes_are_replayed(llama: BoundModel)
 def test_a_model_that_cannot_be_captured_runs_on_and_the_reason_is_given_once(llama: BoundModel):
     one = runner(llama, "fp32", "rows")
 
-    def fails(run):
+    def fails(_):
         raise RuntimeError("called a synchronizing CUDA operation\nand more")
 
     with pytest.warns(UserWarning, match="without CUDA graphs, which is slower: called a synchronizing") as said:
