@@ -51,9 +51,13 @@ def unavailable() -> str | None:
     return None
 
 
-def takes(dim: int) -> bool:
-    """Whether the kernels have rows of this dimension; they have every codec."""
-    return dim % 8 == 0 and dim <= LARGEST
+def devices() -> tuple[str, ...]:
+    return ("cpu",)
+
+
+def takes(k_dim: int, v_dim: int) -> bool:
+    """Whether the kernels have rows of these dimensions; they have every codec."""
+    return k_dim % 8 == v_dim % 8 == 0 and max(k_dim, v_dim) <= LARGEST
 
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
