@@ -98,11 +98,14 @@ class Batch:
 
 
 def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """Index tensors on `device`; those of the host in one copy, for which a GPU's queue does not stop."""
+    """Index tensors on `device`, those of the host in one copy."""
     host = {name: x for name, x in tensors.items() if x.device.type == "cpu"}
     packed = torch.cat([x.flatten() for x in host.values()]) if host else torch.empty(0, dtype=torch.int64)
-    if device.type == "cuda":
-        packed = packed.pin_memory()
-    parts = packed.to(device, non_blocking=True).split([x.numel() for x in host.values()])
+    parts = send(packed, device).split([x.numel() for x in host.values()])
     moved = {name: part.view(host[name].shape) for name, part in zip(host, parts, strict=True)}
     return {name: moved[name] if name in moved else x.to(device) for name, x in tensors.items()}
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; neither waits for the other."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from octavo.cache.batch import send
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def choose(logits: Tensor, sequences: Rows[Sequence], ahead: bool = False) -> Ch
     tokens = logits.argmax(-1)
     drawn = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
     if drawn:
-        rows = _on(torch.tensor(drawn), logits.device)
+        rows = send(torch.tensor(drawn), logits.device)
         tokens[rows] = _draw(logits[rows], [sequences[i] for i in drawn], ahead)
     if logprobs is None:
         return Choice(tokens, wanted)
@@ -135,7 +136,7 @@ def _draw(logits: Tensor, sequences: Rows[Sequence], ahead: bool) -> Tensor:
     # No temperature is too small for float32: the colder, the closer to greedy, never inf or NaN.
     columns = [(max(p.temperature, 1e-30), p.top_k or vocabulary, p.top_p if p.top_p < 1 else 2.0, p.min_p)
                for p in params]  # fmt: skip
-    temperature, top_k, top_p, min_p = _on(torch.tensor(columns), logits.device)[:, :, None].unbind(1)
+    temperature, top_k, top_p, min_p = send(torch.tensor(columns), logits.device)[:, :, None].unbind(1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the best token is 0
     kept = max(p.top_k or vocabulary for p in params)
     race = _race(sequences, vocabulary, ahead, logits.device)
@@ -158,7 +159,7 @@ def _draw(logits: Tensor, sequences: Rows[Sequence], ahead: bool) -> Tensor:
 def _race(sequences: Rows[Sequence], vocabulary: int, ahead: bool, device: torch.device) -> Tensor:
     """e ~ Exp(1) [rows, vocabulary], over all tokens in their order, whatever the neighbours cut."""
     keys = [(s.seed - (s.seed >> 63 << 64), len(s.tokens) + ahead) for s in sequences]  # as int64
-    seed, position = _on(torch.tensor(keys), device).unbind(1)
+    seed, position = send(torch.tensor(keys), device).unbind(1)
     stream = _mixed(_mixed(seed) + position)[:, None]
     bits = _mixed(stream + _GOLDEN * torch.arange(1, vocabulary + 1, device=device))
     uniform = (bits >> 1 & (1 << 63) - 1).float() * 2**-63  # small ones keep all their digits, and those win
@@ -174,11 +175,6 @@ def _mixed(x: Tensor) -> Tensor:
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
     return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-def _on(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`, without waiting for what that does."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _to_host(x: Tensor) -> Tensor:

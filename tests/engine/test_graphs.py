@@ -56,7 +56,7 @@ def test_sizes_are_1_2_4_then_eights_up_to_the_largest_batch():
     assert sizes(48) == [1, 2, 4, 8, 16, 24, 32, 40, 48]
 
 
-@pytest.mark.parametrize("order", ["rows", "tiles"])
+@pytest.mark.parametrize("order", ["rows", "tiles", "pages"])
 @pytest.mark.parametrize("kv", ["fp32", "int8-token", "int4-token"])
 @pytest.mark.parametrize("count", [1, 3, 8, 9])
 def test_a_padded_step_computes_and_writes_what_the_step_does_and_nothing_else(
