@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from octavo.cache.size import format_bytes
+from octavo.attention import layout_for
+from octavo.cache.size import block_bytes, format_bytes
 from octavo.engine.sampling import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
@@ -148,7 +149,9 @@ def measure(
 
 def _prepare(model: Model, name: str, batch_size: int, context: int, calibration: Path | Calibration | None) -> LLM:
     """An LLM whose cache holds all sessions, every page of it touched, and the first call behind it."""
-    format = KVFormat.parse(name)
+    format, shapes = KVFormat.parse(name), model.bound.shapes
+    size = layout_for(shapes).block_size
+    needed = batch_size * -(-context // size)
     llm = LLM(
         model,
         format,
@@ -156,9 +159,12 @@ def _prepare(model: Model, name: str, batch_size: int, context: int, calibration
         session_len=context,
         max_batch_size=batch_size,
         max_batch_tokens=step_tokens(batch_size),
+        # The first cache would take the whole of a GPU, and those of the other formats stand beside it.
+        kv_cache_memory=needed * block_bytes(shapes, [format] * len(shapes), size)
+        if model.bound.device.type == "cuda"
+        else None,
         prefix_caching=False,
     )
-    needed = batch_size * -(-context // llm.cache.layout.block_size)
     if llm.cache.num_blocks < needed:
         wanted, allowed = format_bytes(needed * llm.cache.block_nbytes), format_bytes(llm.cache.nbytes)
         raise OctavoError(

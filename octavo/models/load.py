@@ -150,7 +150,7 @@ def load_model(
     if load_format == "dummy":
         if device_map is not None:
             raise Unsupported("Dummy weights live on one device: leave the device map out.")
-        model = _dummy(config, torch_dtype)
+        model = _dummy(config, torch_dtype, torch.device(device))
     else:
         model = _filled(path, config, torch_dtype, device_map)
     if (path / "generation_config.json").is_file():
@@ -294,11 +294,12 @@ def _filled(
     return model
 
 
-def _dummy(config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+def _dummy(config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
     """The model with random weights, the same every time. The caller's random state is left alone."""
     if dtype == "auto":
         dtype = config.dtype or torch.float32
-    with torch.random.fork_rng(devices=[]):
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), device:  # made where it lives: billions of numbers are drawn
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
