@@ -150,7 +150,7 @@ def scan(
     tl.store(tops + line, top, live)
     tl.store(totals + line, total, live)
     if begin < end:  # `combine` looks at no sums of a split that had nothing to read
-        place = sums + (line * V_DIM)[:, None] + vd[None, :]
-        tl.store(place, sum_, live[:, None] & (vd < v_width)[None, :])
+        target = sums + (line * V_DIM)[:, None] + vd[None, :]
+        tl.store(target, sum_, live[:, None] & (vd < v_width)[None, :])
         if V_BITS == 4:
-            tl.store(place + v_width, sum_high, live[:, None] & (vd + v_width < V_DIM)[None, :])
+            tl.store(target + v_width, sum_high, live[:, None] & (vd + v_width < V_DIM)[None, :])
