@@ -123,6 +123,22 @@ def log2_scale(e, BITS: tl.constexpr):
 
 
 @triton.jit
+def dot(a, b, sum_, PRECISION: tl.constexpr = "tf32"):
+    """sum_ + a·b. The interpreter cannot multiply bfloat16, which it has as bit patterns, and is slow with others."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum_)
+    return tl.dot(a, b, sum_, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_bytes(a, b):
+    """a·b of int8 as int32. In float32 it is exact too: no sum here reaches 2²⁴."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32)).to(tl.int32)
+    return tl.dot(a, b, out_dtype=tl.int32)
+
+
+@triton.jit
 def rotate(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
     """`octavo.quant.codec.rotate` of x [ROWS, WIDTH], 0 beyond DIM: the same sums in the same order."""
     size: tl.constexpr = DIM & -DIM
