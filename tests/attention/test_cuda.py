@@ -145,16 +145,15 @@ def test_the_kernels_in_tritons_interpreter() -> None:
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=str)
 def test_steps_are_plain_attention_over_the_decoded_cache(case: Case, dtype: torch.dtype) -> None:
     layer = PagedLayer(case, 3, dtype)
-    layer.step([(0, 63), (1, 1), (2, 130)])
-    layer.step([(0, 1), (1, 1), (2, 1)])
-    layer.step([(0, 1), (1, 62), (2, 69)])  # 65, 64 and 200 tokens; a decode among chunks
+    layer.step([(0, 63), (1, 1), (2, 199)])
+    layer.step([(0, 1), (1, 64), (2, 1)])  # 64, 65 and 200 tokens: two decodes, and a chunk over a prefix
 
 
 @kernels
-@pytest.mark.parametrize("name", ["int8", "int8-token", "int4-token", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["int8", "int4-token", "bf16"])
 def test_a_long_tail_under_a_strong_first_token_keeps_its_weight(name: str) -> None:
-    """12 nats above 32k others, which hold a sixth of the weight; their context is split over programs and joined."""
-    tokens, dim = 32768, 32
+    """12 nats above 8k others, which hold a twentieth of the weight; their context is split over programs and joined."""
+    tokens, dim = 8192, 32
     random = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(n, 1, dim, generator=random).bfloat16().float() for n in (1, tokens, tokens))
     k[:] = 0

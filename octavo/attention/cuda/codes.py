@@ -139,13 +139,18 @@ def dot_bytes(a, b):
 
 
 @triton.jit
+def butterfly(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """Sums and differences of columns that are HALF apart."""
+    x = tl.reshape(x, [ROWS, WIDTH // (2 * HALF), 2, HALF])
+    low, high = tl.split(tl.permute(x, 0, 1, 3, 2))
+    return tl.reshape(tl.permute(tl.join(low + high, low - high), 0, 1, 3, 2), [ROWS, WIDTH])
+
+
+@triton.jit
 def rotate(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
     """`octavo.quant.codec.rotate` of x [ROWS, WIDTH], 0 beyond DIM: the same sums in the same order."""
     size: tl.constexpr = DIM & -DIM
-    half: tl.constexpr = 1
-    while half < size:
-        x = tl.reshape(x, [ROWS, WIDTH // (2 * half), 2, half])
-        low, high = tl.split(tl.permute(x, 0, 1, 3, 2))
-        x = tl.permute(tl.join(low + high, low - high), 0, 1, 3, 2)
-        half *= 2
-    return tl.reshape(x, [ROWS, WIDTH]) * (size**-0.5)
+    for i in tl.static_range(8):
+        if 1 << i < size:
+            x = butterfly(x, ROWS, WIDTH, 1 << i)
+    return x * (size**-0.5)

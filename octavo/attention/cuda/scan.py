@@ -99,8 +99,9 @@ def scan(
             score = (128 * dot_bytes(q_high, codes) + dot_bytes(q_low, codes)).to(tl.float32)
         elif K_BITS == 4:
             low, high = low_nibbles(codes), high_nibbles(codes)
-            score = (128 * (dot_bytes(q_high, low) + dot_bytes(p_high, high))).to(tl.float32)
-            score += (dot_bytes(q_low, low) + dot_bytes(p_low, high)).to(tl.float32) - middle[:, None]
+            product = 128 * (dot_bytes(q_high, low) + dot_bytes(p_high, high))
+            product += dot_bytes(q_low, low) + dot_bytes(p_low, high)
+            score = product.to(tl.float32) - middle[:, None]
         else:
             score = dot(q, codes.to(q.dtype), tl.zeros([M, BLOCK], tl.float32), PRECISION)
         score *= unit[:, None]
