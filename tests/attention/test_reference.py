@@ -82,7 +82,7 @@ class Layer:
         order = torch.randperm(sequences * each, generator=self.random).tolist()
         self.sequences = [Sequence(order[i * each : (i + 1) * each]) for i in range(sequences)]
 
-    def empty_cache(self, blocks: int, order: Literal["rows", "tiles"]) -> KVCache:
+    def empty_cache(self, blocks: int, order: Literal["rows", "tiles", "pages"]) -> KVCache:
         layout = Layout(self.case.block_size, order)
         format = KVFormat.parse(self.case.format)
         return KVCache([self.spec.shape], format, blocks, layout, self.calibration, headroom=1.0)

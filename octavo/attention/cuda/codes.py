@@ -123,13 +123,34 @@ def log2_scale(e, BITS: tl.constexpr):
 
 
 @triton.jit
+def dot(a, b, sum_, PRECISION: tl.constexpr = "tf32"):
+    """sum_ + a·b. The interpreter cannot multiply bfloat16, which it has as bit patterns, and is slow with others."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum_)
+    return tl.dot(a, b, sum_, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_bytes(a, b):
+    """a·b of int8 as int32. In float32 it is exact too: no sum here reaches 2²⁴."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32)).to(tl.int32)
+    return tl.dot(a, b, out_dtype=tl.int32)
+
+
+@triton.jit
+def butterfly(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """Sums and differences of columns that are HALF apart."""
+    x = tl.reshape(x, [ROWS, WIDTH // (2 * HALF), 2, HALF])
+    low, high = tl.split(tl.permute(x, 0, 1, 3, 2))
+    return tl.reshape(tl.permute(tl.join(low + high, low - high), 0, 1, 3, 2), [ROWS, WIDTH])
+
+
+@triton.jit
 def rotate(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
     """`octavo.quant.codec.rotate` of x [ROWS, WIDTH], 0 beyond DIM: the same sums in the same order."""
     size: tl.constexpr = DIM & -DIM
-    half: tl.constexpr = 1
-    while half < size:
-        x = tl.reshape(x, [ROWS, WIDTH // (2 * half), 2, half])
-        low, high = tl.split(tl.permute(x, 0, 1, 3, 2))
-        x = tl.permute(tl.join(low + high, low - high), 0, 1, 3, 2)
-        half *= 2
-    return tl.reshape(x, [ROWS, WIDTH]) * (size**-0.5)
+    for i in tl.static_range(8):
+        if 1 << i < size:
+            x = butterfly(x, ROWS, WIDTH, 1 << i)
+    return x * (size**-0.5)

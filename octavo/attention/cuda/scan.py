@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from octavo.attention.cuda.codes import (
+    dot,
+    dot_bytes,
     high_nibbles,
     high_numbers,
     log2_scale,
@@ -94,15 +96,14 @@ def scan(
             k_codes + line_of_block * k_width + kd[:, None] + token[None, :] * k_width, (kd < k_width)[:, None], 0
         )
         if K_BITS == 8:
-            product = 128 * tl.dot(q_high, codes, out_dtype=tl.int32) + tl.dot(q_low, codes, out_dtype=tl.int32)
-            score = product.to(tl.float32)
+            score = (128 * dot_bytes(q_high, codes) + dot_bytes(q_low, codes)).to(tl.float32)
         elif K_BITS == 4:
             low, high = low_nibbles(codes), high_nibbles(codes)
-            product = 128 * tl.dot(p_high, high, tl.dot(q_high, low, out_dtype=tl.int32), out_dtype=tl.int32)
-            product += tl.dot(p_low, high, tl.dot(q_low, low, out_dtype=tl.int32), out_dtype=tl.int32)
+            product = 128 * (dot_bytes(q_high, low) + dot_bytes(p_high, high))
+            product += dot_bytes(q_low, low) + dot_bytes(p_low, high)
             score = product.to(tl.float32) - middle[:, None]
         else:
-            score = tl.dot(q, codes.to(q.dtype), input_precision=PRECISION)
+            score = dot(q, codes.to(q.dtype), tl.zeros([M, BLOCK], tl.float32), PRECISION)
         score *= unit[:, None]
         if K_TOKEN:
             score *= tl.exp2(log2_scale(tl.load(k_scales + line_of_block + token), K_BITS))[None, :]
@@ -134,23 +135,23 @@ def scan(
             )
             weight = weight.to(tl.float16)
             if V_BITS == 8:
-                sum_ = tl.dot(weight, numbers(codes), sum_ * keep[:, None])
+                sum_ = dot(weight, numbers(codes), sum_ * keep[:, None])
             else:
-                sum_ = tl.dot(weight, low_numbers(codes), sum_ * keep[:, None])
-                sum_high = tl.dot(weight, high_numbers(codes), sum_high * keep[:, None])
+                sum_ = dot(weight, low_numbers(codes), sum_ * keep[:, None])
+                sum_high = dot(weight, high_numbers(codes), sum_high * keep[:, None])
         else:
             codes = tl.load(
                 v_codes + line_of_block * v_width + token[:, None] * v_width + vd[None, :], (vd < v_width)[None, :], 0
             )
             if V_FLOAT32:
                 codes = codes.to(tl.float32)
-            sum_ = tl.dot(weight.to(codes.dtype), codes, sum_ * keep[:, None], input_precision=PRECISION)
+            sum_ = dot(weight.to(codes.dtype), codes, sum_ * keep[:, None], PRECISION)
 
     line = line * SPLITS + split
     tl.store(tops + line, top, live)
     tl.store(totals + line, total, live)
     if begin < end:  # `combine` looks at no sums of a split that had nothing to read
-        place = sums + (line * V_DIM)[:, None] + vd[None, :]
-        tl.store(place, sum_, live[:, None] & (vd < v_width)[None, :])
+        target = sums + (line * V_DIM)[:, None] + vd[None, :]
+        tl.store(target, sum_, live[:, None] & (vd < v_width)[None, :])
         if V_BITS == 4:
-            tl.store(place + v_width, sum_high, live[:, None] & (vd + v_width < V_DIM)[None, :])
+            tl.store(target + v_width, sum_high, live[:, None] & (vd + v_width < V_DIM)[None, :])
