@@ -32,12 +32,18 @@ class Step:
     def tiles(self, queries: int) -> Tensor:
         """Tiles [n, 2] of `queries` new tokens that cover the sequences with more than one, those that read most
         first; or, with `queries` 1, the sequences with one."""
-        if queries not in self.chosen and queries == 1 == max(self.q_lens):
-            sequences = torch.arange(len(self.q_lens), dtype=torch.int32, device=self.kv_len.device)
-            self.chosen[queries] = torch.stack([sequences, torch.zeros_like(sequences)], 1)
-        elif queries not in self.chosen:
-            wanted = [(i, n) for i, n in enumerate(self.q_lens) if (n == 1) == (queries == 1)]
-            tiles = [(i, first) for i, n in wanted for first in range(0, n, queries)]
-            tiles.sort(key=lambda tile: -tile[1])
-            self.chosen[queries] = send(torch.tensor(tiles, dtype=torch.int32).view(-1, 2), self.kv_len.device)
+        if queries not in self.chosen:
+            self.chosen[queries] = self._decodes(queries) if max(self.q_lens) == 1 else self._listed(queries)
         return self.chosen[queries]
+
+    def _decodes(self, queries: int) -> Tensor:
+        """Where every sequence has one."""
+        n = len(self.q_lens) if queries == 1 else 0
+        sequences = torch.arange(n, dtype=torch.int32, device=self.kv_len.device)
+        return torch.stack([sequences, torch.zeros_like(sequences)], 1)
+
+    def _listed(self, queries: int) -> Tensor:
+        wanted = [(i, n) for i, n in enumerate(self.q_lens) if (n == 1) == (queries == 1)]
+        tiles = [(i, first) for i, n in wanted for first in range(0, n, queries)]
+        tiles.sort(key=lambda tile: -tile[1])
+        return send(torch.tensor(tiles, dtype=torch.int32).view(-1, 2), self.kv_len.device)
