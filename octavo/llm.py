@@ -26,6 +26,7 @@ from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
 from octavo.engine.sampling import SamplingParams
 from octavo.engine.sequence import FinishReason, Sequence
+from octavo.engine.warmup import LargestStep
 from octavo.errors import OctavoError
 from octavo.grammar import Grammars
 from octavo.models.model import Model
@@ -51,7 +52,8 @@ class LLM:
     names the cache's format, by default the 16-bit type of the model. `int8` needs a calibration: the one beside the
     model, or `calibration`, a file or directory; `granularity` and `headroom` override its defaults. `session_len` is
     the longest session in tokens; the cache has `kv_cache_memory` bytes ("4GiB"), or what `max_batch_size` sessions
-    need within the share `cache_max_entry_count` of the free memory.
+    need within the share `cache_max_entry_count` of the free memory; on a GPU it takes that share of what is left once
+    the largest step has been tried.
     """
 
     def __init__(
@@ -102,6 +104,13 @@ class LLM:
         layout = layout_for(bound.shapes)
         session_blocks = -(-self.session_len // layout.block_size)
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
+
+        def cache_of(blocks: int) -> KVCache:
+            return KVCache(bound.shapes, formats, blocks, layout, self.calibration, granularity, headroom)
+
+        step = 0
+        if bound.device.type == "cuda":
+            step = LargestStep(max_batch_size, max_batch_tokens, self.session_len).nbytes(bound, cache_of(1))
         blocks = num_blocks(
             block_bytes(bound.shapes, formats, layout.block_size),
             max_batch_size,
@@ -109,9 +118,11 @@ class LLM:
             bound.device,
             memory,
             cache_max_entry_count,
+            step,
         )
-        cache = KVCache(bound.shapes, formats, blocks, layout, self.calibration, granularity, headroom)
-        self.engine = Engine(bound, cache, max_batch_size, max_batch_tokens, self.session_len, prefix_caching)
+        self.engine = Engine(
+            bound, cache_of(blocks), max_batch_size, max_batch_tokens, self.session_len, prefix_caching
+        )
         self._grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
         self._answers: dict[Sequence, Answer] = {}
 

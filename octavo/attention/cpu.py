@@ -59,9 +59,13 @@ def torch_parallel_for() -> int | None:
     return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
 
 
-def takes(dim: int) -> bool:
-    """Whether the kernels have rows of this dimension; they have every codec."""
-    return dim % 8 == 0 and dim <= LARGEST
+def devices() -> tuple[str, ...]:
+    return ("cpu",)
+
+
+def takes(k_dim: int, v_dim: int) -> bool:
+    """Whether the kernels have rows of these dimensions; they have every codec."""
+    return k_dim % 8 == v_dim % 8 == 0 and max(k_dim, v_dim) <= LARGEST
 
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
@@ -228,7 +232,7 @@ class _Step:
     """What the kernels need to know of a step, made once and kept for all layers."""
 
     def __init__(self, batch: Batch):
-        starts = torch.tensor([0, *batch.q_lens]).cumsum(0)
+        starts = batch.q_start
         few = [i for i, n in enumerate(batch.q_lens) if n <= FEW]
         self.few: Any = None
         if few:
@@ -236,7 +240,7 @@ class _Step:
             self.keep = (  # alive as long as their addresses are
                 starts[chosen],
                 torch.tensor(batch.q_lens)[chosen],
-                torch.tensor(batch.kv_lens)[chosen],
+                batch.kv_len[chosen],
                 batch.block_table[chosen],
             )
             self.few = _native.Step(len(few), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1])

@@ -73,12 +73,36 @@ class Scheduler:
             budget -= tokens
         return work
 
+    def following(self, work: Work) -> Work | None:
+        """The step after `work`, which is not committed yet, if it is certain: the same sequences, each with the token
+        it is about to gain. None if one of them may end by its length, draws by what it has said or still has a prompt
+        to compute, if somebody waits and could run, or if blocks run out. Takes blocks."""
+        if len(work) < len(self.running) or (self.waiting and len(self.running) < self.max_batch_size):
+            return None
+        needed = 0
+        for sequence, tokens in work:
+            length = len(sequence.tokens) + 1  # once `work` is committed
+            if sequence.finished or tokens < sequence.pending or length >= sequence.max_len:
+                return None
+            if sequence.looks_back:
+                return None
+            needed += self.pool.blocks_for(length) - len(sequence.block_table)
+        if needed > len(self.pool.free):
+            return None
+        for sequence, _ in work:
+            self._reserve(sequence, sequence.pending + 1)
+        return [(sequence, 1) for sequence, _ in work]
+
     def commit(self, work: Work, sampled: list[Sampled]) -> list[Sequence]:
-        """Take in what a step computed; returns the sequences that gained a token, or failed to. `sampled` is in
-        the order of those whose last pending token was computed."""
+        """Take in what a step computed; returns the sequences that gained a token, or failed to. `sampled` is in the
+        order of those whose last pending token was computed. One that has ended since the step was launched gains
+        nothing."""
         results = iter(sampled)
         gained = []
         for sequence, tokens in work:
+            if sequence.finished:
+                next(results)  # only a decode step is launched before the one before it is committed
+                continue
             sequence.num_cached += tokens
             self._seal(sequence)
             if sequence.pending:
@@ -90,6 +114,8 @@ class Scheduler:
                 continue
             sequence.tokens.append(result.token)
             sequence.sampled.append(result)
+            if sequence.guide:
+                sequence.guide.accept(result.token)
             if result.token in sequence.stop_ids:
                 self.finish(sequence, "stop")
             elif len(sequence.tokens) >= sequence.max_len:

@@ -316,5 +316,5 @@ def test_a_shape_without_a_kernel_goes_to_the_reference(monkeypatch: pytest.Monk
     with pytest.raises(OctavoError, match="heads of 60 and 64"):
         layout_for([LayerShape(1, 60, 64)])
     monkeypatch.setenv("OCTAVO_ATTENTION", "fast")
-    with pytest.raises(OctavoError, match="reference or native"):
+    with pytest.raises(OctavoError, match="reference, native or triton"):
         layout_for([LayerShape(1, 64, 64)])
