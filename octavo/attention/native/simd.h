@@ -19,7 +19,7 @@ namespace octavo::ISA {
 
 #if defined(__AVX512F__)
 constexpr int W = 16;  // 32-bit lanes of a register
-constexpr int ROWS = 2;  // query rows that share a pass over K: as many accumulators as there are registers for
+constexpr int ROWS = 2;  // query rows that share a pass over codes: two accumulators each, as there are registers for
 #elif defined(__AVX2__)
 constexpr int W = 8;
 constexpr int ROWS = 1;
