@@ -11,15 +11,14 @@ The extension may be missing (no compiler when the package was installed): `unav
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.attention.chunk import Part, capped, flash
 from octavo.cache.batch import Batch
 from octavo.cache.store import LayerCache, RowStore
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
@@ -34,8 +33,7 @@ except ImportError as error:
 
 FEW = 1  # new tokens of a sequence that the decode kernel takes: prompts are computed alike however they are cut
 LARGEST = 512  # kernel.h
-TILE_ELEMENTS = 1 << 22  # of the tiles of a chunk: some heads' keys and values, some queries' scores
-WINDOW_ROWS = 256  # queries that share a tile of a window's keys, or as many as the window is long
+TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile: 8 MB in bf16
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # kernel.h: Float
 CODES = {"bf16": 0, "fp16": 1, "fp32": 2}  # kernel.h: Code; integer codes are 3 and 4
 
@@ -108,38 +106,6 @@ def stream(store: RowStore, blocks: Tensor) -> int:
     return _native.stream(_side(store), blocks.data_ptr(), len(blocks), torch.get_num_threads())
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some queries of a chunk and some keys among which they see: query i of the part stands at key `offset + i`."""
-
-    rows: slice
-    keys: slice
-    offset: int
-    window: int | None
-
-    @classmethod
-    def of_chunk(cls, n: int, length: int, window: int | None) -> list[Part]:
-        """Parts of the last n of `length` tokens that skip what is hidden from all: future keys and those left behind
-        by the window. Without a window they are the chunk itself and all that came before it."""
-        past, parts = length - n, []
-        if window is None:
-            parts = [cls(slice(0, n), slice(past, length), 0, None)]
-            return parts if past == 0 else [*parts, cls(slice(0, n), slice(0, past), past, None)]
-        step = max(window, WINDOW_ROWS)
-        for begin in range(0, n, step):
-            end = min(begin + step, n)
-            oldest = max(0, past + begin - window + 1)
-            parts.append(cls(slice(begin, end), slice(oldest, past + end), past + begin - oldest, window))
-        return parts
-
-    def hidden(self, begin: int, end: int) -> Tensor:
-        """True where the part's queries begin…end must not see a key: [end − begin, keys]."""
-        position = torch.arange(self.offset + begin, self.offset + end)[:, None]
-        key = torch.arange(self.keys.stop - self.keys.start)
-        hidden = key > position
-        return hidden if self.window is None else hidden | (key <= position - self.window)
-
-
 def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batch) -> Tensor:
     """One sequence with many new tokens: q [n, heads, k_dim] → [n, heads, v_dim].
 
@@ -167,7 +133,7 @@ def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batc
         keys, values = read(cache.k, heads, blocks, dtype), read(cache.v, heads, blocks, dtype)
         for part in parts:
             tile = query[heads, :, part.rows], keys[:, part.keys], values[:, part.keys], shift[heads, :, part.rows]
-            some, its_total = _flash(*tile, part) if spec.softcap is None else _capped(*tile, part, spec.softcap)
+            some, its_total = flash(*tile, part) if spec.softcap is None else capped(*tile, part, spec.softcap)
             before = total[heads, :, part.rows]
             after = torch.logaddexp(before, its_total)
             kept = out[heads, :, part.rows].mul_((before - after).exp_()[..., None])
@@ -182,41 +148,6 @@ def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batc
         mu, c = (x[:, None, None] for x in (cache.v.static.mu, cache.v.static.c))
         out = torch.addcmul(weight * mu, out, c)
     return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
-
-
-def _flash(q: Tensor, keys: Tensor, values: Tensor, shift: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-    """torch's own attention of q [heads, group, n, k_dim] over keys [heads, m, k_dim] and values [heads, m, v_dim]:
-    the output [heads, group, n, v_dim], and log Σ exp(score + shift) [heads, group, n]."""
-    v_dim = values.shape[-1]
-    if q.shape[-1] != v_dim:  # it knows one dimension
-        widest = max(q.shape[-1], v_dim)
-        q, keys, values = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, keys, values))
-    keys, values = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (keys, values))
-    mask = None
-    if part.window is not None:
-        mask = q.new_zeros(q.shape[2], keys.shape[2]).masked_fill_(part.hidden(0, q.shape[2]), -torch.inf)
-    causal = part.window is None and part.offset == 0
-    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, keys, values, 0.0, causal, attn_mask=mask, scale=1.0
-    )
-    return out[..., :v_dim].float(), total + shift
-
-
-def _capped(
-    q: Tensor, keys: Tensor, values: Tensor, shift: Tensor, part: Part, softcap: float
-) -> tuple[Tensor, Tensor]:
-    """As `_flash` in float32, with scores of softcap·tanh((score + shift)/softcap); some queries at a time."""
-    out, total = q.new_empty(*q.shape[:3], values.shape[-1]), torch.empty_like(shift)
-    step = max(1, TILE_ELEMENTS // (q.shape[0] * q.shape[1] * keys.shape[1]))
-    for begin in range(0, q.shape[2], step):
-        rows = slice(begin, min(begin + step, q.shape[2]))
-        score = (q[:, :, rows].flatten(1, 2) @ keys.mT).unflatten(1, (q.shape[1], -1))
-        score = score.add_(shift[:, :, rows, None]).div_(softcap).tanh_().mul_(softcap)
-        score.masked_fill_(part.hidden(rows.start, rows.stop), -torch.inf)
-        total[:, :, rows] = score.logsumexp(-1)
-        weights = score.sub_(total[:, :, rows, None]).exp_()
-        out[:, :, rows] = (weights.flatten(1, 2) @ values).unflatten(1, (q.shape[1], -1))
-    return out, total
 
 
 class _Step:
