@@ -1,10 +1,10 @@
 """The CPU kernels against torch's own attention, against our 16-bit kernel, and against the memory's speed.
 
 One layer, block tables random. Decode: one new token for each sequence. torch's bf16 `scaled_dot_product_attention`
-(q length 1) gets contiguous K and V; a plain streaming read sums the bytes of the same blocks through the same table. In each
-round every contestant runs in turn; reported is the median over rounds of the ratio within a round, with its range.
-Prefill: many new tokens of one sequence, the last of its context, against torch's attention of the same.
-The last line is one JSON document.
+(q length 1) gets contiguous K and V; a plain streaming read sums the bytes of the same blocks through the same table.
+Prefill: many new tokens of one sequence, the last of its context, against torch's attention of the same. In each round
+every contestant runs in turn; reported is the median over rounds of the ratio within a round, with its range. The last
+line is one JSON document.
 
     python benchmarks/attention_cpu.py --out benchmarks/results/attention-cpu.json
 """

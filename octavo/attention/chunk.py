@@ -24,6 +24,7 @@ class Part:
     keys: slice
     offset: int
     window: int | None
+    joins: bool = False  # its queries have been in a part before
 
     @classmethod
     def of_chunk(cls, n: int, length: int, window: int | None) -> list[Part]:
@@ -32,7 +33,7 @@ class Part:
         past, parts = length - n, []
         if window is None:
             parts = [cls(slice(0, n), slice(past, length), 0, None)]
-            return parts if past == 0 else [*parts, cls(slice(0, n), slice(0, past), past, None)]
+            return parts if past == 0 else [*parts, cls(slice(0, n), slice(0, past), past, None, joins=True)]
         step = max(window, WINDOW_ROWS)
         for begin in range(0, n, step):
             end = min(begin + step, n)
@@ -46,6 +47,15 @@ class Part:
         key = torch.arange(self.keys.stop - self.keys.start)
         hidden = key > position
         return hidden if self.window is None else hidden | (key <= position - self.window)
+
+    def put(self, some: Tensor, its_total: Tensor, out: Tensor, total: Tensor) -> None:
+        """The part's output and log Σ exp(score), as `flash` returns them, into those of the chunk's same rows."""
+        if not self.joins:
+            out.copy_(some)
+            total.copy_(its_total)
+        else:
+            out.lerp_(some.float(), (its_total - total).sigmoid_()[..., None])
+            total.copy_(torch.logaddexp(total, its_total))
 
 
 def flash(q: Tensor, keys: Tensor, values: Tensor, shift: Tensor, part: Part) -> tuple[Tensor, Tensor]:
@@ -63,7 +73,7 @@ def flash(q: Tensor, keys: Tensor, values: Tensor, shift: Tensor, part: Part) ->
     out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, keys, values, 0.0, causal, attn_mask=mask, scale=1.0
     )
-    return out[..., :v_dim].float(), total + shift
+    return out[..., :v_dim], total + shift
 
 
 def capped(q: Tensor, keys: Tensor, values: Tensor, shift: Tensor, part: Part, softcap: float) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,7 @@ def stream(store: RowStore, blocks: Tensor) -> int:
 
 
 def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batch) -> Tensor:
-    """One sequence with many new tokens: q [n, heads, k_dim] → [n, heads, v_dim].
+    """One sequence with many new tokens: q [n, heads, k_dim] → [n, heads, v_dim] in float32.
 
     bf16 queries meet tiles in bf16, which holds every int8 code exactly (and others rounded); others meet float32, and
     so do those with a soft cap, which torch's attention does not know.
@@ -118,36 +118,33 @@ def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batc
     blocks = batch.block_table[0, first : -(-kv_len // size)].contiguous()
     parts = Part.of_chunk(n, kv_len - first * size, spec.window)
 
-    query = (q.float() * spec.scale).unflatten(1, (cache.k.heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, n, ·]
-    shift = query.new_zeros(query.shape[:3])  # q·mu is the same for every key: a soft cap and a sink see it
+    q = q.unflatten(1, (cache.k.heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, n, k_dim]
+    folded = torch.tensor(spec.scale)
+    shift = torch.zeros(q.shape[:3])  # q·mu is the same for every key: a soft cap and a sink see it
     if cache.k.static is not None:
+        folded = folded * cache.k.static.c[:, None, None]
         if spec.softcap is not None or spec.sinks is not None:
-            shift = torch.einsum("hgnd,hd->hgn", query, cache.k.static.mu)
-        query = query * cache.k.static.c[:, None, None]
-    query = query.to(dtype)
-    out = torch.zeros(*query.shape[:3], cache.v.dim)
-    total = torch.full(query.shape[:3], -torch.inf)  # log Σ exp(score) of what was seen so far
+            shift = torch.einsum("hgnd,hd->hgn", q.float(), cache.k.static.mu * spec.scale)
+    query = (q.float() * folded).to(dtype)
+
+    packed = torch.empty(n, *q.shape[:2], cache.v.dim)
+    out = packed.permute(1, 2, 0, 3)
+    total = torch.empty(q.shape[:3])  # log Σ exp(score) of what was seen
     together = max(1, TILE_ELEMENTS // (len(blocks) * size * (cache.k.dim + cache.v.dim)))
     for head in range(0, cache.k.heads, together):
         heads = slice(head, min(head + together, cache.k.heads))
         keys, values = read(cache.k, heads, blocks, dtype), read(cache.v, heads, blocks, dtype)
         for part in parts:
             tile = query[heads, :, part.rows], keys[:, part.keys], values[:, part.keys], shift[heads, :, part.rows]
-            some, its_total = flash(*tile, part) if spec.softcap is None else capped(*tile, part, spec.softcap)
-            before = total[heads, :, part.rows]
-            after = torch.logaddexp(before, its_total)
-            kept = out[heads, :, part.rows].mul_((before - after).exp_()[..., None])
-            kept.addcmul_(some, (its_total - after).exp_()[..., None])
-            before.copy_(after)
+            some = flash(*tile, part) if spec.softcap is None else capped(*tile, part, spec.softcap)
+            part.put(*some, out[heads, :, part.rows], total[heads, :, part.rows])
+    weight = torch.ones(())  # every query sees itself
     if spec.sinks is not None:
         weight = (total - spec.sinks.float().view(cache.k.heads, -1, 1)).sigmoid_()[..., None]
         out *= weight
-    else:
-        weight = torch.ones(())  # every query sees itself
     if cache.v.static is not None:
-        mu, c = (x[:, None, None] for x in (cache.v.static.mu, cache.v.static.c))
-        out = torch.addcmul(weight * mu, out, c)
-    return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
+        out.mul_(cache.v.static.c[:, None, None]).add_(weight * cache.v.static.mu[:, None, None])
+    return packed.flatten(1, 2)
 
 
 class _Step:
