@@ -253,6 +253,9 @@ struct Ahead {
     }
 };
 
+// The loops below are functions of their own, and their last loops are unrolled by force: else GCC keeps the accumulators
+// in memory.
+
 // row.weight = scores, integer dot products of R queries with a block of K codes.
 template <bool FOUR, int R>
 [[gnu::noinline]] void dot_codes(const uint8_t* block, Ahead& ahead, Row* rows, int dim) {
@@ -298,7 +301,7 @@ template <class T, int R>
     }
 }
 
-// out[0 … W) += x. Of a last, single register (N = 1) only `left` lanes are the row's: the others were read from the next.
+// out[0 … W) += x. Of a last, single register (N = 1) only `left` lanes are the row's: the others are of the next row.
 template <int N>
 inline void add_to(float* out, int left, f32v x) {
     if constexpr (N == 1) x = counting() < left ? x : f32v{};
@@ -437,8 +440,8 @@ constexpr struct Dither {
 } DITHER;
 
 // The scores of a block, of which the row sees [from, to), become weights relative to the block's own maximum.
-[[gnu::noinline]] void soften(Row& row, const Attention& attention, const float* k_scale, const float* v_scale, int64_t from, int64_t to,
-            const Side& v) {
+[[gnu::noinline]] void soften(Row& row, const Attention& attention, const float* k_scale, const float* v_scale,
+                              int64_t from, int64_t to, const Side& v) {
     constexpr int N = BLOCK / W;  // the whole block stays in registers
     f32v s[N];
     for (int i = 0; i < N; i++) {
