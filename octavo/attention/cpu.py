@@ -11,15 +11,14 @@ The extension may be missing (no compiler when the package was installed): `unav
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.attention.chunk import Part, capped, flash
 from octavo.cache.batch import Batch
 from octavo.cache.store import LayerCache, RowStore
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
@@ -34,8 +33,7 @@ except ImportError as error:
 
 FEW = 1  # new tokens of a sequence that the decode kernel takes: prompts are computed alike however they are cut
 LARGEST = 512  # kernel.h
-TILE_ELEMENTS = 1 << 22  # of the tiles of a chunk: some heads' keys and values, some queries' scores
-WINDOW_ROWS = 256  # queries that share a tile of a window's keys, or as many as the window is long
+TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile: 8 MB in bf16
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # kernel.h: Float
 CODES = {"bf16": 0, "fp16": 1, "fp32": 2}  # kernel.h: Code; integer codes are 3 and 4
 
@@ -117,40 +115,8 @@ def stream(store: RowStore, blocks: Tensor) -> int:
     return _native.stream(_side(store), blocks.data_ptr(), len(blocks), torch.get_num_threads())
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some queries of a chunk and some keys among which they see: query i of the part stands at key `offset + i`."""
-
-    rows: slice
-    keys: slice
-    offset: int
-    window: int | None
-
-    @classmethod
-    def of_chunk(cls, n: int, length: int, window: int | None) -> list[Part]:
-        """Parts of the last n of `length` tokens that skip what is hidden from all: future keys and those left behind
-        by the window. Without a window they are the chunk itself and all that came before it."""
-        past, parts = length - n, []
-        if window is None:
-            parts = [cls(slice(0, n), slice(past, length), 0, None)]
-            return parts if past == 0 else [*parts, cls(slice(0, n), slice(0, past), past, None)]
-        step = max(window, WINDOW_ROWS)
-        for begin in range(0, n, step):
-            end = min(begin + step, n)
-            oldest = max(0, past + begin - window + 1)
-            parts.append(cls(slice(begin, end), slice(oldest, past + end), past + begin - oldest, window))
-        return parts
-
-    def hidden(self, begin: int, end: int) -> Tensor:
-        """True where the part's queries begin…end must not see a key: [end − begin, keys]."""
-        position = torch.arange(self.offset + begin, self.offset + end)[:, None]
-        key = torch.arange(self.keys.stop - self.keys.start)
-        hidden = key > position
-        return hidden if self.window is None else hidden | (key <= position - self.window)
-
-
 def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batch) -> Tensor:
-    """One sequence with many new tokens: q [n, heads, k_dim] → [n, heads, v_dim].
+    """One sequence with many new tokens: q [n, heads, k_dim] → [n, heads, v_dim] in float32.
 
     bf16 queries meet tiles in bf16, which holds every int8 code exactly (and others rounded); others meet float32, and
     so do those with a soft cap, which torch's attention does not know.
@@ -161,71 +127,33 @@ def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batc
     blocks = batch.block_table[0, first : -(-kv_len // size)].contiguous()
     parts = Part.of_chunk(n, kv_len - first * size, spec.window)
 
-    query = (q.float() * spec.scale).unflatten(1, (cache.k.heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, n, ·]
-    shift = query.new_zeros(query.shape[:3])  # q·mu is the same for every key: a soft cap and a sink see it
+    q = q.unflatten(1, (cache.k.heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, n, k_dim]
+    folded = torch.tensor(spec.scale)
+    shift = torch.zeros(q.shape[:3])  # q·mu is the same for every key: a soft cap and a sink see it
     if cache.k.static is not None:
+        folded = folded * cache.k.static.c[:, None, None]
         if spec.softcap is not None or spec.sinks is not None:
-            shift = torch.einsum("hgnd,hd->hgn", query, cache.k.static.mu)
-        query = query * cache.k.static.c[:, None, None]
-    query = query.to(dtype)
-    out = torch.zeros(*query.shape[:3], cache.v.dim)
-    total = torch.full(query.shape[:3], -torch.inf)  # log Σ exp(score) of what was seen so far
+            shift = torch.einsum("hgnd,hd->hgn", q.float(), cache.k.static.mu * spec.scale)
+    query = (q.float() * folded).to(dtype)
+
+    packed = torch.empty(n, *q.shape[:2], cache.v.dim)
+    out = packed.permute(1, 2, 0, 3)
+    total = torch.empty(q.shape[:3])  # log Σ exp(score) of what was seen
     together = max(1, TILE_ELEMENTS // (len(blocks) * size * (cache.k.dim + cache.v.dim)))
     for head in range(0, cache.k.heads, together):
         heads = slice(head, min(head + together, cache.k.heads))
         keys, values = read(cache.k, heads, blocks, dtype), read(cache.v, heads, blocks, dtype)
         for part in parts:
             tile = query[heads, :, part.rows], keys[:, part.keys], values[:, part.keys], shift[heads, :, part.rows]
-            some, its_total = _flash(*tile, part) if spec.softcap is None else _capped(*tile, part, spec.softcap)
-            before = total[heads, :, part.rows]
-            after = torch.logaddexp(before, its_total)
-            kept = out[heads, :, part.rows].mul_((before - after).exp_()[..., None])
-            kept.addcmul_(some, (its_total - after).exp_()[..., None])
-            before.copy_(after)
+            some = flash(*tile, part) if spec.softcap is None else capped(*tile, part, spec.softcap)
+            part.put(*some, out[heads, :, part.rows], total[heads, :, part.rows])
+    weight = torch.ones(())  # every query sees itself
     if spec.sinks is not None:
         weight = (total - spec.sinks.float().view(cache.k.heads, -1, 1)).sigmoid_()[..., None]
         out *= weight
-    else:
-        weight = torch.ones(())  # every query sees itself
     if cache.v.static is not None:
-        mu, c = (x[:, None, None] for x in (cache.v.static.mu, cache.v.static.c))
-        out = torch.addcmul(weight * mu, out, c)
-    return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
-
-
-def _flash(q: Tensor, keys: Tensor, values: Tensor, shift: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-    """torch's own attention of q [heads, group, n, k_dim] over keys [heads, m, k_dim] and values [heads, m, v_dim]:
-    the output [heads, group, n, v_dim], and log Σ exp(score + shift) [heads, group, n]."""
-    v_dim = values.shape[-1]
-    if q.shape[-1] != v_dim:  # it knows one dimension
-        widest = max(q.shape[-1], v_dim)
-        q, keys, values = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, keys, values))
-    keys, values = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (keys, values))
-    mask = None
-    if part.window is not None:
-        mask = q.new_zeros(q.shape[2], keys.shape[2]).masked_fill_(part.hidden(0, q.shape[2]), -torch.inf)
-    causal = part.window is None and part.offset == 0
-    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, keys, values, 0.0, causal, attn_mask=mask, scale=1.0
-    )
-    return out[..., :v_dim].float(), total + shift
-
-
-def _capped(
-    q: Tensor, keys: Tensor, values: Tensor, shift: Tensor, part: Part, softcap: float
-) -> tuple[Tensor, Tensor]:
-    """As `_flash` in float32, with scores of softcap·tanh((score + shift)/softcap); some queries at a time."""
-    out, total = q.new_empty(*q.shape[:3], values.shape[-1]), torch.empty_like(shift)
-    step = max(1, TILE_ELEMENTS // (q.shape[0] * q.shape[1] * keys.shape[1]))
-    for begin in range(0, q.shape[2], step):
-        rows = slice(begin, min(begin + step, q.shape[2]))
-        score = (q[:, :, rows].flatten(1, 2) @ keys.mT).unflatten(1, (q.shape[1], -1))
-        score = score.add_(shift[:, :, rows, None]).div_(softcap).tanh_().mul_(softcap)
-        score.masked_fill_(part.hidden(rows.start, rows.stop), -torch.inf)
-        total[:, :, rows] = score.logsumexp(-1)
-        weights = score.sub_(total[:, :, rows, None]).exp_()
-        out[:, :, rows] = (weights.flatten(1, 2) @ values).unflatten(1, (q.shape[1], -1))
-    return out, total
+        out.mul_(cache.v.static.c[:, None, None]).add_(weight * cache.v.static.mu[:, None, None])
+    return packed.flatten(1, 2)
 
 
 class _Step:

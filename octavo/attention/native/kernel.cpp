@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <limits>
 #include <vector>
 
@@ -235,6 +236,9 @@ struct Ahead {
     }
 };
 
+// The loops below are functions of their own, and their last loops are unrolled by force: else GCC keeps the accumulators
+// in memory.
+
 // row.weight = scores, integer dot products of R queries with a block of K codes.
 template <bool FOUR, int R>
 [[gnu::noinline]] void dot_codes(const uint8_t* block, Ahead& ahead, Row* rows, int dim) {
@@ -280,7 +284,7 @@ template <class T, int R>
     }
 }
 
-// out[0 … W) += x. Of a last, single register (N = 1) only `left` lanes are the row's: the others were read from the next.
+// out[0 … W) += x. Of a last, single register (N = 1) only `left` lanes are the row's: the others are of the next row.
 template <int N>
 inline void add_to(float* out, int left, f32v x) {
     if constexpr (N == 1) x = counting() < left ? x : f32v{};
@@ -355,34 +359,49 @@ void add_raw(const uint8_t* block, Ahead& ahead, Row* rows, int dim) {
     for (; d < dim; d += W) add_raw_pass<T, R, 1>(block, ahead, rows, dim, d);
 }
 
-template <int R>
-void scores_of(const Side& k, const uint8_t* block, Ahead& ahead, Row* rows) {
-    switch (k.code) {
-        case Code::BF16: return dot_raw<bf16, R>(block, ahead, rows, k.dim);
-        case Code::FP16: return dot_raw<fp16, R>(block, ahead, rows, k.dim);
-        case Code::FP32: return dot_raw<float, R>(block, ahead, rows, k.dim);
-        case Code::INT8: return dot_codes<false, R>(block, ahead, rows, k.dim);
-        case Code::INT4: return dot_codes<true, R>(block, ahead, rows, k.dim);
-    }
+// Calls f(first, R) for all rows, R at a time: MOST, and for the rest half as many, and so on.
+template <int MOST, class F>
+void by_rows(int from, int rows, F&& f) {
+    for (; from + MOST <= rows; from += MOST) f(from, std::integral_constant<int, MOST>{});
+    if constexpr (MOST > 1) by_rows<MOST / 2>(from, rows, f);
 }
 
-template <int R>
-void add_values(const Side& v, const uint8_t* block, Ahead& ahead, Row* rows) {
-    switch (v.code) {
-        case Code::BF16: return add_raw<bf16, R>(block, ahead, rows, v.dim);
-        case Code::FP16: return add_raw<fp16, R>(block, ahead, rows, v.dim);
-        case Code::FP32: return add_raw<float, R>(block, ahead, rows, v.dim);
-        case Code::INT8: return add_codes<false, R>(block, ahead, rows, v.dim);
-        case Code::INT4: return add_codes<true, R>(block, ahead, rows, v.dim);
-    }
-}
-
-// Calls f(first, std::integral_constant<int, R>) for all rows, R at a time.
+// Calls work(type, R, first, ahead) for all rows of one block, as many at a time as there are registers for: floats need
+// one accumulator where codes need two. `type` is that of the values; of codes it says whether they have four bits.
 template <class F>
-void by_rows(int64_t rows, F&& f) {
-    int64_t r = 0;
-    for (; r + ROWS <= rows; r += ROWS) f(r, std::integral_constant<int, ROWS>{});
-    for (; r < rows; r++) f(r, std::integral_constant<int, 1>{});
+void over_block(const Side& side, const uint8_t* next, int rows, F&& work) {
+    auto grouped = [&](auto type, auto most) {
+        constexpr int MOST = decltype(most)::value;
+        Ahead ahead = {next, next + side.head_bytes, rows / MOST + std::popcount(unsigned(rows % MOST))};
+        by_rows<MOST>(0, rows, [&](int first, auto together) { work(type, together, first, ahead); });
+    };
+    constexpr std::integral_constant<int, ROWS> codes;
+    constexpr std::integral_constant<int, 2 * ROWS> floats;
+    switch (side.code) {
+        case Code::BF16: return grouped(bf16{}, floats);
+        case Code::FP16: return grouped(fp16{}, floats);
+        case Code::FP32: return grouped(float{}, floats);
+        case Code::INT8: return grouped(std::false_type{}, codes);
+        case Code::INT4: return grouped(std::true_type{}, codes);
+    }
+}
+
+void scores_of(const Side& k, const uint8_t* block, const uint8_t* next, Row* rows, int count) {
+    over_block(k, next, count, [&](auto type, auto together, int first, Ahead& ahead) {
+        using T = decltype(type);
+        constexpr int R = decltype(together)::value;
+        if constexpr (requires { T::value; }) dot_codes<T::value, R>(block, ahead, rows + first, k.dim);
+        else dot_raw<T, R>(block, ahead, rows + first, k.dim);
+    });
+}
+
+void add_values(const Side& v, const uint8_t* block, const uint8_t* next, Row* rows, int count) {
+    over_block(v, next, count, [&](auto type, auto together, int first, Ahead& ahead) {
+        using T = decltype(type);
+        constexpr int R = decltype(together)::value;
+        if constexpr (requires { T::value; }) add_codes<T::value, R>(block, ahead, rows + first, v.dim);
+        else add_raw<T, R>(block, ahead, rows + first, v.dim);
+    });
 }
 
 // cap·tanh(s/cap), by tanh|x| = (1 − e^−2|x|)/(1 + e^−2|x|).
@@ -404,8 +423,8 @@ constexpr struct Dither {
 } DITHER;
 
 // The scores of a block, of which the row sees [from, to), become weights relative to the block's own maximum.
-[[gnu::noinline]] void soften(Row& row, const Attention& attention, const float* k_scale, const float* v_scale, int64_t from, int64_t to,
-            const Side& v) {
+[[gnu::noinline]] void soften(Row& row, const Attention& attention, const float* k_scale, const float* v_scale,
+                              int64_t from, int64_t to, const Side& v) {
     constexpr int N = BLOCK / W;  // the whole block stays in registers
     f32v s[N];
     for (int i = 0; i < N; i++) {
@@ -487,12 +506,9 @@ void attend_unit(const Unit& unit, const Side& k, const Side& v, const Attention
         row.so_far.total = 0;
         std::fill_n(row.so_far.out, padded(v.dim), 0.0f);
     }
-    const int passes = int(count / ROWS + count % ROWS);
     for (int64_t b = unit.first; b < unit.last; b++) {
         const int64_t cell = table[b] * k.heads + unit.head;
         const int64_t next = (b + 1 < unit.last ? table[b + 1] : table[b]) * k.heads + unit.head;
-        Ahead k_ahead = {k.codes + next * k.head_bytes, k.codes + (next + 1) * k.head_bytes, passes};
-        Ahead v_ahead = {v.codes + next * v.head_bytes, v.codes + (next + 1) * v.head_bytes, passes};
         alignas(64) float k_scale[BLOCK], v_scale[BLOCK];
         auto scales = [&](const Side& side, float* out) -> const float* {
             if (!side.scales) return nullptr;
@@ -501,16 +517,12 @@ void attend_unit(const Unit& unit, const Side& k, const Side& v, const Attention
             return out;
         };
         const float *k_scales = scales(k, k_scale), *v_scales = scales(v, v_scale);
-        by_rows(count, [&](int64_t r, auto together) {
-            scores_of<decltype(together)::value>(k, k.codes + cell * k.head_bytes, k_ahead, &rows[r]);
-        });
+        scores_of(k, k.codes + cell * k.head_bytes, k.codes + next * k.head_bytes, rows.data(), int(count));
         for (int64_t r = 0; r < count; r++) {
             const int64_t oldest = attention.window ? std::max<int64_t>(0, rows[r].position - attention.window + 1) : 0;
             soften(rows[r], attention, k_scales, v_scales, oldest - b * BLOCK, rows[r].position + 1 - b * BLOCK, v);
         }
-        by_rows(count, [&](int64_t r, auto together) {
-            add_values<decltype(together)::value>(v, v.codes + cell * v.head_bytes, v_ahead, &rows[r]);
-        });
+        add_values(v, v.codes + cell * v.head_bytes, v.codes + next * v.head_bytes, rows.data(), int(count));
     }
 }
 

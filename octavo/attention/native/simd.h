@@ -19,7 +19,7 @@ namespace octavo::ISA {
 
 #if defined(__AVX512F__)
 constexpr int W = 16;  // 32-bit lanes of a register
-constexpr int ROWS = 2;  // query rows that share a pass over K: as many accumulators as there are registers for
+constexpr int ROWS = 2;  // query rows that share a pass over codes: two accumulators each, as there are registers for
 #elif defined(__AVX2__)
 constexpr int W = 8;
 constexpr int ROWS = 1;
@@ -183,7 +183,7 @@ inline f32v load_float(const fp16* p) {
 #endif
 }
 
-constexpr float MAGIC = 0x1.8p23f;  // added to |x| < 2²², it rounds to an integer, half to even, and holds it in its low bits
+constexpr float MAGIC = 0x1.8p23f;  // added to |x| < 2²²: rounds to an integer, half to even, and holds it in the low bits
 inline i32v nearest(f32v x) { return (i32v)(x + MAGIC) - (i32v)splat(MAGIC); }
 
 // 2^x for x ≤ 0, relative error below 3e-7; never less than 2^−126.
