@@ -36,7 +36,7 @@ from transformers import LlamaForCausalLM
 
 DECODED = 16  # tokens of each sequence in a round
 CHECKED = 5  # greedy tokens after a short prompt
-TOLERANCE = 0.05  # nats, on average over the most likely tokens; between two tokens they differ by one
+TOLERANCE = 0.05  # nats, mean over the most likely tokens; another model's differ by one and more
 
 
 class Field:
