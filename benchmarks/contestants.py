@@ -33,10 +33,10 @@ class Contestant(Protocol):
 
 
 class Octavo:
-    def __init__(self, model: Model, calibration: Calibration, kv: str, batch: int, length: int):
+    def __init__(self, model: Model, calibration: Calibration | None, kv: str, batch: int, length: int):
         given = calibration if kv == "int8" else None
         self.llm = LLM(model, kv, calibration=given, max_batch_size=batch, session_len=length, prefix_caching=False)
-        self.about = f"a KV cache of {self.llm.cache.nbytes} bytes"
+        self.about = ""
         self.sequences: list[Any] = []
 
     def prefill(self, prompts: list[list[int]]) -> float:

@@ -31,21 +31,19 @@ import torch
 from contestants import Contestant, LlamaCpp, Octavo, Transformers
 from llama_gguf import write_gguf
 from machine import describe
-from random_llama import calibrated, random_llama, served
+from random_llama import CONFIG, calibrated, random_llama, served
 from transformers import LlamaForCausalLM
 
-PROMPT, DECODED, BATCHES = 4096, 16, (1, 8)
+DECODED = 16  # tokens of each sequence in a round
 CHECKED = 5  # greedy tokens after a short prompt
-TOLERANCE = 0.05  # nats, on average over the most likely tokens; between two tokens they differ by one
+TOLERANCE = 0.05  # nats, mean over the most likely tokens; another model's differ by one and more
 
 
 class Field:
     """Who competes."""
 
-    def __init__(self, hf: LlamaForCausalLM, gguf: Path, llama_cpp: Path | None, rounds: int, kv: list[str]):
-        self.hf, self.gguf, self.llama_cpp = hf, gguf, llama_cpp
-        self.length = PROMPT + (rounds + 1) * DECODED + 64
-        self.kv = kv
+    def __init__(self, hf: LlamaForCausalLM, gguf: Path, llama_cpp: Path | None, length: int, kv: list[str]):
+        self.hf, self.gguf, self.llama_cpp, self.length, self.kv = hf, gguf, llama_cpp, length, kv
         self.model = served(random_llama())
         self.calibration = calibrated(self.model)
 
@@ -62,11 +60,11 @@ class Field:
         return built
 
 
-def errors(contestants: dict[str, Contestant]) -> dict[str, float]:
-    """Mean difference in nats from the float32 model, of every contestant; ends the program if one is too far off."""
-    prompt = torch.randint(32000, (61,), generator=torch.Generator().manual_seed(1)).tolist()
+def errors(contestants: dict[str, Contestant], exact: LlamaForCausalLM) -> dict[str, float]:
+    """Mean difference in nats from the float32 model `exact`, of every contestant; ends the program if one is too far
+    off."""
+    prompt = torch.randint(exact.config.vocab_size, (61,), generator=torch.Generator().manual_seed(1)).tolist()
     answers = {name: contestant.answer(prompt, CHECKED) for name, contestant in contestants.items()}
-    exact = random_llama().float()
     found = {}
     for name, top in answers.items():
         tokens = [next(iter(each)) for each in top]
@@ -83,16 +81,18 @@ def errors(contestants: dict[str, Contestant]) -> dict[str, float]:
     return found
 
 
-def measure(contestants: dict[str, Contestant], batch: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Tokens per second of every contestant, a round each."""
+def measure(
+    contestants: dict[str, Contestant], batch: int, tokens: int, rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Tokens per second of every contestant, a round each, for `batch` prompts of `tokens` tokens."""
     rates: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in contestants}
     generator = torch.Generator().manual_seed(2)
     for i in range(rounds):
         if i == 0 or batch == 1:
-            prompts = torch.randint(32000, (batch, PROMPT), generator=generator).tolist()
+            prompts = torch.randint(CONFIG.vocab_size, (batch, tokens), generator=generator).tolist()
         for name, contestant in contestants.items():
             if i == 0 or batch == 1:
-                rates[name]["prefill"].append(batch * PROMPT / contestant.prefill(prompts))
+                rates[name]["prefill"].append(batch * tokens / contestant.prefill(prompts))
                 contestant.decode(2)  # warm
         for name, contestant in contestants.items():
             rates[name]["decode"].append(batch * DECODED / contestant.decode(DECODED))
@@ -116,6 +116,8 @@ def ratios(rates: dict[str, dict[str, list[float]]], ours: str) -> dict[str, dic
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--llama-cpp", type=Path, help="the Python that has llama-cpp-python; without, it stays out")
+    cli.add_argument("--prompt", type=int, default=4096, help="tokens of a prompt")
+    cli.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     cli.add_argument("--rounds", type=int, default=5)
     cli.add_argument("--kv", nargs="+", default=["int8", "int8-token", "bf16"])
     cli.add_argument("--out", type=Path)
@@ -127,13 +129,14 @@ def main() -> None:
         gguf = Path(directory) / "random.gguf"
         hf = random_llama()
         write_gguf(hf, gguf)
-        field = Field(hf, gguf, args.llama_cpp, args.rounds, args.kv)
-        for batch in BATCHES:
+        length = args.prompt + (args.rounds + 1) * DECODED + 64
+        field = Field(hf, gguf, args.llama_cpp, length, args.kv)
+        for batch in args.batch:
             with ExitStack() as close:
                 contestants = field.contestants(batch, close)
-                found = errors(contestants)
+                found = errors(contestants, random_llama().float())
                 peers |= {name: contestant.about for name, contestant in contestants.items() if contestant.about}
-                rates = measure(contestants, batch, args.rounds)
+                rates = measure(contestants, batch, args.prompt, args.rounds)
             rows.append({
                 "batch": batch,
                 "nats_from_float32": {name: round(error, 4) for name, error in found.items()},
@@ -143,7 +146,7 @@ def main() -> None:
                 },
                 "times_as_fast": {f"octavo {kv}": ratios(rates, f"octavo {kv}") for kv in args.kv},
             })  # fmt: skip
-    document = {"benchmark": "peers_cpu", **describe(), "peers": peers, "prompt": PROMPT, "decoded": DECODED,
+    document = {"benchmark": "peers_cpu", **describe(), "peers": peers, "prompt": args.prompt, "decoded": DECODED,
                 "rounds": args.rounds, "rows": rows}  # fmt: skip
     if args.out:
         args.out.write_text(json.dumps(document, indent=1) + "\n")

@@ -49,7 +49,7 @@ class Scheduler:
         budget = self.max_batch_tokens
         preempted = False
         for sequence in list(self.running):
-            if sequence not in self.running:  # preempted by an older one in this very step
+            if preempted and sequence not in self.running:  # by an older one in this very step
                 continue
             tokens = min(sequence.pending, budget)
             while not self._reserve(sequence, tokens):
