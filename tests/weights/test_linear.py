@@ -14,7 +14,7 @@ from torch import Tensor
 from octavo.errors import Unsupported
 from octavo.weights import cpu
 from octavo.weights.layouts import Int4Weight
-from octavo.weights.linear import PackedLinear
+from octavo.weights.linear import MANY, PackedLinear
 
 ISAS = cpu._native.isas() if cpu._native and cpu.unavailable() is None else []
 # out: below, at and beyond tiles of 16; in: groups of 16 to 128, whole rows, and rows that need padding
@@ -71,9 +71,10 @@ def test_packing_loses_nothing(isa: str, shape: tuple[int, int, int]):
     weight = random_weight(*shape)
     layer = layer_of(weight, torch.float32)
     assert torch.equal(layer.decode(0, shape[0], torch.float32), weight.dequantize())
-    layer(torch.zeros(1, shape[1]))
-    padded = torch.empty(shape[0], 8 * layer.codes.shape[1])
-    assert torch.equal(cpu.decode(layer._matrix[1], 0, padded)[:, : shape[1]], weight.dequantize()), isa
+    assert torch.equal(layer.decode(0, shape[0], torch.float16), weight.dequantize().half()), isa
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("octavo.weights.linear._kernels", lambda: False)
+        assert torch.equal(layer.decode(0, shape[0], torch.float32), weight.dequantize())
 
 
 def test_a_row_is_answered_alike_however_many_go_with_it(isa: str):
@@ -92,6 +93,16 @@ def test_an_input_far_above_its_neighbours_leaves_them_their_share(isa: str):
     assert (
         (layer(x) - expected).abs() < 2**-8 * expected.abs() + 0.02 * exact(layer, weight, x.clamp(-4, 4)).std()
     ).all(), isa
+
+
+def test_many_rows_are_multiplied_by_torch(isa: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("octavo.weights.linear.SLICE", 16 * 100)
+    weight = random_weight(37, 96, 32)
+    layer = layer_of(weight, torch.bfloat16)
+    x = torch.randn(MANY, 96).bfloat16()
+    monkeypatch.setattr(layer, "_packed", None)
+    expected = exact(layer, weight, x)
+    assert (layer(x) - expected).abs().max() < 8e-3 * expected.abs().max(), isa
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
