@@ -1,8 +1,8 @@
 """A linear layer whose weight stays in 4 bits: one packed copy in memory, and never a 16-bit one.
 
-On a CPU the native kernels multiply packed weights. Where the rows are so many that arithmetic is all that counts, on
-other devices and without the extension, a slice of the outputs at a time is decoded to the activations' type and
-multiplied by torch.
+On a CPU the native kernels multiply packed weights. On other devices, without the extension, and for many rows where
+torch has a matrix unit (AMX), a slice of the outputs at a time is decoded to the activations' type and multiplied by
+torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from octavo.weights.layouts import Int4Weight
 
 TILE = 16  # kernel.h
 SLICE = 1 << 22  # weights decoded at a time
-MANY = 512  # rows of bf16 from which torch's product makes up for the decoding (benchmarks/weights_cpu.py, Zen 4)
+MANY = 256  # rows of bf16 that an AMX unit makes up for the decoding with; AVX-512 does not up to 2048 (weights_cpu.py)
 
 
 class PackedLinear(nn.Module):
@@ -87,8 +87,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] of x's type."""
         rows = x.reshape(-1, self.in_features)
-        few = len(rows) < MANY or x.dtype != torch.bfloat16
-        packed = few and x.device.type == "cpu" and _kernels()
+        sliced = len(rows) >= MANY and x.dtype == torch.bfloat16 and _has_amx()
+        packed = not sliced and x.device.type == "cpu" and _kernels()
         return (self._packed(rows) if packed else self._sliced(rows)).unflatten(0, x.shape[:-1])
 
     def _packed(self, x: Tensor) -> Tensor:
@@ -121,6 +121,12 @@ class PackedLinear(nn.Module):
 def _tiled(x: Tensor) -> Tensor:
     """[out, n] → [tiles, 16, n], padded with zeros."""
     return F.pad(x, (0, 0, 0, -len(x) % TILE)).unflatten(0, (-1, TILE))
+
+
+@cache
+def _has_amx() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch that is accepted
+    return bool(capabilities().get("amx_bf16"))
 
 
 @cache

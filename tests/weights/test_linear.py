@@ -95,7 +95,8 @@ def test_an_input_far_above_its_neighbours_leaves_them_their_share(isa: str):
     ).all(), isa
 
 
-def test_many_rows_are_multiplied_by_torch(isa: str, monkeypatch: pytest.MonkeyPatch):
+def test_many_rows_are_left_to_a_matrix_unit(isa: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("octavo.weights.linear._has_amx", lambda: True)
     monkeypatch.setattr("octavo.weights.linear.SLICE", 16 * 100)
     weight = random_weight(37, 96, 32)
     layer = layer_of(weight, torch.bfloat16)
