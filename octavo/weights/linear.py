@@ -125,7 +125,7 @@ def _tiled(x: Tensor) -> Tensor:
 
 @cache
 def _has_amx() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch that is accepted
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch that is accepted
     return bool(capabilities().get("amx_bf16"))
 
 

@@ -21,7 +21,12 @@ ISAS = cpu._native.isas() if cpu._native and cpu.unavailable() is None else []
 SHAPES = [(64, 256, 128), (37, 96, 32), (5, 100, 100), (48, 192, 96), (129, 64, 64), (16, 272, 16), (1, 344, 344)]
 ROWS = [1, 2, 3, 5, 8, 9, 21]
 # Activations have 15 bits of their group's largest value; then the answer is rounded.
-TOLERANCE = {torch.float32: 2e-4, torch.float16: 6e-4, torch.bfloat16: 4e-3}
+TOLERANCE = {torch.float32: 3e-4, torch.float16: 6e-4, torch.bfloat16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=ISAS)
@@ -54,6 +59,11 @@ def exact(layer: PackedLinear, weight: Int4Weight, x: Tensor) -> Tensor:
     return product if layer.bias is None else product + layer.bias.double()
 
 
+def size(weight: Int4Weight, x: Tensor) -> Tensor:
+    """How large the products of x's rows are, whatever their signs: [rows, out]."""
+    return (x.double() ** 2 @ weight.dequantize().double().T ** 2).sqrt()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernels_multiply(isa: str, shape: tuple[int, int, int], dtype: torch.dtype):
@@ -63,7 +73,8 @@ def test_the_kernels_multiply(isa: str, shape: tuple[int, int, int], dtype: torc
     for rows in ROWS:
         x = torch.randn(rows, shape[1]).to(dtype)
         expected = exact(layer, weight, x)
-        assert (layer(x) - expected).abs().max() < TOLERANCE[dtype] * expected.abs().max(), (isa, rows)
+        bound = TOLERANCE[dtype] * (size(weight, x) + expected.abs())
+        assert ((layer(x) - expected).abs() < bound).all(), (isa, rows)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -90,9 +101,8 @@ def test_an_input_far_above_its_neighbours_leaves_them_their_share(isa: str):
     x = torch.randn(4, 256).bfloat16()
     x[:, 3] = 1000
     expected = exact(layer, weight, x)
-    assert (
-        (layer(x) - expected).abs() < 2**-8 * expected.abs() + 0.02 * exact(layer, weight, x.clamp(-4, 4)).std()
-    ).all(), isa
+    others = size(weight, x.clamp(-4, 4))
+    assert ((layer(x) - expected).abs() < 2**-8 * expected.abs() + 0.1 * others).all(), isa
 
 
 def test_many_rows_are_left_to_a_matrix_unit(isa: str, monkeypatch: pytest.MonkeyPatch):
@@ -103,7 +113,7 @@ def test_many_rows_are_left_to_a_matrix_unit(isa: str, monkeypatch: pytest.Monke
     x = torch.randn(MANY, 96).bfloat16()
     monkeypatch.setattr(layer, "_packed", None)
     expected = exact(layer, weight, x)
-    assert (layer(x) - expected).abs().max() < 8e-3 * expected.abs().max(), isa
+    assert ((layer(x) - expected).abs() < 1e-2 * (size(weight, x) + expected.abs())).all(), isa
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
