@@ -49,13 +49,6 @@ def unavailable() -> str | None:
     return None
 
 
-def torch_parallel_for() -> int | None:
-    """The address of torch's own parallel loop. Raises OSError, AttributeError or StopIteration where it has none."""
-    library = Path(torch.__file__).parent / "lib"
-    torch_cpu = ctypes.CDLL(str(next(library.glob("libtorch_cpu.*"))))
-    return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
-
-
 def takes(dim: int) -> bool:
     """Whether the kernels have rows of this dimension; they have every codec."""
     return dim % 8 == 0 and dim <= LARGEST
@@ -195,6 +188,13 @@ def _side(store: RowStore) -> Any:
             store.saturated.data_ptr(),
         )
     return store.native
+
+
+def torch_parallel_for() -> int | None:
+    """The address of torch's own parallel loop. Raises OSError, AttributeError or StopIteration where it has none."""
+    library = Path(torch.__file__).parent / "lib"
+    torch_cpu = ctypes.CDLL(str(next(library.glob("libtorch_cpu.*"))))
+    return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
 
 
 def _address(x: Tensor | None) -> int:
