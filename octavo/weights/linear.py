@@ -94,7 +94,8 @@ class PackedLinear(nn.Module):
     def _packed(self, x: Tensor) -> Tensor:
         if 8 * self.codes.shape[1] != self.in_features:
             x = F.pad(x, (0, 8 * self.codes.shape[1] - self.in_features))
-        return cpu.multiply(self._matrix(), self.out_features, x, self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return cpu.multiply(self._matrix(), self.out_features, x, bias)
 
     def _matrix(self) -> Any:
         """The kernels' view of the weight, made anew where its tensors have moved."""
@@ -110,7 +111,7 @@ class PackedLinear(nn.Module):
         y = x.new_empty(len(x), self.out_features)
         for first in range(0, self.out_features, step):
             end = min(first + step, self.out_features)
-            bias = None if self.bias is None else self.bias[first:end]
+            bias = None if self.bias is None else self.bias[first:end].to(x.dtype)
             y[:, first:end] = F.linear(x, self.decode(first, end, x.dtype), bias)
         return y
 
