@@ -20,7 +20,7 @@ import torch
 from machine import describe
 
 from octavo.cli.memory import mib, notes
-from octavo.measure.memory import Cost, Point, costs, device_memory, points, saved
+from octavo.measure.memory import Cost, Point, costs, device_memory, own_kind, points, saved
 from octavo.measure.plan import draw, fits
 from octavo.measure.point import Source
 from octavo.models.geometry import Geometry
@@ -72,7 +72,7 @@ def run(path: Path, names: Sequence[str], load_format: str, seconds: float) -> l
     geometry = Geometry.trace(path)
     theory = costs(geometry, [KVFormat.parse(name) for name in names], CONTEXT, device_memory(CPU))
     source = Source(path, load_format=load_format, fill_seconds=seconds)
-    return points(geometry, theory, list(PAGE), CONTEXT, source, tell)
+    return points(theory, list(PAGE), CONTEXT, {own_kind(geometry): source}, tell)
 
 
 def main() -> None:
@@ -107,7 +107,7 @@ differences of totals and of caches. *Rest*: what the page had beside these. No 
 
 {the_page(geometry, theory)}
 
-    octavo memory --config benchmarks/geometries/internlm-chat-7b.json
+    octavo memory --config benchmarks/geometries/internlm-chat-7b.json --weights fp16,int4
 
 ![Memory over sessions: fp16, 4-bit weights, int8 KV cache, both](memory-growth.svg)
 

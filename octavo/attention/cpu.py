@@ -50,13 +50,6 @@ def unavailable() -> str | None:
     return None
 
 
-def torch_parallel_for() -> int | None:
-    """The address of torch's own parallel loop. Raises OSError, AttributeError or StopIteration where it has none."""
-    library = Path(torch.__file__).parent / "lib"
-    torch_cpu = ctypes.CDLL(str(next(library.glob("libtorch_cpu.*"))))
-    return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
-
-
 def devices() -> tuple[str, ...]:
     return ("cpu",)
 
@@ -204,6 +197,13 @@ def _side(store: RowStore) -> Any:
             store.saturated.data_ptr(),
         )
     return store.native
+
+
+def torch_parallel_for() -> int | None:
+    """The address of torch's own parallel loop. Raises OSError, AttributeError or StopIteration where it has none."""
+    library = Path(torch.__file__).parent / "lib"
+    torch_cpu = ctypes.CDLL(str(next(library.glob("libtorch_cpu.*"))))
+    return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
 
 
 def _address(x: Tensor | None) -> int:

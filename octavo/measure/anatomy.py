@@ -21,6 +21,7 @@ from octavo.cache.store import KVCache
 from octavo.calibrate import FARTHEST, Window, shift_invariant
 from octavo.measure.ceiling import cache_bytes
 from octavo.models.bind import NAME, UNLIMITED, BoundModel
+from octavo.models.packed import parameters
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat
 
@@ -108,7 +109,7 @@ def examine(bound: BoundModel) -> Anatomy:
     far = min(bound.max_context, FARTHEST) - 32
     return Anatomy(
         architecture=config.model_type,
-        parameters=sum(parameter.numel() for parameter in bound.hf.parameters()),
+        parameters=parameters(bound.hf),
         dtype=str(bound.dtype)[6:],
         layers=len(bound.layers),
         groups=_groups(bound.layers),

@@ -36,6 +36,12 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
 
 
+def parameters(model: nn.Module) -> int:
+    """How many there are, tied ones once, in whatever type."""
+    packed = sum(layer.in_features * layer.out_features for layer in packed_layers(model).values())
+    return packed + sum(parameter.numel() for parameter in model.parameters())
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Of all parameters, tied ones once, and of packed weights."""
     return sum(p.nbytes for p in model.parameters()) + sum(layer.nbytes for layer in packed_layers(model).values())

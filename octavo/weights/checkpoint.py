@@ -17,7 +17,8 @@ from octavo.errors import OctavoError, Unsupported
 from octavo.weights.layouts import AWQ, COMPRESSED, COMPRESSED_SYMMETRIC, GPTQ, GPTQ_V2, Int4Weight, WeightLayout
 
 _ORDER = {"g_idx", "weight_g_idx"}  # which group a column belongs to: only columns in order are supported
-_SCALES = {"scales", "weight_scale"}
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32}
+_TYPES = {"scales": _FLOATS, "weight_scale": _FLOATS, "weight_shape": {torch.int32, torch.int64}}
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class PackedLayers:
             if name not in found:
                 raise OctavoError(f"The weights lack {layer}.{name}: fetch config.json and the weights again.")
             tensor = found[name]
-            if tuple(tensor.shape) != shape or tensor.is_floating_point() != (name in _SCALES):
+            if tuple(tensor.shape) != shape or tensor.dtype not in _TYPES.get(name, {torch.int32}):
                 raise OctavoError(
                     f"The tensor {layer}.{name} is {tensor.dtype} {tuple(tensor.shape)} instead of {shape}, in groups "
                     f"of {group}: fetch config.json and the weights again."
