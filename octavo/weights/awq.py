@@ -28,13 +28,22 @@ def round_to_nearest(weight: Tensor, group_size: int, shrink: Tensor | float = 1
     to `shrink` times the largest magnitude: a number, or [out, in/group_size]. Scales are float16, as in checkpoints.
     """
     groups = weight.float().unflatten(1, (-1, group_size))
+    scales, zeros = _range(groups, shrink)
+    codes = _codes(groups, scales, zeros)
+    return Int4Weight(codes.flatten(1).to(torch.uint8), zeros.to(torch.uint8), scales.half())
+
+
+def _range(groups: Tensor, shrink: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Scales, that float16 has, and zeros of `groups` [out, groups, group_size]: each [out, groups]."""
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     limit = torch.maximum(-low, high) * shrink
     low, high = torch.maximum(low, -limit), torch.minimum(high, limit)
-    scales = ((high - low) / TOP).clamp(min=2.0**-24).half()  # float16's least; a group of zeros has it
-    zeros = (-low / scales.float()).round().clamp(0, TOP)
-    codes = ((groups / scales.float()[..., None]).round() + zeros[..., None]).clamp(0, TOP)
-    return Int4Weight(codes.flatten(1).to(torch.uint8), zeros.to(torch.uint8), scales)
+    scales = ((high - low) / TOP).clamp(min=2.0**-24).half().float()  # float16's least; a group of zeros has it
+    return scales, (-low / scales).round().clamp(0, TOP)
+
+
+def _codes(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    return (groups / scales[..., None]).round_().add_(zeros[..., None]).clamp_(0, TOP)
 
 
 def search_scale(weights: Sequence[Tensor], rows: Tensor, mean: Tensor, group_size: int) -> tuple[Tensor, float]:
@@ -83,6 +92,8 @@ def _products(rows: Tensor, group_size: int) -> Tensor:
 def _errors(weight: Tensor, products: Tensor, group_size: int, shrink: float) -> Tensor:
     """Squared errors [out, in/group_size] of each group's part of the output, summed over the rows in `products`: off
     by e, the weights of a group cost e·G·eᵀ."""
-    off = round_to_nearest(weight, group_size, shrink).dequantize() - weight
-    off = off.unflatten(1, (-1, group_size)).transpose(0, 1)  # [groups, out, group_size]
+    groups = weight.unflatten(1, (-1, group_size))
+    scales, zeros = _range(groups, shrink)
+    off = _codes(groups, scales, zeros).sub_(zeros[..., None]).mul_(scales[..., None]).sub_(groups)
+    off = off.transpose(0, 1)  # [groups, out, group_size]
     return ((off @ products) * off).sum(-1).T
