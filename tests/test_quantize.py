@@ -14,13 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from octavo import quantize as making
 from octavo.cli import main
-from octavo.errors import OctavoError, Unsupported
+from octavo.errors import Unsupported
 from octavo.models.bind import bind, unbound
+from octavo.models.load import load_model, load_tokenizer
 from octavo.models.model import BUNDLED, Model
 from octavo.models.save import save_awq
 from octavo.quantize import quantize
 from octavo.weights import awq
 from octavo.weights.linear import PackedLinear
+from tests.models.test_internlm import TOKENIZER_V1, V2, checkpoint_v2, vocabulary, write
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # as published: the column of each 4-bit number of a word
 
@@ -34,14 +36,14 @@ def coarse() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Model, Path]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
     """`pamphlet` quantized in memory, and as it was written."""
     model = Model.load(device="cpu", dtype="float32")
     ids = model.tokenizer((BUNDLED / "evaluation.txt").read_text(encoding="utf-8")[:4000])["input_ids"]
     directory = tmp_path_factory.mktemp("awq") / "pamphlet-4bit"
     quantized = quantize(model.bound, [ids[:256], ids[256:512]], group_size=128)
     save_awq(model.bound.hf, quantized.tensors, 128, BUNDLED, directory, shard="3MB")
-    yield model, directory
+    return model, directory
 
 
 def numbers(words: np.ndarray) -> np.ndarray:
@@ -160,8 +162,35 @@ def test_experts_stay_in_16_bits_and_are_named(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_internlm_is_written_as_the_llama_it_was_loaded_as(tmp_path: Path) -> None:
+    source = tmp_path / "internlm"
+    source.mkdir()
+    write(source, V2 | {"vocab_size": 40}, checkpoint_v2(2, bias=False))
+    (source / "tokenizer.model").write_bytes(vocabulary())
+    (source / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_V1))
+    hf, tokenizer = load_model(source), load_tokenizer(source)
+    bound = bind(hf)
+    ids = [[i % 40 for i in range(60)]]
+    quantized = quantize(bound, ids, group_size=32, method="rtn")
+    new = tmp_path / "new"
+    save_awq(bound.hf, quantized.tensors, 32, source, new, chat_template=str(tokenizer.chat_template))
+
+    config = json.loads((new / "config.json").read_text())
+    assert (config["model_type"], config["rope_theta"]) == ("llama", 1000000)
+    assert not list(new.glob("*.py"))
+    assert "auto_map" not in (new / "config.json").read_text() + (new / "tokenizer_config.json").read_text()
+    again, words = load_model(new, model_format="awq"), load_tokenizer(new)
+    with unbound(bound) as made, torch.inference_mode():
+        torch.testing.assert_close(
+            again(torch.tensor(ids)).logits, made(torch.tensor(ids)).logits, rtol=1e-3, atol=1e-3
+        )
+    chat = [{"role": "user", "content": "hello there"}]
+    assert words.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert words("hello there").input_ids == tokenizer("hello there").input_ids
+
+
 def test_a_scale_that_changes_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(making, "absorb", lambda source, scale: None)
+    monkeypatch.setattr(making, "absorb", lambda *_: None)
     monkeypatch.setattr(making, "search_scale", lambda weights, *_: (torch.full((weights[0].shape[1],), 1.5), 0.5))
     with pytest.raises(Unsupported, match="changed what it computes"):
         quantize(bind(tiny()), windows(), group_size=32)

@@ -86,7 +86,7 @@ def save_awq(
 
 
 def _kept(new: Path, hf: PreTrainedModel) -> list[str]:
-    """Modules with a matrix that was not quantized, experts as one; embeddings are taken for granted, the head is not."""
+    """Modules with a matrix that was not quantized, experts as one. Embeddings need not be named, the head does."""
     names = {"lm_head"} if hf.get_output_embeddings() is not None else set()
     embeddings = {id(hf.get_input_embeddings().weight)}
     own = {name for name, p in hf.named_parameters(remove_duplicate=False) if id(p) in embeddings}
