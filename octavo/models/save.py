@@ -68,6 +68,8 @@ def save_awq(
         hf.save_pretrained(new, state_dict=hf.state_dict() | packed, max_shard_size=shard)
         hf.generation_config = defaults
         (new / "generation_config.json").unlink(missing_ok=True)
+        for file in new.glob("*.safetensors"):  # written for the owner alone
+            shutil.copymode(new / "config.json", file)
         kept = _kept(new, hf)
         quantization = {
             "quant_method": "awq",
