@@ -178,6 +178,12 @@ def _watch(
         for handle in handles:
             handle.remove()
     progress("watching inputs", len(windows), len(windows))
+    for fold, seen in inputs.items():
+        if not seen.mean.isfinite().all():
+            raise OctavoError(
+                f"the inputs of {fold.layers[0]} are not finite: the model overflows in {bound.dtype}; "
+                "load it with --dtype bf16 or fp32, or check its weights"
+            )
     return inputs
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from octavo import quantize as making
 from octavo.cli import main
-from octavo.errors import Unsupported
+from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import bind, unbound
 from octavo.models.load import load_model, load_tokenizer
 from octavo.models.model import BUNDLED, Model
@@ -194,6 +194,13 @@ def test_a_scale_that_changes_the_model_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(making, "search_scale", lambda weights, *_: (torch.full((weights[0].shape[1],), 1.5), 0.5))
     with pytest.raises(Unsupported, match="changed what it computes"):
         quantize(bind(tiny()), windows(), group_size=32)
+
+
+def test_activations_that_overflow_are_refused_by_the_layers_name() -> None:
+    bound = bind(tiny())
+    bound.hf.model.layers[1].input_layernorm.weight.data[3] = torch.inf
+    with pytest.raises(OctavoError, match=r"inputs of model\.layers\.1\.self_attn\.q_proj are not finite"):
+        quantize(bound, windows(), group_size=32)
 
 
 def test_groups_that_divide_no_layer_are_refused_with_those_that_do() -> None:

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -65,7 +65,10 @@ def save_awq(
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as temporary:
         new = Path(temporary) / "model"
         defaults, hf.generation_config = hf.generation_config, GenerationConfig()  # the file is copied as it is
-        hf.save_pretrained(new, state_dict=hf.state_dict() | packed, max_shard_size=shard)
+        try:
+            hf.save_pretrained(new, state_dict=hf.state_dict() | packed, max_shard_size=shard)
+        except (OSError, SafetensorError) as error:
+            raise OctavoError(f"the weights cannot be written beside {directory} ({error}): is there room?") from error
         hf.generation_config = defaults
         (new / "generation_config.json").unlink(missing_ok=True)
         for file in new.glob("*.safetensors"):  # written for the owner alone

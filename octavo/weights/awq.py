@@ -20,6 +20,7 @@ STEPS = 20  # of α in [0, 1): 0 is no scaling
 LEAST_MEAN = 1e-4  # a channel that is never active does not drive its scale to 0
 SHRINKS = [1 - i / 20 for i in range(10)]  # of a group's range, best first if equal
 COARSE = (1.0, 0.85, 0.7)  # the same while scales are searched
+MOST_OUTPUTS = 1024  # of a layer that a scale is searched on: what is sought are input channels
 AT_A_TIME = 1 << 24  # values of a weight whose clipping is searched together
 
 
@@ -55,6 +56,7 @@ def search_scale(weights: Sequence[Tensor], rows: Tensor, mean: Tensor, group_si
     """
     mean = mean.float().clamp(min=LEAST_MEAN)
     products = _products(rows, group_size)
+    weights = [weight[:: -(-len(weight) // MOST_OUTPUTS)] for weight in weights]
     outputs = [(rows @ weight.T).square().sum().item() for weight in weights]
     best, least = (torch.ones_like(mean), 0.0), torch.inf
     for step in range(STEPS):
