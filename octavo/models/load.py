@@ -226,7 +226,8 @@ def _dummy(config: PreTrainedConfig, dtype: torch.dtype | str, format: WeightFor
         torch.manual_seed(0)
         if format is None:
             return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
-        return noise(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, chosen, format)
+        with _quiet():
+            return noise(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, chosen, format)
 
 
 def _weight_format(path: Path, model_format: str) -> WeightFormat | None:

@@ -1,7 +1,8 @@
 """A linear layer whose weight stays in 4 bits: one packed copy in memory, and never a 16-bit one.
 
-On a CPU the native kernels multiply packed weights. Elsewhere, and without the extension, a slice of output columns at
-a time is decoded to the activations' type and multiplied by torch.
+On a CPU the native kernels multiply packed weights. On other devices, without the extension, and for many rows where
+torch has a matrix unit (AMX), a slice of the outputs at a time is decoded to the activations' type and multiplied by
+torch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from octavo.weights.layouts import Int4Weight
 
 TILE = 16  # kernel.h
 SLICE = 1 << 22  # weights decoded at a time
+MANY = 256  # rows of bf16 that an AMX unit makes up for the decoding with; AVX-512 does not up to 2048 (weights_cpu.py)
 
 
 class PackedLinear(nn.Module):
@@ -43,7 +45,7 @@ class PackedLinear(nn.Module):
         self.zeros: Tensor
         for name in ("codes", "scales", "zeros"):
             self.register_buffer(name, None, persistent=False)
-        self._matrix: tuple[int, Any] = (0, None)
+        self._view: tuple[int, Any] | None = None
 
     @property
     def group(self) -> int:
@@ -72,6 +74,9 @@ class PackedLinear(nn.Module):
 
     def decode(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
         """Rows of the weight as numbers: [end − first, in]; `first` is a multiple of 16."""
+        if self.codes.device.type == "cpu" and _kernels():
+            whole = torch.empty(end - first, 8 * self.codes.shape[1], dtype=dtype)
+            return cpu.decode(self._matrix(), first, whole)[:, : self.in_features]
         tiles = slice(first // TILE, -(-end // TILE))
         packed = self.codes[tiles]
         codes = torch.stack((packed & 15, packed >> 4), dim=3).transpose(1, 2).flatten(2)
@@ -82,21 +87,25 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] of x's type."""
         rows = x.reshape(-1, self.in_features)
-        multiply = self._native if x.device.type == "cpu" and _kernels() else self._plain
-        return multiply(rows).unflatten(0, x.shape[:-1])
+        sliced = len(rows) >= MANY and x.dtype == torch.bfloat16 and _has_amx()
+        packed = not sliced and x.device.type == "cpu" and _kernels()
+        return (self._packed(rows) if packed else self._sliced(rows)).unflatten(0, x.shape[:-1])
 
-    def _native(self, x: Tensor) -> Tensor:
-        place, matrix = self._matrix
-        if place != self.codes.data_ptr():
-            matrix = cpu.matrix(
-                self.codes, self.scales, self.zeros, self.out_features, 8 * self.codes.shape[1], self.group
-            )
-            self._matrix = (self.codes.data_ptr(), matrix)
+    def _packed(self, x: Tensor) -> Tensor:
         if 8 * self.codes.shape[1] != self.in_features:
             x = F.pad(x, (0, 8 * self.codes.shape[1] - self.in_features))
-        return cpu.multiply(matrix, self.out_features, x, self.bias)
+        return cpu.multiply(self._matrix(), self.out_features, x, self.bias)
 
-    def _plain(self, x: Tensor) -> Tensor:
+    def _matrix(self) -> Any:
+        """The kernels' view of the weight, made anew where its tensors have moved."""
+        place = self.codes.data_ptr()
+        if self._view is None or self._view[0] != place:
+            columns = 8 * self.codes.shape[1]
+            found = cpu.matrix(self.codes, self.scales, self.zeros, self.out_features, columns, self.group)
+            self._view = place, found
+        return self._view[1]
+
+    def _sliced(self, x: Tensor) -> Tensor:
         step = max(TILE, SLICE // self.in_features // TILE * TILE)
         y = x.new_empty(len(x), self.out_features)
         for first in range(0, self.out_features, step):
@@ -112,6 +121,12 @@ class PackedLinear(nn.Module):
 def _tiled(x: Tensor) -> Tensor:
     """[out, n] → [tiles, 16, n], padded with zeros."""
     return F.pad(x, (0, 0, 0, -len(x) % TILE)).unflatten(0, (-1, TILE))
+
+
+@cache
+def _has_amx() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch that is accepted
+    return bool(capabilities().get("amx_bf16"))
 
 
 @cache
