@@ -26,6 +26,8 @@ ORDER = (
     ("models",),
     ("engine",),
     ("text",),
+    ("grammar",),
+    ("answer",),
     ("llm",),
     ("windows",),
     ("calibrate", "corpus"),

@@ -16,6 +16,7 @@ from octavo.cli.memory import memory
 from octavo.cli.plan import plan
 from octavo.cli.quantize import quantize
 from octavo.cli.report import report
+from octavo.cli.serve import serve
 from octavo.cli.speed import speed
 from octavo.errors import OctavoError
 
@@ -31,6 +32,7 @@ app.command()(calibrate)
 app.command()(quantize)
 app.command()(chat)
 app.command()(generate)
+app.command()(serve)
 app.command()(accuracy)
 app.command()(doctor)
 app.command()(speed)

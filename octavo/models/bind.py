@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -68,11 +70,20 @@ class BoundModel:
         return self.hf.dtype
 
     @property
+    def arithmetic(self) -> str:
+        """What K and V depend on beside the weights: dtype, and RoPE's frequencies, which may follow the context."""
+        digest = sha256()
+        for name, buffer in self.hf.named_buffers():
+            if name.endswith("inv_freq"):
+                digest.update(buffer.float().cpu().numpy().tobytes())
+        return f"{str(self.dtype).removeprefix('torch.')}, rotary frequencies {digest.hexdigest()[:8]}"
+
+    @property
     def raw_format(self) -> KVFormat:
         """The cache that keeps K and V as the model computes them: the baseline."""
         return KVFormat.parse(RAW_NAMES[str(self.dtype).removeprefix("torch.")])
 
-    @property
+    @cached_property  # a decode step asks for it, and the way there is long
     def device(self) -> torch.device:
         """Where token ids go in and logits come out."""
         return self.hf.get_input_embeddings().weight.device

@@ -17,6 +17,7 @@ from octavo.models.files import resolve
 from octavo.models.fingerprint import fingerprint
 from octavo.models.load import eos_token_ids, load_model, load_tokenizer
 from octavo.models.packed import packed_layers
+from octavo.models.prepack import prepack
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
 from octavo.quant.format import KVFormat
 
@@ -66,6 +67,8 @@ class Model:
         hf = load_model(
             path, dtype=dtype, device=device, device_map=device_map, load_format=load_format, model_format=model_format
         )
+        if device_map is None:  # accelerate moves weights about, which must stay plain for it
+            prepack(hf)
         tokenizer = load_tokenizer(path, chat_template)
         generation = hf.generation_config if (path / "generation_config.json").is_file() else None
         eos = eos_token_ids(hf.config, generation, tokenizer)
