@@ -74,7 +74,7 @@ def quantize(
     _, path = locate(model)
     require_16_bits(path)
     require_new(work_dir, path)
-    loaded = Model.load(model, dtype=dtype, device=device, chat_template=chat_template)
+    loaded = Model.load(model, dtype=dtype, device=device, chat_template=chat_template, plain_weights=True)
     length = min(512, loaded.bound.max_context) if calib_seqlen is None else calib_seqlen
     source, windows = draw_windows(loaded, calib_dataset, texts, calib_samples, length, seed)
     with progress() as bar:
