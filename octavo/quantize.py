@@ -42,7 +42,7 @@ Progress = Callable[[str, int, int], None]
 class Input:
     """What linear layers that share an input took: the mean of |x| of its channels, and some rows of it."""
 
-    mean: Tensor | float = 0.0
+    mean: Tensor
     rows: list[Tensor] = field(default_factory=list)
 
 
@@ -155,7 +155,7 @@ def _watch(
     bound: BoundModel, first: dict[Fold, nn.Linear], windows: Sequence[Sequence[int]], progress: Progress
 ) -> dict[Fold, Input]:
     """One pass over `windows`, from position 0, that sees the input of the first layer of each fold."""
-    inputs = {fold: Input() for fold in first}
+    inputs = {fold: Input(layer.weight.new_zeros(layer.in_features).float()) for fold, layer in first.items()}
     tokens = sum(map(len, windows))
     generator = torch.Generator().manual_seed(0)
     handles = [
@@ -178,11 +178,17 @@ def _watch(
         for handle in handles:
             handle.remove()
     progress("watching inputs", len(windows), len(windows))
+    for fold, seen in inputs.items():
+        if not seen.mean.isfinite().all():
+            raise OctavoError(
+                f"the inputs of {fold.layers[0]} are not finite: the model overflows in {bound.dtype}; "
+                "load it with --dtype bf16 or fp32, or check its weights"
+            )
     return inputs
 
 
 def _take(
-    seen: Input, share: float, tokens: int, generator: torch.Generator, layer: nn.Module, args: tuple[Any, ...]
+    seen: Input, share: float, tokens: int, generator: torch.Generator, _: nn.Module, args: tuple[Any, ...]
 ) -> None:
     x = args[0].flatten(0, -2)
     seen.mean = seen.mean + x.float().abs().sum(0) / tokens

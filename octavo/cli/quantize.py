@@ -9,7 +9,7 @@ import typer
 
 from octavo.cli.calibrate import SELF, draw_windows
 from octavo.cli.progress import progress
-from octavo.errors import OctavoError, Unsupported
+from octavo.errors import Unsupported
 
 if TYPE_CHECKING:
     from octavo.quantize import Quantized
@@ -38,9 +38,7 @@ def quantize(
     calib_samples: Annotated[int, typer.Option(help="Windows of text.", min=1, rich_help_panel=TEXTS)] = 128,
     calib_seqlen: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens in a window. [default: 512, or the model's context]", min=2, rich_help_panel=TEXTS
-        ),
+        typer.Option(help="Tokens in a window. [default: 512, or the model's context]", min=2, rich_help_panel=TEXTS),
     ] = None,
     data_dir: Annotated[
         Path | None,
@@ -76,7 +74,7 @@ def quantize(
     _, path = locate(model)
     require_16_bits(path)
     require_new(work_dir, path)
-    loaded = Model.load(model, dtype=dtype, device=device, chat_template=chat_template)
+    loaded = Model.load(model, dtype=dtype, device=device, chat_template=chat_template, plain_weights=True)
     length = min(512, loaded.bound.max_context) if calib_seqlen is None else calib_seqlen
     source, windows = draw_windows(loaded, calib_dataset, texts, calib_samples, length, seed)
     with progress() as bar:
@@ -118,7 +116,8 @@ def require_16_bits(path: Path) -> None:
     found, _ = quantization(path)
     if found is not None:
         raise Unsupported(
-            f"{path} holds weights that are quantized already ({found.get('quant_method', 'awq')}): name the 16-bit model"
+            f"{path} holds weights that are quantized already ({found.get('quant_method', 'awq')}): "
+            "name the 16-bit model"
         )
 
 

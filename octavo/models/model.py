@@ -56,10 +56,12 @@ class Model:
         model_format: str = "hf",
         chat_template: Path | None = None,
         context: int | None = None,
+        plain_weights: bool = False,
     ) -> Model:
         """Load and bind a directory, a Hub id, or the bundled model if None.
 
-        `context` is the longest session to be served: some RoPE variants depend on it.
+        `context` is the longest session to be served: some RoPE variants depend on it. With `plain_weights` they stay
+        in the order of the files, to be rewritten.
         """
         name, path = locate(model)
         if device == "auto":
@@ -67,7 +69,7 @@ class Model:
         hf = load_model(
             path, dtype=dtype, device=device, device_map=device_map, load_format=load_format, model_format=model_format
         )
-        if device_map is None:  # accelerate moves weights about, which must stay plain for it
+        if device_map is None and not plain_weights:  # accelerate moves weights about, which must stay plain for it
             prepack(hf)
         tokenizer = load_tokenizer(path, chat_template)
         generation = hf.generation_config if (path / "generation_config.json").is_file() else None

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -65,9 +65,14 @@ def save_awq(
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as temporary:
         new = Path(temporary) / "model"
         defaults, hf.generation_config = hf.generation_config, GenerationConfig()  # the file is copied as it is
-        hf.save_pretrained(new, state_dict=hf.state_dict() | packed, max_shard_size=shard)
+        try:
+            hf.save_pretrained(new, state_dict=hf.state_dict() | packed, max_shard_size=shard)
+        except (OSError, SafetensorError) as error:
+            raise OctavoError(f"the weights cannot be written beside {directory} ({error}): is there room?") from error
         hf.generation_config = defaults
         (new / "generation_config.json").unlink(missing_ok=True)
+        for file in new.glob("*.safetensors"):  # written for the owner alone
+            shutil.copymode(new / "config.json", file)
         kept = _kept(new, hf)
         quantization = {
             "quant_method": "awq",
@@ -86,7 +91,7 @@ def save_awq(
 
 
 def _kept(new: Path, hf: PreTrainedModel) -> list[str]:
-    """Modules with a matrix that was not quantized, experts as one; embeddings are taken for granted, the head is not."""
+    """Modules with a matrix that was not quantized, experts as one. Embeddings need not be named, the head does."""
     names = {"lm_head"} if hf.get_output_embeddings() is not None else set()
     embeddings = {id(hf.get_input_embeddings().weight)}
     own = {name for name, p in hf.named_parameters(remove_duplicate=False) if id(p) in embeddings}

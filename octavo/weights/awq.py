@@ -20,6 +20,7 @@ STEPS = 20  # of α in [0, 1): 0 is no scaling
 LEAST_MEAN = 1e-4  # a channel that is never active does not drive its scale to 0
 SHRINKS = [1 - i / 20 for i in range(10)]  # of a group's range, best first if equal
 COARSE = (1.0, 0.85, 0.7)  # the same while scales are searched
+MOST_OUTPUTS = 1024  # of a layer that a scale is searched on: what is sought are input channels
 AT_A_TIME = 1 << 24  # values of a weight whose clipping is searched together
 
 
@@ -28,13 +29,22 @@ def round_to_nearest(weight: Tensor, group_size: int, shrink: Tensor | float = 1
     to `shrink` times the largest magnitude: a number, or [out, in/group_size]. Scales are float16, as in checkpoints.
     """
     groups = weight.float().unflatten(1, (-1, group_size))
+    scales, zeros = _range(groups, shrink)
+    codes = _codes(groups, scales, zeros)
+    return Int4Weight(codes.flatten(1).to(torch.uint8), zeros.to(torch.uint8), scales.half())
+
+
+def _range(groups: Tensor, shrink: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Scales, that float16 has, and zeros of `groups` [out, groups, group_size]: each [out, groups]."""
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     limit = torch.maximum(-low, high) * shrink
     low, high = torch.maximum(low, -limit), torch.minimum(high, limit)
-    scales = ((high - low) / TOP).clamp(min=2.0**-24).half()  # float16's least; a group of zeros has it
-    zeros = (-low / scales.float()).round().clamp(0, TOP)
-    codes = ((groups / scales.float()[..., None]).round() + zeros[..., None]).clamp(0, TOP)
-    return Int4Weight(codes.flatten(1).to(torch.uint8), zeros.to(torch.uint8), scales)
+    scales = ((high - low) / TOP).clamp(min=2.0**-24).half().float()  # float16's least; a group of zeros has it
+    return scales, (-low / scales).round().clamp(0, TOP)
+
+
+def _codes(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    return (groups / scales[..., None]).round_().add_(zeros[..., None]).clamp_(0, TOP)
 
 
 def search_scale(weights: Sequence[Tensor], rows: Tensor, mean: Tensor, group_size: int) -> tuple[Tensor, float]:
@@ -46,6 +56,7 @@ def search_scale(weights: Sequence[Tensor], rows: Tensor, mean: Tensor, group_si
     """
     mean = mean.float().clamp(min=LEAST_MEAN)
     products = _products(rows, group_size)
+    weights = [weight[:: -(-len(weight) // MOST_OUTPUTS)] for weight in weights]
     outputs = [(rows @ weight.T).square().sum().item() for weight in weights]
     best, least = (torch.ones_like(mean), 0.0), torch.inf
     for step in range(STEPS):
@@ -83,6 +94,8 @@ def _products(rows: Tensor, group_size: int) -> Tensor:
 def _errors(weight: Tensor, products: Tensor, group_size: int, shrink: float) -> Tensor:
     """Squared errors [out, in/group_size] of each group's part of the output, summed over the rows in `products`: off
     by e, the weights of a group cost e·G·eᵀ."""
-    off = round_to_nearest(weight, group_size, shrink).dequantize() - weight
-    off = off.unflatten(1, (-1, group_size)).transpose(0, 1)  # [groups, out, group_size]
+    groups = weight.unflatten(1, (-1, group_size))
+    scales, zeros = _range(groups, shrink)
+    off = _codes(groups, scales, zeros).sub_(zeros[..., None]).mul_(scales[..., None]).sub_(groups)
+    off = off.transpose(0, 1)  # [groups, out, group_size]
     return ((off @ products) * off).sum(-1).T

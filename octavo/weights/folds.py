@@ -6,9 +6,9 @@ divided, the layers' columns multiplied. Sources are norms and linear layers, wh
 
 Nothing is looked up by architecture. Candidates are seen in one run of the model: the module that returned the very
 tensor that the layers take, else an earlier linear layer beside them as wide as their input, whose output arrives
-through other arithmetic (`up` before `down`, `v` before `o`). Each kind of candidate is then tried in a run, with powers
-of two, for which division and multiplication are exact. What does not compute the same is no fold: a gelu between, a
-router that takes the same input, a residual that adds it.
+through other arithmetic (`up` before `down`, `v` before `o`). Each kind of candidate is then tried in a run, with
+powers of two, for which division and multiplication are exact. What does not compute the same is no fold: a gelu
+between, a router that takes the same input, a residual that adds it.
 """
 
 from __future__ import annotations
@@ -86,22 +86,23 @@ def find_folds(model: nn.Module, linear: dict[str, nn.Linear], run: Run) -> list
     return list(found.values())
 
 
-def absorb(source: nn.Module, scale: Tensor) -> None:
+def absorb(source: Any, scale: Tensor) -> None:
     """Divide the output of a fold's source by `scale` [channels], in its weights."""
-    weight, bias = source.weight.data, getattr(source, "bias", None)  # type: ignore[union-attr]
+    weight, bias = source.weight.data, getattr(source, "bias", None)
     if isinstance(source, nn.Linear):
         weight.div_(scale[:, None])
     else:
         shift = _shift(source)
+        assert shift is not None, "no fold has such a source"
         weight.copy_((weight + shift) / scale - shift)
     if bias is not None:
         bias.data.div_(scale)
 
 
-def _shift(norm: nn.Module) -> int | None:
+def _shift(norm: Any) -> int | None:
     """What a norm adds to its weight before it multiplies by it: 0, or 1 in Gemma. None for a module that does not
     scale its output so."""
-    weight, bias = norm.weight.data, getattr(norm, "bias", None)  # type: ignore[union-attr]
+    weight, bias = norm.weight.data, getattr(norm, "bias", None)
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     kept, offset = weight.clone(), 0 if bias is None else bias
     try:
@@ -126,11 +127,11 @@ def _width(module: nn.Module) -> int | None:
     return weight.numel() if isinstance(weight, nn.Parameter) and weight.dim() == 1 else None
 
 
-def _note_input(seen: _Seen, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+def _note_input(seen: _Seen, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
     seen.inputs[name] = args[0]
 
 
-def _note_output(seen: _Seen, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _note_output(seen: _Seen, name: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
     if isinstance(output, Tensor):
         seen.outputs[name] = output
 
@@ -176,9 +177,9 @@ def _hold(
         if not isinstance(source, nn.Linear) and _shift(source) is None:
             return False
         scale = 2.0 ** torch.randint(-1, 2, (width,), generator=generator)
-        handles.append(source.register_forward_hook(lambda m, args, y, s=scale: y / s.to(y)))
+        handles.append(source.register_forward_hook(lambda _, __, y, s=scale: y / s.to(y)))
         handles += [
-            linear[name].register_forward_pre_hook(lambda m, args, s=scale: (args[0] * s.to(args[0]), *args[1:]))
+            linear[name].register_forward_pre_hook(lambda _, args, s=scale: (args[0] * s.to(args[0]), *args[1:]))
             for name in fold.layers
         ]
     with _hooked(handles):

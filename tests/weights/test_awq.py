@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
+from octavo.weights import awq
 from octavo.weights.awq import round_to_nearest, search_scale, search_shrink
 
 GROUP = 32
@@ -53,6 +55,14 @@ def test_channels_with_large_activations_are_scaled_up_and_the_error_falls() -> 
     assert alpha > 0.2
     assert scale[[5, 40, 99]].min() > 3 * scale[:5].max()
     assert error(x, w, scale) < 0.5 * error(x, w)
+
+
+def test_a_scale_is_searched_on_some_of_many_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = rows(outliers=30), weight()
+    whole, _ = search_scale([w], x, x.abs().mean(0), GROUP)
+    monkeypatch.setattr(awq, "MOST_OUTPUTS", 16)
+    some, _ = search_scale([w], x, x.abs().mean(0), GROUP)
+    assert error(x, w, some) < 1.2 * error(x, w, whole)
 
 
 def test_where_all_channels_are_alike_there_is_little_to_scale() -> None:

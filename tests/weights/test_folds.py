@@ -133,4 +133,7 @@ def test_what_is_absorbed_leaves_the_model_the_same(make: Callable[[], PreTraine
 
 
 def test_a_kind_is_the_same_in_every_block() -> None:
-    assert Fold(("layers.3.q", "layers.3.k"), "layers.3.norm").kind == Fold(("layers.11.q", "layers.11.k"), "layers.11.norm").kind
+    assert (
+        Fold(("layers.3.q", "layers.3.k"), "layers.3.norm").kind
+        == Fold(("layers.11.q", "layers.11.k"), "layers.11.norm").kind
+    )
