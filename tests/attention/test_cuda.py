@@ -182,7 +182,7 @@ def test_a_row_that_attends_to_nothing_is_zero(sinks: bool) -> None:
     layer = PagedLayer(Case("int8", block_size=64, place=3, sinks=sinks), 2)
     layer.step([(0, 20), (1, 20)])
     batch = Batch.build([(layer.sequences[0], 1), (layer.sequences[1], 1)], 64)
-    batch.kv_lens, batch.slots = [0, 20], torch.tensor([-1, -1])
+    batch.kv_len, batch.slots = torch.tensor([0, 20]), torch.tensor([-1, -1])
     q = layer.queries(2).to(DEVICE)
     before = [store.codes.clone() for store in layer.cache.stores]
     out = attend(layer.spec, layer.cache.layers[0], q, q[:, :2], q[:, :2], batch)
