@@ -75,9 +75,10 @@ class Scheduler:
 
     def following(self, work: Work) -> Work | None:
         """The step after `work`, which is not committed yet, if it is certain: the same sequences, each with the token
-        it is about to gain. None if one of them may end by its length, draws by what it has said or still has a prompt
-        to compute, if somebody waits and could run, or if blocks run out. Takes blocks."""
-        if len(work) < len(self.running) or (self.waiting and len(self.running) < self.max_batch_size):
+        it is about to gain. None if one of them ends by its length, draws by what it has said or still has a prompt to
+        compute, if somebody waits and could run, or if blocks run out. Takes blocks."""
+        room = len(self.running) < self.max_batch_size
+        if len(work) < len(self.running) or (room and self.waiting and self._fits(self.waiting[0])):
             return None
         needed = 0
         for sequence, tokens in work:
@@ -154,6 +155,13 @@ class Scheduler:
         if not sequence.preemptions:
             sequence.prefix_hit = sequence.num_cached
         return True
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether `_admit` would start it."""
+        hits = self.pool.match(sequence.tokens)
+        fits = self.pool.blocks_for(len(sequence.tokens)) - len(hits) <= len(self.pool.free)
+        self.pool.release([block for block, _ in hits])
+        return fits
 
     def _seal(self, sequence: Sequence) -> None:
         """Make blocks that have become full findable."""
