@@ -252,6 +252,12 @@ def test_the_operator_declares_what_it_writes() -> None:
     torch.library.opcheck(torch.ops.octavo.attend.default, given, test_utils=("test_schema", "test_faketensor"))
     out = torch.ops.octavo.attend(*given)
     assert torch.equal(out, attend(layer.spec, layer.cache.layers[0], q, k, v, batch))
+    body = torch.compile(
+        lambda q, k, v: attend(layer.spec, layer.cache.layers[0], q * 1, k, v, batch) + 0,
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    assert torch.equal(body(q, k, v), out)
 
 
 def execute(assembly: str, codes: np.ndarray, outputs: int) -> list[np.ndarray]:
