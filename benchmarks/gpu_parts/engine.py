@@ -93,7 +93,7 @@ def session(model: Model, kv: str, calibration: Any, batch: int, context: int, s
             found.host.append(spent[0])
     found.captured = engine.runner.graphs is not None
     # The tokens are drawn again and dropped, as those of a sequence that has ended.
-    step_batch = Batch.build([(sequence, 1) for sequence in sequences], engine.pool.block_size).on(model.bound.device)
+    step_batch = Batch.build([(sequence, 1) for sequence in sequences], engine.pool.block_size)
 
     def again() -> None:
         choose(engine.runner.run(step_batch), sequences)

@@ -6,6 +6,7 @@ prompt is more, and both share a step. Nothing below this file knows about phase
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -57,7 +58,11 @@ class Batch:
             kv_lens = [len(sequence.tokens) + 1 for sequence, _ in work]
             ids = newest
         widest = max(len(sequence.block_table) for sequence, _ in work)
-        table = torch.tensor([s.block_table + s.block_table[-1:] * (widest - len(s.block_table)) for s, _ in work])
+        blocks = array("q")  # from a list of lists torch takes twenty times as long
+        for sequence, _ in work:
+            own = sequence.block_table
+            blocks.extend(own + own[-1:] * (widest - len(own)))
+        table = torch.frombuffer(blocks, dtype=torch.int64).view(len(work), widest)
 
         lens, kv_len = torch.tensor(q_lens), torch.tensor(kv_lens)
         ends = lens.cumsum(0)

@@ -75,9 +75,10 @@ class Scheduler:
 
     def following(self, work: Work) -> Work | None:
         """The step after `work`, which is not committed yet, if it is certain: the same sequences, each with the token
-        it is about to gain. None if one of them may end by its length, draws by what it has said or still has a prompt
-        to compute, if somebody waits and could run, or if blocks run out. Takes blocks."""
-        if len(work) < len(self.running) or (self.waiting and len(self.running) < self.max_batch_size):
+        it is about to gain. None if one of them ends by its length, draws by what it has said or still has a prompt to
+        compute, if somebody waits and could run, or if blocks run out. Takes blocks."""
+        room = len(self.running) < self.max_batch_size
+        if len(work) < len(self.running) or (room and self.waiting and self._may_start(self.waiting[0])):
             return None
         needed = 0
         for sequence, tokens in work:
@@ -149,12 +150,9 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Start a waiting sequence on its cached prefix, if there is room for all its tokens and nobody who runs is
-        about to compute more of that prefix."""
-        hits = self.pool.match(sequence.tokens)
-        needed = self.pool.blocks_for(len(sequence.tokens)) - len(hits)
-        if needed > len(self.pool.free) or self._comes(sequence, len(hits)):
-            self.pool.release([block for block, _ in hits])
+        """Start a waiting sequence on its cached prefix, if it can start now."""
+        hits = self._prefix(sequence)
+        if hits is None:
             return False
         sequence.block_table = [block for block, _ in hits]
         sequence.prefixes = [prefix for _, prefix in hits]
@@ -162,6 +160,22 @@ class Scheduler:
         if not sequence.preemptions:
             sequence.prefix_hit = sequence.num_cached
         return True
+
+    def _may_start(self, sequence: Sequence) -> bool:
+        """Whether `_admit` would start it."""
+        hits = self._prefix(sequence)
+        self.pool.release([block for block, _ in hits or ()])
+        return hits is not None
+
+    def _prefix(self, sequence: Sequence) -> list[tuple[int, bytes]] | None:
+        """Take the cached blocks, with their hashes, that a waiting sequence starts on; None if it must wait: there is
+        no room for all its tokens, or somebody who runs is about to compute more of its prefix."""
+        hits = self.pool.match(sequence.tokens)
+        needed = self.pool.blocks_for(len(sequence.tokens)) - len(hits)
+        if needed > len(self.pool.free) or self._comes(sequence, len(hits)):
+            self.pool.release([block for block, _ in hits])
+            return None
+        return hits
 
     def _comes(self, sequence: Sequence, hits: int) -> bool:
         """Whether a running sequence is computing the block that comes after the `hits` found: to wait for it, a step

@@ -8,10 +8,13 @@ right; that a GPU computes the same shows only on a GPU.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from copy import copy
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,7 +155,7 @@ def test_steps_are_plain_attention_over_the_decoded_cache(case: Case, dtype: tor
 @kernels
 @pytest.mark.parametrize("name", ["int8", "int4-token", "bf16"])
 def test_a_long_tail_under_a_strong_first_token_keeps_its_weight(name: str) -> None:
-    """12 nats above 8k others, which hold a twentieth of the weight; their context is split over programs and joined."""
+    """12 nats above 8k others, which hold a twentieth of the weight; the context is split over programs."""
     tokens, dim = 8192, 32
     random = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(n, 1, dim, generator=random).bfloat16().float() for n in (1, tokens, tokens))
@@ -182,7 +185,7 @@ def test_a_row_that_attends_to_nothing_is_zero(sinks: bool) -> None:
     layer = PagedLayer(Case("int8", block_size=64, place=3, sinks=sinks), 2)
     layer.step([(0, 20), (1, 20)])
     batch = Batch.build([(layer.sequences[0], 1), (layer.sequences[1], 1)], 64)
-    batch.kv_lens, batch.slots = [0, 20], torch.tensor([-1, -1])
+    batch.kv_len, batch.slots = torch.tensor([0, 20]), torch.tensor([-1, -1])
     q = layer.queries(2).to(DEVICE)
     before = [store.codes.clone() for store in layer.cache.stores]
     out = attend(layer.spec, layer.cache.layers[0], q, q[:, :2], q[:, :2], batch)
@@ -249,6 +252,71 @@ def test_the_operator_declares_what_it_writes() -> None:
     torch.library.opcheck(torch.ops.octavo.attend.default, given, test_utils=("test_schema", "test_faketensor"))
     out = torch.ops.octavo.attend(*given)
     assert torch.equal(out, attend(layer.spec, layer.cache.layers[0], q, k, v, batch))
+    body = torch.compile(
+        lambda q, k, v: attend(layer.spec, layer.cache.layers[0], q * 1, k, v, batch) + 0,
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    assert torch.equal(body(q, k, v), out)
+
+
+def execute(assembly: str, codes: np.ndarray, outputs: int) -> list[np.ndarray]:
+    """The registers $0 … of PTX over registers of four codes [n], uint32: the few instructions that codes.py uses."""
+    registers = {f"${outputs}": codes}
+
+    def value(name: str) -> np.ndarray:
+        return np.full_like(codes, int(name, 0)) if name[0].isdigit() else registers[name]
+
+    def halves(name: str) -> np.ndarray:
+        return value(name).view(np.float16).reshape(-1, 2)
+
+    for op, target, *given in re.findall(
+        r" ([a-z][a-z.0-9]+) ([$\w]+), ([$\w]+)(?:, ([$\w]+))?(?:, ([$\w]+))?;", assembly
+    ):
+        a, *rest = (name for name in given if name)
+        if op == "prmt.b32":
+            source = np.stack([value(a), value(rest[0])], 1).view(np.uint8)
+            picked = [source[:, int(rest[1], 0) >> 4 * i & 15] for i in range(4)]
+            registers[target] = np.stack(picked, 1).copy().view(np.uint32)[:, 0]
+        elif op == "sub.f16x2":
+            registers[target] = (halves(a) - halves(rest[0])).copy().view(np.uint32)[:, 0]
+        elif op == "fma.rn.f16x2":  # exact in float32, then rounded once
+            fused = halves(a).astype(np.float32) * halves(rest[0]) + halves(rest[1])
+            registers[target] = fused.astype(np.float16).view(np.uint32)[:, 0]
+        elif op == "mov.b32":
+            registers[target] = value(a)
+        else:
+            bitwise = {"and.b32": np.bitwise_and, "xor.b32": np.bitwise_xor, "shl.b32": np.left_shift,
+                       "shr.b32": np.right_shift}  # fmt: skip
+            registers[target] = bitwise[op](value(a), value(rest[0]))
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_assembly_converts_as_its_plain_form_does() -> None:
+    """What neither the interpreter nor an offline compilation shows."""
+    from octavo.attention.cuda import codes
+
+    bytes_ = np.random.default_rng(0).permuted(np.tile(np.arange(256, dtype=np.uint8), 16))
+    registers = bytes_.view(np.uint32)
+    for assembly, plain in (
+        (codes.NUMBERS, bytes_.view(np.int8).astype(np.float16)),
+        (codes.LOW_NUMBERS, (bytes_ & 15) - 7.5),
+        (codes.HIGH_NUMBERS, (bytes_ >> 4) - 7.5),
+    ):
+        pairs = execute(assembly.value, registers, 2)
+        assert (np.stack(pairs, 1).reshape(-1).view(np.float16) == plain).all()
+    for assembly, plain in ((codes.LOW_NIBBLES, bytes_ & 15), (codes.HIGH_NIBBLES, bytes_ >> 4)):
+        assert (execute(assembly.value, registers, 1)[0].view(np.int8) == plain).all()
+
+
+@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="Triton is not installed, or interprets")
+def test_the_decode_kernel_spills_no_registers() -> None:
+    script = Path(__file__).parents[2] / "scripts" / "compile_kernels.py"
+    command = [sys.executable, script, "--formats", "int8", "--dims", "128", "--targets", "90", "--check"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "wgmma" in run.stdout
 
 
 def test_layouts_are_given_to_those_who_can_read_them(monkeypatch: pytest.MonkeyPatch) -> None:

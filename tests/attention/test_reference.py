@@ -563,10 +563,11 @@ def test_attending_reads_the_cache_and_changes_nothing(format: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("order", ["tiles", "pages"])
 @pytest.mark.parametrize("format", ["fp32", *SOME])
-def test_the_layout_of_the_cache_does_not_change_an_answer(format: str) -> None:
+def test_the_layout_of_the_cache_does_not_change_an_answer(format: str, order: Any) -> None:
     layer = Layer(Case(format, sinks=True), sequences=2)
-    tiles = layer.empty_cache(layer.cache.num_blocks, "tiles").layers[0]
+    tiles = layer.empty_cache(layer.cache.num_blocks, order).layers[0]
     for work in ([(0, 30), (1, 50)], [(1, 1), (0, 1)]):
         rows = sum(n for _, n in work)
         q, k, v = layer.queries(rows), layer.keys(rows), layer.values(rows)

@@ -87,3 +87,15 @@ def test_a_newcomer_waits_for_one_step_and_no_longer(llama: BoundModel):
     one.add(newcomer)
     step(one)  # launched before it came
     assert newcomer in step(one)
+
+
+def test_who_waits_for_blocks_does_not_keep_the_others_from_running_ahead(llama: BoundModel):
+    one = engine(llama, blocks=4, block_size=4, overlap=True)
+    running, waiting = (Sequence(prompt, SamplingParams(max_tokens=4)) for prompt in ([1] * 9, [2] * 9))
+    one.add(running)
+    one.add(waiting)
+    step(one)
+    assert one.scheduler.running == [running]
+    assert one.launched is not None
+    drain(one)
+    assert len(running.output) == len(waiting.output) == 4

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LOG2E = math.log2(math.e)
 TOKENS = 16  # rows a program of `prepare` encodes
-CHUNK_ROWS = 128  # queries × query heads of a tile of a chunk
+CHUNK_ROWS = {128: 128, 256: 64}  # queries × query heads of a tile of a chunk, by the widest head_dim it holds
 SHORTEST = 2  # blocks a split reads at least
 MOST_SPLITS = 64
 PROGRAMS = 16  # decode programs wanted for each multiprocessor: some four run at once
@@ -52,7 +52,10 @@ class Layer:
         self.number = next(_numbers)
         k, v = cache.k, cache.v
         self.group = spec.heads // k.heads
-        self.chunk_queries = max(2, CHUNK_ROWS // self.group)
+        widest = min(width for width in CHUNK_ROWS if width >= max(k.dim, v.dim))
+        self.decode_rows = max(16, _power(self.group))
+        self.chunk_rows = max(CHUNK_ROWS[widest], _power(2 * self.group))
+        self.chunk_queries = self.chunk_rows // self.group
         stores = () if spec.shape.shares is not None else (k, v)
         self.memory = [x for s in stores for x in (s.codes, s.scales, s.saturated) if x is not None]
         self.sinks = spec.sinks.float().contiguous() if spec.sinks is not None else None
@@ -89,17 +92,16 @@ class Layer:
         q_start: Tensor, kv_len: Tensor, one: Tensor, many: Tensor,
     ) -> Tensor:  # fmt: skip
         """Write, then attend."""
-        queries = self._write(q, k, v, slots)
         out = q.new_empty(len(q), self.spec.heads, self.cache.v.dim)
         step = (q_start, kv_len, table)
-        precision = "ieee" if q.dtype == torch.float32 else "tf32"
-        if len(one):
-            splits = split_count(len(one) * self.cache.k.heads, q.device)
-            rows = max(16, _power(self.group))
-            self._read(queries, one, step, out, rows, splits, 1, precision)
-        if len(many):
-            rows = max(CHUNK_ROWS, _power(self.group * 2))
-            self._read(queries, many, step, out, rows, 1, 16, precision)
+        precision = "ieee" if q.dtype == torch.float32 else "tf32"  # tf32 holds float16 and bfloat16 exactly
+        with torch.cuda.device_of(q):  # Triton launches on the current device, a model may lie on several
+            queries = self._write(q, k, v, slots)
+            if len(one):
+                splits = split_count(len(one) * self.cache.k.heads, q.device)
+                self._read(queries, one, step, out, precision, self.decode_rows, 1, splits)
+            if len(many):
+                self._read(queries, many, step, out, precision, self.chunk_rows, self.chunk_queries, 1)
         return out
 
     def _write(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -133,9 +135,9 @@ class Layer:
 
     def _read(
         self, queries: tuple[Tensor, Tensor, Tensor | None], tiles: Tensor, step: tuple[Tensor, Tensor, Tensor],
-        out: Tensor, rows: int, splits: int, at_once: int, precision: str,
+        out: Tensor, precision: str, rows: int, held: int, splits: int,
     ) -> None:  # fmt: skip
-        """Scan and combine `tiles`, each of so many `rows`, into their rows of `out`."""
+        """Scan and combine `tiles` of so many `rows`, which hold so many queries, into their rows of `out`."""
         K, V, spec = self.cache.k, self.cache.v, self.spec
         q_start, kv_len, table = step
         lines = out.shape[0] * out.shape[1]
@@ -148,7 +150,7 @@ class Layer:
             V_FLOAT32=V.codec.kind == "raw" and V.codes.dtype != out.dtype,
             **self.scan, **tuning(rows),
         )  # fmt: skip
-        held = rows // self.group if splits == 1 and at_once > 1 else 1
+        at_once = min(16, _power(held))  # rows of a program, enough to fill it where there is nothing to join
         v_static = V.static
         combine[(len(tiles), out.shape[1], -(-held // at_once))](
             sums, tops, totals, tiles, q_start, self.sinks, *((v_static.c, v_static.mu) if v_static else (None, None)),

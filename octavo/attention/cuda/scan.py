@@ -135,10 +135,10 @@ def scan(
             )
             weight = weight.to(tl.float16)
             if V_BITS == 8:
-                sum_ = dot(weight, numbers(codes), sum_ * keep[:, None])
+                sum_ = dot(weight, numbers(codes), sum_ * keep[:, None], PRECISION)
             else:
-                sum_ = dot(weight, low_numbers(codes), sum_ * keep[:, None])
-                sum_high = dot(weight, high_numbers(codes), sum_high * keep[:, None])
+                sum_ = dot(weight, low_numbers(codes), sum_ * keep[:, None], PRECISION)
+                sum_high = dot(weight, high_numbers(codes), sum_high * keep[:, None], PRECISION)
         else:
             codes = tl.load(
                 v_codes + line_of_block * v_width + token[:, None] * v_width + vd[None, :], (vd < v_width)[None, :], 0
