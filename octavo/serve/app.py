@@ -7,7 +7,6 @@ import hmac
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -16,13 +15,13 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.answer import Delta
 from octavo.engine.sampling import SamplingParams
 from octavo.errors import OctavoError
+from octavo.serve import page
 from octavo.serve.errors import ApiError
 from octavo.serve.metrics import cache_state
 from octavo.serve.openapi import document
@@ -32,7 +31,6 @@ from octavo.serve.service import Service, several
 from octavo.serve.tools import call_schema
 from octavo.text import encode_chat
 
-PAGE = Path(__file__).parent / "page"
 KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/cache", "/openapi.json")
 GUARDED = ("/v1/", "/metrics", "/cache")  # need the key; the page that asks for it does not
 
@@ -82,9 +80,8 @@ def create_app(service: Service, api_key: str | None = None, cors_origins: tuple
         Route("/metrics", metrics),
         Route("/cache", cache),
         Route("/openapi.json", openapi),
+        *page.routes(),
     ]
-    if PAGE.is_dir():
-        routes.append(Mount("/", Page(directory=PAGE, html=True)))
     middleware = [Middleware(Gate, service, api_key)]
     if cors_origins:
         middleware.insert(
@@ -220,20 +217,6 @@ class Answering(Response):
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-class Page(StaticFiles):
-    """The page at /, which may load and send nothing but this server's own."""
-
-    async def get_response(self, path: str, scope: Scope) -> Response:
-        response = await super().get_response(path, scope)
-        response.headers["Content-Security-Policy"] = (
-            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Cache-Control"] = "no-cache"  # asked for again after an update
-        return response
 
 
 class Gate:
