@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence as Rows
 from typing import Any
-
-from jinja2 import Environment
-from jinja2.meta import find_undeclared_variables
 
 from octavo.errors import OctavoError
 
@@ -40,8 +38,7 @@ def encode_chat(
 
 def takes_tools(tokenizer: Any) -> bool:
     """Whether the model's chat template reads `tools`."""
-    template = tokenizer.get_chat_template(tools=[{}])
-    return "tools" in find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))
+    return re.search(r"\btools\b", tokenizer.get_chat_template(tools=[{}])) is not None
 
 
 def check_messages(value: Any) -> list[Message]:

@@ -353,3 +353,76 @@ def test_one_stop_may_be_given_without_a_list():
     assert SamplingParams(stop=["a", "b"], stop_token_ids=[1, 2]) == SamplingParams(
         stop=("a", "b"), stop_token_ids=(1, 2)
     )
+
+
+# --- what OpenAI's API adds ------------------------------------------------------------------------------------------
+
+
+def after(output: list[int], **params: object) -> Sequence:
+    """A sequence of one prompt token that has answered `output`."""
+    sequence = Sequence([0], SamplingParams(**params))  # type: ignore[arg-type]
+    sequence.tokens += output
+    return sequence
+
+
+@given(st.lists(st.integers(0, VOCABULARY - 1), max_size=8), st.floats(-2, 2), st.floats(-2, 2))
+@settings(max_examples=60, deadline=None)
+def test_presence_and_frequency_penalties_are_openais_formula_over_the_answer(
+    output: list[int], presence: float, frequency: float
+):
+    counts = Counter(output)
+    logits = [float(x) - frequency * counts[i] - presence * (counts[i] > 0) for i, x in enumerate(ROW)]
+    if sorted(logits)[-1] - sorted(logits)[-2] < 1e-5:
+        return
+    [one] = sample(ROW[None].clone(), [after(output, presence_penalty=presence, frequency_penalty=frequency)])
+    assert one.token == max(range(VOCABULARY), key=logits.__getitem__)
+
+
+def test_a_bias_is_added_to_its_tokens_and_log_probabilities_stay_the_models_own():
+    biased, plain = sample(ROW.repeat(2, 1), [after([], logit_bias={5: 100.0}, logprobs=0), after([], logprobs=0)])
+    assert (biased.token, plain.token) == (5, 2)
+    assert biased.logprob == pytest.approx(ROW.log_softmax(-1)[5].item(), abs=1e-6)
+
+
+class Evens:
+    """A guide that allows even tokens and fails after `last` of them."""
+
+    def __init__(self, last: int = 100):
+        self.last, self.taken = last, list[int]()
+
+    def restrict(self, row: Tensor) -> None:
+        if len(self.taken) >= self.last:
+            raise OctavoError("no further")
+        row[1::2] = -torch.inf
+
+    def accept(self, token: int) -> None:
+        self.taken.append(token)
+
+
+def test_a_guide_decides_what_may_come_and_hears_what_came():
+    guided, free = after([], temperature=5.0, seed=1), after([], temperature=5.0, seed=1)
+    guided.guide = guide = Evens()
+    pairs = [sample(ROW.repeat(2, 1), [guided, free]) for _ in range(50)]
+    assert all(one.token % 2 == 0 for one, _ in pairs)
+    assert any(one.token % 2 for _, one in pairs)
+    assert guide.taken == [one.token for one, _ in pairs]
+
+
+def test_a_guide_that_fails_ends_its_own_answer_alone(llama: BoundModel):
+    e = engine(llama, "fp32")
+    guided, free = (Sequence([1, 2, 3], SamplingParams(max_tokens=10)) for _ in range(2))
+    guided.guide = Evens(last=4)
+    e.add(guided)
+    e.add(free)
+    drain(e)
+    e.scheduler.check()
+    assert (guided.finish_reason, len(guided.output)) == ("error", 4)
+    assert (free.finish_reason, len(free.output)) == ("length", 10)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"presence_penalty": 2.1}, {"frequency_penalty": -3}, {"logit_bias": {1: 101}}, {"logit_bias": {1: -101}}]
+)
+def test_what_openai_forbids_is_refused(wrong: dict[str, object]):
+    with pytest.raises(OctavoError, match=next(iter(wrong))):
+        SamplingParams(**wrong)  # type: ignore[arg-type]
