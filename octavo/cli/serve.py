@@ -39,7 +39,9 @@ def serve(
     session_dir: Annotated[
         Path | None, serving("Keep conversations' caches here, over restarts too.", file_okay=False)
     ] = None,
-    session_dir_size: Annotated[str, serving("Bytes they may take; the least recently used are removed.")] = "10GiB",
+    session_dir_size: Annotated[
+        str | None, serving("Bytes they may take; the least recently used are removed. [default: 10GiB]")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Tell on stdout, as one line of JSON, what is served.")
     ] = False,
@@ -54,7 +56,9 @@ def serve(
     except ImportError as error:
         raise OctavoError(f"`octavo serve` needs {error.name}: pip install 'octavo[serve]'") from None
 
-    room = parse_bytes(session_dir_size)
+    if session_dir_size is not None and session_dir is None:
+        raise OctavoError("--session-dir-size bounds what --session-dir keeps: give one")
+    room = parse_bytes(session_dir_size or "10GiB")
     with bind(host, port) as sock:
         llm = options.llm()
         sessions = SessionDir(session_dir, room, llm) if session_dir else None

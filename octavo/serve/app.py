@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -15,12 +13,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.engine.sampling import SamplingParams
 from octavo.errors import OctavoError
+from octavo.serve import page
 from octavo.serve.answering import Answering
 from octavo.serve.errors import ApiError
 from octavo.serve.metrics import cache_state
@@ -31,7 +29,6 @@ from octavo.serve.service import Service, several
 from octavo.serve.tools import call_schema
 from octavo.text import encode_chat
 
-PAGE = Path(__file__).parent / "page"
 KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/cache", "/openapi.json")
 GUARDED = ("/v1/", "/metrics", "/cache")  # need the key; the page that asks for it does not
 
@@ -81,9 +78,8 @@ def create_app(service: Service, api_key: str | None = None, cors_origins: tuple
         Route("/metrics", metrics),
         Route("/cache", cache),
         Route("/openapi.json", openapi),
+        *page.routes(),
     ]
-    if PAGE.is_dir():
-        routes.append(Mount("/", Page(directory=PAGE, html=True)))
     middleware = [Middleware(Gate, service, api_key)]
     if cors_origins:
         middleware.insert(
@@ -136,18 +132,6 @@ async def _completions(service: Service, asked: CompletionRequest) -> Response:
     return Answering(service, reply, prepare, n, asked.stream, asked.wants_usage)
 
 
-class Page(StaticFiles):
-    """The page at /, which may load and send nothing but this server's own."""
-
-    async def get_response(self, path: str, scope: Scope) -> Response:
-        response = await super().get_response(path, scope)
-        response.headers["Content-Security-Policy"] = (
-            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Cache-Control"] = "no-cache"  # asked for again after an update
-        return response
 
 
 class Gate:

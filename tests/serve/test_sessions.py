@@ -13,6 +13,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from octavo.cli import main
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.models.model import Model
@@ -167,3 +168,10 @@ def test_more_conversations_than_the_disk_takes_are_not_all_kept(
         sessions.remember(text_ids[i : i + 70])
     sessions.remember(text_ids[4:200])  # goes on with the last
     assert [tokens for tokens, _ in sessions.fresh.values()] == [text_ids[2:72], text_ids[3:73], text_ids[4:200]]
+
+
+def test_a_size_without_a_directory_is_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit:
+        main(["serve", "--session-dir-size", "1GB"])
+    assert exit.value.code == 2
+    assert "--session-dir-size bounds what --session-dir keeps" in capsys.readouterr().err

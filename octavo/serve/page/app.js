@@ -161,7 +161,7 @@ function note(usage, reason) {
   const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
   const parts = [`${count(usage.completion_tokens)} tokens`];
   if (cached) parts.push(`${count(cached)} of ${count(usage.prompt_tokens)} prompt tokens were in the cache`);
-  if (reason === "length") parts.push("cut off: the session or the answer is full");
+  if (reason === "length") parts.push("cut off: it may not be longer");
   return parts.join(" · ");
 }
 
@@ -373,7 +373,7 @@ function paintCache() {
   $("here").textContent = tokens ? `${count(tokens)} tokens, ${bytes(mine * now.block_bytes)}` : answering ? "growing" : "empty";
   $("saved-row").hidden = now.sessions_saved === null;
   if (now.sessions_saved !== null) {
-    $("saved").textContent = `${count(now.sessions_saved)} chats, ${bytes(now.sessions_saved_bytes)}`;
+    $("saved").textContent = `${count(now.sessions_saved)} chat${now.sessions_saved === 1 ? "" : "s"}, ${bytes(now.sessions_saved_bytes)}`;
   }
   $("brief").textContent = `${count(held)} of ${count(now.blocks_total)} blocks · ${bytes(held * now.block_bytes)}`;
   if (model !== now.model) {
