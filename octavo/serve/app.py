@@ -132,8 +132,6 @@ async def _completions(service: Service, asked: CompletionRequest) -> Response:
     return Answering(service, reply, prepare, n, asked.stream, asked.wants_usage)
 
 
-
-
 class Gate:
     """Counts requests, and asks those under /v1 and the like for the key."""
 
