@@ -25,7 +25,7 @@ format: .venv/installed-dev
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Octavo needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(INSTALL) --editable '.[report]'
+	$(INSTALL) --editable '.[report,serve]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

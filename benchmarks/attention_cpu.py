@@ -1,9 +1,10 @@
-"""The CPU decode kernel against torch's own attention, against our 16-bit kernel, and against the memory's speed.
+"""The CPU kernels against torch's own attention, against our 16-bit kernel, and against the memory's speed.
 
-One layer, one new token for each sequence, block tables random. torch's bf16 `scaled_dot_product_attention` (q length
-1) gets contiguous K and V; a plain streaming read sums the bytes of the same blocks through the same table. In each
-round every contestant runs in turn; reported is the median over rounds of the ratio within a round, with its range.
-The last line is one JSON document.
+One layer, block tables random. Decode: one new token for each sequence. torch's bf16 `scaled_dot_product_attention`
+(q length 1) gets contiguous K and V; a plain streaming read sums the bytes of the same blocks through the same table.
+Prefill: many new tokens of one sequence, the last of its context, against torch's attention of the same. In each round
+every contestant runs in turn; reported is the median over rounds of the ratio within a round, with its range. The last
+line is one JSON document.
 
     python benchmarks/attention_cpu.py --out benchmarks/results/attention-cpu.json
 """
@@ -37,18 +38,19 @@ CASES = [  # batch, tokens, query heads, KV heads
     (1, 32768, 32, 8),
     *((batch, tokens, 32, 8) for batch in (1, 8, 32) for tokens in (64, 512, 2048, 8192)),
 ]
+PREFILLS = [(4096, 4096), (512, 4096)]  # new tokens, tokens
 FORMATS = ("bf16", "int8", "int8-token", "int4-token")
 
 
 class Sequence:
-    def __init__(self, tokens: int, blocks: list[int]):
-        self.tokens, self.num_cached, self.block_table = [0] * tokens, tokens - 1, blocks
+    def __init__(self, tokens: int, new: int, blocks: list[int]):
+        self.tokens, self.num_cached, self.block_table = [0] * tokens, tokens - new, blocks
 
 
 class Contestant:
-    """Decode attention of one format over caches that are full."""
+    """Attention of the last `new` tokens of each sequence, in one format, over caches that are full."""
 
-    def __init__(self, name: str, batch: int, tokens: int, heads: int, kv_heads: int):
+    def __init__(self, name: str, batch: int, tokens: int, heads: int, kv_heads: int, new: int = 1):
         blocks = -(-tokens // 64)
         shape = LayerShape(kv_heads, DIM, DIM)
         side = {"min": torch.full((kv_heads, DIM), -5.0), "max": torch.full((kv_heads, DIM), 5.0)}
@@ -63,18 +65,20 @@ class Contestant:
                 store.codes.copy_(torch.randint(-100, 100, store.codes.shape))
             if store.scales is not None:
                 store.scales.fill_(120)
-        self.batch = Batch.build([(Sequence(tokens, row.tolist()), 1) for row in table], 64)
-        self.q = torch.randn(batch, heads, DIM, dtype=torch.bfloat16)
-        self.kv = torch.randn(2, batch, kv_heads, DIM, dtype=torch.bfloat16)
+        self.batch = Batch.build([(Sequence(tokens, new, row.tolist()), new) for row in table], 64)
+        self.q = torch.randn(batch * new, heads, DIM, dtype=torch.bfloat16)
+        self.kv = torch.randn(2, batch * new, kv_heads, DIM, dtype=torch.bfloat16)
 
     def __call__(self) -> None:
         attend(self.spec, self.cache.layers[0], self.q, *self.kv, self.batch)
 
 
-def torch_attention(batch: int, tokens: int, heads: int, kv_heads: int) -> Callable[[], Tensor]:
-    q = torch.randn(batch, heads, 1, DIM, dtype=torch.bfloat16)
+def torch_attention(batch: int, tokens: int, heads: int, kv_heads: int, new: int = 1) -> Callable[[], Tensor]:
+    q = torch.randn(batch, heads, new, DIM, dtype=torch.bfloat16)
     k, v = torch.randn(2, batch, kv_heads, tokens, DIM, dtype=torch.bfloat16)
-    return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != kv_heads)
+    causal = 1 < new == tokens
+    seen = torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new) if 1 < new < tokens else None
+    return lambda: F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, enable_gqa=heads != kv_heads)
 
 
 def streaming_read(contestant: Contestant) -> Callable[[], None]:
@@ -92,34 +96,62 @@ def streaming_read(contestant: Contestant) -> Callable[[], None]:
 def seconds(run: Callable[[], Any], least: float) -> float:
     """Median of single runs, repeated for at least that many seconds."""
     times: list[float] = []
-    while sum(times) < least or len(times) < 3:
+    while sum(times) < least or not times:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
-def measure(case: tuple[int, int, int, int], rounds: int, least: float) -> dict[str, Any]:
+def rounds_of(contestants: dict[str, Callable[[], Any]], rounds: int, least: float) -> list[dict[str, float]]:
+    """Seconds of each contestant in each round."""
+    for run in contestants.values():
+        run()
+    return [{name: seconds(run, least) for name, run in contestants.items()} for _ in range(rounds)]
+
+
+def ratio(results: list[dict[str, float]], slow: str, fast: str) -> dict[str, Any]:
+    values = sorted(result[slow] / result[fast] for result in results)
+    return {"median": round(statistics.median(values), 3), "range": [round(values[0], 3), round(values[-1], 3)]}
+
+
+def milliseconds(results: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(1e3 * statistics.median(result[name] for result in results), 4) for name in results[0]}
+
+
+def decode(case: tuple[int, int, int, int], rounds: int, least: float) -> dict[str, Any]:
     contestants: dict[str, Callable[[], Any]] = {name: Contestant(name, *case) for name in FORMATS}
     contestants["read"] = streaming_read(contestants["int8"])  # type: ignore[arg-type]
     contestants["torch"] = torch_attention(*case)
-    for run in contestants.values():
-        run()
-    results = [{name: seconds(run, least) for name, run in contestants.items()} for _ in range(rounds)]
-
-    def ratio(slow: str, fast: str) -> dict[str, Any]:
-        values = sorted(result[slow] / result[fast] for result in results)
-        return {"median": round(statistics.median(values), 3), "range": [round(values[0], 3), round(values[-1], 3)]}
-
+    results = rounds_of(contestants, rounds, least)
     return {
         **dict(zip(("batch", "tokens", "heads", "kv_heads"), case, strict=True)),
-        "ms": {name: round(1e3 * statistics.median(r[name] for r in results), 4) for name in contestants},
-        "int8_over_torch": ratio("torch", "int8"),
-        "int8_share_of_streaming_read": ratio("read", "int8"),
-        "int8_over_bf16": ratio("bf16", "int8"),
-        "int8_token_over_int8": ratio("int8", "int8-token"),
-        "int4_token_over_int8": ratio("int8", "int4-token"),
+        "ms": milliseconds(results),
+        "int8_over_torch": ratio(results, "torch", "int8"),
+        "int8_share_of_streaming_read": ratio(results, "read", "int8"),
+        "int8_over_bf16": ratio(results, "bf16", "int8"),
+        "int8_token_over_int8": ratio(results, "int8", "int8-token"),
+        "int4_token_over_int8": ratio(results, "int8", "int4-token"),
     }
+
+
+def prefill(new: int, tokens: int, rounds: int) -> dict[str, Any]:
+    contestants: dict[str, Callable[[], Any]] = {name: Contestant(name, 1, tokens, 32, 8, new) for name in FORMATS}
+    contestants["torch"] = torch_attention(1, tokens, 32, 8, new)
+    results = rounds_of(contestants, rounds, 0)
+    return {
+        "new_tokens": new,
+        "tokens": tokens,
+        "heads": 32,
+        "kv_heads": 8,
+        "ms": milliseconds(results),
+        "int8_over_torch": ratio(results, "torch", "int8"),
+        **{f"{name.replace('-', '_')}_over_bf16": ratio(results, "bf16", name) for name in FORMATS[1:]},
+    }
+
+
+def summary(row: dict[str, Any]) -> str:
+    return "  ".join(f"{key} {value['median']:.2f}" for key, value in row.items() if "median" in str(value))
 
 
 def main() -> None:
@@ -127,7 +159,8 @@ def main() -> None:
     cli.add_argument("--rounds", type=int, default=7)
     cli.add_argument("--seconds", type=float, default=0.1, help="least time of each run of a round")
     cli.add_argument("--isa", help="another instruction set than the best")
-    cli.add_argument("--cases", type=int, default=len(CASES))
+    cli.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    cli.add_argument("--prefills", type=int, default=len(PREFILLS), help="only the first so many")
     cli.add_argument("--out", type=Path)
     args = cli.parse_args()
 
@@ -135,22 +168,20 @@ def main() -> None:
     assert cpu.unavailable() is None, cpu.unavailable()
     if args.isa:
         cpu._native.use(args.isa)
-    rows = []
+    rows, prefills = [], []
     for case in CASES[: args.cases]:
-        row = measure(case, args.rounds, args.seconds)
-        rows.append(row)
-        parts = (
-            f"{key} {value['median']:.2f}"
-            for key, value in row.items()
-            if isinstance(value, dict) and "median" in value
-        )
-        print(f"{case}: {'  '.join(parts)}   {row['ms']}", flush=True)
+        rows.append(decode(case, args.rounds, args.seconds))
+        print(f"decode {case}: {summary(rows[-1])}   {rows[-1]['ms']}", flush=True)
+    for new, tokens in PREFILLS[: args.prefills]:
+        prefills.append(prefill(new, tokens, args.rounds))
+        print(f"prefill {new} of {tokens}: {summary(prefills[-1])}   {prefills[-1]['ms']}", flush=True)
     document = {
         "benchmark": "attention_cpu",
         **describe(),
         "isa": cpu._native.isa(),
         "rounds": args.rounds,
         "rows": rows,
+        "prefill": prefills,
     }
     if args.out:
         args.out.write_text(json.dumps(document, indent=1) + "\n")

@@ -12,11 +12,18 @@ from octavo.measure import machine
 
 
 def describe() -> dict[str, Any]:
-    return {"commit": _commit(), **machine.describe(torch.device("cpu"))}
+    return {"commit": commit(), **machine.describe(torch.device("cpu"))}
 
 
-def _commit() -> str:
+def commit() -> str | None:
+    """Of the working tree; None where there is no git or no repository."""
     where = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=where, capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain", "../octavo"], cwd=where, capture_output=True, text=True)
-    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "../octavo")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

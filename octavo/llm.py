@@ -13,18 +13,24 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
+from octavo.answer import Answer, Completion, Delta, Outbox
 from octavo.attention import layout_for
+from octavo.cache import session
+from octavo.cache.session import Damaged, Identity, SavedSession
 from octavo.cache.size import block_bytes, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
-from octavo.engine.sampling import Sampled, SamplingParams
+from octavo.engine.sampling import SamplingParams
 from octavo.engine.sequence import FinishReason, Sequence
+from octavo.engine.warmup import LargestStep
 from octavo.errors import OctavoError
+from octavo.grammar import Grammars
 from octavo.models.model import Model
-from octavo.quant.calibration import Calibration
+from octavo.quant.calibration import SYNTHETIC, Calibration
 from octavo.quant.format import Granularity, KVFormat
 from octavo.text import Message, TextStream, encode_chat
 
@@ -32,24 +38,11 @@ Prompt = str | Rows[int]
 
 
 @dataclass(frozen=True)
-class Completion:
-    """A finished answer."""
+class Restored:
+    """A saved session that is in the cache again."""
 
-    text: str
-    tokens: list[int]  # the one that ended it included
-    finish_reason: FinishReason
-    prompt_tokens: int
-    cached_tokens: int  # of the prompt, found in the prefix cache
-    sampled: list[Sampled]  # tokens with their log-probabilities, where asked for
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A piece of an answer as it grows: new text of prompt `index`; the completion comes with the last piece."""
-
-    index: int
-    text: str
-    completion: Completion | None = None
+    tokens: list[int]  # of the whole conversation
+    cached_tokens: int  # of them, found by the prompt that begins with them
 
 
 class LLM:
@@ -59,7 +52,8 @@ class LLM:
     names the cache's format, by default the 16-bit type of the model. `int8` needs a calibration: the one beside the
     model, or `calibration`, a file or directory; `granularity` and `headroom` override its defaults. `session_len` is
     the longest session in tokens; the cache has `kv_cache_memory` bytes ("4GiB"), or what `max_batch_size` sessions
-    need within the share `cache_max_entry_count` of the free memory.
+    need within the share `cache_max_entry_count` of the free memory; on a GPU it takes that share of what is left once
+    the largest step has been tried.
     """
 
     def __init__(
@@ -110,6 +104,13 @@ class LLM:
         layout = layout_for(bound.shapes)
         session_blocks = -(-self.session_len // layout.block_size)
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
+
+        def cache_of(blocks: int) -> KVCache:
+            return KVCache(bound.shapes, formats, blocks, layout, self.calibration, granularity, headroom)
+
+        step = 0
+        if bound.device.type == "cuda":
+            step = LargestStep(max_batch_size, max_batch_tokens, self.session_len).nbytes(bound, cache_of(1))
         blocks = num_blocks(
             block_bytes(bound.shapes, formats, layout.block_size),
             max_batch_size,
@@ -117,10 +118,13 @@ class LLM:
             bound.device,
             memory,
             cache_max_entry_count,
+            step,
         )
-        cache = KVCache(bound.shapes, formats, blocks, layout, self.calibration, granularity, headroom)
-        self.engine = Engine(bound, cache, max_batch_size, max_batch_tokens, self.session_len, prefix_caching)
-        self._answers: dict[Sequence, _Answer] = {}
+        self.engine = Engine(
+            bound, cache_of(blocks), max_batch_size, max_batch_tokens, self.session_len, prefix_caching
+        )
+        self._grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
+        self._answers: dict[Sequence, Answer] = {}
 
     @property
     def cache(self) -> KVCache:
@@ -172,10 +176,7 @@ class LLM:
         if len(each) != len(prompts):
             raise OctavoError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
         outbox: deque[Delta] = deque()
-        answers = [
-            _Answer(i, self.sequence(prompt, p), TextStream(self.tokenizer, p.stop), outbox)
-            for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))
-        ]
+        answers = [self.answer(prompt, p, outbox, i) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
         pieces = self._run(answers, outbox)
         if stream:
             return pieces
@@ -194,67 +195,117 @@ class LLM:
         prompt = encode_chat(self.tokenizer, messages)
         return self.generate(prompt, params, stream=True) if stream else self.generate(prompt, params)[0]
 
+    def save(self, path: str | Path, conversation: Prompt | Rows[Message], about: dict[str, Any] | None = None) -> int:
+        """Keep a conversation's quantized K and V in a file: a prompt with its answer, as text or token ids, or
+        messages. Returns how many of its tokens the file holds the codes of: whole blocks.
+
+        Codes are copied from the prefix cache; what is not there any more, or has never been, is computed first.
+        `about` is kept beside them, anything that JSON has. Raises OctavoError if the file cannot be written.
+        """
+        tokens, identity, pool = self._conversation(conversation), self.session_identity, self.engine.pool
+        if len(pool.find(tokens)) < pool.prefix_blocks(tokens):
+            self._compute(tokens)
+        codes = session.to_rows(self.cache, session.copy_prefix(self.cache, pool, tokens))
+        session.save(Path(path), tokens, codes, identity, about)
+        return len(pool.find(tokens)) * pool.block_size
+
+    def restore(self, path: str | Path) -> Restored:
+        """Put a saved session into the prefix cache: a prompt that begins with its tokens is not prefilled again.
+
+        Raises OctavoError for a file saved with other weights, another format or another calibration. Codes that are
+        torn or altered are never used but computed again from the tokens, with a warning.
+        """
+        saved = SavedSession.open(Path(path))
+        saved.check(self.session_identity)
+        pool = self.engine.pool
+        try:
+            copies = session.to_blocks(self.cache, saved.codes())
+            session.paste_prefix(self.cache, pool, saved.tokens, copies)
+        except Damaged as damage:
+            warnings.warn(f"{damage}; what it held is computed again", stacklevel=2)
+            self._compute(saved.tokens)
+        return Restored(saved.tokens, len(pool.find(saved.tokens)) * pool.block_size)
+
+    @cached_property
+    def session_identity(self) -> Identity:
+        """What the codes in this cache mean; raises OctavoError where none could be recognized again."""
+        if not self.engine.pool.prefix_caching:
+            raise OctavoError("sessions are kept in the prefix cache, and it is turned off")
+        if self.model.fingerprint == SYNTHETIC:
+            raise OctavoError("sessions cannot be kept with random weights: nothing tells them from others")
+        return Identity.of(self.cache, self.model.fingerprint, self.model.bound.arithmetic)
+
     def sequence(self, prompt: Prompt, params: SamplingParams) -> Sequence:
         """The engine's form of a request; raises OctavoError for tokens the model does not have."""
         tokens = list(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
         if not all(isinstance(token, int) for token in tokens):
             raise OctavoError("a prompt is a string or a list of token ids")
-        strange = [token for token in (*tokens, *params.stop_token_ids) if not 0 <= token < self.model.bound.vocab_size]
+        named = (*tokens, *params.stop_token_ids, *params.logit_bias)
+        strange = [token for token in named if not 0 <= token < self.model.bound.vocab_size]
         if strange:
             raise OctavoError(f"token {strange[0]} is not in the model's vocabulary of {self.model.bound.vocab_size}")
         eos = frozenset() if params.ignore_eos else self.model.eos_ids
-        return Sequence(tokens, params, eos | frozenset(params.stop_token_ids))
+        guide = self._grammars.guide(params.json_schema) if params.json_schema is not None else None
+        return Sequence(tokens, params, eos | frozenset(params.stop_token_ids), guide)
 
-    def _run(self, answers: list[_Answer], outbox: deque[Delta]) -> Iterator[Delta]:
-        """Step the engine until these answers are complete. Whoever stops listening aborts what is unfinished."""
-        try:
-            for answer in answers:
-                self.engine.add(answer.sequence)
-                self._answers[answer.sequence] = answer
-            unfinished = len(answers)
-            while unfinished:
-                while not outbox:  # another iterator's step may have filled it
-                    self._step()
-                delta = outbox.popleft()
-                unfinished -= delta.completion is not None
-                yield delta
-        finally:
-            for answer in answers:
-                if self._answers.pop(answer.sequence, None) and not answer.sequence.finished:
-                    self.engine.finish(answer.sequence)
+    def answer(self, prompt: Prompt, params: SamplingParams, outbox: Outbox, index: int = 0) -> Answer:
+        """A request that is not yet in the engine; its pieces will go to `outbox`. Touches no engine: any thread may
+        call it."""
+        return Answer(index, self.sequence(prompt, params), TextStream(self.tokenizer, params.stop), outbox)
 
-    def _step(self) -> None:
-        for sequence in self.engine.step():
+    def submit(self, answer: Answer) -> None:
+        """Queue an answer for the next steps; raises OctavoError if it can never fit."""
+        self.engine.add(answer.sequence)
+        self._answers[answer.sequence] = answer
+
+    def finish(self, answer: Answer, reason: FinishReason = "abort") -> None:
+        """End an answer now, between two steps: its blocks are free, and it is complete with what it has."""
+        if self._answers.pop(answer.sequence, None):
+            self.engine.finish(answer.sequence, reason)
+            answer.complete()
+
+    @property
+    def running(self) -> list[Answer]:
+        return [self._answers[sequence] for sequence in self.engine.scheduler.running]
+
+    def step(self) -> int:
+        """One step of the engine; pieces of answers go to their outboxes. Returns the number of tokens gained."""
+        gained = self.engine.step()
+        for sequence in gained:
             answer = self._answers[sequence]
             answer.take()
             if answer.text.stopped:
                 self.engine.finish(sequence, "stop")
             if sequence.finished:
+                del self._answers[sequence]
                 answer.complete()
+        return len(gained)
 
+    def _conversation(self, conversation: Prompt | Rows[Message]) -> list[int]:
+        """Its token ids."""
+        if not isinstance(conversation, str) and len(conversation) and isinstance(conversation[0], dict):
+            return encode_chat(self.tokenizer, cast(Rows[Message], conversation), reply=False)
+        return self.sequence(cast(Prompt, conversation), SamplingParams()).tokens
 
-class _Answer:
-    """A sequence and its growing text, whose pieces go to `outbox`."""
+    def _compute(self, tokens: list[int]) -> None:
+        """Have the K and V of `tokens` in the prefix cache."""
+        longest = self.engine.scheduler.max_context - 1  # a request is answered with a token at least
+        outbox: deque[Delta] = deque()
+        answer = self.answer(tokens[:longest], SamplingParams(max_tokens=1), outbox)
+        deque(self._run([answer], outbox), maxlen=0)
 
-    def __init__(self, index: int, sequence: Sequence, text: TextStream, outbox: deque[Delta]):
-        self.index, self.sequence, self.text, self.outbox = index, sequence, text, outbox
-
-    def take(self) -> None:
-        token = self.sequence.tokens[-1]
-        ends = self.sequence.finish_reason == "stop"  # the token that ends an answer is no part of its text
-        if not ends and (piece := self.text.push(token)):
-            self.outbox.append(Delta(self.index, piece))
-
-    def complete(self) -> None:
-        sequence = self.sequence
-        rest = self.text.flush()
-        assert sequence.finish_reason is not None
-        completion = Completion(
-            text=self.text.text,
-            tokens=sequence.output,
-            finish_reason="stop" if self.text.stopped else sequence.finish_reason,
-            prompt_tokens=sequence.num_prompt,
-            cached_tokens=sequence.prefix_hit,
-            sampled=sequence.sampled,
-        )
-        self.outbox.append(Delta(self.index, rest, completion))
+    def _run(self, answers: list[Answer], outbox: deque[Delta]) -> Iterator[Delta]:
+        """Step the engine until these answers are complete. Whoever stops listening aborts what is unfinished."""
+        try:
+            for answer in answers:
+                self.submit(answer)
+            unfinished = len(answers)
+            while unfinished:
+                while not outbox:  # another iterator's step may have filled it
+                    self.step()
+                delta = outbox.popleft()
+                unfinished -= delta.completion is not None
+                yield delta
+        finally:
+            for answer in answers:
+                self.finish(answer)

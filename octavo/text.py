@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence as Rows
 from typing import Any
 
 from octavo.errors import OctavoError
 
-Message = dict[str, str]  # {"role": "user", "content": …}
+Message = dict[str, Any]  # {"role": "user", "content": …}; a template may know more fields, such as tool_calls
 REPLACEMENT = "\ufffd"  # a decoder's mark for bytes that are not yet a character
 
 
-def encode_chat(tokenizer: Any, messages: Rows[Message]) -> list[int]:
-    """Token ids of a conversation with the prompt for the model's next turn, by the model's chat template."""
+def encode_chat(
+    tokenizer: Any, messages: Rows[Message], tools: Rows[dict[str, Any]] = (), reply: bool = True
+) -> list[int]:
+    """Token ids of a conversation by the model's chat template, with the prompt for the model's next turn if it is to
+    reply.
+
+    `tools` are JSON descriptions of functions the model may call; raises OctavoError where the template has no place
+    for them.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise OctavoError(
             "this model has no chat template; give one with --chat-template FILE, or use `octavo generate`"
         )
+    if tools and not takes_tools(tokenizer):
+        raise OctavoError("the model's chat template has no place for tools; give one with --chat-template FILE")
     try:
-        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, add_generation_prompt=reply, return_dict=True
+        )
     except Exception as error:  # a template is code of the model's: jinja's errors, and its own raise_exception
         raise OctavoError(f"the model's chat template refused the conversation: {error}") from None
     return list(encoded["input_ids"])
+
+
+def takes_tools(tokenizer: Any) -> bool:
+    """Whether the model's chat template reads `tools`."""
+    return re.search(r"\btools\b", tokenizer.get_chat_template(tools=[{}])) is not None
+
+
+def check_messages(value: Any) -> list[Message]:
+    """`value` as messages; raises OctavoError for anything else."""
+    if not isinstance(value, list) or not value:
+        raise OctavoError("messages is not a list of messages")
+    for i, message in enumerate(value, 1):
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise OctavoError(f'message {i} is not of the form {{"role": "user", "content": "…"}}')
+        if not all(is_text(part) for part in message.values()):
+            raise OctavoError(f"message {i} holds something else than text")
+    return value
+
+
+def is_text(value: Any) -> bool:
+    """Whether `value` is a string that a tokenizer can take: no half of a surrogate pair, as JSON allows."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 class TextStream:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from octavo import LLM, KVFormat, OctavoError, SamplingParams
-from octavo.llm import Completion, Delta
+from octavo.answer import Completion, Delta
 from octavo.models.model import BUNDLED, Model
 from octavo.quant.calibration import Calibration
 

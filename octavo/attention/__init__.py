@@ -13,10 +13,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 from torch import Tensor
 
-from octavo.attention import cpu, reference
+from octavo.attention import cpu, cuda, reference
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.store import LayerCache, LayerShape
@@ -43,23 +44,32 @@ def _say_once(message: str) -> None:
 def layout_for(shapes: Sequence[LayerShape]) -> Layout:
     """The layout of the fastest implementation that can read such a cache here.
 
-    `OCTAVO_ATTENTION=reference` or `native` forces one; raises OctavoError if the native one cannot be had.
+    `OCTAVO_ATTENTION=reference`, `native` or `triton` forces one; raises OctavoError if that cannot be had.
     """
     wanted = os.environ.get("OCTAVO_ATTENTION") or None
-    if wanted not in (None, "reference", "native"):
-        raise OctavoError(f"OCTAVO_ATTENTION is {wanted!r}; it must be reference or native")
-    missing = cpu.unavailable()
+    if wanted not in (None, "reference", "native", "triton"):
+        raise OctavoError(f"OCTAVO_ATTENTION is {wanted!r}; it must be reference, native or triton")
+    if wanted == "reference":
+        return Layout(order="rows")
+    on_gpu = any(shape.device.type == "cuda" for shape in shapes) if wanted is None else wanted == "triton"
+    kernels: ModuleType = cuda if on_gpu else cpu
+    missing = kernels.unavailable()
     if missing is None:
         for shape in shapes:
-            if shape.device.type != "cpu":
+            if shape.device.type not in kernels.devices():
                 missing = f"the cache is on {shape.device}"
-            elif not (cpu.takes(shape.k_dim) and cpu.takes(shape.v_dim)):
+            elif not kernels.takes(shape.k_dim, shape.v_dim):
                 missing = f"it has no kernel for heads of {shape.k_dim} and {shape.v_dim}"
     elif wanted is None:
         _say_once(f"attention runs on plain torch, which is slower: {missing}")
-    if wanted == "native" and missing is not None:
-        raise OctavoError(f"OCTAVO_ATTENTION=native cannot be had: {missing}")
-    return Layout(order="rows" if missing is not None or wanted == "reference" else "tiles")
+    if wanted is not None and missing is not None:
+        raise OctavoError(f"OCTAVO_ATTENTION={wanted} cannot be had: {missing}")
+    return Layout(order="rows" if missing is not None else "pages" if on_gpu else "tiles")
+
+
+def capturable(layout: Layout) -> bool:
+    """Whether what reads such a cache can be captured in a CUDA graph: it looks at no value of a step on the host."""
+    return layout.order == "pages"
 
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
@@ -68,6 +78,8 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
     batch = batch.on(q.device)
     if cache.k.layout.order == "k-tiles":
         return cpu.attend(spec, cache, q, k, v, batch)
+    if cache.k.layout.order == "k-pages":
+        return cuda.attend(spec, cache, q, k, v, batch)
     if spec.shape.shares is None:
         cache.write(k, v, batch.slots)
     return reference.attend(spec, cache, q, batch)

@@ -1,8 +1,9 @@
 """Attention on codes with the native CPU kernels (native/kernel.cpp): the fast counterpart of reference.py.
 
 Sequences with few new tokens go through one kernel call for the whole step. A chunk of many is arithmetic, not memory
-traffic: one head's codes at a time become a tile of numbers in the query's own type, and torch's own attention (AMX
-where there is one) does the rest; the folded formula holds there too.
+traffic: some heads' codes at a time become a tile of numbers in the query's own type, and torch's own attention (AMX
+where there is one) does the rest; the folded formula holds there too. What it returns beside its output, the logarithm
+of its denominator, joins the chunk with what came before it, and with a sink.
 
 The extension may be missing (no compiler when the package was installed): `unavailable()` says why.
 """
@@ -15,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.attention import reference
+from octavo.attention.chunk import Part, capped, flash
 from octavo.cache.batch import Batch
 from octavo.cache.store import LayerCache, RowStore
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
@@ -32,7 +32,8 @@ except ImportError as error:
     _native, _missing = None, str(error)
 
 FEW = 1  # new tokens of a sequence that the decode kernel takes: prompts are computed alike however they are cut
-LARGEST = 512  # head_dim up to which 15-bit queries times codes fit int32
+LARGEST = 512  # kernel.h
+TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile: 8 MB in bf16
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # kernel.h: Float
 CODES = {"bf16": 0, "fp16": 1, "fp32": 2}  # kernel.h: Code; integer codes are 3 and 4
 
@@ -49,9 +50,13 @@ def unavailable() -> str | None:
     return None
 
 
-def takes(dim: int) -> bool:
-    """Whether the kernels have rows of this dimension; they have every codec."""
-    return dim % 8 == 0 and dim <= LARGEST
+def devices() -> tuple[str, ...]:
+    return ("cpu",)
+
+
+def takes(k_dim: int, v_dim: int) -> bool:
+    """Whether the kernels have rows of these dimensions; they have every codec."""
+    return k_dim % 8 == v_dim % 8 == 0 and max(k_dim, v_dim) <= LARGEST
 
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
@@ -71,10 +76,7 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
             q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     for rows, chunk in step.chunks:
-        # torch's attention knows neither soft caps nor sinks.
-        plain = spec.softcap is None and spec.sinks is None
-        attend_chunk = _attend_chunk if plain else reference.attend
-        out[rows] = attend_chunk(spec, cache, q[rows], chunk)
+        out[rows] = _attend_chunk(spec, cache, q[rows], chunk)
     return out
 
 
@@ -89,12 +91,15 @@ def write(store: RowStore, x: Tensor, slots: Tensor) -> None:
     store.written += x.numel()
 
 
-def read(store: RowStore, head: int, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """One head's rows of blocks [n] as numbers that rotation and static part separate from x: [n·block_size, dim]."""
-    out = torch.empty(len(blocks) * store.layout.block_size, store.dim, dtype=dtype)
+def read(store: RowStore, heads: slice, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of some heads and blocks [n] as numbers that only the static part separates from x:
+    [heads, n·block_size, dim]."""
+    count = heads.stop - heads.start
+    out = torch.empty(count, len(blocks) * store.layout.block_size, store.dim, dtype=dtype)
     _native.read(
-        _side(store), head, blocks.data_ptr(), len(blocks), FLOATS[dtype], out.data_ptr(), torch.get_num_threads()
-    )
+        _side(store), heads.start, count, blocks.data_ptr(), len(blocks), FLOATS[dtype], out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
@@ -104,47 +109,51 @@ def stream(store: RowStore, blocks: Tensor) -> int:
 
 
 def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batch) -> Tensor:
-    """One sequence with many new tokens: q [n, heads, k_dim] → [n, heads, v_dim].
+    """One sequence with many new tokens: q [n, heads, k_dim] → [n, heads, v_dim] in float32.
 
-    bf16 queries meet tiles in bf16, which holds every int8 code exactly (and one times a token scale rounded); others
-    meet float32.
+    bf16 queries meet tiles in bf16, which holds every int8 code exactly (and others rounded); others meet float32, and
+    so do those with a soft cap, which torch's attention does not know.
     """
-    n, kv_len = batch.q_lens[0], batch.kv_lens[0]
-    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-    group = spec.heads // cache.k.heads
-    first = 0 if spec.window is None else max(0, kv_len - n + 1 - spec.window) // cache.k.layout.block_size
-    blocks = batch.block_table[0, first : -(-kv_len // cache.k.layout.block_size)].contiguous()
-    start = first * cache.k.layout.block_size
-    folded = cache.k.fold(q.float().unflatten(1, (cache.k.heads, group)))
-    seen = None  # all of them new, and no window: plainly causal, which torch knows without a mask
-    if spec.window is not None or n < kv_len:
-        query, key = torch.arange(kv_len - n, kv_len)[:, None], torch.arange(start, kv_len)
-        seen = key <= query
-        if spec.window is not None:
-            seen &= key > query - spec.window
-    out = torch.empty(n, cache.k.heads, group, cache.v.dim)
-    for head in range(cache.k.heads):
-        keys = read(cache.k, head, blocks, dtype)[: kv_len - start]
-        values = read(cache.v, head, blocks, dtype)[: kv_len - start]
-        out[:, head] = _scaled_dot_product(folded[:, head].to(dtype), keys, values, seen, spec.scale)
-    weight = torch.ones(1, 1, 1, 1)  # every query sees itself
-    return cache.v.unfold(out, weight).flatten(1, 2).to(q.dtype)
+    n, kv_len, size = batch.q_lens[0], batch.kv_lens[0], cache.k.layout.block_size
+    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and spec.softcap is None else torch.float32
+    first = 0 if spec.window is None else max(0, kv_len - n + 1 - spec.window) // size
+    blocks = batch.block_table[0, first : -(-kv_len // size)].contiguous()
+    parts = Part.of_chunk(n, kv_len - first * size, spec.window)
 
+    q = q.unflatten(1, (cache.k.heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, n, k_dim]
+    folded = torch.tensor(spec.scale)
+    shift = torch.zeros(q.shape[:3])  # q·mu is the same for every key: a soft cap and a sink see it
+    if cache.k.static is not None:
+        folded = folded * cache.k.static.c[:, None, None]
+        if spec.softcap is not None or spec.sinks is not None:
+            shift = torch.einsum("hgnd,hd->hgn", q.float(), cache.k.static.mu * spec.scale)
+    query = (q.float() * folded).to(dtype)
 
-def _scaled_dot_product(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float) -> Tensor:
-    """torch's attention of q [n, group, k_dim] over keys [m, k_dim] and values [m, v_dim]: over those `seen` [n, m], or
-    causal. Returns [n, group, v_dim]."""
-    q = q.transpose(0, 1)[None]  # [1, group, n, k_dim]
-    keys, values = (x.expand(1, q.shape[1], -1, -1) for x in (keys, values))
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, is_causal=seen is None, scale=scale)
-    return out[0].transpose(0, 1)
+    packed = torch.empty(n, *q.shape[:2], cache.v.dim)
+    out = packed.permute(1, 2, 0, 3)
+    total = torch.empty(q.shape[:3])  # log Σ exp(score) of what was seen
+    together = max(1, TILE_ELEMENTS // (len(blocks) * size * (cache.k.dim + cache.v.dim)))
+    for head in range(0, cache.k.heads, together):
+        heads = slice(head, min(head + together, cache.k.heads))
+        keys, values = read(cache.k, heads, blocks, dtype), read(cache.v, heads, blocks, dtype)
+        for part in parts:
+            tile = query[heads, :, part.rows], keys[:, part.keys], values[:, part.keys], shift[heads, :, part.rows]
+            some = flash(*tile, part) if spec.softcap is None else capped(*tile, part, spec.softcap)
+            part.put(*some, out[heads, :, part.rows], total[heads, :, part.rows])
+    weight = torch.ones(())  # every query sees itself
+    if spec.sinks is not None:
+        weight = (total - spec.sinks.float().view(cache.k.heads, -1, 1)).sigmoid_()[..., None]
+        out *= weight
+    if cache.v.static is not None:
+        out.mul_(cache.v.static.c[:, None, None]).add_(weight * cache.v.static.mu[:, None, None])
+    return packed.flatten(1, 2)
 
 
 class _Step:
     """What the kernels need to know of a step, made once and kept for all layers."""
 
     def __init__(self, batch: Batch):
-        starts = torch.tensor([0, *batch.q_lens]).cumsum(0)
+        starts = batch.q_start
         few = [i for i, n in enumerate(batch.q_lens) if n <= FEW]
         self.few: Any = None
         if few:
@@ -152,7 +161,7 @@ class _Step:
             self.keep = (  # alive as long as their addresses are
                 starts[chosen],
                 torch.tensor(batch.q_lens)[chosen],
-                torch.tensor(batch.kv_lens)[chosen],
+                batch.kv_len[chosen],
                 batch.block_table[chosen],
             )
             self.few = _native.Step(len(few), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1])

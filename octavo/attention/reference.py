@@ -36,7 +36,7 @@ class Group:
     table: Tensor  # [B, blocks]
     kv_len: Tensor  # [B]
     new: int  # n
-    longest: int  # max kv_len
+    longest: int  # no kv_len is longer
     masks: dict[tuple[int, int, int | None], Tensor | None] = field(default_factory=dict)
 
     def hidden(self, start: int, stop: int, window: int | None) -> Tensor | None:
@@ -65,7 +65,7 @@ def groups(batch: Batch, block_size: int) -> list[Group]:
             Group(
                 rows=torch.tensor([starts[i] + j for i in indices for j in range(new)], device=device),
                 table=batch.block_table[torch.tensor(indices, device=device)],
-                kv_len=torch.tensor([batch.kv_lens[i] for i in indices], device=device),
+                kv_len=batch.kv_len[torch.tensor(indices, device=device)],
                 new=new,
                 longest=max(batch.kv_lens[i] for i in indices),
             )

@@ -6,6 +6,7 @@ prompt is more, and both share a step. Nothing below this file knows about phase
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -24,33 +25,53 @@ class Cached(Protocol):
 
 @dataclass
 class Batch:
-    """T packed rows of B sequences, in order. Index tensors are int64."""
+    """T packed rows of B sequences, in order. Index tensors are int64.
+
+    Lengths are there twice: tensors for kernels, lists for what the host decides (shapes of temporaries, grids). Fixed
+    buffers (engine/graphs.py) hold any step of their size, so there `kv_lens` are upper bounds and `kv_len` is right.
+    """
 
     ids: Tensor  # [T]
     positions: Tensor  # [T]
-    slots: Tensor  # [T] where each row's K and V go: block·block_size + place
-    block_table: Tensor  # [B, most blocks]; beyond a sequence's own, its last one again, never visible
+    slots: Tensor  # [T] where each row's K and V go: block·block_size + place, or −1: nowhere
+    block_table: Tensor  # [B, most blocks]; beyond a sequence's own, any block, never visible
+    q_start: Tensor  # [B + 1] each sequence's first row, and T
+    kv_len: Tensor  # [B] tokens each sequence can see once the new ones are written; 0 for a padded row
     q_lens: list[int]  # new tokens of each sequence
-    kv_lens: list[int]  # tokens each sequence can see once the new ones are written
+    kv_lens: list[int]
     logits_at: Tensor  # [sequences whose next token is due] rows of their last tokens
     plan: dict[Any, Any] = field(default_factory=dict)  # what an attention implementation keeps for all layers
 
     @classmethod
-    def build(cls, work: Sequence[tuple[Cached, int]], block_size: int) -> Batch:
-        q_lens = [n for _, n in work]
-        kv_lens = [sequence.num_cached + n for sequence, n in work]
-        ids = [token for (sequence, _), n, end in zip(work, q_lens, kv_lens, strict=True)
-               for token in sequence.tokens[end - n : end]]  # fmt: skip
-        widest = max(len(sequence.block_table) for sequence, _ in work)
-        table = torch.tensor([s.block_table + s.block_table[-1:] * (widest - len(s.block_table)) for s, _ in work])
+    def build(cls, work: Sequence[tuple[Cached, int]], block_size: int, newest: Tensor | None = None) -> Batch:
+        """The step in which each sequence computes its next n tokens.
 
-        lens = torch.tensor(q_lens)
+        With `newest` [B] each computes a token that the step before has sampled and the host does not know yet: the one
+        after all of the sequence's own.
+        """
+        q_lens = [n for _, n in work]
+        if newest is None:
+            kv_lens = [sequence.num_cached + n for sequence, n in work]
+            ids = torch.tensor([token for (sequence, _), n, end in zip(work, q_lens, kv_lens, strict=True)
+                                for token in sequence.tokens[end - n : end]])  # fmt: skip
+        else:
+            kv_lens = [len(sequence.tokens) + 1 for sequence, _ in work]
+            ids = newest
+        widest = max(len(sequence.block_table) for sequence, _ in work)
+        blocks = array("q")  # from a list of lists torch takes twenty times as long
+        for sequence, _ in work:
+            own = sequence.block_table
+            blocks.extend(own + own[-1:] * (widest - len(own)))
+        table = torch.frombuffer(blocks, dtype=torch.int64).view(len(work), widest)
+
+        lens, kv_len = torch.tensor(q_lens), torch.tensor(kv_lens)
         ends = lens.cumsum(0)
         row = torch.repeat_interleave(lens)  # which sequence each row is of
-        positions = torch.arange(len(ids)) + (torch.tensor(kv_lens) - ends)[row]
+        positions = torch.arange(len(row)) + (kv_len - ends)[row]
         slots = table[row, positions // block_size] * block_size + positions % block_size
-        due = [end == len(sequence.tokens) for (sequence, _), end in zip(work, kv_lens, strict=True)]
-        return cls(torch.tensor(ids), positions, slots, table, q_lens, kv_lens, ends[torch.tensor(due)] - 1)
+        due = [end >= len(sequence.tokens) for (sequence, _), end in zip(work, kv_lens, strict=True)]
+        q_start = torch.cat([ends.new_zeros(1), ends])
+        return cls(ids, positions, slots, table, q_start, kv_len, q_lens, kv_lens, ends[torch.tensor(due)] - 1)
 
     def at(self, offset: int) -> Batch:
         """The same step with its rows placed `offset` positions later, as calibration places its windows."""
@@ -64,6 +85,8 @@ class Batch:
             self.positions[rows],
             self.slots[rows],
             self.block_table[i : i + 1],
+            self.q_start[i : i + 2] - self.q_start[i],
+            self.kv_len[i : i + 1],
             self.q_lens[i : i + 1],
             self.kv_lens[i : i + 1],
             self.logits_at[:0],
@@ -71,9 +94,23 @@ class Batch:
 
     def on(self, device: torch.device) -> Batch:
         """This batch with its tensors on `device`: itself, or one copy shared by that device's layers."""
-        if device == self.ids.device:
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor) and x.device != device}
+        if not tensors:
             return self
         if device not in self.plan:
-            tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
-            self.plan[device] = replace(self, **tensors, plan={})
+            self.plan[device] = replace(self, **_moved(tensors, device), plan={})
         return self.plan[device]
+
+
+def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """Index tensors on `device`, those of the host in one copy."""
+    host = {name: x for name, x in tensors.items() if x.device.type == "cpu"}
+    packed = torch.cat([x.flatten() for x in host.values()]) if host else torch.empty(0, dtype=torch.int64)
+    parts = send(packed, device).split([x.numel() for x in host.values()])
+    moved = {name: part.view(host[name].shape) for name, part in zip(host, parts, strict=True)}
+    return {name: moved[name] if name in moved else x.to(device) for name, x in tensors.items()}
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; neither waits for the other."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

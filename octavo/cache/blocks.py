@@ -11,6 +11,7 @@ blocks from the tail, so the beginning of a prefix outlives its end.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -54,25 +55,35 @@ class BlockPool:
         block.references = 1
         return index
 
-    def match(self, tokens: Tokens[int]) -> list[tuple[int, bytes]]:
-        """Blocks that hold the longest cached prefix of `tokens`, each with its hash, and a reference on each.
+    def prefix_blocks(self, tokens: Tokens[int]) -> int:
+        """Most blocks that a hit on `tokens` can have: whole ones, and never that of the last token, whose logits are
+        still to be computed; and a shared block is never written."""
+        return max(0, len(tokens) - 1) // self.block_size
 
-        Whole blocks only and never the last token: its logits are still to be computed, and a shared block is never
-        written.
-        """
-        found: list[tuple[int, bytes]] = []
-        if not self.prefix_caching:
-            return found
+    def prefixes(self, tokens: Tokens[int]) -> Iterator[tuple[bytes, tuple[int, ...]]]:
+        """Of each block that a hit on `tokens` can have, the hash of the prefix that it ends, and its own tokens."""
         parent = None
-        for start in range(0, (len(tokens) - 1) // self.block_size * self.block_size, self.block_size):
+        for start in range(0, self.prefix_blocks(tokens) * self.block_size, self.block_size):
             own = tuple(tokens[start : start + self.block_size])
             parent = prefix_hash(parent, own)
-            index = self.by_prefix.get(parent)
+            yield parent, own
+
+    def find(self, tokens: Tokens[int]) -> list[tuple[int, bytes]]:
+        """Blocks that hold the longest cached prefix of `tokens`, each with its hash."""
+        found: list[tuple[int, bytes]] = []
+        for prefix, own in self.prefixes(tokens):
+            index = self.by_prefix.get(prefix)
             if index is None or self.blocks[index].tokens != own:
                 break
+            found.append((index, prefix))
+        return found
+
+    def match(self, tokens: Tokens[int]) -> list[tuple[int, bytes]]:
+        """As `find`, with a reference on each block."""
+        found = self.find(tokens)
+        for index, _ in found:
             self.blocks[index].references += 1
             self.free.pop(index, None)
-            found.append((index, parent))
         return found
 
     def seal(self, index: int, parent: bytes | None, tokens: Tokens[int]) -> bytes:

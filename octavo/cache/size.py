@@ -55,19 +55,19 @@ def num_blocks(
     device: torch.device,
     memory: int | None = None,
     share: float | None = None,
+    step: int = 0,
 ) -> int:
     """Blocks of `one_block` bytes each for `sessions` sessions of `session_blocks` blocks.
 
     `memory` bytes are taken as asked for; else what the sessions need on a CPU, everything on a GPU, within `share` of
-    the free memory.
+    the memory that is free once the largest step has taken its `step` bytes.
     """
+    free = max(0, free_memory(device) - step)
     if memory is not None:
         if share is not None:
             raise OctavoError("--kv-cache-memory and --cache-max-entry-count both size the KV cache; give one")
-        if memory > free_memory(device):
-            raise OctavoError(
-                f"a KV cache of {format_bytes(memory)} does not fit: {format_bytes(free_memory(device))} are free"
-            )
+        if memory > free:
+            raise OctavoError(f"a KV cache of {format_bytes(memory)} does not fit: {format_bytes(free)} are free")
         blocks = memory // one_block
         if blocks < 1:
             raise OctavoError(
@@ -77,9 +77,7 @@ def num_blocks(
     share = DEFAULT_SHARE[device.type] if share is None else share
     if not 0 < share <= 1:
         raise OctavoError(f"--cache-max-entry-count is a share of the free memory between 0 and 1, not {share}")
-    fits = int(free_memory(device) * share) // one_block
+    fits = int(free * share) // one_block
     if fits < 1:
-        raise OctavoError(
-            f"only {format_bytes(free_memory(device))} are free: too little for a block of {format_bytes(one_block)}"
-        )
+        raise OctavoError(f"only {format_bytes(free)} are free: too little for a block of {format_bytes(one_block)}")
     return fits if device.type == "cuda" else min(sessions * session_blocks, fits)

@@ -62,7 +62,9 @@ class RowStore:
         self.native: Any = None  # what a native kernel keeps of this store
 
     def write(self, x: Tensor, slots: Tensor) -> None:
-        """Encode rows x [tokens, heads, dim] into slots [tokens]."""
+        """Encode rows x [tokens, heads, dim] into slots [tokens]; slot −1 writes nowhere and counts nothing."""
+        if (nowhere := slots < 0).any():
+            x, slots = x[~nowhere], slots[~nowhere]
         rows = encode(x, self.codec, self.static)
         self.layout.write_rows(self.codes, slots, rows.codes)
         if self.scales is not None and rows.scales is not None:

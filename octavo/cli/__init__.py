@@ -14,7 +14,9 @@ from octavo.cli.doctor import doctor
 from octavo.cli.generate import generate
 from octavo.cli.memory import memory
 from octavo.cli.plan import plan
+from octavo.cli.quantize import quantize
 from octavo.cli.report import report
+from octavo.cli.serve import serve
 from octavo.cli.speed import speed
 from octavo.errors import OctavoError
 
@@ -27,8 +29,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(calibrate)
+app.command()(quantize)
 app.command()(chat)
 app.command()(generate)
+app.command()(serve)
 app.command()(accuracy)
 app.command()(doctor)
 app.command()(speed)

@@ -61,7 +61,7 @@ def calibrate(
         raise OctavoError("--load-format dummy makes a calibration of random weights: name a --work-dir for it")
     directory = work_dir or model.work_dir
     _require_writable(directory)
-    source, windows = _windows(model, calib_dataset, texts, calib_samples, calib_seqlen, seed)
+    source, windows = draw_windows(model, calib_dataset, texts, calib_samples, calib_seqlen, seed)
     with progress() as bar:
         task = bar.add_task("observing K and V", total=len(windows))
         calibration = observe(
@@ -84,7 +84,7 @@ def calibrate(
     console.print(f"saved to {path}", soft_wrap=True)
 
 
-def _windows(
+def draw_windows(
     model: Model, dataset: str | None, texts: Texts | None, count: int, length: int | None, seed: int
 ) -> tuple[str, list[list[int]]]:
     """Name of what was read, and the windows to observe: of `texts`, or of the model's own if None."""

@@ -27,8 +27,8 @@ COMMANDS = {
     "/system TEXT": "set the system prompt; `/system` shows it, `/system -` removes it",
     "/clear": "forget the conversation",
     "/stats": "what the conversation takes in the cache",
-    "/save FILE": "write the conversation to a file",
-    "/load FILE": "take up a saved conversation",
+    "/save FILE": "write the conversation and its cache to a file",
+    "/load FILE": "take up a saved conversation where it was",
     "/quit": "leave; so does Ctrl-D",
 }
 NAMES = [usage.split()[0] for usage in COMMANDS]
@@ -139,16 +139,18 @@ class Chat:
 
     def _save(self, argument: str) -> None:
         path = _file("/save", argument)
-        self.conversation.save(path)
-        self._note(f"{len(self.conversation.messages)} messages saved in {path}")
+        kept = self.conversation.save(path)
+        self._note(f"{len(self.conversation.messages)} messages saved in {path}, with the cache of {kept:,} tokens")
 
     def _load(self, argument: str) -> None:
         path = _file("/load", argument)
-        content = self.conversation.load(path)
-        other = (
-            "" if content.get("model") == self.conversation.llm.model.name else f", held with {content.get('model')}"
-        )
+        loaded = self.conversation.load(path)
+        other = "" if loaded.model == self.conversation.llm.model.name else f", held with {loaded.model}"
         self._note(f"{len(self.conversation.messages)} messages taken up from {path}{other}")
+        if loaded.refused:
+            self._note(f"their cache is not, so the next message computes it again: {loaded.refused}")
+        else:
+            self._note(f"{loaded.cached_tokens:,} of their {loaded.tokens:,} tokens are cached already")
 
     def _limits(self) -> None:
         """Say why an answer that did not end by itself ended."""
@@ -179,7 +181,7 @@ class Chat:
 
 def _file(command: str, argument: str) -> Path:
     if not argument or "\0" in argument:
-        raise OctavoError(f"{command} takes a file name: {command} chat.json")
+        raise OctavoError(f"{command} takes a file name: {command} chat.kv")
     return Path(argument).expanduser()
 
 

@@ -6,23 +6,23 @@ is found there block by block and not computed again.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Generator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.footprint import Footprint
 from octavo.errors import OctavoError
+from octavo.text import check_messages
 
 if TYPE_CHECKING:
+    from octavo.cache.session import SavedSession
     from octavo.engine.sampling import SamplingParams
     from octavo.llm import LLM
     from octavo.text import Message
 
-KIND, VERSION = "octavo chat", 1  # what a saved file says it is
+KIND, VERSION = "octavo chat", 1  # what a session file says that it is of
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,16 @@ class Turn:
     cached_tokens: int | None  # of the prompt, found in the cache; None if the answer was stopped: nobody counted
     answer_tokens: int
     finish_reason: str  # "stop", "length", or "abort" where the reader stopped it
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A saved chat that was taken up, in numbers."""
+
+    model: str  # that it was held with
+    tokens: int
+    cached_tokens: int  # of them, that need not be computed again
+    refused: str | None  # why none is
 
 
 class Conversation:
@@ -89,81 +99,51 @@ class Conversation:
         # The K and V of an answer's last token are computed only if another token follows.
         return Footprint.of(self.llm, turn.prompt_tokens + turn.answer_tokens - 1 if turn else 0)
 
-    def save(self, path: Path) -> None:
-        """Write the conversation whole or not at all, over nothing but a saved conversation."""
+    def save(self, path: Path) -> int:
+        """Write text and quantized K and V whole or not at all, over nothing but a saved chat. Returns the tokens whose
+        K and V were kept."""
+        if os.path.exists(path):  # unlike Path.exists, false for a name that is too long
+            _read(path)
         content = {
             "kind": KIND,
             "version": VERSION,
             "model": self.llm.model.name,
-            "kv": str(self.llm.format),
             "system": self.system,
             "messages": self.messages,
         }
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            if path.exists():
-                _read(path)
-            with part.open("w", encoding="utf-8") as file:
-                json.dump(content, file, ensure_ascii=False, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except OSError as error:
-            raise OctavoError(f"{path} cannot be written: {error.strerror}") from None
-        finally:
-            with suppress(OSError):
-                part.unlink()
+        return self.llm.save(path, self._said() if self.messages else [], about=content)
 
-    def load(self, path: Path) -> dict[str, Any]:
-        """Take up a saved conversation in place of this one; returns the file's content."""
-        content = _read(path)
+    def load(self, path: Path) -> Loaded:
+        """Take up a saved chat in place of this one: its text, and its K and V where they mean the same here."""
+        saved, content = _read(path)
         self.clear()
         self.messages, self.system = content["messages"], content["system"]
-        return content
+        try:
+            cached, refused = self.llm.restore(path).cached_tokens, None
+        except OctavoError as error:
+            cached, refused = 0, str(error)
+        return Loaded(content["model"], len(saved.tokens), cached, refused)
+
+    def _said(self) -> list[Message]:
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        return [*first, *self.messages]
 
     def _encode(self, text: str) -> list[int]:
         from octavo.text import encode_chat
 
-        first = [{"role": "system", "content": self.system}] if self.system else []
-        return encode_chat(self.llm.tokenizer, [*first, *self.messages, {"role": "user", "content": text}])
+        return encode_chat(self.llm.tokenizer, [*self._said(), {"role": "user", "content": text}])
 
 
-def check_messages(value: Any) -> list[Message]:
-    """`value` as messages; raises OctavoError for anything else."""
-    if not isinstance(value, list) or not value:
-        raise OctavoError("messages is not a list of messages")
-    for i, message in enumerate(value, 1):
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            raise OctavoError(f'message {i} is not of the form {{"role": "user", "content": "…"}}')
-        if not all(is_text(part) for part in message.values()):
-            raise OctavoError(f"message {i} holds something else than text")
-    return value
+def _read(path: Path) -> tuple[SavedSession, dict[str, Any]]:
+    """A saved chat and the content of its text; raises OctavoError with the reason why it is none."""
+    from octavo.cache.session import SavedSession
 
-
-def is_text(value: Any) -> bool:
-    """Whether `value` is a string that a tokenizer can take: no half of a surrogate pair, as JSON allows."""
-    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The content of a saved conversation; raises OctavoError with the reason why it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OctavoError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise OctavoError(f"{path} is not a saved chat: it is not JSON") from None
-    if not isinstance(content, dict) or content.get("kind") != KIND:
-        raise OctavoError(f"{path} is not a saved chat: it does not say that it is one")
+    saved = SavedSession.open(path)
+    content = saved.about
+    if content.get("kind") != KIND:
+        raise OctavoError(f"{path} is a saved session, but not of a chat")
     if content.get("version") != VERSION:
         raise OctavoError(f"{path} is a chat of version {content.get('version')}, and this reads version {VERSION}")
-    system, messages = content.get("system"), content.get("messages")
-    try:
-        roles = [message["role"] for message in check_messages(messages)] if messages != [] else []
-    except OctavoError as error:
-        raise OctavoError(f"{path} is damaged: {error}") from None
-    if system is not None and not is_text(system):
-        raise OctavoError(f"{path} is damaged: its system prompt is not text")
-    if roles != ["user", "assistant"] * (len(roles) // 2):
-        raise OctavoError(f"{path} is damaged: its messages do not alternate between user and assistant")
-    return content
+    if content["messages"]:
+        check_messages(content["messages"])
+    return saved, content

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -17,8 +18,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from octavo.cli.conversation import check_messages, is_text
 from octavo.errors import OctavoError
+from octavo.text import check_messages, is_text
 
 if TYPE_CHECKING:
     from octavo.engine.sampling import SamplingParams
@@ -159,13 +160,22 @@ def _fields(text: bytes) -> dict[str, Any]:
 
 def _typed(name: str, value: Any) -> Any:
     """`value` if it is of the type that the sampling parameter `name` has."""
-    if name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+    numbers = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    if name in numbers:
         right, expected = type(value) in (int, float), "a number"
     elif name == "ignore_eos":
         right, expected = type(value) is bool, "true or false"
     elif name == "stop":
         many = value if isinstance(value, list) else [value]
         right, expected = all(is_text(one) for one in many), "a string or a list of strings"
+    elif name == "json_schema":
+        right, expected = isinstance(value, dict), "a JSON schema, that is an object"
+    elif name == "logit_bias":
+        right = isinstance(value, dict) and all(
+            re.fullmatch("[0-9]{1,9}", token) and type(bias) in (int, float) for token, bias in value.items()
+        )
+        expected = 'an object like {"token id": bias}'
+        value = {int(token): bias for token, bias in value.items()} if right else value
     elif name == "stop_token_ids":
         right, expected = isinstance(value, list) and all(type(one) is int for one in value), "a list of token ids"
     else:

@@ -1,22 +1,40 @@
 """The engine: one loop over `step`, tokens in and tokens out. It knows nothing of text.
 
 It belongs to one thread. Others hand it sequences through a queue of theirs.
+
+A GPU works on its own once a step is launched. With `overlap` the engine launches the next step before it waits for the
+tokens of this one, where it is certain who runs in it: the new tokens go from one step to the next on the device. While
+the GPU computes that step, the host takes in the tokens of this one, and whoever called `step` turns them into text.
+A sequence that its token ends (or its reader) is then one step too far: what it draws there is dropped, what it writes
+there stands behind all its tokens, where nobody looks.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from octavo.cache.batch import Batch
 from octavo.cache.blocks import BlockPool
 from octavo.cache.store import KVCache
 from octavo.engine.runner import Runner
-from octavo.engine.sampling import sample
-from octavo.engine.scheduler import Scheduler
+from octavo.engine.sampling import Choice, choose
+from octavo.engine.scheduler import Scheduler, Work
 from octavo.engine.sequence import FinishReason, Sequence
 from octavo.models.bind import BoundModel
 
 
+@dataclass
+class Launched:
+    """A step that the device computes, or has computed, and that no sequence shows yet."""
+
+    work: Work
+    choice: Choice
+
+
 class Engine:
-    """Continuous batching over a quantized cache."""
+    """Continuous batching over a quantized cache. `overlap` is on by default where it gains: on a GPU."""
 
     def __init__(
         self,
@@ -26,12 +44,18 @@ class Engine:
         max_batch_tokens: int = 1024,
         max_context: int | None = None,
         prefix_caching: bool = True,
+        overlap: bool | None = None,
     ):
         self.cache = cache
         self.runner = Runner(model, cache)
         self.pool = BlockPool(cache.num_blocks, cache.layout.block_size, prefix_caching)
         context = min(model.max_context, max_context or model.max_context)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens, context)
+        gpu = model.device.type == "cuda"
+        self.overlap = gpu if overlap is None else overlap
+        self.launched: Launched | None = None
+        if gpu:
+            self.runner.capture(max_batch_size, self.scheduler.max_context)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises OctavoError if it can never fit."""
@@ -47,8 +71,15 @@ class Engine:
 
     def step(self) -> list[Sequence]:
         """One forward of the model; returns the sequences that gained a token, some of them finished by it."""
-        work = self.scheduler.schedule()  # [(sequence, n_new)]
-        batch = Batch.build(work, self.pool.block_size)
+        step = self.launched or self._launch(self.scheduler.schedule())  # [(sequence, n_new)]
+        following = self.scheduler.following(step.work) if self.overlap else None
+        self.launched = self._launch(following, step.choice.tokens) if following else None
+        return self.scheduler.commit(step.work, step.choice.read())  # waits for the device
+
+    def _launch(self, work: Work, newest: Tensor | None = None) -> Launched:
+        """Queue a step on the device. With `newest`, the tokens of the step before, it follows one not committed."""
+        batch = Batch.build(work, self.pool.block_size, newest)
         logits = self.runner.run(batch)
-        sampled = sample(logits, [sequence for sequence, n_new in work if n_new == sequence.pending])
-        return self.scheduler.commit(work, sampled)
+        if newest is not None:
+            return Launched(work, choose(logits, [sequence for sequence, _ in work], ahead=True))
+        return Launched(work, choose(logits, [sequence for sequence, n_new in work if n_new == sequence.pending]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor
 
-from octavo.attention import attend
+from octavo.attention import attend, capturable
 from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
+from octavo.engine.graphs import Capture, DecodeGraphs, StepBuffers, cuda_capture
 from octavo.models.bind import BoundModel
 
 
@@ -15,13 +18,45 @@ class Runner:
 
     def __init__(self, model: BoundModel, cache: KVCache):
         self.model, self.cache = model, cache
+        self.graphs: DecodeGraphs | None = None
 
     def run(self, batch: Batch) -> Tensor:
-        """Logits [sequences whose next token is due, vocabulary], in the model's dtype."""
+        """Logits [sequences whose next token is due, vocabulary], in the model's dtype, where the model is: on a GPU
+        they are still being computed."""
+        if self.graphs is not None and self.graphs.takes(batch):
+            logits = self.graphs.run(batch)
+            for store in self.cache.stores:  # what the host counted while a graph was captured, it counts here
+                store.written += len(batch.q_lens) * store.heads * store.dim
+            return logits
+        return self._forward(batch.on(self.model.device))
+
+    def capture(self, max_batch_size: int, max_context: int, how: Capture | None = None) -> None:
+        """Capture decode steps of up to `max_batch_size` sequences, by `how` or in CUDA graphs. Where that cannot be,
+        warn with the reason; steps are then launched kernel by kernel."""
+        device, size = self.model.device, self.cache.layout.block_size
+        written = [store.written for store in self.cache.stores]
+        try:
+            if how is None:
+                self._check_capturable()
+            buffers = StepBuffers(max_batch_size, -(-max_context // size), size, device)
+            self.graphs = DecodeGraphs(self._forward, buffers, how or cuda_capture(device))
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"decode steps run without CUDA graphs, which is slower: {reason}", stacklevel=2)
+        for store, before in zip(self.cache.stores, written, strict=True):
+            store.written = before
+
+    def _check_capturable(self) -> None:
+        devices = {shape.device for shape in self.model.shapes} | {self.model.device}
+        if len(devices) > 1:
+            raise NotImplementedError(f"the model is spread over {', '.join(sorted(map(str, devices)))}")
+        if not capturable(self.cache.layout):
+            raise NotImplementedError("attention runs on plain torch, which looks at lengths on the host")
+
+    def _forward(self, batch: Batch) -> Tensor:
         specs, caches = self.model.layers, self.cache.layers
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend(specs[layer], caches[layer], q, k, v, batch)
 
-        batch = batch.on(self.model.device)
         return self.model.forward(batch.ids, batch.positions, batch.logits_at, attention)

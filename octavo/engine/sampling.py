@@ -1,23 +1,31 @@
 """From logits to the next token: what a request may ask for, and one batched function that does it.
 
-Order, as in transformers: repetition penalty, temperature, top-k, top-p, min-p. The draw is an exponential race,
-argmax(p/e) with e ~ Exp(1), each row from its own generator: a seeded request gives the same text in any company.
+Order, as in transformers: repetition penalty, temperature, top-k, top-p, min-p. Presence and frequency penalties and
+the bias of tokens come after the repetition penalty, and last what the answer's grammar allows. The draw is an
+exponential race, argmax(p/e) with e ~ Exp(1), whose noise is a function of the request's seed, the position and the
+token: a seeded request gives the same text in any company and on any device.
+
+All of it happens where the logits are. On a GPU nothing waits for the device until the result is read.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from octavo.cache.batch import send
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from octavo.engine.sequence import Sequence
 
+logger = logging.getLogger("octavo")
 MAX_LOGPROBS = 100
 
 
@@ -31,11 +39,15 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0  # least probability, as a share of the most likely token's
     repetition_penalty: float = 1.0  # over prompt and answer; 1 is off
+    presence_penalty: float = 0.0  # off the logit of every token of the answer so far
+    frequency_penalty: float = 0.0  # the same, times how often it has appeared
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # token id: added to its logit
     seed: int | None = None
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; n: of the chosen token and of the n most likely ones
+    json_schema: Mapping[str, Any] | None = field(default=None, hash=False)  # the answer is JSON that matches it
 
     def __post_init__(self) -> None:
         for name, value in (("stop", self.stop), ("stop_token_ids", self.stop_token_ids)):
@@ -47,6 +59,9 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (1e-3 <= self.repetition_penalty <= 1e3, "between 0.001 and 1000"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            "logit_bias": (all(-100 <= bias <= 100 for bias in self.logit_bias.values()), "between -100 and 100"),
             "seed": (self.seed is None or 0 <= self.seed < 1 << 64, "between 0 and 2^64 − 1"),
             "stop": (all(self.stop), "strings that are not empty"),
             "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
@@ -54,6 +69,18 @@ class SamplingParams:
         for name, (right, expected) in rules.items():
             if not right:
                 raise OctavoError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
+        if self.json_schema is not None and self.ignore_eos:
+            raise OctavoError("json_schema and ignore_eos exclude each other: JSON has an end")
+
+
+class Guide(Protocol):
+    """What an answer may go on with, by a grammar of its own."""
+
+    def restrict(self, row: Tensor) -> None:
+        """Set the logits [vocabulary] of all tokens that must not come next to -inf."""
+
+    def accept(self, token: int) -> None:
+        """The token that was chosen."""
 
 
 @dataclass(frozen=True)
@@ -63,64 +90,139 @@ class Sampled:
     token: int
     logprob: float | None = None
     top: dict[int, float] = field(default_factory=dict)  # the most likely tokens, best first
+    failed: bool = False  # no token: what the request asks for cannot be done
+
+
+@dataclass
+class Choice:
+    """Tokens chosen for n sequences, on their way to the host."""
+
+    tokens: Tensor  # [n] on the logits' device
+    wanted: list[int | None]  # log-probabilities of each
+    failed: set[int]  # rows that have none
+    chosen: Tensor | None = None  # [n] log-probability of the token
+    top: tuple[Tensor, Tensor] | None = None  # log-probabilities and tokens, [n, most wanted], best first
+
+    def __post_init__(self) -> None:
+        self._host = [_to_host(x) for x in (self.tokens, self.chosen, *(self.top or ())) if x is not None]
+        self._ready = torch.cuda.Event() if self.tokens.is_cuda else None
+        if self._ready is not None:
+            self._ready.record(torch.cuda.current_stream(self.tokens.device))
+
+    def read(self) -> list[Sampled]:
+        """The tokens; waits for the device, though not for what was queued after they were chosen."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        columns = [x.tolist() for x in self._host]
+        if self.chosen is None:
+            sampled = [Sampled(token) for token in columns[0]]
+        else:
+            sampled = [
+                Sampled(token) if n is None else Sampled(token, own, dict(zip(ids[:n], values[:n], strict=True)))
+                for n, token, own, values, ids in zip(self.wanted, *columns, strict=True)
+            ]
+        for i in self.failed:
+            sampled[i] = Sampled(sampled[i].token, failed=True)
+        return sampled
+
+
+def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
+    """The next token of each sequence from its row of `logits` [sequences, vocabulary]."""
+    return choose(logits, sequences).read()
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
-    """The next token of each sequence from its row of `logits` [sequences, vocabulary]."""
+def choose(logits: Tensor, sequences: Rows[Sequence], ahead: bool = False) -> Choice:
+    """As `sample`, without waiting. `ahead`: each sequence has one token more than the host knows of."""
     logits = logits.float()
     wanted = [s.params.logprobs for s in sequences]
     logprobs = logits.log_softmax(-1) if any(n is not None for n in wanted) else None
-    for row, sequence in zip(logits, sequences, strict=True):
-        if sequence.params.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
-            penalty = sequence.params.repetition_penalty
-            row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+    failed = set()
+    for i, (row, sequence) in enumerate(zip(logits, sequences, strict=True)):
+        try:
+            _adjust(row, sequence)
+        except Exception:  # what one request asks for must not end the others
+            logger.exception("the next token of a request cannot be chosen: its answer is ended")
+            failed.add(i)
     tokens = logits.argmax(-1)
     drawn = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
     if drawn:
-        tokens[drawn] = _draw(logits[drawn], [sequences[i] for i in drawn])
-    chosen = tokens.tolist()
+        rows = send(torch.tensor(drawn), logits.device)
+        tokens[rows] = _draw(logits[rows], [sequences[i] for i in drawn], ahead)
     if logprobs is None:
-        return [Sampled(token) for token in chosen]
-    return [
-        Sampled(token) if n is None else _with_logprobs(token, row, n)
-        for token, row, n in zip(chosen, logprobs, wanted, strict=True)
-    ]
+        return Choice(tokens, wanted, failed)
+    values, ids = logprobs.topk(min(max(n or 0 for n in wanted), logprobs.shape[-1]))
+    return Choice(tokens, wanted, failed, logprobs.gather(-1, tokens[:, None])[:, 0], (values, ids))
 
 
-def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+def _adjust(row: Tensor, sequence: Sequence) -> None:
+    """Change the logits [vocabulary] of one sequence as its request asks."""
+    params = sequence.params
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+        penalty = params.repetition_penalty
+        row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+    if (params.presence_penalty or params.frequency_penalty) and sequence.output:
+        # OpenAI's API reference, "frequency and presence penalties": over the generated tokens alone.
+        seen, counts = torch.tensor(sequence.output, device=row.device).unique(return_counts=True)
+        row[seen] -= params.presence_penalty + params.frequency_penalty * counts
+    if params.logit_bias:
+        ids, bias = torch.tensor(list(params.logit_bias)), torch.tensor(list(params.logit_bias.values()))
+        row[send(ids, row.device)] += send(bias, row.device)
+    if sequence.guide:
+        sequence.guide.restrict(row)
+
+
+def _draw(logits: Tensor, sequences: Rows[Sequence], ahead: bool) -> Tensor:
     """Random tokens [rows] from logits [rows, vocabulary]."""
     params = [s.params for s in sequences]
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=logits.device)[:, None]
-
-    # The best token is 0 and no temperature too small for float32: the colder, the closer to greedy, never inf or NaN.
-    logits = (logits - logits.amax(-1, keepdim=True)) / column([max(p.temperature, 1e-30) for p in params])
     vocabulary = logits.shape[-1]
+    # No temperature is too small for float32: the colder, the closer to greedy, never inf or NaN.
+    columns = [(max(p.temperature, 1e-30), p.top_k or vocabulary, p.top_p if p.top_p < 1 else 2.0, p.min_p)
+               for p in params]  # fmt: skip
+    temperature, top_k, top_p, min_p = send(torch.tensor(columns), logits.device)[:, :, None].unbind(1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the best token is 0
     kept = max(p.top_k or vocabulary for p in params)
+    race = _race(sequences, vocabulary, ahead, logits.device)
+    index = None
     if kept < vocabulary or any(p.top_k or p.top_p < 1 or p.min_p for p in params):
         logits, index = logits.topk(min(kept, vocabulary))  # best first
         rank = torch.arange(logits.shape[-1], device=logits.device)
-        logits = logits.masked_fill(rank >= column([p.top_k or vocabulary for p in params]), -torch.inf)
+        logits = logits.masked_fill(rank >= top_k, -torch.inf)
         probabilities = logits.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # the best token always stays
-        cut = before >= column([p.top_p if p.top_p < 1 else 2.0 for p in params])
-        cut |= probabilities < column([p.min_p for p in params]) * probabilities[:, :1]
+        cut = (before >= top_p) | (probabilities < min_p * probabilities[:, :1])
         probabilities = probabilities.masked_fill(cut, 0)
-    else:
-        index, probabilities = None, logits.softmax(-1)
-    race = torch.empty(len(sequences), vocabulary)  # over all tokens, in their order, whatever the neighbours cut
-    for row, sequence in zip(race, sequences, strict=True):
-        row.exponential_(generator=sequence.generator)
-    race = race.to(logits.device)
-    if index is not None:
         race = race.gather(-1, index)
+    else:
+        probabilities = logits.softmax(-1)
     winner = (probabilities / race).argmax(-1, keepdim=True)
     return (winner if index is None else index.gather(-1, winner))[:, 0]
 
 
-def _with_logprobs(token: int, row: Tensor, n: int) -> Sampled:
-    values, tokens = row.topk(min(n, len(row)))
-    return Sampled(token, row[token].item(), dict(zip(tokens.tolist(), values.tolist(), strict=True)))
+def _race(sequences: Rows[Sequence], vocabulary: int, ahead: bool, device: torch.device) -> Tensor:
+    """e ~ Exp(1) [rows, vocabulary], over all tokens in their order, whatever the neighbours cut."""
+    keys = [(s.seed - (s.seed >> 63 << 64), len(s.tokens) + ahead) for s in sequences]  # as int64
+    seed, position = send(torch.tensor(keys), device).unbind(1)
+    stream = _mixed(_mixed(seed) + position)[:, None]
+    bits = _mixed(stream + _GOLDEN * torch.arange(1, vocabulary + 1, device=device))
+    uniform = (bits >> 1 & (1 << 63) - 1).float() * 2**-63  # small ones keep all their digits, and those win
+    return -torch.log1p(-uniform.clamp(1e-30, 1 - 2**-24))
+
+
+_GOLDEN = -0x61C8864680B583EB  # 0x9E37…7C15 as int64
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """SplitMix64's finalizer (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators") on int64,
+    whose products wrap and whose shifts repeat the sign, which is masked away."""
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy on the host that is complete once the device has come to it."""
+    if not x.is_cuda:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

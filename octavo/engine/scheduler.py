@@ -49,7 +49,7 @@ class Scheduler:
         budget = self.max_batch_tokens
         preempted = False
         for sequence in list(self.running):
-            if sequence not in self.running:  # preempted by an older one in this very step
+            if preempted and sequence not in self.running:  # by an older one in this very step
                 continue
             tokens = min(sequence.pending, budget)
             while not self._reserve(sequence, tokens):
@@ -73,20 +73,50 @@ class Scheduler:
             budget -= tokens
         return work
 
+    def following(self, work: Work) -> Work | None:
+        """The step after `work`, which is not committed yet, if it is certain: the same sequences, each with the token
+        it is about to gain. None if one of them ends by its length, draws by what it has said or still has a prompt to
+        compute, if somebody waits and could run, or if blocks run out. Takes blocks."""
+        room = len(self.running) < self.max_batch_size
+        if len(work) < len(self.running) or (room and self.waiting and self._may_start(self.waiting[0])):
+            return None
+        needed = 0
+        for sequence, tokens in work:
+            length = len(sequence.tokens) + 1  # once `work` is committed
+            if sequence.finished or tokens < sequence.pending or length >= sequence.max_len:
+                return None
+            if sequence.looks_back:
+                return None
+            needed += self.pool.blocks_for(length) - len(sequence.block_table)
+        if needed > len(self.pool.free):
+            return None
+        for sequence, _ in work:
+            self._reserve(sequence, sequence.pending + 1)
+        return [(sequence, 1) for sequence, _ in work]
+
     def commit(self, work: Work, sampled: list[Sampled]) -> list[Sequence]:
-        """Take in what a step computed; returns the sequences that gained a token. `sampled` is in the order of those
-        whose last pending token was computed."""
+        """Take in what a step computed; returns the sequences that gained a token, or failed to. `sampled` is in the
+        order of those whose last pending token was computed. One that has ended since the step was launched gains
+        nothing."""
         results = iter(sampled)
         gained = []
         for sequence, tokens in work:
+            if sequence.finished:
+                next(results)  # only a decode step is launched before the one before it is committed
+                continue
             sequence.num_cached += tokens
             self._seal(sequence)
             if sequence.pending:
                 continue
             result = next(results)
+            gained.append(sequence)
+            if result.failed:
+                self.finish(sequence, "error")
+                continue
             sequence.tokens.append(result.token)
             sequence.sampled.append(result)
-            gained.append(sequence)
+            if sequence.guide:
+                sequence.guide.accept(result.token)
             if result.token in sequence.stop_ids:
                 self.finish(sequence, "stop")
             elif len(sequence.tokens) >= sequence.max_len:
@@ -120,10 +150,9 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Start a waiting sequence on its cached prefix, if there is room for all its tokens."""
-        hits = self.pool.match(sequence.tokens)
-        if self.pool.blocks_for(len(sequence.tokens)) - len(hits) > len(self.pool.free):
-            self.pool.release([block for block, _ in hits])
+        """Start a waiting sequence on its cached prefix, if it can start now."""
+        hits = self._prefix(sequence)
+        if hits is None:
             return False
         sequence.block_table = [block for block, _ in hits]
         sequence.prefixes = [prefix for _, prefix in hits]
@@ -131,6 +160,33 @@ class Scheduler:
         if not sequence.preemptions:
             sequence.prefix_hit = sequence.num_cached
         return True
+
+    def _may_start(self, sequence: Sequence) -> bool:
+        """Whether `_admit` would start it."""
+        hits = self._prefix(sequence)
+        self.pool.release([block for block, _ in hits or ()])
+        return hits is not None
+
+    def _prefix(self, sequence: Sequence) -> list[tuple[int, bytes]] | None:
+        """Take the cached blocks, with their hashes, that a waiting sequence starts on; None if it must wait: there is
+        no room for all its tokens, or somebody who runs is about to compute more of its prefix."""
+        hits = self.pool.match(sequence.tokens)
+        needed = self.pool.blocks_for(len(sequence.tokens)) - len(hits)
+        if needed > len(self.pool.free) or self._comes(sequence, len(hits)):
+            self.pool.release([block for block, _ in hits])
+            return None
+        return hits
+
+    def _comes(self, sequence: Sequence, hits: int) -> bool:
+        """Whether a running sequence is computing the block that comes after the `hits` found: to wait for it, a step
+        or the chunks of its prompt, costs less than to compute it twice."""
+        end = (hits + 1) * self.pool.block_size
+        if end >= len(sequence.tokens) or not self.pool.prefix_caching:
+            return False
+        return any(
+            other.num_cached < end <= other.num_prompt and other.tokens[:end] == sequence.tokens[:end]
+            for other in self.running
+        )
 
     def _seal(self, sequence: Sequence) -> None:
         """Make blocks that have become full findable."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
+from octavo.engine.sampling import Guide, Sampled, SamplingParams
 
-from octavo.engine.sampling import Sampled, SamplingParams
-
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(eq=False)
@@ -24,8 +23,10 @@ class Sequence:
     prompt: Iterable[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = frozenset()  # tokens that end it: the model's EOS ids and the request's own
+    guide: Guide | None = None  # what its answer may go on with
     tokens: list[int] = field(init=False)
     num_prompt: int = field(init=False)
+    seed: int = field(init=False)  # its own, or one that nobody chose
     sampled: list[Sampled] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -39,11 +40,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.num_prompt = len(self.tokens)
-        self.generator = torch.Generator()
-        if self.params.seed is not None:
-            self.generator.manual_seed(self.params.seed)
-        elif self.params.temperature > 0:
-            self.generator.seed()
+        self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
 
     @property
     def output(self) -> list[int]:
@@ -54,6 +51,13 @@ class Sequence:
     def pending(self) -> int:
         """Tokens whose K and V are still to be computed."""
         return len(self.tokens) - self.num_cached
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether what is drawn depends on the tokens before it other than through the model."""
+        params = self.params
+        penalized = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        return bool(self.guide or penalized)
 
     @property
     def finished(self) -> bool:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from octavo.cache.size import format_bytes
+from octavo.attention import layout_for
+from octavo.cache.size import block_bytes, format_bytes
 from octavo.engine.sampling import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
@@ -145,14 +146,20 @@ def measure(
 
 def _prepare(model: Model, candidate: Candidate, batch_size: int, context: int) -> LLM:
     """An LLM whose cache holds all sessions, every page of it touched, and the first call behind it."""
+    bound = (candidate.model or model).bound
+    size = layout_for(bound.shapes).block_size
+    needed = batch_size * -(-context // size)
     llm = candidate.llm(
         model,
         session_len=context,
         max_batch_size=batch_size,
         max_batch_tokens=step_tokens(batch_size),
+        # The first cache would take the whole of a GPU, and those of the other formats stand beside it.
+        kv_cache_memory=needed * block_bytes(bound.shapes, [candidate.format] * len(bound.shapes), size)
+        if bound.device.type == "cuda"
+        else None,
         prefix_caching=False,
     )
-    needed = batch_size * -(-context // llm.cache.layout.block_size)
     if llm.cache.num_blocks < needed:
         wanted, allowed = format_bytes(needed * llm.cache.block_nbytes), format_bytes(llm.cache.nbytes)
         raise OctavoError(

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -68,11 +70,20 @@ class BoundModel:
         return self.hf.dtype
 
     @property
+    def arithmetic(self) -> str:
+        """What K and V depend on beside the weights: dtype, and RoPE's frequencies, which may follow the context."""
+        digest = sha256()
+        for name, buffer in self.hf.named_buffers():
+            if name.endswith("inv_freq"):
+                digest.update(buffer.float().cpu().numpy().tobytes())
+        return f"{str(self.dtype).removeprefix('torch.')}, rotary frequencies {digest.hexdigest()[:8]}"
+
+    @property
     def raw_format(self) -> KVFormat:
         """The cache that keeps K and V as the model computes them: the baseline."""
         return KVFormat.parse(RAW_NAMES[str(self.dtype).removeprefix("torch.")])
 
-    @property
+    @cached_property  # a decode step asks for it, and the way there is long
     def device(self) -> torch.device:
         """Where token ids go in and logits come out."""
         return self.hf.get_input_embeddings().weight.device
@@ -260,7 +271,9 @@ class _Trace:
             return
         # The keyword and the mask may disagree. The model's own attention obeys the mask.
         _, shown = self.masks.get(mask.data_ptr(), (None, None))
-        pattern = _window(shown, self.bound.max_context, self.specs[index].window) if shown is not None else NO_WINDOW
+        pattern: int | None = NO_WINDOW
+        if shown is not None:
+            pattern = _window(shown, self.bound.max_context, self.specs[index].window, mask.device)
         if pattern == NO_WINDOW:
             raise Unsupported(f"{self.name} masks its attention in a pattern that is not a causal window")
         self.specs[index] = replace(self.specs[index], window=pattern)
@@ -276,17 +289,17 @@ def _mask(
     return mask
 
 
-def _window(shown: Callable[..., Tensor], context: int, default: int | None) -> int | None:
+def _window(shown: Callable[..., Tensor], context: int, default: int | None, device: torch.device) -> int | None:
     """How many last tokens a mask function shows every query, itself included: None if all, NO_WINDOW if it does not
     tell by distance alone. A function that looks up the tokens at hand knows no others; if it is causal for these, the
     window is the default."""
 
     def row(query: int, keys: Tensor) -> Tensor:
-        zero = torch.tensor(0)
-        return shown(zero, zero, torch.tensor(query), keys).expand(len(keys))
+        zero = torch.tensor(0, device=device)
+        return shown(zero, zero, torch.tensor(query, device=device), keys).expand(len(keys))
 
     last = min(context, 1 << 20) - 1
-    keys = torch.arange(last + 2)  # to one beyond the query
+    keys = torch.arange(last + 2, device=device)  # to one beyond the query
     try:
         rows = {query: row(query, keys) for query in (last, last - 1)}
     except Exception:

@@ -105,7 +105,7 @@ def load_model(
     if load_format == "dummy":
         if device_map is not None:
             raise Unsupported("Dummy weights live on one device: leave the device map out.")
-        model = _dummy(config, torch_dtype, format)
+        model = _dummy(config, torch_dtype, torch.device(device), format)
     else:
         model = _filled(path, config, torch_dtype, device_map, format)
     if (path / "generation_config.json").is_file():
@@ -219,10 +219,13 @@ def _filled(
     return model
 
 
-def _dummy(config: PreTrainedConfig, dtype: torch.dtype | str, format: WeightFormat | None) -> PreTrainedModel:
+def _dummy(
+    config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device, format: WeightFormat | None
+) -> PreTrainedModel:
     """The model with random weights, the same every time. The caller's random state is left alone."""
     chosen: torch.dtype = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
-    with torch.random.fork_rng(devices=[]):
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), device:  # made where it lives: billions of numbers are drawn
         torch.manual_seed(0)
         if format is None:
             return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)

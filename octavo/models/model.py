@@ -17,6 +17,7 @@ from octavo.models.files import resolve
 from octavo.models.fingerprint import fingerprint
 from octavo.models.load import eos_token_ids, load_model, load_tokenizer
 from octavo.models.packed import packed_layers
+from octavo.models.prepack import prepack
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
 from octavo.quant.format import KVFormat
 
@@ -55,10 +56,12 @@ class Model:
         model_format: str = "hf",
         chat_template: Path | None = None,
         context: int | None = None,
+        plain_weights: bool = False,
     ) -> Model:
         """Load and bind a directory, a Hub id, or the bundled model if None.
 
-        `context` is the longest session to be served: some RoPE variants depend on it.
+        `context` is the longest session to be served: some RoPE variants depend on it. With `plain_weights` they stay
+        in the order of the files, to be rewritten.
         """
         name, path = locate(model)
         if device == "auto":
@@ -66,6 +69,8 @@ class Model:
         hf = load_model(
             path, dtype=dtype, device=device, device_map=device_map, load_format=load_format, model_format=model_format
         )
+        if device_map is None and not plain_weights:  # accelerate moves weights about, which must stay plain for it
+            prepack(hf)
         tokenizer = load_tokenizer(path, chat_template)
         generation = hf.generation_config if (path / "generation_config.json").is_file() else None
         eos = eos_token_ids(hf.config, generation, tokenizer)

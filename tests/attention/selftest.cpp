@@ -102,8 +102,8 @@ Answer run(const Kernels& kernels, const Input& in, unsigned seed) {
     answer.out.resize(size_t(in.fresh) * query_heads * in.v_dim);
     kernels.decode(k.side, v.side, attention, {1, &first, &fresh, &kv_len, table.data(), in.blocks},
                    {q.data(), Float::FP32, query_heads * in.k_dim, in.k_dim}, answer.out.data(), POOL);
-    answer.rows.resize(size_t(in.blocks) * BLOCK * in.v_dim);
-    kernels.read(v.side, in.heads - 1, table.data(), in.blocks, Float::FP32, answer.rows.data(), POOL);
+    answer.rows.resize(size_t(in.heads) * in.blocks * BLOCK * in.v_dim);
+    kernels.read(v.side, 0, in.heads, table.data(), in.blocks, Float::FP32, answer.rows.data(), POOL);
     answer.k_codes = k.codes;
     answer.v_codes = v.codes;
     answer.saturated = k.saturated + v.saturated;

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from octavo import LLM, OctavoError, SamplingParams
-from octavo.attention import AttentionSpec, attend, cpu, layout_for
+from octavo.attention import AttentionSpec, attend, chunk, cpu, layout_for
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.store import KVCache, LayerShape
@@ -128,6 +129,50 @@ def test_a_long_context_is_split_over_threads_and_joined(name: str) -> None:
     sequence.num_cached = tokens
     keys, values = (stored(store, sequence) for store in cache.stores)
     assert_close(out, numpy_attention(layer.spec, q[-1:].double().numpy(), keys, values, first=tokens - 1))
+
+
+@native
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("int8", 64, 64, 3, 2, 64, window=30),
+        Case("int4-token", 64, 128, 3, 2, 64, sinks=True),
+        Case("int8", 64, 64, 3, 2, 64, softcap=5.0, place=2.0, sinks=True),
+        Case("int8-token", 64, 64, 3, 2, 64, window=30, softcap=20.0, sinks=True),
+    ],
+    ids=str,
+)
+def test_a_chunk_may_be_cut_into_any_tiles(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "TILE_ELEMENTS", 1 << 13)
+    monkeypatch.setattr(chunk, "SCORES", 1 << 13)
+    monkeypatch.setattr(chunk, "WINDOW_ROWS", 16)
+    layer = NativeLayer(case, sequences=2)
+    layer.step([(0, 130), (1, 70)])
+    layer.step([(0, 70), (1, 1)])
+
+
+@every_isa
+@native
+@pytest.mark.parametrize("work", [[200], [150, 50], [199, 1]], ids=str)
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("name", ["bf16", "int8", "int8-token", "int4-token"])
+def test_bf16_is_as_close_as_torchs_attention_on_the_decoded_values(
+    name: str, window: int | None, work: list[int]
+) -> None:
+    layer = NativeLayer(Case(name, 64, 64, 2, 4, 64, window=window))
+    sequence, store = layer.sequences[0], layer.cache.layers[0]
+    for n in work:
+        q, k, v = (x.bfloat16() for x in (layer.queries(n), layer.keys(n), layer.values(n)))
+        out = layer.feed([(0, n)], q, k, v)
+    keys, values = (stored(side, sequence) for side in (store.k, store.v))
+    past = sequence.num_cached - n
+    position, key = torch.arange(past, past + n)[:, None], torch.arange(past + n)
+    seen = (key <= position) & (key > position - (window or len(key)))
+    rows = (x.transpose(0, 1)[None] for x in (q, *(torch.from_numpy(x).bfloat16() for x in (keys, values))))
+    torchs = F.scaled_dot_product_attention(*rows, attn_mask=seen, scale=layer.spec.scale, enable_gqa=True)
+    expected = numpy_attention(layer.spec, q.double().numpy(), keys, values, first=past)
+    own, allowed = (np.linalg.norm(x.double().numpy() - expected) for x in (out, torchs[0].transpose(0, 1)))
+    assert own <= 1.5 * allowed
 
 
 def adversarial(kind: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -272,5 +317,5 @@ def test_a_shape_without_a_kernel_goes_to_the_reference(monkeypatch: pytest.Monk
     with pytest.raises(OctavoError, match="heads of 60 and 64"):
         layout_for([LayerShape(1, 60, 64)])
     monkeypatch.setenv("OCTAVO_ATTENTION", "fast")
-    with pytest.raises(OctavoError, match="reference or native"):
+    with pytest.raises(OctavoError, match="reference, native or triton"):
         layout_for([LayerShape(1, 64, 64)])

@@ -82,7 +82,7 @@ class Layer:
         order = torch.randperm(sequences * each, generator=self.random).tolist()
         self.sequences = [Sequence(order[i * each : (i + 1) * each]) for i in range(sequences)]
 
-    def empty_cache(self, blocks: int, order: Literal["rows", "tiles"]) -> KVCache:
+    def empty_cache(self, blocks: int, order: Literal["rows", "tiles", "pages"]) -> KVCache:
         layout = Layout(self.case.block_size, order)
         format = KVFormat.parse(self.case.format)
         return KVCache([self.spec.shape], format, blocks, layout, self.calibration, headroom=1.0)
@@ -424,12 +424,12 @@ def test_a_row_that_attends_to_nothing_is_zero(format: str, sinks: bool, softcap
     layer.step([(0, 20), (1, 20)])
     q = layer.queries(2)
     batch = Batch.build([(layer.sequences[0], 1), (layer.sequences[1], 1)], case.block_size)
-    batch.kv_lens = [0, 20]
+    batch.kv_len = torch.tensor([0, 20])
     out = reference.attend(layer.spec, layer.cache.layers[0], q, batch)
     assert torch.isfinite(out).all()
     assert not out[0].any()
     layer.compare(layer.sequences[1], q[1:], out[1:])
-    batch.kv_lens, batch.plan = [0, 0], {}
+    batch.kv_len, batch.plan = torch.tensor([0, 0]), {}
     assert not reference.attend(layer.spec, layer.cache.layers[0], q, batch).any()
 
 
@@ -563,10 +563,11 @@ def test_attending_reads_the_cache_and_changes_nothing(format: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("order", ["tiles", "pages"])
 @pytest.mark.parametrize("format", ["fp32", *SOME])
-def test_the_layout_of_the_cache_does_not_change_an_answer(format: str) -> None:
+def test_the_layout_of_the_cache_does_not_change_an_answer(format: str, order: Any) -> None:
     layer = Layer(Case(format, sinks=True), sequences=2)
-    tiles = layer.empty_cache(layer.cache.num_blocks, "tiles").layers[0]
+    tiles = layer.empty_cache(layer.cache.num_blocks, order).layers[0]
     for work in ([(0, 30), (1, 50)], [(1, 1), (0, 1)]):
         rows = sum(n for _, n in work)
         q, k, v = layer.queries(rows), layer.keys(rows), layer.values(rows)

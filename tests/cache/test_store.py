@@ -113,7 +113,7 @@ def test_writing_no_rows_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("order", ["k-tiles", "v-tiles"])
+@pytest.mark.parametrize("order", ["k-tiles", "v-tiles", "k-pages", "v-pages"])
 def test_tiles_give_back_the_rows_that_were_written(order: Any, dtype: torch.dtype) -> None:
     layout, generator = Layout(8, order), torch.Generator().manual_seed(0)
     memory = layout.allocate(4, 3, 12, dtype, CPU)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
-import json
 import os
+import re
 import select
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from octavo.cache.session import SavedSession
 from octavo.cli import main
 from octavo.cli.chat import Chat, _Stop
 from octavo.cli.conversation import Conversation
@@ -202,47 +204,73 @@ def test_what_is_cut_off_says_so(
 def test_save_and_load(
     pamphlet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "a chat.json"
+    path = tmp_path / "a chat.kv"
     talk(Scripted(pamphlet, ["Hé"]), "/system Be", "Hi", f"/save {path}", f"/save {path}", monkeypatch=monkeypatch)
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    assert (saved["model"], saved["kv"], saved["system"]) == ("pamphlet", "int8-token", "Be")
-    assert saved["messages"] == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hé"}]
-    path.write_text(json.dumps({**saved, "model": "other"}))
-    llm = Scripted(pamphlet, ["gone"], ["b"])
+    assert f"(2 messages saved in {path}, with the cache of 0 tokens)" in capsys.readouterr().err
+    llm = Scripted(replace(pamphlet, name="other"), ["gone"], ["b"])
     conversation = talk(llm, "old", f"/load {path}", "new", monkeypatch=monkeypatch)
     assert conversation.system == "Be"
     assert llm.prompts[1] == "<|user|>Be<|end|><|user|>Hi<|end|><|assistant|>Hé<|end|><|user|>new<|end|><|assistant|>"
-    assert f"(2 messages taken up from {path}, held with other)" in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["a chat.json"]
+    assert f"(2 messages taken up from {path}, held with pamphlet)" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["a chat.kv"]
 
 
-USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
-CHAT: dict[str, Any] = {"kind": "octavo chat", "version": 1, "system": None, "messages": [USER, ANSWER]}
+def test_a_loaded_conversation_is_not_prefilled_and_goes_on_as_the_saved_one(
+    pamphlet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, params = tmp_path / "chat.kv", SamplingParams(max_tokens=90, ignore_eos=True)
+
+    def talking(*lines: str, kv: str = "int8-token") -> tuple[Conversation, str, str]:
+        llm = LLM(pamphlet, kv, session_len=512)
+        conversation = talk(llm, *lines, monkeypatch=monkeypatch, params=params)
+        return conversation, *capsys.readouterr()
+
+    first, out, err = talking("Tell me a story", f"/save {path}", "And then?")
+    assert "with the cache of 64 tokens)" in err
+    again, continued, err = talking(f"/load {path}", "And then?")
+    assert re.search(r"\(64 of their \d+ tokens are cached already\)", err)
+    assert again.turn is not None
+    assert again.turn.cached_tokens == 64
+    assert out.endswith(continued)
+    assert again.messages == first.messages
+
+    # In another format the text is taken up all the same.
+    other, _, err = talking(f"/load {path}", "And then?", kv="int4-token")
+    assert "holds int8-token codes, and this cache int4-token" in err
+    assert other.turn is not None
+    assert other.turn.cached_tokens == 0
+    assert other.messages[:3] == first.messages[:3]
+
+
+def test_an_empty_conversation_is_saved_too(pamphlet: Model, tmp_path: Path) -> None:
+    conversation = Conversation(Scripted(pamphlet), SamplingParams(), "Be")
+    assert conversation.save(tmp_path / "none.kv") == 0
+    conversation.system = None
+    conversation.load(tmp_path / "none.kv")
+    assert (conversation.system, conversation.messages) == ("Be", [])
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("about", "reason"),
     [
-        (b"\xff\x00", "is not a saved chat: it is not JSON"),
-        (b"{", "is not a saved chat: it is not JSON"),
-        (b"[]", "is not a saved chat: it does not say that it is one"),
-        ({"messages": []}, "is not a saved chat"),
-        ({**CHAT, "version": 2}, "is a chat of version 2"),
-        ({**CHAT, "messages": None}, "is damaged: messages is not a list"),
-        ({**CHAT, "messages": [USER]}, "do not alternate"),
-        ({**CHAT, "messages": [ANSWER, USER]}, "do not alternate"),
-        ({**CHAT, "messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "something else than text"),
-        ({**CHAT, "system": 5}, "is damaged: its system prompt is not text"),
+        (None, "is not a saved session"),
+        ({}, "is a saved session, but not of a chat"),
+        ({"kind": "octavo chat", "version": 2}, "is a chat of version 2"),
+        ({"kind": "octavo chat", "version": 1, "system": None, "messages": [{}]}, "message 1 is not of the form"),
     ],
 )
 def test_other_files_are_neither_loaded_nor_overwritten(
-    content: Any, reason: str, pamphlet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    about: Any, reason: str, pamphlet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     path = tmp_path / "file"
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    llm = Scripted(pamphlet, ["a"])
+    if about is None:
+        path.write_bytes(b"some other file")
+    else:
+        llm.save(path, [], about)
     before = path.read_bytes()
-    conversation = talk(Scripted(pamphlet, ["a"]), "Hi", f"/load {path}", f"/save {path}", monkeypatch=monkeypatch)
+    conversation = talk(llm, "Hi", f"/load {path}", f"/save {path}", monkeypatch=monkeypatch)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2
     assert reason in errors[0]
@@ -257,7 +285,7 @@ def test_files_that_cannot_be(
     talk(Scripted(pamphlet), *lines, f"/load {tmp_path}", monkeypatch=monkeypatch)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 7
-    assert errors[0] == "error: /save takes a file name: /save chat.json"
+    assert errors[0] == "error: /save takes a file name: /save chat.kv"
     assert errors[2] == f"error: {tmp_path}/none cannot be read: No such file or directory"
 
 
@@ -385,7 +413,7 @@ def test_in_a_real_terminal(tmp_path: Path) -> None:
         terminal.wait_for("1,560")
         terminal.wait_for("of 512, of 64 tokens each")
         terminal.wait_for("›")
-        terminal.type(f"/save {tmp_path}/chat.json\r")
+        terminal.type(f"/save {tmp_path}/chat.kv\r")
         terminal.wait_for("2 messages saved")
         terminal.wait_for("›")
         terminal.type("half a line\x03\x03")  # cleared; then there is nothing to clear
@@ -394,7 +422,7 @@ def test_in_a_real_terminal(tmp_path: Path) -> None:
         assert terminal.process.wait(30) == 0
     finally:
         terminal.process.kill()
-    user, answer = json.loads((tmp_path / "chat.json").read_text())["messages"]
+    user, answer = SavedSession.open(tmp_path / "chat.kv").about["messages"]
     assert user["content"] == "Tell me a sto\nry"
     assert answer["content"].startswith("Once upon a time,")
     assert "+Tell me a sto\n+ry\n" in (tmp_path / "octavo" / "chat_history").read_text()

@@ -142,6 +142,11 @@ BAD = {
     '{"prompt": "x", "stop": [1]}': "stop is [1]; it must be",
     '{"prompt": "x", "stop_token_ids": 3}': "stop_token_ids is 3; it must be a list",
     '{"prompt": "x", "ignore_eos": 1}': "ignore_eos is 1; it must be true or false",
+    '{"prompt": "x", "frequency_penalty": "a"}': "frequency_penalty is 'a'; it must be a number",
+    '{"prompt": "x", "logit_bias": {"a": 1}}': "logit_bias is {'a': 1}; it must be an object",
+    '{"prompt": "x", "logit_bias": {"4096": 1}}': "token 4096 is not in the model's vocabulary",
+    '{"prompt": "x", "json_schema": 1}': "json_schema is 1; it must be a JSON schema",
+    '{"prompt": "x", "json_schema": {"type": "y"}}': "the JSON schema cannot be served",
     json.dumps({"prompt": "a " * 200}): "a session holds 128",
     "[" * 100_000: "nested too deep",
 }

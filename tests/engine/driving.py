@@ -27,14 +27,19 @@ def engine(
     context: int | None = None,
     hits: bool = True,
     layout: Layout | None = None,
+    overlap: bool = False,
 ) -> Engine:
     """An engine on a cache of small blocks, read by the reference, or of the layout given. Only the format that needs
-    the calibration takes it."""
+    the calibration takes it. With `overlap` it works as on a GPU: decode steps are launched before the one before them
+    is taken in, and those for the reference are padded in fixed buffers, which run as they are for want of graphs."""
     format = KVFormat.parse(kv)
     cache = KVCache(
         bound.shapes, format, blocks, layout or Layout(block_size), calibration if format.needs_calibration else None
     )
-    return Engine(bound, cache, batch, budget, context, hits)
+    made = Engine(bound, cache, batch, budget, context, hits, overlap)
+    if overlap and cache.layout.order == "rows":
+        made.runner.capture(batch, made.scheduler.max_context, how=lambda run: run)
+    return made
 
 
 def step(engine: Engine) -> list[Sequence]:

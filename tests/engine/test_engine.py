@@ -32,6 +32,7 @@ NATIVE_THIRD = {"fp32": 2e-5, "int8": 1e-3, "int4-token": 1e-2}
 NATIVE_MOST = {"fp32": 2e-5, "int8": 3e-2, "int4-token": 2e-1}
 
 HOW = [(kv, "reference") for kv in FORMATS] + [(kv, "native") for kv in ("fp32", "int8", "int4-token")]
+HOW += [("fp32", "overlap"), ("int8", "overlap"), ("int4-token", "native overlap")]  # run as on a GPU
 
 Make = Callable[..., Engine]
 Compare = Callable[[list[Sequence], list[Sequence]], None]
@@ -45,7 +46,7 @@ def how(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def layout(how: tuple[str, str], pamphlet: Model) -> Layout:
-    if how[1] == "reference":
+    if "native" not in how[1]:
         return Layout(16)
     fastest = layout_for(pamphlet.bound.shapes)
     if fastest.order == "rows":
@@ -75,7 +76,8 @@ def several(text_ids: list[int]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def make(how: tuple[str, str], layout: Layout, pamphlet: Model, calibration: Calibration) -> Make:
     """A new engine of the format and the attention under test."""
-    return lambda **options: engine(pamphlet.bound, how[0], calibration, layout=layout, **options)
+    overlap = "overlap" in how[1]
+    return lambda **options: engine(pamphlet.bound, how[0], calibration, layout=layout, overlap=overlap, **options)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def cold(make: Make, prompts: list[list[int]]) -> list[Sequence]:
 @pytest.fixture(scope="module")
 def assert_same(how: tuple[str, str]) -> Compare:
     kv, attention = how
-    most, third = (MOST, THIRD) if attention == "reference" else (NATIVE_MOST, NATIVE_THIRD)
+    most, third = (NATIVE_MOST, NATIVE_THIRD) if "native" in attention else (MOST, THIRD)
 
     def compare(got: list[Sequence], expected: list[Sequence]) -> None:
         assert [sequence.output for sequence in got] == [sequence.output for sequence in expected]
@@ -260,13 +262,14 @@ def test_a_step_that_fails_leaves_sequences_that_can_be_ended(
     assert run(broken, [several[1]])[0].output == run(engine(pamphlet.bound), [several[1]])[0].output
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(("kv", "seed"), [("fp32", 0), ("fp32", 1), ("int8", 2), ("int8-token", 3), ("int4-token", 4)])
 def test_random_requests_and_aborts_leave_answers_and_pool_as_they_should_be(
-    llama: BoundModel, llama_calibration: Calibration, kv: str, seed: int
+    llama: BoundModel, llama_calibration: Calibration, kv: str, seed: int, overlap: bool
 ):
     draw = random.Random(seed)
     stems = [[draw.randrange(64) for _ in range(40)] for _ in range(4)]
-    crowded = engine(llama, kv, llama_calibration, blocks=30, block_size=4, batch=6, budget=24)
+    crowded = engine(llama, kv, llama_calibration, blocks=30, block_size=4, batch=6, budget=24, overlap=overlap)
     everyone: list[Sequence] = []
     for _ in range(80):
         if draw.random() < 0.4:

@@ -23,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from octavo.engine.sampling import MAX_LOGPROBS, Sampled, SamplingParams, sample
+from octavo.engine.sampling import MAX_LOGPROBS, Sampled, SamplingParams, choose, sample
 from octavo.engine.sequence import Sequence
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
@@ -130,7 +130,9 @@ def test_transformers_processors_keep_the_same_tokens_with_the_same_probabilitie
 
 def test_one_request_draws_its_successive_tokens_independently_of_each_other():
     (sequence,) = [Sequence(SEEN, SamplingParams(temperature=1.0, seed=3))]
-    tokens = [sample(ROW[None].clone(), [sequence])[0].token for _ in range(DRAWS)]
+    for _ in range(DRAWS):
+        sequence.tokens.append(sample(ROW[None].clone(), [sequence])[0].token)
+    tokens = sequence.output
     probabilities = expected(ROW, sequence.params, SEEN)
     assert p_value(Counter(tokens), probabilities) > 1e-3
     pairs = Counter(a * VOCABULARY + b for a, b in zip(tokens[::2], tokens[1::2], strict=True))
@@ -201,7 +203,12 @@ def test_a_seeded_row_draws_the_same_tokens_beside_any_others():
             sequences.insert(at, Sequence([1], mine))
             block = rows[1 : len(company) + 1]
             logits = torch.cat([block[:at], rows[:1], block[at:]])
-            return [sample(logits.clone(), sequences)[at].token for _ in range(20)]
+            found = []
+            for _ in range(20):
+                found.append(sample(logits.clone(), sequences)[at].token)
+                for sequence in sequences:
+                    sequence.tokens.append(1)
+            return found
 
         alone = draws([], 0)
         assert len(set(alone)) > 1
@@ -264,6 +271,32 @@ def test_a_seeded_request_gives_the_same_text_alone_in_company_in_chunks_and_pre
     assert preemptions
     assert len(set(texts[0])) > 5
     assert all(text == texts[0] for text in texts)
+
+
+def test_the_noise_is_a_function_of_seed_position_and_token_that_stays_as_it_is():
+    """Words of SplitMix64 computed with Python's whole numbers: a seed that a user wrote down keeps its text."""
+    mask, golden = (1 << 64) - 1, 0x9E3779B97F4A7C15
+
+    def mixed(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+        return x ^ x >> 31
+
+    for seed in (0, 7, (1 << 64) - 1):
+        stream = mixed(mixed(seed) + 2 & mask)  # the sequence has two tokens
+        uniform = [(mixed(stream + golden * (token + 1) & mask) >> 1) / 2**63 for token in range(500)]
+        race = [-math.log1p(-u) for u in uniform]
+        row = torch.randn(500, generator=torch.Generator().manual_seed(1))
+        winner = max(range(500), key=lambda token, race=race, row=row: math.exp(row[token]) / race[token])
+        assert draw(row, [SamplingParams(temperature=1.0, seed=seed)], [1, 2]) == [winner]
+
+
+def test_a_token_drawn_ahead_is_the_one_drawn_in_its_turn():
+    params = SamplingParams(temperature=1.0, seed=5)
+    rows = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    for row in rows:
+        ahead = choose(row[None].clone(), [Sequence([1, 2], params)], ahead=True).read()
+        assert ahead == sample(row[None].clone(), [Sequence([1, 2, 3], params)])
 
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------
@@ -353,3 +386,76 @@ def test_one_stop_may_be_given_without_a_list():
     assert SamplingParams(stop=["a", "b"], stop_token_ids=[1, 2]) == SamplingParams(
         stop=("a", "b"), stop_token_ids=(1, 2)
     )
+
+
+# --- what OpenAI's API adds ------------------------------------------------------------------------------------------
+
+
+def after(output: list[int], **params: object) -> Sequence:
+    """A sequence of one prompt token that has answered `output`."""
+    sequence = Sequence([0], SamplingParams(**params))  # type: ignore[arg-type]
+    sequence.tokens += output
+    return sequence
+
+
+@given(st.lists(st.integers(0, VOCABULARY - 1), max_size=8), st.floats(-2, 2), st.floats(-2, 2))
+@settings(max_examples=60, deadline=None)
+def test_presence_and_frequency_penalties_are_openais_formula_over_the_answer(
+    output: list[int], presence: float, frequency: float
+):
+    counts = Counter(output)
+    logits = [float(x) - frequency * counts[i] - presence * (counts[i] > 0) for i, x in enumerate(ROW)]
+    if sorted(logits)[-1] - sorted(logits)[-2] < 1e-5:
+        return
+    [one] = sample(ROW[None].clone(), [after(output, presence_penalty=presence, frequency_penalty=frequency)])
+    assert one.token == max(range(VOCABULARY), key=logits.__getitem__)
+
+
+def test_a_bias_is_added_to_its_tokens_and_log_probabilities_stay_the_models_own():
+    biased, plain = sample(ROW.repeat(2, 1), [after([], logit_bias={5: 100.0}, logprobs=0), after([], logprobs=0)])
+    assert (biased.token, plain.token) == (5, 2)
+    assert biased.logprob == pytest.approx(ROW.log_softmax(-1)[5].item(), abs=1e-6)
+
+
+class Evens:
+    """A guide that allows even tokens and fails after `last` of them."""
+
+    def __init__(self, last: int = 100):
+        self.last, self.taken = last, list[int]()
+
+    def restrict(self, row: Tensor) -> None:
+        if len(self.taken) >= self.last:
+            raise OctavoError("no further")
+        row[1::2] = -torch.inf
+
+    def accept(self, token: int) -> None:
+        self.taken.append(token)
+
+
+def test_a_guide_decides_what_may_come_and_hears_what_came():
+    guided, free = after([], temperature=5.0, seed=1), after([], temperature=5.0, seed=1)
+    guided.guide = guide = Evens()
+    pairs = [sample(ROW.repeat(2, 1), [guided, free]) for _ in range(50)]
+    assert all(one.token % 2 == 0 for one, _ in pairs)
+    assert any(one.token % 2 for _, one in pairs)
+    assert guide.taken == [one.token for one, _ in pairs]
+
+
+def test_a_guide_that_fails_ends_its_own_answer_alone(llama: BoundModel):
+    e = engine(llama, "fp32")
+    guided, free = (Sequence([1, 2, 3], SamplingParams(max_tokens=10)) for _ in range(2))
+    guided.guide = Evens(last=4)
+    e.add(guided)
+    e.add(free)
+    drain(e)
+    e.scheduler.check()
+    assert (guided.finish_reason, len(guided.output)) == ("error", 4)
+    assert (free.finish_reason, len(free.output)) == ("length", 10)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"presence_penalty": 2.1}, {"frequency_penalty": -3}, {"logit_bias": {1: 101}}, {"logit_bias": {1: -101}}]
+)
+def test_what_openai_forbids_is_refused(wrong: dict[str, object]):
+    with pytest.raises(OctavoError, match=next(iter(wrong))):
+        SamplingParams(**wrong)  # type: ignore[arg-type]

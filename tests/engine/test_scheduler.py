@@ -163,13 +163,25 @@ def test_a_block_that_is_not_full_is_never_shared():
     assert a.block_table[1] != b.block_table[1]
 
 
-def test_two_cold_copies_in_one_step_compute_each_their_own_blocks():
-    s = Shadow(block_size=4, budget=100)
-    a, b = s.request([1] * 9, max_tokens=3), s.request([1] * 9, max_tokens=3)
-    assert s.step() == [(a, 9), (b, 9)]
-    assert not set(a.block_table) & set(b.block_table)
+def test_cold_copies_wait_for_the_first_to_compute_their_common_blocks():
+    s = Shadow(blocks=32, block_size=4, budget=8)
+    a, b, c = (s.request([1] * 17, max_tokens=3) for _ in range(3))
+    assert s.step() == [(a, 8)]
+    assert s.step() == [(a, 8)]
+    assert s.step() == [(a, 1), (b, 1), (c, 1)]
+    assert b.block_table[:4] == a.block_table[:4] == c.block_table[:4]
+    assert (a.prefix_hit, b.prefix_hit, c.prefix_hit) == (0, 16, 16)
     s.run()
-    assert a.output == b.output
+    assert a.output == b.output == c.output
+
+
+def test_cold_copies_do_not_wait_where_nothing_is_shared():
+    s = Shadow(blocks=32, block_size=4, budget=100, hits=False)
+    a, b = s.request([1] * 9), s.request([1] * 9)
+    assert s.step() == [(a, 9), (b, 9)]
+    s = Shadow(blocks=32, block_size=4, budget=100)
+    a, b = s.request([1] * 4), s.request([1] * 4)  # the last token is never a hit
+    assert s.step() == [(a, 4), (b, 4)]
 
 
 # --- preemption ------------------------------------------------------------------------------------------------------

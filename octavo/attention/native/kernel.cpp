@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <limits>
 #include <vector>
 
@@ -23,7 +24,8 @@ namespace {
 
 constexpr float NOTHING = -1e30f;  // maximum of a row that has seen nothing: finite, so that differences are not NaN
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
-constexpr int64_t INLINE_BYTES = 1 << 17;  // of codes: less is not worth waking a thread for
+constexpr float LOG2E = 1.44269504f;
+constexpr int64_t INLINE_BLOCKS = 32;  // of one query row: fewer are not worth waking a thread for
 constexpr int64_t UNIT_BLOCKS = 8;  // fewest blocks of a piece of a split context
 constexpr int UNITS_A_THREAD = 6;  // pieces for each thread to balance with
 
@@ -36,71 +38,94 @@ void with_float(Float type, F&& f) {
     else f(float{});
 }
 
+// A row as floats: out[dim], and zeros to a whole number of registers.
+void widen(const Rows& x, int64_t token, int head, int dim, float* out) {
+    with_float(x.type, [&](auto type) {
+        const auto* in = static_cast<const decltype(type)*>(x.data) + token * x.token_stride + head * x.head_stride;
+        int d = 0;
+        for (; d + W <= dim; d += W) store(out + d, load_float(in + d));
+        for (; d < dim; d++) out[d] = to_float(in[d]);
+        for (; d % W; d++) out[d] = 0;
+    });
+}
+
+template <int HALF>
+void butterfly(float* x, int dim) {  // lanes i and i ^ HALF of each register become their sum and their difference
+    const f32v own = (counting() & HALF) != 0 ? splat(-1.0f) : splat(1.0f);
+    for (int i = 0; i < dim; i += W) store(x + i, load<f32v>(x + i) * own + swapped<HALF>(load<f32v>(x + i)));
+}
+
 // Orthonormal Hadamard transform of the largest power of two that divides dim, block by block; its own inverse.
 void rotate(float* x, int dim) {
     const int size = dim & -dim;
-    for (int base = 0; base < dim; base += size)
-        for (int half = 1; half < size; half *= 2)
-            for (int i = base; i < base + size; i += 2 * half)
-                for (int j = i; j < i + half; j++) {
-                    const float a = x[j], b = x[j + half];
-                    x[j] = a + b;
-                    x[j + half] = a - b;
-                }
+    butterfly<1>(x, dim);
+    butterfly<2>(x, dim);
+    if constexpr (W > 4) butterfly<4>(x, dim);  // dim is a multiple of 8
+    if constexpr (W > 8) {
+        if (size > 8) butterfly<8>(x, dim);
+    }
+    for (int half = W; half < size; half *= 2)
+        for (int i = 0; i < dim; i += 2 * half)
+            for (int j = i; j < i + half; j += W) {
+                const f32v a = load<f32v>(x + j), b = load<f32v>(x + j + half);
+                store(x + j, a + b);
+                store(x + j + half, a - b);
+            }
     const float scale = float(1.0 / std::sqrt(double(size)));  // as the specification rounds it
-    for (int d = 0; d < dim; d++) x[d] *= scale;
+    for (int i = 0; i < dim; i += W) store(x + i, load<f32v>(x + i) * scale);
 }
 
 // ---------------------------------------------------------------------------------------------------------- writing
 
-// In this order of arguments a NaN becomes −128: converting one would be undefined.
-inline uint8_t signed_code(float x) { return uint8_t(int8_t(std::min(std::max(-128.0f, x), 127.0f))); }
+// Codes of y[dim] times `factor`; returns how many values lie beyond `limit`. A NaN becomes the lowest code.
+int encode_int8(const float* y, int dim, float factor, float limit, uint8_t* code) {
+    i32v beyond = {};
+    for (int d = 0; d < dim; d += W) {
+        const f32v x = load<f32v>(y + d) * factor;
+        beyond -= abs(x) > limit;
+        store_bytes(code + d, nearest(min(max(x, splat(-128.0f)), splat(127.0f))));
+    }
+    return int(sum(to_float(beyond)));
+}
 
-// Codes of one row: y[dim] in, codes out; returns how many values were out of range.
+int encode_int4(const float* y, int dim, float factor, float limit, uint8_t* code) {
+    i32v beyond = {};
+    for (int d = 0; d < dim; d += W) {
+        const f32v x = load<f32v>(y + d) * factor, bounded = min(max(x, splat(-8.0f)), splat(7.0f));
+        beyond -= abs(x) > limit;
+        i32v floor = __builtin_convertvector(bounded, i32v);
+        floor += to_float(floor) > bounded;
+        store_bytes(code + d, floor + 8);
+    }
+    return int(sum(to_float(beyond)));
+}
+
+// Codes of one row, y[dim] and zeros to a whole number of registers; returns how many values were out of range.
 int encode(const Side& side, float* y, uint8_t* code, uint8_t* scale_index) {
     const int dim = side.dim;
     if (side.rotated) rotate(y, dim);
-    int saturated = 0;
-    if (!side.scales) {
-        for (int d = 0; d < dim; d++) {
-            saturated += std::fabs(y[d]) > 128.5f;
-            code[d] = signed_code(std::nearbyint(y[d]));
-        }
-        return saturated;
-    }
-    float absmax = 0;
-    for (int d = 0; d < dim; d++) absmax = std::max(absmax, std::fabs(y[d]));
-    const float* limit = std::lower_bound(side.token_limit, side.token_limit + 255, absmax);
-    *scale_index = uint8_t(limit - side.token_limit);
+    if (!side.scales) return encode_int8(y, dim, 1.0f, 128.5f, code);
+    f32v largest = {};
+    for (int d = 0; d < dim; d += W) largest = max(abs(load<f32v>(y + d)), largest);
+    *scale_index = uint8_t(std::lower_bound(side.token_limit, side.token_limit + 255, max(largest)) - side.token_limit);
     const float reciprocal = side.token_reciprocal[*scale_index];
-    if (side.code == Code::INT8) {
-        for (int d = 0; d < dim; d++) {
-            const float scaled = y[d] * reciprocal;
-            saturated += std::fabs(scaled) > 127.5f;
-            code[d] = signed_code(std::nearbyint(scaled));
-        }
-    } else {
-        for (int d = 0; d < dim; d++) {
-            const float scaled = y[d] * reciprocal;
-            saturated += std::fabs(scaled) > 8.5f;
-            code[d] = uint8_t(std::min(std::max(0.0f, std::floor(scaled) + 8.0f), 15.0f));
-        }
-    }
-    return saturated;
+    if (side.code == Code::INT8) return encode_int8(y, dim, reciprocal, 127.5f, code);
+    return encode_int4(y, dim, reciprocal, 8.5f, code);
 }
 
 // Put the codes of one row into its place of a block.
-void place(const Side& side, uint8_t* block, int token, const uint8_t* code) {
-    const int dim = side.dim, half = dim / 2;
-    const int width = side.code == Code::INT4 ? half : dim;
-    for (int d = 0; d < width; d++) {
-        uint8_t byte = code[d];
-        if (side.code == Code::INT4) byte |= code[d + half] << 4;
-        else if (side.is_k) byte ^= 128;
-        const int64_t at = side.is_k ? (int64_t(d / 4) * BLOCK + token) * 4 + d % 4
-                                     : (int64_t(token / 4) * width + d) * 4 + token % 4;
-        block[at] = byte;
+void place(const Side& side, uint8_t* block, int token, uint8_t* code) {
+    int width = side.dim;
+    if (side.code == Code::INT4) {
+        width /= 2;
+        for (int d = 0; d < width; d++) code[d] |= code[d + width] << 4;
+    } else if (side.is_k) {
+        for (int d = 0; d < width; d++) code[d] ^= 128;
     }
+    if (side.is_k)
+        for (int d = 0; d < width; d += 4) std::memcpy(block + (int64_t(d) * BLOCK / 4 + token) * 4, code + d, 4);
+    else
+        for (int d = 0; d < width; d++) block[(int64_t(token / 4) * width + d) * 4 + token % 4] = code[d];
 }
 
 template <class T>
@@ -127,10 +152,7 @@ void write(const Side& side, const Rows& x, const int64_t* slots, int64_t tokens
             const int64_t cell = slots[t] / BLOCK * side.heads + head;
             uint8_t* block = side.codes + cell * side.head_bytes;
             const int token = int(slots[t] % BLOCK);
-            with_float(x.type, [&](auto type) {
-                const auto* in = static_cast<const decltype(type)*>(x.data) + t * x.token_stride + head * x.head_stride;
-                for (int d = 0; d < side.dim; d++) row[d] = to_float(in[d]);
-            });
+            widen(x, t, head, side.dim, row.data());
             if (side.code == Code::BF16) { place_raw<bf16>(side, block, token, row.data()); continue; }
             if (side.code == Code::FP16) { place_raw<fp16>(side, block, token, row.data()); continue; }
             if (side.code == Code::FP32) { place_raw<float>(side, block, token, row.data()); continue; }
@@ -149,229 +171,242 @@ void write(const Side& side, const Rows& x, const int64_t* slots, int64_t tokens
 
 // ------------------------------------------------------------------------------------------------- attention on codes
 
-// One query row, ready to meet the codes of one head.
-struct Query {
-    std::vector<float> real;  // [dim] folded: scale·R(q ∘ c)
-    std::vector<int8_t> high, low;  // [dim] real ≈ step·(128·high + low)
-    float step = 0, shift = 0;  // shift: q·mu
-    float sum = 0;  // Σ(128·high + low)
+// A weighted sum of V codes with a running softmax: out = Σ 2^(score − top)·code, total = Σ 2^(score − top).
+struct Sum {
+    float top, total;
+    alignas(64) float out[LARGEST + W];  // a register may begin at the last values
 };
 
-void prepare(Query& query, const Side& k, const Attention& attention, int head, bool integer) {
-    float* q = query.real.data();
+// One query row on its way over the blocks of one head.
+struct Row {
+    // The query, folded: scale·R(q ∘ c), and for codes as two bytes: real ≈ step·(128·high + low).
+    alignas(64) float real[LARGEST];
+    alignas(64) int8_t high[LARGEST];
+    alignas(64) int8_t low[LARGEST];
+    float step, shift, sum;  // shift: q·mu; sum: Σ(128·high + low)
+    int64_t position;
+    // The block: scores, which become weights, for codes as two bytes: weight ≈ weight_step·(256·high + low).
+    alignas(64) float weight[BLOCK];
+    alignas(64) uint8_t weight_high[BLOCK];
+    alignas(64) uint8_t weight_low[BLOCK];
+    float weight_step, weight_sum;  // weight_sum: Σ(256·high + low)
+    float factor;  // of the block's sum: 2^(its top − top)
+    Sum so_far;
+};
+
+inline bool is_integer(const Side& side) { return side.code == Code::INT8 || side.code == Code::INT4; }
+
+void prepare(Row& row, const Side& k, const Attention& attention, int head) {
+    float* q = row.real;
     const int dim = k.dim;
-    float shift = 0;
+    for (int d = 0; d < dim; d++) q[d] *= attention.scale;
+    row.shift = 0;
     if (k.mu) {
         const float *mu = k.mu + int64_t(head) * dim, *c = k.c + int64_t(head) * dim;
         // q·mu is the same for every key: plain softmax drops it, a soft cap and a sink do not.
         if (attention.softcap || attention.sinks)
-            for (int d = 0; d < dim; d++) shift += q[d] * mu[d];
+            for (int d = 0; d < dim; d++) row.shift += q[d] * mu[d];
         for (int d = 0; d < dim; d++) q[d] *= c[d];
     }
-    query.shift = shift;
     if (k.rotated) rotate(q, dim);
-    if (!integer) return;
-    float largest = 0;
-    for (int d = 0; d < dim; d++) largest = std::fabs(q[d]) > largest ? std::fabs(q[d]) : largest;
+    if (!is_integer(k)) return;
+    f32v most = {};
+    for (int d = 0; d < dim; d += W) most = max(abs(load<f32v>(q + d)), most);
+    const float largest = max(most);
     constexpr float STEPS = 16256;  // 128·127
-    query.step = largest > 0 ? largest / STEPS : 1.0f;
-    const float inverse = std::min(1.0f / query.step, std::numeric_limits<float>::max());
-    int sum = 0;
-    int8_t *high = query.high.data(), *low = query.low.data();
-    for (int d = 0; d < dim; d++) {
-        // In this order of arguments a NaN becomes a bound.
-        const int value = int(std::min(std::max(-STEPS, std::nearbyint(q[d] * inverse)), STEPS));
-        const int upper = (value + 64) >> 7;
-        high[d] = int8_t(upper);
-        low[d] = int8_t(value - 128 * upper);
-        sum += value;
+    row.step = largest > 0 ? largest / STEPS : 1.0f;
+    const float inverse = std::min(1.0f / row.step, std::numeric_limits<float>::max());
+    f32v sum_of = {};
+    for (int d = 0; d < dim; d += W) {
+        const i32v value = nearest(load<f32v>(q + d) * inverse), upper = (value + 64) >> 7;
+        store_bytes(row.high + d, upper);
+        store_bytes(row.low + d, value - (upper << 7));
+        sum_of += to_float(value);
     }
-    query.sum = float(sum);
+    row.sum = sum(sum_of);
 }
 
-// The next block is asked for while this one is computed on, by the first pass over it: `next` is null in the others.
-inline void prefetch(const uint8_t* next, int64_t offset) {
-    if (next) __builtin_prefetch(next + offset, 0, 2);
-}
+// The next block, asked for at the pace at which this one is read: a burst would only queue, and leave the memory idle
+// in between. All query rows share the pace, in `passes` of some rows each.
+struct Ahead {
+    const uint8_t *at, *end;
+    int passes;
+    void read(int bytes) {
+        for (; bytes > 0 && at < end; bytes -= 64 * passes, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+};
 
-// scores[r][64] += integer dot products of R queries with a block of K codes.
+// The loops below are functions of their own, and their last loops are unrolled by force: else GCC keeps the accumulators
+// in memory.
+
+// row.weight = scores, integer dot products of R queries with a block of K codes.
 template <bool FOUR, int R>
-void dot_codes(const uint8_t* block, const uint8_t* next, const Query* const* queries, int dim, float* const* scores) {
+[[gnu::noinline]] void dot_codes(const uint8_t* block, Ahead& ahead, Row* rows, int dim) {
     const int groups = dim / 4 / (FOUR ? 2 : 1), half = dim / 2;
     for (int t = 0; t < BLOCK; t += PASS * W) {
         i32v high[R][PASS] = {}, low[R][PASS] = {};
         for (int g = 0; g < groups; g++) {
-            const uint8_t* at = block + (int64_t(g) * BLOCK + t) * 4;
+            ahead.read(4 * PASS * W);
             for (int i = 0; i < PASS; i++) {
-                prefetch(next, at - block + i * 4 * W);
-                const u8v codes = load<u8v>(at + i * 4 * W);
-                if constexpr (FOUR) {
-                    const u8v first = codes & (uint8_t)15, second = (u8v)((u32v)codes >> 4) & (uint8_t)15;
+                const u8v codes = load<u8v>(block + (int64_t(g) * BLOCK + t + i * W) * 4);
+                auto dot = [&](u8v part, int d) __attribute__((always_inline)) {
                     for (int r = 0; r < R; r++) {
-                        const Query& q = *queries[r];
-                        high[r][i] = dot4(high[r][i], first, splat4(&q.high[4 * g]));
-                        low[r][i] = dot4(low[r][i], first, splat4(&q.low[4 * g]));
-                        high[r][i] = dot4(high[r][i], second, splat4(&q.high[half + 4 * g]));
-                        low[r][i] = dot4(low[r][i], second, splat4(&q.low[half + 4 * g]));
+                        high[r][i] = dot4(high[r][i], part, splat4(rows[r].high + d));
+                        low[r][i] = dot4(low[r][i], part, splat4(rows[r].low + d));
                     }
-                } else {
-                    for (int r = 0; r < R; r++) {
-                        high[r][i] = dot4(high[r][i], codes, splat4(&queries[r]->high[4 * g]));
-                        low[r][i] = dot4(low[r][i], codes, splat4(&queries[r]->low[4 * g]));
-                    }
-                }
+                };
+                dot(FOUR ? codes & (uint8_t)15 : codes, 4 * g);
+                if constexpr (FOUR) dot((u8v)((u32v)codes >> 4) & (uint8_t)15, half + 4 * g);
             }
         }
         for (int r = 0; r < R; r++) {
-            const float center = queries[r]->sum * (FOUR ? 7.5f : 128.0f);
+            const float center = rows[r].sum * (FOUR ? 7.5f : 128.0f);
             for (int i = 0; i < PASS; i++)
-                store(scores[r] + t + i * W,
-                      (to_float(high[r][i] * 128 + low[r][i]) - center) * queries[r]->step);
+                store(rows[r].weight + t + i * W, (to_float((high[r][i] << 7) + low[r][i]) - center) * rows[r].step);
         }
     }
 }
 
 template <class T, int R>
-void dot_raw(const uint8_t* block, const uint8_t* next, const Query* const* queries, int dim, float* const* scores) {
+[[gnu::noinline]] void dot_raw(const uint8_t* block, Ahead& ahead, Row* rows, int dim) {
     const T* keys = reinterpret_cast<const T*>(block);
     for (int t = 0; t < BLOCK; t += PASS * W) {
         f32v sum[R][PASS] = {};
         for (int d = 0; d < dim; d++) {
-            const T* at = keys + int64_t(d) * BLOCK + t;
+            ahead.read(PASS * W * sizeof(T));
             for (int i = 0; i < PASS; i++) {
-                if (i * W * sizeof(T) % 64 == 0) prefetch(next, reinterpret_cast<const uint8_t*>(at + i * W) - block);
-                const f32v k = load_float(at + i * W);
-                for (int r = 0; r < R; r++) sum[r][i] += k * queries[r]->real[d];
+                const f32v k = load_float(keys + int64_t(d) * BLOCK + t + i * W);
+                for (int r = 0; r < R; r++) sum[r][i] += k * rows[r].real[d];
             }
         }
         for (int r = 0; r < R; r++)
-            for (int i = 0; i < PASS; i++) store(scores[r] + t + i * W, sum[r][i]);
+            for (int i = 0; i < PASS; i++) store(rows[r].weight + t + i * W, sum[r][i]);
     }
 }
 
-// out[at … at + W) += x, of which lanes from `end` on are the next row's: they were read into the register and are dropped.
-inline void add_to(float* out, int at, int end, f32v x) {
-    if (at + W <= end) return store(out + at, load<f32v>(out + at) + x);
-    for (int lane = 0; lane < end - at; lane++) out[at + lane] += x[lane];
+// out[0 … W) += x. Of a last, single register (N = 1) only `left` lanes are the row's: the others are of the next row.
+template <int N>
+inline void add_to(float* out, int left, f32v x) {
+    if constexpr (N == 1) x = counting() < left ? x : f32v{};
+    store(out, load<f32v>(out) + x);
 }
-
-// Weights of a block as two bytes each: w ≈ step·(256·high + low).
-struct Weights {
-    alignas(64) float real[BLOCK];
-    alignas(64) uint8_t high[BLOCK], low[BLOCK];
-    float step, sum;  // sum: Σ(256·high + low)
-};
-
-// A row's share of a block: out[v.dim] += factor·Σ_t w_t code_t.
-struct Sum {
-    const Weights* weights;
-    float factor;
-    float* out;
-};
 
 // R rows over a block of V codes, N registers of channels from d on.
 template <bool FOUR, int R, int N>
-void add_codes_pass(const uint8_t* block, const uint8_t* next, const Sum* sums, int width, int d) {
+[[gnu::noinline]] void add_codes_pass(const uint8_t* block, Ahead& ahead, Row* rows, int width, int d) {
     constexpr int PARTS = FOUR ? 2 : 1;  // channels d and d + width share a byte
-    i32v high[R][N][PARTS] = {}, low[R][N][PARTS] = {};
+    i32v high[R][PARTS * N] = {}, low[R][PARTS * N] = {};
     for (int t = 0; t < BLOCK / 4; t++) {
-        const uint8_t* at = block + (int64_t(t) * width + d) * 4;
+        ahead.read(4 * N * W);
         for (int i = 0; i < N; i++) {
-            prefetch(next, at - block + i * 4 * W);
-            const u8v codes = load<u8v>(at + i * 4 * W);
-            const u8v parts[2] = {FOUR ? codes & (uint8_t)15 : codes, (u8v)((u32v)codes >> 4) & (uint8_t)15};
-            for (int r = 0; r < R; r++)
-                for (int part = 0; part < PARTS; part++) {
-                    high[r][i][part] = dot4(high[r][i][part], splat4(sums[r].weights->high + 4 * t), parts[part]);
-                    low[r][i][part] = dot4(low[r][i][part], splat4(sums[r].weights->low + 4 * t), parts[part]);
+            const u8v codes = load<u8v>(block + (int64_t(t) * width + d + i * W) * 4);
+            auto dot = [&](u8v part, int n) __attribute__((always_inline)) {
+                for (int r = 0; r < R; r++) {
+                    high[r][n] = dot4(high[r][n], splat4(rows[r].weight_high + 4 * t), part);
+                    low[r][n] = dot4(low[r][n], splat4(rows[r].weight_low + 4 * t), part);
                 }
+            };
+            dot(FOUR ? codes & (uint8_t)15 : codes, i);
+            // The high half stays where it is, signed: 16·(code − 8).
+            if constexpr (FOUR) dot((codes & (uint8_t)240) ^ (uint8_t)128, N + i);
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-        const float factor = sums[r].factor * sums[r].weights->step;
-        const float center = FOUR ? -7.5f * sums[r].weights->sum * factor : 0.0f;
-        for (int i = 0; i < N; i++)
-            for (int part = 0; part < PARTS; part++) {
-                const f32v add = to_float(high[r][i][part] * 256 + low[r][i][part]) * factor + center;
-                add_to(sums[r].out + part * width, d + i * W, width, add);
+        const float factor = rows[r].factor * rows[r].weight_step, sum = rows[r].weight_sum * factor;
+        float* out = rows[r].so_far.out + d;
+#pragma GCC unroll 4
+        for (int i = 0; i < N; i++) {
+            const f32v first = to_float((high[r][i] << 8) + low[r][i]) * factor;
+            add_to<N>(out + i * W, width - d, FOUR ? first - 7.5f * sum : first);
+            if constexpr (FOUR) {
+                const f32v second = to_float((high[r][N + i] << 8) + low[r][N + i]) * (factor / 16) + 0.5f * sum;
+                add_to<N>(out + width + i * W, width - d, second);
             }
+        }
     }
 }
 
 template <bool FOUR, int R>
-void add_codes(const uint8_t* block, const uint8_t* next, const Sum* sums, int dim) {
+void add_codes(const uint8_t* block, Ahead& ahead, Row* rows, int dim) {
     constexpr int MOST = FOUR ? PASS / 2 : PASS;
     const int width = FOUR ? dim / 2 : dim;
     int d = 0;
-    for (; d + (MOST - 1) * W < width; d += MOST * W) add_codes_pass<FOUR, R, MOST>(block, next, sums, width, d);
-    for (; d < width; d += W) add_codes_pass<FOUR, R, 1>(block, next, sums, width, d);
+    for (; d + MOST * W <= width; d += MOST * W) add_codes_pass<FOUR, R, MOST>(block, ahead, rows, width, d);
+    for (; d < width; d += W) add_codes_pass<FOUR, R, 1>(block, ahead, rows, width, d);
 }
 
 template <class T, int R, int N>
-void add_raw_pass(const uint8_t* block, const uint8_t* next, const Sum* sums, int dim, int d) {
+[[gnu::noinline]] void add_raw_pass(const uint8_t* block, Ahead& ahead, Row* rows, int dim, int d) {
     const T* values = reinterpret_cast<const T*>(block);
     f32v sum[R][N] = {};
     for (int t = 0; t < BLOCK; t++) {
-        const T* at = values + int64_t(t) * dim + d;
+        ahead.read(N * W * sizeof(T));
         for (int i = 0; i < N; i++) {
-            if (i * W * sizeof(T) % 64 == 0) prefetch(next, reinterpret_cast<const uint8_t*>(at + i * W) - block);
-            const f32v v = load_float(at + i * W);
-            for (int r = 0; r < R; r++) sum[r][i] += v * sums[r].weights->real[t];
+            const f32v v = load_float(values + int64_t(t) * dim + d + i * W);
+            for (int r = 0; r < R; r++) sum[r][i] += v * rows[r].weight[t];
         }
     }
     for (int r = 0; r < R; r++)
-        for (int i = 0; i < N; i++) add_to(sums[r].out, d + i * W, dim, sum[r][i] * sums[r].factor);
+        for (int i = 0; i < N; i++)
+            add_to<N>(rows[r].so_far.out + d + i * W, dim - d, sum[r][i] * rows[r].factor);
 }
 
 template <class T, int R>
-void add_raw(const uint8_t* block, const uint8_t* next, const Sum* sums, int dim) {
+void add_raw(const uint8_t* block, Ahead& ahead, Row* rows, int dim) {
     int d = 0;
-    for (; d + (PASS - 1) * W < dim; d += PASS * W) add_raw_pass<T, R, PASS>(block, next, sums, dim, d);
-    for (; d < dim; d += W) add_raw_pass<T, R, 1>(block, next, sums, dim, d);
+    for (; d + PASS * W <= dim; d += PASS * W) add_raw_pass<T, R, PASS>(block, ahead, rows, dim, d);
+    for (; d < dim; d += W) add_raw_pass<T, R, 1>(block, ahead, rows, dim, d);
 }
 
-// A query row's running softmax over the blocks it has seen.
-struct Partial {
-    float top, total;
-    float* out;  // [v.dim], padded
-};
-
-template <int R>
-void scores_of(const Side& k, const uint8_t* block, const uint8_t* next, const Query* const* queries, float* const* scores) {
-    switch (k.code) {
-        case Code::BF16: return dot_raw<bf16, R>(block, next, queries, k.dim, scores);
-        case Code::FP16: return dot_raw<fp16, R>(block, next, queries, k.dim, scores);
-        case Code::FP32: return dot_raw<float, R>(block, next, queries, k.dim, scores);
-        case Code::INT8: return dot_codes<false, R>(block, next, queries, k.dim, scores);
-        case Code::INT4: return dot_codes<true, R>(block, next, queries, k.dim, scores);
-    }
+// Calls f(first, R) for all rows, R at a time: MOST, and for the rest half as many, and so on.
+template <int MOST, class F>
+void by_rows(int from, int rows, F&& f) {
+    for (; from + MOST <= rows; from += MOST) f(from, std::integral_constant<int, MOST>{});
+    if constexpr (MOST > 1) by_rows<MOST / 2>(from, rows, f);
 }
 
-template <int R>
-void add_values(const Side& v, const uint8_t* block, const uint8_t* next, const Sum* sums) {
-    switch (v.code) {
-        case Code::BF16: return add_raw<bf16, R>(block, next, sums, v.dim);
-        case Code::FP16: return add_raw<fp16, R>(block, next, sums, v.dim);
-        case Code::FP32: return add_raw<float, R>(block, next, sums, v.dim);
-        case Code::INT8: return add_codes<false, R>(block, next, sums, v.dim);
-        case Code::INT4: return add_codes<true, R>(block, next, sums, v.dim);
-    }
-}
-
-// Calls f(from, std::integral_constant<int, R>, first) for all rows, R at a time.
+// Calls work(type, R, first, ahead) for all rows of one block, as many at a time as there are registers for: floats need
+// one accumulator where codes need two. `type` is that of the values; of codes it says whether they have four bits.
 template <class F>
-void by_rows(int64_t rows, F&& f) {
-    int64_t r = 0;
-    for (; r + ROWS <= rows; r += ROWS) f(r, std::integral_constant<int, ROWS>{});
-    for (; r < rows; r++) f(r, std::integral_constant<int, 1>{});
+void over_block(const Side& side, const uint8_t* next, int rows, F&& work) {
+    auto grouped = [&](auto type, auto most) {
+        constexpr int MOST = decltype(most)::value;
+        Ahead ahead = {next, next + side.head_bytes, rows / MOST + std::popcount(unsigned(rows % MOST))};
+        by_rows<MOST>(0, rows, [&](int first, auto together) { work(type, together, first, ahead); });
+    };
+    constexpr std::integral_constant<int, ROWS> codes;
+    constexpr std::integral_constant<int, 2 * ROWS> floats;
+    switch (side.code) {
+        case Code::BF16: return grouped(bf16{}, floats);
+        case Code::FP16: return grouped(fp16{}, floats);
+        case Code::FP32: return grouped(float{}, floats);
+        case Code::INT8: return grouped(std::false_type{}, codes);
+        case Code::INT4: return grouped(std::true_type{}, codes);
+    }
 }
 
-inline bool is_integer(const Side& side) { return side.code == Code::INT8 || side.code == Code::INT4; }
+void scores_of(const Side& k, const uint8_t* block, const uint8_t* next, Row* rows, int count) {
+    over_block(k, next, count, [&](auto type, auto together, int first, Ahead& ahead) {
+        using T = decltype(type);
+        constexpr int R = decltype(together)::value;
+        if constexpr (requires { T::value; }) dot_codes<T::value, R>(block, ahead, rows + first, k.dim);
+        else dot_raw<T, R>(block, ahead, rows + first, k.dim);
+    });
+}
+
+void add_values(const Side& v, const uint8_t* block, const uint8_t* next, Row* rows, int count) {
+    over_block(v, next, count, [&](auto type, auto together, int first, Ahead& ahead) {
+        using T = decltype(type);
+        constexpr int R = decltype(together)::value;
+        if constexpr (requires { T::value; }) add_codes<T::value, R>(block, ahead, rows + first, v.dim);
+        else add_raw<T, R>(block, ahead, rows + first, v.dim);
+    });
+}
 
 // cap·tanh(s/cap), by tanh|x| = (1 − e^−2|x|)/(1 + e^−2|x|).
 inline f32v softcap(f32v s, float cap) {
-    const f32v size = s < 0.0f ? -s : s, e = exp(size * (-2.0f / cap));
-    const f32v capped = (1.0f - e) / (1.0f + e) * cap;
+    const f32v e = exp2(abs(s) * (-2.0f * LOG2E / cap)), capped = (1.0f - e) / (1.0f + e) * cap;
     return s < 0.0f ? -capped : capped;
 }
 
@@ -387,16 +422,17 @@ constexpr struct Dither {
     }
 } DITHER;
 
-// Scores of one row become weights; returns false if the row sees nothing of the block, of which it sees [from, to).
-bool soften(const float* scores, const Query& query, const Attention& attention, const float* k_scale,
-            const float* v_scale, int64_t from, int64_t to, const Side& v, Weights& w, float& top, float& total) {
+// The scores of a block, of which the row sees [from, to), become weights relative to the block's own maximum.
+[[gnu::noinline]] void soften(Row& row, const Attention& attention, const float* k_scale, const float* v_scale,
+                              int64_t from, int64_t to, const Side& v) {
     constexpr int N = BLOCK / W;  // the whole block stays in registers
     f32v s[N];
     for (int i = 0; i < N; i++) {
-        s[i] = load<f32v>(scores + i * W);
-        if (k_scale) s[i] = s[i] * load<f32v>(k_scale + i * W);
-        s[i] = s[i] + query.shift;
+        s[i] = load<f32v>(row.weight + i * W);
+        if (k_scale) s[i] *= load<f32v>(k_scale + i * W);
     }
+    if (attention.softcap || attention.sinks)
+        for (int i = 0; i < N; i++) s[i] += row.shift;
     if (attention.softcap)
         for (int i = 0; i < N; i++) s[i] = softcap(s[i], attention.softcap);
     if (from > 0 || to < BLOCK) {
@@ -407,209 +443,175 @@ bool soften(const float* scores, const Query& query, const Attention& attention,
         }
     }
     f32v most = s[0];
-    for (int i = 1; i < N; i++) most = max(most, s[i]);
-    top = max(most);
-    if (!(top > -INFINITE)) return false;
-    f32v sum_of = {}, largest = {};
+    for (int i = 1; i < N; i++) most = max(s[i], most);
+    const float top = std::max(max(most), NOTHING);  // NOTHING where the row sees nothing of the block
+    f32v total = {}, largest = {};
     for (int i = 0; i < N; i++) {
-        s[i] = exp(s[i] - top);
-        sum_of = sum_of + s[i];
-        if (v_scale) s[i] = s[i] * load<f32v>(v_scale + i * W);
-        largest = max(largest, s[i]);
+        s[i] = exp2(s[i] - top);
+        total += s[i];
+        if (v_scale) s[i] *= load<f32v>(v_scale + i * W);
+        largest = max(s[i], largest);
     }
-    total = sum(sum_of);
+
+    Sum& so_far = row.so_far;
+    row.factor = top > NOTHING;
+    if (top <= so_far.top) {
+        row.factor *= exp2(splat(top - so_far.top))[0];
+    } else {  // a new maximum: what was summed so far is relative to the old one
+        const float keep = exp2(splat(so_far.top - top))[0];
+        so_far.top = top;
+        so_far.total *= keep;
+        for (int d = 0; d < v.dim; d += W) store(so_far.out + d, load<f32v>(so_far.out + d) * keep);
+    }
+    so_far.total += sum(total) * row.factor;
+
     if (!is_integer(v)) {
-        for (int i = 0; i < N; i++) store(w.real + i * W, s[i]);
-        return true;
+        for (int i = 0; i < N; i++) store(row.weight + i * W, s[i]);
+        return;
     }
-    const float peak = v_scale ? max(largest) : 1.0f;  // the best token's own weight is 1
+    // The best token's own weight is 1; where the row sees nothing, a floor keeps the rest from becoming infinite.
+    const float peak = v_scale ? std::max(max(largest), 1e-30f) : 1.0f;
     constexpr float STEPS = 65534;  // 16 bits, and room for what is added
-    const float inverse = peak > 0 ? STEPS / peak : 0.0f;
-    w.step = peak / STEPS;
-    f32v sum_w = {};
+    const float inverse = STEPS / peak;
+    row.weight_step = peak / STEPS;
+    u32v weights = {};
     for (int i = 0; i < N; i++) {
         const i32v value = __builtin_convertvector(s[i] * inverse + load<f32v>(DITHER.of + i * W), i32v);
-        sum_w = sum_w + to_float(value);
-        store_bytes(w.high + i * W, value >> 8);
-        store_bytes(w.low + i * W, value);
+        weights += (u32v)value;
+        store_bytes(row.weight_high + i * W, value >> 8);
+        store_bytes(row.weight_low + i * W, value);
     }
-    w.sum = v.code == Code::INT4 ? sum(sum_w) : 0.0f;
-    return true;
+    row.weight_sum = v.code == Code::INT4 ? sum(to_float((i32v)weights)) : 0.0f;
 }
 
 // Some blocks of one sequence and one KV head, for all query rows that share them.
 struct Unit {
     int sequence, head;
     int64_t first, last;  // blocks
-    int64_t partial;  // where its rows' results stand
-    bool whole;  // the only unit of its sequence and head
-};
-
-struct Scratch {
-    std::vector<Query> queries;
-    std::vector<float> scores, scales;
-    std::vector<Weights> weights;
-    std::vector<Sum> sums;
+    int64_t piece, pieces;  // which of how many of its sequence and head
+    int64_t sums;  // where their rows' sums stand, if there are more than one
 };
 
 void attend_unit(const Unit& unit, const Side& k, const Side& v, const Attention& attention, const Step& step,
-                 const Rows& q, Partial* partials, Scratch& scratch) {
+                 const Rows& q, std::vector<Row>& rows) {
     const int group = attention.heads / k.heads;
-    const int64_t added = step.new_tokens[unit.sequence], rows = added * group;
-    const int64_t kv_len = step.kv_len[unit.sequence];
+    const int64_t added = step.new_tokens[unit.sequence], count = added * group;
     const int64_t* table = step.table + unit.sequence * step.table_width;
-
-    scratch.queries.resize(std::max<size_t>(scratch.queries.size(), rows));
-    scratch.scores.resize(rows * BLOCK);
-    scratch.scales.resize(2 * BLOCK);
-    scratch.weights.resize(rows);
-    scratch.sums.resize(rows);
-    for (int64_t r = 0; r < rows; r++) {
-        Query& query = scratch.queries[r];
-        query.real.resize(k.dim);
-        query.high.resize(k.dim);
-        query.low.resize(k.dim);
-        with_float(q.type, [&](auto type) {
-            const auto* in = static_cast<const decltype(type)*>(q.data) +
-                             (step.first_row[unit.sequence] + r / group) * q.token_stride +
-                             (unit.head * group + r % group) * q.head_stride;
-            for (int d = 0; d < k.dim; d++) query.real[d] = to_float(in[d]) * attention.scale;
-        });
-        prepare(query, k, attention, unit.head, is_integer(k));
-        Partial& partial = partials[unit.partial + r];
-        partial.top = NOTHING;
-        partial.total = 0;
-        std::fill_n(partial.out, padded(v.dim), 0.0f);
+    for (int64_t r = 0; r < count; r++) {
+        Row& row = rows[r];
+        widen(q, step.first_row[unit.sequence] + r / group, int(unit.head * group + r % group), k.dim, row.real);
+        prepare(row, k, attention, unit.head);
+        row.position = step.kv_len[unit.sequence] - added + r / group;
+        row.so_far.top = NOTHING;
+        row.so_far.total = 0;
+        std::fill_n(row.so_far.out, padded(v.dim), 0.0f);
     }
-
     for (int64_t b = unit.first; b < unit.last; b++) {
         const int64_t cell = table[b] * k.heads + unit.head;
-        const int64_t ahead = (b + 1 < unit.last ? table[b + 1] : table[b]) * k.heads + unit.head;
-        const uint8_t *k_block = k.codes + cell * k.head_bytes, *k_next = k.codes + ahead * k.head_bytes;
-        const uint8_t *v_block = v.codes + cell * v.head_bytes, *v_next = v.codes + ahead * v.head_bytes;
-        float *k_scale = nullptr, *v_scale = nullptr;
-        if (k.scales) {
-            k_scale = scratch.scales.data();
-            for (int t = 0; t < BLOCK; t++) k_scale[t] = k.token_scale[k.scales[cell * BLOCK + t]];
+        const int64_t next = (b + 1 < unit.last ? table[b + 1] : table[b]) * k.heads + unit.head;
+        alignas(64) float k_scale[BLOCK], v_scale[BLOCK];
+        auto scales = [&](const Side& side, float* out) -> const float* {
+            if (!side.scales) return nullptr;
+            __builtin_prefetch(side.scales + next * BLOCK, 0, 3);
+            for (int t = 0; t < BLOCK; t += W) store(out + t, look_up(side.token_scale, side.scales + cell * BLOCK + t));
+            return out;
+        };
+        const float *k_scales = scales(k, k_scale), *v_scales = scales(v, v_scale);
+        scores_of(k, k.codes + cell * k.head_bytes, k.codes + next * k.head_bytes, rows.data(), int(count));
+        for (int64_t r = 0; r < count; r++) {
+            const int64_t oldest = attention.window ? std::max<int64_t>(0, rows[r].position - attention.window + 1) : 0;
+            soften(rows[r], attention, k_scales, v_scales, oldest - b * BLOCK, rows[r].position + 1 - b * BLOCK, v);
         }
-        if (v.scales) {
-            v_scale = scratch.scales.data() + BLOCK;
-            for (int t = 0; t < BLOCK; t++) v_scale[t] = v.token_scale[v.scales[cell * BLOCK + t]];
-        }
-        by_rows(rows, [&](int64_t r, auto together) {
-            constexpr int R = decltype(together)::value;
-            const Query* queries[R];
-            float* scores[R];
-            for (int i = 0; i < R; i++) {
-                queries[i] = &scratch.queries[r + i];
-                scores[i] = scratch.scores.data() + (r + i) * BLOCK;
-            }
-            scores_of<R>(k, k_block, r ? nullptr : k_next, queries, scores);
-        });
-        int64_t seeing = 0;
-        for (int64_t r = 0; r < rows; r++) {
-            const int64_t position = kv_len - added + r / group;
-            const int64_t oldest = attention.window ? std::max<int64_t>(0, position - attention.window + 1) : 0;
-            Weights& weights = scratch.weights[seeing];
-            float top, total;
-            if (!soften(scratch.scores.data() + r * BLOCK, scratch.queries[r], attention, k_scale, v_scale,
-                        oldest - b * BLOCK, position + 1 - b * BLOCK, v, weights, top, total))
-                continue;
-            Partial& partial = partials[unit.partial + r];
-            float take = 1;
-            if (top <= partial.top) {
-                take = std::exp(top - partial.top);
-            } else {  // a new maximum: what was summed so far is relative to the old one
-                const float keep = std::exp(partial.top - top);
-                partial.top = top;
-                partial.total *= keep;
-                for (int64_t d = 0; d < padded(v.dim); d += W)
-                    store(partial.out + d, load<f32v>(partial.out + d) * keep);
-            }
-            partial.total += total * take;
-            scratch.sums[seeing++] = {&weights, take, partial.out};
-        }
-        by_rows(seeing, [&](int64_t r, auto together) {
-            add_values<decltype(together)::value>(v, v_block, r ? nullptr : v_next, &scratch.sums[r]);
-        });
+        add_values(v, v.codes + cell * v.head_bytes, v.codes + next * v.head_bytes, rows.data(), int(count));
     }
 }
 
 // Join the pieces of a row, divide, undo the rotation and the static part of V, and store.
 template <class T>
-void finish(Partial* pieces, int64_t count, int64_t stride, const Side& v, const Attention& attention, int query_head,
+void finish(Sum* pieces, int64_t count, int64_t stride, const Side& v, const Attention& attention, int query_head,
             int head, T* out) {
-    float top = NOTHING, total = 0;
-    for (int64_t i = 0; i < count; i++) top = std::max(top, pieces[i * stride].top);
-    float* sum_of = pieces[0].out;
-    for (int64_t i = 0; i < count; i++) {
-        const Partial& piece = pieces[i * stride];
-        const float factor = std::exp(piece.top - top);
-        total += piece.total * factor;
-        for (int d = 0; d < v.dim; d++) sum_of[d] = (i ? sum_of[d] : 0.0f) + piece.out[d] * factor;
+    Sum& whole = pieces[0];
+    for (int64_t i = 1; i < count; i++) {
+        const Sum& piece = pieces[i * stride];
+        const float top = std::max(whole.top, piece.top);
+        const float own = std::exp2(whole.top - top), other = std::exp2(piece.top - top);
+        whole.top = top;
+        whole.total = whole.total * own + piece.total * other;
+        for (int d = 0; d < v.dim; d += W)
+            store(whole.out + d, load<f32v>(whole.out + d) * own + load<f32v>(piece.out + d) * other);
     }
-    float denominator = total;
-    if (attention.sinks) denominator += std::exp(attention.sinks[query_head] - top);
-    denominator = std::max(denominator, std::numeric_limits<float>::min());  // a row that saw nothing is 0, not 0/0
-    const float weight = total / denominator;
-    for (int d = 0; d < v.dim; d++) sum_of[d] /= denominator;
-    if (v.rotated) rotate(sum_of, v.dim);
-    for (int d = 0; d < v.dim; d++) {
-        float x = sum_of[d];
-        if (v.mu) x = x * v.c[head * v.dim + d] + weight * v.mu[head * v.dim + d];
-        from_float(x, out[d]);
+    float denominator = whole.total;
+    if (attention.sinks) denominator += std::exp2(attention.sinks[query_head] * LOG2E - whole.top);
+    // A row that saw nothing is 0, not 0/0.
+    const float share = 1.0f / std::max(denominator, std::numeric_limits<float>::min()), weight = whole.total * share;
+    float* x = whole.out;
+    for (int d = 0; d < v.dim; d++) x[d] *= share;
+    if (v.rotated) rotate(x, v.dim);
+    if (v.mu) {
+        const float *mu = v.mu + int64_t(head) * v.dim, *c = v.c + int64_t(head) * v.dim;
+        for (int d = 0; d < v.dim; d++) x[d] = x[d] * c[d] + weight * mu[d];
     }
+    for (int d = 0; d < v.dim; d++) from_float(x[d], out[d]);
 }
 
-void decode(const Side& k, const Side& v, const Attention& attention, const Step& step, const Rows& q, void* out,
+void decode(const Side& k, const Side& v, const Attention& natural, const Step& step, const Rows& q, void* out,
             const Pool& pool) {
+    Attention attention = natural;  // scores in bits: weights are powers of two
+    attention.scale *= LOG2E;
+    attention.softcap *= LOG2E;
     const int group = attention.heads / k.heads;
     auto first_block = [&](int s) {
         if (!attention.window) return int64_t(0);
         return std::max<int64_t>(0, step.kv_len[s] - step.new_tokens[s] - attention.window + 1) / BLOCK;
     };
     auto end_block = [&](int s) { return (step.kv_len[s] + BLOCK - 1) / BLOCK; };
-    int64_t blocks = 0;
-    for (int s = 0; s < step.sequences; s++) blocks += (end_block(s) - first_block(s)) * k.heads;
-    const bool worth_it = blocks * (k.head_bytes + v.head_bytes) > INLINE_BYTES;
-    const int64_t piece =
+    int64_t blocks = 0, most_rows = 0;
+    for (int s = 0; s < step.sequences; s++) {
+        blocks += (end_block(s) - first_block(s)) * k.heads;
+        most_rows = std::max(most_rows, step.new_tokens[s] * group);
+    }
+    const bool worth_it = blocks * group > INLINE_BLOCKS;
+    const int64_t most =
         worth_it ? std::max(UNIT_BLOCKS, blocks / (int64_t(pool.threads) * UNITS_A_THREAD)) : blocks + 1;
 
     std::vector<Unit> units;
-    struct Finish { int sequence, head; int64_t partial, pieces; };
-    std::vector<Finish> ends;
-    int64_t partial = 0;
+    units.reserve(step.sequences * k.heads);
+    int64_t split_rows = 0;
     for (int s = 0; s < step.sequences; s++)
         for (int h = 0; h < k.heads; h++) {
-            const int64_t begin = first_block(s), end = end_block(s), rows = step.new_tokens[s] * group;
-            const int64_t pieces = std::max<int64_t>(1, (end - begin + piece - 1) / piece);
-            ends.push_back({s, h, partial, pieces});
-            for (int64_t i = 0; i < pieces; i++, partial += rows)
-                units.push_back({s, h, begin + (end - begin) * i / pieces, begin + (end - begin) * (i + 1) / pieces,
-                                 partial, pieces == 1});
+            const int64_t begin = first_block(s), blocks = end_block(s) - begin;
+            const int64_t pieces = std::max<int64_t>(1, (blocks + most - 1) / most);
+            for (int64_t i = 0; i < pieces; i++)
+                units.push_back({s, h, begin + blocks * i / pieces, begin + blocks * (i + 1) / pieces, i, pieces,
+                                 split_rows});
+            if (pieces > 1) split_rows += pieces * step.new_tokens[s] * group;
         }
-    std::vector<float> sums(partial * padded(v.dim));
-    std::vector<Partial> partials(partial);
-    for (int64_t i = 0; i < partial; i++) partials[i].out = sums.data() + i * padded(v.dim);
+    std::vector<Sum> sums(split_rows);
 
-    auto finish_rows = [&](int s, int h, int64_t at, int64_t pieces) {
-        const int64_t rows = step.new_tokens[s] * group;
-        for (int64_t r = 0; r < rows; r++) {
-            const int query_head = h * group + int(r % group);
-            const int64_t row = step.first_row[s] + r / group;
-            with_float(q.type, [&](auto type) {
-                auto* to = static_cast<decltype(type)*>(out) + (row * attention.heads + query_head) * v.dim;
-                finish(&partials[at + r], pieces, rows, v, attention, query_head, h, to);
-            });
-        }
+    auto finish_row = [&](const Unit& unit, int64_t r, Sum* first, int64_t stride) {
+        const int query_head = unit.head * group + int(r % group);
+        const int64_t row = step.first_row[unit.sequence] + r / group;
+        with_float(q.type, [&](auto type) {
+            auto* to = static_cast<decltype(type)*>(out) + (row * attention.heads + query_head) * v.dim;
+            finish(first, unit.pieces, stride, v, attention, query_head, unit.head, to);
+        });
     };
     parallel(pool, int64_t(units.size()), worth_it, [&](int64_t i) {
-        thread_local Scratch scratch;
-        attend_unit(units[i], k, v, attention, step, q, partials.data(), scratch);
-        if (units[i].whole) finish_rows(units[i].sequence, units[i].head, units[i].partial, 1);
+        thread_local std::vector<Row> rows;
+        if (int64_t(rows.size()) < most_rows) rows.resize(most_rows);
+        const Unit& unit = units[i];
+        attend_unit(unit, k, v, attention, step, q, rows);
+        const int64_t count = step.new_tokens[unit.sequence] * group;
+        for (int64_t r = 0; r < count; r++) {
+            if (unit.pieces == 1) finish_row(unit, r, &rows[r].so_far, 0);
+            else sums[unit.sums + unit.piece * count + r] = rows[r].so_far;
+        }
     });
-    for (const Finish& end : ends)
-        if (end.pieces > 1) finish_rows(end.sequence, end.head, end.partial, end.pieces);
+    for (const Unit& unit : units) {
+        if (unit.pieces == 1 || unit.piece > 0) continue;
+        const int64_t count = step.new_tokens[unit.sequence] * group;
+        for (int64_t r = 0; r < count; r++) finish_row(unit, r, &sums[unit.sums + r], count);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------- reading
@@ -637,18 +639,22 @@ void unpack(const Side& side, const uint8_t* block, int token, float* row) {
     }
 }
 
-void read(const Side& side, int head, const int64_t* blocks, int64_t count, Float type, void* out, const Pool& pool) {
-    parallel(pool, count, count * BLOCK * side.dim >= 1 << 15, [&](int64_t b) {
-        thread_local std::vector<float> row;
-        row.resize(side.dim);
-        const int64_t cell = blocks[b] * side.heads + head;
-        const uint8_t* block = side.codes + cell * side.head_bytes;
+void read(const Side& side, int head, int heads, const int64_t* blocks, int64_t count, Float type, void* out,
+          const Pool& pool) {
+    const int64_t items = heads * count;
+    parallel(pool, items, items * BLOCK * side.dim >= 1 << 15, [&](int64_t item) {
+        alignas(64) float row[LARGEST + W] = {};
+        const int64_t cell = blocks[item % count] * side.heads + head + item / count;
         for (int t = 0; t < BLOCK; t++) {
-            unpack(side, block, t, row.data());
-            const float scale = side.scales ? side.token_scale[side.scales[cell * BLOCK + t]] : 1.0f;
+            unpack(side, side.codes + cell * side.head_bytes, t, row);
+            if (side.scales) {
+                const float scale = side.token_scale[side.scales[cell * BLOCK + t]];
+                for (int d = 0; d < side.dim; d++) row[d] *= scale;
+            }
+            if (side.rotated) rotate(row, side.dim);
             with_float(type, [&](auto kind) {
-                auto* to = static_cast<decltype(kind)*>(out) + (b * BLOCK + t) * side.dim;
-                for (int d = 0; d < side.dim; d++) from_float(row[d] * scale, to[d]);
+                auto* to = static_cast<decltype(kind)*>(out) + (item * BLOCK + t) * side.dim;
+                for (int d = 0; d < side.dim; d++) from_float(row[d], to[d]);
             });
         }
     });

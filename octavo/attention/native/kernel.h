@@ -6,6 +6,7 @@
 namespace octavo {
 
 constexpr int BLOCK = 64;  // tokens of a block
+constexpr int LARGEST = 512;  // dim of a row: up to there, 15-bit queries times codes fit int32
 
 enum class Code : int { BF16, FP16, FP32, INT8, INT4 };
 enum class Float : int { BF16, FP16, FP32 };
@@ -64,8 +65,9 @@ struct Kernels {
     const char* name;
     void (*write)(const Side&, const Rows& x, const int64_t* slots, int64_t tokens, const Pool&);
     void (*decode)(const Side& k, const Side& v, const Attention&, const Step&, const Rows& q, void* out, const Pool&);
-    // Rows of some blocks of one head as numbers: out [blocks·64, dim], without the static part and the rotation.
-    void (*read)(const Side&, int head, const int64_t* blocks, int64_t count, Float type, void* out, const Pool&);
+    // Rows of some blocks of some heads as numbers: out [heads, count·64, dim], all but the static part undone.
+    void (*read)(const Side&, int head, int heads, const int64_t* blocks, int64_t count, Float type, void* out,
+                 const Pool&);
     // Nothing but reading the codes of the blocks, all heads: what the memory allows. Returns their sum.
     int64_t (*stream)(const Side&, const int64_t* blocks, int64_t count, const Pool&);
 };

@@ -37,7 +37,6 @@ const std::vector<Compiled>& compiled() {
 const Kernels* active = nullptr;
 ParallelFor parallel_for = nullptr;
 
-
 int32_t sequential(int64_t begin, int64_t end, int64_t, Task task, void* context) {
     task(begin, end, context);
     return 0;
@@ -84,8 +83,9 @@ void decode(const Side& k, const Side& v, const Attention& attention, const Step
                    pool(threads));
 }
 
-void read_rows(const Side& side, int head, uint64_t blocks, int64_t count, int type, uint64_t out, int threads) {
-    active->read(side, head, at<const int64_t>(blocks), count, Float(type), at<void>(out), pool(threads));
+void read_rows(const Side& side, int head, int heads, uint64_t blocks, int64_t count, int type, uint64_t out,
+               int threads) {
+    active->read(side, head, heads, at<const int64_t>(blocks), count, Float(type), at<void>(out), pool(threads));
 }
 
 int64_t stream(const Side& side, uint64_t blocks, int64_t count, int threads) {

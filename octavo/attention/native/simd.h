@@ -1,7 +1,7 @@
 // One vector register of 32-bit lanes, in whatever the file is compiled for: AVX-512, AVX2, NEON or plain C++.
 //
 // Arithmetic, comparison and selection are the compiler's own vector operators. What they lack is here: the four-byte
-// dot product that attention on codes is made of, conversions from 16-bit floats, and exp.
+// dot product that attention on codes is made of, conversions from 16-bit floats, and powers of two.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ namespace octavo::ISA {
 
 #if defined(__AVX512F__)
 constexpr int W = 16;  // 32-bit lanes of a register
-constexpr int ROWS = 2;  // query rows that share a pass over K: as many accumulators as there are registers for
+constexpr int ROWS = 2;  // query rows that share a pass over codes: two accumulators each, as there are registers for
 #elif defined(__AVX2__)
 constexpr int W = 8;
 constexpr int ROWS = 1;
@@ -48,19 +48,23 @@ inline void store(void* p, V v) {
 inline f32v splat(float x) { return x - f32v{}; }
 inline i32v splat(int32_t x) { return x - i32v{}; }
 inline f32v to_float(i32v x) { return __builtin_convertvector(x, f32v); }
-inline f32v max(f32v a, f32v b) { return a > b ? a : b; }
+inline f32v max(f32v a, f32v b) { return a > b ? a : b; }  // b where a is NaN
+inline f32v min(f32v a, f32v b) { return a < b ? a : b; }
+inline f32v abs(f32v x) { return (f32v)((u32v)x & 0x7fffffffu); }
 template <int... I>
 inline i32v counting(std::integer_sequence<int, I...>) { return i32v{I...}; }
 inline i32v counting() { return counting(std::make_integer_sequence<int, W>{}); }  // 0, 1, 2, …
 
+// Lanes i and i ^ BY change places.
 template <int BY, int... I>
-inline f32v turned(f32v a, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, a, ((I + BY) % W)...);
-}
+inline f32v swapped(f32v a, std::integer_sequence<int, I...>) { return __builtin_shufflevector(a, a, (I ^ BY)...); }
+template <int BY>
+inline f32v swapped(f32v a) { return swapped<BY>(a, std::make_integer_sequence<int, W>{}); }
+
 // One number from all lanes, by halves.
 template <int BY = W / 2, class Op>
 inline float reduce(f32v a, Op op) {
-    a = op(a, turned<BY>(a, std::make_integer_sequence<int, W>{}));
+    a = op(a, swapped<BY>(a));
     if constexpr (BY > 1) return reduce<BY / 2>(a, op);
     else return a[0];
 }
@@ -71,7 +75,7 @@ inline float sum(f32v a) {
     return reduce(a, [](f32v x, f32v y) { return x + y; });
 }
 // The low byte of each lane, W bytes in a row.
-inline void store_bytes(uint8_t* p, i32v x) {
+inline void store_bytes(void* p, i32v x) {
     typedef uint8_t u8q __attribute__((vector_size(W)));
     store(p, __builtin_convertvector((u32v)x & 255u, u8q));
 }
@@ -179,21 +183,37 @@ inline f32v load_float(const fp16* p) {
 #endif
 }
 
-// e^x for x ≤ 0, relative error below 2e-7; 0 below −87 (and for −inf, which masks).
-inline f32v exp(f32v x) {
-    const f32v bounded = max(x, splat(-87.0f));
-    const f32v magic = splat(0x1.8p23f);  // adding it rounds to an integer
-    const f32v n = (bounded * 1.44269504f + magic) - magic;
-    const f32v r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-    f32v p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const i32v power = (__builtin_convertvector(n, i32v) + 127) << 23;
-    return x < -87.0f ? f32v{} : p * (f32v)power;
+constexpr float MAGIC = 0x1.8p23f;  // added to |x| < 2²²: rounds to an integer, half to even, and holds it in the low bits
+inline i32v nearest(f32v x) { return (i32v)(x + MAGIC) - (i32v)splat(MAGIC); }
+
+// 2^x for x ≤ 0, relative error below 3e-7; never less than 2^−126.
+inline f32v exp2(f32v x) {
+    x = max(splat(-126.0f), x);
+    const f32v n = (x + MAGIC) - MAGIC, r = x - n;
+    f32v p = splat(1.32647e-3f);
+    p = p * r + 9.67151e-3f;
+    p = p * r + 5.550734e-2f;
+    p = p * r + 2.4022242e-1f;
+    p = p * r + 6.9314698e-1f;
+    p = p * r + 1.0f;
+#if defined(__AVX512F__)
+    return (f32v)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return p * (f32v)((__builtin_convertvector(n, i32v) + 127) << 23);
+#endif
+}
+
+// table[index[i]] of a table that doubles every 16 entries: those are a register, and the octave is an exponent.
+inline f32v look_up(const float* table, const uint8_t* index) {
+#if defined(__AVX512F__)
+    const i32v at = (i32v)_mm512_cvtepu8_epi32(load<__m128i>(index));
+    const i32v first = (i32v)_mm512_permutexvar_ps((__m512i)at, load<__m512>(table));
+    return (f32v)(first + (at >> 4 << 23));
+#else
+    f32v x;
+    for (int i = 0; i < W; i++) x[i] = table[index[i]];
+    return x;
+#endif
 }
 
 }  // namespace octavo::ISA

@@ -1,0 +1,57 @@
+"""The page's memory test, measured: internlm-chat-7b's geometry with random weights, 2048 tokens a session, fp16 and
+int8. Each point is a process of its own, as `octavo memory` measures it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from rows import emit
+
+from octavo.measure.memory import Point, costs, device_memory, find_device, points
+from octavo.measure.point import Source
+from octavo.models.geometry import Geometry
+from octavo.quant.format import KVFormat
+
+CONFIG = Path(__file__).parent.parent / "geometries" / "internlm-chat-7b.json"
+SESSION = 512 << 20  # bytes that a session of 2048 tokens saves, by the page's theory
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser()
+    cli.add_argument("--dry-run", action="store_true")
+    args = cli.parse_args()
+    geometry_json = json.loads(CONFIG.read_text())
+    batches, context = (8, 16, 32, 48), 2048
+    if args.dry_run:
+        geometry_json |= {"num_hidden_layers": 1, "hidden_size": 256, "num_attention_heads": 2, "vocab_size": 512}
+        batches, context = (2, 3), 128
+    with tempfile.TemporaryDirectory() as directory:
+        config = Path(directory) / CONFIG.name
+        config.write_text(json.dumps(geometry_json))
+        geometry = Geometry.trace(config)
+        device = find_device("cpu" if args.dry_run else "cuda")
+        theory = costs(geometry, [KVFormat.parse(name) for name in ("fp16", "int8")], context, device_memory(device))
+        source = Source(config, device=str(device), load_format="dummy", fill_seconds=2)
+        pair: dict[str, Point] = {}
+
+        def tell(point: Point) -> None:
+            pair[point.format] = point
+            emit({"measure": "memory", **point.document()})
+            if point.format == "int8":
+                saved = (pair["fp16"].total - point.total) / point.batch
+                both = {p.how for p in pair.values()} == {"measured"}
+                emit(
+                    {
+                        "measure": "memory saved", "batch": point.batch, "measured": both,
+                        "bytes_per_session": saved, "over_512_MiB": saved / SESSION,
+                    }
+                )  # fmt: skip
+
+        points(geometry, theory, batches, context, source, tell)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""The server under load, three measures on the bundled model.
+
+(a) `storm`: 64 clients stream for two minutes; some leave midway, some at once, some send what is no request. Counted:
+    answers by status, anything that was not intended, blocks still held at the end, the slope of the server's memory,
+    time to first token.
+(b) `throughput`: the same work through the server, streamed to 64 clients, and through LLM.generate, in turn.
+(c) `budget`: a KV cache of the same bytes in 16 bits and in int8: sessions it holds, sessions that ran, and the time
+    for a fixed set of long requests, in turn.
+
+Clients run in a process of their own. The last line is one JSON document.
+
+    OMP_NUM_THREADS=2 python benchmarks/serve.py --out benchmarks/results/serve.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from machine import describe
+
+from octavo import LLM, SamplingParams
+from octavo.models.model import BUNDLED
+
+CLI = [sys.executable, "-c", "from octavo.cli import main; main()"]
+TEXT = (BUNDLED / "evaluation.txt").read_text(encoding="utf-8")
+SERVED = ["--kv", "int8-token"]
+MALFORMED: list[tuple[bytes, str, int]] = [  # a body, its type, and the status it must have
+    (b"{", "application/json", 400),
+    (b'{"prompt": ""}', "application/json", 400),
+    (b'{"prompt": "a", "no_such_field": 1}', "application/json", 400),
+    (b'{"prompt": "a", "temperature": -1}', "application/json", 400),
+    (b'{"prompt": "a", "model": "another"}', "application/json", 404),
+    (b'{"prompt": "a"}', "text/plain", 415),
+    (b'{"prompt": "' + b"a" * (9 << 20) + b'"}', "application/json", 413),
+]
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(*options: str) -> Iterator[tuple[dict[str, Any], psutil.Process]]:
+    command = [*CLI, "serve", "--port", "0", "--json", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        state = json.loads(process.stdout.readline())
+        while True:
+            try:
+                ask(state, "/health")
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield state, psutil.Process(process.pid)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def ask(state: dict[str, Any], path: str) -> Any:
+    with urllib.request.urlopen(state["url"] + path, timeout=60) as response:
+        return json.load(response)
+
+
+def client(state: dict[str, Any], kind: str, **job: Any) -> subprocess.Popen[str]:
+    """Clients of a kind, in a process of their own."""
+    command = [sys.executable, __file__, "--client", json.dumps({"url": state["url"], "kind": kind, **job})]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+# --- clients ---------------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """Requests over plain sockets: the clients share few cores with the server and must cost little."""
+
+    def __init__(self, url: str):
+        host, port = url.removeprefix("http://").rsplit(":", 1)
+        self.address = (host, int(port))
+        self.statuses: Counter[str] = Counter()
+        self.first: list[float] = []  # seconds to the first piece
+        self.tokens = 0
+        self.unintended: list[str] = []
+
+    async def stream(self, leave_after: int | None = None, **fields: Any) -> None:
+        """One streamed completion; the client leaves after so many pieces, if told to."""
+        content = json.dumps({"stream": True, "stream_options": {"include_usage": True}, **fields}).encode()
+        start = time.perf_counter()
+        reader, writer = await self._send(content, "application/json")
+        try:
+            if leave_after == 0:
+                self.statuses["left at once"] += 1
+                return
+            status = await self._status(reader)
+            if status != 200:
+                self.statuses[str(status)] += 1
+                if status != 429:
+                    self.unintended.append(f"{status}: {(await reader.read(300))!r}")
+                else:
+                    await asyncio.sleep(random.uniform(0.2, 1))  # as it says in Retry-After, but sooner
+                return
+            pieces = 0
+            async for line in reader:
+                if not line.startswith(b"data: "):
+                    continue
+                if not pieces:
+                    self.first.append(time.perf_counter() - start)
+                pieces += 1
+                if b'"usage":{' in line:
+                    self.tokens += json.loads(line[6:])["usage"]["completion_tokens"]
+                if line.startswith(b"data: [DONE]"):
+                    self.statuses["200"] += 1
+                    return
+                if pieces == leave_after:
+                    self.statuses["left midway"] += 1
+                    return
+            self.unintended.append("a stream that ended without [DONE]")
+        finally:
+            writer.close()
+
+    async def malformed(self) -> None:
+        content, kind, expected = random.choice(MALFORMED)
+        try:
+            reader, writer = await self._send(content, kind)
+            status = await self._status(reader)
+            writer.close()
+        except ConnectionError:  # refused while it was still sending
+            status = 413
+        self.statuses[f"malformed {status}"] += 1
+        if status != expected:
+            self.unintended.append(f"{status} in place of {expected}")
+
+    async def _send(self, content: bytes, kind: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(*self.address)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\n"
+        writer.write(head.encode() + b"Connection: close\r\n\r\n" + content)
+        await writer.drain()
+        return reader, writer
+
+    async def _status(self, reader: asyncio.StreamReader) -> int:
+        return int((await reader.readline()).split()[1])
+
+
+async def storm_clients(job: dict[str, Any]) -> dict[str, Any]:
+    clients = Client(job["url"])
+    random.seed(0)
+    end = time.monotonic() + job["seconds"]
+
+    async def one() -> None:
+        while time.monotonic() < end:
+            at = random.randrange(len(TEXT) - 3000)
+            fields = {"prompt": TEXT[at : at + random.randrange(40, 3000)], "max_tokens": random.randrange(8, 128)}
+            chance = random.random()
+            if chance < 0.1:
+                await clients.malformed()
+            elif chance < 0.2:
+                await clients.stream(leave_after=0, **fields)
+            elif chance < 0.35:
+                await clients.stream(leave_after=random.randrange(1, 20), **fields)
+            else:
+                await clients.stream(**fields)
+
+    await asyncio.gather(*(one() for _ in range(job["clients"])))
+    return vars(clients)
+
+
+async def work_clients(job: dict[str, Any]) -> dict[str, Any]:
+    """A fixed list of requests, as many at a time as there are clients."""
+    clients, left = Client(job["url"]), list(reversed(job["requests"]))
+    start = time.perf_counter()
+
+    async def one() -> None:
+        while left:
+            await clients.stream(**left.pop())
+
+    await asyncio.gather(*(one() for _ in range(job["clients"])))
+    return {**vars(clients), "seconds": time.perf_counter() - start}
+
+
+def result(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, _ = process.communicate()
+    return json.loads(out)
+
+
+# --- measures --------------------------------------------------------------------------------------------------------
+
+
+def storm(args: argparse.Namespace) -> dict[str, Any]:
+    with server(*SERVED, "--max-queue", "44") as (state, process):
+        clients = client(state, "storm", clients=args.clients, seconds=args.seconds)
+        memory: list[tuple[float, float]] = []
+        start = time.monotonic()
+        while clients.poll() is None:
+            memory.append((time.monotonic() - start, process.memory_info().rss / 2**20))
+            time.sleep(0.5)
+        counted = result(clients)
+        time.sleep(1)
+        cache, health = ask(state, "/cache"), ask(state, "/health")
+    warm = [point for point in memory if point[0] > args.seconds / 3]
+    slope = statistics.linear_regression(*zip(*warm, strict=True)).slope * 60
+    first = sorted(counted["first"])
+    return {
+        "clients": args.clients,
+        "seconds": args.seconds,
+        "answers": counted["statuses"],
+        "unintended": counted["unintended"],
+        "blocks_held_at_the_end": cache["blocks_used"],
+        "failed_steps": health["failed_steps"],
+        "rss_mib": [round(warm[0][1], 1), round(warm[-1][1], 1)],
+        "rss_slope_mib_per_minute": round(slope, 2),
+        "first_token_seconds": {f"p{q}": round(first[(len(first) - 1) * q // 100], 3) for q in (50, 90, 99)},
+        "tokens_per_second": round(counted["tokens"] / args.seconds, 1),
+    }
+
+
+def throughput(args: argparse.Namespace) -> dict[str, Any]:
+    llm = LLM(kv="int8-token")
+    ratios, rates = [], []
+    with server(*SERVED) as (state, _):
+        for round_ in range(-1, args.rounds):  # the first warms up
+            rng = random.Random(round_)
+            starts = [rng.randrange(len(TEXT) - 600) for _ in range(64 if round_ < 0 else args.requests)]
+            prompts = [TEXT[at : at + 600] for at in starts]
+            params = SamplingParams(max_tokens=64, ignore_eos=True)
+            fields = {"max_tokens": 64, "ignore_eos": True, "temperature": 0}
+
+            def own(prompts: list[str] = prompts, params: SamplingParams = params) -> float:
+                start = time.perf_counter()
+                tokens = sum(len(c.tokens) for c in llm.generate(prompts, params))
+                return tokens / (time.perf_counter() - start)
+
+            def served(prompts: list[str] = prompts, fields: dict[str, Any] = fields) -> float:
+                requests = [{"prompt": prompt, **fields} for prompt in prompts]
+                done = result(client(state, "work", clients=args.clients, requests=requests))
+                assert done["tokens"] == 64 * len(prompts), done["unintended"]
+                return done["tokens"] / done["seconds"]
+
+            if round_ % 2:
+                through, direct = served(), own()
+            else:
+                direct, through = own(), served()
+            if round_ >= 0:
+                ratios.append(through / direct)
+                rates.append((through, direct))
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "rounds": args.rounds,
+        "tokens_per_second": [round(statistics.median(rate), 1) for rate in zip(*rates, strict=True)],
+    }
+
+
+def budget(args: argparse.Namespace) -> dict[str, Any]:
+    """Long requests, all at once, on caches of the same size."""
+    rng = random.Random(0)
+    prompts = [TEXT[at : at + 5000] for at in (rng.randrange(len(TEXT) - 5000) for _ in range(args.long))]
+    with tempfile.TemporaryDirectory() as work:
+        calibrate = ["calibrate", "--calib-samples", "8", "--calib-seqlen", "1024", "--work-dir", work]
+        subprocess.run([*CLI, *calibrate], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        common = ["--kv-cache-memory", args.memory, "--max-batch-size", "64"]
+        with (
+            server(*common, "--kv", "bf16") as (state16, _),
+            server(*common, "--kv", "int8", "--calibration", work) as (state8, _),
+        ):
+            rows: dict[str, dict[str, list[float]]] = {"bf16": {}, "int8": {}}
+            for round_ in range(args.rounds):
+                for name, state in sorted({"bf16": state16, "int8": state8}.items(), reverse=bool(round_ % 2)):
+                    # Each round its own first words: no prompt is found in the cache of the round before.
+                    requests = [
+                        {"prompt": f"{round_} {p}", "max_tokens": 256, "ignore_eos": True, "temperature": 0}
+                        for p in prompts
+                    ]
+                    clients = client(state, "work", clients=len(requests), requests=requests)
+                    ran = []
+                    while clients.poll() is None:
+                        ran.append(ask(state, "/cache")["sessions_running"])
+                        time.sleep(0.1)
+                    done = result(clients)
+                    assert done["tokens"] == 256 * len(requests), done["unintended"]
+                    rows[name].setdefault("seconds", []).append(done["seconds"])
+                    rows[name].setdefault("sessions", []).append(statistics.mean(sorted(ran)[len(ran) // 2 :]))
+    ratios = [a / b for a, b in zip(rows["bf16"]["seconds"], rows["int8"]["seconds"], strict=True)]
+    return {
+        "kv_cache_memory": args.memory,
+        "requests": args.long,
+        "rows": [
+            {
+                "kv": name,
+                "cache_bytes": state["cache_bytes"],
+                "cache_tokens": state["cache_tokens"],
+                "sessions_of_2048": state["cache_tokens"] // 2048,
+                "sessions_running": round(statistics.median(rows[name]["sessions"]), 1),
+                "seconds": round(statistics.median(rows[name]["seconds"]), 2),
+            }
+            for name, state in {"bf16": state16, "int8": state8}.items()
+        ],
+        "int8_faster": round(statistics.median(ratios), 3),
+        "range": [round(min(ratios), 3), round(max(ratios), 3)],
+    }
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--only", choices=["storm", "throughput", "budget"])
+    cli.add_argument("--seconds", type=float, default=120)
+    cli.add_argument("--clients", type=int, default=64)
+    cli.add_argument("--rounds", type=int, default=5)
+    cli.add_argument("--requests", type=int, default=192, help="of a round of `throughput`")
+    cli.add_argument("--long", type=int, default=32, help="requests of a round of `budget`")
+    cli.add_argument("--memory", default="48MiB", help="KV cache of `budget`")
+    cli.add_argument("--client", type=json.loads, help=argparse.SUPPRESS)
+    cli.add_argument("--out", type=Path)
+    args = cli.parse_args()
+    if args.client:
+        work = storm_clients if args.client["kind"] == "storm" else work_clients
+        print(json.dumps(asyncio.run(work(args.client)), default=str))
+        return
+    document = {"benchmark": "serve", **describe()}
+    for measure in (storm, throughput, budget):
+        if args.only in (None, measure.__name__):
+            document[measure.__name__] = measure(args)
+            print(measure.__name__, json.dumps(document[measure.__name__]), file=sys.stderr)
+    if args.out:
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Attention on codes with Triton kernels: the counterpart of reference.py for NVIDIA GPUs.
+
+A step is three launches a layer, and knows no phases: `write` encodes the new rows into their slots and folds the
+queries, `scan` reads the cache, `combine` joins what `scan`'s programs have summed. A step of chunks and decodes scans
+twice, once with small tiles split over the cache, once with large ones.
+
+Triton is imported on first use: who has no GPU may have no Triton. With TRITON_INTERPRET=1 the kernels run on a CPU,
+slowly; that is how they are tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from octavo.cache.batch import Batch
+from octavo.cache.store import LayerCache
+
+if TYPE_CHECKING:
+    from octavo.attention import AttentionSpec
+
+LARGEST = 256  # head_dim whose tiles fit the registers
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the kernels cannot be used here; None if they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than Ampere"
+    return None
+
+
+def devices() -> tuple[str, ...]:
+    """Types of devices whose caches the kernels can read."""
+    return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+def takes(k_dim: int, v_dim: int) -> bool:
+    """Whether the kernels have rows of these dimensions; they have every codec."""
+    return max(k_dim, v_dim) <= LARGEST
+
+
+def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+    """As `octavo.attention.attend`."""
+    from octavo.attention.cuda import launch
+
+    return launch.attend(spec, cache, q, k, v, batch)

@@ -1,0 +1,49 @@
+"""The end of attention: the splits of a row become one, and what was folded out of V's codes comes back."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from octavo.attention.cuda.codes import rotate
+
+
+@triton.jit
+def combine(
+    sums, tops, totals, tiles, q_start, sinks, c, mu, out, lift,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    SINKS: tl.constexpr, ROTATED: tl.constexpr, STATIC: tl.constexpr,
+):  # fmt: skip
+    """Program (i, head, j): queries j·ROWS … of tile i, which has QUERIES of them. `lift` is LIFT in scan.py."""
+    head = tl.program_id(1)
+    sequence, first = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
+    row = tl.load(q_start + sequence)
+    new = tl.load(q_start + sequence + 1) - row
+    within = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    live = (within < QUERIES) & (first + within < new)
+    line = (row + first + within).to(tl.int64) * HEADS + head
+    d = tl.arange(0, PADDED)
+
+    part = line[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+    tops_ = tl.load(tops + part, live[:, None], 0.0)
+    totals_ = tl.load(totals + part, live[:, None], 0.0)
+    top = tl.max(tops_, 1)
+    share = tl.exp2(tops_ - top[:, None])
+    filled = (totals_ > 0)[:, :, None] & (d < DIM)[None, None, :]
+    parts = tl.load(sums + part[:, :, None] * DIM + d[None, None, :], filled, 0.0)
+    x = tl.sum(parts * share[:, :, None], 1)
+    total = tl.sum(totals_ * share, 1)
+
+    whole = total
+    if SINKS:
+        whole += tl.exp2(tl.load(sinks + head) * 1.4426950408889634 + lift - top)
+    whole = tl.maximum(whole, 1e-37)  # a row that saw nothing is 0, not 0/0
+    x = x / whole[:, None]
+    if ROTATED:
+        x = rotate(x, ROWS, PADDED, DIM)
+    if STATIC:
+        of_head = head // GROUP * DIM + d
+        x = x * tl.load(c + of_head, d < DIM, 0.0)[None, :]
+        x += (total / whole)[:, None] * tl.load(mu + of_head, d < DIM, 0.0)[None, :]
+    tl.store(out + (line * DIM)[:, None] + d[None, :], x.to(out.dtype.element_ty), live[:, None] & (d < DIM)[None, :])

@@ -1,0 +1,224 @@
+"""From a layer and a step to launches: which constants the kernels are compiled for, and how large the grids are.
+
+No grid depends on a value that only the device has, so a step of decodes can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from itertools import count
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from octavo.attention.cuda.combine import combine
+from octavo.attention.cuda.scan import LIFT, scan
+from octavo.attention.cuda.step import Step
+from octavo.attention.cuda.write import prepare
+from octavo.cache.batch import Batch
+from octavo.cache.store import LayerCache, RowStore
+from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL
+
+if TYPE_CHECKING:
+    from octavo.attention import AttentionSpec
+
+LOG2E = math.log2(math.e)
+TOKENS = 16  # rows a program of `prepare` encodes
+CHUNK_ROWS = {128: 128, 256: 64}  # queries × query heads of a tile of a chunk, by the widest head_dim it holds
+SHORTEST = 2  # blocks a split reads at least
+MOST_SPLITS = 64
+PROGRAMS = 16  # decode programs wanted for each multiprocessor: some four run at once
+
+
+def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+    """As `octavo.attention.attend`. Inside torch.compile it is one opaque operator."""
+    layer = _layer(spec, cache)
+    step = Step.of(batch)
+    one, many = step.tiles(1), step.tiles(layer.chunk_queries)
+    given = (q, k, v, batch.slots, batch.block_table, step.q_start, step.kv_len, one, many)
+    if torch.compiler.is_compiling():
+        return torch.ops.octavo.attend(*given, layer.memory, layer.number)
+    return layer(*given)
+
+
+class Layer:
+    """A layer's constants and launches. Made once, kept by the K store, reachable by number from the operator."""
+
+    def __init__(self, spec: AttentionSpec, cache: LayerCache):
+        self.spec, self.cache = spec, cache
+        self.number = next(_numbers)
+        k, v = cache.k, cache.v
+        self.group = spec.heads // k.heads
+        widest = min(width for width in CHUNK_ROWS if width >= max(k.dim, v.dim))
+        self.decode_rows = max(16, _power(self.group))
+        self.chunk_rows = max(CHUNK_ROWS[widest], _power(2 * self.group))
+        self.chunk_queries = self.chunk_rows // self.group
+        stores = () if spec.shape.shares is not None else (k, v)
+        self.memory = [x for s in stores for x in (s.codes, s.scales, s.saturated) if x is not None]
+        self.sinks = spec.sinks.float().contiguous() if spec.sinks is not None else None
+        shift = k.static is not None and (spec.softcap is not None or spec.sinks is not None)
+        # A soft cap is softcap·tanh(x) = softcap·(1 − 2/(2^(2x·log2 e) + 1)).
+        self.unit = spec.scale * LOG2E * (1 if spec.softcap is None else 2 / spec.softcap)
+        self.prepare: dict[str, Any] = {
+            "KV_HEADS": k.heads, "GROUP": self.group, "WRITES": spec.shape.shares is None, "SHIFT": shift,
+            "TOKENS": TOKENS, "BLOCK": k.layout.block_size,
+        }  # fmt: skip
+        self.scan: dict[str, Any] = {
+            "KV_HEADS": k.heads, "GROUP": self.group, "BLOCK": k.layout.block_size,
+            "SHIFT": shift, "SOFTCAP": spec.softcap is not None, "WINDOW": spec.window is not None,
+        }  # fmt: skip
+        for name, store in (("K", k), ("V", v)):
+            codec, dim = store.codec, store.dim
+            self.prepare |= {
+                f"{name}_DIM": dim, f"{name}_PADDED": _padded(dim), f"{name}_KIND": codec.kind,
+                f"{name}_BITS": codec.bits, f"{name}_ROTATED": codec.rotated,
+                f"{name}_STATIC": store.static is not None,
+            }  # fmt: skip
+            width = codec.code_bytes(dim) if codec.bits == 4 else dim
+            self.scan |= {
+                f"{name}_DIM": dim, f"{name}_PADDED": _padded(width), f"{name}_BITS": codec.bits,
+                f"{name}_TOKEN": codec.kind == "token",
+            }  # fmt: skip
+        self.combine: dict[str, Any] = {
+            "HEADS": spec.heads, "GROUP": self.group, "DIM": v.dim, "PADDED": _padded(v.dim),
+            "SINKS": spec.sinks is not None, "ROTATED": v.codec.rotated, "STATIC": v.static is not None,
+        }  # fmt: skip
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, table: Tensor,
+        q_start: Tensor, kv_len: Tensor, one: Tensor, many: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Write, then attend."""
+        out = q.new_empty(len(q), self.spec.heads, self.cache.v.dim)
+        step = (q_start, kv_len, table)
+        precision = "ieee" if q.dtype == torch.float32 else "tf32"  # tf32 holds float16 and bfloat16 exactly
+        with torch.cuda.device_of(q):  # Triton launches on the current device, a model may lie on several
+            queries = self._write(q, k, v, slots)
+            if len(one):
+                splits = split_count(len(one) * self.cache.k.heads, q.device)
+                self._read(queries, one, step, out, precision, self.decode_rows, 1, splits)
+            if len(many):
+                self._read(queries, many, step, out, precision, self.chunk_rows, self.chunk_queries, 1)
+        return out
+
+    def _write(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Encode k and v, and fold q: what it is multiplied with [T, heads, parts, k_dim], its factor and its shift
+        [T, heads]."""
+        K, V = self.cache.k, self.cache.v
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        tokens, heads = q.shape[:2]
+        if K.codec.kind == "raw":
+            dtype = K.codes.dtype if K.codes.dtype == q.dtype else torch.float32
+            folded = q.new_empty(tokens, heads, 1, K.dim, dtype=dtype)
+        else:
+            folded = q.new_empty(tokens, heads, 2, K.dim, dtype=torch.int8)
+        factor = q.new_empty(tokens, heads, dtype=torch.float32)
+        shift = torch.empty_like(factor) if self.scan["SHIFT"] else None
+        writes = self.prepare["WRITES"]
+        if writes:
+            K.written += k.numel()
+            V.written += v.numel()
+        grid = (-(-tokens // TOKENS), heads + (2 * K.heads if writes else 0))
+        k_static, v_static = K.static, V.static
+        prepare[grid](
+            q, k, v, slots, tokens, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            K.codes, K.scales, *((k_static.mu, k_static.c, k_static.reciprocal) if k_static else (None,) * 3),
+            *_tables(K), K.saturated,
+            V.codes, V.scales, *((v_static.mu, v_static.reciprocal) if v_static else (None,) * 2),
+            *_tables(V), V.saturated,
+            folded, factor, shift, self.unit, **self.prepare,
+        )  # fmt: skip
+        return folded, factor, shift
+
+    def _read(
+        self, queries: tuple[Tensor, Tensor, Tensor | None], tiles: Tensor, step: tuple[Tensor, Tensor, Tensor],
+        out: Tensor, precision: str, rows: int, held: int, splits: int,
+    ) -> None:  # fmt: skip
+        """Scan and combine `tiles` of so many `rows`, which hold so many queries, into their rows of `out`."""
+        K, V, spec = self.cache.k, self.cache.v, self.spec
+        q_start, kv_len, table = step
+        lines = out.shape[0] * out.shape[1]
+        sums = out.new_empty(lines, splits, V.dim, dtype=torch.float32)
+        tops, totals = (out.new_empty(lines, splits, dtype=torch.float32) for _ in range(2))
+        scan[(len(tiles), K.heads, splits)](
+            *queries, K.codes, K.scales, V.codes, V.scales, tiles, q_start, kv_len, table, table.stride(0),
+            sums, tops, totals, spec.window or 0, (spec.softcap or 0.0) * LOG2E,
+            M=rows, SPLITS=splits, SHORTEST=SHORTEST, PRECISION=precision,
+            V_FLOAT32=V.codec.kind == "raw" and V.codes.dtype != out.dtype,
+            **self.scan, **tuning(rows),
+        )  # fmt: skip
+        at_once = min(16, _power(held))  # rows of a program, enough to fill it where there is nothing to join
+        v_static = V.static
+        combine[(len(tiles), out.shape[1], -(-held // at_once))](
+            sums, tops, totals, tiles, q_start, self.sinks, *((v_static.c, v_static.mu) if v_static else (None, None)),
+            out, LIFT.value, QUERIES=held, ROWS=at_once, SPLITS=splits, **self.combine,
+        )  # fmt: skip
+
+
+_numbers = count()
+_layers: WeakValueDictionary[int, Layer] = WeakValueDictionary()
+
+
+def _layer(spec: AttentionSpec, cache: LayerCache) -> Layer:
+    if cache.k.native is None:
+        cache.k.native = {}
+    if id(spec) not in cache.k.native:  # the Layer keeps the spec, so its id stays its own
+        layer = cache.k.native[id(spec)] = Layer(spec, cache)
+        _layers[layer.number] = layer
+    return cache.k.native[id(spec)]
+
+
+@torch.library.custom_op("octavo::attend", mutates_args=("memory",))
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, slots: Tensor, table: Tensor,
+    q_start: Tensor, kv_len: Tensor, one: Tensor, many: Tensor, memory: list[Tensor], number: int,  # noqa: ARG001
+) -> Tensor:  # fmt: skip
+    return _layers[number](q, k, v, slots, table, q_start, kv_len, one, many)
+
+
+@_attend.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, slots: Tensor, table: Tensor,  # noqa: ARG001
+    q_start: Tensor, kv_len: Tensor, one: Tensor, many: Tensor, memory: list[Tensor], number: int,  # noqa: ARG001
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+def tuning(rows: int) -> dict[str, int]:
+    """Warps and pipeline stages of `scan`; chosen by reading its machine code, not measured on a GPU."""
+    return {"num_warps": 2, "num_stages": 3} if rows <= 16 else {"num_warps": 8, "num_stages": 2}
+
+
+def split_count(programs: int, device: torch.device) -> int:
+    """Into how many parts a decode's context is cut where there are so many programs without: a power of two."""
+    wanted = PROGRAMS * _multiprocessors(device) / programs
+    return max(1, min(MOST_SPLITS, _power(math.floor(wanted) + 1) // 2))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def _table(table: str, bits: int, device: torch.device) -> Tensor:
+    return {"limit": TOKEN_LIMIT, "reciprocal": TOKEN_RECIPROCAL}[table][bits].to(device)
+
+
+def _tables(store: RowStore) -> tuple[Tensor | None, Tensor | None]:
+    if store.codec.kind != "token":
+        return None, None
+    return tuple(_table(name, store.codec.bits, store.codes.device) for name in ("limit", "reciprocal"))  # type: ignore[return-value]
+
+
+def _power(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _padded(width: int) -> int:
+    """Columns of a tile: a power of two that the tensor cores take (32 bytes of int8)."""
+    return max(32, _power(width))

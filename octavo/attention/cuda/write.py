@@ -1,0 +1,142 @@
+"""One launch a layer before attention: new K and V rows become codes in their slots, queries are folded.
+
+What must be bit for bit as in quant/codec.py is written in its order of operations; nothing here may become a fused
+multiply-add (a sum of two products would).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from octavo.attention.cuda.codes import ROUND, rotate
+
+QUERY_STEPS = tl.constexpr(127 * 128)  # a query against integer codes is two int8, 128·high + low
+
+
+@triton.jit
+def encode(
+    x, slots, live, head, codes, scales, mu, reciprocal, limits, token_reciprocal, saturated,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr, STATIC: tl.constexpr, BY_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Put rows x [TOKENS, PADDED] of one head into their slots; rows that are not `live` go nowhere."""
+    d = tl.arange(0, PADDED)
+    block, place = slots // BLOCK, slots % BLOCK
+    line = (block * HEADS + head) * BLOCK  # of [num_blocks·HEADS·BLOCK] rows, the block's first
+    width: tl.constexpr = (DIM + 1) // 2 if BITS == 4 else DIM
+    if KIND == "raw":
+        value = x
+    else:
+        y = x.to(tl.float32)
+        inside = live[:, None] & (d < DIM)[None, :]
+        if STATIC:
+            y = (y - tl.load(mu + head * DIM + d, d < DIM, 0.0)) * tl.load(reciprocal + head * DIM + d, d < DIM, 0.0)
+        y = tl.where(inside, y, 0.0)
+        if ROTATED:
+            y = rotate(y, TOKENS, PADDED, DIM)
+        levels: tl.constexpr = 128.0 if KIND == "static" else (8.0 if BITS == 4 else 127.0)
+        if KIND == "token":
+            limit = tl.load(limits + tl.arange(0, 256))
+            above = limit[None, :] < tl.max(tl.abs(y), 1)[:, None]
+            e = tl.minimum(tl.sum(above.to(tl.int32), 1), 255)
+            y = y * tl.load(token_reciprocal + e)[:, None]
+            tl.store(scales + line + place, e.to(tl.uint8), live)
+        outside = tl.sum(tl.sum((tl.abs(y) > levels + 0.5).to(tl.int32), 1), 0)
+        tl.atomic_add(saturated, outside.to(tl.int64), outside > 0)
+        if BITS == 4:
+            nibble = tl.clamp(tl.floor(y) + 8, 0.0, 15.0).to(tl.int32)
+            w = tl.arange(0, PADDED // 2)[None, :] + tl.zeros([TOKENS, 1], tl.int32)
+            high = tl.where(w + width < DIM, tl.gather(nibble, tl.minimum(w + width, PADDED - 1), 1), 0)
+            value = tl.gather(nibble, w, 1) | (high << 4)
+            d = tl.arange(0, PADDED // 2)
+        else:
+            value = (tl.clamp(y, -128.0, 127.0) + ROUND) - ROUND
+    value = value.to(codes.dtype.element_ty)
+    inside = live[:, None] & (d < width)[None, :]
+    if BY_COLUMN:
+        # Lanes along the tokens, which lie side by side.
+        place = codes + (line * width + place)[None, :] + (d * BLOCK)[:, None]
+        tl.store(place, tl.trans(value), tl.trans(inside))
+    else:
+        tl.store(codes + ((line + place) * width)[:, None] + d[None, :], value, inside)
+
+
+@triton.jit
+def fold(
+    q, line, live, head, c, mu, folded, factor, shift, unit,
+    DIM: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr,
+    INTEGER: tl.constexpr, ROTATED: tl.constexpr, STATIC: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """q̃ = R(q ∘ c) of queries [TOKENS, PADDED] that belong to KV head `head`, as what the codes are multiplied with:
+    two int8 against integer codes, else the codes' own type. `factor` turns the product into a score in units of
+    `unit`, `shift` is q·mu in the same units."""
+    d = tl.arange(0, PADDED)
+    inside = live[:, None] & (d < DIM)[None, :]
+    if INTEGER:
+        y = q.to(tl.float32)
+        if SHIFT:
+            middle = tl.load(mu + head * DIM + d, d < DIM, 0.0)
+            tl.store(shift + line, tl.sum(y * middle[None, :], 1) * unit, live)
+        if STATIC:
+            y = y * tl.load(c + head * DIM + d, d < DIM, 0.0)[None, :]
+        if ROTATED:
+            y = rotate(y, TOKENS, PADDED, DIM)
+        largest = tl.maximum(tl.max(tl.abs(y), 1), 1e-30)
+        y = (y / largest[:, None] * QUERY_STEPS + ROUND) - ROUND
+        high = tl.floor((y + 64) / 128)
+        place = folded + (line * 2 * DIM)[:, None] + d[None, :]
+        tl.store(place, high.to(tl.int8), inside)
+        tl.store(place + DIM, (y - 128 * high).to(tl.int8), inside)
+        tl.store(factor + line, largest * (unit / QUERY_STEPS), live)
+    else:
+        tl.store(folded + (line * DIM)[:, None] + d[None, :], q.to(folded.dtype.element_ty), inside)
+        tl.store(factor + line, tl.zeros([TOKENS], tl.float32) + unit, live)
+
+
+@triton.jit
+def prepare(
+    q, k, v, slots, tokens, q_token, q_head, k_token, k_head, v_token, v_head,
+    k_codes, k_scales, k_mu, k_c, k_reciprocal, k_limits, k_token_reciprocal, k_saturated,
+    v_codes, v_scales, v_mu, v_reciprocal, v_limits, v_token_reciprocal, v_saturated,
+    folded, factor, shift, unit,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WRITES: tl.constexpr, SHIFT: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    K_DIM: tl.constexpr, K_PADDED: tl.constexpr, K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_ROTATED: tl.constexpr,
+    K_STATIC: tl.constexpr,
+    V_DIM: tl.constexpr, V_PADDED: tl.constexpr, V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_ROTATED: tl.constexpr,
+    V_STATIC: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): tokens i·TOKENS … of one head j, the query heads first, then those of K, then those of V."""
+    row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(1)
+    live = row < tokens
+    wide = row.to(tl.int64)
+    heads: tl.constexpr = KV_HEADS * GROUP
+    kd, vd = tl.arange(0, K_PADDED), tl.arange(0, V_PADDED)
+    if head < heads:
+        x = tl.load(
+            q + (wide * q_token + head * q_head)[:, None] + kd[None, :], live[:, None] & (kd < K_DIM)[None, :], 0.0
+        )
+        fold(x, wide * heads + head, live, head // GROUP, k_c, k_mu, folded, factor, shift, unit,
+             K_DIM, K_PADDED, TOKENS, K_KIND != "raw", K_ROTATED, K_STATIC, SHIFT)  # fmt: skip
+    elif WRITES:
+        slot = tl.load(slots + row, live, -1)
+        live = slot >= 0
+        slot = tl.maximum(slot, 0)
+        if head < heads + KV_HEADS:
+            head -= heads
+            x = tl.load(
+                k + (wide * k_token + head * k_head)[:, None] + kd[None, :], live[:, None] & (kd < K_DIM)[None, :], 0.0
+            )
+            encode(x, slot, live, head, k_codes, k_scales, k_mu, k_reciprocal, k_limits, k_token_reciprocal,
+                   k_saturated, KV_HEADS, K_DIM, K_PADDED, TOKENS, BLOCK, K_KIND, K_BITS, K_ROTATED, K_STATIC,
+                   False)  # fmt: skip
+        else:
+            head -= heads + KV_HEADS
+            x = tl.load(
+                v + (wide * v_token + head * v_head)[:, None] + vd[None, :], live[:, None] & (vd < V_DIM)[None, :], 0.0
+            )
+            encode(x, slot, live, head, v_codes, v_scales, v_mu, v_reciprocal, v_limits, v_token_reciprocal,
+                   v_saturated, KV_HEADS, V_DIM, V_PADDED, TOKENS, BLOCK, V_KIND, V_BITS, V_ROTATED, V_STATIC,
+                   V_KIND != "raw")  # fmt: skip

@@ -1,0 +1,162 @@
+"""`octavo quantize`: write a model again with 4-bit weights, as an AWQ checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octavo.cli.calibrate import SELF, draw_windows
+from octavo.cli.progress import progress
+from octavo.errors import Unsupported
+
+if TYPE_CHECKING:
+    from octavo.quantize import Quantized
+
+TEXTS = "Texts that tell which weights matter"
+LOADING = "Loading"
+
+
+def quantize(
+    work_dir: Annotated[Path, typer.Option(help="A new directory for the 4-bit model.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(help="A directory or a Hub id. [default: the bundled model]", show_default=False)
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Of a weight: 4.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale and a zero: 32, 64 or 128.")] = 128,
+    method: Annotated[
+        str, typer.Option(help="awq: scaled and clipped by what the inputs are. rtn: rounded only, to compare with.")
+    ] = "awq",
+    calib_dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="ptb, c4, wikitext2, pileval, a .txt or .jsonl file, or self: the model writes. [default: self]",
+            rich_help_panel=TEXTS,
+        ),
+    ] = None,
+    calib_samples: Annotated[int, typer.Option(help="Windows of text.", min=1, rich_help_panel=TEXTS)] = 128,
+    calib_seqlen: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a window. [default: 512, or the model's context]", min=2, rich_help_panel=TEXTS),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where files of the named data sets are looked for first.", rich_help_panel=TEXTS),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn.", rich_help_panel=TEXTS)] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="auto, bf16, fp16 or fp32; what is not quantized is stored so.", rich_help_panel=LOADING)
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=LOADING)] = "auto",
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(help="A Jinja file in place of the model's template, stored too.", rich_help_panel=LOADING),
+    ] = None,
+) -> None:
+    """Write MODEL with 4-bit weights into --work-dir.
+
+    The result is an AWQ checkpoint (gemm) of safetensors, which vLLM, LMDeploy and transformers read too:
+    `octavo chat DIR --model-format awq`. Linear layers are quantized. Embeddings, the head, norms and experts keep
+    their 16 bits, and so do layers that the groups do not divide. For the int8 KV cache calibrate the result,
+    not MODEL: `octavo calibrate DIR`.
+    """
+    from rich.console import Console
+
+    from octavo.corpus import load_texts
+    from octavo.models.model import Model, locate
+    from octavo.models.save import require_new, save_awq
+    from octavo.quantize import quantize as round_weights
+    from octavo.quantize import validate
+
+    validate(bits, group_size, method)
+    texts = load_texts(calib_dataset, data_dir) if calib_dataset not in (None, SELF) else None
+    _, path = locate(model)
+    require_16_bits(path)
+    require_new(work_dir, path)
+    loaded = Model.load(model, dtype=dtype, device=device, chat_template=chat_template, plain_weights=True)
+    length = min(512, loaded.bound.max_context) if calib_seqlen is None else calib_seqlen
+    source, windows = draw_windows(loaded, calib_dataset, texts, calib_samples, length, seed)
+    with progress() as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        quantized = round_weights(
+            loaded.bound,
+            windows,
+            group_size=group_size,
+            method=method,  # type: ignore[arg-type]  # validated above
+            progress=show,
+        )
+    template = loaded.tokenizer.chat_template
+    kept = save_awq(
+        loaded.bound.hf,
+        quantized.tensors,
+        group_size,
+        path,
+        work_dir,
+        chat_template=template if isinstance(template, str) else None,
+    )
+    console = Console()
+    console.print(error_table(quantized))
+    console.print(f"{len(windows)} windows of {len(windows[0])} tokens of {source}")
+    console.print(f"in 16 bits: {_listed(kept)}; embeddings and norms" if kept else "in 16 bits: embeddings and norms")
+    console.print(_sizes(quantized, path, work_dir))
+    console.print(f"saved to {work_dir}; serve it with --model-format awq", soft_wrap=True)
+
+
+def require_16_bits(path: Path) -> None:
+    """Raises Unsupported for a model whose weights are quantized already."""
+    from octavo.models.files import quantization
+
+    found, _ = quantization(path)
+    if found is not None:
+        raise Unsupported(
+            f"{path} holds weights that are quantized already ({found.get('quant_method', 'awq')}): "
+            "name the 16-bit model"
+        )
+
+
+def error_table(quantized: Quantized) -> Any:
+    """What rounding changes in the layers' outputs, by kind of layer, means over the blocks of the model."""
+    from rich.table import Table
+
+    table = Table(title="Errors of the layers' outputs, relative mean squares")
+    for name in ("layers", "scale absorbed by"):
+        table.add_column(name)
+    for name in ("blocks", "α", "rtn", "here"):
+        table.add_column(name, justify="right")
+    kinds: dict[str, list[Any]] = {}
+    for group in quantized.groups:
+        kinds.setdefault(group.fold.kind, []).append(group)
+    for groups in kinds.values():
+        fold = groups[0].fold
+        alphas = [group.alpha for group in groups if group.alpha is not None]
+        table.add_row(
+            " ".join(name.rpartition(".")[2] for name in fold.layers),
+            fold.source.rpartition(".")[2] if alphas and fold.source else "–",
+            str(len(groups)),
+            f"{sum(alphas) / len(alphas):.2f}" if alphas else "–",
+            f"{sum(group.plain for group in groups) / len(groups):.2e}",
+            f"{sum(group.error for group in groups) / len(groups):.2e}",
+        )
+    return table
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _sizes(quantized: Quantized, before: Path, after: Path) -> str:
+    from octavo.cache.size import format_bytes
+    from octavo.models.files import weight_files
+
+    old, new = (sum(file.stat().st_size for file in weight_files(path)) for path in (before, after))
+    return (
+        f"{quantized.bits_per_weight:.2f} bits a weight in {quantized.weights:,} weights of linear layers, scales and "
+        f"zeros included; files {format_bytes(old)} → {format_bytes(new)}"
+    )

@@ -1,0 +1,102 @@
+"""`octavo serve`: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octavo.cli.options import ServeOptions, option, takes
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from octavo.llm import LLM
+
+
+def serving(help: str, *names: str, **more: Any) -> Any:
+    return option(help, *names, panel="Server", **more)
+
+
+@takes(ServeOptions)
+def serve(
+    options: ServeOptions,
+    host: Annotated[str, serving("Address to listen on; 0.0.0.0 for every one of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, serving("0 takes a free one.", min=0, max=65535)] = 8000,
+    served_model_name: Annotated[str | None, serving("The model's name in the API. [default: MODEL]")] = None,
+    api_key: Annotated[
+        str | None, serving("Clients must send it: Authorization: Bearer KEY.", envvar="OCTAVO_API_KEY")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, serving("A web page's origin that may ask from a browser; may be repeated.")
+    ] = None,
+    max_queue: Annotated[int, serving("Answers that may wait; more are refused with 429.", min=0)] = 256,
+    timeout: Annotated[float, serving("Seconds an answer may take, its time in the queue included.", min=0.001)] = 600,
+    max_body: Annotated[int, serving("Bytes a request may have.", min=1)] = 8 << 20,
+    grace: Annotated[float, serving("Seconds that running answers have to end at SIGTERM or Ctrl-C.", min=0)] = 30,
+    session_dir: Annotated[
+        Path | None, serving("Keep conversations' caches here, over restarts too.", file_okay=False)
+    ] = None,
+    session_dir_size: Annotated[
+        str | None, serving("Bytes they may take; the least recently used are removed. [default: 10GiB]")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Tell on stdout, as one line of JSON, what is served.")
+    ] = False,
+) -> None:
+    """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
+    from octavo.cache.size import parse_bytes
+
+    try:
+        from octavo.serve.server import Server, bind, url
+        from octavo.serve.service import Limits
+        from octavo.serve.sessions import SessionDir
+    except ImportError as error:
+        raise OctavoError(f"`octavo serve` needs {error.name}: pip install 'octavo[serve]'") from None
+
+    if session_dir_size is not None and session_dir is None:
+        raise OctavoError("--session-dir-size bounds what --session-dir keeps: give one")
+    room = parse_bytes(session_dir_size or "10GiB")
+    with bind(host, port) as sock:
+        llm = options.llm()
+        sessions = SessionDir(session_dir, room, llm) if session_dir else None
+        limits = Limits(max_queue, timeout, max_body)
+        origins = tuple(cors_origin or ())
+        server = Server(
+            llm, sock, served_model_name, limits, api_key=api_key, cors_origins=origins, grace=grace, sessions=sessions
+        )
+        state = {"url": url(sock), "model": server.service.name, **_facts(llm)}
+        if as_json:
+            print(json.dumps(state), flush=True)
+        else:
+            _banner(state)
+        server.run()
+
+
+def _facts(llm: LLM) -> dict[str, Any]:
+    from octavo.cli.footprint import Footprint
+
+    cache, one = llm.cache, Footprint.of(llm, llm.session_len)
+    return {
+        "kv": str(llm.format),
+        "cache_bytes": cache.nbytes,
+        "cache_tokens": cache.num_blocks * cache.layout.block_size,
+        "session_len": llm.session_len,
+        "sessions": cache.num_blocks // one.blocks,
+        "token_bytes": one.token_bytes,
+        "token_bytes_16_bits": one.token_bytes_16,
+    }
+
+
+def _banner(state: dict[str, Any]) -> None:
+    from octavo.cache.size import format_bytes
+
+    print(
+        f"{state['model']}: a chat at {state['url']}/, the API at {state['url']}/v1\n"
+        f"KV cache {state['kv']}, {format_bytes(state['cache_bytes'])}: {state['cache_tokens']:,} tokens, "
+        f"{state['sessions']:,} sessions of {state['session_len']:,}",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -1,0 +1,139 @@
+"""Decode steps as CUDA graphs: one launch in the place of a thousand.
+
+A step in which every sequence computes one token has the same shape whatever its sequences, but for their number. So it
+is captured once for each of a few sizes, over buffers that stay where they are, and a step is copied into them and
+padded to the next size. A padded row has slot −1 (writes nowhere) and length 0 (sees nothing); nobody reads its logits.
+
+Only `capture` needs a GPU. On a CPU the same buffers are run as they are, which is how padding is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from octavo.cache.batch import Batch
+
+Forward = Callable[[Batch], Tensor]
+Replay = Callable[[], Tensor]
+Capture = Callable[[Replay], Replay]
+
+
+def sizes(most: int) -> list[int]:
+    """Rows of the captured steps: 1, 2, 4, 8, 16, 24, … and `most`."""
+    return sorted({size for size in (1, 2, 4, *range(8, most, 8)) if size < most} | {most})
+
+
+class StepBuffers:
+    """Memory of one decode step of up to `rows` sequences with tables of up to `width` blocks. It never moves."""
+
+    def __init__(self, rows: int, width: int, block_size: int, device: torch.device):
+        self.rows, self.width, self.block_size = rows, width, block_size
+        self.memory = torch.zeros(rows * (4 + width), dtype=torch.int64, device=device)
+        self.places = torch.arange(rows + 1, device=device)
+
+    def load(self, batch: Batch, size: int) -> None:
+        """Copy a decode step in, padded to `size` rows: everything of the host in one copy, for which the device's
+        queue does not stop."""
+        n, used = len(batch.q_lens), 4 * self.rows + size * self.width
+        host = torch.zeros(used, dtype=torch.int64, pin_memory=self.memory.is_cuda)
+        ids, positions, slots, kv_len, table = self._parts(host)
+        positions[:n], kv_len[:n] = batch.positions, batch.kv_len
+        slots.fill_(-1)[:n] = batch.slots
+        table[:n, : batch.block_table.shape[1]] = batch.block_table
+        sampled = batch.ids.device.type != "cpu"  # by the step before, and never seen by the host
+        if not sampled:
+            ids[:n] = batch.ids
+        self.memory[:used].copy_(host, non_blocking=True)
+        if sampled:
+            self.memory[:n] = batch.ids
+
+    def batch(self, size: int) -> Batch:
+        """The step of `size` rows that lies here. Its lengths on the host are the longest that can."""
+        ids, positions, slots, kv_len, table = self._parts(self.memory)
+        return Batch(
+            ids=ids[:size],
+            positions=positions[:size],
+            slots=slots[:size],
+            block_table=table[:size],
+            q_start=self.places[: size + 1],
+            kv_len=kv_len[:size],
+            q_lens=[1] * size,
+            kv_lens=[self.width * self.block_size] * size,
+            logits_at=self.places[:size],
+        )
+
+    def clear(self) -> None:
+        """A step of padded rows alone."""
+        self.memory.zero_()
+        self._parts(self.memory)[2].fill_(-1)
+
+    def _parts(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """ids, positions, slots and kv_len [rows], block table [·, width]."""
+        ids, positions, slots, kv_len = memory[: 4 * self.rows].view(4, self.rows)
+        return ids, positions, slots, kv_len, memory[4 * self.rows :].view(-1, self.width)
+
+
+class DecodeGraphs:
+    """The model's forward over every size of step that `buffers` can hold, captured."""
+
+    def __init__(self, forward: Forward, buffers: StepBuffers, capture: Capture):
+        self.buffers = buffers
+        self.replays: dict[int, Replay] = {}
+        buffers.clear()
+        for size in reversed(sizes(buffers.rows)):  # the largest first: the others fit in its memory
+            # A new Batch for every run: what attention derives from one (its plan) must be derived within the capture.
+            self.replays[size] = capture(partial(self._padded, forward, size))
+
+    def _padded(self, forward: Forward, size: int) -> Tensor:
+        return forward(self.buffers.batch(size))
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether this is a decode step of all its sequences, and not too large."""
+        rows, width = batch.block_table.shape
+        fits = rows <= self.buffers.rows and width <= self.buffers.width
+        return fits and len(batch.positions) == rows == len(batch.logits_at)
+
+    def run(self, batch: Batch) -> Tensor:
+        """Logits [sequences, vocabulary]; they stay until the next step of the same size."""
+        rows = len(batch.q_lens)
+        size = min(size for size in self.replays if size >= rows)
+        self.buffers.load(batch, size)
+        return self.replays[size]()[:rows]
+
+
+def cuda_capture(device: torch.device) -> Capture:
+    """Captures into CUDA graphs that share one pool of memory. They are replayed one at a time, in order."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(run: Replay) -> Replay:
+        with torch.cuda.device(device):
+            run()  # compiles kernels and fills caches
+            with _syncs_refused():
+                run()  # a model that waits for the device fails here, by name, and not in the middle of a capture
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                out = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    return capture
+
+
+@contextmanager
+def _syncs_refused() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

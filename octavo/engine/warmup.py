@@ -1,0 +1,58 @@
+"""What a step takes beside weights and cache: measured on a GPU by running the largest there can be.
+
+The cache is then made of what is left (cache/size.py), so a full step later on finds its memory free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from octavo.cache.batch import Batch
+from octavo.cache.store import KVCache
+from octavo.engine.runner import Runner
+from octavo.engine.sampling import Sampled, SamplingParams, sample
+from octavo.engine.sequence import Sequence
+from octavo.models.bind import BoundModel
+
+
+@dataclass(frozen=True)
+class LargestStep:
+    """So many sequences, none longer than `session_len`, that compute so many tokens together and all gain one."""
+
+    sequences: int
+    tokens: int
+    session_len: int
+
+    def lengths(self) -> list[int]:
+        """One prompt as long as can be, then the next; a token at least is left for each of the others."""
+        found: list[int] = []
+        rest = self.tokens
+        for others in reversed(range(self.sequences)):
+            found.append(max(1, min(self.session_len, rest - others)))
+            rest -= found[-1]
+        return found
+
+    def run(self, model: BoundModel, cache: KVCache) -> list[Sampled]:
+        """Compute it on a cache of one block, to be thrown away: every sequence stands in that block, many times."""
+        size = cache.layout.block_size
+        params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=0)
+        work = []
+        for length in self.lengths():
+            sequence = Sequence([0] * length, params)
+            sequence.block_table = [0] * -(-length // size)
+            work.append((sequence, length))
+        logits = Runner(model, cache).run(Batch.build(work, size))
+        return sample(logits, [sequence for sequence, _ in work])
+
+    def nbytes(self, model: BoundModel, cache: KVCache) -> int:
+        """Bytes of the model's GPU that it takes at its peak, beside what was taken before."""
+        device = model.device
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        self.run(model, cache)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.empty_cache()
+        return peak - before

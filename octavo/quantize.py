@@ -1,0 +1,251 @@
+"""Make 4-bit weights: watch what the linear layers take, scale, clip, round and pack them.
+
+One pass over windows of text, through the same attention as serving, keeps of every linear layer's input the mean
+magnitude of its channels and a sample of rows. Then each group of layers that share an input is scaled where something
+in front of it can absorb the scale (weights/folds.py), the model must still compute what it did, and layer after layer
+is rounded and replaced by its packed self, so memory only shrinks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo.attention import attend, layout_for
+from octavo.cache.batch import Batch
+from octavo.cache.store import KVCache
+from octavo.calibrate import Window
+from octavo.errors import OctavoError, Unsupported
+from octavo.models.bind import BoundModel
+from octavo.weights.awq import round_to_nearest, search_scale, search_shrink
+from octavo.weights.folds import Fold, absorb, find_folds
+from octavo.weights.layouts import AWQ, Int4Weight
+from octavo.weights.linear import PackedLinear
+
+Method = Literal["awq", "rtn"]
+METHODS: tuple[str, ...] = get_args(Method)
+GROUP_SIZES = (32, 64, 128)  # what kernels elsewhere take
+ROWS = 512  # of each input that are kept, from all windows alike
+TRIAL = 32  # tokens on which folds are tried
+
+Progress = Callable[[str, int, int], None]
+"""(what is done, how many, of how many)"""
+
+
+@dataclass
+class Input:
+    """What linear layers that share an input took: the mean of |x| of its channels, and some rows of it."""
+
+    mean: Tensor
+    rows: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """How the layers of one input were rounded. Errors are mean squares of the outputs, relative to the outputs'."""
+
+    fold: Fold
+    alpha: float | None  # None where there was nothing to absorb a scale
+    plain: float  # what rounding to nearest alone would have cost
+    error: float
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """4-bit weights as an AWQ checkpoint names them, and how they were made."""
+
+    tensors: dict[str, Tensor]
+    group_size: int
+    groups: list[Rounded]
+    weights: int  # parameters that were quantized
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized layers, their scales and zeros included."""
+        return 8 * sum(tensor.nbytes for tensor in self.tensors.values()) / self.weights
+
+
+def validate(bits: int, group_size: int, method: str) -> None:
+    """Raises OctavoError for what no AWQ checkpoint is made with."""
+    if bits != 4:
+        raise OctavoError(f"weights are quantized to 4 bits only, not to {bits}")
+    if group_size not in GROUP_SIZES:
+        raise OctavoError(f"a group of {group_size} weights: choose {', '.join(map(str, GROUP_SIZES))}")
+    if method not in METHODS:
+        raise OctavoError(f"the method {method!r} is unknown: choose {' or '.join(METHODS)}")
+
+
+def quantize(
+    bound: BoundModel,
+    windows: Sequence[Sequence[int]],
+    *,
+    group_size: int = 128,
+    method: Method = "awq",
+    progress: Progress = lambda *_: None,
+) -> Quantized:
+    """Quantize the linear layers of `bound` in place, with inputs seen in `windows` of token ids.
+
+    `rtn` rounds to nearest and is there to compare with; it too takes windows, to report its error on them. Raises
+    Unsupported for a model without a linear layer that groups divide.
+    """
+    validate(4, group_size, method)
+    linear = quantizable(bound.hf, group_size)
+    run = partial(_trial, bound)
+    with torch.inference_mode(False), torch.no_grad():
+        before = run()
+        folds = find_folds(bound.hf, linear, run)
+        inputs = _watch(bound, {fold: linear[fold.layers[0]] for fold in folds}, windows, progress)
+        scales: dict[Fold, tuple[Tensor, float]] = {}
+        for done, fold in enumerate(folds):
+            progress("searching scales", done, len(folds))
+            if method == "awq" and fold.source is not None:
+                layers = [linear[name] for name in fold.layers]
+                weights = [layer.weight.float() for layer in layers]
+                seen = inputs[fold]
+                scale, alpha = search_scale(weights, torch.cat(seen.rows).float(), seen.mean, group_size)
+                for layer in layers:
+                    layer.weight.data.mul_(scale)
+                absorb(bound.hf.get_submodule(fold.source), scale)
+                scales[fold] = scale, alpha
+        progress("searching scales", len(folds), len(folds))
+        _require_same(run(), before, bound.dtype)
+        return _round(bound.hf, folds, linear, inputs, scales, group_size, method, progress)
+
+
+def quantizable(hf: nn.Module, group_size: int) -> dict[str, nn.Linear]:
+    """The linear layers that groups divide and AWQ can pack, by name; neither the head nor weights used twice."""
+    head = hf.get_output_embeddings()  # type: ignore[operator]
+    layers = {name: m for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    if not layers:
+        raise Unsupported("this model has no linear layers but its head: there is nothing to quantize")
+    owners = [id(p) for m in hf.modules() for p in m.parameters(recurse=False)]
+    fitting = {
+        name: m
+        for name, m in layers.items()
+        if m.in_features % group_size == 0 and m.out_features % 8 == 0 and owners.count(id(m.weight)) == 1
+    }
+    if not fitting:
+        sizes = sorted({m.in_features for m in layers.values()})
+        smaller = [str(g) for g in GROUP_SIZES if any(size % g == 0 for size in sizes)]
+        remedy = f"choose {' or '.join(smaller)}" if smaller else f"none of {GROUP_SIZES} does"
+        raise Unsupported(f"groups of {group_size} divide no layer's inputs ({', '.join(map(str, sizes))}): {remedy}")
+    return fitting
+
+
+def _trial(bound: BoundModel) -> Tensor:
+    """Logits of a few random tokens, the same in every run; plain attention, since folds do not depend on its kind."""
+    ids = torch.randint(bound.vocab_size, (TRIAL,), generator=torch.Generator().manual_seed(0)).to(bound.device)
+    positions = torch.arange(TRIAL, device=bound.device)
+
+    def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        scale = bound.layers[layer].scale
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(0, 1)
+
+    return bound.forward(ids, positions, positions, causal)
+
+
+def _watch(
+    bound: BoundModel, first: dict[Fold, nn.Linear], windows: Sequence[Sequence[int]], progress: Progress
+) -> dict[Fold, Input]:
+    """One pass over `windows`, from position 0, that sees the input of the first layer of each fold."""
+    inputs = {fold: Input(layer.weight.new_zeros(layer.in_features).float()) for fold, layer in first.items()}
+    tokens = sum(map(len, windows))
+    generator = torch.Generator().manual_seed(0)
+    handles = [
+        layer.register_forward_pre_hook(partial(_take, inputs[fold], ROWS / tokens, tokens, generator))
+        for fold, layer in first.items()
+    ]
+    layout = layout_for(bound.shapes)
+    blocks = -(-max(map(len, windows)) // layout.block_size)
+    cache = KVCache(bound.shapes, bound.raw_format, blocks, layout)
+    try:
+        for done, window in enumerate(windows):
+            progress("watching inputs", done, len(windows))
+            batch = Batch.build([(Window(window, blocks), len(window))], layout.block_size).on(bound.device)
+
+            def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch = batch) -> Tensor:
+                return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
+
+            bound.forward(batch.ids, batch.positions, batch.logits_at, observe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    progress("watching inputs", len(windows), len(windows))
+    for fold, seen in inputs.items():
+        if not seen.mean.isfinite().all():
+            raise OctavoError(
+                f"the inputs of {fold.layers[0]} are not finite: the model overflows in {bound.dtype}; "
+                "load it with --dtype bf16 or fp32, or check its weights"
+            )
+    return inputs
+
+
+def _take(
+    seen: Input, share: float, tokens: int, generator: torch.Generator, _: nn.Module, args: tuple[Any, ...]
+) -> None:
+    x = args[0].flatten(0, -2)
+    seen.mean = seen.mean + x.float().abs().sum(0) / tokens
+    chosen = torch.randperm(len(x), generator=generator)[: max(1, round(share * len(x)))]
+    seen.rows.append(x[chosen.to(x.device)].clone())
+
+
+def _require_same(logits: Tensor, before: Tensor, dtype: torch.dtype) -> None:
+    """Scales are exact but for the rounding of the weights that take them."""
+    off = ((logits - before).norm() / before.norm()).item()
+    if not off <= max(4 * torch.finfo(dtype).eps, 1e-4):
+        raise Unsupported(
+            f"scaling the weights of this model changed what it computes (logits by {off:.1%}): nothing was written; "
+            "--method rtn leaves them unscaled"
+        )
+
+
+def _round(
+    hf: nn.Module,
+    folds: list[Fold],
+    linear: dict[str, nn.Linear],
+    inputs: dict[Fold, Input],
+    scales: dict[Fold, tuple[Tensor, float]],
+    group_size: int,
+    method: Method,
+    progress: Progress,
+) -> Quantized:
+    """Round every layer and put its packed self in its place."""
+    tensors: dict[str, Tensor] = {}
+    groups: list[Rounded] = []
+    weights = done = 0
+    for fold in folds:
+        rows = torch.cat(inputs.pop(fold).rows).float()
+        scale, alpha = scales.pop(fold, (torch.ones_like(rows[0]), None))
+        rows = rows / scale
+        plain = error = 0.0
+        for name in fold.layers:
+            progress("rounding", done, len(linear))
+            weight = linear[name].weight.float()
+            shrink = search_shrink(weight, rows, group_size) if method == "awq" else 1.0
+            rounded = round_to_nearest(weight, group_size, shrink)
+            unscaled = round_to_nearest(weight / scale, group_size).dequantize() * scale
+            output = (rows @ weight.T).square().mean()
+            plain += ((rows @ (unscaled - weight).T).square().mean() / output).item() / len(fold.layers)
+            error += ((rows @ (rounded.dequantize() - weight).T).square().mean() / output).item() / len(fold.layers)
+            tensors |= {f"{name}.{key}": tensor.cpu() for key, tensor in AWQ.pack(rounded).items()}
+            _replace(hf, name, rounded)
+            weights += weight.numel()
+            done += 1
+        groups.append(Rounded(fold, alpha, plain, error))
+    progress("rounding", done, done)
+    return Quantized(tensors, group_size, groups, weights)
+
+
+def _replace(hf: nn.Module, name: str, weight: Int4Weight) -> None:
+    old = hf.get_submodule(name)
+    new = PackedLinear(old.in_features, old.out_features, bias=False)  # type: ignore[arg-type]
+    new.bias = old.bias  # type: ignore[assignment]
+    new.fill(weight)
+    hf.set_submodule(name, new)

@@ -1,0 +1,8 @@
+"""The OpenAI-compatible server: requests come in on an asyncio loop, one thread owns model, cache and engine.
+
+server.py     the process: socket, uvicorn, signals
+app.py        routes                      protocol.py  what may be asked     openapi.py  its description
+service.py    a request admitted, prepared, answered in time
+worker.py     the engine's thread         metrics.py   what is counted
+answering.py  how an answer is sent       replies.py   what it looks like    tools.py    calls in it
+"""

@@ -1,0 +1,102 @@
+"""How an answer is sent: in pieces as they come, or whole."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from octavo.answer import Delta
+from octavo.engine.sampling import SamplingParams
+from octavo.serve.errors import ApiError
+from octavo.serve.replies import DONE, Reply, dumps, event
+from octavo.serve.service import Service
+
+
+class Answering(Response):
+    """Sends a request's answers as they come, or whole. A client that leaves ends them at once."""
+
+    def __init__(
+        self,
+        service: Service,
+        reply: Reply,
+        prepare: Callable[[], list[tuple[list[int], SamplingParams]]],
+        n: int,
+        stream: bool | None,
+        usage: bool,
+    ):
+        self.service, self.reply, self.prepare, self.n = service, reply, prepare, n
+        self.stream, self.usage = bool(stream), usage
+        self.begun = False
+        self.start = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._stream(send) if self.stream else self._whole(scope, receive, send))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                self.service.metrics.aborted.inc()
+                return
+            await work  # raises what went wrong
+        except ApiError as error:
+            await self._refuse(error, scope, receive, send)
+        except asyncio.CancelledError:  # the grace time is over
+            end = ApiError(503, "the server was stopped before this answer's end")
+            await self._refuse(end, scope, receive, send)
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _batches(self) -> AsyncGenerator[list[Delta]]:
+        metrics = self.service.metrics
+        async with self.service.job(len(self.reply.completions), self.prepare) as job:
+            first = True
+            async for pieces in self.service.batches(job):
+                if first:
+                    metrics.first_token.observe(time.monotonic() - self.start)
+                    first = False
+                for delta in pieces:
+                    self.reply.take(delta)
+                yield pieces
+        metrics.duration.observe(time.monotonic() - self.start)
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._batches()) as batches:
+            async for _ in batches:
+                pass
+        body = dumps(self.reply.whole(self.n))
+        self.begun = True
+        await Response(body, media_type="application/json")(scope, receive, send)
+
+    async def _stream(self, send: Send) -> None:
+        """The head waits for the first piece: until then a refusal still has its own status."""
+        async with aclosing(self._batches()) as batches:
+            async for pieces in batches:
+                events = [event(self.reply.chunk(delta, self.usage)) for delta in pieces]
+                await self._send(send, b"".join(events))
+        end = event(self.reply.usage_chunk(self.n)) + DONE if self.usage else DONE
+        await self._send(send, end, more=False)
+
+    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self.begun:
+            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+        elif self.stream:
+            await self._send(send, event(error.body), more=False)
+
+    async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
+        if not self.begun:
+            self.begun = True
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

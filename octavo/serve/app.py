@@ -1,0 +1,202 @@
+"""The routes. Every refusal, whoever makes it, has OpenAI's form."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from octavo.engine.sampling import SamplingParams
+from octavo.errors import OctavoError
+from octavo.serve import page
+from octavo.serve.answering import Answering
+from octavo.serve.errors import ApiError
+from octavo.serve.metrics import cache_state
+from octavo.serve.openapi import document
+from octavo.serve.protocol import ChatRequest, CompletionRequest, NamedTool, parse
+from octavo.serve.replies import ChatReply, TextReply
+from octavo.serve.service import Service, several
+from octavo.serve.tools import call_schema
+from octavo.text import encode_chat
+
+KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/cache", "/openapi.json")
+GUARDED = ("/v1/", "/metrics", "/cache")  # need the key; the page that asks for it does not
+
+
+def create_app(service: Service, api_key: str | None = None, cors_origins: tuple[str, ...] = ()) -> Starlette:
+    """The ASGI application; it starts the service's worker and stops it."""
+
+    async def chat(request: Request) -> Response:
+        return await _chat(service, parse(await _body(request, service.limits.max_body), ChatRequest))
+
+    async def completions(request: Request) -> Response:
+        return await _completions(service, parse(await _body(request, service.limits.max_body), CompletionRequest))
+
+    async def models(request: Request) -> Response:
+        if (name := request.path_params.get("name")) is not None:
+            service.check_model(name)
+        model = {"id": service.name, "object": "model", "created": service.created, "owned_by": "octavo"}
+        return JSONResponse(model if name else {"object": "list", "data": [model]})
+
+    async def health(_: Request) -> Response:
+        alive = service.worker.alive
+        state = {"status": "ok" if alive else "failed", "failed_steps": service.worker.counts.failures}
+        return JSONResponse(state, 200 if alive else 503)
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(service.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def cache(_: Request) -> Response:
+        return JSONResponse(
+            await service.worker.call(lambda llm: cache_state(llm, service.worker, service.name, service.sessions))
+        )
+
+    async def openapi(_: Request) -> Response:
+        return JSONResponse(document())
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with service.running():
+            yield
+
+    routes: list[BaseRoute] = [
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", models),
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/cache", cache),
+        Route("/openapi.json", openapi),
+        *page.routes(),
+    ]
+    middleware = [Middleware(Gate, service, api_key)]
+    if cors_origins:
+        middleware.insert(
+            0, Middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
+        )
+    refusals = {ApiError: _refuse, HTTPException: _refuse_http, Exception: _fail}
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=refusals, lifespan=lifespan)
+
+
+async def _chat(service: Service, asked: ChatRequest) -> Response:
+    service.check_model(asked.model)
+    n = asked.n or 1
+    tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] if asked.tool_choice != "none" else []
+    functions = [tool["function"] for tool in tools]
+    schema = asked.answer_schema
+    if asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedTool):
+        one = asked.tool_choice.function.name if isinstance(asked.tool_choice, NamedTool) else None
+        schema = call_schema([function for function in functions if one in (None, function["name"])])
+    params = _params(lambda: asked.params(service.defaults, schema))
+
+    def prepare() -> list[tuple[list[int], SamplingParams]]:
+        messages = [message.plain() for message in asked.messages]
+        return several(encode_chat(service.llm.tokenizer, messages, tools), params, n)
+
+    reply = ChatReply(
+        service.name,
+        n,
+        service.llm.tokenizer.decode,
+        logprobs=bool(asked.logprobs),
+        tools=[function["name"] for function in functions] if functions else None,
+    )
+    return Answering(service, reply, prepare, n, asked.stream, asked.wants_usage)
+
+
+async def _completions(service: Service, asked: CompletionRequest) -> Response:
+    service.check_model(asked.model)
+    n, prompts, tokenizer = asked.n or 1, asked.prompts, service.llm.tokenizer
+    params = _params(lambda: asked.params(service.defaults))
+
+    def prepare() -> list[tuple[list[int], SamplingParams]]:
+        encoded = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt for prompt in prompts]
+        return [one for tokens in encoded for one in several(list(tokens), params, n)]
+
+    echoes = None
+    if asked.echo:
+        echoes = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts for _ in range(n)]
+    reply = TextReply(
+        service.name, n * len(prompts), tokenizer.decode, logprobs=asked.logprobs is not None, echoes=echoes
+    )
+    return Answering(service, reply, prepare, n, asked.stream, asked.wants_usage)
+
+
+
+
+class Gate:
+    """Counts requests, and asks those under /v1 and the like for the key."""
+
+    def __init__(self, app: ASGIApp, service: Service, api_key: str | None):
+        self.app, self.service, self.api_key = app, service, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status = 499  # as nginx counts a client that left
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if self._may_enter(scope):
+                await self.app(scope, receive, counted)
+            else:
+                error = ApiError(401, "this server asks for a key: Authorization: Bearer KEY", code="invalid_api_key")
+                await _refuse(None, error)(scope, receive, counted)
+        finally:
+            route = scope["path"] if scope["path"] in KNOWN else "other"
+            self.service.metrics.requests.labels(route, status).inc()
+
+    def _may_enter(self, scope: Scope) -> bool:
+        if self.api_key is None or not scope["path"].startswith(GUARDED):
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, b"Bearer " + self.api_key.encode())
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The request's body. It must be called JSON: what is not, any site could make a browser send."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise ApiError(413, f"the body is larger than {limit} bytes (--max-body)")
+    return bytes(body)
+
+
+def _refuse(_: Request | None, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+def _refuse_http(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(ApiError(error.status_code, error.detail).body, error.status_code, error.headers)
+
+
+def _fail(_: Request, __: Exception) -> Response:  # starlette logs it
+    return JSONResponse(ApiError(500, "the server failed; its log tells why").body, 500)
+
+
+def _params(make: Callable[[], SamplingParams]) -> SamplingParams:
+    try:
+        return make()
+    except OctavoError as error:
+        raise ApiError(400, str(error), param=str(error).partition(" is ")[0]) from None

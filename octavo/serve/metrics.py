@@ -1,0 +1,90 @@
+"""What `/metrics` and `/cache` tell: counted where it happens, read when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from octavo.cache.size import block_bytes
+from octavo.llm import LLM
+from octavo.quant.format import KVFormat
+from octavo.serve.sessions import SessionDir
+from octavo.serve.worker import Worker
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """Of one server, in a registry of its own."""
+
+    def __init__(self, llm: LLM, worker: Worker):
+        self.llm, self.worker = llm, worker
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "octavo_requests", "Requests by route and status.", ["route", "status"], registry=self.registry
+        )
+        self.aborted = Counter("octavo_requests_aborted", "Requests whose client left.", registry=self.registry)
+        self.first_token = Histogram(
+            "octavo_time_to_first_token_seconds",
+            "From request to first piece.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.duration = Histogram(
+            "octavo_request_seconds", "From request to the answer's end.", buckets=SECONDS, registry=self.registry
+        )
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """The engine's numbers, as they are now. Lengths and counts alone: other threads may read them."""
+        engine, counts = self.llm.engine, self.worker.counts
+        pool, scheduler = engine.pool, engine.scheduler
+        gauges = {
+            "octavo_blocks_total": ("Blocks of the KV cache.", len(pool)),
+            "octavo_blocks_used": ("Blocks that running sessions hold.", len(pool) - len(pool.free)),
+            "octavo_sessions_running": ("Sequences in the batch.", len(scheduler.running)),
+            "octavo_sessions_waiting": ("Sequences in the queue.", len(scheduler.waiting)),
+            "octavo_cache_bytes": ("Bytes of the KV cache.", self.llm.cache.nbytes),
+        }
+        for name, (help, value) in gauges.items():
+            yield GaugeMetricFamily(name, help, value)
+        totals = {
+            "octavo_generated_tokens": ("Tokens generated.", counts.generated_tokens),
+            "octavo_prompt_tokens": ("Prompt tokens of complete answers.", counts.prompt_tokens),
+            "octavo_prefix_hit_tokens": ("Of those, found in the prefix cache.", counts.hit_tokens),
+            "octavo_failed_steps": ("Steps of the engine that failed.", counts.failures),
+        }
+        for name, (help, value) in totals.items():
+            yield CounterMetricFamily(name, help, value)
+
+
+def cache_state(llm: LLM, worker: Worker, model: str, sessions: SessionDir | None = None) -> dict[str, Any]:
+    """The cache in numbers; on the engine's thread, since it walks through the blocks."""
+    cache, pool, scheduler = llm.cache, llm.engine.pool, llm.engine.scheduler
+    used = len(pool) - len(pool.free)
+    block_16 = block_bytes(cache.shapes, [KVFormat.parse("bf16")] * len(cache.shapes), pool.block_size)
+    return {
+        "model": model,
+        "format": str(llm.format),
+        "block_size": pool.block_size,
+        "block_bytes": cache.block_nbytes,
+        "block_bytes_16_bits": block_16,
+        "blocks_total": len(pool),
+        "blocks_used": used,
+        "blocks_cached": sum(pool.blocks[index].prefix is not None for index in pool.free),  # free, and findable
+        "bytes_allocated": cache.nbytes,
+        "bytes_used": used * cache.block_nbytes,
+        "bytes_used_16_bits": used * block_16,
+        "sessions_running": len(scheduler.running),
+        "sessions_waiting": len(scheduler.waiting),
+        "sessions_saved": len(sessions.chains) if sessions else None,
+        "sessions_saved_bytes": sessions.nbytes if sessions else None,
+        "restored_tokens": sessions.restored_tokens if sessions else None,
+        "prefix_hit_tokens": worker.counts.hit_tokens,
+        "prefix_query_tokens": worker.counts.prompt_tokens,
+        "tokens_per_second": round(worker.tokens_per_second, 1),
+        "generated_tokens": worker.counts.generated_tokens,
+    }

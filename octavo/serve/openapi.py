@@ -1,0 +1,86 @@
+"""The API's own description, OpenAPI 3.1, made of the models that check the requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from octavo import __version__
+from octavo.serve.protocol import ChatRequest, CompletionRequest
+
+ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
+REFUSALS = {
+    "400": "The request makes no sense, or asks for what is not supported: `param` names the field.",
+    "401": "The key is missing or wrong.",
+    "404": "There is no model of that name.",
+    "413": "The body is too large.",
+    "415": "The body is not called JSON.",
+    "429": "Too many requests are waiting; `Retry-After` says when to try again.",
+    "500": "The engine failed.",
+    "504": "The time was over before the answer began.",
+}
+
+
+def document() -> dict[str, Any]:
+    _, schemas = models_json_schema(
+        [(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template="#/components/schemas/{model}"
+    )
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Octavo", "version": __version__, "description": "OpenAI's API on a quantized KV cache."},
+        "paths": {
+            "/v1/chat/completions": {"post": _post("ChatRequest", "Answer a conversation.")},
+            "/v1/completions": {"post": _post("CompletionRequest", "Continue prompts.")},
+            "/v1/models": {"get": _get("The one model that is served.", "401")},
+            "/v1/models/{model}": {
+                "get": {
+                    **_get("The model, if that is its name.", "401", "404"),
+                    "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
+                }
+            },
+            "/cache": {"get": _get("The KV cache in numbers.", "401")},
+            "/health": {"get": _get("Whether the engine runs; 503 if it does not.")},
+            "/metrics": {"get": _get("For Prometheus.", "401", content="text/plain")},
+        },
+        "components": {"schemas": {**schemas["$defs"], "Error": ERROR}},
+    }
+
+
+def _post(request: str, summary: str) -> dict[str, Any]:
+    body = {"application/json": {"schema": {"$ref": f"#/components/schemas/{request}"}}}
+    answer = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": body},
+        "responses": {
+            "200": {"description": "The answer, whole or streamed.", "content": answer},
+            **_refusals(*REFUSALS),
+        },
+    }
+
+
+def _get(summary: str, *refusals: str, content: str = "application/json") -> dict[str, Any]:
+    kind = {"type": "object" if content == "application/json" else "string"}
+    answer = {"description": summary, "content": {content: {"schema": kind}}}
+    return {"summary": summary, "responses": {"200": answer, **_refusals(*refusals)}}
+
+
+def _refusals(*statuses: str) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {status: {"description": REFUSALS[status], "content": content} for status in statuses}

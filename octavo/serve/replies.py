@@ -1,0 +1,184 @@
+"""What is answered: pieces of answers in OpenAI's form, streamed or whole."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from octavo.answer import Completion, Delta
+from octavo.engine.sampling import Sampled
+from octavo.serve.tools import Call, ToolText
+from octavo.text import REPLACEMENT
+
+DONE = b"data: [DONE]\n\n"
+
+
+def dumps(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + dumps(value) + b"\n\n"
+
+
+class Reply:
+    """One request's answer: `n` choices, of which `take` gets the pieces and `whole` the sum."""
+
+    prefix: str
+    object: str
+    chunk_object: str
+
+    def __init__(self, model: str, n: int, decode: Callable[[list[int]], str]):
+        self.id, self.model, self.created = f"{self.prefix}-{uuid.uuid4().hex}", model, int(time.time())
+        self.decode = decode
+        self.completions: list[Completion | None] = [None] * n
+        self.sampled: list[list[Sampled]] = [[] for _ in range(n)]
+
+    def chunk(self, delta: Delta, usage: bool) -> dict[str, Any]:
+        """A piece as it is streamed."""
+        more = {"usage": None} if usage else {}
+        return {**self._head(self.chunk_object), "choices": [self._choice(delta)], **more}
+
+    def usage_chunk(self, per_prompt: int) -> dict[str, Any]:
+        """The last piece of a stream whose request asked for it."""
+        return {**self._head(self.chunk_object), "choices": [], "usage": self.usage(per_prompt)}
+
+    def take(self, delta: Delta) -> None:
+        self.sampled[delta.index] += delta.sampled
+        if delta.completion:
+            self.completions[delta.index] = delta.completion
+
+    def whole(self, per_prompt: int) -> dict[str, Any]:
+        """All choices; `per_prompt` of them answer the same prompt."""
+        choices = [self._whole(i, c) for i, c in enumerate(self.completions) if c]
+        return {**self._head(self.object), "choices": choices, "usage": self.usage(per_prompt)}
+
+    def usage(self, per_prompt: int) -> dict[str, Any]:
+        """Tokens; a prompt counts once, however many answers it has."""
+        done = [completion for completion in self.completions if completion]
+        prompt = sum(completion.prompt_tokens for completion in done[::per_prompt])
+        generated = sum(len(completion.tokens) for completion in done)
+        cached = sum(completion.cached_tokens for completion in done[::per_prompt])
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _whole(self, index: int, completion: Completion) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatReply(Reply):
+    """`tools` are the names of the functions whose calls are looked for; None: none."""
+
+    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, *args: Any, logprobs: bool = False, tools: Sequence[str] | None = None):
+        super().__init__(*args)
+        self.logprobs = logprobs
+        self.texts = [ToolText(tools) for _ in self.completions] if tools is not None else None
+        self.begun = [False] * len(self.completions)
+
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        text, calls = delta.text, list[Call]()
+        reason: str | None = delta.completion.finish_reason if delta.completion else None
+        if self.texts:
+            shown = self.texts[delta.index]
+            text = shown.push(text)
+            if reason:
+                rest, calls = shown.finish()
+                text += rest
+        said: dict[str, Any] = {"content": text} if text or not reason else {}
+        if not self.begun[delta.index]:
+            self.begun[delta.index] = True
+            said = {"role": "assistant", **said}
+        if calls:
+            said["tool_calls"] = [{"index": i, **_call(call)} for i, call in enumerate(calls)]
+            reason = "tool_calls" if reason == "stop" else reason
+        logprobs = self._logprobs(delta.sampled) if self.logprobs else None
+        return {"index": delta.index, "delta": said, "logprobs": logprobs, "finish_reason": reason}
+
+    def _whole(self, index: int, completion: Completion) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+        reason: str = completion.finish_reason
+        if self.texts:
+            shown = ToolText(self.texts[index].names)
+            text = shown.push(completion.text)
+            rest, calls = shown.finish()
+            if calls:
+                message["content"] = text + rest or None
+                message["tool_calls"] = [_call(call) for call in calls]
+                reason = "tool_calls" if reason == "stop" else reason
+        logprobs = self._logprobs(self.sampled[index]) if self.logprobs else None
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, sampled: Sequence[Sampled]) -> dict[str, Any]:
+        def named(token: int, logprob: float | None) -> dict[str, Any]:
+            text = self.decode([token])
+            whole = REPLACEMENT not in text  # else a part of a character
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+
+        content = [
+            {**named(one.token, one.logprob), "top_logprobs": [named(*other) for other in one.top.items()]}
+            for one in sampled
+        ]
+        return {"content": content, "refusal": None}
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+
+
+class TextReply(Reply):
+    """`echoes` are the prompts' texts where the answers begin with them."""
+
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, *args: Any, logprobs: bool = False, echoes: Sequence[str] | None = None):
+        super().__init__(*args)
+        self.logprobs, self.echoes = logprobs, echoes
+        self.offsets = [0] * len(self.completions)
+        self.begun = [False] * len(self.completions)
+
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        echo = "" if self.begun[delta.index] or self.echoes is None else self.echoes[delta.index]
+        self.begun[delta.index] = True
+        reason = delta.completion.finish_reason if delta.completion else None
+        logprobs = self._logprobs(delta.index, delta.sampled) if self.logprobs else None
+        return {"index": delta.index, "text": echo + delta.text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _whole(self, index: int, completion: Completion) -> dict[str, Any]:
+        echo = self.echoes[index] if self.echoes is not None else ""
+        logprobs = self._logprobs(index, self.sampled[index]) if self.logprobs else None
+        return {
+            "index": index,
+            "text": echo + completion.text,
+            "logprobs": logprobs,
+            "finish_reason": completion.finish_reason,
+        }
+
+    def _logprobs(self, index: int, sampled: Sequence[Sampled]) -> dict[str, Any]:
+        texts = [self.decode([one.token]) for one in sampled]
+        offsets = []
+        for text in texts:
+            offsets.append(self.offsets[index])
+            self.offsets[index] += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [one.logprob for one in sampled],
+            "top_logprobs": [{self.decode([t]): p for t, p in one.top.items()} for one in sampled],
+            "text_offset": offsets,
+        }

@@ -1,0 +1,175 @@
+"""Conversations that outlive the server: their quantized blocks in a directory, found again by the prompt's prefix.
+
+A conversation that has been quiet for a while is saved, and all are when the server stops. A request whose prompt
+begins with a saved one has its blocks put back first, and is not prefilled. The engine's thread only copies blocks
+between two steps; files are read and written beside it. What is wrong with a file costs a warning, never a request.
+
+The index is the event loop's alone. A conversation that went on replaces what was saved of it; beyond `limit` bytes the
+least recently used files go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Sequence as Tokens
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+from octavo.cache import session
+from octavo.cache.session import Copies, SavedSession
+from octavo.cache.size import format_bytes
+from octavo.errors import OctavoError
+from octavo.llm import LLM
+from octavo.serve.worker import Worker
+
+logger = logging.getLogger("octavo")
+QUIET = 5.0  # seconds without a request after which a conversation is saved
+MOST_FRESH = 1024  # conversations that wait to be saved; where they come faster than the disk takes them, some are not
+SUFFIX = ".session"
+
+
+class SessionDir:
+    """The saved sessions of one server."""
+
+    def __init__(self, path: Path, limit: int, llm: LLM):
+        self.path, self.limit = path, limit
+        self.cache, self.pool, self.identity = llm.cache, llm.engine.pool, llm.session_identity
+        self.kind = sha256(repr(self.identity).encode()).hexdigest()[:8]  # of two formats in one directory
+        self.sizes: dict[Path, int] = {}  # every session file, least recently used first
+        self.chains: dict[Path, list[bytes]] = {}  # of those that fit this cache, the hashes of their prefixes
+        self.index: dict[bytes, Path] = {}  # such a hash → a file that has its block
+        self.fresh: dict[bytes, tuple[Tokens[int], float]] = {}  # last hash → tokens not yet saved, and when they ended
+        self.restored_tokens = 0
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for torn in [*path.glob(".*.part"), *path.glob(".tmp*")]:  # a server was killed as it wrote
+                torn.unlink()
+            found = sorted(path.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime)
+        except OSError as error:
+            raise OctavoError(f"--session-dir {path} cannot be used: {error.strerror}") from None
+        for file in found:
+            self._take_in(file)
+        self._shrink()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def remember(self, tokens: Tokens[int]) -> None:
+        """A conversation has ended its turn."""
+        chain = self._chain(tokens)
+        if not chain or chain[-1] in self.index:
+            return
+        for earlier in chain:
+            self.fresh.pop(earlier, None)
+        self.fresh[chain[-1]] = (tokens, time.monotonic())
+        if len(self.fresh) > MOST_FRESH:
+            del self.fresh[next(iter(self.fresh))]
+
+    async def save_quiet(self, worker: Worker) -> None:
+        """For ever: save what has become quiet."""
+        while True:
+            await asyncio.sleep(QUIET / 5)
+            await self.save(worker, QUIET)
+
+    async def save(self, worker: Worker, quiet: float = 0.0) -> None:
+        """Save the conversations that ended their turn `quiet` seconds ago or earlier, as far as they are cached."""
+        ended = time.monotonic() - quiet
+        for last, (tokens, at) in list(self.fresh.items()):
+            if at <= ended:
+                del self.fresh[last]
+                try:
+                    await self._save(worker, tokens)
+                except Exception as error:  # the disk is full, a step is failing: the next may do
+                    logger.warning("a session is not kept: %s", error)
+
+    async def restore(self, worker: Worker, tokens: Tokens[int]) -> None:
+        """Put back what is saved of a prompt and not cached."""
+        chain = self._chain(tokens)
+        blocks = next((n for n in range(len(chain), 0, -1) if chain[n - 1] in self.index), 0)
+        if blocks == 0:
+            return
+        file = self.index[chain[blocks - 1]]
+        if blocks <= await worker.call(lambda llm: len(llm.engine.pool.find(tokens))):
+            return
+        try:
+            copies = await asyncio.to_thread(self._read, file)
+            prefix = tokens[: blocks * self.pool.block_size + 1]
+            before, after = await worker.call(lambda llm: _paste(llm, prefix, copies))
+        except Exception as error:  # whatever a file can hold, the request goes on without it
+            logger.warning("a saved session is removed, and its prompt computed again: %s", error)
+            self._forget(file)
+            return
+        self.restored_tokens += (after - before) * self.pool.block_size
+        self._touch(file)
+
+    async def _save(self, worker: Worker, tokens: Tokens[int]) -> None:
+        copies = await worker.call(lambda llm: session.copy_prefix(llm.cache, llm.engine.pool, tokens))
+        codes = await asyncio.to_thread(session.to_rows, self.cache, copies)
+        tokens = tokens[: session.rows(codes) + 1]
+        chain = self._chain(tokens)
+        if not chain or chain[-1] in self.index:
+            return
+        if (size := sum(rows.nbytes for rows in codes.values())) > self.limit:
+            raise OctavoError(f"it takes {format_bytes(size)}, and all may take {format_bytes(self.limit)}")
+        file = self.path / f"{chain[-1].hex()}.{self.kind}{SUFFIX}"
+        written = await asyncio.to_thread(session.save, file, tokens, codes, self.identity)
+        self._add(file, written, chain)
+        for shorter in [old for old, its in self.chains.items() if its[-1] in chain[:-1]]:
+            self._forget(shorter)
+        self._shrink()
+
+    def _read(self, file: Path) -> Copies:
+        saved = SavedSession.open(file)
+        saved.check(self.identity)
+        return session.to_blocks(self.cache, saved.codes())
+
+    def _take_in(self, file: Path) -> None:
+        """A file that is there at the start. One of another model or format is left alone, but its bytes count."""
+        try:
+            saved, size = SavedSession.open(file), file.stat().st_size
+        except (OctavoError, OSError) as error:
+            logger.warning("a saved session is removed: %s", error)
+            self._forget(file)
+            return
+        fits = saved.identity == self.identity
+        self._add(file, size, self._chain(saved.tokens) if fits else [])
+
+    def _add(self, file: Path, size: int, chain: list[bytes]) -> None:
+        self.sizes[file] = size
+        if chain:
+            self.chains[file] = chain
+            self.index.update(dict.fromkeys(chain, file))
+
+    def _forget(self, file: Path) -> None:
+        with suppress(OSError):
+            file.unlink()
+        self.sizes.pop(file, None)
+        if self.chains.pop(file, None):  # another file may have some of its blocks too
+            self.index = {prefix: other for other, chain in self.chains.items() for prefix in chain}
+
+    def _touch(self, file: Path) -> None:
+        """Its use is remembered over restarts too."""
+        if file in self.sizes:
+            self.sizes[file] = self.sizes.pop(file)
+            with suppress(OSError):
+                os.utime(file)
+
+    def _shrink(self) -> None:
+        while self.nbytes > self.limit:
+            self._forget(next(iter(self.sizes)))
+
+    def _chain(self, tokens: Tokens[int]) -> list[bytes]:
+        return [prefix for prefix, _ in self.pool.prefixes(tokens)]
+
+
+def _paste(llm: LLM, tokens: Tokens[int], copies: Copies) -> tuple[int, int]:
+    """Blocks of `tokens` that are cached before and after."""
+    pool = llm.engine.pool
+    before = len(pool.find(tokens))
+    session.paste_prefix(llm.cache, pool, tokens, copies)
+    return before, len(pool.find(tokens))

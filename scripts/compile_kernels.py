@@ -1,0 +1,198 @@
+"""Compile the GPU kernels on a machine without a GPU, and say what they take: docs/KERNELS.md.
+
+    python scripts/compile_kernels.py                      # every format, head dim and target, writes docs/KERNELS.md
+    python scripts/compile_kernels.py --formats int8 --dims 128 --targets 90 --check    # only fail on a spill
+
+The kernels are given what a real step gives them: a step is run on CPU tensors with each launch replaced by a
+compilation. Registers, stack and spills are from the ptxas that comes with Triton, instructions from its nvdisasm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import mangle_type
+
+from octavo.attention import AttentionSpec
+from octavo.attention.cuda import launch
+from octavo.cache.batch import Batch
+from octavo.cache.layout import Layout
+from octavo.cache.store import KVCache, LayerShape
+from octavo.engine.sequence import Sequence
+from octavo.quant.calibration import Calibration, Header
+from octavo.quant.format import KVFormat
+
+PAGE = Path(__file__).parent.parent / "docs" / "KERNELS.md"
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+FORMATS = ["bf16", "int8", "int8-token", "int4-token", "k8v4"]
+DIMS = [64, 80, 96, 128, 256]
+KV_HEADS, GROUP, BLOCK = 8, 4, 64
+HEADER = Header("synthetic", "none", 1, 1, 1, (0, 0))
+
+
+@dataclass
+class Result:
+    kernel: str
+    registers: int
+    spills: int  # bytes stored to and loaded from local memory
+    shared: int  # bytes
+    warps: int
+    loop: list[str]  # machine instructions of the longest loop
+
+
+def compiled(format: str, dim: int, target: int) -> Iterator[Result]:
+    """Compile what a step of one decode and one chunk launches in a layer of that format."""
+    shape = LayerShape(KV_HEADS, dim, dim)
+    ranges = {"min": -torch.ones(KV_HEADS, dim), "max": torch.ones(KV_HEADS, dim)}
+    calibration = Calibration(HEADER, [{"k": ranges, "v": ranges}])
+    cache = KVCache([shape], KVFormat.parse(format), 2, Layout(BLOCK, "pages"), calibration)
+    work = [Sequence([0] * 2), Sequence([0] * 40)]
+    work[0].num_cached = 1
+    for i, sequence in enumerate(work):
+        sequence.block_table = [i]
+    rows = [torch.zeros(41, heads, dim, dtype=torch.bfloat16) for heads in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)]
+
+    seen: list[tuple[str, CompiledKernel, int]] = []
+    kernels = {name: getattr(launch, name) for name in ("prepare", "scan", "combine")}
+    for name, kernel in kernels.items():
+        setattr(launch, name, _Compiler(kernel, target, lambda *found, name=name: seen.append((name, *found))))
+    try:
+        spec = AttentionSpec(shape, KV_HEADS * GROUP, dim**-0.5)
+        batch = Batch.build([(work[0], 1), (work[1], 40)], BLOCK)
+        launch.attend(spec, cache.layers[0], rows[0], rows[1], rows[2], batch)
+    finally:
+        for name, kernel in kernels.items():
+            setattr(launch, name, kernel)
+    names = ["write", "scan (decode)", "combine (decode)", "scan (chunk)", "combine (chunk)"]
+    for name, (_, kernel, warps) in zip(names, seen, strict=True):
+        yield Result(name, *_resources(kernel, target), kernel.metadata.shared, warps, _loop(kernel))
+
+
+class _Compiler:
+    """Stands in for a kernel: a launch compiles it for exactly those arguments and hands over the result."""
+
+    def __init__(self, kernel: Any, target: int, found: Callable[[CompiledKernel, int], None]):
+        self.kernel, self.target, self.found = kernel, GPUTarget("cuda", target, 32), found
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile(*args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+            signature, attributes = {}, {}
+            given = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
+            for i, name in enumerate(self.kernel.arg_names):
+                value = given[name]
+                if name in constants or value is None:
+                    constants[name] = value
+                    signature[name] = "constexpr"
+                else:
+                    signature[name] = mangle_type(value)
+                    if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+                        attributes[i,] = [["tt.divisibility", 16]]
+            source = ASTSource(self.kernel, signature, constants, attributes)
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            self.found(triton.compile(source, target=self.target, options=options), num_warps)
+
+        return compile
+
+
+def _resources(kernel: CompiledKernel, target: int) -> tuple[int, int]:
+    """Registers a thread, and bytes spilled, as ptxas reports them."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        arch = "sm_90a" if target == 90 else f"sm_{target}"
+        command = [BINARIES / "ptxas", "-v", f"-arch={arch}", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", said)
+    spills = re.findall(r"(\d+) bytes spill", said)
+    assert registers, said
+    return int(registers[1]), sum(map(int, spills))
+
+
+def _loop(kernel: CompiledKernel) -> list[str]:
+    """The instructions between the farthest backward branch and its target."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([BINARIES / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    longest: list[str] = []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            code.append(instruction[1])
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if back and back[1] in labels and len(code) - labels[back[1]] > len(longest):
+                longest = code[labels[back[1]] :]
+    return longest
+
+
+def row(format: str, dim: int, target: int, result: Result) -> str:
+    per_code, loads, cores = "", "", ""
+    if result.kernel.startswith("scan"):
+        codes = BLOCK * 2 * dim
+        per_code = f"{len(result.loop) * 32 * result.warps / codes:.2f}"
+        count = {name: sum(name in line for line in result.loop) for name in ("LDGSTS", "GMMA", "MMA")}
+        wide = sum("LDGSTS" in line and ".128" in line for line in result.loop)
+        loads = f"{wide} of {count['LDGSTS']}"
+        cores = f"{count['GMMA']} wgmma" if count["GMMA"] else f"{count['MMA']} mma"
+    return (
+        f"| {format} | {dim} | {target / 10:.1f} | {result.kernel} | {result.warps} | {result.registers} | "
+        f"{result.shared} | {result.spills} | {per_code} | {loads} | {cores} |"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--dims", nargs="+", type=int, default=DIMS)
+    parser.add_argument("--targets", nargs="+", type=int, default=[80, 90], help="compute capability × 10")
+    parser.add_argument("--check", action="store_true", help="write nothing, only fail if a decode kernel spills")
+    given = parser.parse_args()
+    launch._multiprocessors = lambda device: 132  # noqa: ARG005 - those of an H100
+    rows, spilled = [], []
+    for target in given.targets:
+        for format in given.formats:
+            for dim in given.dims:
+                for result in compiled(format, dim, target):
+                    rows.append(row(format, dim, target, result))
+                    print(rows[-1], flush=True)
+                    if result.spills and "decode" in result.kernel:
+                        spilled.append(rows[-1])
+    if not given.check:
+        PAGE.write_text(HEAD.format(triton=triton.__version__, torch=torch.__version__) + "\n".join(rows) + "\n")
+    if spilled:
+        print("spills in a decode kernel:", *spilled, sep="\n", file=sys.stderr)
+    return 1 if spilled else 0
+
+
+HEAD = """# The GPU kernels as compiled
+
+Generated by `scripts/compile_kernels.py` with Triton {triton}, on a machine without a GPU. **Nothing here has run on a
+GPU**: these are the compiler's numbers, of one layer with 8 KV heads and 32 query heads, blocks of 64 tokens, bf16
+queries.
+
+*Shared* and *spilled* are bytes. *Per code* is every instruction of the loop over blocks (loads, products, softmax,
+conversions), threads times instructions, divided by the codes of K and V that a turn of the loop reads. *16-byte loads*
+are the copies from global to shared memory in that loop that move 16 bytes a thread, of all of them; where one is left
+over, it reads the block table. Products are `wgmma` on 9.0 where a tile has 64 rows, `mma` elsewhere.
+
+| format | head dim | target | kernel | warps | registers | shared | spilled | per code | 16-byte loads | tensor cores |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Servers in a thread on a port of their own, and the real client of OpenAI."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from octavo import LLM
+from octavo.models.model import Model
+from octavo.serve.server import Server, bind, url
+
+
+@dataclass
+class Running:
+    """A server that runs."""
+
+    server: Server
+    url: str
+
+    @property
+    def llm(self) -> LLM:
+        return self.server.service.llm
+
+    def client(self, key: str = "none") -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def assert_idle(self) -> None:
+        """Soon nothing runs, waits or holds a block."""
+        wait_until(lambda: not self.llm.engine.busy and self.server.service.admitted == 0)
+        self.llm.engine.scheduler.check()
+        assert len(self.llm.engine.pool.free) == len(self.llm.engine.pool)
+        assert self.llm._answers == {}
+
+
+def wait_until(condition: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.005)
+
+
+@contextmanager
+def serving(llm: LLM, **options: Any) -> Iterator[Running]:
+    with bind("127.0.0.1", 0) as sock:
+        server = Server(llm, sock, **options)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            wait_until(lambda: server.uvicorn.started)
+            yield Running(server, url(sock))
+        finally:
+            server.stop()
+            thread.join(30)
+    assert not thread.is_alive(), "the server did not stop"
+
+
+def small(model: Model, **more: Any) -> LLM:
+    return LLM(model, kv="fp32", **{"session_len": 512, "max_batch_size": 4, "max_batch_tokens": 128} | more)
+
+
+@pytest.fixture(scope="session")
+def shared(pamphlet: Model) -> Iterator[Running]:
+    with serving(small(pamphlet)) as running:
+        yield running
+
+
+@pytest.fixture
+def running(shared: Running) -> Iterator[Running]:
+    """The server that most tests share; each leaves it as it found it."""
+    yield shared
+    shared.assert_idle()
+
+
+@pytest.fixture
+def client(running: Running) -> OpenAI:
+    return running.client()

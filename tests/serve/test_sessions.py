@@ -1,0 +1,177 @@
+"""`--session-dir`: conversations outlive the server, and nothing in the directory can harm a request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from octavo.cli import main
+from octavo.errors import OctavoError
+from octavo.llm import LLM
+from octavo.models.model import Model
+from octavo.serve import sessions as module
+from octavo.serve.sessions import SessionDir
+from tests.serve.conftest import Running, serving, small, wait_until
+
+PLENTY = 1 << 30
+
+
+@contextmanager
+def keeping(directory: Path, model: Model, limit: int = PLENTY, **more: object) -> Iterator[tuple[Running, SessionDir]]:
+    """A server that has seen nothing but the directory."""
+    llm = LLM(model, **{"kv": "fp32", "session_len": 512, "max_batch_size": 4, **more})
+    sessions = SessionDir(directory, limit, llm)
+    with serving(llm, sessions=sessions) as running:
+        yield running, sessions
+
+
+def ask(running: Running, prompt: list[int], max_tokens: int = 4) -> tuple[str, int]:
+    """The greedy answer, and how many tokens of the prompt were cached."""
+    name = running.server.service.name
+    reply = running.client().completions.create(model=name, prompt=prompt, temperature=0, max_tokens=max_tokens)
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens_details is not None
+    return reply.choices[0].text, reply.usage.prompt_tokens_details.cached_tokens or 0
+
+
+@pytest.fixture
+def prompts(text_ids: list[int]) -> list[list[int]]:
+    """Each of one whole block."""
+    return [text_ids[i : i + 70] for i in (0, 100, 200)]
+
+
+def test_a_conversation_outlives_the_server(pamphlet: Model, text_ids: list[int], tmp_path: Path):
+    prompt = text_ids[:140]
+    with keeping(tmp_path / "new" / "dir", pamphlet) as (running, _):
+        first = ask(running, prompt)
+        assert first[1] == 0
+        cold = ask(running, text_ids[:200])
+    with keeping(tmp_path / "new" / "dir", pamphlet) as (running, sessions):
+        assert ask(running, prompt) == (first[0], 128)
+        assert sessions.restored_tokens == 128
+        assert ask(running, text_ids[:200])[0] == cold[0]
+        running.assert_idle()
+        state = json.load(urlopen(f"{running.url}/cache"))
+        assert (state["sessions_saved"], state["restored_tokens"]) == (1, 192)
+        assert state["sessions_saved_bytes"] == sum(
+            file.stat().st_size for file in (tmp_path / "new" / "dir").iterdir()
+        )
+
+
+def test_what_went_on_replaces_what_was_saved_of_it(pamphlet: Model, text_ids: list[int], tmp_path: Path):
+    for length in (70, 140, 200):
+        with keeping(tmp_path, pamphlet) as (running, _):
+            ask(running, text_ids[:length])
+        assert len(list(tmp_path.iterdir())) == 1
+    with keeping(tmp_path, pamphlet) as (running, _):
+        assert ask(running, text_ids[:250])[1] == 192
+        assert ask(running, text_ids[:100])[1] == 64
+
+
+def test_a_quiet_conversation_is_saved_while_the_server_runs(
+    pamphlet: Model, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "QUIET", 0.05)
+    with keeping(tmp_path, pamphlet) as (running, sessions):
+        ask(running, prompts[0])
+        wait_until(lambda: len(sessions.chains) == 1)
+        assert [file.suffix for file in tmp_path.iterdir()] == [".session"]
+        # What is evicted from the cache comes back from the directory, without a restart.
+        running.llm.engine.pool.clear()
+        assert ask(running, prompts[0])[1] == 64
+
+
+def test_torn_altered_and_strange_files_cost_a_warning_each_and_no_request(
+    pamphlet: Model, prompts: list[list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    with keeping(tmp_path, pamphlet) as (running, _):
+        answers = [ask(running, prompt)[0] for prompt in prompts]
+    torn, altered, headless = sorted(tmp_path.iterdir())
+    torn.write_bytes(torn.read_bytes()[:-100])
+    altered.write_bytes(altered.read_bytes()[:-100] + bytes(100))
+    headless.write_bytes(headless.read_bytes()[:100])
+    (tmp_path / "none.session").write_bytes(b"")
+    (tmp_path / ".x.session.1.part").write_bytes(b"half a file of a server that was killed")
+    (tmp_path / "notes.txt").write_text("not a session: left alone")
+    with caplog.at_level(logging.WARNING), keeping(tmp_path, pamphlet) as (running, sessions):
+        assert len(sessions.chains) == 2
+        assert [ask(running, prompt) for prompt in prompts] == [(answer, 0) for answer in answers]
+        running.assert_idle()
+        assert len(caplog.records) == 4
+    with keeping(tmp_path, pamphlet) as (running, _):  # what was computed again has been saved again
+        assert [ask(running, prompt) for prompt in prompts] == [(answer, 64) for answer in answers]
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".session"] * 3 + [".txt"]
+
+
+def test_sessions_of_another_format_are_left_alone(pamphlet: Model, prompts: list[list[int]], tmp_path: Path):
+    with keeping(tmp_path, pamphlet) as (running, _):
+        ask(running, prompts[0])
+    with keeping(tmp_path, pamphlet, kv="int8-token") as (running, sessions):
+        assert sessions.chains == {}
+        assert ask(running, prompts[0])[1] == 0
+    assert len(list(tmp_path.iterdir())) == 2
+    with keeping(tmp_path, pamphlet) as (running, _):
+        assert ask(running, prompts[0])[1] == 64
+
+
+def test_the_least_recently_used_go_first(pamphlet: Model, prompts: list[list[int]], tmp_path: Path):
+    with keeping(tmp_path, pamphlet) as (running, _):
+        for prompt in prompts[:2]:
+            ask(running, prompt)
+    for i, file in enumerate(sorted(tmp_path.iterdir())):
+        os.utime(file, (i, i))
+    one = max(file.stat().st_size for file in tmp_path.iterdir())
+    with keeping(tmp_path, pamphlet, limit=int(2.5 * one)) as (running, sessions):
+        oldest = next(iter(sessions.sizes))
+        used = next(prompt for prompt in prompts[:2] if oldest.name.startswith(sessions._chain(prompt)[-1].hex()))
+        assert ask(running, used)[1] == 64  # it is the newest now
+        ask(running, prompts[2])
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 2.5 * one
+    with keeping(tmp_path, pamphlet, limit=int(1.5 * one)) as (running, sessions):
+        assert len(sessions.sizes) == 1
+        assert ask(running, prompts[2])[1] == 64
+        assert ask(running, used)[1] == 0
+    with keeping(tmp_path, pamphlet, limit=10) as (running, sessions):
+        ask(running, prompts[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_is_refused(pamphlet: Model, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OctavoError, match=r"--session-dir .* cannot be used"):
+        SessionDir(tmp_path / "file" / "dir", PLENTY, small(pamphlet))
+    with pytest.raises(OctavoError, match="prefix cache, and it is turned off"):
+        SessionDir(tmp_path, PLENTY, small(pamphlet, prefix_caching=False))
+
+
+def test_where_nothing_is_saved_a_request_does_not_wait_for_the_engine(
+    pamphlet: Model, prompts: list[list[int]], tmp_path: Path
+):
+    sessions = SessionDir(tmp_path, PLENTY, small(pamphlet))
+    asyncio.run(sessions.restore(None, prompts[0]))  # type: ignore[arg-type]  # there is no worker to wait for
+
+
+def test_more_conversations_than_the_disk_takes_are_not_all_kept(
+    pamphlet: Model, text_ids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "MOST_FRESH", 3)
+    sessions = SessionDir(tmp_path, PLENTY, small(pamphlet))
+    for i in range(5):
+        sessions.remember(text_ids[i : i + 70])
+    sessions.remember(text_ids[4:200])  # goes on with the last
+    assert [tokens for tokens, _ in sessions.fresh.values()] == [text_ids[2:72], text_ids[3:73], text_ids[4:200]]
+
+
+def test_a_size_without_a_directory_is_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit:
+        main(["serve", "--session-dir-size", "1GB"])
+    assert exit.value.code == 2
+    assert "--session-dir-size bounds what --session-dir keeps" in capsys.readouterr().err

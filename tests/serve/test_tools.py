@@ -1,0 +1,142 @@
+"""Calls of tools: the template gets them, the forms models answer in are read, demanded calls are made."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from octavo import LLM, OctavoError
+from octavo.models.model import Model
+from octavo.serve.tools import Call, ToolText
+from octavo.text import encode_chat, takes_tools
+from tests.serve.conftest import Running, serving, small
+
+TEMPLATE = """{% if tools %}<|user|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|end|>{% endif %}
+{%- for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% for c in m.get('tool_calls', []) %}
+{{- c.function.name }}({{ c.function.arguments.city }}){% endfor %}<|end|>{% endfor %}<|assistant|>"""
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
+CALLED = Call("weather", '{"city": "Rome"}')
+
+
+@pytest.mark.parametrize(
+    ("said", "text", "calls"),
+    [
+        ("It is sunny.", "It is sunny.", []),
+        (f"<tool_call>\n{CALL}\n</tool_call>", "", [CALLED]),
+        (f"<tool_call>{CALL}</tool_call>\n<tool_call>\n{CALL}\n</tool_call>", "", [CALLED, CALLED]),
+        (f"I will look. <tool_call>{CALL}</tool_call>", "I will look. ", [CALLED]),
+        (f"<tool_call>{CALL}", "", [CALLED]),  # the closing tag was what ended the answer
+        (CALL.replace("arguments", "parameters"), "", [CALLED]),
+        (f"[{CALL}, {CALL}]", "", [CALLED, CALLED]),
+        ('{"name": "weather"}', "", [Call("weather", "{}")]),
+        ('{"name": "another", "arguments": {}}', '{"name": "another", "arguments": {}}', []),
+        ('{"an": "object"}', '{"an": "object"}', []),
+        ("[]", "[]", []),
+        ("{not JSON", "{not JSON", []),
+        ("<tool_call>not JSON</tool_call>", "<tool_call>not JSON</tool_call>", []),
+        ("a < b and <tool", "a < b and <tool", []),
+    ],
+)
+def test_calls_are_found_however_the_answer_is_cut(said: str, text: str, calls: list[Call]):
+    for size in (1, 3, len(said)):
+        shown = ToolText(["weather"])
+        pieces = [shown.push(said[i : i + size]) for i in range(0, len(said), size)]
+        rest, found = shown.finish()
+        assert ("".join(pieces) + rest, found) == (text, calls)
+
+
+def test_text_without_calls_is_not_held_back():
+    shown = ToolText(["weather"])
+    assert shown.push("It is ") + shown.push("sunny <b") == "It is sunny <b"
+
+
+@pytest.fixture(scope="module")
+def server(pamphlet: Model):
+    import copy
+
+    model = copy.copy(pamphlet)
+    model.tokenizer = copy.deepcopy(pamphlet.tokenizer)
+    model.tokenizer.chat_template = TEMPLATE
+    with serving(small(model)) as running:
+        yield running
+
+
+def test_whether_a_template_takes_tools_is_read_from_it(server: Running, pamphlet: Model):
+    assert takes_tools(server.llm.tokenizer)
+    assert not takes_tools(pamphlet.tokenizer)
+    with pytest.raises(OctavoError, match="no place for tools"):
+        encode_chat(pamphlet.tokenizer, [{"role": "user", "content": "a"}], [WEATHER])
+
+
+def chat(server: Running, **fields: Any) -> Any:
+    asked = {"messages": [{"role": "user", "content": "How is the weather?"}], "tools": [WEATHER], **fields}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def test_tools_and_calls_reach_the_template(server: Running, monkeypatch: pytest.MonkeyPatch):
+    seen: list[str] = []
+    answer = LLM.answer
+
+    def record(self: LLM, prompt: list[int], *args: Any) -> Any:
+        seen.append(self.tokenizer.decode(prompt))
+        return answer(self, prompt, *args)
+
+    monkeypatch.setattr(LLM, "answer", record)
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        {"role": "user", "content": "How is it in Rome?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "Sunny"},
+    ]
+    chat(server, messages=messages, max_tokens=1)
+    chat(server, messages=messages, max_tokens=1, tool_choice="none")
+    assert "The weather in a city." in seen[0]
+    assert "weather(Rome)" in seen[0]
+    assert "<|tool|>Sunny" in seen[0]
+    assert "The weather in a city." not in seen[1]
+
+
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_a_demanded_call_is_made_whole_and_streamed(server: Running, choice: Any):
+    for seed in range(2):
+        whole = chat(server, tool_choice=choice, seed=seed).json()["choices"][0]
+        assert whole["finish_reason"] == "tool_calls"
+        assert whole["message"]["content"] is None
+        [call] = whole["message"]["tool_calls"]
+        assert call["function"]["name"] == "weather"
+        assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+        lines = chat(server, tool_choice=choice, seed=seed, stream=True).text.split("\n\n")
+        pieces = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+        [streamed] = [piece["delta"]["tool_calls"] for piece in pieces if "tool_calls" in piece["delta"]]
+        assert streamed[0]["index"] == 0
+        assert streamed[0]["function"] == call["function"]
+        assert pieces[-1]["finish_reason"] == "tool_calls"
+
+
+def test_strict_arguments_are_promised_only_where_they_can_be_kept(server: Running):
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    chat(server, tools=[strict], tool_choice="required")
+    asked = {"messages": [{"role": "user", "content": "a"}], "tools": [strict]}
+    refused = httpx.post(f"{server.url}/v1/chat/completions", json=asked)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")

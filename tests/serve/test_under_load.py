@@ -1,0 +1,297 @@
+"""What the server does when there is too much, too slow, too late or too bad."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from openai import OpenAI
+
+from octavo.models.model import Model
+from octavo.serve.service import Limits
+from tests.serve.conftest import Running, serving, small, wait_until
+
+ROOT = Path(__file__).parents[2]
+LONG: Any = {"model": "pamphlet", "prompt": "Once upon a time", "max_tokens": 500, "extra_body": {"ignore_eos": True}}
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True, **fields}
+
+
+def post(url: str, **fields: Any) -> httpx.Response:
+    return httpx.post(f"{url}/v1/completions", json=body(**fields), timeout=60)
+
+
+class Behind(threading.Thread):
+    """A request that is answered in the background."""
+
+    def __init__(self, url: str, **fields: Any):
+        super().__init__()
+        self.url, self.fields = url, fields
+        self.response: httpx.Response
+        self.start()
+
+    def run(self) -> None:
+        self.response = post(self.url, **self.fields)
+
+    def done(self) -> httpx.Response:
+        self.join(60)
+        return self.response
+
+
+# --- clients that leave ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks_and_no_other(running: Running, stream: bool):
+    scheduler = running.llm.engine.scheduler
+    stays = Behind(running.url, max_tokens=200)
+    wait_until(lambda: len(scheduler.running) == 1)
+    address = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((address[0], int(address[1]))) as leaving:
+        content = json.dumps(body(stream=stream, n=2)).encode()
+        head = ["POST /v1/completions HTTP/1.1", "Host: a", "Content-Type: application/json"]
+        head += [f"Content-Length: {len(content)}", "", ""]
+        leaving.sendall("\r\n".join(head).encode() + content)
+        wait_until(lambda: len(scheduler.running) == 3)
+    wait_until(lambda: len(scheduler.running) == 1)
+    scheduler.check()
+    answer = stays.done().json()
+    assert answer["usage"]["completion_tokens"] == 200
+
+
+def test_a_stream_that_is_closed_is_ended(running: Running, client: OpenAI):
+    stream = client.completions.create(stream=True, **LONG)
+    next(iter(stream))
+    stream.close()
+    running.assert_idle()
+
+
+# --- too many --------------------------------------------------------------------------------------------------------
+
+
+def test_beyond_the_queue_requests_are_refused_and_welcome_later(pamphlet: Model):
+    with serving(small(pamphlet, max_batch_size=2), limits=Limits(max_queue=1)) as running:
+        busy = [Behind(running.url, max_tokens=150) for _ in range(3)]
+        wait_until(lambda: running.server.service.admitted == 3)
+        refused = post(running.url)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert [one.done().status_code for one in busy] == [200] * 3
+        assert post(running.url, max_tokens=2).status_code == 200
+        too_many = post(running.url, n=4)
+        assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "n")
+        running.assert_idle()
+
+
+def test_first_come_is_first_served(pamphlet: Model):
+    with serving(small(pamphlet, max_batch_size=1)) as running:
+        ended: list[int] = []
+
+        def ask(i: int) -> None:
+            post(running.url, max_tokens=30)
+            ended.append(i)
+
+        threads = []
+        for i in range(5):
+            threads.append(threading.Thread(target=ask, args=(i,)))
+            threads[-1].start()
+            wait_until(lambda i=i: running.server.service.admitted > i - len(ended))
+            time.sleep(0.03)
+        for thread in threads:
+            thread.join(60)
+        assert ended == [0, 1, 2, 3, 4]
+
+
+# --- too late --------------------------------------------------------------------------------------------------------
+
+
+def test_at_the_deadline_an_answer_is_what_there_is_and_one_not_begun_is_504(pamphlet: Model):
+    with serving(small(pamphlet, max_batch_size=1), limits=Limits(timeout=0.7)) as running:
+        choice = post(running.url).json()["choices"][0]
+        assert choice["finish_reason"] == "length"
+        assert choice["text"]
+        running.server.service.worker.inbox.put(lambda: time.sleep(1))  # a step that takes long
+        for late in [Behind(running.url), Behind(running.url, stream=True)]:
+            assert late.done().status_code == 504
+            assert late.done().json()["error"]["code"] == "timeout"
+        running.assert_idle()
+
+
+# --- too bad ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"", "application/json", 400),
+        (b"\xff\xfe", "application/json", 400),
+        (b'{"prompt": "\\ud800"}', "application/json", 400),
+        (b"[" * 100_000, "application/json", 400),
+        (b'{"prompt": "a", "temperature": NaN}', "application/json", 400),
+        (b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", "application/json", 400),
+        (b"[1]", "application/json", 400),
+        (b'{"prompt": "a"}', "text/plain", 415),
+        (b'{"prompt": "a"}', None, 415),
+        (b'{"prompt": "' + b"a" * (9 << 20) + b'"}', "application/json", 413),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_what_is_no_request_is_refused_in_openais_form(running: Running, content: bytes, kind: str | None, status: int):
+    headers = {"Content-Type": kind} if kind else {}
+    answer = httpx.post(f"{running.url}/v1/completions", content=content, headers=headers)
+    assert answer.status_code == status
+    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_unknown_paths_and_methods_are_refused_in_the_same_form(running: Running):
+    assert httpx.get(f"{running.url}/v1/embeddings").json()["error"]["type"] == "not_found_error"
+    assert httpx.get(f"{running.url}/v1/completions").status_code == 405
+
+
+def test_a_request_whose_sampling_fails_costs_the_others_nothing(running: Running, monkeypatch: pytest.MonkeyPatch):
+    from octavo.grammar import JSONGuide
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no grammar")
+
+    monkeypatch.setattr(JSONGuide, "restrict", fail)
+    other = Behind(running.url, max_tokens=100)
+    wait_until(lambda: running.llm.engine.scheduler.running)
+    chat: Any = {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}}
+    for stream in (False, True):
+        answer = httpx.post(f"{running.url}/v1/chat/completions", json={**chat, "stream": stream})
+        assert answer.status_code == 500
+        assert "demands" in answer.json()["error"]["message"]
+    assert other.done().json()["usage"]["completion_tokens"] == 100
+
+
+def test_a_step_that_fails_ends_the_running_answers_and_the_engine_goes_on(pamphlet: Model):
+    with serving(small(pamphlet, max_batch_size=2)) as running:
+        engine, runner = running.llm.engine, running.llm.engine.runner
+        first, whole = Behind(running.url), runner.run
+        wait_until(lambda: len(engine.scheduler.running) == 1 and engine.scheduler.running[0].output)
+
+        def fail_once(_: Any) -> Any:
+            runner.run = whole
+            raise RuntimeError("out of memory")
+
+        waiting = [Behind(running.url, max_tokens=20) for _ in range(3)]
+        wait_until(lambda: engine.scheduler.waiting)
+        runner.run = fail_once
+        assert first.done().status_code == 500
+        assert first.done().json()["error"]["type"] == "server_error"
+        assert sorted(one.done().status_code for one in waiting) in ([200, 200, 500], [200, 200, 200])
+        health = httpx.get(f"{running.url}/health")
+        assert (health.status_code, health.json()) == (200, {"status": "ok", "failed_steps": 1})
+        running.assert_idle()
+
+
+def test_an_engine_that_only_fails_is_given_up_and_the_process_told(pamphlet: Model):
+    from octavo.errors import OctavoError
+    from octavo.serve.server import Server, bind, url
+
+    with bind("127.0.0.1", 0) as sock:
+        server = Server(small(pamphlet), sock)
+        outcome: list[Exception] = []
+
+        def run() -> None:
+            try:
+                server.run()
+            except OctavoError as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        wait_until(lambda: server.uvicorn.started)
+
+        def fail(_: Any) -> Any:
+            raise RuntimeError("the device is gone")
+
+        server.service.llm.engine.runner.run = fail
+        assert [post(url(sock)).status_code for _ in range(3)] == [500] * 3
+        thread.join(20)
+        assert "the engine failed" in str(outcome[0])
+
+
+# --- doors -----------------------------------------------------------------------------------------------------------
+
+
+def test_with_a_key_only_those_who_have_it_are_answered(pamphlet: Model):
+    with serving(small(pamphlet), api_key="sesame") as running:
+        assert running.client("sesame").models.list().data
+        for wrong in ("open", "sesame2", "ä"):
+            for path in ("/v1/models", "/cache", "/metrics"):
+                answer = httpx.get(running.url + path, headers={"Authorization": f"Bearer {wrong}".encode()})
+                assert answer.status_code == 401
+        assert post(running.url).status_code == 401
+        assert httpx.get(f"{running.url}/health").status_code == 200
+
+
+def test_other_origins_are_let_in_only_by_name(pamphlet: Model, running: Running):
+    asks = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    closed = httpx.options(f"{running.url}/v1/completions", headers=asks)
+    assert "access-control-allow-origin" not in closed.headers
+    with serving(small(pamphlet), cors_origins=("https://page.example",), api_key="sesame") as open_:
+        allowed = httpx.options(f"{open_.url}/v1/completions", headers=asks)
+        assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+        other = httpx.options(f"{open_.url}/v1/completions", headers={**asks, "Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def start(*options: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+    code = "from octavo.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", "--kv", "int8-token", "--port", "0", "--json", *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    return process, json.loads(process.stdout.readline())
+
+
+def test_a_signal_lets_running_answers_end_and_no_new_ones_begin():
+    process, state = start()
+    assert state["model"] == "pamphlet"
+    assert state["sessions"] * 2048 == state["cache_tokens"]
+    wait_until(lambda: _up(state["url"]))
+    answer = Behind(state["url"], max_tokens=300)
+    wait_until(lambda: httpx.get(f"{state['url']}/cache").json()["sessions_running"] == 1)
+    process.send_signal(signal.SIGTERM)
+    wait_until(lambda: not _up(state["url"]))
+    assert answer.done().json()["usage"]["completion_tokens"] == 300
+    process.communicate(timeout=20)
+    assert process.returncode in (0, -signal.SIGTERM)
+
+
+def test_after_the_grace_time_answers_are_cut_off():
+    process, state = start("--grace", "1")
+    wait_until(lambda: _up(state["url"]))
+    whole, streamed = (Behind(state["url"], max_tokens=2000, stream=stream) for stream in (False, True))
+    wait_until(lambda: httpx.get(f"{state['url']}/cache").json()["sessions_running"] == 2)
+    start_of_end = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert time.monotonic() - start_of_end < 8
+    assert whole.done().status_code == 503
+    assert "the server was stopped" in streamed.done().text
+    assert "Once upon" not in errors
+    assert "Traceback" not in errors
+
+
+def _up(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
