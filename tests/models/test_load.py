@@ -288,7 +288,7 @@ def test_unsupported_models_are_refused_with_a_reason(tmp_path):
             load_model(tmp_path, load_format="dummy")
     file.write_text(json.dumps(tiny().to_dict()))
     for options, message in (
-        ({"model_format": "awq"}, "quantized with awq"),
+        ({"model_format": "awq"}, "are not quantized: leave --model-format out"),
         ({"model_format": "gguf"}, "choose hf or awq"),
         ({"load_format": "pt"}, "choose auto or dummy"),
         ({"dtype": "int8"}, "choose auto, bfloat16"),
