@@ -15,9 +15,7 @@ Clients run in a process of their own. The last line is one JSON document.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import os
 import random
 import signal
 import statistics
@@ -26,7 +24,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,17 +38,6 @@ from octavo.models.model import BUNDLED
 CLI = [sys.executable, "-c", "from octavo.cli import main; main()"]
 TEXT = (BUNDLED / "evaluation.txt").read_text(encoding="utf-8")
 SERVED = ["--kv", "int8-token"]
-MALFORMED: list[tuple[bytes, str, int]] = [  # a body, its type, and the status it must have
-    (b"{", "application/json", 400),
-    (b'{"prompt": ""}', "application/json", 400),
-    (b'{"prompt": "a", "no_such_field": 1}', "application/json", 400),
-    (b'{"prompt": "a", "temperature": -1}', "application/json", 400),
-    (b'{"prompt": "a", "model": "another"}', "application/json", 404),
-    (b'{"prompt": "a"}', "text/plain", 415),
-    (b'{"prompt": "' + b"a" * (9 << 20) + b'"}', "application/json", 413),
-]
-
-
 # --- the server ------------------------------------------------------------------------------------------------------
 
 
@@ -81,117 +67,14 @@ def ask(state: dict[str, Any], path: str) -> Any:
 
 def client(state: dict[str, Any], kind: str, **job: Any) -> subprocess.Popen[str]:
     """Clients of a kind, in a process of their own."""
-    command = [sys.executable, __file__, "--client", json.dumps({"url": state["url"], "kind": kind, **job})]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-# --- clients ---------------------------------------------------------------------------------------------------------
-
-
-class Client:
-    """Requests over plain sockets: the clients share few cores with the server and must cost little."""
-
-    def __init__(self, url: str):
-        host, port = url.removeprefix("http://").rsplit(":", 1)
-        self.address = (host, int(port))
-        self.statuses: Counter[str] = Counter()
-        self.first: list[float] = []  # seconds to the first piece
-        self.tokens = 0
-        self.unintended: list[str] = []
-
-    async def stream(self, leave_after: int | None = None, **fields: Any) -> None:
-        """One streamed completion; the client leaves after so many pieces, if told to."""
-        content = json.dumps({"stream": True, "stream_options": {"include_usage": True}, **fields}).encode()
-        start = time.perf_counter()
-        reader, writer = await self._send(content, "application/json")
-        try:
-            if leave_after == 0:
-                self.statuses["left at once"] += 1
-                return
-            status = await self._status(reader)
-            if status != 200:
-                self.statuses[str(status)] += 1
-                if status != 429:
-                    self.unintended.append(f"{status}: {(await reader.read(300))!r}")
-                else:
-                    await asyncio.sleep(random.uniform(0.2, 1))  # as it says in Retry-After, but sooner
-                return
-            pieces = 0
-            async for line in reader:
-                if not line.startswith(b"data: "):
-                    continue
-                if not pieces:
-                    self.first.append(time.perf_counter() - start)
-                pieces += 1
-                if b'"usage":{' in line:
-                    self.tokens += json.loads(line[6:])["usage"]["completion_tokens"]
-                if line.startswith(b"data: [DONE]"):
-                    self.statuses["200"] += 1
-                    return
-                if pieces == leave_after:
-                    self.statuses["left midway"] += 1
-                    return
-            self.unintended.append("a stream that ended without [DONE]")
-        finally:
-            writer.close()
-
-    async def malformed(self) -> None:
-        content, kind, expected = random.choice(MALFORMED)
-        try:
-            reader, writer = await self._send(content, kind)
-            status = await self._status(reader)
-            writer.close()
-        except ConnectionError:  # refused while it was still sending
-            status = 413
-        self.statuses[f"malformed {status}"] += 1
-        if status != expected:
-            self.unintended.append(f"{status} in place of {expected}")
-
-    async def _send(self, content: bytes, kind: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection(*self.address)
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\n"
-        writer.write(head.encode() + b"Connection: close\r\n\r\n" + content)
-        await writer.drain()
-        return reader, writer
-
-    async def _status(self, reader: asyncio.StreamReader) -> int:
-        return int((await reader.readline()).split()[1])
-
-
-async def storm_clients(job: dict[str, Any]) -> dict[str, Any]:
-    clients = Client(job["url"])
-    random.seed(0)
-    end = time.monotonic() + job["seconds"]
-
-    async def one() -> None:
-        while time.monotonic() < end:
-            at = random.randrange(len(TEXT) - 3000)
-            fields = {"prompt": TEXT[at : at + random.randrange(40, 3000)], "max_tokens": random.randrange(8, 128)}
-            chance = random.random()
-            if chance < 0.1:
-                await clients.malformed()
-            elif chance < 0.2:
-                await clients.stream(leave_after=0, **fields)
-            elif chance < 0.35:
-                await clients.stream(leave_after=random.randrange(1, 20), **fields)
-            else:
-                await clients.stream(**fields)
-
-    await asyncio.gather(*(one() for _ in range(job["clients"])))
-    return vars(clients)
-
-
-async def work_clients(job: dict[str, Any]) -> dict[str, Any]:
-    """A fixed list of requests, as many at a time as there are clients."""
-    clients, left = Client(job["url"]), list(reversed(job["requests"]))
-    start = time.perf_counter()
-
-    async def one() -> None:
-        while left:
-            await clients.stream(**left.pop())
-
-    await asyncio.gather(*(one() for _ in range(job["clients"])))
-    return {**vars(clients), "seconds": time.perf_counter() - start}
+    job = {"url": state["url"], "kind": kind, **job}
+    command = [sys.executable, str(Path(__file__).with_name("serve_clients.py"))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin
+    json.dump(job, process.stdin)
+    process.stdin.close()
+    process.stdin = None  # nothing for communicate to flush
+    return process
 
 
 def result(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -204,7 +87,7 @@ def result(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 def storm(args: argparse.Namespace) -> dict[str, Any]:
     with server(*SERVED, "--max-queue", "44") as (state, process):
-        clients = client(state, "storm", clients=args.clients, seconds=args.seconds)
+        clients = client(state, "storm", clients=args.clients, seconds=args.seconds, text=TEXT[:60_000])
         memory: list[tuple[float, float]] = []
         start = time.monotonic()
         while clients.poll() is None:
@@ -270,9 +153,10 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
 def budget(args: argparse.Namespace) -> dict[str, Any]:
     """Long requests, all at once, on caches of the same size."""
     rng = random.Random(0)
-    prompts = [TEXT[at : at + 5000] for at in (rng.randrange(len(TEXT) - 5000) for _ in range(args.long))]
+    prompts = [TEXT[at : at + 1500] for at in (rng.randrange(len(TEXT) - 1500) for _ in range(args.long))]
     with tempfile.TemporaryDirectory() as work:
-        calibrate = ["calibrate", "--calib-samples", "8", "--calib-seqlen", "1024", "--work-dir", work]
+        data = ["--calib-dataset", str(BUNDLED / "evaluation.txt")]
+        calibrate = ["calibrate", *data, "--calib-samples", "8", "--calib-seqlen", "1024", "--work-dir", work]
         subprocess.run([*CLI, *calibrate], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         common = ["--kv-cache-memory", args.memory, "--max-batch-size", "64"]
         with (
@@ -284,7 +168,7 @@ def budget(args: argparse.Namespace) -> dict[str, Any]:
                 for name, state in sorted({"bf16": state16, "int8": state8}.items(), reverse=bool(round_ % 2)):
                     # Each round its own first words: no prompt is found in the cache of the round before.
                     requests = [
-                        {"prompt": f"{round_} {p}", "max_tokens": 256, "ignore_eos": True, "temperature": 0}
+                        {"prompt": f"{round_} {p}", "max_tokens": args.answer, "ignore_eos": True, "temperature": 0}
                         for p in prompts
                     ]
                     clients = client(state, "work", clients=len(requests), requests=requests)
@@ -293,9 +177,9 @@ def budget(args: argparse.Namespace) -> dict[str, Any]:
                         ran.append(ask(state, "/cache")["sessions_running"])
                         time.sleep(0.1)
                     done = result(clients)
-                    assert done["tokens"] == 256 * len(requests), done["unintended"]
+                    assert done["tokens"] == args.answer * len(requests), done["unintended"]
                     rows[name].setdefault("seconds", []).append(done["seconds"])
-                    rows[name].setdefault("sessions", []).append(statistics.mean(sorted(ran)[len(ran) // 2 :]))
+                    rows[name].setdefault("sessions", []).append(statistics.median([n for n in ran if n]))
     ratios = [a / b for a, b in zip(rows["bf16"]["seconds"], rows["int8"]["seconds"], strict=True)]
     return {
         "kv_cache_memory": args.memory,
@@ -324,14 +208,10 @@ def main() -> None:
     cli.add_argument("--rounds", type=int, default=5)
     cli.add_argument("--requests", type=int, default=192, help="of a round of `throughput`")
     cli.add_argument("--long", type=int, default=32, help="requests of a round of `budget`")
+    cli.add_argument("--answer", type=int, default=1000, help="tokens of each of them")
     cli.add_argument("--memory", default="48MiB", help="KV cache of `budget`")
-    cli.add_argument("--client", type=json.loads, help=argparse.SUPPRESS)
     cli.add_argument("--out", type=Path)
     args = cli.parse_args()
-    if args.client:
-        work = storm_clients if args.client["kind"] == "storm" else work_clients
-        print(json.dumps(asyncio.run(work(args.client)), default=str))
-        return
     document = {"benchmark": "serve", **describe()}
     for measure in (storm, throughput, budget):
         if args.only in (None, measure.__name__):
