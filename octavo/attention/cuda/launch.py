@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 LOG2E = math.log2(math.e)
 TOKENS = 16  # rows a program of `prepare` encodes
-CHUNK_ROWS = {128: 128, 256: 64}  # queries × query heads of a tile of a chunk, by the widest head_dim it holds
+# Queries × query heads of a tile of a chunk, by the bytes of a row as it is multiplied: float32 has no tensor cores.
+CHUNK_ROWS = {256: 128, 512: 64, 1024: 16}
 SHORTEST = 2  # blocks a split reads at least
 MOST_SPLITS = 64
 PROGRAMS = 16  # decode programs wanted for each multiprocessor: some four run at once
@@ -52,9 +53,9 @@ class Layer:
         self.number = next(_numbers)
         k, v = cache.k, cache.v
         self.group = spec.heads // k.heads
-        widest = min(width for width in CHUNK_ROWS if width >= max(k.dim, v.dim))
+        widest = max(store.dim * max(2, store.codes.itemsize) for store in (k, v))
         self.decode_rows = max(16, _power(self.group))
-        self.chunk_rows = max(CHUNK_ROWS[widest], _power(2 * self.group))
+        self.chunk_rows = max(next(rows for size, rows in CHUNK_ROWS.items() if size >= widest), _power(2 * self.group))
         self.chunk_queries = self.chunk_rows // self.group
         stores = () if spec.shape.shares is not None else (k, v)
         self.memory = [x for s in stores for x in (s.codes, s.scales, s.saturated) if x is not None]
