@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 LOG2E = math.log2(math.e)
 TOKENS = 16  # rows a program of `prepare` encodes
-CHUNK_ROWS = {128: 128, 256: 64}  # queries × query heads of a tile of a chunk, by the widest head_dim it holds
 SHORTEST = 2  # blocks a split reads at least
 MOST_SPLITS = 64
 PROGRAMS = 16  # decode programs wanted for each multiprocessor: some four run at once
@@ -52,9 +51,8 @@ class Layer:
         self.number = next(_numbers)
         k, v = cache.k, cache.v
         self.group = spec.heads // k.heads
-        widest = min(width for width in CHUNK_ROWS if width >= max(k.dim, v.dim))
         self.decode_rows = max(16, _power(self.group))
-        self.chunk_rows = max(CHUNK_ROWS[widest], _power(2 * self.group))
+        self.chunk_rows = max(chunk_rows(k, v), _power(2 * self.group))
         self.chunk_queries = self.chunk_rows // self.group
         stores = () if spec.shape.shares is not None else (k, v)
         self.memory = [x for s in stores for x in (s.codes, s.scales, s.saturated) if x is not None]
@@ -185,6 +183,13 @@ def _(
     q_start: Tensor, kv_len: Tensor, one: Tensor, many: Tensor, memory: list[Tensor], number: int,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+def chunk_rows(k: RowStore, v: RowStore) -> int:
+    """Queries × query heads of a tile of a chunk: what the registers hold. float32 has no tensor cores."""
+    if torch.float32 in (k.codes.dtype, v.codes.dtype):
+        return 16
+    return 128 if max(k.dim, v.dim) <= 128 else 64
 
 
 def tuning(rows: int) -> dict[str, int]:
