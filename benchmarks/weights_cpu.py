@@ -27,6 +27,7 @@ from octavo import LLM, SamplingParams
 from octavo.models.bind import bind
 from octavo.models.load import load_model
 from octavo.models.model import Model
+from octavo.models.prepack import prepack
 from octavo.models.packed import weight_bytes
 from octavo.weights import cpu
 from octavo.weights.layouts import Int4Weight
@@ -104,6 +105,7 @@ def load(quantized: bool) -> Model:
         config = LLAMA | ({"quantization_config": AWQ} if quantized else {})
         (path / "config.json").write_text(json.dumps(config))
         hf = load_model(path, load_format="dummy")
+        prepack(hf)  # 16-bit weights as they are served
         return Model(bind(hf), None, path, "llama-1b", frozenset(), synthetic=True)
 
 
