@@ -9,9 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo.calibrate import calibrate
-from octavo.models.bind import bind
 from octavo.models.model import Model
-from octavo.models.prepack import prepack
 from octavo.quant.calibration import Calibration
 
 CONFIG = LlamaConfig(
@@ -40,8 +38,7 @@ def random_llama(config: LlamaConfig = CONFIG) -> LlamaForCausalLM:
 
 def served(hf: LlamaForCausalLM) -> Model:
     """The model as `Model.load` would have it, but for a tokenizer. Takes `hf` over."""
-    prepack(hf)
-    return Model(bind(hf), None, Path("random-llama"), "random-llama", frozenset(), synthetic=True)
+    return Model.of(hf, Path("random-llama"))
 
 
 def calibrated(model: Model) -> Calibration:

@@ -12,7 +12,6 @@ from transformers import AttentionInterface
 
 from octavo.models import bind
 from octavo.models.bind import BoundModel
-from octavo.models.prepack import PrepackedLinear
 
 
 class Clock:
@@ -36,7 +35,7 @@ def profile(bound: BoundModel, step: Callable[[], Any], steps: int) -> dict[str,
     """Mean seconds of a step: in the model's linear layers, in attention (hook, cache and kernel), in the rest of the
     model (transformers' Python, norms, RoPE), and in the engine (schedule, batch, sample, commit)."""
     clock = Clock()
-    linears = [m for m in bound.hf.modules() if isinstance(m, nn.Linear | PrepackedLinear)]
+    linears = [m for m in bound.hf.modules() if isinstance(m, nn.Linear)]
     for module in linears:
         module.forward = clock.around("linear", module.forward)  # type: ignore[method-assign]
     bound.forward = clock.around("forward", bound.forward)  # type: ignore[method-assign]

@@ -24,10 +24,8 @@ import torch
 from machine import describe
 
 from octavo import LLM, SamplingParams
-from octavo.models.bind import bind
 from octavo.models.load import load_model
 from octavo.models.model import Model
-from octavo.models.prepack import prepack
 from octavo.models.packed import weight_bytes
 from octavo.weights import cpu
 from octavo.weights.layouts import Int4Weight
@@ -99,14 +97,12 @@ def layer_row(shape: tuple[int, int], rows: int, rounds: int) -> dict[str, Any]:
 
 
 def load(quantized: bool) -> Model:
-    """The Llama with random weights, without a tokenizer."""
+    """The Llama with random weights, as it is served."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
         config = LLAMA | ({"quantization_config": AWQ} if quantized else {})
         (path / "config.json").write_text(json.dumps(config))
-        hf = load_model(path, load_format="dummy")
-        prepack(hf)  # 16-bit weights as they are served
-        return Model(bind(hf), None, path, "llama-1b", frozenset(), synthetic=True)
+        return Model.of(load_model(path, load_format="dummy"), path / "llama-1b")
 
 
 class Session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from octavo.calibrate import calibrate, shift_invariant
 from octavo.cli import main
 from octavo.errors import OctavoError
-from octavo.models.bind import bind
 from octavo.models.model import Model
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
 
@@ -29,7 +29,7 @@ LLAMA = {
 def tiny(hf: PreTrainedModel | None = None, **config: object) -> Model:
     torch.manual_seed(0)
     hf = hf or LlamaForCausalLM(LlamaConfig(**{**LLAMA, **config}))
-    return Model(bind(hf), tokenizer=None, path=None, name="tiny", eos_ids=frozenset(), synthetic=True)  # type: ignore[arg-type]
+    return Model.of(hf, Path("tiny"))
 
 
 def windows(count: int, length: int) -> list[list[int]]:

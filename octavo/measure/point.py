@@ -24,7 +24,6 @@ from octavo.calibrate import calibrate
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.measure.fill import Session, fill, random_tokens
-from octavo.models.bind import bind
 from octavo.models.load import load_model
 from octavo.models.model import Model
 from octavo.models.packed import weight_bytes
@@ -46,6 +45,7 @@ class Source:
     dtype: str = "auto"
     device: str = "cpu"
     load_format: str = "auto"
+    model_format: str = "hf"
     fill_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -53,9 +53,15 @@ class Source:
             raise OctavoError(f"the load format {self.load_format!r} is unknown: choose auto or dummy")
 
     def load(self, context: int) -> Model:
-        """The model without a tokenizer, marked synthetic: it is shown random tokens only."""
-        hf = load_model(self.path, dtype=self.dtype, device=self.device, load_format=self.load_format)
-        return Model(bind(hf, context), None, self.path, self.path.name, frozenset(), synthetic=True)
+        """The model as it is served, but without a tokenizer: it is shown random tokens only."""
+        hf = load_model(
+            self.path,
+            dtype=self.dtype,
+            device=self.device,
+            load_format=self.load_format,
+            model_format=self.model_format,
+        )
+        return Model.of(hf, self.path, context)
 
 
 @dataclass(frozen=True)

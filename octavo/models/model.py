@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel, bind
@@ -34,7 +35,7 @@ def locate(model: str | Path | None) -> tuple[str, Path]:
 
 @dataclass
 class Model:
-    """Made by `Model.load`; several LLMs may share one, each with a cache of its own format."""
+    """Made by `Model.load` or `Model.of`; several LLMs may share one, each with a cache of its own format."""
 
     bound: BoundModel
     tokenizer: Any
@@ -69,13 +70,24 @@ class Model:
         hf = load_model(
             path, dtype=dtype, device=device, device_map=device_map, load_format=load_format, model_format=model_format
         )
-        if device_map is None and not plain_weights:  # accelerate moves weights about, which must stay plain for it
-            prepack(hf)
         tokenizer = load_tokenizer(path, chat_template)
         generation = hf.generation_config if (path / "generation_config.json").is_file() else None
         eos = eos_token_ids(hf.config, generation, tokenizer)
         asked = generation.to_diff_dict() if generation else {}
-        return cls(bind(hf, context), tokenizer, path, name, eos, asked, load_format == "dummy")
+        bound = bind(hf, context)
+        if device_map is None and not plain_weights:  # accelerate moves weights about, which must stay plain for it
+            prepack(bound)
+        return cls(bound, tokenizer, path, name, eos, asked, load_format == "dummy")
+
+    @classmethod
+    def of(cls, hf: PreTrainedModel, path: Path, context: int | None = None) -> Model:
+        """`hf`, taken over, as `load` would have it but without a tokenizer: a model for measurements.
+
+        It counts as one of random weights and is named as `path`, which need not be there.
+        """
+        bound = bind(hf, context)
+        prepack(bound)
+        return cls(bound, None, path, path.name, frozenset(), synthetic=True)
 
     @cached_property
     def fingerprint(self) -> str:
