@@ -3,7 +3,7 @@
 One pass over windows of text, through the same attention as serving, keeps of every linear layer's input the mean
 magnitude of its channels and a sample of rows. Then each group of layers that share an input is scaled where something
 in front of it can absorb the scale (weights/folds.py), the model must still compute what it did, and layer after layer
-is rounded and replaced by its packed self, so memory only shrinks.
+is rounded and replaced by its packed self, so that from there on memory shrinks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from octavo.attention import attend, layout_for
 from octavo.cache.batch import Batch
@@ -23,7 +24,9 @@ from octavo.cache.store import KVCache
 from octavo.calibrate import Window
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import BoundModel
-from octavo.weights.awq import round_to_nearest, search_scale, search_shrink
+from octavo.models.packed import packable
+from octavo.models.prepack import PrepackedLinear
+from octavo.weights.awq import TINY, round_to_nearest, search_scale, search_shrink
 from octavo.weights.folds import Fold, absorb, find_folds
 from octavo.weights.layouts import AWQ, Int4Weight
 from octavo.weights.linear import PackedLinear
@@ -71,10 +74,8 @@ class Quantized:
         return 8 * sum(tensor.nbytes for tensor in self.tensors.values()) / self.weights
 
 
-def validate(bits: int, group_size: int, method: str) -> None:
+def validate(group_size: int, method: str) -> None:
     """Raises OctavoError for what no AWQ checkpoint is made with."""
-    if bits != 4:
-        raise OctavoError(f"weights are quantized to 4 bits only, not to {bits}")
     if group_size not in GROUP_SIZES:
         raise OctavoError(f"a group of {group_size} weights: choose {', '.join(map(str, GROUP_SIZES))}")
     if method not in METHODS:
@@ -94,48 +95,58 @@ def quantize(
     `rtn` rounds to nearest and is there to compare with; it too takes windows, to report its error on them. Raises
     Unsupported for a model without a linear layer that groups divide.
     """
-    validate(4, group_size, method)
+    validate(group_size, method)
     linear = quantizable(bound.hf, group_size)
     run = partial(_trial, bound)
     with torch.inference_mode(False), torch.no_grad():
         before = run()
         folds = find_folds(bound.hf, linear, run)
         inputs = _watch(bound, {fold: linear[fold.layers[0]] for fold in folds}, windows, progress)
-        scales: dict[Fold, tuple[Tensor, float]] = {}
-        for done, fold in enumerate(folds):
-            progress("searching scales", done, len(folds))
-            if method == "awq" and fold.source is not None:
-                layers = [linear[name] for name in fold.layers]
-                weights = [layer.weight.float() for layer in layers]
-                seen = inputs[fold]
-                scale, alpha = search_scale(weights, torch.cat(seen.rows).float(), seen.mean, group_size)
-                for layer in layers:
-                    layer.weight.data.mul_(scale)
-                absorb(bound.hf.get_submodule(fold.source), scale)
-                scales[fold] = scale, alpha
-        progress("searching scales", len(folds), len(folds))
+        scales = _scale(bound.hf, folds, linear, inputs, group_size, progress) if method == "awq" else {}
         _require_same(run(), before, bound.dtype)
         return _round(bound.hf, folds, linear, inputs, scales, group_size, method, progress)
 
 
-def quantizable(hf: nn.Module, group_size: int) -> dict[str, nn.Linear]:
-    """The linear layers that groups divide and AWQ can pack, by name; neither the head nor weights used twice."""
-    head = hf.get_output_embeddings()  # type: ignore[operator]
-    layers = {name: m for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    if not layers:
+def quantizable(hf: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
+    """The linear layers that can be packed, by name. Raises Unsupported where there is none."""
+    if any(isinstance(module, PrepackedLinear) for module in hf.modules()):
+        raise OctavoError(
+            "the weights of this model are in the processor's order, in which they are served and cannot be scaled: "
+            "load it with Model.load(..., plain_weights=True)"
+        )
+    if fitting := packable(hf, group_size):
+        return fitting
+    head = hf.get_output_embeddings()
+    sizes = sorted({m.in_features for m in hf.modules() if isinstance(m, nn.Linear) and m is not head})
+    if not sizes:
         raise Unsupported("this model has no linear layers but its head: there is nothing to quantize")
-    owners = [id(p) for m in hf.modules() for p in m.parameters(recurse=False)]
-    fitting = {
-        name: m
-        for name, m in layers.items()
-        if m.in_features % group_size == 0 and m.out_features % 8 == 0 and owners.count(id(m.weight)) == 1
-    }
-    if not fitting:
-        sizes = sorted({m.in_features for m in layers.values()})
-        smaller = [str(g) for g in GROUP_SIZES if any(size % g == 0 for size in sizes)]
-        remedy = f"choose {' or '.join(smaller)}" if smaller else f"none of {GROUP_SIZES} does"
-        raise Unsupported(f"groups of {group_size} divide no layer's inputs ({', '.join(map(str, sizes))}): {remedy}")
-    return fitting
+    smaller = [str(g) for g in GROUP_SIZES if any(size % g == 0 for size in sizes)]
+    remedy = f"choose {' or '.join(smaller)}" if smaller else f"none of {GROUP_SIZES} does"
+    raise Unsupported(f"groups of {group_size} divide no layer's inputs ({', '.join(map(str, sizes))}): {remedy}")
+
+
+def _scale(
+    hf: nn.Module,
+    folds: list[Fold],
+    linear: dict[str, nn.Linear],
+    inputs: dict[Fold, Input],
+    group_size: int,
+    progress: Progress,
+) -> dict[Fold, tuple[Tensor, float]]:
+    """Move a scale into the weights of every fold that has where to put one; returns each scale with its α."""
+    found = {}
+    for done, fold in enumerate(folds):
+        progress("searching scales", done, len(folds))
+        if fold.source is not None:
+            layers, seen = [linear[name] for name in fold.layers], inputs[fold]
+            weights = [layer.weight.float() for layer in layers]
+            scale, alpha = search_scale(weights, torch.cat(seen.rows).float(), seen.mean, group_size)
+            for layer in layers:
+                layer.weight.data.mul_(scale)
+            absorb(hf.get_submodule(fold.source), scale)
+            found[fold] = scale, alpha
+    progress("searching scales", len(folds), len(folds))
+    return found
 
 
 def _trial(bound: BoundModel) -> Tensor:
@@ -216,22 +227,23 @@ def _round(
     method: Method,
     progress: Progress,
 ) -> Quantized:
-    """Round every layer and put its packed self in its place."""
+    """Round every layer, put its packed self in its place, and take it out of `linear`, so that none is kept."""
     tensors: dict[str, Tensor] = {}
     groups: list[Rounded] = []
     weights = done = 0
+    count = sum(len(fold.layers) for fold in folds)
     for fold in folds:
         rows = torch.cat(inputs.pop(fold).rows).float()
         scale, alpha = scales.pop(fold, (torch.ones_like(rows[0]), None))
         rows = rows / scale
         plain = error = 0.0
         for name in fold.layers:
-            progress("rounding", done, len(linear))
-            weight = linear[name].weight.float()
+            progress("rounding", done, count)
+            weight = linear.pop(name).weight.float()
             shrink = search_shrink(weight, rows, group_size) if method == "awq" else 1.0
             rounded = round_to_nearest(weight, group_size, shrink)
             unscaled = round_to_nearest(weight / scale, group_size).dequantize() * scale
-            output = (rows @ weight.T).square().mean()
+            output = (rows @ weight.T).square().mean().clamp(min=TINY)
             plain += ((rows @ (unscaled - weight).T).square().mean() / output).item() / len(fold.layers)
             error += ((rows @ (rounded.dequantize() - weight).T).square().mean() / output).item() / len(fold.layers)
             tensors |= {f"{name}.{key}": tensor.cpu() for key, tensor in AWQ.pack(rounded).items()}
@@ -239,7 +251,7 @@ def _round(
             weights += weight.numel()
             done += 1
         groups.append(Rounded(fold, alpha, plain, error))
-    progress("rounding", done, done)
+    progress("rounding", count, count)
     return Quantized(tensors, group_size, groups, weights)
 
 

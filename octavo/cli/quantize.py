@@ -69,7 +69,9 @@ def quantize(
     from octavo.quantize import quantize as round_weights
     from octavo.quantize import validate
 
-    validate(bits, group_size, method)
+    if bits != 4:
+        raise Unsupported(f"weights are quantized to 4 bits only, not to {bits}")
+    validate(group_size, method)
     texts = load_texts(calib_dataset, data_dir) if calib_dataset not in (None, SELF) else None
     _, path = locate(model)
     require_16_bits(path)

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from octavo.cache.size import format_bytes, free_memory
 from octavo.cache.store import LayerShape
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel, bind
 from octavo.models.load import load_model
-from octavo.models.packed import packed_layers, weight_bytes
+from octavo.models.packed import packable, packed_layers, parameters, weight_bytes
+
+GROUP = 128  # inputs that share a scale: what `octavo quantize` does unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,31 @@ class Geometry:
     dtype: torch.dtype
     max_context: int
     weights: int  # bytes of all parameters, tied ones once
-    linear: int  # parameters of linear layers and experts, which 4-bit weight quantizers take
+    parameters: int  # tied ones once, in whatever type
+    linear: int  # those of linear layers that `octavo quantize` packs in groups of GROUP, or that are packed
     packed: int  # those of them that are in 4 bits already
     packed_bytes: int
 
     @classmethod
-    def trace(cls, path: Path, dtype: str = "auto") -> Geometry:
+    def trace(cls, path: Path, dtype: str = "auto", model_format: str = "hf") -> Geometry:
         """Of the model in directory `path`, or of a config.json alone; no weight file is read.
 
         `dtype` is the config's, or a name like bf16. Raises Unsupported for models that Octavo refuses.
         """
         with torch.device("meta"):
-            hf = load_model(path, dtype=dtype, device="meta", load_format="dummy")
+            hf = load_model(path, dtype=dtype, device="meta", load_format="dummy", model_format=model_format)
         layers = packed_layers(hf).values()
         packed = sum(layer.in_features * layer.out_features for layer in layers)
         packed_bytes = sum(layer.nbytes for layer in layers)
-        own, weights, linear = hf.dtype, weight_bytes(hf), packed + _linear(hf)
+        own, weights, count = hf.dtype, weight_bytes(hf), parameters(hf)
+        linear = packed + sum(layer.weight.numel() for layer in packable(hf, GROUP).values())
         try:
             bound = bind(hf.to(torch.bfloat16))  # what experts' kernels want on the meta device; no shape depends on it
         except OctavoError:
             raise
         except Exception as error:  # code that looks at values, which a meta tensor has none of
             bound = _with_values(path, dtype, weights, error)
-        return cls(bound.shapes, own, bound.max_context, weights, linear, packed, packed_bytes)
+        return cls(bound.shapes, own, bound.max_context, weights, count, linear, packed, packed_bytes)
 
 
 def _with_values(path: Path, dtype: str, weights: int, error: Exception) -> BoundModel:
@@ -63,12 +65,3 @@ def _with_values(path: Path, dtype: str, weights: int, error: Exception) -> Boun
             "random ones are too many for this machine."
         ) from error
     return bind(load_model(path, dtype=dtype, load_format="dummy"))
-
-
-def _linear(hf: PreTrainedModel) -> int:
-    """Parameters in 16 bits that 4-bit quantizers take: all matrices but embeddings and the head."""
-    head = hf.get_output_embeddings()
-    kept = {
-        id(p) for m in hf.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters(recurse=False)
-    }
-    return sum(p.numel() for p in hf.parameters() if p.dim() >= 2 and id(p) not in kept)

@@ -6,6 +6,7 @@ weight is never made.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from octavo.errors import OctavoError, Unsupported
 from octavo.weights.checkpoint import PackedLayers, WeightFormat
-from octavo.weights.layouts import Int4Weight
+from octavo.weights.layouts import AWQ, Int4Weight
 from octavo.weights.linear import PackedLinear
 
 
@@ -45,6 +46,18 @@ def parameters(model: nn.Module) -> int:
 def weight_bytes(model: nn.Module) -> int:
     """Of all parameters, tied ones once, and of packed weights."""
     return sum(p.nbytes for p in model.parameters()) + sum(layer.nbytes for layer in packed_layers(model).values())
+
+
+def packable(model: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
+    """The linear layers that groups divide and AWQ can store, by name; neither the head nor weights used twice."""
+    head = model.get_output_embeddings()
+    users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer is not head and users[id(layer.weight)] == 1
+        and layer.in_features % group_size == 0 and layer.out_features % AWQ.multiple[0] == 0
+    }  # fmt: skip
 
 
 def fill(model: PreTrainedModel, packed: PackedLayers) -> None:
@@ -81,4 +94,6 @@ def noise(
         codes = torch.randint(16, (out, columns), dtype=torch.uint8)
         zeros = torch.randint(7, 9, (out, groups), dtype=torch.uint8)
         layer.fill(Int4Weight(codes, zeros, torch.full((out, groups), scale, dtype=torch.float16)))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
     return model

@@ -22,6 +22,7 @@ SHRINKS = [1 - i / 20 for i in range(10)]  # of a group's range, best first if e
 COARSE = (1.0, 0.85, 0.7)  # the same while scales are searched
 MOST_OUTPUTS = 1024  # of a layer that a scale is searched on: what is sought are input channels
 AT_A_TIME = 1 << 24  # values of a weight whose clipping is searched together
+TINY = 1e-30  # the output of a dead layer, which nothing is lost of, for errors to be relative to
 
 
 def round_to_nearest(weight: Tensor, group_size: int, shrink: Tensor | float = 1.0) -> Int4Weight:
@@ -57,7 +58,7 @@ def search_scale(weights: Sequence[Tensor], rows: Tensor, mean: Tensor, group_si
     mean = mean.float().clamp(min=LEAST_MEAN)
     products = _products(rows, group_size)
     weights = [weight[:: -(-len(weight) // MOST_OUTPUTS)] for weight in weights]
-    outputs = [(rows @ weight.T).square().sum().item() for weight in weights]
+    outputs = [max((rows @ weight.T).square().sum().item(), TINY) for weight in weights]
     best, least = (torch.ones_like(mean), 0.0), torch.inf
     for step in range(STEPS):
         alpha = step / STEPS

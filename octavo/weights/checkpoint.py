@@ -74,6 +74,9 @@ def _compressed(found: dict[str, Any], where: str) -> WeightFormat:
     name = "compressed-tensors"
     _refuse(where, name, "format", found.get("format"), "pack-quantized")
     _refuse(where, name, "kv_cache_scheme", found.get("kv_cache_scheme"), None)
+    _refuse(where, name, "transform_config", bool(found.get("transform_config")), False)
+    sparsity = (found.get("sparsity_config") or {}).get("format", "dense")
+    _refuse(where, name, "sparsity_config", sparsity, "dense")
     groups = list((found.get("config_groups") or {}).values())
     _refuse(where, name, "number of config_groups", len(groups), 1)
     _refuse(where, name, "targets", groups[0].get("targets"), ["Linear"])

@@ -1,8 +1,8 @@
 """A linear layer whose weight stays in 4 bits: one packed copy in memory, and never a 16-bit one.
 
-On a CPU the native kernels multiply packed weights. On other devices, without the extension, and for many rows where
-torch has a matrix unit (AMX), a slice of the outputs at a time is decoded to the activations' type and multiplied by
-torch.
+On a CPU the native kernels multiply packed weights. On a GPU, without the extension, and for many rows where torch has
+a matrix unit (AMX), a slice of the outputs at a time is decoded to the activations' type and multiplied by torch.
+torch's own int4 operators are not used, on a GPU neither.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class PackedLinear(nn.Module):
         self.zeros: Tensor
         for name in ("codes", "scales", "zeros"):
             self.register_buffer(name, None, persistent=False)
-        self._view: tuple[int, Any] | None = None
 
     @property
     def group(self) -> int:
@@ -98,13 +97,9 @@ class PackedLinear(nn.Module):
         return cpu.multiply(self._matrix(), self.out_features, x, bias)
 
     def _matrix(self) -> Any:
-        """The kernels' view of the weight, made anew where its tensors have moved."""
-        place = self.codes.data_ptr()
-        if self._view is None or self._view[0] != place:
-            columns = 8 * self.codes.shape[1]
-            found = cpu.matrix(self.codes, self.scales, self.zeros, self.out_features, columns, self.group)
-            self._view = place, found
-        return self._view[1]
+        """The kernels' view of the weight: addresses, so it is not kept, for tensors move."""
+        columns = 8 * self.codes.shape[1]
+        return cpu.matrix(self.codes, self.scales, self.zeros, self.out_features, columns, self.group)
 
     def _sliced(self, x: Tensor) -> Tensor:
         step = max(TILE, SLICE // self.in_features // TILE * TILE)
