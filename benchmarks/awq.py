@@ -21,9 +21,10 @@ from machine import describe
 
 from octavo import quantize as making
 from octavo.cli.progress import progress
-from octavo.corpus import consecutive_windows, load_texts, token_windows
+from octavo.corpus import load_texts
 from octavo.models.bind import unbound
 from octavo.models.model import BUNDLED, Model
+from octavo.windows import consecutive_windows, token_windows
 
 OUTLIERS, TIMES = 4, 30.0
 

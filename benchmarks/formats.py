@@ -28,10 +28,11 @@ from torch import Tensor
 from octavo import LLM, KVFormat
 from octavo.calibrate import calibrate
 from octavo.cli.progress import progress
-from octavo.corpus import consecutive_windows, load_texts, self_windows, token_windows
+from octavo.corpus import load_texts
 from octavo.measure.accuracy import Candidate, Score, compare
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
+from octavo.windows import consecutive_windows, self_windows, token_windows
 
 HEADROOMS = (1.0, 1.25, 1.4, 1.5, 2.0)
 

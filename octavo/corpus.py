@@ -17,9 +17,6 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from octavo.errors import OctavoError
-from octavo.windows import consecutive_windows, self_windows, token_windows
-
-__all__ = ["SOURCES", "Texts", "consecutive_windows", "load_texts", "self_windows", "token_windows"]
 
 Split = Literal["calibration", "test"]
 

@@ -12,10 +12,11 @@ from octavo import LLM, KVFormat, SamplingParams
 from octavo.cache.size import format_bytes
 from octavo.cli import main
 from octavo.cli.progress import progress
-from octavo.corpus import consecutive_windows, load_texts
+from octavo.corpus import load_texts
 from octavo.measure.accuracy import Candidate, Score, compare
 from octavo.measure.report import write_report
 from octavo.models.model import BUNDLED, Model
+from octavo.windows import consecutive_windows
 
 WORK_DIR = Path("demo")
 PROMPTS = ("Once upon a time there was a little fox who", "The old printer took the sheet from the press and")

@@ -88,8 +88,8 @@ def draw_windows(
     model: Model, dataset: str | None, texts: Texts | None, count: int, length: int | None, seed: int
 ) -> tuple[str, list[list[int]]]:
     """Name of what was read, and the windows to observe: of `texts`, or of the model's own if None."""
-    from octavo.corpus import self_windows, token_windows
     from octavo.llm import LLM
+    from octavo.windows import self_windows, token_windows
 
     length = min(2048, model.bound.max_context) if length is None else length
     if length > model.bound.max_context:

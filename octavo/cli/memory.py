@@ -61,8 +61,8 @@ def memory(
 
     batches, where = numbers(batch_size, "--batch-size"), find_device(device)
     name, path = options.locate()
-    with_weights = Source(path, options.dtype, str(where), load_format, fill_seconds)
-    geometry = Geometry.trace(path, options.dtype)
+    with_weights = Source(path, options.dtype, str(where), load_format, options.model_format, fill_seconds)
+    geometry = Geometry.trace(path, options.dtype, options.model_format)
     length = min(CONTEXT, geometry.max_context) if context is None else context
     room = device_memory(where)
     chosen = kinds(geometry, weights)
@@ -135,10 +135,12 @@ def baseline_source(model: str, geometry: Geometry, own: Source) -> dict[str, So
     from octavo.models.model import locate
 
     _, path = locate(model)
-    other = Geometry.trace(path, own.dtype)
-    if other.packed or not geometry.packed or other.shapes != geometry.shapes or other.linear != geometry.linear:
+    dtype = str(geometry.dtype).removeprefix("torch.")  # checkpoints in 4 bits are fp16, their 16-bit models often bf16
+    other = Geometry.trace(path, dtype)
+    same = other.shapes == geometry.shapes and other.parameters == geometry.parameters
+    if other.packed or not geometry.packed or not same:
         raise OctavoError(f"--baseline {model} is not the 16-bit model of a 4-bit MODEL: their layers differ")
-    return {own_kind(other): replace(own, path=path)}
+    return {own_kind(other): replace(own, path=path, dtype=dtype, model_format="hf")}
 
 
 def cost_table(theory: Sequence[Cost], context: int, room: int) -> Any:

@@ -65,6 +65,7 @@ class ShapeOptions:
         str | None, typer.Argument(help="A directory or a Hub id. [default: the bundled model]", show_default=False)
     ] = None
     config: Annotated[Path | None, option("A config.json in place of MODEL; no weights are needed.")] = None
+    model_format: Annotated[str, option("How the weights are stored: hf, awq.")] = "hf"
     dtype: Annotated[str, option("auto, bf16, fp16 or fp32.")] = "auto"
 
     def locate(self) -> tuple[str, Path]:

@@ -53,7 +53,7 @@ def plan(
     if room <= 0:
         raise OctavoError(f"--reserve {reserve} leaves nothing of {format_bytes(whole)}")
     name, path = options.locate()
-    geometry = Geometry.trace(path, options.dtype)
+    geometry = Geometry.trace(path, options.dtype, options.model_format)
     length = min(CONTEXT, geometry.max_context) if context is None else context
     chosen = formats(geometry, kv, FORMATS)
     found = fits(geometry, chosen, length, room)
@@ -81,7 +81,7 @@ def plan(
     out = console()
     out.print(f"{name}, {format_bytes(whole)}, {format_bytes(whole - room)} of it held back", markup=False)
     out.print(fit_table(found, length, format_bytes(room)))
-    if not geometry.packed:
+    if geometry.linear and not geometry.packed:
         out.print(f"int4 weights: linear layers in {INT4_BITS:.2f} bits a weight, groups of 128 with scale and zero.")
     out.print(
         "Weights and KV cache alone: activations and the runtime come on top; --reserve holds memory back for them."

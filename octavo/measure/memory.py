@@ -3,9 +3,9 @@
     total = weights + KV cache + the rest (activations, static parts of the cache, allocator, the process itself)
 
 Theory knows the first two exactly, from the model's geometry (models/geometry.py). What a 16-bit model would take with
-4-bit weights is computed for groups of 128, each with a 16-bit scale and a zero; embeddings, norms and the head stay.
-The rest is only ever measured (point.py), and a point that this machine is too small for is computed, without a rest,
-and says why.
+4-bit weights is computed for what `octavo quantize` packs in groups of 128, each with a 16-bit scale and a zero; the
+other weights stay: embeddings, norms, the head, experts, layers that the groups do not divide. The rest is only ever
+measured (point.py), and a point that this machine is too small for is computed, without a rest, and says why.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from octavo.cache.layout import Layout
 from octavo.cache.size import block_bytes
 from octavo.errors import OctavoError
 from octavo.measure.point import CannotMeasure, Filled, Request, Source, measure
-from octavo.models.geometry import Geometry
+from octavo.models.geometry import GROUP, Geometry
 from octavo.quant.format import RAW_NAMES, KVFormat
 
 INT4 = "int4"
-GROUP = 128
 INT4_BITS = 4 + 16 / GROUP + 8 / GROUP  # of one weight in memory, its share of scale and zero included
 
 
@@ -92,11 +91,14 @@ def device_memory(device: torch.device) -> int:
 
 
 def weight_kinds(geometry: Geometry) -> dict[str, int]:
-    """Bytes of all weights by their kind: in the model's own type, and with linear layers in 4 bits."""
+    """Bytes of all weights by their kind: in the model's own type, and with linear layers in 4 bits if it has any."""
     size = geometry.dtype.itemsize
     plain = geometry.weights - geometry.packed_bytes + size * geometry.packed
-    four = plain - size * geometry.linear + round(geometry.linear * INT4_BITS / 8)
-    return {str(baseline(geometry)): plain, INT4: geometry.weights if geometry.packed else four}
+    kinds = {str(baseline(geometry)): plain}
+    if geometry.linear:
+        four = plain - size * geometry.linear + round(geometry.linear * INT4_BITS / 8)
+        kinds[INT4] = geometry.weights if geometry.packed else four
+    return kinds
 
 
 def own_kind(geometry: Geometry) -> str:

@@ -2,8 +2,9 @@
 
     total = weights + sessions · (bytes of one session in the cache's format)
 
-Of a model with 16-bit weights, 4-bit ones are computed for groups of 128, 4.19 bits a weight; embeddings, norms and the
-head stay as they are. Activations and the runtime come on top: hold memory back for them.
+Of a model with 16-bit weights, 4-bit ones are computed as `octavo quantize` makes them, in groups of 128, 4.19 bits a
+weight; embeddings, norms, the head and experts stay as they are. Activations and the runtime come on top: hold memory
+back for them.
 """
 
 from __future__ import annotations
