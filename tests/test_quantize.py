@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from octavo import quantize as making
 from octavo.cli import main
+from octavo.cli.quantize import error_table
 from octavo.errors import OctavoError, Unsupported
+from octavo.models import prepack
 from octavo.models.bind import bind, unbound
 from octavo.models.load import load_model, load_tokenizer
 from octavo.models.model import BUNDLED, Model
@@ -201,6 +205,37 @@ def test_activations_that_overflow_are_refused_by_the_layers_name() -> None:
     bound.hf.model.layers[1].input_layernorm.weight.data[3] = torch.inf
     with pytest.raises(OctavoError, match=r"inputs of model\.layers\.1\.self_attn\.q_proj are not finite"):
         quantize(bound, windows(), group_size=32)
+
+
+def test_layers_that_are_rounded_are_let_go() -> None:
+    hf = tiny()
+    old = [weakref.ref(layer) for layer in hf.model.modules() if isinstance(layer, nn.Linear)]
+    alive: list[int] = []
+
+    def watch(what: str, *_: int) -> None:
+        if what == "rounding":
+            alive.append(sum(layer() is not None for layer in old))
+
+    quantize(bind(hf), windows(), group_size=32, progress=watch)
+    assert alive == list(reversed(range(len(old) + 1)))
+
+
+@pytest.mark.parametrize("dead", ["weights", "inputs"])
+def test_a_dead_layer_costs_nothing(dead: str) -> None:
+    hf = tiny()
+    mlp = hf.model.layers[0].mlp
+    (mlp.up_proj if dead == "inputs" else mlp.down_proj).weight.data.zero_()
+    quantized = quantize(bind(hf), windows(), group_size=32)
+    errors = torch.tensor([(group.plain, group.error) for group in quantized.groups])
+    assert errors.isfinite().all()
+    assert (errors == 0).all(1).sum() == 1
+    assert "nan" not in "".join(error_table(quantized).columns[-1].cells)
+
+
+@pytest.mark.skipif(not prepack.available(), reason="oneDNN has no bf16 product on this processor")
+def test_weights_in_the_processor_s_order_are_refused_with_the_way_out() -> None:
+    with pytest.raises(OctavoError, match="plain_weights=True"):
+        quantize(Model.load(device="cpu", dtype="bf16").bound, windows())
 
 
 def test_groups_that_divide_no_layer_are_refused_with_those_that_do() -> None:

@@ -14,6 +14,7 @@ import pytest
 from octavo.cli import main
 from octavo.measure import memory
 from octavo.measure.point import CannotMeasure, Filled, Request
+from tests.weights.rounding import described, write
 
 INTERNLM = Path(__file__).parents[2] / "benchmarks" / "geometries" / "internlm-chat-7b.json"
 MIB = 1 << 20
@@ -100,6 +101,22 @@ def test_measured_points_as_json(octavo: Run) -> None:
     assert found[3]["reason"] == "it needs too much"
 
 
+@pytest.mark.usefixtures("pretended")
+def test_the_baseline_of_a_4_bit_model_is_measured_in_its_type(octavo: Run, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 64}
+    config = {"model_type": "llama", "num_attention_heads": 2, "max_position_embeddings": 128, **sizes}
+    four, sixteen = tmp_path / "four", tmp_path / "sixteen"
+    write(four, config | {"dtype": "float16", "quantization_config": described("awq", 128)}, {})
+    write(sixteen, config | {"dtype": "bfloat16"}, {})
+    command = ("memory", four, "--model-format", "awq", "--baseline", sixteen, "--load-format", "dummy", "--json")
+    status, out, _ = octavo(*command, "--batch-size", 1, "--context", 64, "--kv", "fp16")
+    assert status == 0
+    found = {row["kind"]: row["how"] for row in json.loads(out)["points"]}
+    assert found == {"fp16": "measured", "int4": "measured"}
+    write(sixteen, config | {"num_hidden_layers": 2}, {})
+    assert "is not the 16-bit model of a 4-bit MODEL" in octavo(*command)[2]
+
+
 def test_a_plan_as_json_and_as_a_table(octavo: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "growth.svg"
@@ -135,6 +152,8 @@ def test_a_plan_for_the_bundled_model_and_this_machine(octavo: Run) -> None:
         (["memory", "--context", "4096"], "the model's own reaches from 2 to 2048"),
         (["memory", "--device", "gpu"], "there is no device 'gpu'"),
         (["memory", "--dtype", "int8"], "The dtype 'int8' is unknown"),
+        (["memory", "--model-format", "awq"], "are not quantized: leave --model-format out"),
+        (["plan", "--model-format", "gguf"], "choose hf or awq"),
         (["memory", "--config", "nowhere.json"], "there is no such file"),
         (["memory", "pamphlet", "--config", INTERNLM], "exclude each other"),
         (["memory", "--load-format", "bogus"], "load format 'bogus' is unknown"),

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig
 
 from octavo.errors import OctavoError, Unsupported
+from octavo.measure.memory import weight_kinds
 from octavo.models.geometry import Geometry
 from octavo.models.load import load_model
 from octavo.models.packed import packed_layers
@@ -136,7 +137,7 @@ def test_layers_left_in_16_bits_stay_as_they_are(tmp_path: Path):
     own = load_model(tmp_path)
     close(own(IDS).logits, model(IDS).logits)
     assert len(packed_layers(own)) == 6
-    assert Geometry.trace(tmp_path).linear == Geometry.trace(tmp_path / "config.json").linear
+    assert Geometry.trace(tmp_path).parameters == sum(p.numel() for p in model.parameters())
 
 
 def drop(name: str) -> Any:
@@ -192,6 +193,8 @@ def test_a_group_size_that_does_not_divide_is_named(tmp_path: Path):
         (described("compressed", 32) | {"format": "int-quantized"}, "format int-quantized"),
         (described("compressed", 32) | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         (described("compressed", 32) | {"config_groups": {}}, "number of config_groups 0"),
+        (described("compressed", 32) | {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config True"),
+        (described("compressed", 32) | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
     ],
 )
 def test_other_ways_to_quantize_are_refused_by_name(said: dict[str, Any], message: str, tmp_path: Path):
@@ -217,10 +220,32 @@ def test_random_weights_of_a_quantized_config(tmp_path: Path):
     assert one.isfinite().all()
 
 
+def test_random_weights_have_no_biases_of_chance(tmp_path: Path):
+    config = Qwen2Config(**SIZES).to_dict() | {"quantization_config": described("awq", GROUP)}
+    layers = packed_layers(load_model(write(tmp_path, config, {}), load_format="dummy")).values()
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    assert len(biases) == 6
+    assert not any(bias.any() for bias in biases)
+
+
 def test_a_device_map_is_refused(tmp_path: Path):
     checkpoint(tmp_path, "llama", "awq")
     with pytest.raises(Unsupported, match="leave the device map out"):
         load_model(tmp_path, device_map="auto")
+
+
+def test_sizes_in_4_bits_are_those_of_layers_that_can_be_packed(tmp_path: Path):
+    config = LlamaConfig(**SIZES | {"hidden_size": 128, "intermediate_size": 192}).to_dict()
+    geometry = Geometry.trace(write(tmp_path / "some", config, {}))
+    attention, gate_and_up = 2 * 128 * 128 + 2 * 64 * 128, 2 * 192 * 128
+    assert geometry.linear == 2 * (attention + gate_and_up), "groups of 128 do not divide down_proj's 192 inputs"
+    assert "int4" in weight_kinds(geometry)
+    sizes = SIZES | {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 8, "head_dim": 32}
+    experts = Geometry.trace(write(tmp_path / "experts", Qwen3MoeConfig(**sizes).to_dict(), {}))
+    assert experts.linear == 2 * attention
+    none = Geometry.trace(write(tmp_path / "none", LlamaConfig(**SIZES).to_dict(), {}))
+    assert none.linear == 0
+    assert list(weight_kinds(none)) == ["fp32"]
 
 
 def test_packed_weights_take_little_more_than_a_quarter_of_16_bits(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -173,3 +175,17 @@ def test_one_packed_copy_of_little_more_than_a_quarter_of_16_bits():
 def test_groups_that_the_tiles_do_not_have_are_refused():
     with pytest.raises(Unsupported, match="groups of 24"):
         layer_of(random_weight(16, 48, 24), torch.float32)
+
+
+def test_a_layer_that_was_moved_copied_or_stored_multiplies_what_it_holds(isa: str):
+    weight = random_weight(40, 256, 64, dtype=torch.float32)
+    layer = layer_of(weight, torch.float32)
+    x = torch.randn(3, 256)
+    expected = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), expected), isa
+    layer.to(torch.bfloat16)  # new scales, the same codes
+    junk = torch.full_like(layer.scales, torch.nan, dtype=torch.float32)  # where the old scales were, perhaps
+    moved = layer_of(Int4Weight(weight.codes, weight.zeros, weight.scales.bfloat16()), torch.bfloat16)
+    assert torch.equal(layer(x.bfloat16()), moved(x.bfloat16())), isa
+    assert junk.isnan().all()
