@@ -98,8 +98,9 @@ class PackedLinear(nn.Module):
 
     def _matrix(self) -> Any:
         """The kernels' view of the weight: addresses, so it is not kept, for tensors move."""
-        columns = 8 * self.codes.shape[1]
-        return cpu.matrix(self.codes, self.scales, self.zeros, self.out_features, columns, self.group)
+        codes, scales, zeros = self.codes, self.scales, self.zeros  # each costs a module a look-up
+        columns = 8 * codes.shape[1]
+        return cpu.matrix(codes, scales, zeros, self.out_features, columns, columns // scales.shape[1])
 
     def _sliced(self, x: Tensor) -> Tensor:
         step = max(TILE, SLICE // self.in_features // TILE * TILE)
