@@ -37,12 +37,11 @@ struct Attention {
     const float* sinks;  // [heads] or null
 };
 
-// Query rows of the step that attend in this call; all sequences in order, each with few new tokens.
+// The sequences of the step that decode: each has one new token, its newest.
 struct Step {
     int sequences;
-    const int64_t* first_row;  // [sequences] its first row in q and out
-    const int64_t* new_tokens;  // [sequences]
-    const int64_t* kv_len;  // [sequences]
+    const int64_t* row;  // [sequences] its row in q and out
+    const int64_t* kv_len;  // [sequences] tokens it sees, its own included; 0: none, and its answer is 0
     const int64_t* table;  // [sequences, table_width]
     int64_t table_width;
 };

@@ -107,10 +107,10 @@ NB_MODULE(_native, m) {
             new (self) Attention{heads, scale, window, softcap, at<const float>(sinks)};
         });
     nb::class_<Step>(m, "Step")
-        .def("__init__", [](Step* self, int sequences, uint64_t first_row, uint64_t new_tokens, uint64_t kv_len,
-                            uint64_t table, int64_t table_width) {
-            new (self) Step{sequences, at<const int64_t>(first_row), at<const int64_t>(new_tokens),
-                            at<const int64_t>(kv_len), at<const int64_t>(table), table_width};
+        .def("__init__", [](Step* self, int sequences, uint64_t row, uint64_t kv_len, uint64_t table,
+                            int64_t table_width) {
+            new (self) Step{sequences, at<const int64_t>(row), at<const int64_t>(kv_len), at<const int64_t>(table),
+                            table_width};
         });
     m.def("side", &make_side);
     m.def("write", &write_rows, nb::call_guard<nb::gil_scoped_release>());
