@@ -28,8 +28,10 @@ def test_without_a_compiler(tmp_path: Path) -> None:
     assert "No C++ compiler: Octavo installs without its native CPU kernels" in said
 
 
-def test_without_the_headers_of_python(tmp_path: Path) -> None:
-    said = configure(tmp_path, "g++", f"-DPython_INCLUDE_DIR={tmp_path}")
+@pytest.mark.parametrize("folder", ["empty", "missing"])
+def test_without_the_headers_of_python(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "empty").mkdir()
+    said = configure(tmp_path, "g++", f"-DPython_INCLUDE_DIR={tmp_path / folder}")
     assert "No headers of Python" in said
     assert "Octavo installs without its native CPU kernels" in said
 
