@@ -6,7 +6,8 @@ output, is what joins the parts (Milakov & Gimelshein 2018).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,14 @@ class Part:
     offset: int
     window: int | None
     joins: bool = False  # its queries have been in a part before
+    masks: dict[Any, Tensor] = field(default_factory=dict)  # kept by all parts of a chunk: most of them look alike
 
     @classmethod
     def of_chunk(cls, n: int, length: int, window: int | None) -> list[Part]:
         """Parts of the last n of `length` tokens that skip what is hidden from all: future keys and those left behind
         by the window. Without a window they are the chunk itself and all that came before it."""
         past, parts = length - n, []
+        masks: dict[Any, Tensor] = {}
         if window is None:
             parts = [cls(slice(0, n), slice(past, length), 0, None)]
             return parts if past == 0 else [*parts, cls(slice(0, n), slice(0, past), past, None, joins=True)]
@@ -38,7 +41,7 @@ class Part:
         for begin in range(0, n, step):
             end = min(begin + step, n)
             oldest = max(0, past + begin - window + 1)
-            parts.append(cls(slice(begin, end), slice(oldest, past + end), past + begin - oldest, window))
+            parts.append(cls(slice(begin, end), slice(oldest, past + end), past + begin - oldest, window, masks=masks))
         return parts
 
     def hidden(self, begin: int, end: int) -> Tensor:
@@ -47,6 +50,14 @@ class Part:
         key = torch.arange(self.keys.stop - self.keys.start)
         hidden = key > position
         return hidden if self.window is None else hidden | (key <= position - self.window)
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What is added to scores: 0 where a query sees a key, −∞ where not [queries, keys]."""
+        n, m = self.rows.stop - self.rows.start, self.keys.stop - self.keys.start
+        key = n, m, self.offset, dtype
+        if key not in self.masks:
+            self.masks[key] = torch.zeros(n, m, dtype=dtype).masked_fill_(self.hidden(0, n), -torch.inf)
+        return self.masks[key]
 
     def put(self, some: Tensor, its_total: Tensor, out: Tensor, total: Tensor) -> None:
         """The part's output and log Σ exp(score), as `flash` returns them, into those of the chunk's same rows."""
@@ -66,9 +77,7 @@ def flash(q: Tensor, keys: Tensor, values: Tensor, shift: Tensor, part: Part) ->
         widest = max(q.shape[-1], v_dim)
         q, keys, values = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, keys, values))
     keys, values = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (keys, values))
-    mask = None
-    if part.window is not None:
-        mask = q.new_zeros(q.shape[2], keys.shape[2]).masked_fill_(part.hidden(0, q.shape[2]), -torch.inf)
+    mask = part.mask(q.dtype) if part.window is not None else None
     causal = part.window is None and part.offset == 0
     out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, keys, values, 0.0, causal, attn_mask=mask, scale=1.0

@@ -1,6 +1,6 @@
 """Attention on codes with the native CPU kernels (native/kernel.cpp): the fast counterpart of reference.py.
 
-Sequences with few new tokens go through one kernel call for the whole step. A chunk of many is arithmetic, not memory
+Sequences with one new token go through one kernel call for the whole step. A chunk of many is arithmetic, not memory
 traffic: some heads' codes at a time become a tile of numbers in the query's own type, and torch's own attention (AMX
 where there is one) does the rest; the folded formula holds there too. What it returns beside its output, the logarithm
 of its denominator, joins the chunk with what came before it, and with a sink.
@@ -31,9 +31,7 @@ try:
 except ImportError as error:
     _native, _missing = None, str(error)
 
-FEW = 1  # new tokens of a sequence that the decode kernel takes: prompts are computed alike however they are cut
-LARGEST = 512  # kernel.h
-TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile: 8 MB in bf16
+TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile, 8 MB in bf16; at least one head's whole context
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # kernel.h: Float
 CODES = {"bf16": 0, "fp16": 1, "fp32": 2}  # kernel.h: Code; integer codes are 3 and 4
 
@@ -56,7 +54,7 @@ def devices() -> tuple[str, ...]:
 
 def takes(k_dim: int, v_dim: int) -> bool:
     """Whether the kernels have rows of these dimensions; they have every codec."""
-    return k_dim % 8 == v_dim % 8 == 0 and max(k_dim, v_dim) <= LARGEST
+    return k_dim % 8 == v_dim % 8 == 0 and max(k_dim, v_dim) <= _native.LARGEST
 
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
@@ -68,15 +66,14 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
         q = q.contiguous()
     step = _step(batch)
     out = torch.empty(len(q), spec.heads, cache.v.dim, dtype=q.dtype)
-    if step.few is not None:
-        sinks = spec.sinks.float().contiguous() if spec.sinks is not None else None
-        attention = _native.Attention(spec.heads, spec.scale, spec.window or 0, spec.softcap or 0.0, _address(sinks))
+    layer = _layer(spec, cache)
+    if step.decodes is not None:
         _native.decode(
-            _side(cache.k), _side(cache.v), attention, step.few,
+            _side(cache.k), _side(cache.v), layer.attention, step.decodes,
             q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-    for rows, chunk in step.chunks:
-        out[rows] = _attend_chunk(spec, cache, q[rows], chunk)
+    for chunk in step.chunks:
+        out[chunk.rows] = _attend_chunk(layer, cache, q[chunk.rows], chunk)
     return out
 
 
@@ -84,11 +81,11 @@ def write(store: RowStore, x: Tensor, slots: Tensor) -> None:
     """As `RowStore.write`."""
     if x.stride(-1) != 1:
         x = x.contiguous()
-    _native.write(
+    tokens = _native.write(
         _side(store), x.data_ptr(), FLOATS[x.dtype], x.stride(0), x.stride(1), slots.data_ptr(), len(x),
         torch.get_num_threads(),
     )  # fmt: skip
-    store.written += x.numel()
+    store.written += tokens * store.heads * store.dim
 
 
 def read(store: RowStore, heads: slice, blocks: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,31 +105,29 @@ def stream(store: RowStore, blocks: Tensor) -> int:
     return _native.stream(_side(store), blocks.data_ptr(), len(blocks), torch.get_num_threads())
 
 
-def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batch) -> Tensor:
+def _attend_chunk(layer: _Layer, cache: LayerCache, q: Tensor, chunk: _Chunk) -> Tensor:
     """One sequence with many new tokens: q [n, heads, k_dim] → [n, heads, v_dim] in float32.
 
     bf16 queries meet tiles in bf16, which holds every int8 code exactly (and others rounded); others meet float32, and
     so do those with a soft cap, which torch's attention does not know.
     """
-    n, kv_len, size = batch.q_lens[0], batch.kv_lens[0], cache.k.layout.block_size
+    spec, sinks = layer.spec, layer.sinks
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and spec.softcap is None else torch.float32
-    first = 0 if spec.window is None else max(0, kv_len - n + 1 - spec.window) // size
-    blocks = batch.block_table[0, first : -(-kv_len // size)].contiguous()
-    parts = Part.of_chunk(n, kv_len - first * size, spec.window)
+    blocks, parts = chunk.seen(spec.window)
 
     q = q.unflatten(1, (cache.k.heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, n, k_dim]
     folded = torch.tensor(spec.scale)
     shift = torch.zeros(q.shape[:3])  # q·mu is the same for every key: a soft cap and a sink see it
     if cache.k.static is not None:
         folded = folded * cache.k.static.c[:, None, None]
-        if spec.softcap is not None or spec.sinks is not None:
+        if spec.softcap is not None or sinks is not None:
             shift = torch.einsum("hgnd,hd->hgn", q.float(), cache.k.static.mu * spec.scale)
     query = (q.float() * folded).to(dtype)
 
-    packed = torch.empty(n, *q.shape[:2], cache.v.dim)
+    packed = torch.empty(q.shape[2], *q.shape[:2], cache.v.dim)
     out = packed.permute(1, 2, 0, 3)
     total = torch.empty(q.shape[:3])  # log Σ exp(score) of what was seen
-    together = max(1, TILE_ELEMENTS // (len(blocks) * size * (cache.k.dim + cache.v.dim)))
+    together = max(1, TILE_ELEMENTS // (len(blocks) * _native.BLOCK * (cache.k.dim + cache.v.dim)))
     for head in range(0, cache.k.heads, together):
         heads = slice(head, min(head + together, cache.k.heads))
         keys, values = read(cache.k, heads, blocks, dtype), read(cache.v, heads, blocks, dtype)
@@ -141,12 +136,46 @@ def _attend_chunk(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batc
             some = flash(*tile, part) if spec.softcap is None else capped(*tile, part, spec.softcap)
             part.put(*some, out[heads, :, part.rows], total[heads, :, part.rows])
     weight = torch.ones(())  # every query sees itself
-    if spec.sinks is not None:
-        weight = (total - spec.sinks.float().view(cache.k.heads, -1, 1)).sigmoid_()[..., None]
+    if sinks is not None:
+        weight = (total - sinks.view(cache.k.heads, -1, 1)).sigmoid_()[..., None]
         out *= weight
     if cache.v.static is not None:
         out.mul_(cache.v.static.c[:, None, None]).add_(weight * cache.v.static.mu[:, None, None])
     return packed.flatten(1, 2)
+
+
+class _Layer:
+    """What the kernels need to know of a layer beside its cache, made once."""
+
+    def __init__(self, spec: AttentionSpec):
+        self.spec = spec
+        self.sinks = spec.sinks.float().contiguous() if spec.sinks is not None else None
+        self.attention = _native.Attention(
+            spec.heads, spec.scale, spec.window or 0, spec.softcap or 0.0, _address(self.sinks)
+        )
+
+
+def _layer(spec: AttentionSpec, cache: LayerCache) -> _Layer:
+    if id(spec) not in cache.native:  # the _Layer keeps the spec, so its id stays its own
+        cache.native[id(spec)] = _Layer(spec)
+    return cache.native[id(spec)]
+
+
+class _Chunk:
+    """A sequence with many new tokens. What layers of one window need of it is made once for all of them."""
+
+    def __init__(self, rows: slice, kv_len: int, table: Tensor):
+        self.rows, self.kv_len, self.table = rows, kv_len, table
+        self.by_window: dict[int | None, tuple[Tensor, list[Part]]] = {}
+
+    def seen(self, window: int | None) -> tuple[Tensor, list[Part]]:
+        """The blocks [n] that its queries see, and its parts among the tokens of those blocks."""
+        if window not in self.by_window:
+            n, size = self.rows.stop - self.rows.start, _native.BLOCK
+            first = 0 if window is None else max(0, self.kv_len - n + 1 - window) // size
+            blocks = self.table[first : -(-self.kv_len // size)]
+            self.by_window[window] = blocks, Part.of_chunk(n, self.kv_len - first * size, window)
+        return self.by_window[window]
 
 
 class _Step:
@@ -154,19 +183,16 @@ class _Step:
 
     def __init__(self, batch: Batch):
         starts = batch.q_start
-        few = [i for i, n in enumerate(batch.q_lens) if n <= FEW]
-        self.few: Any = None
-        if few:
-            chosen = torch.tensor(few)
-            self.keep = (  # alive as long as their addresses are
-                starts[chosen],
-                torch.tensor(batch.q_lens)[chosen],
-                batch.kv_len[chosen],
-                batch.block_table[chosen],
-            )
-            self.few = _native.Step(len(few), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1])
+        singles = torch.tensor([i for i, n in enumerate(batch.q_lens) if n == 1])
+        self.decodes: Any = None
+        if len(singles):
+            self.keep = starts[singles], batch.kv_len[singles], batch.block_table[singles]  # as long as their addresses
+            self.decodes = _native.Step(len(singles), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1])
+        # However short, a piece of a prompt is a chunk: prompts are computed alike however they are cut.
         self.chunks = [
-            (slice(int(starts[i]), int(starts[i + 1])), batch.only(i)) for i, n in enumerate(batch.q_lens) if n > FEW
+            _Chunk(slice(int(starts[i]), int(starts[i + 1])), kv_len, batch.block_table[i])
+            for i, (n, kv_len) in enumerate(zip(batch.q_lens, batch.kv_lens, strict=True))
+            if n > 1
         ]
 
 
@@ -179,6 +205,8 @@ def _step(batch: Batch) -> _Step:
 def _side(store: RowStore) -> Any:
     """The kernel's view of a store, made once: the tensors it points to live as long as the store."""
     if store.native is None:
+        if store.layout.block_size != _native.BLOCK:
+            raise ValueError(f"blocks of {store.layout.block_size} tokens; the native kernels have {_native.BLOCK}")
         codec, static = store.codec, store.static
         tables: list[Tensor | None] = [None] * 3
         if codec.kind == "token":

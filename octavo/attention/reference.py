@@ -132,6 +132,8 @@ def _attend_group(
         values, scale = _read(cache.v, blocks, sequences)
         if scale is not None:
             weights *= scale
+        if hidden is not None and cache.v.codec.kind == "raw":  # a weight of 0 does not undo a NaN of a last owner
+            values.masked_fill_(hidden.all(1).mT, 0)
         out = out * keep + weights @ values
         top = higher
 

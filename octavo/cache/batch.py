@@ -77,21 +77,6 @@ class Batch:
         """The same step with its rows placed `offset` positions later, as calibration places its windows."""
         return replace(self, positions=self.positions + offset, plan={})
 
-    def only(self, i: int) -> Batch:
-        """The part of sequence `i`, alone; whose logits are due is left out."""
-        rows = slice(sum(self.q_lens[:i]), sum(self.q_lens[: i + 1]))
-        return Batch(
-            self.ids[rows],
-            self.positions[rows],
-            self.slots[rows],
-            self.block_table[i : i + 1],
-            self.q_start[i : i + 2] - self.q_start[i],
-            self.kv_len[i : i + 1],
-            self.q_lens[i : i + 1],
-            self.kv_lens[i : i + 1],
-            self.logits_at[:0],
-        )
-
     def on(self, device: torch.device) -> Batch:
         """This batch with its tensors on `device`: itself, or one copy shared by that device's layers."""
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor) and x.device != device}

@@ -115,6 +115,7 @@ class LayerCache:
 
     def __init__(self, k: RowStore, v: RowStore):
         self.k, self.v = k, v
+        self.native: dict[int, Any] = {}  # what native kernels keep of the layer, by the id of its spec
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Encode k [tokens, kv_heads, k_dim] and v [tokens, kv_heads, v_dim] into slots [tokens]."""

@@ -27,6 +27,7 @@ from tests.attention.test_reference import (
     Layer,
     Sequence,
     assert_stored,
+    check_the_next_owner,
     numpy_attention,
     rows_of,
     stored,
@@ -252,7 +253,8 @@ def test_bf16_and_strided_rows_are_encoded_as_their_float_values() -> None:
     sequence = Sequence([0], [0] * 10, 10)
     cpu.write(cache.stores[0], x, torch.arange(10))
     assert_stored(cache.stores[0], sequence, x.contiguous())
-    cpu.write(cache.stores[1], x.float()[..., ::1], torch.arange(10))
+    apart = torch.stack([x.float(), torch.zeros(10, 2, 64)], -1).flatten(-2)[..., ::2]
+    cpu.write(cache.stores[1], apart, torch.arange(10))
     assert torch.equal(rows_of(cache.stores[0], sequence).scales, rows_of(cache.stores[1], sequence).scales)
 
 
@@ -261,12 +263,25 @@ def test_bf16_and_strided_rows_are_encoded_as_their_float_values() -> None:
 def test_a_negative_slot_writes_nowhere() -> None:
     cache = KVCache([LayerShape(1, 64, 64)], KVFormat.parse("bf16"), 2, Layout(order="tiles"))
     cpu.write(cache.stores[0], torch.ones(3, 1, 64), torch.tensor([-1, 70, -1]))
-    assert cache.stores[0].codes.float().sum() == 64
+    assert cache.stores[0].codes.float().sum() == cache.stores[0].written == 64
+
+
+@native
+def test_blocks_of_another_size_are_refused() -> None:
+    cache = KVCache([LayerShape(1, 64, 64)], KVFormat.parse("bf16"), 2, Layout(4, "tiles"))
+    with pytest.raises(ValueError, match="blocks of 4 tokens"):
+        cpu.write(cache.stores[0], torch.ones(1, 1, 64), torch.tensor([0]))
+
+
+@every_isa
+@native
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+def test_a_block_tells_its_next_owner_nothing(name: str) -> None:
+    check_the_next_owner(NativeLayer, name)
 
 
 @native
 def test_no_native_kernel_reads_beyond_its_memory_in_random_shapes() -> None:
-    """What a sanitizer build (make sanitize) runs over: random geometry and tables, NaN included."""
     random = np.random.default_rng(0)
     for _ in range(60):
         k_dim, v_dim = (8 * int(n) for n in random.integers(1, 33, 2))

@@ -17,7 +17,8 @@ from octavo.attention import cpu
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "octavo" / "attention" / "native"
-FLAGS = ["-std=c++20", "-O2", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", f"-I{NATIVE}"]
+SHARED = ROOT / "octavo" / "native"
+FLAGS = ["-std=c++20", "-O2", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", f"-I{SHARED}"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 
 
@@ -45,7 +46,9 @@ def build(directory: Path, compiler: str, isa: str, more: list[str], encoding: t
         objects.append(str(object_file))
     program = directory / "selftest"
     main = str(ROOT / "tests" / "attention" / "selftest.cpp")
-    subprocess.run([compiler, *FLAGS, f"-DTESTED={isa}", *more, main, *objects, "-o", str(program)], check=True)
+    subprocess.run(
+        [compiler, *FLAGS, f"-DTESTED={isa}", *more, f"-I{NATIVE}", main, *objects, "-o", str(program)], check=True
+    )
     return program
 
 

@@ -415,6 +415,24 @@ def test_blocks_before_a_window_are_not_read(monkeypatch: pytest.MonkeyPatch) ->
 # Rows that are out of the ordinary
 
 
+def check_the_next_owner(kind: type[Layer], format: str) -> None:
+    """Blocks that held NaN answer their next, shorter owner as blocks that held nothing do."""
+    new, used = (kind(Case(format, block_size=64), sequences=2) for _ in range(2))
+    nan = torch.full((150, 2, 64), torch.nan)
+    for i in range(2):
+        used.feed([(i, 150)], used.queries(150), nan, nan)
+        used.sequences[i] = Sequence(used.sequences[i].block_table)
+    for work in ([(0, 130), (1, 20)], [(0, 1), (1, 1)], [(0, 3), (1, 1)]):
+        rows = sum(n for _, n in work)
+        q, k, v = new.queries(rows), new.keys(rows), new.values(rows)
+        assert torch.equal(used.feed(work, q, k, v), new.feed(work, q, k, v))
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp16", "fp32"])
+def test_a_block_tells_its_next_owner_nothing(format: str) -> None:
+    check_the_next_owner(Layer, format)
+
+
 @pytest.mark.parametrize("format", SOME)
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])

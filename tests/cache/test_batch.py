@@ -77,18 +77,6 @@ def test_a_batch_on_another_device_is_one_copy_of_its_tensors() -> None:
         assert getattr(batch, name).device == torch.device("cpu")
 
 
-def test_one_sequence_of_a_step_is_the_step_of_that_sequence() -> None:
-    work = [(Sequence([1, 2, 3], 1, [4, 5]), 2), (Sequence([6, 7, 8], 0, [2, 3]), 3), (Sequence([9], 0, [0]), 1)]
-    batch = Batch.build(work, 2)
-    for i, one in enumerate(work):
-        alone, part = Batch.build([one], 2), batch.only(i)
-        for name in ("ids", "positions", "slots"):
-            assert torch.equal(getattr(part, name), getattr(alone, name))
-        assert (part.q_lens, part.kv_lens) == (alone.q_lens, alone.kv_lens)
-        assert part.block_table[:, : len(one[0].block_table)].tolist() == [one[0].block_table]
-        assert part.plan is not batch.plan
-
-
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[int, list[tuple[Sequence, int]]]:
     size = draw(st.sampled_from([1, 2, 5, 64]))

@@ -17,8 +17,7 @@ def build(directory: Path, compiler: str, isa: str, more: list[str]) -> Path:
     program = directory / "selftest"
     sources = [str(NATIVE / "kernel.cpp"), str(Path(__file__).parent / "selftest.cpp")]
     names = [f"-DISA={isa}", f'-DISA_NAME="{isa}"', f"-DTESTED={isa}"]
-    flags = [flag for flag in FLAGS if not flag.startswith("-I")]
-    command = [compiler, *flags, f"-I{NATIVE}", *isa_flags(isa), *names, *more, *sources, "-o", str(program)]
+    command = [compiler, *FLAGS, f"-I{NATIVE}", *isa_flags(isa), *names, *more, *sources, "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return program
 

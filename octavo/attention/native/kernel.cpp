@@ -184,7 +184,6 @@ struct Row {
     alignas(64) int8_t high[LARGEST];
     alignas(64) int8_t low[LARGEST];
     float step, shift, sum;  // shift: q·mu; sum: Σ(128·high + low)
-    int64_t position;
     // The block: scores, which become weights, for codes as two bytes: weight ≈ weight_step·(256·high + low).
     alignas(64) float weight[BLOCK];
     alignas(64) uint8_t weight_high[BLOCK];
@@ -234,6 +233,10 @@ struct Ahead {
     void read(int bytes) {
         for (; bytes > 0 && at < end; bytes -= 64 * passes, at += 64) __builtin_prefetch(at, 0, 2);
     }
+};
+
+struct Seen {  // tokens [from, to) of a block
+    int from, to;
 };
 
 // The loops below are functions of their own, and their last loops are unrolled by force: else GCC keeps the accumulators
@@ -336,11 +339,12 @@ void add_codes(const uint8_t* block, Ahead& ahead, Row* rows, int dim) {
     for (; d < width; d += W) add_codes_pass<FOUR, R, 1>(block, ahead, rows, width, d);
 }
 
+// Only of tokens that are seen: the rest of a block is its last owner's, and a weight of 0 does not undo a NaN.
 template <class T, int R, int N>
-[[gnu::noinline]] void add_raw_pass(const uint8_t* block, Ahead& ahead, Row* rows, int dim, int d) {
+[[gnu::noinline]] void add_raw_pass(const uint8_t* block, Ahead& ahead, Row* rows, int dim, Seen seen, int d) {
     const T* values = reinterpret_cast<const T*>(block);
     f32v sum[R][N] = {};
-    for (int t = 0; t < BLOCK; t++) {
+    for (int t = seen.from; t < seen.to; t++) {
         ahead.read(N * W * sizeof(T));
         for (int i = 0; i < N; i++) {
             const f32v v = load_float(values + int64_t(t) * dim + d + i * W);
@@ -353,10 +357,10 @@ template <class T, int R, int N>
 }
 
 template <class T, int R>
-void add_raw(const uint8_t* block, Ahead& ahead, Row* rows, int dim) {
+void add_raw(const uint8_t* block, Ahead& ahead, Row* rows, int dim, Seen seen) {
     int d = 0;
-    for (; d + PASS * W <= dim; d += PASS * W) add_raw_pass<T, R, PASS>(block, ahead, rows, dim, d);
-    for (; d < dim; d += W) add_raw_pass<T, R, 1>(block, ahead, rows, dim, d);
+    for (; d + PASS * W <= dim; d += PASS * W) add_raw_pass<T, R, PASS>(block, ahead, rows, dim, seen, d);
+    for (; d < dim; d += W) add_raw_pass<T, R, 1>(block, ahead, rows, dim, seen, d);
 }
 
 // Calls f(first, R) for all rows, R at a time: MOST, and for the rest half as many, and so on.
@@ -395,12 +399,12 @@ void scores_of(const Side& k, const uint8_t* block, const uint8_t* next, Row* ro
     });
 }
 
-void add_values(const Side& v, const uint8_t* block, const uint8_t* next, Row* rows, int count) {
+void add_values(const Side& v, const uint8_t* block, const uint8_t* next, Row* rows, int count, Seen seen) {
     over_block(v, next, count, [&](auto type, auto together, int first, Ahead& ahead) {
         using T = decltype(type);
         constexpr int R = decltype(together)::value;
         if constexpr (requires { T::value; }) add_codes<T::value, R>(block, ahead, rows + first, v.dim);
-        else add_raw<T, R>(block, ahead, rows + first, v.dim);
+        else add_raw<T, R>(block, ahead, rows + first, v.dim, seen);
     });
 }
 
@@ -422,9 +426,9 @@ constexpr struct Dither {
     }
 } DITHER;
 
-// The scores of a block, of which the row sees [from, to), become weights relative to the block's own maximum.
+// The scores of a block become weights relative to the block's own maximum.
 [[gnu::noinline]] void soften(Row& row, const Attention& attention, const float* k_scale, const float* v_scale,
-                              int64_t from, int64_t to, const Side& v) {
+                              Seen seen, const Side& v) {
     constexpr int N = BLOCK / W;  // the whole block stays in registers
     f32v s[N];
     for (int i = 0; i < N; i++) {
@@ -435,16 +439,14 @@ constexpr struct Dither {
         for (int i = 0; i < N; i++) s[i] += row.shift;
     if (attention.softcap)
         for (int i = 0; i < N; i++) s[i] = softcap(s[i], attention.softcap);
-    if (from > 0 || to < BLOCK) {
-        const int32_t first = int32_t(std::max<int64_t>(from, 0)), end = int32_t(std::clamp<int64_t>(to, 0, BLOCK));
+    if (seen.from > 0 || seen.to < BLOCK)
         for (int i = 0; i < N; i++) {
             const i32v token = counting() + i * W;
-            s[i] = (token >= first) & (token < end) ? s[i] : splat(-INFINITE);
+            s[i] = (token >= seen.from) & (token < seen.to) ? s[i] : splat(-INFINITE);
         }
-    }
     f32v most = s[0];
     for (int i = 1; i < N; i++) most = max(s[i], most);
-    const float top = std::max(max(most), NOTHING);  // NOTHING where the row sees nothing of the block
+    const float top = std::max(max(most), NOTHING);
     f32v total = {}, largest = {};
     for (int i = 0; i < N; i++) {
         s[i] = exp2(s[i] - top);
@@ -469,7 +471,7 @@ constexpr struct Dither {
         for (int i = 0; i < N; i++) store(row.weight + i * W, s[i]);
         return;
     }
-    // The best token's own weight is 1; where the row sees nothing, a floor keeps the rest from becoming infinite.
+    // The best token's own weight is 1; where no score is a number, a floor keeps the rest from becoming infinite.
     const float peak = v_scale ? std::max(max(largest), 1e-30f) : 1.0f;
     constexpr float STEPS = 65534;  // 16 bits, and room for what is added
     const float inverse = STEPS / peak;
@@ -484,7 +486,7 @@ constexpr struct Dither {
     row.weight_sum = v.code == Code::INT4 ? sum(to_float((i32v)weights)) : 0.0f;
 }
 
-// Some blocks of one sequence and one KV head, for all query rows that share them.
+// Some blocks of one sequence and one KV head, for all query heads that share them.
 struct Unit {
     int sequence, head;
     int64_t first, last;  // blocks
@@ -492,16 +494,20 @@ struct Unit {
     int64_t sums;  // where their rows' sums stand, if there are more than one
 };
 
+// The oldest token that a sequence's newest, of `kv_len`, sees.
+inline int64_t first_seen(const Attention& attention, int64_t kv_len) {
+    return attention.window ? std::max<int64_t>(0, kv_len - attention.window) : 0;
+}
+
 void attend_unit(const Unit& unit, const Side& k, const Side& v, const Attention& attention, const Step& step,
                  const Rows& q, std::vector<Row>& rows) {
     const int group = attention.heads / k.heads;
-    const int64_t added = step.new_tokens[unit.sequence], count = added * group;
     const int64_t* table = step.table + unit.sequence * step.table_width;
-    for (int64_t r = 0; r < count; r++) {
+    const int64_t end = step.kv_len[unit.sequence], begin = first_seen(attention, end);
+    for (int r = 0; r < group; r++) {
         Row& row = rows[r];
-        widen(q, step.first_row[unit.sequence] + r / group, int(unit.head * group + r % group), k.dim, row.real);
+        widen(q, step.row[unit.sequence], unit.head * group + r, k.dim, row.real);
         prepare(row, k, attention, unit.head);
-        row.position = step.kv_len[unit.sequence] - added + r / group;
         row.so_far.top = NOTHING;
         row.so_far.total = 0;
         std::fill_n(row.so_far.out, padded(v.dim), 0.0f);
@@ -517,12 +523,10 @@ void attend_unit(const Unit& unit, const Side& k, const Side& v, const Attention
             return out;
         };
         const float *k_scales = scales(k, k_scale), *v_scales = scales(v, v_scale);
-        scores_of(k, k.codes + cell * k.head_bytes, k.codes + next * k.head_bytes, rows.data(), int(count));
-        for (int64_t r = 0; r < count; r++) {
-            const int64_t oldest = attention.window ? std::max<int64_t>(0, rows[r].position - attention.window + 1) : 0;
-            soften(rows[r], attention, k_scales, v_scales, oldest - b * BLOCK, rows[r].position + 1 - b * BLOCK, v);
-        }
-        add_values(v, v.codes + cell * v.head_bytes, v.codes + next * v.head_bytes, rows.data(), int(count));
+        const Seen seen = {int(std::max<int64_t>(begin - b * BLOCK, 0)), int(std::min<int64_t>(end - b * BLOCK, BLOCK))};
+        scores_of(k, k.codes + cell * k.head_bytes, k.codes + next * k.head_bytes, rows.data(), group);
+        for (int r = 0; r < group; r++) soften(rows[r], attention, k_scales, v_scales, seen, v);
+        add_values(v, v.codes + cell * v.head_bytes, v.codes + next * v.head_bytes, rows.data(), group, seen);
     }
 }
 
@@ -560,16 +564,10 @@ void decode(const Side& k, const Side& v, const Attention& natural, const Step& 
     attention.scale *= LOG2E;
     attention.softcap *= LOG2E;
     const int group = attention.heads / k.heads;
-    auto first_block = [&](int s) {
-        if (!attention.window) return int64_t(0);
-        return std::max<int64_t>(0, step.kv_len[s] - step.new_tokens[s] - attention.window + 1) / BLOCK;
-    };
+    auto first_block = [&](int s) { return first_seen(attention, step.kv_len[s]) / BLOCK; };
     auto end_block = [&](int s) { return (step.kv_len[s] + BLOCK - 1) / BLOCK; };
-    int64_t blocks = 0, most_rows = 0;
-    for (int s = 0; s < step.sequences; s++) {
-        blocks += (end_block(s) - first_block(s)) * k.heads;
-        most_rows = std::max(most_rows, step.new_tokens[s] * group);
-    }
+    int64_t blocks = 0;
+    for (int s = 0; s < step.sequences; s++) blocks += (end_block(s) - first_block(s)) * k.heads;
     const bool worth_it = blocks * group > INLINE_BLOCKS;
     const int64_t most =
         worth_it ? std::max(UNIT_BLOCKS, blocks / (int64_t(pool.threads) * UNITS_A_THREAD)) : blocks + 1;
@@ -584,34 +582,30 @@ void decode(const Side& k, const Side& v, const Attention& natural, const Step& 
             for (int64_t i = 0; i < pieces; i++)
                 units.push_back({s, h, begin + blocks * i / pieces, begin + blocks * (i + 1) / pieces, i, pieces,
                                  split_rows});
-            if (pieces > 1) split_rows += pieces * step.new_tokens[s] * group;
+            if (pieces > 1) split_rows += pieces * group;
         }
     std::vector<Sum> sums(split_rows);
 
-    auto finish_row = [&](const Unit& unit, int64_t r, Sum* first, int64_t stride) {
-        const int query_head = unit.head * group + int(r % group);
-        const int64_t row = step.first_row[unit.sequence] + r / group;
+    auto finish_row = [&](const Unit& unit, int r, Sum* pieces) {
+        const int query_head = unit.head * group + r;
         with_float(q.type, [&](auto type) {
-            auto* to = static_cast<decltype(type)*>(out) + (row * attention.heads + query_head) * v.dim;
-            finish(first, unit.pieces, stride, v, attention, query_head, unit.head, to);
+            auto* to = static_cast<decltype(type)*>(out) + (step.row[unit.sequence] * attention.heads + query_head) * v.dim;
+            finish(pieces, unit.pieces, group, v, attention, query_head, unit.head, to);
         });
     };
     parallel(pool, int64_t(units.size()), worth_it, [&](int64_t i) {
         thread_local std::vector<Row> rows;
-        if (int64_t(rows.size()) < most_rows) rows.resize(most_rows);
+        if (int(rows.size()) < group) rows.resize(group);
         const Unit& unit = units[i];
         attend_unit(unit, k, v, attention, step, q, rows);
-        const int64_t count = step.new_tokens[unit.sequence] * group;
-        for (int64_t r = 0; r < count; r++) {
-            if (unit.pieces == 1) finish_row(unit, r, &rows[r].so_far, 0);
-            else sums[unit.sums + unit.piece * count + r] = rows[r].so_far;
+        for (int r = 0; r < group; r++) {
+            if (unit.pieces == 1) finish_row(unit, r, &rows[r].so_far);
+            else sums[unit.sums + unit.piece * group + r] = rows[r].so_far;
         }
     });
-    for (const Unit& unit : units) {
-        if (unit.pieces == 1 || unit.piece > 0) continue;
-        const int64_t count = step.new_tokens[unit.sequence] * group;
-        for (int64_t r = 0; r < count; r++) finish_row(unit, r, &sums[unit.sums + r], count);
-    }
+    for (const Unit& unit : units)
+        if (unit.pieces > 1 && unit.piece == 0)
+            for (int r = 0; r < group; r++) finish_row(unit, r, &sums[unit.sums + r]);
 }
 
 // ---------------------------------------------------------------------------------------------------------- reading

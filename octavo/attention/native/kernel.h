@@ -3,13 +3,14 @@
 
 #include <cstdint>
 
+#include "types.h"
+
 namespace octavo {
 
 constexpr int BLOCK = 64;  // tokens of a block
 constexpr int LARGEST = 512;  // dim of a row: up to there, 15-bit queries times codes fit int32
 
 enum class Code : int { BF16, FP16, FP32, INT8, INT4 };
-enum class Float : int { BF16, FP16, FP32 };
 
 // One side, K or V, of one layer's cache. A head's rows of a block are `head_bytes` apart, blocks `heads·head_bytes`:
 //
@@ -37,12 +38,11 @@ struct Attention {
     const float* sinks;  // [heads] or null
 };
 
-// Query rows of the step that attend in this call; all sequences in order, each with few new tokens.
+// The sequences of the step that decode: each has one new token, its newest.
 struct Step {
     int sequences;
-    const int64_t* first_row;  // [sequences] its first row in q and out
-    const int64_t* new_tokens;  // [sequences]
-    const int64_t* kv_len;  // [sequences]
+    const int64_t* row;  // [sequences] its row in q and out
+    const int64_t* kv_len;  // [sequences] tokens it sees, its own included; 0: none, and its answer is 0
     const int64_t* table;  // [sequences, table_width]
     int64_t table_width;
 };
@@ -51,14 +51,6 @@ struct Rows {  // x[token, head, ·]: strides in elements, the last dimension is
     const void* data;
     Float type;
     int64_t token_stride, head_stride;
-};
-
-typedef void (*Task)(int64_t begin, int64_t end, void* context);
-typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Task task, void* context);
-
-struct Pool {  // torch's own threads
-    ParallelFor parallel_for;
-    int threads;
 };
 
 struct Kernels {

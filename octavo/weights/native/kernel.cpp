@@ -13,8 +13,8 @@
 #include <limits>
 #include <memory>
 
-#include "../../attention/native/parallel.h"
-#include "../../attention/native/simd.h"
+#include "parallel.h"
+#include "simd.h"
 
 namespace octavo::weights::ISA {
 namespace {

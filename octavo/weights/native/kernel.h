@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../../attention/native/kernel.h"  // Float, Pool
+#include "types.h"
 
 namespace octavo::weights {
 

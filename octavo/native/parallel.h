@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "kernel.h"
+#include "types.h"
 
 namespace octavo::ISA {
 

@@ -57,7 +57,13 @@ inline i32v counting() { return counting(std::make_integer_sequence<int, W>{}); 
 
 // Lanes i and i ^ BY change places.
 template <int BY, int... I>
-inline f32v swapped(f32v a, std::integer_sequence<int, I...>) { return __builtin_shufflevector(a, a, (I ^ BY)...); }
+inline f32v swapped(f32v a, std::integer_sequence<int, I...>) {
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(a, a, (I ^ BY)...);
+#else  // GCC 11
+    return __builtin_shuffle(a, i32v{(I ^ BY)...});
+#endif
+}
 template <int BY>
 inline f32v swapped(f32v a) { return swapped<BY>(a, std::make_integer_sequence<int, W>{}); }
 
