@@ -75,8 +75,7 @@ def parse(text: bytes, llm: LLM, defaults: SamplingParams, chat: bool) -> tuple[
         prompt = encode_chat(llm.tokenizer, check_messages(messages))
 
     sequence = llm.sequence(prompt, params)
-    llm.engine.add(sequence)  # refuses what can never fit
-    llm.engine.finish(sequence)
+    llm.engine.scheduler.expect_room(sequence)
     return sequence.tokens, params
 
 
@@ -150,6 +149,8 @@ def _fields(text: bytes) -> dict[str, Any]:
         raise OctavoError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise OctavoError("not JSON that can be read: nested too deep") from None
+    except ValueError as error:  # an integer of too many digits
+        raise OctavoError(f"not JSON that can be read: {error}") from None
     if not isinstance(value, dict):
         raise OctavoError('not a JSON object: a line is like {"prompt": "…"}')
     known = ["id", "prompt", "messages", *(field.name for field in fields(SamplingParams))]

@@ -68,9 +68,9 @@ class SamplingParams:
         }
         for name, (right, expected) in rules.items():
             if not right:
-                raise OctavoError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
+                raise OctavoError(f"{name} is {getattr(self, name)!r}; it must be {expected}", name)
         if self.json_schema is not None and self.ignore_eos:
-            raise OctavoError("json_schema and ignore_eos exclude each other: JSON has an end")
+            raise OctavoError("json_schema and ignore_eos exclude each other: JSON has an end", "json_schema")
 
 
 class Guide(Protocol):
