@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from octavo.engine.sampling import SamplingParams
     from octavo.llm import LLM
 
-TORN = b'{"line": '  # how every answer begins
+START = b'{"line": '  # how every answer begins
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Output:
     def _recognize(self, old: bytes, requests: dict[int, str]) -> bytes:
         """The answers of `old` that stay."""
         *whole, torn = old.split(b"\n")
-        if not (torn.startswith(TORN) or TORN.startswith(torn)):
+        if not (torn.startswith(START) or START.startswith(torn)):
             raise OctavoError(f"{self.path} is not a file of answers: name another --output")
         kept = []
         for number, text in enumerate(whole, 1):

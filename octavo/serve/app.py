@@ -111,12 +111,13 @@ async def _chat(service: Service, asked: ChatRequest) -> Response:
 
     reply = ChatReply(
         service.name,
+        1,
         n,
         service.llm.tokenizer.decode,
         logprobs=bool(asked.logprobs),
         tools=[function["name"] for function in functions] if functions else None,
     )
-    return Answering(service, reply, prepare, n, asked.stream, asked.wants_usage)
+    return Answering(service, reply, prepare, asked.stream, asked.wants_usage)
 
 
 async def _completions(service: Service, asked: CompletionRequest) -> Response:
@@ -134,9 +135,9 @@ async def _completions(service: Service, asked: CompletionRequest) -> Response:
         texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
         echoes = [text for text in texts for _ in range(n)]
     reply = TextReply(
-        service.name, n * len(prompts), tokenizer.decode, logprobs=asked.logprobs is not None, echoes=echoes
+        service.name, len(prompts), n, tokenizer.decode, logprobs=asked.logprobs is not None, echoes=echoes
     )
-    return Answering(service, reply, prepare, n, asked.stream, asked.wants_usage)
+    return Answering(service, reply, prepare, asked.stream, asked.wants_usage)
 
 
 class Gate:
