@@ -459,3 +459,14 @@ def test_a_guide_that_fails_ends_its_own_answer_alone(llama: BoundModel):
 def test_what_openai_forbids_is_refused(wrong: dict[str, object]):
     with pytest.raises(OctavoError, match=next(iter(wrong))):
         SamplingParams(**wrong)  # type: ignore[arg-type]
+
+
+def test_penalties_follow_an_answer_as_it_grows():
+    params = {"repetition_penalty": 1.7, "frequency_penalty": 0.5}
+    growing = after([], **params)
+    for n in range(1, len(SEEN) + 1):
+        growing.tokens.append(SEEN[n - 1])
+        rows = [ROW[None].clone() for _ in range(2)]
+        sample(rows[0], [growing])
+        sample(rows[1], [after(SEEN[:n], **params)])
+        assert rows[0].equal(rows[1])
