@@ -80,9 +80,8 @@ def test_a_schema_that_json_cannot_write_is_refused(llm: LLM, schema: dict[str, 
 
 
 def test_answers_to_one_schema_go_their_own_ways(llm: LLM):
-    params = [
-        SamplingParams(max_tokens=60, temperature=1.5, seed=i, json_schema={"enum": [1, "two"]}) for i in range(6)
-    ]
+    one = SamplingParams(max_tokens=60, temperature=1.5, json_schema={"enum": [1, "two"]})
+    params = [replace(one, seed=i) for i in range(6)]
     assert {json.loads(answer.text) for answer in llm.generate(["A"] * 6, params)} == {1, "two"}
 
 

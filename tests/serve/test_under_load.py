@@ -242,9 +242,7 @@ def requests_with(running: Running, route: str, status: int) -> float:
     return running.server.service.metrics.requests.labels(route, status)._value.get()
 
 
-def test_an_answer_whose_text_cannot_be_made_is_told_so_and_forgotten(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_answer_whose_text_cannot_be_made_is_forgotten(running: Running, monkeypatch: pytest.MonkeyPatch):
     def fail_once(_: TextStream) -> str:
         monkeypatch.undo()
         raise RuntimeError("no text")
