@@ -83,7 +83,7 @@ class Grammars:
 
 
 class Pieces:
-    """A sentencepiece model as llguidance asks for it: every token's bytes, and how text becomes tokens."""
+    """A sentencepiece model as llguidance asks for it: the bytes of every token, and how text becomes tokens."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: list[int]):
         self.model = tokenizer.sp_model
@@ -95,9 +95,16 @@ class Pieces:
                 special.add(token)
             self.tokens.append(self._bytes(token))
         self.special_token_ids = sorted(special)
+        self.ids = {own: token for token, own in enumerate(self.tokens) if own and token not in special}
+        self.longest = max(map(len, self.ids))
 
     def __call__(self, text: str) -> list[int]:
-        return list(self.model.encode(text))
+        """The longest tokens first. sentencepiece itself would put a space before a text that begins a line."""
+        rest, tokens = text.encode(), list[int]()
+        while size := next((n for n in range(min(self.longest, len(rest)), 0, -1) if rest[:n] in self.ids), 0):
+            tokens.append(self.ids[rest[:size]])
+            rest = rest[size:]
+        return tokens
 
     def _bytes(self, token: int) -> bytes:
         if token >= len(self.model):  # an embedding padded beyond the vocabulary
