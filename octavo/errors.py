@@ -2,7 +2,12 @@
 
 
 class OctavoError(Exception):
-    """Bad input. The command line prints the message alone and exits with status 2."""
+    """Bad input. The command line prints the message alone and exits with status 2. `field` is the parameter of the
+    request that is at fault, if it is one."""
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message)
+        self.field = field
 
 
 class Unsupported(OctavoError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,7 +123,7 @@ class LLM:
         self.engine = Engine(
             bound, cache_of(blocks), max_batch_size, max_batch_tokens, self.session_len, prefix_caching
         )
-        self._grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
+        self.grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
         self._answers: dict[Sequence, Answer] = {}
 
     @property
@@ -240,12 +240,17 @@ class LLM:
         tokens = list(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
         if not all(isinstance(token, int) for token in tokens):
             raise OctavoError("a prompt is a string or a list of token ids")
-        named = (*tokens, *params.stop_token_ids, *params.logit_bias)
-        strange = [token for token in named if not 0 <= token < self.model.bound.vocab_size]
-        if strange:
-            raise OctavoError(f"token {strange[0]} is not in the model's vocabulary of {self.model.bound.vocab_size}")
+        vocabulary = self.model.bound.vocab_size
+        asked: dict[str, Iterable[int]] = {
+            "prompt": tokens,
+            "stop_token_ids": params.stop_token_ids,
+            "logit_bias": params.logit_bias,
+        }
+        for field, ids in asked.items():
+            if strange := [token for token in ids if not 0 <= token < vocabulary]:
+                raise OctavoError(f"token {strange[0]} is not in the model's vocabulary of {vocabulary}", field)
         eos = frozenset() if params.ignore_eos else self.model.eos_ids
-        guide = self._grammars.guide(params.json_schema) if params.json_schema is not None else None
+        guide = self.grammars.guide(params.json_schema) if params.json_schema is not None else None
         return Sequence(tokens, params, eos | frozenset(params.stop_token_ids), guide)
 
     def answer(self, prompt: Prompt, params: SamplingParams, outbox: Outbox, index: int = 0) -> Answer:
@@ -260,13 +265,21 @@ class LLM:
 
     def finish(self, answer: Answer, reason: FinishReason = "abort") -> None:
         """End an answer now, between two steps: its blocks are free, and it is complete with what it has."""
-        if self._answers.pop(answer.sequence, None):
-            self.engine.finish(answer.sequence, reason)
+        if self.drop(answer, reason):
             answer.complete()
 
+    def drop(self, answer: Answer, reason: FinishReason = "abort") -> bool:
+        """End an answer without completing it; whether there was one to end."""
+        if self._answers.pop(answer.sequence, None) is None:
+            return False
+        self.engine.finish(answer.sequence, reason)
+        return True
+
     @property
-    def running(self) -> list[Answer]:
-        return [self._answers[sequence] for sequence in self.engine.scheduler.running]
+    def begun(self) -> list[Answer]:
+        """The answers that wait no longer: they run, or a step that failed has left them half ended."""
+        waiting = set(self.engine.scheduler.waiting)
+        return [answer for sequence, answer in self._answers.items() if sequence not in waiting]
 
     def step(self) -> int:
         """One step of the engine; pieces of answers go to their outboxes. Returns the number of tokens gained."""
@@ -277,8 +290,8 @@ class LLM:
             if answer.text.stopped:
                 self.engine.finish(sequence, "stop")
             if sequence.finished:
-                del self._answers[sequence]
                 answer.complete()
+                del self._answers[sequence]
         return len(gained)
 
     def _conversation(self, conversation: Prompt | Rows[Message]) -> list[int]:

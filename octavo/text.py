@@ -107,8 +107,7 @@ class TextStream:
         """Characters at the end that may be the beginning of a stop string."""
         if self.stopped:
             return 0
-        sizes = (n for stop in self.stop for n in range(len(stop) - 1, 0, -1) if self.decoded.endswith(stop[:n]))
-        return max(sizes, default=0)
+        return max((_overlap(self.decoded, stop) for stop in self.stop), default=0)
 
     def _release(self, end: int) -> str:
         start, self.released = self.released, max(self.released, end)
@@ -116,3 +115,11 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` `stop` begins with, short of all of it."""
+    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while start >= 0 and not stop.startswith(text[start:]):
+        start = text.find(stop[0], start + 1)
+    return len(text) - start if start >= 0 else 0

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from octavo import LLM, OctavoError, SamplingParams
+from octavo.grammar import Grammars
+from octavo.models.load import load_tokenizer
 from octavo.models.model import Model
+from tests.models.test_internlm import TOKENIZER_V1, V1, tokenizer_files, vocabulary
 
 PET = {
     "type": "object",
@@ -62,3 +68,38 @@ def test_a_schema_that_cannot_be_enforced_is_refused(llm: LLM, schema: dict[str,
 def test_a_schema_has_an_end():
     with pytest.raises(OctavoError, match="exclude each other"):
         SamplingParams(json_schema=PET, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"const": float("nan")}, {"const": "\ud800"}, {"const": object()}], ids=["NaN", "half a pair", "object"]
+)
+def test_a_schema_that_json_cannot_write_is_refused(llm: LLM, schema: dict[str, object]):
+    with pytest.raises(OctavoError, match="the JSON schema cannot be served") as refusal:
+        llm.generate("A", SamplingParams(json_schema=schema))
+    assert refusal.value.field == "json_schema"
+
+
+def test_answers_to_one_schema_go_their_own_ways(llm: LLM):
+    one = SamplingParams(max_tokens=60, temperature=1.5, json_schema={"enum": [1, "two"]})
+    params = [replace(one, seed=i) for i in range(6)]
+    assert {json.loads(answer.text) for answer in llm.generate(["A"] * 6, params)} == {1, "two"}
+
+
+def test_a_sentencepiece_tokenizer_is_kept_to_a_schema_too(tmp_path: Path):
+    tokenizer = load_tokenizer(tokenizer_files(tmp_path, V1, vocabulary(), TOKENIZER_V1))
+    size, end = len(tokenizer) + 3, tokenizer.eos_token_id
+    guide, random = Grammars(tokenizer, size, {end}).guide(PET), torch.Generator().manual_seed(0)
+    tokens: list[int] = []
+    while end not in tokens:
+        row = torch.zeros(size)
+        guide.restrict(row)
+        tokens.append(int(row.softmax(-1).multinomial(1, generator=random)))
+        guide.accept(tokens[-1])
+    value = json.loads(tokenizer.decode(tokens, skip_special_tokens=True))
+    assert value.keys() == {"name", "legs", "tags"}
+    assert len(value["name"]) <= 12
+
+
+def test_a_tokenizer_that_the_grammar_library_cannot_read_is_refused():
+    with pytest.raises(OctavoError, match="fast tokenizers"):
+        Grammars(object(), 10, {1}).guide(PET)

@@ -258,3 +258,10 @@ def test_what_a_template_refuses_is_said_in_its_words():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(OctavoError, match="roles must alternate"):
         encode_chat(tokenizer, [{"role": "user", "content": "Hi"}])
+
+
+def test_a_stop_string_of_any_length_costs_no_more_than_the_text():
+    ids = byte_ids("a" * 500 + "b" * 500)
+    pieces, _ = stream(BYTES, ids, ("a" * 300_000, "b" + "c" * 300_000))
+    assert "".join(pieces) == "a" * 500 + "b" * 500
+    assert len(pieces[-1]) == 1, "what may go on is held back, and no more"

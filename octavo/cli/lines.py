@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from octavo.engine.sampling import SamplingParams
     from octavo.llm import LLM
 
-TORN = b'{"line": '  # how every answer begins
+START = b'{"line": '  # how every answer begins
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def parse(text: bytes, llm: LLM, defaults: SamplingParams, chat: bool) -> tuple[
         prompt = encode_chat(llm.tokenizer, check_messages(messages))
 
     sequence = llm.sequence(prompt, params)
-    llm.engine.add(sequence)  # refuses what can never fit
-    llm.engine.finish(sequence)
+    llm.engine.scheduler.expect_room(sequence)
     return sequence.tokens, params
 
 
@@ -118,7 +117,7 @@ class Output:
     def _recognize(self, old: bytes, requests: dict[int, str]) -> bytes:
         """The answers of `old` that stay."""
         *whole, torn = old.split(b"\n")
-        if not (torn.startswith(TORN) or TORN.startswith(torn)):
+        if not (torn.startswith(START) or START.startswith(torn)):
             raise OctavoError(f"{self.path} is not a file of answers: name another --output")
         kept = []
         for number, text in enumerate(whole, 1):
@@ -150,6 +149,8 @@ def _fields(text: bytes) -> dict[str, Any]:
         raise OctavoError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise OctavoError("not JSON that can be read: nested too deep") from None
+    except ValueError as error:  # an integer of too many digits
+        raise OctavoError(f"not JSON that can be read: {error}") from None
     if not isinstance(value, dict):
         raise OctavoError('not a JSON object: a line is like {"prompt": "…"}')
     known = ["id", "prompt", "messages", *(field.name for field in fields(SamplingParams))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,6 +50,8 @@ def serve(
     """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
     from octavo.cache.size import parse_bytes
 
+    # oneDNN keeps what it has compiled for each of 1024 shapes, and a server's steps have a new one every time.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     try:
         from octavo.serve.server import Server, bind, url
         from octavo.serve.service import Limits

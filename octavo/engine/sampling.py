@@ -68,9 +68,9 @@ class SamplingParams:
         }
         for name, (right, expected) in rules.items():
             if not right:
-                raise OctavoError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
+                raise OctavoError(f"{name} is {getattr(self, name)!r}; it must be {expected}", name)
         if self.json_schema is not None and self.ignore_eos:
-            raise OctavoError("json_schema and ignore_eos exclude each other: JSON has an end")
+            raise OctavoError("json_schema and ignore_eos exclude each other: JSON has an end", "json_schema")
 
 
 class Guide(Protocol):
@@ -159,13 +159,13 @@ def _adjust(row: Tensor, sequence: Sequence) -> None:
     """Change the logits [vocabulary] of one sequence as its request asks."""
     params = sequence.params
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+        seen = torch.tensor(list(sequence.seen.of(sequence.tokens)), device=row.device)
         penalty = params.repetition_penalty
         row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
-    if (params.presence_penalty or params.frequency_penalty) and sequence.output:
+    if (params.presence_penalty or params.frequency_penalty) and (said := sequence.said.of(sequence.tokens)):
         # OpenAI's API reference, "frequency and presence penalties": over the generated tokens alone.
-        seen, counts = torch.tensor(sequence.output, device=row.device).unique(return_counts=True)
-        row[seen] -= params.presence_penalty + params.frequency_penalty * counts
+        ids, counts = torch.tensor([list(said), list(said.values())], device=row.device)
+        row[ids] -= params.presence_penalty + params.frequency_penalty * counts
     if params.logit_bias:
         ids, bias = torch.tensor(list(params.logit_bias)), torch.tensor(list(params.logit_bias.values()))
         row[send(ids, row.device)] += send(bias, row.device)

@@ -31,6 +31,12 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises OctavoError if it can never fit."""
+        self.expect_room(sequence)
+        sequence.max_len = min(sequence.num_prompt + sequence.params.max_tokens, self.max_context)
+        self.waiting.append(sequence)
+
+    def expect_room(self, sequence: Sequence) -> None:
+        """Raise OctavoError if a sequence can never fit."""
         if sequence.num_prompt == 0:
             raise OctavoError("the prompt is empty: it has no token to start from")
         if sequence.num_prompt >= self.max_context:
@@ -40,8 +46,6 @@ class Scheduler:
                 else f"a session holds {self.max_context} (--session-len, or the model's own context)"
             )
             raise OctavoError(f"the prompt has {sequence.num_prompt} tokens and the answer needs room too, but {limit}")
-        sequence.max_len = min(sequence.num_prompt + sequence.params.max_tokens, self.max_context)
-        self.waiting.append(sequence)
 
     def schedule(self) -> Work:
         """The next step's work. Takes blocks and, if they run out, preempts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,6 +11,19 @@ from typing import Literal
 from octavo.engine.sampling import Guide, Sampled, SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Tally:
+    """How often each token stands in a growing list of them, each of which is looked at once."""
+
+    def __init__(self, start: int = 0):
+        self.read = start  # tokens that are counted, or skipped
+        self.counts: Counter[int] = Counter()
+
+    def of(self, tokens: list[int]) -> Counter[int]:
+        self.counts.update(tokens[self.read :])
+        self.read = len(tokens)
+        return self.counts
 
 
 @dataclass(eq=False)
@@ -36,10 +50,13 @@ class Sequence:
     prefixes: list[bytes] = field(default_factory=list)  # hash of the prefix that each full block ends
     prefix_hit: int = 0  # prompt tokens that another sequence had computed
     preemptions: int = 0
+    seen: Tally = field(default_factory=Tally)  # prompt and answer, as far as penalties have asked
+    said: Tally = field(init=False)  # the answer alone
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.num_prompt = len(self.tokens)
+        self.said = Tally(self.num_prompt)
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
 
     @property

@@ -25,11 +25,10 @@ class Answering(Response):
         service: Service,
         reply: Reply,
         prepare: Callable[[], list[tuple[list[int], SamplingParams]]],
-        n: int,
         stream: bool | None,
         usage: bool,
     ):
-        self.service, self.reply, self.prepare, self.n = service, reply, prepare, n
+        self.service, self.reply, self.prepare = service, reply, prepare
         self.stream, self.usage = bool(stream), usage
         self.begun = False
         self.start = time.monotonic()
@@ -70,7 +69,7 @@ class Answering(Response):
         async with aclosing(self._batches()) as batches:
             async for _ in batches:
                 pass
-        body = dumps(self.reply.whole(self.n))
+        body = dumps(self.reply.whole())
         self.begun = True
         await Response(body, media_type="application/json")(scope, receive, send)
 
@@ -80,7 +79,7 @@ class Answering(Response):
             async for pieces in batches:
                 events = [event(self.reply.chunk(delta, self.usage)) for delta in pieces]
                 await self._send(send, b"".join(events))
-        end = event(self.reply.usage_chunk(self.n)) + DONE if self.usage else DONE
+        end = event(self.reply.usage_chunk()) + DONE if self.usage else DONE
         await self._send(send, end, more=False)
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

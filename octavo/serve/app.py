@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,6 +31,7 @@ from octavo.text import encode_chat
 
 KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/cache", "/openapi.json")
 GUARDED = ("/v1/", "/metrics", "/cache")  # need the key; the page that asks for it does not
+LEFT = 499  # the status under which nginx counts a client that left
 
 
 def create_app(service: Service, api_key: str | None = None, cors_origins: tuple[str, ...] = ()) -> Starlette:
@@ -92,31 +93,37 @@ def create_app(service: Service, api_key: str | None = None, cors_origins: tuple
 async def _chat(service: Service, asked: ChatRequest) -> Response:
     service.check_model(asked.model)
     n = asked.n or 1
+    service.check_count(n)
     tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] if asked.tool_choice != "none" else []
     functions = [tool["function"] for tool in tools]
     schema = asked.answer_schema
-    if asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedTool):
+    if asked.demands_call:
         one = asked.tool_choice.function.name if isinstance(asked.tool_choice, NamedTool) else None
         schema = call_schema([function for function in functions if one in (None, function["name"])])
     params = _params(lambda: asked.params(service.defaults, schema))
 
     def prepare() -> list[tuple[list[int], SamplingParams]]:
         messages = [message.plain() for message in asked.messages]
-        return several(encode_chat(service.llm.tokenizer, messages, tools), params, n)
+        tokens = encode_chat(service.llm.tokenizer, messages, tools)
+        if schema is not None and asked.demands_call:
+            service.check_calls(schema)
+        return several(tokens, params, n)
 
     reply = ChatReply(
         service.name,
+        1,
         n,
         service.llm.tokenizer.decode,
         logprobs=bool(asked.logprobs),
         tools=[function["name"] for function in functions] if functions else None,
     )
-    return Answering(service, reply, prepare, n, asked.stream, asked.wants_usage)
+    return Answering(service, reply, prepare, asked.stream, asked.wants_usage)
 
 
 async def _completions(service: Service, asked: CompletionRequest) -> Response:
     service.check_model(asked.model)
     n, prompts, tokenizer = asked.n or 1, asked.prompts, service.llm.tokenizer
+    service.check_count(n * len(prompts))
     params = _params(lambda: asked.params(service.defaults))
 
     def prepare() -> list[tuple[list[int], SamplingParams]]:
@@ -125,11 +132,12 @@ async def _completions(service: Service, asked: CompletionRequest) -> Response:
 
     echoes = None
     if asked.echo:
-        echoes = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts for _ in range(n)]
+        texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
+        echoes = [text for text in texts for _ in range(n)]
     reply = TextReply(
-        service.name, n * len(prompts), tokenizer.decode, logprobs=asked.logprobs is not None, echoes=echoes
+        service.name, len(prompts), n, tokenizer.decode, logprobs=asked.logprobs is not None, echoes=echoes
     )
-    return Answering(service, reply, prepare, n, asked.stream, asked.wants_usage)
+    return Answering(service, reply, prepare, asked.stream, asked.wants_usage)
 
 
 class Gate:
@@ -142,7 +150,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = 499  # as nginx counts a client that left
+        status = LEFT
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -156,6 +164,9 @@ class Gate:
             else:
                 error = ApiError(401, "this server asks for a key: Authorization: Bearer KEY", code="invalid_api_key")
                 await _refuse(None, error)(scope, receive, counted)
+        except Exception:  # it is answered outside of here
+            status = 500
+            raise
         finally:
             route = scope["path"] if scope["path"] in KNOWN else "other"
             self.service.metrics.requests.labels(route, status).inc()
@@ -172,10 +183,13 @@ async def _body(request: Request, limit: int) -> bytes:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise ApiError(413, f"the body is larger than {limit} bytes (--max-body)")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise ApiError(413, f"the body is larger than {limit} bytes (--max-body)")
+    except ClientDisconnect:
+        raise ApiError(LEFT, "the client left before the end of its request") from None
     return bytes(body)
 
 
@@ -197,4 +211,4 @@ def _params(make: Callable[[], SamplingParams]) -> SamplingParams:
     try:
         return make()
     except OctavoError as error:
-        raise ApiError(400, str(error), param=str(error).partition(" is ")[0]) from None
+        raise ApiError.of(error) from None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
+
+from octavo.errors import OctavoError
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+NAMES = {"json_schema": "response_format"}  # where the API has another name for it than SamplingParams
 
 
 class ApiError(Exception):
@@ -21,6 +24,11 @@ class ApiError(Exception):
     ):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    @classmethod
+    def of(cls, error: OctavoError) -> Self:
+        """Bad input, with the name that its field has in the API."""
+        return cls(400, str(error), param=NAMES.get(error.field or "", error.field))
 
     @property
     def body(self) -> dict[str, Any]:

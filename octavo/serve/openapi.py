@@ -25,6 +25,7 @@ ERROR = {
     },
     "required": ["error"],
 }
+KEY: list[dict[str, list[str]]] = [{}, {"key": []}]  # only a server with --api-key asks for it
 REFUSALS = {
     "400": "The request makes no sense, or asks for what is not supported: `param` names the field.",
     "401": "The key is missing or wrong.",
@@ -33,6 +34,7 @@ REFUSALS = {
     "415": "The body is not called JSON.",
     "429": "Too many requests are waiting; `Retry-After` says when to try again.",
     "500": "The engine failed.",
+    "503": "The server was stopped before the answer's end.",
     "504": "The time was over before the answer began.",
 }
 
@@ -55,10 +57,13 @@ def document() -> dict[str, Any]:
                 }
             },
             "/cache": {"get": _get("The KV cache in numbers.", "401")},
-            "/health": {"get": _get("Whether the engine runs; 503 if it does not.")},
+            "/health": {"get": _health()},
             "/metrics": {"get": _get("For Prometheus.", "401", content="text/plain")},
         },
-        "components": {"schemas": {**schemas["$defs"], "Error": ERROR}},
+        "components": {
+            "schemas": {**schemas["$defs"], "Error": ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "The key of --api-key."}},
+        },
     }
 
 
@@ -67,6 +72,7 @@ def _post(request: str, summary: str) -> dict[str, Any]:
     answer = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
     return {
         "summary": summary,
+        "security": KEY,
         "requestBody": {"required": True, "content": body},
         "responses": {
             "200": {"description": "The answer, whole or streamed.", "content": answer},
@@ -78,7 +84,14 @@ def _post(request: str, summary: str) -> dict[str, Any]:
 def _get(summary: str, *refusals: str, content: str = "application/json") -> dict[str, Any]:
     kind = {"type": "object" if content == "application/json" else "string"}
     answer = {"description": summary, "content": {content: {"schema": kind}}}
-    return {"summary": summary, "responses": {"200": answer, **_refusals(*refusals)}}
+    key = {"security": KEY} if "401" in refusals else {}
+    return {"summary": summary, **key, "responses": {"200": answer, **_refusals(*refusals)}}
+
+
+def _health() -> dict[str, Any]:
+    described = _get("The engine runs.")
+    failed = {**described["responses"]["200"], "description": "It does not."}
+    return {**described, "responses": {**described["responses"], "503": failed}}
 
 
 def _refusals(*statuses: str) -> dict[str, Any]:

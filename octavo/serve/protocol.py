@@ -15,8 +15,10 @@ from pydantic_core import from_json
 from octavo.engine.sampling import MAX_LOGPROBS, SamplingParams
 from octavo.serve.errors import ApiError
 
+MAX_STOP = 1024  # characters of a stop string; every token is compared with all of them
 Int31 = Annotated[int, Field(ge=0, lt=1 << 31)]
 Schema = dict[str, JsonValue]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 
 
 class Strict(BaseModel):
@@ -42,7 +44,7 @@ class Sampling(Strict):
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
     ) = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=64)] | None = None
     stop_token_ids: list[Int31] | None = None
     ignore_eos: bool | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
@@ -131,6 +133,11 @@ class ChatMessage(Strict):
     content: str | list[TextPart] | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    # Clients send answers back as they got them, with what OpenAI's own have and these have not.
+    refusal: None = None
+    annotations: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
 
     @model_validator(mode="after")
     def _fields_of_roles(self) -> Self:
@@ -226,12 +233,15 @@ class ChatRequest(Sampling):
             raise ValueError("tool_choice: there are no tools")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise ValueError("tool_choice: there is no tool of that name")
-        forced = self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
-        if any(tool.function.strict for tool in self.tools or ()) and not forced:
+        if any(tool.function.strict for tool in self.tools or ()) and not self.demands_call:
             raise ValueError("tools: strict is honoured with tool_choice 'required' or a named function only")
-        if forced and self.answer_schema is not None:
-            raise ValueError("response_format: excludes a tool_choice that demands a call")
+        if names and self.tool_choice != "none" and self.answer_schema is not None:
+            raise ValueError("response_format: excludes calls of tools, unless tool_choice is none")
         return self
+
+    @property
+    def demands_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
     def answer_schema(self) -> Schema | None:

@@ -17,7 +17,8 @@ DONE = b"data: [DONE]\n\n"
 
 
 def dumps(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")  # in a call's arguments a model may have written half a surrogate pair
 
 
 def event(value: Any) -> bytes:
@@ -26,43 +27,45 @@ def event(value: Any) -> bytes:
 
 
 class Reply:
-    """One request's answer: `n` choices, of which `take` gets the pieces and `whole` the sum."""
+    """One request's answer: `n` choices for each prompt, of which `take` gets the pieces and `whole` the sum."""
 
     prefix: str
     object: str
     chunk_object: str
 
-    def __init__(self, model: str, n: int, decode: Callable[[list[int]], str]):
+    def __init__(self, model: str, prompts: int, n: int, decode: Callable[[list[int]], str]):
         self.id, self.model, self.created = f"{self.prefix}-{uuid.uuid4().hex}", model, int(time.time())
-        self.decode = decode
-        self.completions: list[Completion | None] = [None] * n
-        self.sampled: list[list[Sampled]] = [[] for _ in range(n)]
+        self.n, self.decode = n, decode
+        choices = prompts * n
+        self.completions: list[Completion | None] = [None] * choices
+        self.sampled: list[list[Sampled]] = [[] for _ in range(choices)]
+        self.begun = [False] * choices  # whose first piece is streamed
 
     def chunk(self, delta: Delta, usage: bool) -> dict[str, Any]:
         """A piece as it is streamed."""
         more = {"usage": None} if usage else {}
         return {**self._head(self.chunk_object), "choices": [self._choice(delta)], **more}
 
-    def usage_chunk(self, per_prompt: int) -> dict[str, Any]:
+    def usage_chunk(self) -> dict[str, Any]:
         """The last piece of a stream whose request asked for it."""
-        return {**self._head(self.chunk_object), "choices": [], "usage": self.usage(per_prompt)}
+        return {**self._head(self.chunk_object), "choices": [], "usage": self.usage()}
 
     def take(self, delta: Delta) -> None:
         self.sampled[delta.index] += delta.sampled
         if delta.completion:
             self.completions[delta.index] = delta.completion
 
-    def whole(self, per_prompt: int) -> dict[str, Any]:
-        """All choices; `per_prompt` of them answer the same prompt."""
+    def whole(self) -> dict[str, Any]:
+        """All choices."""
         choices = [self._whole(i, c) for i, c in enumerate(self.completions) if c]
-        return {**self._head(self.object), "choices": choices, "usage": self.usage(per_prompt)}
+        return {**self._head(self.object), "choices": choices, "usage": self.usage()}
 
-    def usage(self, per_prompt: int) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
         """Tokens; a prompt counts once, however many answers it has."""
         done = [completion for completion in self.completions if completion]
-        prompt = sum(completion.prompt_tokens for completion in done[::per_prompt])
+        prompt = sum(completion.prompt_tokens for completion in done[:: self.n])
         generated = sum(len(completion.tokens) for completion in done)
-        cached = sum(completion.cached_tokens for completion in done[::per_prompt])
+        cached = sum(completion.cached_tokens for completion in done[:: self.n])
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
@@ -89,38 +92,25 @@ class ChatReply(Reply):
         super().__init__(*args)
         self.logprobs = logprobs
         self.texts = [ToolText(tools) for _ in self.completions] if tools is not None else None
-        self.begun = [False] * len(self.completions)
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
-        text, calls = delta.text, list[Call]()
-        reason: str | None = delta.completion.finish_reason if delta.completion else None
-        if self.texts:
-            shown = self.texts[delta.index]
-            text = shown.push(text)
-            if reason:
-                rest, calls = shown.finish()
-                text += rest
+        shown = self.texts[delta.index] if self.texts else None
+        text, calls, reason = _parts(shown, delta.text, delta.completion)
         said: dict[str, Any] = {"content": text} if text or not reason else {}
         if not self.begun[delta.index]:
             self.begun[delta.index] = True
             said = {"role": "assistant", **said}
         if calls:
             said["tool_calls"] = [{"index": i, **_call(call)} for i, call in enumerate(calls)]
-            reason = "tool_calls" if reason == "stop" else reason
         logprobs = self._logprobs(delta.sampled) if self.logprobs else None
         return {"index": delta.index, "delta": said, "logprobs": logprobs, "finish_reason": reason}
 
     def _whole(self, index: int, completion: Completion) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
-        reason: str = completion.finish_reason
-        if self.texts:
-            shown = ToolText(self.texts[index].names)
-            text = shown.push(completion.text)
-            rest, calls = shown.finish()
-            if calls:
-                message["content"] = text + rest or None
-                message["tool_calls"] = [_call(call) for call in calls]
-                reason = "tool_calls" if reason == "stop" else reason
+        shown = ToolText(self.texts[index].names) if self.texts else None
+        text, calls, reason = _parts(shown, completion.text, completion)
+        message: dict[str, Any] = {"role": "assistant", "content": (text or None) if calls else text, "refusal": None}
+        if calls:
+            message["tool_calls"] = [_call(call) for call in calls]
         logprobs = self._logprobs(self.sampled[index]) if self.logprobs else None
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
@@ -137,6 +127,18 @@ class ChatReply(Reply):
         return {"content": content, "refusal": None}
 
 
+def _parts(shown: ToolText | None, text: str, ended: Completion | None) -> tuple[str, list[Call], str | None]:
+    """What a piece of an answer shows, and, if it is the last, the calls and the reason of the end."""
+    reason: str | None = ended.finish_reason if ended else None
+    if shown is None:
+        return text, [], reason
+    text = shown.push(text)
+    if ended is None:
+        return text, [], None
+    rest, calls = shown.finish()
+    return text + rest, calls, "tool_calls" if calls and reason == "stop" else reason
+
+
 def _call(call: Call) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
@@ -151,7 +153,6 @@ class TextReply(Reply):
         super().__init__(*args)
         self.logprobs, self.echoes = logprobs, echoes
         self.offsets = [0] * len(self.completions)
-        self.begun = [False] * len(self.completions)
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         echo = "" if self.begun[delta.index] or self.echoes is None else self.echoes[delta.index]

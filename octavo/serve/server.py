@@ -36,7 +36,7 @@ class Server:
             app,
             log_level=logging.WARNING,
             access_log=False,
-            timeout_graceful_shutdown=int(grace),
+            timeout_graceful_shutdown=grace,  # type: ignore[arg-type]  # asyncio takes parts of a second too
             server_header=False,
             lifespan="on",
         )

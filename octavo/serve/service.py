@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -95,7 +95,7 @@ class Service:
             except TimeoutError:
                 raise _late() from None
             except OctavoError as error:
-                raise ApiError(400, str(error)) from None
+                raise ApiError.of(error) from None
             self.worker.submit(job)
             timer = loop.call_at(deadline, self.worker.finish, job, "length")
             try:
@@ -125,9 +125,19 @@ class Service:
         except EngineFailure:
             raise ApiError(500, "the engine failed in a step of this answer; try again") from None
 
-    def _admit(self, n: int) -> Job:
+    def check_count(self, n: int) -> None:
+        """Refuse a request of more answers than can ever be admitted, before anything is made for each."""
         if n > self.capacity:
             raise ApiError(400, f"{n} answers are more than this server takes at a time, {self.capacity}", param="n")
+
+    def check_calls(self, schema: Mapping[str, Any]) -> None:
+        """Refuse demanded calls whose schema cannot be followed: it is the tools that are at fault."""
+        try:
+            self.llm.grammars.guide(schema)
+        except OctavoError as error:
+            raise ApiError(400, str(error), param="tools") from None
+
+    def _admit(self, n: int) -> Job:
         if self.admitted + n > self.capacity:
             raise ApiError(
                 429, "too many requests are waiting; try again later", code="queue_full", headers={"Retry-After": "1"}

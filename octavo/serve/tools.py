@@ -28,12 +28,12 @@ class ToolText:
     def __init__(self, names: Collection[str]):
         self.names = names
         self.held = ""
-        self.released = ""
+        self.begun = False  # whether any of it was shown
 
     def push(self, text: str) -> str:
         """Add text; returns what can be shown."""
         self.held += text
-        if not self.released and self.held.lstrip()[:1] in ("", "{", "["):
+        if not self.begun and self.held.lstrip()[:1] in ("", "{", "["):
             return ""
         end = self.held.find(OPEN)
         if end < 0:
@@ -46,13 +46,13 @@ class ToolText:
         if tagged and all(tagged):
             rest = TAGGED.sub("", self.held).strip()
             return rest, [call for calls in tagged for call in calls]
-        if not self.released and (calls := self._calls(self.held)):
+        if not self.begun and (calls := self._calls(self.held)):
             return "", calls
         return self._release(len(self.held)), []
 
     def _release(self, end: int) -> str:
         text, self.held = self.held[:end], self.held[end:]
-        self.released += text
+        self.begun |= bool(text)
         return text
 
     def _calls(self, text: str) -> list[Call]:
@@ -72,14 +72,28 @@ class ToolText:
 
 
 def call_schema(functions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The JSON schema of a call of one of `functions`."""
+    """The JSON schema of a call of one of `functions`. Each function's parameters stand under `$defs` by its name, with
+    their references to parts of themselves changed to where they now are."""
+    parameters = {one["name"]: _moved(one.get("parameters") or {"type": "object"}, one["name"]) for one in functions}
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": function["name"]}, "arguments": function.get("parameters") or {}},
+            "properties": {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/{name}"}},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for function in functions
+        for name in parameters
     ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return {"$defs": parameters, "anyOf": calls}
+
+
+def _moved(schema: Any, name: str) -> Any:
+    """A schema, or a part of one, as it is under `#/$defs/name`."""
+    if isinstance(schema, list):
+        return [_moved(part, name) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(part, name) for key, part in schema.items()}
+    if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#"):
+        moved["$ref"] = f"#/$defs/{name}{reference[1:]}"
+    return moved

@@ -132,19 +132,32 @@ class Worker:
         return await asyncio.wrap_future(future)
 
     def _run(self) -> None:
-        while True:
-            while not (self.inbox.empty() and self.llm.engine.busy):  # idle: wait for the next
-                if (command := self.inbox.get()) is None:
-                    return
-                command()
-            try:
-                tokens = self.llm.step()
-                self.counts.failures_in_a_row = 0
-                self.counts.generated_tokens += tokens
-                self.recent.append((time.monotonic(), tokens))
-            except Exception:
-                if self._fail():
-                    return
+        try:
+            while self._take_in():
+                self._step()
+        except BaseException:  # a panic of a native library too: a server without an engine must not stay
+            logger.exception("the engine is given up")
+            self.on_death()
+
+    def _take_in(self) -> bool:
+        """Do what has been handed in; idle, wait for it. False at the end."""
+        while not (self.inbox.empty() and self.llm.engine.busy):
+            if (command := self.inbox.get()) is None:
+                return False
+            command()
+        return True
+
+    def _step(self) -> None:
+        try:
+            tokens = self.llm.step()
+            self.counts.failures_in_a_row = 0
+            self.counts.generated_tokens += tokens
+            self.recent.append((time.monotonic(), tokens))
+        except Exception:
+            self._fail()
+            if self.counts.failures_in_a_row == FAILURES:
+                raise
+        finally:
             self._deliver()
 
     def _submit(self, job: Job) -> None:
@@ -152,30 +165,32 @@ class Worker:
             for answer in job.answers:
                 self.llm.submit(answer)
         except OctavoError as error:
-            self._finish(job, "abort")
-            self.outbox.append((job, error))
+            self._end(job, error)
         self._deliver()
 
     def _finish(self, job: Job, reason: FinishReason) -> None:
-        for answer in job.answers:
-            self.llm.finish(answer, reason)
+        try:
+            for answer in job.answers:
+                self.llm.finish(answer, reason)
+        except Exception:
+            logger.exception("an answer cannot be completed")
+            self._end(job, EngineFailure())
         self._deliver()
 
-    def _fail(self) -> bool:
-        """End what was running in a step that failed; the waiting go on. True if the engine is given up."""
+    def _fail(self) -> None:
+        """End what was running in a step that failed; the waiting go on."""
         logger.exception("a step of the engine failed: the running answers are ended")
         self.counts.failures += 1
         self.counts.failures_in_a_row += 1
-        for job in {answer.outbox for answer in self.llm.running}:
+        for job in {answer.outbox for answer in self.llm.begun}:
             assert isinstance(job, Job)
-            self.outbox.append((job, EngineFailure()))
-            for answer in job.answers:
-                self.llm.finish(answer, "abort")
-        if self.counts.failures_in_a_row < FAILURES:
-            return False
-        self._deliver()
-        self.on_death()
-        return True
+            self._end(job, EngineFailure())
+
+    def _end(self, job: Job, error: Exception) -> None:
+        """End a request by an error, which is all that is told of it."""
+        self.outbox.append((job, error))
+        for answer in job.answers:
+            self.llm.drop(answer)
 
     def _deliver(self) -> None:
         """Hand the loop what there is, in one call."""

@@ -145,6 +145,8 @@ BAD = {
     '{"prompt": "x", "frequency_penalty": "a"}': "frequency_penalty is 'a'; it must be a number",
     '{"prompt": "x", "logit_bias": {"a": 1}}': "logit_bias is {'a': 1}; it must be an object",
     '{"prompt": "x", "logit_bias": {"4096": 1}}': "token 4096 is not in the model's vocabulary",
+    '{"prompt": "x", "seed": 1' + "0" * 5000 + "}": "not JSON that can be read",
+    '{"prompt": "x", "json_schema": {"const": NaN}}': "the JSON schema cannot be served",
     '{"prompt": "x", "json_schema": 1}': "json_schema is 1; it must be a JSON schema",
     '{"prompt": "x", "json_schema": {"type": "y"}}': "the JSON schema cannot be served",
     json.dumps({"prompt": "a " * 200}): "a session holds 128",

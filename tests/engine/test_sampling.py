@@ -432,13 +432,14 @@ class Evens:
         self.taken.append(token)
 
 
-def test_a_guide_decides_what_may_come_and_hears_what_came():
-    guided, free = after([], temperature=5.0, seed=1), after([], temperature=5.0, seed=1)
-    guided.guide = guide = Evens()
-    pairs = [sample(ROW.repeat(2, 1), [guided, free]) for _ in range(50)]
-    assert all(one.token % 2 == 0 for one, _ in pairs)
-    assert any(one.token % 2 for _, one in pairs)
-    assert guide.taken == [one.token for one, _ in pairs]
+def test_a_guide_decides_what_may_come_in_its_own_row_alone():
+    pairs = []
+    for seed in range(50):
+        guided, free = (after([], temperature=5.0, seed=seed) for _ in range(2))
+        guided.guide = Evens()
+        pairs.append([one.token % 2 for one in sample(ROW.repeat(2, 1), [guided, free])])
+    assert {odd for odd, _ in pairs} == {0}
+    assert {odd for _, odd in pairs} == {0, 1}
 
 
 def test_a_guide_that_fails_ends_its_own_answer_alone(llama: BoundModel):
@@ -459,3 +460,14 @@ def test_a_guide_that_fails_ends_its_own_answer_alone(llama: BoundModel):
 def test_what_openai_forbids_is_refused(wrong: dict[str, object]):
     with pytest.raises(OctavoError, match=next(iter(wrong))):
         SamplingParams(**wrong)  # type: ignore[arg-type]
+
+
+def test_penalties_follow_an_answer_as_it_grows():
+    params = {"repetition_penalty": 1.7, "frequency_penalty": 0.5}
+    growing = after([], **params)
+    for n in range(1, len(SEEN) + 1):
+        growing.tokens.append(SEEN[n - 1])
+        rows = [ROW[None].clone() for _ in range(2)]
+        sample(rows[0], [growing])
+        sample(rows[1], [after(SEEN[:n], **params)])
+        assert rows[0].equal(rows[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
@@ -168,6 +169,7 @@ def test_the_models_are_one(client: OpenAI):
         client.chat.completions.create(messages=HELLO, model="another")
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"store": True}, "store"),
     ({"modalities": ["text", "audio"]}, "modalities"),
@@ -179,6 +181,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 1.5}, "n"),
     ({"stop": ""}, "stop"),
     ({"stop": [1]}, "stop.0"),
+    ({"stop": "a" * 1025}, "stop"),
+    ({"stop": ["a"] * 65}, "stop"),
     ({"logit_bias": {"x": 1}}, "logit_bias.x"),
     ({"logit_bias": {"4096": 1}}, "token 4096"),
     ({"top_logprobs": 2}, "top_logprobs"),
@@ -192,7 +196,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}}, "schema"),
     ({"tool_choice": "auto"}, "tool_choice"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "no place for tools"),
+    ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
+    ({"messages": [{"role": "assistant", "content": "a", "refusal": "no"}]}, "messages.0.refusal"),
+    ({"tools": [TOOL]}, "no place for tools"),
 ]
 
 
@@ -211,3 +217,32 @@ def test_a_prompt_that_can_never_fit_is_refused_with_the_code_clients_know(clien
     with pytest.raises(BadRequestError) as refusal:
         client.chat.completions.create(messages=[{"role": "user", "content": "word " * 600}], **GREEDY)
     assert refusal.value.code == "context_length_exceeded"
+
+
+def of_schema(schema: str) -> str:
+    return f'"response_format": {{"type": "json_schema", "json_schema": {{"name": "a", "schema": {schema}}}}}'
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ('"logit_bias": {"4096": 1}', "logit_bias"),
+        ('"stop_token_ids": [4096]', "stop_token_ids"),
+        ('"ignore_eos": true, ' + of_schema("{}"), "response_format"),
+        (of_schema('{"type": "x"}'), "response_format"),
+        (of_schema('{"const": NaN}'), "response_format"),
+        (of_schema('{"maximum": 1e999}'), "response_format"),
+    ],
+)
+def test_what_only_the_model_can_refuse_is_refused_by_name_too(running: Running, field: str, param: str):
+    content = f'{{"messages": [{{"role": "user", "content": "a"}}], {field}}}'
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{running.url}/v1/chat/completions", content=content, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_an_answer_can_be_sent_back_as_it_came(client: OpenAI):
+    said = client.chat.completions.create(messages=HELLO, max_tokens=5, **GREEDY).choices[0].message
+    openais = {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "audio": None}
+    messages: Any = [*HELLO, said, {"role": "user", "content": "And then?"}, openais, *HELLO]
+    assert client.chat.completions.create(messages=messages, max_tokens=2, **GREEDY).usage.completion_tokens == 2

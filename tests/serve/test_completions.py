@@ -98,3 +98,17 @@ def test_what_is_not_served_is_refused_by_name(client: OpenAI, fields: dict[str,
         client.post("/completions", body={"prompt": STORY, **fields}, cast_to=object)
     error = refusal.value.body
     assert error["param"] == named or named in error["message"]
+
+
+def test_nothing_is_made_for_answers_that_are_too_many(client: OpenAI, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("octavo.serve.app.TextReply", None)
+    with pytest.raises(BadRequestError, match="300 answers are more than this server takes") as refusal:
+        client.completions.create(model="pamphlet", prompt=["a"] * 100, n=3)
+    assert refusal.value.param == "n"
+
+
+def test_one_prompt_that_cannot_fit_refuses_the_request_as_itself(client: OpenAI):
+    for _ in range(5):
+        with pytest.raises(BadRequestError, match="the prompt has") as refusal:
+            client.completions.create(model="pamphlet", prompt=[STORY, "word " * 600])
+        assert refusal.value.code == "context_length_exceeded"

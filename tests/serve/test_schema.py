@@ -39,8 +39,8 @@ def test_no_request_is_answered_500(running: Running, operation: schemathesis.AP
             for limit in ("max_tokens", "max_completion_tokens"):
                 if isinstance(case.body.get(limit), int):
                     case.body[limit] = min(case.body[limit], 8)
-            if case.body.get("n") != 1:
-                case.body.pop("n", None)
+            if isinstance(case.body.get("n"), int):
+                case.body["n"] = min(case.body["n"], 2)
         case.call_and_validate(base_url=running.url, checks=CHECKS, timeout=60)
 
     check()

@@ -10,6 +10,7 @@ import pytest
 
 from octavo import LLM, OctavoError
 from octavo.models.model import Model
+from octavo.serve.replies import dumps
 from octavo.serve.tools import Call, ToolText
 from octavo.text import encode_chat, takes_tools
 from tests.serve.conftest import Running, serving, small
@@ -132,6 +133,47 @@ def test_a_demanded_call_is_made_whole_and_streamed(server: Running, choice: Any
         assert streamed[0]["index"] == 0
         assert streamed[0]["function"] == call["function"]
         assert pieces[-1]["finish_reason"] == "tool_calls"
+
+
+def test_a_call_and_its_result_can_be_sent_back_as_they_came(server: Running):
+    client, asked = server.client(), {"model": "pamphlet", "tools": [WEATHER], "seed": 1}
+    messages: list[Any] = [{"role": "user", "content": "How is the weather?"}]
+    said = client.chat.completions.create(messages=messages, tool_choice="required", **asked).choices[0].message
+    messages += [said, {"role": "tool", "tool_call_id": said.tool_calls[0].id, "content": "Sunny"}]
+    assert client.chat.completions.create(messages=messages, max_tokens=2, **asked).usage.completion_tokens <= 2
+
+
+def function(name: str, key: str, city: list[str]) -> dict[str, Any]:
+    """One whose parameters refer to a schema under `key`, and to a part of themselves."""
+    properties = {"city": {"$ref": f"#/{key}/City"}, "next": {"$ref": "#/properties/city"}}
+    own = {"type": "object", "properties": properties, "required": ["city", "next"], "additionalProperties": False}
+    return {"name": name, "parameters": {**own, key: {"City": {"enum": city}}}}
+
+
+def test_parameters_that_refer_to_definitions_of_their_own_are_kept_apart(server: Running):
+    functions = {"rain": function("rain", "$defs", ["Paris"]), "sun": function("sun", "definitions", ["Rome"])}
+    tools = [{"type": "function", "function": one} for one in functions.values()]
+    for name, city in (("rain", "Paris"), ("sun", "Rome")):
+        named = {"type": "function", "function": {"name": name}}
+        [call] = chat(server, tools=tools, tool_choice=named, seed=1).json()["choices"][0]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"city": city, "next": city}
+    [call] = chat(server, tools=tools, tool_choice="required", seed=1).json()["choices"][0]["message"]["tool_calls"]
+    called = call["function"]
+    assert json.loads(called["arguments"])["city"] == {"rain": "Paris", "sun": "Rome"}[called["name"]]
+
+
+def test_parameters_that_cannot_be_followed_are_the_tools_fault(server: Running):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}
+    asked = {"messages": [{"role": "user", "content": "a"}], "tools": [tool], "tool_choice": "required"}
+    refused = httpx.post(f"{server.url}/v1/chat/completions", json=asked)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")
+
+
+def test_half_a_surrogate_pair_in_a_call_ends_no_reply():
+    shown = ToolText(["weather"])
+    shown.push(CALL.replace("Rome", "\\ud83d"))
+    _, [call] = shown.finish()
+    assert json.loads(json.loads(dumps(call.arguments))) == {"city": "?"}
 
 
 def test_strict_arguments_are_promised_only_where_they_can_be_kept(server: Running):

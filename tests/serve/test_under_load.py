@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ import httpx2 as httpx
 import pytest
 from openai import OpenAI
 
+from octavo.errors import OctavoError
 from octavo.models.model import Model
+from octavo.serve.server import Server, bind, url
 from octavo.serve.service import Limits
+from octavo.text import TextStream
 from tests.serve.conftest import Running, serving, small, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -198,12 +203,24 @@ def test_a_step_that_fails_ends_the_running_answers_and_the_engine_goes_on(pamph
         running.assert_idle()
 
 
-def test_an_engine_that_only_fails_is_given_up_and_the_process_told(pamphlet: Model):
-    from octavo.errors import OctavoError
-    from octavo.serve.server import Server, bind, url
+def fail(*_: Any) -> Any:
+    raise RuntimeError("the device is gone")
 
+
+def steps_fail(server: Server) -> None:
+    server.service.llm.engine.runner.run = fail
+    assert [post(url(server.sock)).status_code for _ in range(3)] == [500] * 3
+
+
+def command_fails(server: Server) -> None:
+    server.service.worker.inbox.put(fail)
+
+
+@pytest.mark.parametrize("end", [steps_fail, command_fails])
+def test_an_engine_that_only_fails_is_given_up_and_the_process_told(pamphlet: Model, end: Callable[[Server], None]):
     with bind("127.0.0.1", 0) as sock:
-        server = Server(small(pamphlet), sock)
+        server = Server(small(pamphlet), sock, grace=0.9)
+        assert server.uvicorn.config.timeout_graceful_shutdown == 0.9
         outcome: list[Exception] = []
 
         def run() -> None:
@@ -216,13 +233,46 @@ def test_an_engine_that_only_fails_is_given_up_and_the_process_told(pamphlet: Mo
         thread.start()
         wait_until(lambda: server.uvicorn.started)
 
-        def fail(_: Any) -> Any:
-            raise RuntimeError("the device is gone")
-
-        server.service.llm.engine.runner.run = fail
-        assert [post(url(sock)).status_code for _ in range(3)] == [500] * 3
+        end(server)
         thread.join(20)
         assert "the engine failed" in str(outcome[0])
+
+
+def requests_with(running: Running, route: str, status: int) -> float:
+    return running.server.service.metrics.requests.labels(route, status)._value.get()
+
+
+def test_an_answer_whose_text_cannot_be_made_is_forgotten(running: Running, monkeypatch: pytest.MonkeyPatch):
+    def fail_once(_: TextStream) -> str:
+        monkeypatch.undo()
+        raise RuntimeError("no text")
+
+    monkeypatch.setattr(TextStream, "flush", fail_once)
+    assert post(running.url, max_tokens=3).status_code == 500
+    assert running.llm._answers == {}
+    assert post(running.url, max_tokens=3).status_code == 200
+
+
+def test_a_failure_is_counted_as_one(running: Running, monkeypatch: pytest.MonkeyPatch):
+    before = requests_with(running, "/v1/completions", 500)
+    monkeypatch.setattr(running.server.service, "check_model", fail)
+    assert post(running.url).json()["error"]["type"] == "server_error"
+    assert requests_with(running, "/v1/completions", 500) == before + 1
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_request_is_no_error(running: Running):
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+    asyncio.run(running.server.uvicorn.config.app(scope, receive, send))
+    assert sent[0]["status"] == 499
 
 
 # --- doors -----------------------------------------------------------------------------------------------------------
