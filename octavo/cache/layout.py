@@ -66,7 +66,9 @@ class Layout:
         rows = self._by_token(memory[blocks]).transpose(0, 1)  # [heads, n, block_size, width], of v-tiles with one more
         rows = rows.reshape(rows.shape[0], len(blocks) * self.block_size, rows.shape[-1])
         rows = rows.contiguous().view(memory.dtype)  # where they were words
-        return rows ^ -128 if self.order == "k-tiles" and rows.dtype == torch.int8 else rows
+        if self.order == "k-tiles" and rows.dtype == torch.int8:
+            rows ^= -128
+        return rows
 
     def _tiled(self, dtype: torch.dtype) -> bool:
         return self.order in ("k-tiles", "v-tiles", "v-pages") and dtype.itemsize == 1
