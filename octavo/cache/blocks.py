@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from hashlib import blake2b
+from struct import pack
 
 
 @dataclass(slots=True)
@@ -26,8 +27,7 @@ class Block:
 
 def prefix_hash(parent: bytes | None, tokens: Tokens[int]) -> bytes:
     """Hash of a prefix that ends with the block `tokens`, given the hash of what stands before it."""
-    text = b"".join(token.to_bytes(4, "little") for token in tokens)
-    return blake2b((parent or b"") + text, digest_size=16).digest()
+    return blake2b((parent or b"") + pack(f"<{len(tokens)}I", *tokens), digest_size=16).digest()
 
 
 class BlockPool:

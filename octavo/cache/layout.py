@@ -57,16 +57,18 @@ class Layout:
         elif self.order == "k-tiles":
             if memory.dtype == torch.int8:
                 rows = rows ^ -128
-            self._by_token(memory)[block, :, place] = rows.unflatten(-1, (-1, 4))
+            self._by_token(memory)[block, :, place] = rows.contiguous().view(torch.int32)
         else:
             self._by_token(memory)[block, :, place // 4, place % 4] = rows
 
     def read_rows(self, memory: Tensor, blocks: Tensor) -> Tensor:
         """All rows of the blocks [n]: a copy [heads, n·block_size, width]."""
-        rows = self._by_token(memory[blocks]).transpose(0, 1)  # [heads, n, block_size, width], of tiles with one more
-        width = memory.shape[2:].numel() // self.block_size
-        rows = rows.reshape(rows.shape[0], len(blocks) * self.block_size, width)
-        return rows ^ -128 if self.order == "k-tiles" and rows.dtype == torch.int8 else rows
+        rows = self._by_token(memory[blocks]).transpose(0, 1)  # [heads, n, block_size, width], of v-tiles with one more
+        rows = rows.reshape(rows.shape[0], len(blocks) * self.block_size, rows.shape[-1])
+        rows = rows.contiguous().view(memory.dtype)  # where they were words
+        if self.order == "k-tiles" and rows.dtype == torch.int8:
+            rows ^= -128
+        return rows
 
     def _tiled(self, dtype: torch.dtype) -> bool:
         return self.order in ("k-tiles", "v-tiles", "v-pages") and dtype.itemsize == 1
@@ -80,7 +82,10 @@ class Layout:
         return (size // 4, width, 4) if self._tiled(dtype) else (size, width)
 
     def _by_token(self, memory: Tensor) -> Tensor:
-        """A view of [n, heads, …] whose third dimension (of v-tiles the third and fourth) counts tokens."""
+        """A view of [n, heads, …] whose third dimension (of v-tiles the third and fourth) counts tokens. The four bytes
+        of a k-tile that stay together are a word there."""
+        if self.order == "k-tiles" and self._tiled(memory.dtype):
+            return memory.view(torch.int32)[..., 0].transpose(2, 3)
         if self.order == "k-tiles" or (self.order == "v-pages" and self._tiled(memory.dtype)):
             return memory.transpose(2, 3)
         return memory.transpose(3, 4) if self._tiled(memory.dtype) else memory

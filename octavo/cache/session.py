@@ -14,10 +14,10 @@ import json
 import os
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,13 +32,14 @@ from octavo.errors import OctavoError
 
 VERSION = 1
 LARGEST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
+PART = ".part"  # how the name of what is not yet whole ends
 
 Codes = dict[str, Tensor]  # rows, by the names above
 Copies = list[tuple[Tensor, Tensor | None]]  # codes and scales of some blocks of every store, in its own layout
 
 
 class Damaged(OctavoError):
-    """The codes in a file are not those that were written; its header is whole."""
+    """A file is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class SavedSession:
 
     @classmethod
     def open(cls, path: Path) -> SavedSession:
-        """Read the header; raises OctavoError where there is none, or a damaged one."""
+        """Read the header; raises Damaged where there is none, or an altered one, and OctavoError where the file cannot
+        be read."""
         try:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
@@ -95,9 +97,9 @@ class SavedSession:
             metadata = json.loads(text)["__metadata__"]
             content, checksum = metadata["octavo"], metadata["sha256"]
         except (ValueError, TypeError, KeyError, RecursionError):
-            raise OctavoError(f"{path} is not a saved session, or its beginning is lost") from None
+            raise Damaged(f"{path} is not a saved session, or its beginning is lost") from None
         if sha256(content.encode(errors="replace")).hexdigest() != checksum:
-            raise OctavoError(f"{path} is a damaged session: its header was altered")
+            raise Damaged(f"{path} is a damaged session: its header was altered")
         header = json.loads(content)
         if (version := header.pop("version")) != VERSION:
             raise OctavoError(f"{path} is a session of version {version}, and this reads version {VERSION}")
@@ -122,18 +124,21 @@ class SavedSession:
             )
 
     def codes(self) -> Codes:
-        """The tensors; raises Damaged unless they are all there and each is what was written."""
+        """The tensors; raises Damaged unless they are all there and each is what was written, and OctavoError where the
+        file cannot be read."""
         try:
             codes = load_file(self.path)
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             raise Damaged(f"{self.path} is torn ({error})") from None
+        except OSError as error:
+            raise OctavoError(f"{self.path} cannot be read: {error.strerror or error}") from None
         if {name: _checksum(tensor) for name, tensor in codes.items()} != self.checksums:
             raise Damaged(f"{self.path} was altered: its checksums are others")
         return codes
 
 
 def save(path: Path, tokens: Tokens[int], codes: Codes, identity: Identity, about: dict[str, Any] | None = None) -> int:
-    """Write a session file whole or not at all: a temporary file, synced, then renamed. Returns its bytes."""
+    """Write a session file whole or not at all: beside its place, synced, then renamed. Returns its bytes."""
     header = json.dumps(
         {
             "version": VERSION,
@@ -143,19 +148,19 @@ def save(path: Path, tokens: Tokens[int], codes: Codes, identity: Identity, abou
             "checksums": {name: _checksum(tensor) for name, tensor in codes.items()},
         }
     )
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    metadata = {"octavo": header, "sha256": sha256(header.encode()).hexdigest()}
     try:
-        part.touch(0o600)  # what was said is its owner's alone; and says plainly why a file cannot be made here
-        save_file(codes, part, metadata={"octavo": header, "sha256": sha256(header.encode()).hexdigest()})
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-            size = os.fstat(written.fileno()).st_size
-        part.replace(path)
+        # A directory of its own: safetensors too writes a temporary file, and names it as it likes.
+        with TemporaryDirectory(PART, prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as own:
+            part = Path(own, path.name)
+            part.touch(0o600)  # what was said is its owner's alone
+            save_file(codes, part, metadata)
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+                size = os.fstat(written.fileno()).st_size
+            part.replace(path)
     except (OSError, SafetensorError) as error:
         raise OctavoError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        with suppress(OSError):
-            part.unlink()
     return size
 
 

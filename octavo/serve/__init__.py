@@ -4,5 +4,7 @@ server.py     the process: socket, uvicorn, signals
 app.py        routes                      protocol.py  what may be asked     openapi.py  its description
 service.py    a request admitted, prepared, answered in time
 worker.py     the engine's thread         metrics.py   what is counted
+sessions.py   conversations kept in a directory, found again by the prompt's prefix
 answering.py  how an answer is sent       replies.py   what it looks like    tools.py    calls in it
+errors.py     how one is refused          page/        the chat at /
 """

@@ -30,7 +30,7 @@ class Server:
         sessions: SessionDir | None = None,
     ):
         self.sock = sock
-        self.service = Service(llm, name or llm.model.name, limits or Limits(), self._give_up, sessions)
+        self.service = Service(llm, name or llm.model.name, limits or Limits(), self._give_up, sessions, grace)
         app = create_app(self.service, api_key, cors_origins)
         config = uvicorn.Config(
             app,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from octavo.serve.errors import ApiError
 from octavo.serve.metrics import Metrics
 from octavo.serve.sessions import SessionDir
 from octavo.serve.worker import EngineFailure, Job, Worker
+
+logger = logging.getLogger("octavo")
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Service:
         limits: Limits,
         on_death: Callable[[], None] = lambda: None,
         sessions: SessionDir | None = None,
+        grace: float = 30.0,  # seconds that the last sessions have to be saved
     ):
-        self.llm, self.name, self.limits = llm, name, limits
+        self.llm, self.name, self.limits, self.grace = llm, name, limits, grace
         self.created = int(time.time())
         self.worker, self.sessions = Worker(llm, on_death), sessions
         self.metrics = Metrics(llm, self.worker)
@@ -70,13 +74,15 @@ class Service:
     async def running(self) -> AsyncIterator[None]:
         """The engine's thread, and what is saved beside it."""
         self.worker.start(asyncio.get_running_loop())
-        saving = asyncio.create_task(self.sessions.save_quiet(self.worker)) if self.sessions else None
+        stop = asyncio.Event()
+        saving = asyncio.create_task(self.sessions.keep(self.worker, stop)) if self.sessions else None
         yield
         if self.sessions and saving:
-            saving.cancel()
-            await asyncio.gather(saving, return_exceptions=True)
-            if self.worker.alive:
-                await self.sessions.save(self.worker)
+            stop.set()
+            try:
+                await asyncio.wait_for(saving, self.grace if self.worker.alive else 0)
+            except TimeoutError:
+                logger.warning("the server ended before %d conversations were saved", len(self.sessions.fresh))
         self.worker.stop()
 
     @asynccontextmanager
@@ -108,7 +114,8 @@ class Service:
             job.release()
             if self.sessions:
                 for answer in job.answers:
-                    self.sessions.remember(answer.sequence.tokens)
+                    if answer.sequence.output:
+                        self.sessions.remember(answer.sequence.tokens)
 
     async def batches(self, job: Job) -> AsyncIterator[list[Delta]]:
         """The job's pieces; raises ApiError for what went wrong."""

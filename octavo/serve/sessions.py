@@ -5,7 +5,7 @@ begins with a saved one has its blocks put back first, and is not prefilled. The
 between two steps; files are read and written beside it. What is wrong with a file costs a warning, never a request.
 
 The index is the event loop's alone. A conversation that went on replaces what was saved of it; beyond `limit` bytes the
-least recently used files go.
+least recently used files go. Only files that bear this model's and format's own kind of name are ever touched.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 from contextlib import suppress
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
+from shutil import rmtree
 
 from octavo.cache import session
-from octavo.cache.session import Copies, SavedSession
+from octavo.cache.session import Copies, Damaged, SavedSession
 from octavo.cache.size import format_bytes
 from octavo.errors import OctavoError
 from octavo.llm import LLM
@@ -29,7 +32,7 @@ from octavo.serve.worker import Worker
 logger = logging.getLogger("octavo")
 QUIET = 5.0  # seconds without a request after which a conversation is saved
 MOST_FRESH = 1024  # conversations that wait to be saved; where they come faster than the disk takes them, some are not
-SUFFIX = ".session"
+ANY = "[0-9a-f]" * 32  # a glob of every hash
 
 
 class SessionDir:
@@ -39,16 +42,16 @@ class SessionDir:
         self.path, self.limit = path, limit
         self.cache, self.pool, self.identity = llm.cache, llm.engine.pool, llm.session_identity
         self.kind = sha256(repr(self.identity).encode()).hexdigest()[:8]  # of two formats in one directory
-        self.sizes: dict[Path, int] = {}  # every session file, least recently used first
-        self.chains: dict[Path, list[bytes]] = {}  # of those that fit this cache, the hashes of their prefixes
+        self.sizes: dict[Path, int] = {}  # of every file, least recently used first
+        self.chains: dict[Path, list[bytes]] = {}  # of every file, the hashes of its prefixes
         self.index: dict[bytes, Path] = {}  # such a hash → a file that has its block
         self.fresh: dict[bytes, tuple[Tokens[int], float]] = {}  # last hash → tokens not yet saved, and when they ended
         self.restored_tokens = 0
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for torn in [*path.glob(".*.part"), *path.glob(".tmp*")]:  # a server was killed as it wrote
-                torn.unlink()
-            found = sorted(path.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime)
+            for torn in path.glob(f".{self._name(ANY)}.*{session.PART}"):  # a server was killed as it wrote
+                rmtree(torn, ignore_errors=True)
+            found = sorted(path.glob(self._name(ANY)), key=lambda file: file.stat().st_mtime)
         except OSError as error:
             raise OctavoError(f"--session-dir {path} cannot be used: {error.strerror}") from None
         for file in found:
@@ -70,30 +73,32 @@ class SessionDir:
         if len(self.fresh) > MOST_FRESH:
             del self.fresh[next(iter(self.fresh))]
 
-    async def save_quiet(self, worker: Worker) -> None:
-        """For ever: save what has become quiet."""
-        while True:
-            await asyncio.sleep(QUIET / 5)
+    async def keep(self, worker: Worker, stop: asyncio.Event) -> None:
+        """Save what has become quiet, and at the stop the rest."""
+        while not stop.is_set():
             await self.save(worker, QUIET)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), QUIET / 5)
+        await self.save(worker)
 
     async def save(self, worker: Worker, quiet: float = 0.0) -> None:
         """Save the conversations that ended their turn `quiet` seconds ago or earlier, as far as they are cached."""
         ended = time.monotonic() - quiet
         for last, (tokens, at) in list(self.fresh.items()):
-            if at <= ended:
-                del self.fresh[last]
+            if at <= ended and last in self.fresh:  # it has not gone on while another was written
                 try:
                     await self._save(worker, tokens)
                 except Exception as error:  # the disk is full, a step is failing: the next may do
                     logger.warning("a session is not kept: %s", error)
+                self.fresh.pop(last, None)
 
     async def restore(self, worker: Worker, tokens: Tokens[int]) -> None:
         """Put back what is saved of a prompt and not cached."""
-        chain = self._chain(tokens)
-        blocks = next((n for n in range(len(chain), 0, -1) if chain[n - 1] in self.index), 0)
-        if blocks == 0:
+        # With a prefix its own prefixes are in the index: the first that is not ends the search.
+        known = list(takewhile(self.index.__contains__, (prefix for prefix, _ in self.pool.prefixes(tokens))))
+        if not known:
             return
-        file = self.index[chain[blocks - 1]]
+        file, blocks = self.index[known[-1]], len(known)
         if blocks <= await worker.call(lambda llm: len(llm.engine.pool.find(tokens))):
             return
         try:
@@ -101,8 +106,9 @@ class SessionDir:
             prefix = tokens[: blocks * self.pool.block_size + 1]
             before, after = await worker.call(lambda llm: _paste(llm, prefix, copies))
         except Exception as error:  # whatever a file can hold, the request goes on without it
-            logger.warning("a saved session is removed, and its prompt computed again: %s", error)
-            self._forget(file)
+            logger.warning("a saved session is not used, and its prompt computed again: %s", error)
+            if isinstance(error, Damaged) or not os.path.exists(file):
+                self._forget([file])
             return
         self.restored_tokens += (after - before) * self.pool.block_size
         self._touch(file)
@@ -116,11 +122,11 @@ class SessionDir:
             return
         if (size := sum(rows.nbytes for rows in codes.values())) > self.limit:
             raise OctavoError(f"it takes {format_bytes(size)}, and all may take {format_bytes(self.limit)}")
-        file = self.path / f"{chain[-1].hex()}.{self.kind}{SUFFIX}"
+        file = self.path / self._name(chain[-1].hex())
         written = await asyncio.to_thread(session.save, file, tokens, codes, self.identity)
         self._add(file, written, chain)
-        for shorter in [old for old, its in self.chains.items() if its[-1] in chain[:-1]]:
-            self._forget(shorter)
+        earlier = set(chain[:-1])
+        self._forget([old for old, its in self.chains.items() if earlier.issuperset(its)])
         self._shrink()
 
     def _read(self, file: Path) -> Copies:
@@ -129,27 +135,29 @@ class SessionDir:
         return session.to_blocks(self.cache, saved.codes())
 
     def _take_in(self, file: Path) -> None:
-        """A file that is there at the start. One of another model or format is left alone, but its bytes count."""
+        """A file that is there at the start."""
         try:
             saved, size = SavedSession.open(file), file.stat().st_size
-        except (OctavoError, OSError) as error:
+            saved.check(self.identity)
+        except Damaged as error:
             logger.warning("a saved session is removed: %s", error)
-            self._forget(file)
-            return
-        fits = saved.identity == self.identity
-        self._add(file, size, self._chain(saved.tokens) if fits else [])
+            self._forget([file])
+        except (OctavoError, OSError) as error:
+            logger.warning("a saved session is left alone: %s", error)
+        else:
+            self._add(file, size, self._chain(saved.tokens))
 
     def _add(self, file: Path, size: int, chain: list[bytes]) -> None:
-        self.sizes[file] = size
-        if chain:
-            self.chains[file] = chain
-            self.index.update(dict.fromkeys(chain, file))
+        self.sizes[file], self.chains[file] = size, chain
+        self.index.update(dict.fromkeys(chain, file))
 
-    def _forget(self, file: Path) -> None:
-        with suppress(OSError):
-            file.unlink()
-        self.sizes.pop(file, None)
-        if self.chains.pop(file, None):  # another file may have some of its blocks too
+    def _forget(self, files: Collection[Path]) -> None:
+        for file in files:
+            with suppress(OSError):
+                file.unlink()
+            self.sizes.pop(file, None)
+            self.chains.pop(file, None)
+        if files:  # others may have some of their blocks too
             self.index = {prefix: other for other, chain in self.chains.items() for prefix in chain}
 
     def _touch(self, file: Path) -> None:
@@ -160,8 +168,18 @@ class SessionDir:
                 os.utime(file)
 
     def _shrink(self) -> None:
-        while self.nbytes > self.limit:
-            self._forget(next(iter(self.sizes)))
+        """Keep the most recently used that fit. One that is too large alone costs no other its place."""
+        room, gone = self.limit, []
+        for file, size in reversed(self.sizes.items()):
+            if size <= room:
+                room -= size
+            else:
+                gone.append(file)
+        self._forget(gone)
+
+    def _name(self, last: str) -> str:
+        """Of a file, by its last hash."""
+        return f"{last}.{self.kind}.session"
 
     def _chain(self, tokens: Tokens[int]) -> list[bytes]:
         return [prefix for prefix, _ in self.pool.prefixes(tokens)]

@@ -146,7 +146,7 @@ def outcome(path: Path) -> str:
     """What reading the file comes to: the header refused, the codes, or all of it as written."""
     try:
         saved = SavedSession.open(path)
-    except OctavoError:
+    except Damaged:
         return "refused"
     assert (saved.tokens, saved.identity, saved.about) == (TOKENS, IDENTITY, {"title": "Ünï"}), (
         "a wrong header was taken"
@@ -180,6 +180,15 @@ def test_wherever_a_file_is_torn_it_is_seen(file: Path):
         assert outcome(file) == "damaged", length
     file.write_bytes(whole + b"\0")
     assert outcome(file) == "damaged"
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(file: Path):
+    saved = SavedSession.open(file)
+    file.unlink()
+    for read in (saved.codes, lambda: SavedSession.open(file)):
+        with pytest.raises(OctavoError, match="cannot be read: No such file") as raised:
+            read()
+        assert not isinstance(raised.value, Damaged)
 
 
 def test_wherever_a_bit_is_flipped_it_is_seen(file: Path):

@@ -6,19 +6,24 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from openai import BadRequestError
 
 from octavo.cli import main
+from octavo.engine.sampling import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.models.model import Model
 from octavo.serve import sessions as module
 from octavo.serve.sessions import SessionDir
+from octavo.serve.worker import Worker
 from tests.serve.conftest import Running, serving, small, wait_until
 
 PLENTY = 1 << 30
@@ -40,6 +45,25 @@ def ask(running: Running, prompt: list[int], max_tokens: int = 4) -> tuple[str, 
     assert reply.usage is not None
     assert reply.usage.prompt_tokens_details is not None
     return reply.choices[0].text, reply.usage.prompt_tokens_details.cached_tokens or 0
+
+
+class Beside:
+    """Stands for a worker: its engine is at rest, and something happens whenever it is called."""
+
+    def __init__(self, llm: LLM, meanwhile: Callable[[], None] = lambda: None):
+        self.llm, self.meanwhile = llm, meanwhile
+
+    async def call(self, function: Callable[[LLM], Any]) -> Any:
+        self.meanwhile()
+        return function(self.llm)
+
+
+def save(sessions: SessionDir, llm: LLM, *more: list[int], meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Save what is fresh and these conversations, of which all but the last token is cached."""
+    for tokens in more:
+        llm.generate(tokens, SamplingParams(max_tokens=1))
+        sessions.remember(tokens)
+    asyncio.run(sessions.save(Beside(llm, meanwhile)))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -98,9 +122,14 @@ def test_torn_altered_and_strange_files_cost_a_warning_each_and_no_request(
     torn.write_bytes(torn.read_bytes()[:-100])
     altered.write_bytes(altered.read_bytes()[:-100] + bytes(100))
     headless.write_bytes(headless.read_bytes()[:100])
-    (tmp_path / "none.session").write_bytes(b"")
-    (tmp_path / ".x.session.1.part").write_bytes(b"half a file of a server that was killed")
-    (tmp_path / "notes.txt").write_text("not a session: left alone")
+    kind = torn.name.split(".")[1]
+    (tmp_path / f"{'0' * 32}.{kind}.session").write_bytes(b"")
+    killed = tmp_path / f".{'1' * 32}.{kind}.session.x.part"
+    killed.mkdir()
+    (killed / ".tmpx").write_bytes(b"half a file of a server that was killed")
+    strange = ["notes.txt", ".tmpx", "none.session", ".x.session.1.part", f"{'0' * 32}.another.session"]
+    for name in strange:
+        (tmp_path / name).write_text("not one of its own: left alone")
     with caplog.at_level(logging.WARNING), keeping(tmp_path, pamphlet) as (running, sessions):
         assert len(sessions.chains) == 2
         assert [ask(running, prompt) for prompt in prompts] == [(answer, 0) for answer in answers]
@@ -108,13 +137,39 @@ def test_torn_altered_and_strange_files_cost_a_warning_each_and_no_request(
         assert len(caplog.records) == 4
     with keeping(tmp_path, pamphlet) as (running, _):  # what was computed again has been saved again
         assert [ask(running, prompt) for prompt in prompts] == [(answer, 64) for answer in answers]
-    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".session"] * 3 + [".txt"]
+    assert {*strange} == {file.name for file in tmp_path.iterdir()} - {torn.name, altered.name, headless.name}
+
+
+def test_what_cannot_be_read_now_is_kept_for_later(
+    pamphlet: Model, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    with keeping(tmp_path, pamphlet) as (running, _):
+        ask(running, prompts[0])
+    llm = small(pamphlet)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fail)
+        assert SessionDir(tmp_path, PLENTY, llm).chains == {}
+    with keeping(tmp_path, pamphlet) as (running, _):
+        with monkeypatch.context() as patch:
+            patch.setattr(module.session, "to_blocks", fail)
+            assert ask(running, prompts[0])[1] == 0
+        running.llm.engine.pool.clear()
+        assert ask(running, prompts[0])[1] == 64
+        running.llm.engine.pool.clear()
+        (file,) = tmp_path.iterdir()
+        file.unlink()
+        assert ask(running, prompts[0])[1] == 0
+    assert [*tmp_path.iterdir()] == [file], "what somebody removed was not saved again"
 
 
 def test_sessions_of_another_format_are_left_alone(pamphlet: Model, prompts: list[list[int]], tmp_path: Path):
     with keeping(tmp_path, pamphlet) as (running, _):
         ask(running, prompts[0])
-    with keeping(tmp_path, pamphlet, kv="int8-token") as (running, sessions):
+    (other,) = tmp_path.iterdir()
+    with keeping(tmp_path, pamphlet, limit=other.stat().st_size - 1, kv="int8-token") as (running, sessions):
         assert sessions.chains == {}
         assert ask(running, prompts[0])[1] == 0
     assert len(list(tmp_path.iterdir())) == 2
@@ -142,6 +197,65 @@ def test_the_least_recently_used_go_first(pamphlet: Model, prompts: list[list[in
     with keeping(tmp_path, pamphlet, limit=10) as (running, sessions):
         ask(running, prompts[0])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_is_too_large_costs_no_other_its_place(pamphlet: Model, text_ids: list[int], tmp_path: Path):
+    llm = small(pamphlet)
+    sessions = SessionDir(tmp_path, PLENTY, llm)
+    save(sessions, llm, text_ids[:70], text_ids[100:300])
+    sizes = sorted(sessions.sizes.values())
+    sessions = SessionDir(tmp_path, sizes[1] - 1, llm)  # its codes alone would fit
+    assert sorted(sessions.sizes.values()) == sizes[:1]
+    save(sessions, llm, text_ids[100:300])
+    assert sorted(sessions.sizes.values()) == sizes[:1] == [file.stat().st_size for file in tmp_path.iterdir()]
+
+
+def test_what_goes_on_while_another_is_saved_is_saved_as_it_is_then(
+    pamphlet: Model, prompts: list[list[int]], text_ids: list[int], tmp_path: Path
+):
+    llm = small(pamphlet)
+    sessions = SessionDir(tmp_path, PLENTY, llm)
+    longer = text_ids[100:240]  # than the second prompt
+    save(sessions, llm, *prompts, meanwhile=lambda: sessions.remember(longer))
+    assert [tokens for tokens, _ in sessions.fresh.values()] == [longer]
+    save(sessions, llm, longer)
+    assert sessions.fresh == {}
+    assert len(sessions.chains) == 3
+
+
+@pytest.mark.parametrize(("grace", "saved"), [(30.0, 3), (0.3, 0)])
+def test_the_stop_loses_none_that_the_grace_time_has_room_for(
+    grace: float, saved: int, pamphlet: Model, prompts: list[list[int]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+):  # fmt: skip
+    begun, go = threading.Event(), threading.Event()
+    to_rows, stop = module.session.to_rows, Worker.stop
+
+    def wait(*given: Any) -> Any:
+        begun.set()
+        go.wait(20)
+        return to_rows(*given)
+
+    monkeypatch.setattr(module, "QUIET", 0.05)
+    monkeypatch.setattr(module.session, "to_rows", wait)
+    monkeypatch.setattr(Worker, "stop", lambda worker: (go.set(), stop(worker)))
+    with keeping(tmp_path, pamphlet) as (running, _):
+        running.server.service.grace = grace
+        for prompt in prompts:
+            ask(running, prompt)
+        assert begun.wait(20)
+        if saved:
+            threading.Timer(0.3, go.set).start()  # it is being saved as the server stops
+    assert len(list(tmp_path.iterdir())) == saved
+    assert ("ended before 3 conversations were saved" in caplog.text) == (saved == 0)
+
+
+def test_a_refused_prompt_is_no_conversation(pamphlet: Model, tmp_path: Path):
+    with keeping(tmp_path, pamphlet) as (running, sessions):
+        with pytest.raises(BadRequestError, match="the prompt has 600 tokens"):
+            ask(running, [5] * 600)
+        running.assert_idle()
+        assert sessions.fresh == {}
 
 
 def test_a_directory_that_cannot_be_is_refused(pamphlet: Model, tmp_path: Path):
