@@ -102,7 +102,7 @@ def gather(
     sixteen: Model | None,
     tell: Progress,
 ) -> Survey:
-    """Measure `model`, and the corners if `sixteen` is given; the rest is as in `octavo.measure.report.write_report`."""
+    """Measure `model`, and with `sixteen` the corners; the rest is as in `octavo.measure.report.write_report`."""
     if sixteen is not None:
         check_pair(sixteen, model)
     start, bound, models = time.perf_counter(), model.bound, [model] if sixteen is None else [model, sixteen]
