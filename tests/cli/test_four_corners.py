@@ -129,7 +129,10 @@ def test_the_baseline_takes_the_type_of_the_four_bit_model(awq: Path):
     assert load_baseline(LoadOptions(device="cpu"), "pamphlet", four).bound.dtype == four.bound.dtype
 
 
-def test_token_formats_calibrated_with_one_kind_of_weights_are_told(octavo: Run, awq: Path, tmp_path: Path):
+def test_token_formats_calibrated_with_one_kind_of_weights_are_told(
+    octavo: Run, awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.modules["octavo.cli.accuracy"], "ANSWER", 4)
     own = tmp_path / "calibration"
     assert octavo("calibrate", awq, *SMALL, "--work-dir", own)[0] == 0
     asked = ["--kv", "bf16,int8-token", "--windows", "1", "--window", "64", "--calibration", own, "--json"]
