@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from octavo.cli.candidates import BASELINE, beside, candidates, load_baseline
+from octavo.cli.candidates import BASELINE, candidates, load_baseline
 from octavo.cli.options import LoadOptions, option, takes
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from octavo.corpus import Texts
-    from octavo.measure.accuracy import Candidate
+    from octavo.measure.accuracy import Candidate, Score
     from octavo.models.model import Model
 
 WINDOW, WINDOWS = 1024, 16
@@ -75,6 +75,7 @@ def accuracy(
 ) -> None:
     """Measure what a KV cache format of MODEL costs in accuracy."""
     from octavo.cli import accuracy_tables
+    from octavo.measure.corners import beside
     from octavo.measure.document import dumps
 
     on_text = text is not None or tasks is None
@@ -185,26 +186,29 @@ def _on_text(
         task = bar.add_task(f"reading {len(windows)} windows of {name}", total=len(windows))
         baseline, *others = candidates
         scores = compare(model, baseline, others, windows, progress=lambda done: bar.update(task, completed=done))
-    rows = [{key: value for key, value in asdict(s).items() if key != "kl_by_position"} for s in scores]
+    rows = [asdict(score) for score in scores]
+    for row in rows:
+        del row["kl_by_position"], row["cache_alone"]
     return {
         "how": "measured",
         "name": name,
         "windows": len(windows),
         "window": len(windows[0]),
         "scores": rows,
-        "kv_loss": _kv_loss(model, candidates, [score.loss_change for score in scores]),
+        "kv_loss": _kv_loss(model, candidates, scores),
         "greedy": _greedy(model, candidates, windows, context),
     }
 
 
-def _kv_loss(model: Model, candidates: Sequence[Candidate], changes: Sequence[float]) -> dict[str, dict[str, float]]:
-    """By kind of weights, what each format costs beside the first one with the same weights, nats a token."""
-    found: dict[str, dict[str, float]] = {}
-    for candidate, change in zip(candidates, changes, strict=True):
-        found.setdefault((candidate.model or model).weight_kind, {})[str(candidate.format)] = change
-    return {
-        kind: {name: change - next(iter(own.values())) for name, change in own.items()} for kind, own in found.items()
-    }
+def _kv_loss(model: Model, candidates: Sequence[Candidate], scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """What each format costs beside the first one with the same weights, nats a token."""
+    kinds = [(candidate.model or model).weight_kind for candidate in candidates]
+    firsts = {kind: str(candidates[kinds.index(kind)].format) for kind in kinds}
+    return [
+        {"weights": kind, "format": str(candidate.format), "from": firsts[kind], **asdict(score.cache_alone)}
+        for kind, candidate, score in zip(kinds, candidates, scores, strict=True)
+        if str(candidate.format) != firsts[kind]
+    ]
 
 
 def _greedy(

@@ -18,7 +18,7 @@ def show_theory(document: dict[str, Any]) -> None:
 def show_text(document: dict[str, Any]) -> None:
     console, text, baseline = Console(), document["text"], document["baseline"]
     console.print(scores(text, baseline))
-    if len(text["kv_loss"]) > 1:
+    if len({row["weights"] for row in text["kv_loss"]}) > 1:
         console.print(cache_alone(text["kv_loss"]))
     if document["dtype"] != "float32":
         console.print(
@@ -68,12 +68,13 @@ def scores(text: dict[str, Any], baseline: str) -> Table:
     return table
 
 
-def cache_alone(kv_loss: dict[str, dict[str, float]]) -> Table:
+def cache_alone(kv_loss: list[dict[str, Any]]) -> Table:
     """What the cache costs with each kind of weights."""
-    first, *formats = next(iter(kv_loss.values()))
-    table = _table(f"Loss of the cache alone, nats a token, from {first} with the same weights", "weights", *formats)
-    for kind, own in kv_loss.items():
-        table.add_row(kind, *(f"{own[name]:+.5f}" for name in formats))
+    title = f"The cache alone, from {kv_loss[0]['from']} with the same weights, nats a token"
+    table = _table(title, "weights", "format", "change of loss", "KL")
+    for row in kv_loss:
+        change = _pm(row["loss"], row["loss_error"], "+.5f", ".5f")
+        table.add_row(row["weights"], row["format"], change, _pm(row["kl"], row["kl_error"], ".2e", ".0e"))
     return table
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.cli.options import LoadOptions, option
-from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from octavo.measure.accuracy import Candidate
@@ -39,18 +38,6 @@ def candidates(
     ]
 
 
-def beside(sixteen: Model, four: Model, own: list[Candidate]) -> list[Candidate]:
-    """Every format with the weights of both models, named weights/KV: 16-bit ones first, with their own calibration."""
-    names = [f"{model.weight_kind}/{candidate.name}" for model in (sixteen, four) for candidate in own]
-    others = [replace(c, model=sixteen, calibration=sixteen.calibration(None, c.format)) for c in own]
-    return [replace(c, name=name) for c, name in zip([*others, *own], names, strict=True)]
-
-
 def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:
-    """The 16-bit model of a 4-bit one. Raises OctavoError if it is another model."""
-    found = replace(options, model=name, model_format="hf").load()
-    if found.weight_kind == model.weight_kind:
-        raise OctavoError(f"--baseline {name}: its weights are {found.weight_kind} like MODEL's; name the 16-bit model")
-    if found.bound.shapes != model.bound.shapes or found.tokenizer.get_vocab() != model.tokenizer.get_vocab():
-        raise OctavoError(f"--baseline {name} is another model than {model.name}: their layers or vocabularies differ")
-    return found
+    """The 16-bit model to compare `model` with, in its type: 4-bit checkpoints are often fp16 where it is bf16."""
+    return replace(options, model=name, model_format="hf", dtype=str(model.bound.dtype).removeprefix("torch.")).load()

@@ -83,7 +83,7 @@ def _anatomy(found: Diagnosis) -> list[str]:
     """The model in a few lines: what it is, and what its cache takes in theory."""
     if (anatomy := found.anatomy) is None:
         return []
-    lines = [f"{anatomy.architecture}, {_millions(anatomy.parameters)} parameters in {anatomy.dtype}"]
+    lines = [f"{anatomy.architecture}, {_millions(anatomy.parameters)} parameters in {found.weights}"]
     for group in anatomy.groups:
         dims = f"{group.k_dim}" if group.k_dim == group.v_dim else f"{group.k_dim} (K) and {group.v_dim} (V)"
         extras = [

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from octavo.cli.candidates import BASELINE, load_baseline
 from octavo.cli.options import LoadOptions, option, takes
 
 
@@ -22,6 +23,7 @@ def report(
             "--work-dir",
         ),
     ] = None,
+    baseline: Annotated[str | None, BASELINE] = None,
     text: Annotated[
         str | None,
         typer.Option(
@@ -47,6 +49,7 @@ def report(
     require_directory(out)
     size = parse_bytes(memory) if memory is not None else None
     model = options.load()
+    sixteen = load_baseline(options, baseline, model) if baseline is not None else None
     with progress() as bar:
         task = bar.add_task("examining the model", total=100)
         found = write_report(
@@ -55,6 +58,7 @@ def report(
             calibration=calibration,
             text=text,
             memory=size,
+            baseline=sixteen,
             progress=lambda what, share: bar.update(task, description=what, completed=round(100 * share)),
         )
         bar.update(task, description="report", completed=100)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli.candidates import BASELINE, beside, candidates, load_baseline
+from octavo.cli.candidates import BASELINE, candidates, load_baseline
 from octavo.cli.options import LoadOptions, option, takes
 from octavo.errors import OctavoError
 
@@ -46,6 +46,7 @@ def speed(
     from octavo.cli.progress import progress
     from octavo.measure import machine
     from octavo.measure.ceiling import bandwidth, ceilings
+    from octavo.measure.corners import beside
     from octavo.measure.document import dumps
     from octavo.measure.speed import check, measure
 

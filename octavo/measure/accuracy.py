@@ -56,6 +56,16 @@ class Bin:
     kl_error: float
 
 
+@dataclass(frozen=True)
+class Change:
+    """Nats per token from another cache on the same tokens; ± are standard errors over windows, paired."""
+
+    loss: float
+    loss_error: float
+    kl: float
+    kl_error: float
+
+
 @dataclass
 class Score:
     """Measured over `tokens` predictions in windows of one length; ± are standard errors over windows."""
@@ -73,6 +83,7 @@ class Score:
     agreement: float  # share of positions with the baseline's most likely token
     agreement_error: float
     saturated: float  # share of K and V values outside the codec's range
+    cache_alone: Change  # from the first candidate with the same weights: the baseline, unless weights differ
     kl_by_bin: list[Bin] = field(repr=False)
     kl_by_position: list[float] = field(repr=False)  # mean over windows, [length − 1]
 
@@ -86,18 +97,21 @@ def compare(
 ) -> list[Score]:
     """Scores of the baseline and of each candidate, in that order, over `windows` of token ids of one length."""
     runs = [_Run(model, candidate, len(windows[0])) for candidate in (baseline, *candidates)]
+    firsts = [next(run for run in runs if run.bound is own.bound) for own in runs]  # with the same weights
     for done, window in enumerate(windows):
         for run in runs:
             run.start(window)
         for start in range(0, len(window) - 1, CHUNK):
             rows = min(CHUNK, len(window) - 1 - start)
             targets = torch.tensor(window[start + 1 : start + rows + 1])
-            reference = runs[0].advance(rows)
-            for run in runs:
-                run.take(reference, reference if run is runs[0] else run.advance(rows), targets)
+            references: dict[_Run, Tensor] = {}  # of the first with each kind of weights
+            for run, first in zip(runs, firsts, strict=True):
+                own = run.advance(rows)
+                references.setdefault(first, own)
+                run.take(references[runs[0]], references[first], own, targets)
         if progress is not None:
             progress(done + 1)
-    return [run.score(runs[0]) for run in runs]
+    return [run.score(runs[0], first) for run, first in zip(runs, firsts, strict=True)]
 
 
 class _Run:
@@ -118,11 +132,12 @@ class _Run:
         )
         self.loss: list[list[Tensor]] = []  # by window, by chunk: [rows]
         self.kl: list[list[Tensor]] = []
+        self.kl_alone: list[list[Tensor]] = []  # from the first with the same weights
         self.same: list[list[Tensor]] = []
 
     def start(self, window: Sequence[int]) -> None:
         self.window = Window(window, self.cache.num_blocks)
-        for measured in (self.loss, self.kl, self.same):
+        for measured in (self.loss, self.kl, self.kl_alone, self.same):
             measured.append([])
 
     def advance(self, rows: int) -> Tensor:
@@ -140,15 +155,16 @@ class _Run:
         self.window.num_cached += rows
         return logits.float().log_softmax(-1).cpu()
 
-    def take(self, reference: Tensor, own: Tensor, targets: Tensor) -> None:
+    def take(self, reference: Tensor, first: Tensor, own: Tensor, targets: Tensor) -> None:
         self.loss[-1].append(-own.gather(-1, targets[:, None])[:, 0])
-        self.kl[-1].append((reference.exp() * (reference - own)).sum(-1))
+        self.kl[-1].append(_kl(reference, own))
+        self.kl_alone[-1].append(self.kl[-1][-1] if first is reference else _kl(first, own))
         self.same[-1].append((reference.argmax(-1) == own.argmax(-1)).float())
 
-    def score(self, baseline: _Run) -> Score:
-        loss, kl, same, before = (
+    def score(self, baseline: _Run, first: _Run) -> Score:
+        loss, kl, kl_alone, same, before, before_alone = (
             torch.stack([torch.cat(chunks) for chunks in measured]).double()  # [windows, length − 1]
-            for measured in (self.loss, self.kl, self.same, baseline.loss)
+            for measured in (self.loss, self.kl, self.kl_alone, self.same, baseline.loss, first.loss)
         )
         stores = self.cache.stores
         perplexity = math.exp(loss.mean())
@@ -166,12 +182,23 @@ class _Run:
             agreement=same.mean().item(),
             agreement_error=_standard_error(same),
             saturated=sum(s.saturated.item() for s in stores) / max(1, sum(s.written for s in stores)),
+            cache_alone=Change(
+                loss=(loss - before_alone).mean().item(),
+                loss_error=_standard_error(loss - before_alone),
+                kl=kl_alone.mean().item(),
+                kl_error=_standard_error(kl_alone),
+            ),
             kl_by_bin=[
                 Bin(start + 1, start + 1 + part.shape[1], part.mean().item(), _standard_error(part))
                 for start, part in _bins(kl)
             ],
             kl_by_position=kl.mean(0).tolist(),
         )
+
+
+def _kl(reference: Tensor, own: Tensor) -> Tensor:
+    """Of each row, from log-probabilities [rows, vocabulary]."""
+    return (reference.exp() * (reference - own)).sum(-1)
 
 
 def _bins(per_token: Tensor) -> list[tuple[int, Tensor]]:

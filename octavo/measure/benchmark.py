@@ -142,6 +142,7 @@ def run(
 def _key(model: Model, candidate: Candidate, part: Part, limit: int | None, session_len: int | None) -> dict[str, Any]:
     from octavo import __version__
 
+    own = candidate.model or model
     calibration = None
     if candidate.calibration is not None:
         total = hashlib.sha256(json.dumps(asdict(candidate.calibration.header), sort_keys=True).encode())
@@ -150,8 +151,8 @@ def _key(model: Model, candidate: Candidate, part: Part, limit: int | None, sess
                 total.update(layer[side]["min"].numpy().tobytes() + layer[side]["max"].numpy().tobytes())
         calibration = total.hexdigest()[:16]
     return {
-        "model": (candidate.model or model).fingerprint,
-        "dtype": str(model.bound.dtype)[6:],
+        "model": own.fingerprint,
+        "dtype": str(own.bound.dtype)[6:],
         "kv": str(candidate.format),
         "calibration": calibration,
         "granularity": candidate.granularity,
@@ -159,7 +160,7 @@ def _key(model: Model, candidate: Candidate, part: Part, limit: int | None, sess
         "task": part.name,
         "documents": digest(part),
         "limit": limit,
-        "session_len": min(model.bound.max_context, session_len or model.bound.max_context),
+        "session_len": min(own.bound.max_context, session_len or own.bound.max_context),
         "octavo": __version__,
         "lm_eval": version("lm_eval"),
     }

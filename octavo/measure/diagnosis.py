@@ -36,6 +36,7 @@ class Diagnosis:
     calibrated: str = ""  # how much of it: windows and tokens
     measured: str = ""
     seconds: float = 0.0
+    weights: str = ""  # their kind
     anatomy: Anatomy | None = None
     self_check: SelfCheck | None = None
     keys: list[Keys] = field(default_factory=list)
@@ -64,6 +65,6 @@ class Diagnosis:
         """Ready for JSON, without what is only good for a curve."""
         found = asdict(self) | {"healthy": self.healthy}
         for fields, score in zip(found["formats"], self.formats, strict=True):
-            del fields["kl_by_position"], fields["kl_by_bin"]
+            del fields["kl_by_position"], fields["kl_by_bin"], fields["cache_alone"]
             fields["grade"] = self.grade(score)
         return found

@@ -33,16 +33,19 @@ def write_report(
     calibration: Path | Calibration | None = None,
     text: str | None = None,
     memory: int | None = None,
+    baseline: Model | None = None,
     progress: Progress | None = None,
 ) -> Survey:
     """Measure `model` and write report.html, report.md with its plots, and report.json into `directory`.
 
     `calibration` is taken where there is one, here or beside the model, else made from the first part of `text`: a
     file, a named set, or a bundled English text if None. Sessions are counted in `memory` bytes, by default the
-    machine's. Raises OctavoError, before the work, where nothing can be written or matplotlib is missing.
+    machine's. `baseline` is the same model with 16-bit weights, of a `model` with 4-bit ones: the four corners are then
+    measured; it takes its own calibration, or one made like that of `model`. Raises OctavoError, before the work, where
+    nothing can be written, matplotlib is missing, or the two are no such pair.
     """
     require_directory(directory)
-    found = gather(model, calibration, text, memory, progress or (lambda *_: None))
+    found = gather(model, calibration, text, memory, baseline, progress or (lambda *_: None))
     render(found, directory)
     return found
 
@@ -112,6 +115,7 @@ def _environment() -> jinja2.Environment:
         "prose": prose,
     }
     found.filters["signed"] = lambda x: f"{x:+.2f}".replace("-", MINUS)
+    found.filters["change"] = lambda x: f"{x:+.5f}".replace("-", MINUS)
     found.filters["error"] = lambda x, digits: "" if math.isnan(x) else f"± {x:.{digits}f}"  # one window has none
     return found
 

@@ -16,9 +16,10 @@ from octavo.corpus import load_texts
 from octavo.measure import machine
 from octavo.measure.accuracy import Candidate, Score, compare
 from octavo.measure.ceiling import Ceiling, bandwidth, ceilings
+from octavo.measure.corners import Corner, beside, check_pair, measure_corners
 from octavo.measure.diagnosis import Diagnosis
 from octavo.measure.doctor import PROSE, diagnose
-from octavo.measure.memory import Cost, costs, device_memory
+from octavo.measure.memory import INT4, Cost, costs, device_memory
 from octavo.measure.plan import Fit, fits
 from octavo.measure.saturation import Shares, saturation
 from octavo.measure.speed import Speed, measure, prompt_length
@@ -47,7 +48,7 @@ class Survey:
     seconds: float
     diagnosis: Diagnosis
     calibration: Calibration
-    own_calibration: bool  # made for the report, from the first part of the text
+    own_calibration: bool  # one was made for the report, from the first part of the text
     text: str
     windows: int
     window: int
@@ -55,7 +56,8 @@ class Survey:
     memory: int  # bytes that sessions are counted in
     context: int  # of these sessions
     costs: list[Cost]
-    fits: list[Fit]
+    corners: list[Corner]  # 16-bit weights first
+    sixteen_bit: str | None  # the model that they were measured with; None: computed alone
     clipped: Shares
     bandwidth: float
     theory: list[Ceiling]
@@ -71,43 +73,66 @@ class Survey:
     def baseline(self) -> str:
         return self.scores[0].name
 
+    @property
+    def corners_command(self) -> str:
+        """What measures the corners that were computed alone."""
+        four, sixteen = (self.model, "MODEL16") if self.diagnosis.weights == INT4 else ("DIR", self.model)
+        return f"octavo report {four} --baseline {sixteen}"
+
+    @property
+    def fits(self) -> list[Fit]:
+        return [corner.fit for corner in self.corners]
+
     def document(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
         found = {name: value for name, value in vars(self).items() if name not in ("calibration", "diagnosis")}
-        plain = {name: [asdict(row) for row in found[name]] for name in ("scores", "costs", "fits", "theory", "speed")}
+        plain = {name: [asdict(row) for row in found[name]] for name in ("scores", "costs", "theory", "speed")}
         for score in plain["scores"]:
-            del score["kl_by_position"]  # kl_by_bin is the same, and short
+            del score["kl_by_position"], score["cache_alone"]  # kl_by_bin is the same, and short; the weights are
+        plain["corners"] = [corner.document() for corner in self.corners]
         about = {"calibration": asdict(self.calibration.header), "diagnosis": self.diagnosis.document()}
         return {"command": "report", **found, **plain, **about}
 
 
 def gather(
-    model: Model, given: Path | Calibration | None, text: str | None, memory: int | None, progress: Progress
+    model: Model,
+    given: Path | Calibration | None,
+    text: str | None,
+    memory: int | None,
+    sixteen: Model | None,
+    tell: Progress,
 ) -> Survey:
-    """Measure `model`; `given`, `text` and `memory` are as in `octavo.measure.report.write_report`."""
-    start, bound = time.perf_counter(), model.bound
+    """Measure `model`, and with `sixteen` the corners; the rest is as in `octavo.measure.report.write_report`."""
+    if sixteen is not None:
+        check_pair(sixteen, model)
+    start, bound, models = time.perf_counter(), model.bound, [model] if sixteen is None else [model, sixteen]
+    without_corners = 1 / len(models)  # the share of it all
+
+    def progress(what: str, share: float) -> None:
+        tell(what, without_corners * share)
+
     progress("examining the model", 0)
     diagnosis = diagnose(model, text, lambda share: progress("examining the model", 0.2 * share))
 
     raw = bound.raw_format
-    calibration = model.calibration(given, KVFormat.parse("int8-token"))
+    formats = [raw, *map(KVFormat.parse, FORMATS)]
+    found = [m.calibration(given if m is model else None, KVFormat.parse("int8-token")) for m in models]
     texts = load_texts(text or str(PROSE))
     whole = "\n\n".join(texts)
-    cut = 0 if calibration is not None else len(whole) * 3 // 5
+    own = None in found
+    cut = len(whole) * 3 // 5 if own else 0
     progress("calibrating", 0.2)
-    own = calibration is None
-    if calibration is None:
-        seqlen = min(SEQLEN, bound.max_context)
-        samples = token_windows([whole[:cut]], model.tokenizer, SAMPLES, seqlen)
-        calibration = calibrate(model, samples, dataset=f"{texts.name}, its first part")
+    seqlen, dataset = min(SEQLEN, bound.max_context), f"{texts.name}, its first part"
+    samples = token_windows([whole[:cut]], model.tokenizer, SAMPLES, seqlen) if own else []
+    calibrations = [c or calibrate(m, samples, dataset=dataset) for m, c in zip(models, found, strict=True)]
+    calibration = calibrations[0]
     window = min(WINDOW, bound.max_context)
     windows = consecutive_windows([whole[cut:]], model.tokenizer, window, WINDOWS)
 
     def comparing(done: int) -> None:
         progress("comparing formats", 0.25 + 0.25 * done / len(windows))
 
-    names = [str(raw), *FORMATS]
-    candidates = [Candidate(name, KVFormat.parse(name), calibration) for name in names]
+    candidates = [Candidate(str(f), f, model.calibration(calibration, f)) for f in formats]
     scores = compare(model, candidates[0], candidates[1:], windows, comparing)
     headrooms = dict.fromkeys((1.0, calibration.header.headroom))
     clipped = saturation(bound, calibration, windows, list(headrooms))
@@ -115,7 +140,6 @@ def gather(
     geometry = Geometry.trace(model.path, str(bound.dtype)[6:])
     memory = memory or device_memory(bound.device)
     context = min(bound.max_context, 1 << 17)
-    parsed = [KVFormat.parse(name) for name in names]
 
     progress("measuring bandwidth", 0.5)
     rate = bandwidth(bound.device)
@@ -134,6 +158,19 @@ def gather(
         rounds=ROUNDS,
         progress=lambda done: progress("timing", 0.5 + 0.5 * done / runs),
     )
+    corners = [Corner(fit) for fit in fits(geometry, formats[:2], context, memory)]
+    if sixteen is not None:
+        corners = measure_corners(
+            model,
+            beside(sixteen, model, candidates[:2], calibrations[1]),
+            [corner.fit for corner in corners],
+            windows,
+            speed_context,
+            rate,
+            tokens=TOKENS,
+            rounds=ROUNDS,
+            progress=lambda what, share: tell(what, without_corners + (1 - without_corners) * share),
+        )
     return Survey(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -148,8 +185,9 @@ def gather(
         scores=scores,
         memory=memory,
         context=context,
-        costs=costs(geometry, parsed, context, memory),
-        fits=fits(geometry, parsed[:2], context, memory),
+        costs=costs(geometry, formats, context, memory),
+        corners=corners,
+        sixteen_bit=sixteen.name if sixteen is not None else None,
         clipped=clipped,
         bandwidth=rate,
         theory=theory,

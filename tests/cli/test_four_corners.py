@@ -64,10 +64,15 @@ def test_accuracy_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.Monkey
     assert code == 0, err
     found = json.loads(out)
     names = [score["name"] for score in found["text"]["scores"]]
-    assert names == ["bf16/bf16", "bf16/int8", "int4/bf16", "int4/int8"]
+    assert names == ["W16 bf16", "W16 int8", "W4 bf16", "W4 int8"]
     kl = {score["name"]: score["kl"] for score in found["text"]["scores"]}
-    assert kl["bf16/bf16"] == 0 < kl["bf16/int8"] < kl["int4/bf16"] < 1
-    assert found["text"]["kv_loss"].keys() == {"bf16", "int4"}
+    assert kl["W16 bf16"] == 0 < kl["W16 int8"] < kl["W4 bf16"] < 1
+    sixteen, four = found["text"]["kv_loss"]
+    assert (sixteen["weights"], four["weights"], four["format"], four["from"]) == ("bf16", "int4", "int8", "bf16")
+    assert sixteen["kl"] == kl["W16 int8"]
+    assert 0 < four["kl"] < kl["W4 bf16"]
+    tables = " ".join(octavo("accuracy", awq, *asked[:-1])[1].split())
+    assert "The cache alone, from bf16 with the same weights" in tables
 
 
 def test_speed_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.MonkeyPatch):
@@ -77,10 +82,10 @@ def test_speed_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.MonkeyPat
     assert code == 0, err
     found = json.loads(out)
     assert [row["kv"] for row in found["speed"]] == [
-        "bf16/bf16", "bf16/int8-token", "int4/bf16", "int4/int8-token",
+        "W16 bf16", "W16 int8-token", "W4 bf16", "W4 int8-token",
     ]  # fmt: skip
     read = {row["kv"]: row["weight_bytes"] for row in found["theory"]}
-    assert read["int4/bf16"] < 0.5 * read["bf16/bf16"]
+    assert read["W4 bf16"] < 0.5 * read["W16 bf16"]
 
 
 def test_memory_of_all_four(octavo: Run, awq: Path):
@@ -93,11 +98,61 @@ def test_memory_of_all_four(octavo: Run, awq: Path):
     assert rows["int4", "int8"]["total"] == rows["int4", "int8"]["weights"] + rows["bf16", "int8"]["cache"]
 
 
-@pytest.mark.parametrize("verb", ["accuracy", "speed"])
-def test_a_baseline_of_the_same_kind_is_refused(octavo: Run, awq: Path, verb: str):
-    code, _, err = octavo(verb, awq, "--baseline", awq, "--kv", "bf16")
+def test_the_report_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
+    for name, value in {"doctor.LENGTH": 64, "doctor.CALIBRATED": 2, "doctor.MEASURED": 2, "survey.WINDOW": 128,
+                        "survey.WINDOWS": 2, "survey.SAMPLES": 2, "survey.SEQLEN": 64, "survey.BATCH_SIZES": (1,),
+                        "survey.CONTEXT": 64, "survey.TOKENS": 2, "survey.ROUNDS": 1,
+                        "ceiling.READ_BYTES": 1 << 20}.items():  # fmt: skip
+        monkeypatch.setattr(f"octavo.measure.{name}", value)
+    code, out, err = octavo("report", awq, "--baseline", "pamphlet", "--out", tmp_path / "report", "--json")
+    assert code == 0, err
+    corners = json.loads(out)["corners"]
+    assert [(c["weights"], c["kv"]) for c in corners] == [
+        ("bf16", "bf16"), ("bf16", "int8"), ("int4", "bf16"), ("int4", "int8"),
+    ]  # fmt: skip
+    assert [row["batch_size"] for row in corners[3]["speed"]] == [1, 8]
+    assert corners[2]["score"]["cache_alone"]["kl"] == 0 < corners[3]["score"]["cache_alone"]["kl"]
+    assert corners[2]["weight_bytes"] < corners[0]["weight_bytes"]
+    for page in ("report.html", "report.md"):
+        text = (tmp_path / "report" / page).read_text(encoding="utf-8")
+        assert "million parameters in int4" in text
+        assert all(f"{corner['score']['perplexity']:.2f}" in text for corner in corners)
+
+
+def test_the_baseline_takes_the_type_of_the_four_bit_model(awq: Path):
+    from octavo.cli.candidates import load_baseline
+    from octavo.cli.options import LoadOptions
+    from octavo.models.model import Model
+
+    four = Model.load(awq, dtype="fp16", device="cpu")
+    assert load_baseline(LoadOptions(device="cpu"), "pamphlet", four).bound.dtype == four.bound.dtype
+
+
+def test_token_formats_calibrated_with_one_kind_of_weights_are_told(
+    octavo: Run, awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.modules["octavo.cli.accuracy"], "ANSWER", 4)
+    own = tmp_path / "calibration"
+    assert octavo("calibrate", awq, *SMALL, "--work-dir", own)[0] == 0
+    asked = ["--kv", "bf16,int8-token", "--windows", "1", "--window", "64", "--calibration", own, "--json"]
+    code, _, err = octavo("accuracy", awq, "--baseline", "pamphlet", *asked)
+    assert (code, err.count("int8-token: pamphlet has no calibration and the other model has")) == (0, 1), err
+
+
+@pytest.mark.parametrize(
+    ("model", "baseline", "message"),
+    [
+        ("int4", "int4", "its weights are int4 like MODEL's; name the 16-bit model"),
+        ("bf16", "int4", "--baseline goes with a MODEL of 4-bit weights, and those of pamphlet are bf16"),
+        ("bf16", "bf16", "--baseline goes with a MODEL of 4-bit weights"),
+    ],
+)
+def test_what_is_no_pair_is_refused(octavo: Run, awq: Path, model: str, baseline: str, message: str):
+    named = {"int4": awq, "bf16": "pamphlet"}
+    code, _, err = octavo("accuracy", named[model], "--baseline", named[baseline], "--kv", "bf16")
     assert code == 2
-    assert "its weights are int4 like MODEL's; name the 16-bit model" in err
+    assert message in err
 
 
 def test_memory_refuses_what_is_no_kind_or_no_baseline(octavo: Run, awq: Path):

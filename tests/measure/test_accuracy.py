@@ -50,3 +50,21 @@ def test_a_simulated_format_is_measured_as_what_it_does_to_k_and_v(model: Model,
     _, real, copy = compare(model, Candidate("fp32", raw), [bf16, simulated], windows[:1])
     assert copy.kl == pytest.approx(real.kl, rel=1e-6)
     assert copy.kl > 0
+
+
+def test_the_cache_alone_is_told_beside_the_first_cache_with_the_same_weights(
+    model: Model, windows: list[list[int]]
+) -> None:
+    other = Model.load(dtype="bfloat16")
+    raw, token = KVFormat.parse("fp32"), KVFormat.parse("int8-token")
+    of_other = [Candidate("W fp32", raw, model=other), Candidate("W int8-token", token, model=other)]
+    base, own, other_raw, other_token = compare(
+        model, Candidate("fp32", raw), [Candidate("int8-token", token), *of_other], windows
+    )
+    _, alone = compare(other, Candidate("fp32", raw), [Candidate("int8-token", token)], windows)
+    assert (own.cache_alone.kl, own.cache_alone.loss) == (own.kl, own.loss_change)
+    assert (base.cache_alone.kl, other_raw.cache_alone.kl, other_raw.cache_alone.loss) == (0, 0, 0)
+    assert other_raw.kl > 0
+    found = other_token.cache_alone
+    assert (found.kl, found.kl_error) == pytest.approx((alone.kl, alone.kl_error))
+    assert (found.loss, found.loss_error) == pytest.approx((alone.loss_change, alone.loss_change_error))
