@@ -1,8 +1,8 @@
 """The engine table: decode of LLaMA-7B's geometry with random weights, KV caches of 8 and of 16 bits in turn.
 
-Every session is a real one, its prompt computed by the engine. A row has the decode rate beside its physical limit: the
-bytes that a step must read, over the copy bandwidth measured in the same run. What of a step is not its graph (sampling,
-and whatever the host keeps the device waiting for) is the bound on the host's share.
+Every session is a real one, its prompt computed by the engine. A row has the decode rate beside its physical limit:
+the bytes that a step must read, over the copy bandwidth measured in the same run. What of a step is not its graph
+(sampling, and whatever the device waits for the host) is an upper bound of the host's share.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ def session(model: Model, kv: str, calibration: Any, batch: int, context: int, s
             found.launch.append(spent[0])
     if (graphs := engine.runner.graphs) is not None:
         # The last step once more, as one launch: what its graph takes is the device's time and none of the host's.
-        for _ in range(10):
-            found.graph.append(1e-3 * medians({"graph": graphs.replays[batch]}, model.bound.device, 1)["graph"])
+        found.graph.append(1e-3 * medians({"graph": graphs.replays[batch]}, model.bound.device, 10)["graph"])
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, the Triton kernels' own among them, compiled and not interpreted: a row as each one ends."""
+"""The tests that need a GPU, the Triton kernels' own among them, compiled and not interpreted. A row as each ends."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def main() -> None:
     cli.add_argument("--dry-run", action="store_true")
     cli.parse_args()
     os.chdir(ROOT)
+    sys.path[0] = str(ROOT)  # not this folder, in which `tests` is this file
     sys.exit(pytest.main(["-m", "gpu", "-p", "no:cacheprovider", "tests/attention", "tests/engine"], [Rows()]))
 
 
