@@ -28,7 +28,7 @@ def main() -> None:
     batches, context = (8, 16, 32, 48), 2048
     if args.dry_run:
         geometry_json |= {"num_hidden_layers": 1, "hidden_size": 256, "num_attention_heads": 2, "vocab_size": 512}
-        batches, context = (2, 3), 128
+        batches, context = (2,), 128
     with tempfile.TemporaryDirectory() as directory:
         config = Path(directory) / CONFIG.name
         config.write_text(json.dumps(geometry_json))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
+import runpy
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +21,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return gpu
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_every_part_runs_dry() -> None:
-    command = [sys.executable, BENCHMARKS / "gpu.py", "--dry-run", "--parts", "kernels", "engine", "memory"]
-    where = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=where)
-    assert done.returncode == 0, done.stderr
-    parts = json.loads(done.stdout.splitlines()[-1])["parts"]
-    assert list(parts) == ["kernels", "engine", "memory"]
-    for name, part in parts.items():
-        errors = [row["error"] for row in part["rows"] if "error" in row]
-        assert (part["exit"], part["rows"] != []) == (0, True), (name, part)
-        assert all("flashinfer" in error for error in errors), errors  # it is not installed
-    assert "DRY RUN" in done.stdout
+@pytest.mark.parametrize("part", ["kernels", "engine", "memory", "transformers_batching"])
+def test_every_part_runs_dry(part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpu: Any):
+    """On a CPU and at toy sizes, kernels by the kernels of a CPU: what a change elsewhere breaks shows all the same."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "gpu_parts"))
+    monkeypatch.setattr(sys, "argv", [part, "--dry-run"])
+    runpy.run_path(str(BENCHMARKS / "gpu_parts" / f"{part}.py"), run_name="__main__")
+    rows = [row for line in capsys.readouterr().out.splitlines() if (row := gpu.parse(line))]
+    assert [row["error"] for row in rows if "error" in row and row["measure"] != "flashinfer decode"] == []
+    document = {"dry_run": True, "parts": {part: {"exit": 0, "rows": rows}}}
+    assert gpu.table(document).startswith("DRY RUN")
+    assert gpu.table(document).count("\n") > 4  # a line at least beside the head
 
 
 def test_a_part_out_of_time_ends_with_all_it_has_started(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -231,7 +231,9 @@ def _multiprocessors(device: torch.device) -> int:
 @cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes that a program may take: 99 KiB on compute capability 8.6 and 8.9, 163 on 8.0, 227 on 9.0."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 30
+    if device.type != "cuda":
+        return 1 << 30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 @cache
