@@ -28,7 +28,7 @@ def test_every_part_runs_dry(part: str, monkeypatch: pytest.MonkeyPatch, capsys:
     """On a CPU and at toy sizes, kernels by the kernels of a CPU: what a change elsewhere breaks shows all the same.
     Points of memory, a process each, are computed and not measured."""
 
-    def too_small(request: Request) -> Filled:
+    def too_small(request: Request) -> Filled:  # noqa: ARG001
         raise CannotMeasure("this machine is too small")
 
     monkeypatch.setattr("octavo.measure.memory.measure", too_small)
