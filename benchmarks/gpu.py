@@ -15,10 +15,12 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +48,37 @@ def run(part: str, seconds: float, dry: bool) -> dict[str, Any]:
     if dry:
         environment |= {"TRITON_INTERPRET": "1", "OCTAVO_ATTENTION": "triton" if part == "kernels" else "reference"}
     start = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    timer = threading.Timer(seconds, process.kill)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    late = threading.Event()
+
+    def end() -> None:
+        """The part and all it has started: a grandchild would keep the GPU, and the pipe open."""
+        late.set()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(seconds, end)
     timer.start()
     rows, tail = [], []
     assert process.stdout is not None
-    for line in process.stdout:
-        row = parse(line)
-        if row is None:
-            tail = [*tail[-60:], line.rstrip()]
-        else:
-            rows.append(row)
-            print(f"  {line.rstrip()[:300]}", flush=True)
-    code = process.wait()
-    late = not timer.is_alive()
-    timer.cancel()
+    try:
+        for line in process.stdout:
+            row = parse(line)
+            if row is None:
+                tail = [*tail[-60:], line.rstrip()]
+            else:
+                rows.append(row)
+                print(f"  {line.rstrip()[:300]}", flush=True)
+        code = process.wait()
+        in_time = not late.is_set()
+    finally:  # Ctrl-C does not reach another session
+        timer.cancel()
+        end()
     found: dict[str, Any] = {
         "seconds": round(time.monotonic() - start, 1),
-        "exit": None if late else code,
+        "exit": code if in_time else None,
         "rows": rows,
     }
     if code:
@@ -87,8 +102,10 @@ def main() -> None:
     }  # fmt: skip
     name = re.sub(r"\W+", "-", str(document["device"]).lower()).strip("-")
     out = args.out or (None if args.dry_run else HERE / "results" / f"gpu-{name}.json")
-    if out is not None and out.is_file() and (earlier := json.loads(out.read_text()))["commit"] == document["commit"]:
-        document["parts"] = earlier["parts"]
+    if out is not None and out.is_file() and document["commit"] is not None:
+        earlier = json.loads(out.read_text())
+        if earlier["commit"] == document["commit"]:
+            document["parts"] = earlier["parts"]
     deadline = time.monotonic() + 60 * args.minutes
     for part in args.parts:
         left = deadline - time.monotonic()

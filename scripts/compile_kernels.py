@@ -1,7 +1,7 @@
 """Compile the GPU kernels on a machine without a GPU, and say what they take: docs/KERNELS.md.
 
-    python scripts/compile_kernels.py                      # every format, head dim and target, writes docs/KERNELS.md
-    python scripts/compile_kernels.py --formats int8 --dims 128 --targets 90 --check    # only fail on a spill
+    python scripts/compile_kernels.py --jobs 4     # every format, head dim and target, writes docs/KERNELS.md
+    python scripts/compile_kernels.py --formats int8 --dims 128 --targets 90 --check    # only fail on spills
 
 The kernels are given what a real step gives them: a step is run on CPU tensors with each launch replaced by a
 compilation. Registers, stack and spills are from the ptxas that comes with Triton, instructions from its nvdisasm.
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,35 @@ from octavo.quant.format import KVFormat
 PAGE = Path(__file__).parent.parent / "docs" / "KERNELS.md"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FORMATS = ["bf16", "int8", "int8-token", "int4-token", "k8v4"]
-DIMS = [64, 80, 96, 128, 256]
-KV_HEADS, GROUP, BLOCK = 8, 4, 64
+DIMS = [64, 128, 256]  # others are padded to these
+KV_HEADS, BLOCK = 8, 64
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes that a program may take
 HEADER = Header("synthetic", "none", 1, 1, 1, (0, 0))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a layer has beside its format and its dimension."""
+
+    name: str = ""
+    group: int = 4
+    v_dim: int | None = None  # as k_dim if None
+    dtype: torch.dtype = torch.bfloat16
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+
+PLAIN = Variant()
+VARIANTS = [
+    Variant("window", window=4096),
+    Variant("soft cap", softcap=50.0),
+    Variant("sinks", sinks=True),
+    Variant("fp16 queries", dtype=torch.float16),
+    Variant("V of 64", v_dim=64),
+    Variant("one query head a KV head", group=1),
+    Variant("eight query heads a KV head", group=8),
+]
 
 
 @dataclass
@@ -49,27 +76,33 @@ class Result:
     spills: int  # bytes stored to and loaded from local memory
     shared: int  # bytes
     warps: int
-    loop: list[str]  # machine instructions of the longest loop
+    loop: list[str]  # machine instructions of the loop over blocks
 
 
-def compiled(format: str, dim: int, target: int) -> Iterator[Result]:
+def compiled(format: str, dim: int, target: int, variant: Variant) -> Iterator[Result]:
     """Compile what a step of one decode and one chunk launches in a layer of that format."""
-    shape = LayerShape(KV_HEADS, dim, dim)
-    ranges = {"min": -torch.ones(KV_HEADS, dim), "max": torch.ones(KV_HEADS, dim)}
-    calibration = Calibration(HEADER, [{"k": ranges, "v": ranges}])
+    launch._multiprocessors = lambda device: 132  # noqa: ARG005 - those of an H100
+    launch._shared_memory = lambda device: SHARED[target]  # noqa: ARG005
+    shape = LayerShape(KV_HEADS, dim, variant.v_dim or dim)
+    sides = {side: {"min": -torch.ones(KV_HEADS, n), "max": torch.ones(KV_HEADS, n)}
+             for side, n in (("k", shape.k_dim), ("v", shape.v_dim))}  # fmt: skip
+    calibration = Calibration(HEADER, [sides])
     cache = KVCache([shape], KVFormat.parse(format), 2, Layout(BLOCK, "pages"), calibration)
     work = [Sequence([0] * 2), Sequence([0] * 40)]
     work[0].num_cached = 1
     for i, sequence in enumerate(work):
         sequence.block_table = [i]
-    rows = [torch.zeros(41, heads, dim, dtype=torch.bfloat16) for heads in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)]
+    heads = KV_HEADS * variant.group
+    rows = [torch.zeros(41, n, width, dtype=variant.dtype)
+            for n, width in ((heads, dim), (KV_HEADS, dim), (KV_HEADS, shape.v_dim))]  # fmt: skip
 
     seen: list[tuple[str, CompiledKernel, int]] = []
-    kernels = {name: getattr(launch, name) for name in ("prepare", "scan", "combine")}
+    kernels = {name: getattr(launch, name) for name in ("write", "scan", "combine")}
     for name, kernel in kernels.items():
         setattr(launch, name, _Compiler(kernel, target, lambda *found, name=name: seen.append((name, *found))))
     try:
-        spec = AttentionSpec(shape, KV_HEADS * GROUP, dim**-0.5)
+        sinks = torch.zeros(heads) if variant.sinks else None
+        spec = AttentionSpec(shape, heads, dim**-0.5, variant.window, variant.softcap, sinks)
         batch = Batch.build([(work[0], 1), (work[1], 40)], BLOCK)
         launch.attend(spec, cache.layers[0], rows[0], rows[1], rows[2], batch)
     finally:
@@ -91,13 +124,14 @@ class _Compiler:
             signature, attributes = {}, {}
             given = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
             for i, name in enumerate(self.kernel.arg_names):
-                value = given[name]
+                value, parameter = given[name], self.kernel.params[i]
                 if name in constants or value is None:
                     constants[name] = value
                     signature[name] = "constexpr"
                 else:
                     signature[name] = mangle_type(value)
-                    if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+                    fixed = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+                    if fixed and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)):
                         attributes[i,] = [["tt.divisibility", 16]]
             source = ASTSource(self.kernel, signature, constants, attributes)
             options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -121,38 +155,47 @@ def _resources(kernel: CompiledKernel, target: int) -> tuple[int, int]:
 
 
 def _loop(kernel: CompiledKernel) -> list[str]:
-    """The instructions between the farthest backward branch and its target."""
+    """The instructions of the shortest loop with a product in it: over blocks, those that nothing is masked in."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         text = subprocess.run([BINARIES / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
     code: list[str] = []
     labels: dict[str, int] = {}
-    longest: list[str] = []
+    loops: list[list[str]] = []
     for line in text.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(code)
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             code.append(instruction[1])
             back = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
-            if back and back[1] in labels and len(code) - labels[back[1]] > len(longest):
-                longest = code[labels[back[1]] :]
-    return longest
+            if back and back[1] in labels:
+                loops.append(code[labels[back[1]] :])
+    return min((loop for loop in loops if any("MMA" in line for line in loop)), key=len, default=[])
 
 
-def row(format: str, dim: int, target: int, result: Result) -> str:
+def row(format: str, dim: int, target: int, variant: Variant, result: Result) -> str:
+    layer = f"{format}, {variant.name}" if variant.name else format
     per_code, loads, cores = "", "", ""
     if result.kernel.startswith("scan"):
-        codes = BLOCK * 2 * dim
+        codes = BLOCK * (dim + (variant.v_dim or dim))
         per_code = f"{len(result.loop) * 32 * result.warps / codes:.2f}"
         count = {name: sum(name in line for line in result.loop) for name in ("LDGSTS", "GMMA", "MMA")}
         wide = sum("LDGSTS" in line and ".128" in line for line in result.loop)
         loads = f"{wide} of {count['LDGSTS']}"
         cores = f"{count['GMMA']} wgmma" if count["GMMA"] else f"{count['MMA']} mma"
     return (
-        f"| {format} | {dim} | {target / 10:.1f} | {result.kernel} | {result.warps} | {result.registers} | "
+        f"| {layer} | {dim} | {target / 10:.1f} | {result.kernel} | {result.warps} | {result.registers} | "
         f"{result.shared} | {result.spills} | {per_code} | {loads} | {cores} |"
     )
+
+
+def table(case: tuple[str, int, int, Variant]) -> tuple[list[str], list[str]]:
+    """The rows of one layer, and those of them that would run badly or not at all."""
+    found = [(row(*case, result), result) for result in compiled(*case)]
+    target = case[2]
+    bad = [line for line, r in found if r.shared > SHARED[target] or (r.spills and "decode" in r.kernel)]
+    return [line for line, _ in found], bad
 
 
 def main() -> int:
@@ -160,35 +203,40 @@ def main() -> int:
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--dims", nargs="+", type=int, default=DIMS)
     parser.add_argument("--targets", nargs="+", type=int, default=[80, 90], help="compute capability × 10")
-    parser.add_argument("--check", action="store_true", help="write nothing, only fail if a decode kernel spills")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if a decode kernel spills or shared memory is short"
+    )
     given = parser.parse_args()
-    launch._multiprocessors = lambda device: 132  # noqa: ARG005 - those of an H100
-    rows, spilled = [], []
-    for target in given.targets:
-        for format in given.formats:
-            for dim in given.dims:
-                for result in compiled(format, dim, target):
-                    rows.append(row(format, dim, target, result))
-                    print(rows[-1], flush=True)
-                    if result.spills and "decode" in result.kernel:
-                        spilled.append(rows[-1])
+    cases = [(f, dim, target, PLAIN) for target in given.targets for f in given.formats for dim in given.dims]
+    if not given.check:
+        cases += [("int8", 128, target, variant) for target in given.targets for variant in VARIANTS]
+        cases += [(f, 256, 89, PLAIN) for f in given.formats]  # the largest tiles in the least shared memory
+    rows, bad = [], []
+    with ProcessPoolExecutor(given.jobs) as pool:
+        for lines, its_bad in pool.map(table, cases):
+            rows += lines
+            bad += its_bad
+            print(*lines, sep="\n", flush=True)
     if not given.check:
         PAGE.write_text(HEAD.format(triton=triton.__version__, torch=torch.__version__) + "\n".join(rows) + "\n")
-    if spilled:
-        print("spills in a decode kernel:", *spilled, sep="\n", file=sys.stderr)
-    return 1 if spilled else 0
+    if bad:
+        print("a decode kernel spills, or a kernel takes too much shared memory:", *bad, sep="\n", file=sys.stderr)
+    return 1 if bad else 0
 
 
 HEAD = """# The GPU kernels as compiled
 
 Generated by `scripts/compile_kernels.py` with Triton {triton}, on a machine without a GPU. **Nothing here has run on a
-GPU**: these are the compiler's numbers, of one layer with 8 KV heads and 32 query heads, blocks of 64 tokens, bf16
-queries.
+GPU**: these are the compiler's numbers, of one layer with 8 KV heads and, where a row does not say otherwise, 32 query
+heads, bf16 queries, no window, no soft cap and no sinks; blocks of 64 tokens. Another Triton compiles otherwise: torch
+2.11 comes with 3.6.
 
 *Shared* and *spilled* are bytes. *Per code* is every instruction of the loop over blocks (loads, products, softmax,
-conversions), threads times instructions, divided by the codes of K and V that a turn of the loop reads. *16-byte loads*
-are the copies from global to shared memory in that loop that move 16 bytes a thread, of all of them; where one is left
-over, it reads the block table. Products are `wgmma` on 9.0 where a tile has 64 rows, `mma` elsewhere.
+conversions; of a chunk the loop over blocks that every row sees whole), threads times instructions, divided by the
+codes of K and V that a turn of the loop reads. *16-byte loads* are the copies from global to shared memory in that
+loop that move 16 bytes a thread, of all of them; where one is left over, it reads the block table. Products are `wgmma`
+on 9.0 where a tile has 64 rows, `mma` elsewhere.
 
 | format | head dim | target | kernel | warps | registers | shared | spilled | per code | 16-byte loads | tensor cores |
 |---|---|---|---|---|---|---|---|---|---|---|

@@ -1,7 +1,8 @@
 """The engine table: decode of LLaMA-7B's geometry with random weights, KV caches of 8 and of 16 bits in turn.
 
-Every session is a real one, its prompt computed by the engine. A row has the decode rate beside its physical limit: the
-bytes that a step must read, over the copy bandwidth measured in the same run.
+Every session is a real one, its prompt computed by the engine. A row has the decode rate beside its physical limit:
+the bytes that a step must read, over the copy bandwidth measured in the same run. What of a step is not its graph
+(sampling, and whatever the device waits for the host) is an upper bound of the host's share.
 """
 
 from __future__ import annotations
@@ -21,10 +22,8 @@ from clock import copy_bandwidth, medians
 from rows import emit, guarded
 
 from octavo import LLM, SamplingParams
-from octavo.cache.batch import Batch
 from octavo.calibrate import calibrate
-from octavo.engine.sampling import choose
-from octavo.measure.ceiling import cache_bytes, weight_bytes
+from octavo.measure.ceiling import cache_bytes, read_bytes
 from octavo.measure.fill import random_tokens
 from octavo.measure.point import Source
 from octavo.models.model import Model
@@ -44,9 +43,8 @@ class Found:
     """Steps of one format, over all rounds."""
 
     wall: list[float] = field(default_factory=list)  # seconds of a step, all sessions running
-    host: list[float] = field(default_factory=list)  # of it the host's work: schedule, batch, launch
-    device: float = 0.0  # seconds of a step if nothing else is done: model, attention and sampling
-    captured: bool = False
+    launch: list[float] = field(default_factory=list)  # of it the host's, to build the batch and to launch it
+    graph: list[float] = field(default_factory=list)  # seconds of the device for the step's graph; none if not captured
 
 
 def load(device: torch.device, geometry: dict[str, Any], context: int) -> Model:
@@ -81,30 +79,20 @@ def session(model: Model, kv: str, calibration: Any, batch: int, context: int, s
     def timed(*given: Any) -> Any:
         start = time.perf_counter()
         launched = launch(*given)
-        spent[0] = time.perf_counter() - start
+        spent[0] += time.perf_counter() - start
         return launched
 
     engine._launch = timed  # type: ignore[method-assign]
     for step in range(steps):
+        spent[0] = 0.0
         start = time.perf_counter()
         engine.step()
         if step >= 4:  # the first ones fill the pipeline
             found.wall.append(time.perf_counter() - start)
-            found.host.append(spent[0])
-    found.captured = engine.runner.graphs is not None
-    # The tokens are drawn again and dropped, as those of a sequence that has ended.
-    step_batch = Batch.build([(sequence, 1) for sequence in sequences], engine.pool.block_size)
-
-    def again() -> None:
-        choose(engine.runner.run(step_batch), sequences)
-
-    found.device = min(found.device or 1e9, 1e-3 * _queued(again, model.bound.device))
-
-
-def _queued(run: Any, device: torch.device, times: int = 10) -> float:
-    """Milliseconds of one of several runs queued at once: the device's own time, if it is longer than launching."""
-    run()
-    return medians({"run": lambda: [run() for _ in range(times)]}, device, 3)["run"] / times
+            found.launch.append(spent[0])
+    if (graphs := engine.runner.graphs) is not None:
+        # The last step once more, as one launch: what its graph takes is the device's time and none of the host's.
+        found.graph.append(1e-3 * medians({"graph": graphs.replays[batch]}, model.bound.device, 10)["graph"])
 
 
 def compare(
@@ -120,16 +108,16 @@ def compare(
     rows = {}
     for kv, own in found.items():
         wall = statistics.median(own.wall)
-        read = weight_bytes(model.bound) + batch * cache_bytes(model.bound, KVFormat.parse(kv), context - steps)
+        graph = statistics.median(own.graph) if own.graph else None
+        read = read_bytes(model.bound) + batch * cache_bytes(model.bound, KVFormat.parse(kv), context - steps)
         rows[kv] = {
             "tokens_per_second": batch / wall,
             "step_ms": 1e3 * wall,
-            "launch_ms": 1e3 * statistics.median(own.host),
-            "device_ms": 1e3 * own.device,
-            "host_share": max(0.0, 1 - own.device / wall),
+            "launch_ms": 1e3 * statistics.median(own.launch),
+            "graph_ms": graph and 1e3 * graph,
+            "outside_the_graph": graph and 1 - graph / wall,
             "limit_ms": 1e3 * read / bandwidth,
             "share_of_limit": read / bandwidth / wall,
-            "graphs": own.captured,
         }
     return {"formats": rows, "int8_over_bf16": rows["int8"]["tokens_per_second"] / rows["bf16"]["tokens_per_second"]}
 

@@ -7,10 +7,11 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from rows import emit
+from rows import emit, guarded
 
-from octavo.measure.memory import Point, costs, device_memory, find_device, points
+from octavo.measure.memory import costs, device_memory, find_device, own_kind, points
 from octavo.measure.point import Source
 from octavo.models.geometry import Geometry
 from octavo.quant.format import KVFormat
@@ -27,7 +28,7 @@ def main() -> None:
     batches, context = (8, 16, 32, 48), 2048
     if args.dry_run:
         geometry_json |= {"num_hidden_layers": 1, "hidden_size": 256, "num_attention_heads": 2, "vocab_size": 512}
-        batches, context = (2, 3), 128
+        batches, context = (2,), 128
     with tempfile.TemporaryDirectory() as directory:
         config = Path(directory) / CONFIG.name
         config.write_text(json.dumps(geometry_json))
@@ -35,22 +36,18 @@ def main() -> None:
         device = find_device("cpu" if args.dry_run else "cuda")
         theory = costs(geometry, [KVFormat.parse(name) for name in ("fp16", "int8")], context, device_memory(device))
         source = Source(config, device=str(device), load_format="dummy", fill_seconds=2)
-        pair: dict[str, Point] = {}
+        sources = {own_kind(geometry): source}
 
-        def tell(point: Point) -> None:
-            pair[point.format] = point
-            emit({"measure": "memory", **point.document()})
-            if point.format == "int8":
-                saved = (pair["fp16"].total - point.total) / point.batch
-                both = {p.how for p in pair.values()} == {"measured"}
-                emit(
-                    {
-                        "measure": "memory saved", "batch": point.batch, "measured": both,
-                        "bytes_per_session": saved, "over_512_MiB": saved / SESSION,
-                    }
-                )  # fmt: skip
+        def saved(batch: int) -> dict[str, Any]:
+            fp16, int8 = points(
+                theory, [batch], context, sources, lambda point: emit({"measure": "memory", **point.document()})
+            )
+            each = (fp16.total - int8.total) / batch
+            measured = fp16.how == int8.how == "measured"
+            return {"measured": measured, "bytes_per_session": each, "over_512_MiB": each / SESSION}
 
-        points(geometry, theory, batches, context, source, tell)
+        for batch in batches:
+            guarded({"measure": "memory saved", "batch": batch}, lambda batch=batch: saved(batch))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,34 @@
-"""The tests that need a GPU, the Triton kernels' own among them, compiled and not interpreted."""
+"""The tests that need a GPU, the Triton kernels' own among them, compiled and not interpreted. A row as each ends."""
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import os
 import sys
-import tempfile
 from pathlib import Path
-from xml.etree import ElementTree
 
+import pytest
 from rows import emit
 
 ROOT = Path(__file__).parent.parent.parent
 
 
+class Rows:
+    """Hears pytest's reports. A test has one of its setup, one of its call if it came to that, one of its teardown."""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            message = "" if report.passed else str(report.longrepr)[-1000:]
+            emit({"measure": "test", "test": report.nodeid, "outcome": report.outcome, "message": message})
+
+
 def main() -> None:
     cli = argparse.ArgumentParser()
     cli.add_argument("--dry-run", action="store_true")
-    args = cli.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        report = Path(directory) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-q", f"--junitxml={report}",
-                   "tests/attention", "tests/engine"]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        print(done.stdout[-6000:])
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-        assert suite is not None
-        counts = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
-        failed = [
-            {"test": f"{case.get('classname')}.{case.get('name')}", "message": (bad.get("message") or "")[:300]}
-            for case in suite.iter("testcase")
-            for bad in [*case.findall("failure"), *case.findall("error")]
-        ]
-    emit({"measure": "tests", **counts, "failed": failed, "dry_run": args.dry_run})
+    cli.parse_args()
+    os.chdir(ROOT)
+    sys.path[0] = str(ROOT)  # not this folder, in which `tests` is this file
+    sys.exit(pytest.main(["-m", "gpu", "-p", "no:cacheprovider", "tests/attention", "tests/engine"], [Rows()]))
 
 
 if __name__ == "__main__":

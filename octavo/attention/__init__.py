@@ -59,12 +59,13 @@ def layout_for(shapes: Sequence[LayerShape]) -> Layout:
             if shape.device.type not in kernels.devices():
                 missing = f"the cache is on {shape.device}"
             elif not kernels.takes(shape.k_dim, shape.v_dim):
-                missing = f"it has no kernel for heads of {shape.k_dim} and {shape.v_dim}"
-    elif wanted is None:
-        _say_once(f"attention runs on plain torch, which is slower: {missing}")
-    if wanted is not None and missing is not None:
+                missing = f"no kernel takes heads of {shape.k_dim} and {shape.v_dim}"
+    if missing is None:
+        return Layout(order="pages" if on_gpu else "tiles")
+    if wanted is not None:
         raise OctavoError(f"OCTAVO_ATTENTION={wanted} cannot be had: {missing}")
-    return Layout(order="rows" if missing is not None else "pages" if on_gpu else "tiles")
+    _say_once(f"attention runs on plain torch, which is slower: {missing}")
+    return Layout(order="rows")
 
 
 def capturable(layout: Layout) -> bool:

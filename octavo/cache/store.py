@@ -59,7 +59,7 @@ class RowStore:
             self.scales = self.scale_layout.allocate(num_blocks, heads, 1, torch.uint8, device)
         self.saturated = torch.zeros((), dtype=torch.int64, device=device)
         self.written = 0  # values
-        self.native: Any = None  # what a native kernel keeps of this store
+        self.native: Any = None  # what a native kernel keeps of this store, and nothing that holds the store itself
 
     def write(self, x: Tensor, slots: Tensor) -> None:
         """Encode rows x [tokens, heads, dim] into slots [tokens]; slot −1 writes nowhere and counts nothing."""
@@ -115,7 +115,7 @@ class LayerCache:
 
     def __init__(self, k: RowStore, v: RowStore):
         self.k, self.v = k, v
-        self.native: dict[int, Any] = {}  # what native kernels keep of the layer, by the id of its spec
+        self.native: dict[int, Any] = {}  # what kernels keep of the stores (not of this object), by the id of a spec
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Encode k [tokens, kv_heads, k_dim] and v [tokens, kv_heads, v_dim] into slots [tokens]."""

@@ -9,7 +9,7 @@ Only `capture` needs a GPU. On a CPU the same buffers are run as they are, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -26,6 +26,10 @@ Capture = Callable[[Replay], Replay]
 def sizes(most: int) -> list[int]:
     """Rows of the captured steps: 1, 2, 4, 8, 16, 24, … and `most`."""
     return sorted({size for size in (1, 2, 4, *range(8, most, 8)) if size < most} | {most})
+
+
+class NotCapturable(Exception):
+    """Decode steps of this model cannot be captured; the message says why."""
 
 
 class StepBuffers:
@@ -79,13 +83,13 @@ class StepBuffers:
 
 
 class DecodeGraphs:
-    """The model's forward over every size of step that `buffers` can hold, captured."""
+    """The model's forward over steps of so many rows, no more than `buffers` can hold, captured."""
 
-    def __init__(self, forward: Forward, buffers: StepBuffers, capture: Capture):
+    def __init__(self, forward: Forward, buffers: StepBuffers, capture: Capture, rows: Iterable[int]):
         self.buffers = buffers
         self.replays: dict[int, Replay] = {}
         buffers.clear()
-        for size in reversed(sizes(buffers.rows)):  # the largest first: the others fit in its memory
+        for size in sorted(rows, reverse=True):  # the largest first: the others fit in its memory
             # A new Batch for every run: what attention derives from one (its plan) must be derived within the capture.
             self.replays[size] = capture(partial(self._padded, forward, size))
 
@@ -107,7 +111,8 @@ class DecodeGraphs:
 
 
 def cuda_capture(device: torch.device) -> Capture:
-    """Captures into CUDA graphs that share one pool of memory. They are replayed one at a time, in order."""
+    """Captures into CUDA graphs that share one pool of memory. They are replayed one at a time, in order. Raises
+    NotCapturable for what CUDA refuses; other errors of the model are its own."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(run: Replay) -> Replay:
@@ -117,8 +122,11 @@ def cuda_capture(device: torch.device) -> Capture:
                 run()  # a model that waits for the device fails here, by name, and not in the middle of a capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                out = run()
+            try:
+                with torch.cuda.graph(graph, pool=pool):
+                    out = run()
+            except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
+                raise NotCapturable(_first_line(error)) from error
 
         def replay() -> Tensor:
             graph.replay()
@@ -135,5 +143,13 @@ def _syncs_refused() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        raise NotCapturable(_first_line(error)) from error
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

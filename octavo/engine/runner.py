@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from octavo.attention import attend, capturable
 from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
-from octavo.engine.graphs import Capture, DecodeGraphs, StepBuffers, cuda_capture
+from octavo.engine.graphs import Capture, DecodeGraphs, NotCapturable, StepBuffers, cuda_capture, sizes
 from octavo.models.bind import BoundModel
 
 
@@ -33,25 +34,30 @@ class Runner:
     def capture(self, max_batch_size: int, max_context: int, how: Capture | None = None) -> None:
         """Capture decode steps of up to `max_batch_size` sequences, by `how` or in CUDA graphs. Where that cannot be,
         warn with the reason; steps are then launched kernel by kernel."""
-        device, size = self.model.device, self.cache.layout.block_size
         written = [store.written for store in self.cache.stores]
         try:
-            if how is None:
-                self._check_capturable()
-            buffers = StepBuffers(max_batch_size, -(-max_context // size), size, device)
-            self.graphs = DecodeGraphs(self._forward, buffers, how or cuda_capture(device))
-        except (RuntimeError, NotImplementedError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            self.graphs = self.captured(max_batch_size, max_context, sizes(max_batch_size), how)
+        except NotCapturable as reason:
             warnings.warn(f"decode steps run without CUDA graphs, which is slower: {reason}", stacklevel=2)
         for store, before in zip(self.cache.stores, written, strict=True):
             store.written = before
 
+    def captured(
+        self, max_batch_size: int, max_context: int, rows: Iterable[int], how: Capture | None = None
+    ) -> DecodeGraphs:
+        """Decode steps of so many rows, captured; raises NotCapturable."""
+        device, size = self.model.device, self.cache.layout.block_size
+        if how is None:
+            self._check_capturable()
+        buffers = StepBuffers(max_batch_size, -(-max_context // size), size, device)
+        return DecodeGraphs(self._forward, buffers, how or cuda_capture(device), rows)
+
     def _check_capturable(self) -> None:
         devices = {shape.device for shape in self.model.shapes} | {self.model.device}
         if len(devices) > 1:
-            raise NotImplementedError(f"the model is spread over {', '.join(sorted(map(str, devices)))}")
+            raise NotCapturable(f"the model is spread over {', '.join(sorted(map(str, devices)))}")
         if not capturable(self.cache.layout):
-            raise NotImplementedError("attention runs on plain torch, which looks at lengths on the host")
+            raise NotCapturable("attention runs on plain torch, which looks at lengths on the host")
 
     def _forward(self, batch: Batch) -> Tensor:
         specs, caches = self.model.layers, self.cache.layers

@@ -1,4 +1,4 @@
-"""What a step takes beside weights and cache: measured on a GPU by running the largest there can be.
+"""What steps take beside weights and cache: measured on a GPU by running, and capturing, the largest there can be.
 
 The cache is then made of what is left (cache/size.py), so a full step later on finds its memory free.
 """
@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from octavo.cache.batch import Batch
+from octavo.cache.size import free_memory
 from octavo.cache.store import KVCache
+from octavo.engine.graphs import NotCapturable
 from octavo.engine.runner import Runner
 from octavo.engine.sampling import Sampled, SamplingParams, sample
 from octavo.engine.sequence import Sequence
@@ -47,7 +49,8 @@ class LargestStep:
         return sample(logits, [sequence for sequence, _ in work])
 
     def nbytes(self, model: BoundModel, cache: KVCache) -> int:
-        """Bytes of the model's GPU that it takes at its peak, beside what was taken before."""
+        """Bytes of the model's GPU that it takes at its peak, beside what was taken before, and those that the graphs
+        of decode steps keep."""
         device = model.device
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -55,4 +58,16 @@ class LargestStep:
         self.run(model, cache)
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.empty_cache()
-        return peak - before
+        return peak - before + self._graph_nbytes(model, cache)
+
+    def _graph_nbytes(self, model: BoundModel, cache: KVCache) -> int:
+        """Bytes that the largest graph keeps; those of fewer rows share its memory."""
+        before = free_memory(model.device)
+        try:
+            graphs = Runner(model, cache).captured(self.sequences, self.session_len, [self.sequences])
+        except NotCapturable:
+            return 0
+        torch.cuda.empty_cache()
+        kept = before - free_memory(model.device)
+        del graphs
+        return max(0, kept)

@@ -7,10 +7,12 @@ right; that a GPU computes the same shows only on a GPU.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
 import sys
+import weakref
 from copy import copy
 from dataclasses import replace
 from importlib.util import find_spec
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from octavo import OctavoError
 from octavo.attention import AttentionSpec, attend, cuda, layout_for
+from octavo.attention.cuda.step import Step
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.store import KVCache, LayerShape, RowStore
@@ -238,9 +241,83 @@ def test_a_layer_that_shares_another_reads_its_cache_and_writes_none() -> None:
 
 
 @kernels
+@pytest.mark.parametrize("case", [Case("bf16", 64, 80, 1, 3, 64), Case("fp32", 64, 64, 1, 1, 64)], ids=str)
+def test_nan_that_a_freed_block_held_reaches_no_row(case: Case) -> None:
+    layer = PagedLayer(case, 2)
+    for store in layer.cache.stores:
+        store.codes.fill_(torch.nan)
+    layer.step([(0, 1), (1, 70)])
+    layer.step([(0, 66), (1, 1)])
+
+
+@kernels
+def test_a_short_chunk_over_a_long_prefix_is_split_as_a_decode_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from octavo.attention.cuda import launch
+
+    layer = PagedLayer(Case("int8", 64, 64, 1, 4, 64, sinks=True))
+    layer.step([(0, 170)])
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 2)  # noqa: ARG005
+    made = launch._layer(layer.spec, layer.cache.layers[0])
+    made.chunk = replace(made.chunk, shortest=1)
+    seen = sums(monkeypatch)
+    layer.step([(0, 20)])  # of one tile
+    assert seen[0].shape[3] == 4
+
+
+@kernels
+def test_a_decode_beside_a_chunk_takes_sums_for_its_own_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = PagedLayer(Case("int8", block_size=64), 2)
+    layer.step([(0, 3), (1, 3)])
+    seen = sums(monkeypatch)
+    layer.step([(0, 1), (1, 100)])
+    decodes, chunks = seen
+    assert decodes.shape[:2] == (1, 1)
+    assert 100 <= chunks.shape[:2].numel() < 2 * 128
+
+
+def sums(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The temporaries [tiles, queries, heads, splits, v_dim] of every scan from now on."""
+    from octavo.attention.cuda import launch
+
+    seen: list[Tensor] = []
+
+    class Watched:
+        def __getitem__(self, grid: tuple[int, ...]):
+            def run(*given, **constants):
+                seen.append(given[kernel.arg_names.index("sums")])
+                kernel[grid](*given, **constants)
+
+            return run
+
+    kernel = launch.scan
+    monkeypatch.setattr(launch, "scan", Watched())
+    return seen
+
+
+@kernels
+def test_a_cache_is_freed_when_it_is_let_go() -> None:
+    """At once: what waits for the collector of cycles is tens of GiB on a GPU."""
+    layer = PagedLayer(Case("int8-token", block_size=64))
+    layer.step([(0, 3)])
+    left = [weakref.ref(store.codes) for store in layer.cache.stores]
+    gc.disable()
+    try:
+        del layer.cache
+        assert [codes() for codes in left] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_tiles_that_read_most_come_first() -> None:
+    short, long = Sequence([0, 1], [0] * 100), Sequence(list(range(2, 12)), [0] * 520)
+    short.num_cached, long.num_cached = 0, 500
+    step = Step.of(Batch.build([(short, 100), (long, 20)], 64))
+    assert step.tiles(64).tolist() == [[1, 0], [0, 64], [0, 0]]
+
+
+@kernels
 def test_the_operator_declares_what_it_writes() -> None:
     from octavo.attention.cuda.launch import _layer
-    from octavo.attention.cuda.step import Step
 
     layer = PagedLayer(Case("int8-token", block_size=64), 2)
     layer.step([(0, 20), (1, 9)])
@@ -248,7 +325,7 @@ def test_the_operator_declares_what_it_writes() -> None:
     q, k, v = (x.to(DEVICE) for x in (layer.queries(4), layer.keys(4), layer.values(4)))
     made, step = _layer(layer.spec, layer.cache.layers[0]), Step.of(batch)
     given = (q, k, v, batch.slots, batch.block_table, step.q_start, step.kv_len)
-    given += (step.tiles(1), step.tiles(made.chunk_queries), made.memory, made.number)
+    given += (step.tiles(1), step.tiles(made.chunk.queries), made.memory, made.number)
     torch.library.opcheck(torch.ops.octavo.attend.default, given, test_utils=("test_schema", "test_faketensor"))
     out = torch.ops.octavo.attend(*given)
     assert torch.equal(out, attend(layer.spec, layer.cache.layers[0], q, k, v, batch))
@@ -324,7 +401,8 @@ def test_layouts_are_given_to_those_who_can_read_them(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     assert layout_for([on_gpu]).order == "pages"
     assert layout_for([on_cpu]).order != "pages"
-    assert layout_for([replace(on_gpu, k_dim=512)]).order == "rows"
+    with pytest.warns(UserWarning, match="plain torch, which is slower: no kernel takes heads of 512 and 64"):
+        assert layout_for([replace(on_gpu, k_dim=512)]).order == "rows"
     monkeypatch.setattr(cuda, "unavailable", lambda: "there is no GPU")
     with pytest.warns(UserWarning, match="there is no GPU"):
         assert layout_for([on_gpu]).order == "rows"

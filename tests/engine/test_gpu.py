@@ -88,6 +88,8 @@ def test_the_largest_step_is_measured_and_its_memory_given_back(model: Model):
     before = torch.cuda.memory_allocated()
     small, large = (LargestStep(4, tokens, 2000).nbytes(bound, cache) for tokens in (8, 4000))
     assert 0 < small < large
+    wider = LargestStep(64, 64, 2000)
+    assert wider._graph_nbytes(bound, cache) > 0
     assert torch.cuda.memory_allocated() - before < large
 
 

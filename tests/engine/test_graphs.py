@@ -12,7 +12,7 @@ from octavo.attention import reference
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.store import KVCache
-from octavo.engine.graphs import StepBuffers, sizes
+from octavo.engine.graphs import NotCapturable, StepBuffers, sizes
 from octavo.engine.runner import Runner
 from octavo.models.bind import BoundModel
 from octavo.quant.format import KVFormat
@@ -123,7 +123,7 @@ def test_a_model_that_cannot_be_captured_runs_on_and_the_reason_is_given_once(ll
     one = runner(llama, "fp32", "rows")
 
     def fails(_):
-        raise RuntimeError("called a synchronizing CUDA operation\nand more")
+        raise NotCapturable("called a synchronizing CUDA operation")
 
     with pytest.warns(UserWarning, match="without CUDA graphs, which is slower: called a synchronizing") as said:
         one.capture(4, 16, how=fails)
@@ -132,6 +132,14 @@ def test_a_model_that_cannot_be_captured_runs_on_and_the_reason_is_given_once(ll
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert one.run(Batch.build([(session, 1) for session in sessions(2)], SIZE)).shape == (2, 64)
+
+
+def test_an_error_of_the_model_is_no_reason_to_run_on(llama: BoundModel):
+    def fails(_):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        runner(llama, "fp32", "rows").capture(4, 16, how=fails)
 
 
 def test_the_reference_is_never_captured(llama: BoundModel):

@@ -6,16 +6,18 @@ import triton
 import triton.language as tl
 
 from octavo.attention.cuda.codes import rotate
+from octavo.attention.cuda.scan import NOTHING
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine(
-    sums, tops, totals, tiles, q_start, sinks, c, mu, out, lift,
+    sums, tops, totals, tiles, q_start, sinks, c, mu, out, lift, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, MOST_SPLITS: tl.constexpr,
     SINKS: tl.constexpr, ROTATED: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, head, j): queries j·ROWS … of tile i, which has QUERIES of them. `lift` is LIFT in scan.py."""
+    """Program (i, head, j): queries j·ROWS … of tile i, which has QUERIES of them. `lift` is LIFT in scan.py;
+    `splits` are at most MOST_SPLITS."""
     head = tl.program_id(1)
     sequence, first = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
     row = tl.load(q_start + sequence)
@@ -25,9 +27,11 @@ def combine(
     line = (row + first + within).to(tl.int64) * HEADS + head
     d = tl.arange(0, PADDED)
 
-    part = line[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
-    tops_ = tl.load(tops + part, live[:, None], 0.0)
-    totals_ = tl.load(totals + part, live[:, None], 0.0)
+    split = tl.arange(0, MOST_SPLITS)[None, :]
+    part = ((tl.program_id(0) * QUERIES + within).to(tl.int64) * HEADS + head)[:, None] * splits + split
+    there = live[:, None] & (split < splits)
+    tops_ = tl.load(tops + part, there, NOTHING)
+    totals_ = tl.load(totals + part, there, 0.0)
     top = tl.max(tops_, 1)
     share = tl.exp2(tops_ - top[:, None])
     filled = (totals_ > 0)[:, :, None] & (d < DIM)[None, None, :]

@@ -6,6 +6,7 @@ No grid depends on a value that only the device has, so a step of decodes can be
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from octavo.attention.cuda.combine import combine
 from octavo.attention.cuda.scan import LIFT, scan
 from octavo.attention.cuda.step import Step
-from octavo.attention.cuda.write import prepare
+from octavo.attention.cuda.write import write
 from octavo.cache.batch import Batch
 from octavo.cache.store import LayerCache, RowStore
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL
@@ -26,41 +27,70 @@ if TYPE_CHECKING:
     from octavo.attention import AttentionSpec
 
 LOG2E = math.log2(math.e)
-TOKENS = 16  # rows a program of `prepare` encodes
-SHORTEST = 2  # blocks a split reads at least
+TOKENS = 16  # rows a program of `write` encodes
 MOST_SPLITS = 64
-PROGRAMS = 16  # decode programs wanted for each multiprocessor: some four run at once
 
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """As `octavo.attention.attend`. Inside torch.compile it is one opaque operator."""
     layer = _layer(spec, cache)
     step = Step.of(batch)
-    one, many = step.tiles(1), step.tiles(layer.chunk_queries)
+    one, many = step.tiles(1), step.tiles(layer.chunk.queries)
     given = (q, k, v, batch.slots, batch.block_table, step.q_start, step.kv_len, one, many)
     if torch.compiler.is_compiling():
         return torch.ops.octavo.attend(*given, layer.memory, layer.number)
     return layer(*given)
 
 
-class Layer:
-    """A layer's constants and launches. Made once, kept by the K store, reachable by number from the operator."""
+@dataclass(frozen=True)
+class Tiling:
+    """How `scan` reads for decodes, or for chunks. Chosen by reading its machine code, not measured on a GPU."""
 
-    def __init__(self, spec: AttentionSpec, cache: LayerCache):
-        self.spec, self.cache = spec, cache
+    queries: int  # new tokens of a tile
+    rows: int  # of a tile, at least queries × query heads of a KV head
+    programs: int  # wanted for each multiprocessor: where tiles are fewer, they are split over the context
+    shortest: int  # blocks that a split reads at least
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of_decodes(cls, group: int) -> Tiling:
+        """Some six programs run at once; their sums are small."""
+        return cls(1, max(16, _power(group)), programs=16, shortest=2, num_warps=2, num_stages=3)
+
+    @classmethod
+    def of_chunks(cls, group: int, k: RowStore, v: RowStore) -> Tiling:
+        """One or two programs run at once; a split's sums in float32 are as long as a few blocks of codes."""
+        rows = max(_chunk_rows(k, v), _power(2 * group))
+        if rows <= 16:
+            return cls(rows // group, rows, programs=4, shortest=8, num_warps=2, num_stages=3)
+        wide = 2 * k.layout.block_size * (k.dim * k.codes.itemsize + v.dim * v.codes.itemsize)
+        stages = 2 if wide <= _shared_memory(k.codes.device) else 1
+        return cls(rows // group, rows, programs=2, shortest=8, num_warps=8, num_stages=stages)
+
+    def splits(self, programs: int, device: torch.device) -> int:
+        """Into how many parts contexts are cut where there would be so many programs."""
+        return max(1, min(MOST_SPLITS, self.programs * _multiprocessors(device) // programs))
+
+
+class Layer:
+    """A layer's constants and launches. Made once, kept by its LayerCache, reachable by number from the operator.
+
+    It holds the cache's stores and not the LayerCache, which would be a cycle: a cache is freed when it is let go.
+    """
+
+    def __init__(self, spec: AttentionSpec, k: RowStore, v: RowStore):
+        self.spec, self.k, self.v = spec, k, v
         self.number = next(_numbers)
-        k, v = cache.k, cache.v
         self.group = spec.heads // k.heads
-        self.decode_rows = max(16, _power(self.group))
-        self.chunk_rows = max(chunk_rows(k, v), _power(2 * self.group))
-        self.chunk_queries = self.chunk_rows // self.group
+        self.decode, self.chunk = Tiling.of_decodes(self.group), Tiling.of_chunks(self.group, k, v)
         stores = () if spec.shape.shares is not None else (k, v)
         self.memory = [x for s in stores for x in (s.codes, s.scales, s.saturated) if x is not None]
         self.sinks = spec.sinks.float().contiguous() if spec.sinks is not None else None
         shift = k.static is not None and (spec.softcap is not None or spec.sinks is not None)
         # A soft cap is softcap·tanh(x) = softcap·(1 − 2/(2^(2x·log2 e) + 1)).
         self.unit = spec.scale * LOG2E * (1 if spec.softcap is None else 2 / spec.softcap)
-        self.prepare: dict[str, Any] = {
+        self.write: dict[str, Any] = {
             "KV_HEADS": k.heads, "GROUP": self.group, "WRITES": spec.shape.shares is None, "SHIFT": shift,
             "TOKENS": TOKENS, "BLOCK": k.layout.block_size,
         }  # fmt: skip
@@ -70,7 +100,7 @@ class Layer:
         }  # fmt: skip
         for name, store in (("K", k), ("V", v)):
             codec, dim = store.codec, store.dim
-            self.prepare |= {
+            self.write |= {
                 f"{name}_DIM": dim, f"{name}_PADDED": _padded(dim), f"{name}_KIND": codec.kind,
                 f"{name}_BITS": codec.bits, f"{name}_ROTATED": codec.rotated,
                 f"{name}_STATIC": store.static is not None,
@@ -90,22 +120,20 @@ class Layer:
         q_start: Tensor, kv_len: Tensor, one: Tensor, many: Tensor,
     ) -> Tensor:  # fmt: skip
         """Write, then attend."""
-        out = q.new_empty(len(q), self.spec.heads, self.cache.v.dim)
+        out = q.new_empty(len(q), self.spec.heads, self.v.dim)
         step = (q_start, kv_len, table)
-        precision = "ieee" if q.dtype == torch.float32 else "tf32"  # tf32 holds float16 and bfloat16 exactly
         with torch.cuda.device_of(q):  # Triton launches on the current device, a model may lie on several
             queries = self._write(q, k, v, slots)
             if len(one):
-                splits = split_count(len(one) * self.cache.k.heads, q.device)
-                self._read(queries, one, step, out, precision, self.decode_rows, 1, splits)
+                self._read(queries, one, step, out, self.decode)
             if len(many):
-                self._read(queries, many, step, out, precision, self.chunk_rows, self.chunk_queries, 1)
+                self._read(queries, many, step, out, self.chunk)
         return out
 
     def _write(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Encode k and v, and fold q: what it is multiplied with [T, heads, parts, k_dim], its factor and its shift
         [T, heads]."""
-        K, V = self.cache.k, self.cache.v
+        K, V = self.k, self.v
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         tokens, heads = q.shape[:2]
         if K.codec.kind == "raw":
@@ -115,44 +143,49 @@ class Layer:
             folded = q.new_empty(tokens, heads, 2, K.dim, dtype=torch.int8)
         factor = q.new_empty(tokens, heads, dtype=torch.float32)
         shift = torch.empty_like(factor) if self.scan["SHIFT"] else None
-        writes = self.prepare["WRITES"]
+        writes = self.write["WRITES"]
         if writes:
             K.written += k.numel()
             V.written += v.numel()
         grid = (-(-tokens // TOKENS), heads + (2 * K.heads if writes else 0))
         k_static, v_static = K.static, V.static
-        prepare[grid](
+        write[grid](
             q, k, v, slots, tokens, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             K.codes, K.scales, *((k_static.mu, k_static.c, k_static.reciprocal) if k_static else (None,) * 3),
             *_tables(K), K.saturated,
             V.codes, V.scales, *((v_static.mu, v_static.reciprocal) if v_static else (None,) * 2),
             *_tables(V), V.saturated,
-            folded, factor, shift, self.unit, **self.prepare,
+            folded, factor, shift, self.unit, **self.write,
         )  # fmt: skip
         return folded, factor, shift
 
     def _read(
         self, queries: tuple[Tensor, Tensor, Tensor | None], tiles: Tensor, step: tuple[Tensor, Tensor, Tensor],
-        out: Tensor, precision: str, rows: int, held: int, splits: int,
+        out: Tensor, by: Tiling,
     ) -> None:  # fmt: skip
-        """Scan and combine `tiles` of so many `rows`, which hold so many queries, into their rows of `out`."""
-        K, V, spec = self.cache.k, self.cache.v, self.spec
+        """Scan and combine `tiles` into their rows of `out`."""
+        K, V, spec = self.k, self.v, self.spec
         q_start, kv_len, table = step
-        lines = out.shape[0] * out.shape[1]
-        sums = out.new_empty(lines, splits, V.dim, dtype=torch.float32)
-        tops, totals = (out.new_empty(lines, splits, dtype=torch.float32) for _ in range(2))
+        heads = out.shape[1]
+        splits = by.splits(len(tiles) * K.heads, out.device)
+        # By tile and not by row of the step, most of which may be of the other tiles.
+        sums = out.new_empty(len(tiles), by.queries, heads, splits, V.dim, dtype=torch.float32)
+        tops, totals = (out.new_empty(sums.shape[:-1], dtype=torch.float32) for _ in range(2))
         scan[(len(tiles), K.heads, splits)](
             *queries, K.codes, K.scales, V.codes, V.scales, tiles, q_start, kv_len, table, table.stride(0),
-            sums, tops, totals, spec.window or 0, (spec.softcap or 0.0) * LOG2E,
-            M=rows, SPLITS=splits, SHORTEST=SHORTEST, PRECISION=precision,
+            sums, tops, totals, spec.window or 0, (spec.softcap or 0.0) * LOG2E, splits,
+            M=by.rows, QUERIES=by.queries, SHORTEST=by.shortest,
+            PRECISION="ieee" if out.dtype == torch.float32 else "tf32",  # tf32 holds float16 and bfloat16 exactly
             V_FLOAT32=V.codec.kind == "raw" and V.codes.dtype != out.dtype,
-            **self.scan, **tuning(rows),
+            **self.scan, num_warps=by.num_warps, num_stages=by.num_stages,
         )  # fmt: skip
-        at_once = min(16, _power(held))  # rows of a program, enough to fill it where there is nothing to join
+        # Rows of a program: one with many splits, or enough to fill it where there is nothing to join.
+        at_once = 1 if splits > 1 else min(16, _power(by.queries))
         v_static = V.static
-        combine[(len(tiles), out.shape[1], -(-held // at_once))](
+        combine[(len(tiles), heads, -(-by.queries // at_once))](
             sums, tops, totals, tiles, q_start, self.sinks, *((v_static.c, v_static.mu) if v_static else (None, None)),
-            out, LIFT.value, QUERIES=held, ROWS=at_once, SPLITS=splits, **self.combine,
+            out, LIFT.value, splits, QUERIES=by.queries, ROWS=at_once, MOST_SPLITS=MOST_SPLITS if splits > 1 else 1,
+            **self.combine,
         )  # fmt: skip
 
 
@@ -161,12 +194,10 @@ _layers: WeakValueDictionary[int, Layer] = WeakValueDictionary()
 
 
 def _layer(spec: AttentionSpec, cache: LayerCache) -> Layer:
-    if cache.k.native is None:
-        cache.k.native = {}
-    if id(spec) not in cache.k.native:  # the Layer keeps the spec, so its id stays its own
-        layer = cache.k.native[id(spec)] = Layer(spec, cache)
+    if id(spec) not in cache.native:  # the Layer keeps the spec, so its id stays its own
+        layer = cache.native[id(spec)] = Layer(spec, cache.k, cache.v)
         _layers[layer.number] = layer
-    return cache.k.native[id(spec)]
+    return cache.native[id(spec)]
 
 
 @torch.library.custom_op("octavo::attend", mutates_args=("memory",))
@@ -185,27 +216,24 @@ def _(
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
-def chunk_rows(k: RowStore, v: RowStore) -> int:
+def _chunk_rows(k: RowStore, v: RowStore) -> int:
     """Queries × query heads of a tile of a chunk: what the registers hold. float32 has no tensor cores."""
     if torch.float32 in (k.codes.dtype, v.codes.dtype):
         return 16
     return 128 if max(k.dim, v.dim) <= 128 else 64
 
 
-def tuning(rows: int) -> dict[str, int]:
-    """Warps and pipeline stages of `scan`; chosen by reading its machine code, not measured on a GPU."""
-    return {"num_warps": 2, "num_stages": 3} if rows <= 16 else {"num_warps": 8, "num_stages": 2}
-
-
-def split_count(programs: int, device: torch.device) -> int:
-    """Into how many parts a decode's context is cut where there are so many programs without: a power of two."""
-    wanted = PROGRAMS * _multiprocessors(device) / programs
-    return max(1, min(MOST_SPLITS, _power(math.floor(wanted) + 1) // 2))
-
-
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may take: 99 KiB on compute capability 8.6 and 8.9, 163 on 8.0, 227 on 9.0."""
+    if device.type != "cuda":
+        return 1 << 30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 @cache

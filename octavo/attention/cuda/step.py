@@ -21,12 +21,13 @@ class Step:
     q_start: Tensor  # [B + 1] rows of the step where each sequence begins
     kv_len: Tensor  # [B]
     q_lens: list[int]
+    kv_lens: list[int]
     chosen: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: Batch) -> Step:
         if "cuda" not in batch.plan:
-            batch.plan["cuda"] = cls(batch.q_start.int(), batch.kv_len.int(), batch.q_lens)
+            batch.plan["cuda"] = cls(batch.q_start.int(), batch.kv_len.int(), batch.q_lens, batch.kv_lens)
         return batch.plan["cuda"]
 
     def tiles(self, queries: int) -> Tensor:
@@ -45,5 +46,6 @@ class Step:
     def _listed(self, queries: int) -> Tensor:
         wanted = [(i, n) for i, n in enumerate(self.q_lens) if (n == 1) == (queries == 1)]
         tiles = [(i, first) for i, n in wanted for first in range(0, n, queries)]
-        tiles.sort(key=lambda tile: -tile[1])
+        past = [kv_len - n for kv_len, n in zip(self.kv_lens, self.q_lens, strict=True)]
+        tiles.sort(key=lambda tile: -past[tile[0]] - tile[1])
         return send(torch.tensor(tiles, dtype=torch.int32).view(-1, 2), self.kv_len.device)

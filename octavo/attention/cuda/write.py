@@ -94,8 +94,9 @@ def fold(
         tl.store(factor + line, tl.zeros([TOKENS], tl.float32) + unit, live)
 
 
-@triton.jit
-def prepare(
+# What differs from step to step must not compile anew: the number of tokens, and where in a packed copy the slots lie.
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["slots"])
+def write(
     q, k, v, slots, tokens, q_token, q_head, k_token, k_head, v_token, v_head,
     k_codes, k_scales, k_mu, k_c, k_reciprocal, k_limits, k_token_reciprocal, k_saturated,
     v_codes, v_scales, v_mu, v_reciprocal, v_limits, v_token_reciprocal, v_saturated,
