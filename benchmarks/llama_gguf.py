@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
+
+from octavo.weights.layouts import SYMMETRIC, Int4Weight
+
+Q4_0 = 32  # weights that share a scale
 
 NAMES = {  # of transformers and of GGUF
     "model.embed_tokens": "token_embd",
@@ -25,8 +30,9 @@ NAMES = {  # of transformers and of GGUF
 }
 
 
-def write_gguf(hf: LlamaForCausalLM, file: Path) -> None:
-    """Matrices in bf16, norms in float32, no tokenizer."""
+def write_gguf(hf: LlamaForCausalLM, file: Path, int4: Mapping[str, Int4Weight] | None = None) -> None:
+    """Matrices in bf16, norms in float32, no tokenizer. Linear layers in `int4`, by name, are written in Q4_0; `hf`
+    need not hold their weights."""
     config = hf.config
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -42,7 +48,12 @@ def write_gguf(hf: LlamaForCausalLM, file: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0 if int4 else gguf.LlamaFileType.MOSTLY_BF16)
+    for name, packed in (int4 or {}).items():
+        rows = q4_0(packed)
+        if name.endswith(("q_proj", "k_proj")):
+            rows = interleaved(rows, config.head_dim)
+        writer.add_tensor(gguf_name(name), rows.numpy(), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
     for name, weight in hf.state_dict().items():
         if weight.dim() == 1:
             writer.add_tensor(gguf_name(name), weight.float().numpy())
@@ -55,6 +66,17 @@ def write_gguf(hf: LlamaForCausalLM, file: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def q4_0(weight: Int4Weight) -> Tensor:
+    """uint8 [out, in/32 · 18]: of every 32 weights the float16 scale, then 16 bytes with weights j and j + 16 in their
+    halves. A wider group's scale is repeated. The zero is fixed: raises ValueError for another."""
+    if weight.group_size % Q4_0 or not torch.all(weight.zeros == SYMMETRIC):
+        raise ValueError("Q4_0 has blocks of 32 weights and a zero of 8")
+    blocks = weight.codes.unflatten(1, (-1, 2, Q4_0 // 2))
+    scales = weight.scales.half().repeat_interleave(weight.group_size // Q4_0, dim=1)
+    halves = blocks[:, :, 0] | blocks[:, :, 1] << 4
+    return torch.cat((scales[..., None].view(torch.uint8), halves), dim=-1).flatten(1)
 
 
 def gguf_name(name: str) -> str:

@@ -113,6 +113,20 @@ def ratios(rates: dict[str, dict[str, list[float]]], ours: str) -> dict[str, dic
     }
 
 
+def row(contestants: dict[str, Contestant], found: dict[str, float], batch: int, tokens: int, rounds: int) -> dict:
+    """What is reported of a batch, after `errors` has `found` who computes the model."""
+    rates = measure(contestants, batch, tokens, rounds)
+    return {
+        "batch": batch,
+        "nats_from_float32": {name: round(error, 4) for name, error in found.items()},
+        "tokens_per_second": {
+            name: {what: round(statistics.median(values), 1) for what, values in each.items()}
+            for name, each in rates.items()
+        },
+        "times_as_fast": {name: ratios(rates, name) for name in rates if name.startswith("octavo")},
+    }
+
+
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--llama-cpp", type=Path, help="the Python that has llama-cpp-python; without, it stays out")
@@ -136,16 +150,7 @@ def main() -> None:
                 contestants = field.contestants(batch, close)
                 found = errors(contestants, random_llama().float())
                 peers |= {name: contestant.about for name, contestant in contestants.items() if contestant.about}
-                rates = measure(contestants, batch, args.prompt, args.rounds)
-            rows.append({
-                "batch": batch,
-                "nats_from_float32": {name: round(error, 4) for name, error in found.items()},
-                "tokens_per_second": {
-                    name: {what: round(statistics.median(values), 1) for what, values in each.items()}
-                    for name, each in rates.items()
-                },
-                "times_as_fast": {f"octavo {kv}": ratios(rates, f"octavo {kv}") for kv in args.kv},
-            })  # fmt: skip
+                rows.append(row(contestants, found, batch, args.prompt, args.rounds))
     document = {"benchmark": "peers_cpu", **describe(), "peers": peers, "prompt": args.prompt, "decoded": DECODED,
                 "rounds": args.rounds, "rows": rows}  # fmt: skip
     if args.out:
