@@ -27,7 +27,6 @@ from octavo import LLM, SamplingParams
 from octavo.models.load import load_model
 from octavo.models.model import Model
 from octavo.models.packed import weight_bytes
-from octavo.models.prepack import prepack
 from octavo.weights import cpu
 from octavo.weights.layouts import Int4Weight
 from octavo.weights.linear import PackedLinear
