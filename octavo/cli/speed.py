@@ -41,8 +41,7 @@ def speed(
     """Measure prefill and decode of MODEL in each format."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
+    from octavo.cli.memory import console
     from octavo.cli.progress import progress
     from octavo.measure import machine
     from octavo.measure.ceiling import bandwidth, ceilings
@@ -58,11 +57,11 @@ def speed(
     check(model, batch_sizes, contexts, tokens)
     rate = bandwidth(model.bound.device)
     theory = ceilings(model.bound, compared, batch_sizes, contexts, tokens, rate)
-    about, console = machine.describe(model.bound.device), Console(highlight=False)
+    about, out = machine.describe(model.bound.device), console()
     if not json:
-        console.print(f"{model.name} on {machine.sentence(about)}", markup=False)
-        console.print(f"a plain streaming read reaches {rate / 1e9:.1f} GB/s (measured)\n")
-        console.print(ceiling_table(theory))
+        out.print(f"{model.name} on {machine.sentence(about)}", markup=False)
+        out.print(f"a plain streaming read reaches {rate / 1e9:.1f} GB/s (measured)\n")
+        out.print(ceiling_table(theory))
     with progress() as bar:
         task = bar.add_task("measuring", total=len(theory) * rounds)
         found = measure(
@@ -76,9 +75,9 @@ def speed(
             progress=lambda done: bar.update(task, completed=done),
         )
     if not json:
-        console.print(speed_table(found))
+        out.print(speed_table(found))
         first = compared[0].name
-        console.print(f"{rounds} rounds of {tokens} decode steps; ratios to {first} within a round, and their range")
+        out.print(f"{rounds} rounds of {tokens} decode steps; ratios to {first} within a round, and their range")
         return
     content = {
         "command": "speed",
@@ -145,5 +144,5 @@ def _table(title: str, *columns: str) -> Any:
 
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
     for column in columns:
-        table.add_column(column, justify="left" if column == "format" else "right")
+        table.add_column(column, justify="left" if column == "format" else "right", no_wrap=column == "format")
     return table

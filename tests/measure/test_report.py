@@ -101,8 +101,10 @@ def test_page_and_markdown_hold_the_measured_numbers(written: tuple[Survey, Path
             assert f"{row.decode:,.0f}" in text
         for finding in found.diagnosis.findings:
             assert finding.topic in text
+        for corner in found.corners:
+            assert f"{corner.fit.sessions:,}" in text
+        assert "octavo report DIR --baseline pamphlet" in text
         assert found.fingerprint in text
-        assert "pamphlet" in text
 
 
 def test_light_and_dark_share_figures_that_hold_no_colour_of_their_own(written: tuple[Survey, Path]) -> None:
