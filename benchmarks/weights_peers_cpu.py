@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from weights_cpu import LLAMA
 
+from octavo.models.model import Model
+from octavo.models.packed import packed_layers
 from octavo.weights.layouts import SYMMETRIC, Int4Weight
 from octavo.weights.linear import PackedLinear
 
@@ -55,11 +57,11 @@ def pack(hf: LlamaForCausalLM, group_size: int) -> dict[str, Int4Weight]:
     return weights
 
 
-def exact(config: LlamaConfig, weights: dict[str, Int4Weight]) -> LlamaForCausalLM:
-    """The same model in float32."""
+def exact(config: LlamaConfig, model: Model) -> LlamaForCausalLM:
+    """The same numbers as `model`'s in float32."""
     hf = random_llama(config).float()
-    for name, weight in weights.items():
-        hf.get_submodule(name).weight.data = weight.dequantize()
+    for name, layer in packed_layers(model.bound.hf).items():
+        hf.get_submodule(name).weight.data = layer.decode(0, layer.out_features, torch.float32)
     return hf
 
 
@@ -80,10 +82,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         gguf = Path(directory) / "random-q4_0.gguf"
         hf = random_llama(config)
-        weights = pack(hf, args.group_size)
-        write_gguf(hf, gguf, weights)
-        model, reference = served(hf), exact(config, weights)
-        del weights
+        write_gguf(hf, gguf, pack(hf, args.group_size))
+        model = served(hf)
         length = args.prompt + (args.rounds + 1) * DECODED + 64
         for batch in args.batch:
             with ExitStack() as close:
@@ -93,7 +93,7 @@ def main() -> None:
                     "llama.cpp Q4_0 q8_0": close.enter_context(worker),
                 }
                 peers["llama.cpp Q4_0 q8_0"] = worker.about
-                found = errors(contestants, reference)
+                found = errors(contestants, exact(config, model))
                 rows.append(row(contestants, found, batch, args.prompt, args.rounds))
     document = {"benchmark": "weights_peers_cpu", **describe(), "peers": peers, "layers": args.layers,
                 "group_size": args.group_size, "prompt": args.prompt, "decoded": DECODED, "rounds": args.rounds,

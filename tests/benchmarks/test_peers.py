@@ -63,6 +63,31 @@ def test_the_gguf_file_holds_the_weights(benchmark: Any, hf: LlamaForCausalLM, t
     assert reader.get_field("llama.rope.freq_base").contents() == 10000.0
 
 
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_the_gguf_file_holds_the_4_bit_weights(
+    benchmark: Any, hf: LlamaForCausalLM, tmp_path: Path, group_size: int
+) -> None:
+    from llama_gguf import gguf_name, interleaved
+    from weights_peers_cpu import pack
+
+    packed = copy.deepcopy(hf)
+    packed.model.layers[0].mlp.down_proj = packed.model.layers[1].mlp.down_proj = torch.nn.Identity()  # 96 inputs
+    weights = pack(packed, group_size)
+    assert len(weights) == 2 * 6
+    benchmark.write_gguf(packed, tmp_path / "tiny.gguf", weights)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    for name, weight in weights.items():
+        tensor = found[gguf_name(name)]
+        rows = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        expected = weight.dequantize()
+        assert torch.equal(packed.get_submodule(name).decode(0, len(expected), torch.float32), expected), name
+        error = (expected - hf.get_submodule(name).weight.float()).abs()
+        assert (error <= 0.51 * weight.scales.float().repeat_interleave(group_size, 1)).all(), name
+        if name.endswith(("q_proj", "k_proj")):
+            expected = interleaved(expected, 16)
+        assert torch.equal(rows, expected), name
+
+
 def test_rotating_neighbours_of_interleaved_rows_gives_the_same_scores() -> None:
     from llama_gguf import interleaved
 
