@@ -167,7 +167,7 @@ int main() {
         in.v_code = codes[v], in.v_token = token[v], in.v_rotated = v == 5 && pick(0, 1);
         in.heads = pick(1, 3), in.group = pick(1, 5), in.k_dim = 8 * pick(1, 20), in.v_dim = 8 * pick(1, 20);
         // Contexts of more than 8 blocks are split; one without tokens is a padded row.
-        for (int n = pick(1, 3); n > 0; n--) in.kv_len.push_back(pick(0, 7) ? pick(1, 5 * BLOCK) : pick(0, 1) * 20 * BLOCK);
+        for (int n = pick(1, 3); n > 0; n--) in.kv_len.push_back(pick(0, 7) ? pick(1, 3 * BLOCK) : pick(0, 1) * 12 * BLOCK);
         in.type = Float(pick(0, 2));
         in.attention.scale = 0.2f;
         static const float yes = 0;  // run() puts the real sinks in its place
