@@ -115,11 +115,12 @@ def write(
     wide = row.to(tl.int64)
     heads: tl.constexpr = KV_HEADS * GROUP
     kd, vd = tl.arange(0, K_PADDED), tl.arange(0, V_PADDED)
+    # A name in both branches of a run-time `if` has one type: rows of K and of V may be of different widths.
     if head < heads:
-        x = tl.load(
+        query = tl.load(
             q + (wide * q_token + head * q_head)[:, None] + kd[None, :], live[:, None] & (kd < K_DIM)[None, :], 0.0
         )
-        fold(x, wide * heads + head, live, head // GROUP, k_c, k_mu, folded, factor, shift, unit,
+        fold(query, wide * heads + head, live, head // GROUP, k_c, k_mu, folded, factor, shift, unit,
              K_DIM, K_PADDED, TOKENS, K_KIND != "raw", K_ROTATED, K_STATIC, SHIFT)  # fmt: skip
     elif WRITES:
         slot = tl.load(slots + row, live, -1)
@@ -127,17 +128,17 @@ def write(
         slot = tl.maximum(slot, 0)
         if head < heads + KV_HEADS:
             head -= heads
-            x = tl.load(
+            key = tl.load(
                 k + (wide * k_token + head * k_head)[:, None] + kd[None, :], live[:, None] & (kd < K_DIM)[None, :], 0.0
             )
-            encode(x, slot, live, head, k_codes, k_scales, k_mu, k_reciprocal, k_limits, k_token_reciprocal,
+            encode(key, slot, live, head, k_codes, k_scales, k_mu, k_reciprocal, k_limits, k_token_reciprocal,
                    k_saturated, KV_HEADS, K_DIM, K_PADDED, TOKENS, BLOCK, K_KIND, K_BITS, K_ROTATED, K_STATIC,
                    False)  # fmt: skip
         else:
             head -= heads + KV_HEADS
-            x = tl.load(
+            value = tl.load(
                 v + (wide * v_token + head * v_head)[:, None] + vd[None, :], live[:, None] & (vd < V_DIM)[None, :], 0.0
             )
-            encode(x, slot, live, head, v_codes, v_scales, v_mu, v_reciprocal, v_limits, v_token_reciprocal,
+            encode(value, slot, live, head, v_codes, v_scales, v_mu, v_reciprocal, v_limits, v_token_reciprocal,
                    v_saturated, KV_HEADS, V_DIM, V_PADDED, TOKENS, BLOCK, V_KIND, V_BITS, V_ROTATED, V_STATIC,
                    V_KIND != "raw")  # fmt: skip
