@@ -50,8 +50,10 @@ def serve(
     """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
     from octavo.cache.size import parse_bytes
 
-    # oneDNN keeps what it has compiled for each of 1024 shapes, and a server's steps have a new one every time.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    # oneDNN, and torch around it, each keep what they have made for 1024 shapes, and a server's steps have a new one
+    # every time: hundreds of MiB. Both read their limit once.
+    for limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(limit, "128")
     try:
         from octavo.serve.server import Server, bind, url
         from octavo.serve.service import Limits

@@ -54,9 +54,10 @@ class Tiling:
     num_stages: int
 
     @classmethod
-    def of_decodes(cls, group: int) -> Tiling:
-        """Some six programs run at once; their sums are small."""
-        return cls(1, max(16, _power(group)), programs=16, shortest=2, num_warps=2, num_stages=3)
+    def of_decodes(cls, group: int, v: RowStore) -> Tiling:
+        """Some six programs run at once; their sums are small. Wide rows of raw V need the registers of four warps."""
+        warps = 4 if v.dim * v.codes.itemsize >= 512 else 2
+        return cls(1, max(16, _power(group)), programs=16, shortest=2, num_warps=warps, num_stages=3)
 
     @classmethod
     def of_chunks(cls, group: int, k: RowStore, v: RowStore) -> Tiling:
@@ -83,7 +84,7 @@ class Layer:
         self.spec, self.k, self.v = spec, k, v
         self.number = next(_numbers)
         self.group = spec.heads // k.heads
-        self.decode, self.chunk = Tiling.of_decodes(self.group), Tiling.of_chunks(self.group, k, v)
+        self.decode, self.chunk = Tiling.of_decodes(self.group, v), Tiling.of_chunks(self.group, k, v)
         stores = () if spec.shape.shares is not None else (k, v)
         self.memory = [x for s in stores for x in (s.codes, s.scales, s.saturated) if x is not None]
         self.sinks = spec.sinks.float().contiguous() if spec.sinks is not None else None
