@@ -64,8 +64,9 @@ class Layout:
     def read_rows(self, memory: Tensor, blocks: Tensor) -> Tensor:
         """All rows of the blocks [n]: a copy [heads, n·block_size, width]."""
         rows = self._by_token(memory[blocks]).transpose(0, 1)  # [heads, n, block_size, width], of v-tiles with one more
-        rows = rows.reshape(rows.shape[0], len(blocks) * self.block_size, rows.shape[-1])
-        rows = rows.contiguous().view(memory.dtype)  # where they were words
+        heads, width = rows.shape[0], rows.shape[-1] * rows.dtype.itemsize // memory.dtype.itemsize
+        rows = rows.reshape(-1).view(memory.dtype)  # where they were words
+        rows = rows.view(heads, len(blocks) * self.block_size, width)
         if self.order == "k-tiles" and rows.dtype == torch.int8:
             rows ^= -128
         return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -50,7 +50,8 @@ class Answering(Response):
         finally:
             for task in (work, gone):
                 task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            with suppress(asyncio.CancelledError):  # the loop ends too
+                await asyncio.gather(work, gone, return_exceptions=True)
 
     async def _batches(self) -> AsyncGenerator[list[Delta]]:
         metrics = self.service.metrics
