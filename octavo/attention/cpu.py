@@ -39,10 +39,13 @@ CODES = {"bf16": 0, "fp16": 1, "fp32": 2}  # kernel.h: Code; integer codes are 3
 @cache
 def unavailable() -> str | None:
     """Why the kernels cannot be used here; None if they can."""
-    if _native is None:
-        return f"the native extension is not built ({_missing})"
+    return f"the native extension is not built ({_missing})" if _native is None else lend_threads(_native)
+
+
+def lend_threads(extension: Any) -> str | None:
+    """Give a native extension torch's own threads; why that cannot be, or None."""
     try:
-        _native.set_parallel_for(torch_parallel_for())
+        extension.set_parallel_for(torch_parallel_for())
     except (OSError, AttributeError, StopIteration) as error:
         return f"this torch exports no thread pool ({error})"
     return None

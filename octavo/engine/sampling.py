@@ -159,12 +159,12 @@ def _adjust(row: Tensor, sequence: Sequence) -> None:
     """Change the logits [vocabulary] of one sequence as its request asks."""
     params = sequence.params
     if params.repetition_penalty != 1:
-        seen = torch.tensor(list(sequence.seen.of(sequence.tokens)), device=row.device)
+        seen = send(torch.tensor(list(sequence.seen.of(sequence.tokens))), row.device)
         penalty = params.repetition_penalty
         row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
     if (params.presence_penalty or params.frequency_penalty) and (said := sequence.said.of(sequence.tokens)):
         # OpenAI's API reference, "frequency and presence penalties": over the generated tokens alone.
-        ids, counts = torch.tensor([list(said), list(said.values())], device=row.device)
+        ids, counts = send(torch.tensor([list(said), list(said.values())]), row.device)
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
     if params.logit_bias:
         ids, bias = torch.tensor(list(params.logit_bias)), torch.tensor(list(params.logit_bias.values()))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.attention.cpu import FLOATS, torch_parallel_for
+from octavo.attention.cpu import FLOATS, lend_threads
 
 try:
     from octavo.weights import _native  # type: ignore[attr-defined]
@@ -22,13 +22,7 @@ except ImportError as error:
 @cache
 def unavailable() -> str | None:
     """Why the kernels cannot be used here; None if they can."""
-    if _native is None:
-        return f"the native extension is not built ({_missing})"
-    try:
-        _native.set_parallel_for(torch_parallel_for())
-    except (OSError, AttributeError, StopIteration) as error:
-        return f"this torch exports no thread pool ({error})"
-    return None
+    return f"the native extension is not built ({_missing})" if _native is None else lend_threads(_native)
 
 
 def matrix(codes: Tensor, scales: Tensor, zeros: Tensor, out: int, columns: int, group: int) -> Any:
