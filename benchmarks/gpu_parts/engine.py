@@ -7,7 +7,6 @@ the bytes that a step must read, over the copy bandwidth measured in the same ru
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import statistics
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from clock import copy_bandwidth, medians
-from rows import emit, guarded
+from rows import dry_run, emit, guarded
 
 from octavo import LLM, SamplingParams
 from octavo.calibrate import calibrate
@@ -123,17 +122,15 @@ def compare(
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser()
-    cli.add_argument("--dry-run", action="store_true")
-    args = cli.parse_args()
+    dry = dry_run()
     torch.manual_seed(0)
-    device = torch.device("cpu" if args.dry_run else "cuda")
-    model = load(device, LLAMA_7B | (TINY if args.dry_run else {}), 4096)
-    window = random_tokens(model.bound.vocab_size, 64 if args.dry_run else 2048)
+    device = torch.device("cpu" if dry else "cuda")
+    model = load(device, LLAMA_7B | (TINY if dry else {}), 4096)
+    window = random_tokens(model.bound.vocab_size, 64 if dry else 2048)
     calibration = calibrate(model, [window], dataset="synthetic")
-    bandwidth = copy_bandwidth(device, 1 << 20 if args.dry_run else 1 << 30)
+    bandwidth = copy_bandwidth(device, 1 << 20 if dry else 1 << 30)
     emit({"measure": "copy bandwidth", "bytes_per_second": bandwidth})
-    cells = [(48, 2048, 64, 2), (1, 128, 40, 4)] if not args.dry_run else [(3, 128, 6, 1), (1, 64, 6, 1)]
+    cells = [(48, 2048, 64, 2), (1, 128, 40, 4)] if not dry else [(3, 128, 6, 1), (1, 64, 6, 1)]
     for batch, context, steps, rounds in cells:
         what = {"measure": "decode", "batch": batch, "context": context, "rounds": rounds}
         guarded(

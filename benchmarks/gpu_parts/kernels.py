@@ -6,13 +6,12 @@ the codes and token scales it has to read, nothing else.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from clock import Run, captured, copy_bandwidth, medians
-from rows import emit, guarded
+from rows import dry_run, emit, guarded
 from torch import Tensor
 
 from octavo.attention import AttentionSpec, attend, layout_for
@@ -107,13 +106,11 @@ def chunk(new: int, before: int, device: torch.device, rounds: int) -> dict[str,
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser()
-    cli.add_argument("--dry-run", action="store_true")
-    args = cli.parse_args()
+    dry = dry_run()
     torch.manual_seed(0)
-    device = torch.device("cpu" if args.dry_run else "cuda")
-    cases, rounds, chunks = (CASES, 30, (2048, 8192)) if not args.dry_run else ([(2, 128, 2, 1)], 1, (17, 64))
-    bandwidth = copy_bandwidth(device, 1 << 20 if args.dry_run else 1 << 30)
+    device = torch.device("cpu" if dry else "cuda")
+    cases, rounds, chunks = (CASES, 30, (2048, 8192)) if not dry else ([(2, 128, 2, 1)], 1, (17, 64))
+    bandwidth = copy_bandwidth(device, 1 << 20 if dry else 1 << 30)
     emit({"measure": "copy bandwidth", "bytes_per_second": bandwidth})
     with torch.inference_mode():
         for case in cases:

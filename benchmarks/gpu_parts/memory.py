@@ -3,13 +3,12 @@ int8. Each point is a process of its own, as `octavo memory` measures it."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from rows import emit, guarded
+from rows import dry_run, emit, guarded
 
 from octavo.measure.memory import costs, device_memory, find_device, own_kind, points
 from octavo.measure.point import Source
@@ -21,19 +20,17 @@ SESSION = 512 << 20  # bytes that a session of 2048 tokens saves, by the page's 
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser()
-    cli.add_argument("--dry-run", action="store_true")
-    args = cli.parse_args()
+    dry = dry_run()
     geometry_json = json.loads(CONFIG.read_text())
     batches, context = (8, 16, 32, 48), 2048
-    if args.dry_run:
+    if dry:
         geometry_json |= {"num_hidden_layers": 1, "hidden_size": 256, "num_attention_heads": 2, "vocab_size": 512}
         batches, context = (2,), 128
     with tempfile.TemporaryDirectory() as directory:
         config = Path(directory) / CONFIG.name
         config.write_text(json.dumps(geometry_json))
         geometry = Geometry.trace(config)
-        device = find_device("cpu" if args.dry_run else "cuda")
+        device = find_device("cpu" if dry else "cuda")
         theory = costs(geometry, [KVFormat.parse(name) for name in ("fp16", "int8")], context, device_memory(device))
         source = Source(config, device=str(device), load_format="dummy", fill_seconds=2)
         sources = {own_kind(geometry): source}

@@ -3,12 +3,20 @@ outlives its own crash, and its crash the other parts."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 MARK = "ROW "
+
+
+def dry_run() -> bool:
+    """What a part is asked: whether to run at toy sizes on the CPU."""
+    cli = argparse.ArgumentParser()
+    cli.add_argument("--dry-run", action="store_true")
+    return cli.parse_args().dry_run
 
 
 def emit(row: dict[str, Any]) -> None:

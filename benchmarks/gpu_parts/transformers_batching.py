@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 from engine import LLAMA_7B, TINY, load
-from rows import guarded
+from rows import dry_run, guarded
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from octavo.measure.fill import random_tokens
@@ -38,15 +37,13 @@ def generate(model: Model, batch: int, context: int, steps: int, sizes: dict[str
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser()
-    cli.add_argument("--dry-run", action="store_true")
-    args = cli.parse_args()
+    dry = dry_run()
     torch.manual_seed(0)
-    device = torch.device("cpu" if args.dry_run else "cuda")
-    model = load(device, LLAMA_7B | (TINY if args.dry_run else {}), 4096)
-    for batch, context, steps in [(48, 2048, 64), (1, 128, 40)] if not args.dry_run else [(2, 64, 6)]:
+    device = torch.device("cpu" if dry else "cuda")
+    model = load(device, LLAMA_7B | (TINY if dry else {}), 4096)
+    for batch, context, steps in [(48, 2048, 64), (1, 128, 40)] if not dry else [(2, 64, 6)]:
         what = {"measure": "transformers continuous batching", "batch": batch, "context": context, "kv": "bf16"}
-        guarded(what, lambda cell=(batch, context, steps): generate(model, *cell, TOY if args.dry_run else {}))
+        guarded(what, lambda cell=(batch, context, steps): generate(model, *cell, TOY if dry else {}))
 
 
 if __name__ == "__main__":
