@@ -27,7 +27,7 @@ ORDER = (
     ("engine",),
     ("text",),
     ("grammar",),
-    ("completion",),
+    ("completion", "inputs"),
     ("llm",),
     ("windows",),
     ("calibrate", "corpus"),

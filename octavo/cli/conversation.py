@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.cli.footprint import Footprint
 from octavo.errors import OctavoError
-from octavo.text import check_messages
+from octavo.inputs import read_messages
 
 if TYPE_CHECKING:
     from octavo.cache.session import SavedSession
@@ -81,8 +81,10 @@ class Conversation:
                 )
             elif answer:
                 self.turn = Turn(len(prompt), None, len(self.llm.tokenizer(answer)["input_ids"]), "abort")
-            if completion or answer:
+            if answer or (completion and not completion.error):
                 self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        if completion and completion.error:
+            raise OctavoError(completion.error)
 
     def clear(self) -> None:
         """Forget the messages; the system prompt stays."""
@@ -145,5 +147,5 @@ def _read(path: Path) -> tuple[SavedSession, dict[str, Any]]:
     if content.get("version") != VERSION:
         raise OctavoError(f"{path} is a chat of version {content.get('version')}, and this reads version {VERSION}")
     if content["messages"]:
-        check_messages(content["messages"])
+        read_messages(content["messages"])
     return saved, content

@@ -1,9 +1,9 @@
 """From logits to the next token: one batched function for all that requests ask for (params.py).
 
 Order, as in transformers: repetition penalty, temperature, top-k, top-p, min-p. Presence and frequency penalties and
-the bias of tokens come after the repetition penalty, and last what the answer's grammar allows. The draw is an
-exponential race, argmax(p/e) with e ~ Exp(1), whose noise is a function of the request's seed, the position and the
-token: a seeded request gives the same text in any company and on any device.
+the bias of tokens come after the repetition penalty, and last what `min_tokens` and the answer's grammar allow. The
+draw is an exponential race, argmax(p/e) with e ~ Exp(1), whose noise is a function of the request's seed, the position
+and the token: a seeded request gives the same text in any company and on any device.
 
 All of it happens where the logits are. On a GPU nothing waits for the device until the result is read.
 """
@@ -21,6 +21,11 @@ from octavo.cache.batch import send
 from octavo.engine.sequence import Sampled, Sequence
 
 logger = logging.getLogger("octavo")
+OVERFLOW = (
+    "the model's logits are not finite: its numbers overflow. Choose a --dtype of a larger range, bf16 or fp32; if it "
+    "is one already, the weights are corrupted"
+)
+LEAST_LOGPROB = -9999.0  # of a token that cannot come, as in vLLM: JSON has no infinity
 
 
 @dataclass
@@ -29,12 +34,13 @@ class Choice:
 
     tokens: Tensor  # [n] on the logits' device
     wanted: list[int | None]  # log-probabilities of each
-    failed: set[int]  # rows that have none
+    finite: Tensor  # [n] whether each row of logits was
+    failed: dict[int, str]  # rows that have none, and why
     chosen: Tensor | None = None  # [n] log-probability of the token
     top: tuple[Tensor, Tensor] | None = None  # log-probabilities and tokens, [n, most wanted], best first
 
     def __post_init__(self) -> None:
-        self._host = [_to_host(x) for x in (self.tokens, self.chosen, *(self.top or ())) if x is not None]
+        self._host = [_to_host(x) for x in (self.tokens, self.finite, self.chosen, *(self.top or ())) if x is not None]
         self._ready = torch.cuda.Event() if self.tokens.is_cuda else None
         if self._ready is not None:
             self._ready.record(torch.cuda.current_stream(self.tokens.device))
@@ -43,16 +49,17 @@ class Choice:
         """The tokens; waits for the device, though not for what was queued after they were chosen."""
         if self._ready is not None:
             self._ready.synchronize()
-        columns = [x.tolist() for x in self._host]
+        tokens, finite, *columns = [x.tolist() for x in self._host]
         if self.chosen is None:
-            sampled = [Sampled(token) for token in columns[0]]
+            sampled = [Sampled(token) for token in tokens]
         else:
             sampled = [
                 Sampled(token) if n is None else Sampled(token, own, dict(zip(ids[:n], values[:n], strict=True)))
-                for n, token, own, values, ids in zip(self.wanted, *columns, strict=True)
+                for n, token, own, values, ids in zip(self.wanted, tokens, *columns, strict=True)
             ]
-        for i in self.failed:
-            sampled[i] = Sampled(sampled[i].token, failed=True)
+        overflows = {i: OVERFLOW for i, good in enumerate(finite) if not good}
+        for i, why in (self.failed | overflows).items():
+            sampled[i] = Sampled(tokens[i], error=why)
         return sampled
 
 
@@ -65,24 +72,26 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
 def choose(logits: Tensor, sequences: Rows[Sequence], ahead: bool = False) -> Choice:
     """As `sample`, without waiting. `ahead`: each sequence has one token more than the host knows of."""
     logits = logits.float()
+    finite = logits.amax(-1).isfinite()  # the largest is NaN if any is
     wanted = [s.params.logprobs for s in sequences]
     logprobs = logits.log_softmax(-1) if any(n is not None for n in wanted) else None
-    failed = set()
+    failed = {}
     for i, (row, sequence) in enumerate(zip(logits, sequences, strict=True)):
         try:
             _adjust(row, sequence)
         except Exception:  # what one request asks for must not end the others
             logger.exception("the next token of a request cannot be chosen: its answer is ended")
-            failed.add(i)
+            failed[i] = "the answer cannot be continued as the request demands"
     tokens = logits.argmax(-1)
     drawn = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
     if drawn:
         rows = send(torch.tensor(drawn), logits.device)
         tokens[rows] = _draw(logits[rows], [sequences[i] for i in drawn], ahead)
     if logprobs is None:
-        return Choice(tokens, wanted, failed)
+        return Choice(tokens, wanted, finite, failed)
     values, ids = logprobs.topk(min(max(n or 0 for n in wanted), logprobs.shape[-1]))
-    return Choice(tokens, wanted, failed, logprobs.gather(-1, tokens[:, None])[:, 0], (values, ids))
+    chosen = logprobs.gather(-1, tokens[:, None])[:, 0].clamp_min(LEAST_LOGPROB)
+    return Choice(tokens, wanted, finite, failed, chosen, (values.clamp_min(LEAST_LOGPROB), ids))
 
 
 def _adjust(row: Tensor, sequence: Sequence) -> None:
@@ -99,6 +108,8 @@ def _adjust(row: Tensor, sequence: Sequence) -> None:
     if params.logit_bias:
         ids, bias = torch.tensor(list(params.logit_bias)), torch.tensor(list(params.logit_bias.values()))
         row[send(ids, row.device)] += send(bias, row.device)
+    if sequence.answered < params.min_tokens and sequence.stop_ids:
+        row[send(torch.tensor(sorted(sequence.stop_ids)), row.device)] = -torch.inf
     if sequence.guide:
         sequence.guide.restrict(row)
 

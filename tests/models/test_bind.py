@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.models.bind import Attend, BoundModel
+from octavo.errors import Unsupported
+from octavo.models.bind import Attend, BoundModel, bind
 
 
 def run(bound: BoundModel, attend: Attend) -> Tensor:
@@ -63,3 +65,13 @@ def test_a_failed_forward_leaves_the_next_one_alone(llama: BoundModel):
     assert torch.equal(run(llama, only_itself), want)
     with pytest.raises(RuntimeError, match=r"through BoundModel\.forward"):
         llama.hf(input_ids=torch.tensor([[1]]))
+
+
+@pytest.mark.parametrize("where", ["embed_tokens", "lm_head"])
+def test_a_model_that_overflows_everywhere_is_refused_with_that_reason(llama: BoundModel, where: str):
+    hf = copy.deepcopy(llama.hf).half()
+    with torch.no_grad():
+        dict(hf.named_modules())[where if where == "lm_head" else f"model.{where}"].weight.fill_(6e4)
+        hf.model.layers[0].self_attn.k_proj.weight.fill_(6e4 if where == "embed_tokens" else 0.1)
+    with pytest.raises(Unsupported, match=r"llama overflows in float16: .* not finite\. Choose a --dtype .*fp32"):
+        bind(hf)
