@@ -25,7 +25,7 @@ ORDER = (
     ("weights",),
     ("models",),
     ("engine",),
-    ("text",),
+    ("schema_size", "text"),
     ("grammar",),
     ("answer",),
     ("llm",),
