@@ -19,7 +19,7 @@ Handler = Callable[[int, FrameType | None], Any]
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
 
 _handlers: dict[int, Handler] = {}  # of the signals that are held back
-_came: list[tuple[int, FrameType | None]] = []
+_came: dict[int, FrameType | None] = {}  # meanwhile: each once, as an operating system would keep them
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def _hold() -> None:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    _came.append((number, frame))
+    _came[number] = frame
 
 
 def _release() -> None:
@@ -65,6 +65,16 @@ def _release() -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     _handlers.clear()
-    while _came:
-        number, frame = _came.pop(0)
-        handlers[number](number, frame)
+    came = dict(_came)
+    _came.clear()
+    _handle(handlers, came)
+
+
+def _handle(handlers: dict[int, Handler], came: dict[int, FrameType | None]) -> None:
+    """Call the handlers of signals that have come, the others too if one raises."""
+    if came:
+        number, frame = came.popitem()
+        try:
+            handlers[number](number, frame)
+        finally:
+            _handle(handlers, came)

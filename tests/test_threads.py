@@ -19,7 +19,13 @@ from octavo.quant.calibration import Calibration
 
 FORMATS = ("fp32", "int8", "int8-token")
 ROOM = {"session_len": 256, "max_batch_size": 8}
-STORIES = ["Once upon a time, there was a", "The cat", "One day, Tom and his", "A big dog", "Lily went to the park with"]
+STORIES = [
+    "Once upon a time, there was a",
+    "The cat",
+    "One day, Tom and his",
+    "A big dog",
+    "Lily went to the park with",
+]
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
 DRAWN = SamplingParams(max_tokens=6, temperature=0.9, top_p=0.9, seed=5, ignore_eos=True)
 
@@ -40,7 +46,7 @@ def calls(llm: LLM, i: int) -> object:
     """The i-th of a thread's calls: a batch, a conversation, a stream, or a stream given up."""
     story = STORIES[i % len(STORIES)]
     if i % 4 == 0:
-        return [completion.tokens for completion in llm.generate([story, STORIES[i % 3]], [GREEDY, DRAWN])]
+        return [completion.token_ids for completion in llm.generate([story, STORIES[i % 3]], [GREEDY, DRAWN])]
     if i % 4 == 1:
         return llm.chat([{"role": "user", "content": story}], GREEDY).text
     stream = llm.generate([story, "The end"], GREEDY, stream=True)
@@ -106,7 +112,7 @@ def test_calls_of_several_threads_share_the_batch(llm: LLM, monkeypatch: pytest.
 
     def ask(story: str) -> int:
         begin.wait()
-        return len(llm.generate(story, SamplingParams(max_tokens=30, ignore_eos=True))[0].tokens)
+        return len(llm.generate(story, SamplingParams(max_tokens=30, ignore_eos=True))[0].token_ids)
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, STORIES[:4])) == [30] * 4
@@ -118,7 +124,7 @@ def test_a_stream_that_nobody_reads_does_not_hold_up_the_others(llm: LLM):
     stream = llm.generate("The cat", SamplingParams(max_tokens=100, ignore_eos=True), stream=True)
     next(stream)
     with ThreadPoolExecutor(2) as pool:
-        assert all(len(done[0].tokens) == 8 for done in pool.map(lambda s: llm.generate(s, GREEDY), STORIES))
+        assert all(len(done[0].token_ids) == 8 for done in pool.map(lambda s: llm.generate(s, GREEDY), STORIES))
     del stream
     assert_idle(llm)
 
@@ -141,14 +147,14 @@ def test_a_request_that_cannot_fit_leaves_none_of_its_prompts_behind_while_other
         for _ in range(10):
             with pytest.raises(OctavoError, match="session holds 256"):
                 llm.generate(["A big dog", [5] * 256], GREEDY)
-        assert len(running.result()[0].tokens) == 100
+        assert len(running.result()[0].token_ids) == 100
     assert_idle(llm)
 
 
 def test_a_session_is_saved_and_restored_while_other_threads_generate(llm: LLM, tmp_path):
     prompt = [7, 8, 9, 10] * 40
     with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(lambda: [llm.generate("The cat", GREEDY)[0].tokens for _ in range(10)])
+        running = pool.submit(lambda: [llm.generate("The cat", GREEDY)[0].token_ids for _ in range(10)])
         assert llm.save(tmp_path / "kept", prompt) == 128
         llm.call(llm.engine.pool.clear)
         assert llm.restore(tmp_path / "kept").cached_tokens == 128
@@ -229,7 +235,7 @@ def test_ctrl_c_anywhere_in_generate_frees_every_block_and_the_next_call_answers
         came += interrupted_after(0.005 + 0.0007 * i, lambda: llm.generate(STORIES, long))
         assert_idle(llm)
     assert came == 30
-    assert [a.tokens for a in llm.generate(STORIES, GREEDY)] == [a.tokens for a in whole]
+    assert [a.token_ids for a in llm.generate(STORIES, GREEDY)] == [a.token_ids for a in whole]
 
 
 def test_ctrl_c_within_the_tables_of_a_step_waits_until_they_are_whole(llm: LLM, monkeypatch: pytest.MonkeyPatch):
@@ -252,13 +258,14 @@ def test_ctrl_c_within_the_tables_of_a_step_waits_until_they_are_whole(llm: LLM,
                 llm.generate([[5] * 100, [6] * 70], SamplingParams(max_tokens=30, ignore_eos=True))
         assert set(seen) == {name}
         assert_idle(llm)
+    assert len(llm.generate("The cat", GREEDY)[0].token_ids) == 8, "an interrupt was kept for the next call"
 
 
 def test_ctrl_c_ends_the_main_threads_calls_and_no_others(llm: LLM, interrupted_after):
     long = SamplingParams(max_tokens=60, ignore_eos=True)
-    whole = [llm.generate(story, long)[0].tokens for story in STORIES]
+    whole = [llm.generate(story, long)[0].token_ids for story in STORIES]
     with ThreadPoolExecutor(4) as pool:
-        others = pool.map(lambda story: llm.generate(story, long)[0].tokens, STORIES)
+        others = pool.map(lambda story: llm.generate(story, long)[0].token_ids, STORIES)
         interrupted_after(0.05, lambda: llm.generate("Hello", SamplingParams(max_tokens=240, ignore_eos=True)))
         assert list(others) == whole
     assert_idle(llm)
