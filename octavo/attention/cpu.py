@@ -191,9 +191,7 @@ class _Step:
 
     def __init__(self, batch: Batch):
         self.keep = batch.q_start, batch.kv_len, batch.block_table  # as long as their addresses
-        self.native = _native.Step(
-            len(batch.q_lens), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1]
-        )
+        self.native = _native.Step(len(batch.q_lens), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1])
         self.singles = 1 in batch.q_lens
         starts = batch.q_start
         # However short, a piece of a prompt is a chunk: prompts are computed alike however they are cut.
