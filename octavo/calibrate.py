@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from octavo.attention import attend, layout_for
+from octavo.attention import attend, backend_for
 from octavo.cache.batch import Batch
+from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
@@ -53,10 +54,10 @@ def calibrate(
     bound = model.bound
     length = _common_length(windows, bound.max_context)
     offsets = _offsets(bound, len(windows), length, seed)
-    raw = bound.raw_format
-    layout = layout_for(bound.shapes)
+    plans = plan_layers(bound.shapes, bound.raw_format)
+    layout = backend_for(plans).layout
     size = layout.block_size
-    cache = KVCache(bound.shapes, raw, -(-length // size), layout)
+    cache = KVCache(plans, -(-length // size), layout)
     observed = [
         None
         if shape.shares is not None

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from octavo.attention import attend, layout_for
+from octavo.attention import attend, backend_for
 from octavo.cache.batch import Batch
+from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.calibrate import Window
 from octavo.errors import OctavoError, Unsupported
@@ -173,9 +174,10 @@ def _watch(
         layer.register_forward_pre_hook(partial(_take, inputs[fold], ROWS / tokens, tokens, generator))
         for fold, layer in first.items()
     ]
-    layout = layout_for(bound.shapes)
+    plans = plan_layers(bound.shapes, bound.raw_format)
+    layout = backend_for(plans).layout
     blocks = -(-max(map(len, windows)) // layout.block_size)
-    cache = KVCache(bound.shapes, bound.raw_format, blocks, layout)
+    cache = KVCache(plans, blocks, layout)
     try:
         for done, window in enumerate(windows):
             progress("watching inputs", done, len(windows))

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo.attention import attend
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
+from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel, bind
@@ -66,7 +67,7 @@ def observe(bound: BoundModel, ids: list[int], fingerprint: str) -> Calibration:
     """The statistics of K and V in one real forward over `ids`, from position 0."""
     layout = Layout()
     blocks = -(-len(ids) // layout.block_size)
-    cache = KVCache(bound.shapes, KVFormat.parse("fp32"), blocks, layout)
+    cache = KVCache(plan_layers(bound.shapes, KVFormat.parse("fp32")), blocks, layout)
     window = Sequence(ids)
     window.block_table = list(range(blocks))
     batch = Batch.build([(window, len(ids))], layout.block_size)

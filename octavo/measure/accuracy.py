@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.attention import attend, layout_for
+from octavo.attention import attend, backend_for
 from octavo.cache.batch import Batch
+from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.calibrate import Window
 from octavo.llm import LLM
@@ -119,17 +120,11 @@ class _Run:
 
     def __init__(self, model: Model, candidate: Candidate, length: int):
         self.bound, self.candidate = (candidate.model or model).bound, candidate
-        formats = [candidate.format] * len(self.bound.layers)
-        layout = layout_for(self.bound.shapes)
-        self.cache = KVCache(
-            self.bound.shapes,
-            formats,
-            -(-length // layout.block_size),
-            layout,
-            candidate.calibration,
-            candidate.granularity,
-            candidate.headroom,
+        plans = plan_layers(
+            self.bound.shapes, candidate.format, candidate.calibration, candidate.granularity, candidate.headroom
         )
+        layout = backend_for(plans).layout
+        self.cache = KVCache(plans, -(-length // layout.block_size), layout)
         self.loss: list[list[Tensor]] = []  # by window, by chunk: [rows]
         self.kl: list[list[Tensor]] = []
         self.kl_alone: list[list[Tensor]] = []  # from the first with the same weights

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from octavo.attention import AttentionSpec, attend
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
+from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.calibrate import FARTHEST, Window, shift_invariant
 from octavo.measure.ceiling import cache_bytes
@@ -98,8 +99,8 @@ def whole_text(
     calibration: Calibration | None = None,
 ) -> tuple[Batch, KVCache]:
     """A whole text as one step, and a cache that holds it: unquantized, or in `formats`, one for all layers or each."""
-    formats = formats or bound.raw_format
-    cache = KVCache(bound.shapes, formats, -(-len(window) // BLOCK), None, calibration)
+    plans = plan_layers(bound.shapes, formats or bound.raw_format, calibration)
+    cache = KVCache(plans, -(-len(window) // BLOCK))
     batch = Batch.build([(Window(window, cache.num_blocks), len(window))], cache.layout.block_size)
     return batch.on(bound.device), cache
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo.attention import attend
 from octavo.cache.batch import Batch
+from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.calibrate import Window
 from octavo.models.bind import BoundModel, unbound
@@ -54,9 +55,8 @@ def self_check(bound: BoundModel) -> SelfCheck:
 
 def _logits(bound: BoundModel, texts: Sequence[list[int]]) -> list[Tensor]:
     """Float logits [length, vocabulary] of texts that share every step: one prefill, then one token each."""
-    raw = bound.raw_format
     blocks = [-(-len(text) // 64) for text in texts]
-    cache = KVCache(bound.shapes, raw, sum(blocks))
+    cache = KVCache(plan_layers(bound.shapes, bound.raw_format), sum(blocks))
     windows = [Window(text, 0) for text in texts]
     free = iter(range(sum(blocks)))
     for window, n in zip(windows, blocks, strict=True):
