@@ -13,7 +13,7 @@ from octavo.attention import backend_for
 from octavo.cache.layout import Layout
 from octavo.cache.plan import plan_layers
 from octavo.engine.engine import Engine
-from octavo.engine.sampling import SamplingParams
+from octavo.engine.params import SamplingParams
 from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel
 from octavo.models.model import Model
