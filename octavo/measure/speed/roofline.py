@@ -14,11 +14,7 @@ import torch
 
 from octavo.cache.plan import LayerShape
 from octavo.cache.size import free_memory
-<<<<<<< HEAD:octavo/measure/ceiling.py
-from octavo.measure.accuracy import Candidate
-=======
 from octavo.measure.candidate import Candidate
->>>>>>> main:octavo/measure/speed/roofline.py
 from octavo.models.bind import BoundModel
 from octavo.models.packed import weight_bytes
 from octavo.quant.format import KVFormat
