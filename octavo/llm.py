@@ -18,8 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, cast, overload
 
-from octavo.attention import layout_for
+from octavo.attention import backend_for
 from octavo.cache import session
+from octavo.cache.plan import plan_layers
 from octavo.cache.session import Damaged, Identity, SavedSession
 from octavo.cache.size import block_bytes, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
@@ -107,19 +108,19 @@ class LLM:
                 stacklevel=2,
             )
 
-        formats = [self.format] * len(bound.layers)
-        layout = layout_for(bound.shapes)
+        plans = plan_layers(bound.shapes, self.format, self.calibration, granularity, headroom)
+        layout = backend_for(plans).layout
         session_blocks = -(-self.session_len // layout.block_size)
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
 
         def cache_of(blocks: int) -> KVCache:
-            return KVCache(bound.shapes, formats, blocks, layout, self.calibration, granularity, headroom)
+            return KVCache(plans, blocks, layout)
 
         step = 0
         if bound.device.type == "cuda":
             step = LargestStep(max_batch_size, max_batch_tokens, self.session_len).nbytes(bound, cache_of(1))
         blocks = num_blocks(
-            block_bytes(bound.shapes, formats, layout.block_size),
+            block_bytes(bound.shapes, [self.format] * len(plans), layout.block_size),
             max_batch_size,
             session_blocks,
             bound.device,

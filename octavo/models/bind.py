@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from octavo.attention import AttentionSpec
-from octavo.cache.store import LayerShape
+from octavo.cache.plan import LayerShape
 from octavo.errors import Unsupported
 from octavo.interrupts import let_through
 from octavo.quant.format import RAW_NAMES, KVFormat
