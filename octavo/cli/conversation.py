@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.cli.footprint import Footprint
 from octavo.errors import OctavoError
 from octavo.inputs import read_messages
+from octavo.measure.memory.footprint import Footprint
 
 if TYPE_CHECKING:
     from octavo.cache.session import SavedSession
