@@ -78,7 +78,7 @@ def choose(logits: Tensor, sequences: Rows[Sequence], ahead: bool = False) -> Ch
     failed = {}
     for i, (row, sequence) in enumerate(zip(logits, sequences, strict=True)):
         try:
-            _adjust(row, sequence)
+            _adjust(row, sequence, ahead)
         except Exception:  # what one request asks for must not end the others
             logger.exception("the next token of a request cannot be chosen: its answer is ended")
             failed[i] = "the answer cannot be continued as the request demands"
@@ -94,7 +94,7 @@ def choose(logits: Tensor, sequences: Rows[Sequence], ahead: bool = False) -> Ch
     return Choice(tokens, wanted, finite, failed, chosen, (values.clamp_min(LEAST_LOGPROB), ids))
 
 
-def _adjust(row: Tensor, sequence: Sequence) -> None:
+def _adjust(row: Tensor, sequence: Sequence, ahead: bool) -> None:
     """Change the logits [vocabulary] of one sequence as its request asks."""
     params = sequence.params
     if params.repetition_penalty != 1:
@@ -108,7 +108,7 @@ def _adjust(row: Tensor, sequence: Sequence) -> None:
     if params.logit_bias:
         ids, bias = torch.tensor(list(params.logit_bias)), torch.tensor(list(params.logit_bias.values()))
         row[send(ids, row.device)] += send(bias, row.device)
-    if sequence.answered < params.min_tokens and sequence.stop_ids:
+    if sequence.answered + ahead < params.min_tokens and sequence.stop_ids:
         row[send(torch.tensor(sorted(sequence.stop_ids)), row.device)] = -torch.inf
     if sequence.guide:
         sequence.guide.restrict(row)
