@@ -42,6 +42,14 @@ def takes_tools(tokenizer: Any) -> bool:
     return re.search(r"\btools\b", tokenizer.get_chat_template(tools=[{}])) is not None
 
 
+def token_text(tokenizer: Any, token: int) -> str:
+    """The text of one token as it is within a text: alone, a decoder may drop the space that it begins with."""
+    alone = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    if REPLACEMENT in alone:  # a part of a character
+        return alone
+    return tokenizer.decode([token, token], clean_up_tokenization_spaces=False)[len(alone) :]
+
+
 class TextStream:
     """The text of a growing answer, without decoding all of it again for each token: what the tokenizer gives for the
     prompt and the answer, less what it gives for the prompt. (Tokenizers of sentencepiece's kind drop the space that a

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.models.model import BUNDLED, Model
-from octavo.text import REPLACEMENT, TextStream, encode_chat
+from octavo.text import REPLACEMENT, TextStream, encode_chat, token_text
 
 PIECES = ("▁", "▁a", "a", "b", "▁the", "the", "re", "▁中", "中", "!", ".", "\n")
 
@@ -202,6 +202,13 @@ def test_the_space_that_an_answer_begins_with_stays_behind_any_prompt_that_has_t
         assert pieces[0] == " the"
         assert "".join(pieces) == " there the a"
     assert "".join(stream(FALLBACK, answer, prompt=[1])[0]) == "there the a", "behind BOS alone the text begins"
+
+
+def test_the_text_of_a_token_is_that_within_a_text():
+    words = {token: token_text(FALLBACK, FALLBACK.convert_tokens_to_ids(token)) for token in ("▁", "▁a", "a", "</s>")}
+    assert words == {"▁": " ", "▁a": " a", "a": "a", "</s>": "</s>"}
+    assert token_text(BYTES, END) == "<|end|>"
+    assert token_text(BYTES, byte_ids("中")[0]) == REPLACEMENT
 
 
 def test_an_answer_that_completes_the_prompts_last_character_begins_with_it():

@@ -185,9 +185,10 @@ def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams
 
 def answer(llm: LLM, completion: Completion) -> dict[str, Any]:
     """A completion as JSON."""
+    from octavo.text import token_text
 
     def named(token: int, logprob: float | None) -> dict[str, Any]:
-        return {"token": token, "text": llm.tokenizer.decode([token]), "logprob": logprob}
+        return {"token": token, "text": token_text(llm.tokenizer, token), "logprob": logprob}
 
     fields = {
         "text": completion.text,
