@@ -271,15 +271,15 @@ def test_what_ended_an_answer_is_in_its_text_if_asked_for(llm: LLM, story: Compl
 
 def test_the_models_own_end_is_a_stop_string_too_and_text_where_special_tokens_are_shown(llm: LLM):
     messages = [{"role": "user", "content": "Tell me a story about a dog."}]
-    plain = llm.chat(messages, SamplingParams(max_tokens=200))
+    plain = llm.chat(messages, SamplingParams(max_tokens=450))
     assert plain.finish_reason == "stop"
     for stop in ("<|end|>", plain.text[-3:] + "<|end|>"):
-        ignored = llm.chat(messages, SamplingParams(max_tokens=200, stop=stop, ignore_eos=True))
+        ignored = llm.chat(messages, SamplingParams(max_tokens=450, stop=stop, ignore_eos=True))
         assert ignored.finish_reason == "stop"
         assert ignored.text == plain.text.removesuffix(stop.removesuffix("<|end|>"))
         assert ignored.token_ids == plain.token_ids
     shown = llm.chat(
-        messages, SamplingParams(max_tokens=200, skip_special_tokens=False, include_stop_str_in_output=True)
+        messages, SamplingParams(max_tokens=450, skip_special_tokens=False, include_stop_str_in_output=True)
     )
     assert shown.text == plain.text + "<|end|>"
 

@@ -117,7 +117,7 @@ def test_one_prompt_that_cannot_fit_refuses_the_request_as_itself(client: OpenAI
 
 
 def test_ends_and_special_tokens_have_vllms_fields(running: Running, client: OpenAI):
-    asked: Any = {"prompt": "<|user|>Hello!<|end|><|assistant|>", "max_tokens": 100, **GREEDY}
+    asked: Any = {"prompt": "<|user|>Tell me a story about a dog.<|end|><|assistant|>", "max_tokens": 450, **GREEDY}
 
     def text(**more: Any) -> str:
         choice = client.completions.create(**asked, extra_body=more).choices[0]
@@ -129,7 +129,7 @@ def test_ends_and_special_tokens_have_vllms_fields(running: Running, client: Ope
     assert text(skip_special_tokens=False, include_stop_str_in_output=True) == f"{plain}<|end|>"
     [token] = running.llm.tokenizer(plain)["input_ids"][3:4]
     assert plain.startswith(text(stop_token_ids=[token]))
-    assert len(text(min_tokens=60)) > len(plain)
+    assert len(text(stop=[" "], min_tokens=10)) > len(text(stop=[" "]))
 
 
 @pytest.mark.parametrize("stream", [False, True])
