@@ -18,14 +18,18 @@ from torch import Tensor
 from octavo import native
 from octavo.attention.backend import AttentionSpec, Backend
 from octavo.attention.chunk import Part, capped, flash
+from octavo.attention.raw_pages import RawPages
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
-from octavo.cache.plan import LayerPlan
+from octavo.cache.plan import LayerPlan, Side
 from octavo.cache.store import LayerCache, RowStore
 from octavo.native import FLOATS
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
 
 TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile, 8 MB in bf16; at least one head's whole context
+SIDES: tuple[Side, Side] = ("k", "v")
+Pair = tuple[RowStore, RowStore]  # K and V
+
 _native, _unavailable = native.load("octavo.attention._native")
 
 # Whether attention is float32 in one order of sums, so that a row's bits do not depend on its company. Where the
@@ -52,21 +56,25 @@ def refuses(plan: LayerPlan) -> str | None:
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """As `octavo.attention.attend`."""
-    if spec.shape.shares is None:
+    owner, edges = spec.shape.shares is None, None
+    if owner:
         write(cache.k, k, batch.slots)
         write(cache.v, v, batch.slots)
+    if cache.raw is not None:
+        edges = _edges(cache, cache.raw, k, v, batch, owner)
     if q.stride(-1) != 1:
         q = q.contiguous()
     step = _step(batch)
     out = torch.empty(len(q), spec.heads, cache.v.dim, dtype=q.dtype)
     layer = _layer(spec, cache)
-    kernel = _native.attend if exact else _native.decode if step.singles else None
-    if kernel is not None:
-        kernel(
-            _side(cache.k), _side(cache.v), layer.attention, step.native,
-            q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-    for chunk in () if exact else step.chunks:
+    sides = _side(cache.k), _side(cache.v)
+    rows = q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads()
+    if exact or edges is not None:
+        _native.attend(*sides, edges and edges.native, layer.attention, step.native, *rows)
+        return out
+    if step.singles:
+        _native.decode(*sides, layer.attention, step.native, *rows)
+    for chunk in step.chunks:
         out[chunk.rows] = _attend_chunk(layer, cache, q[chunk.rows], chunk)
     return out
 
@@ -192,6 +200,41 @@ def _step(batch: Batch) -> _Step:
     if "native" not in batch.plan:
         batch.plan["native"] = _Step(batch)
     return batch.plan["native"]
+
+
+class _Edges:
+    """What the kernels need to know of a layer's raw pages in a step. Holds what they point to."""
+
+    def __init__(self, cache: LayerCache, batch: Batch, pages: RawPages, hand: Pair):
+        assert cache.raw is not None and batch.first is not None and batch.ring is not None
+        self.keep = batch.first, batch.ring, pages, hand
+        self.native = _native.Edges(
+            cache.span, *map(_side, cache.raw), batch.first.data_ptr(), batch.ring.data_ptr(), *map(_side, hand),
+            pages.hand.data_ptr(),
+        )  # fmt: skip
+
+
+def _edges(cache: LayerCache, raw: Pair, k: Tensor, v: Tensor, batch: Batch, owner: bool) -> _Edges:
+    """The raw pages of a step, with the step's own rows in them."""
+    if "raw pages" not in batch.plan:
+        batch.plan["raw pages"] = RawPages(batch, cache.span, _native.BLOCK)
+    pages: RawPages = batch.plan["raw pages"]
+    if owner:
+        # A copy before the step's own rows take their places in the ring; layers that share this cache need it too.
+        batch.plan["before", id(cache)] = [store.codes[pages.earlier] for store in raw]
+        assert batch.raw_slots is not None
+        for store, x in zip(raw, (k, v), strict=True):
+            write(store, x, batch.raw_slots)
+    hand = raw
+    if pages.count:
+        hand = tuple(
+            RowStore(store.codec, store.heads, store.dim, None, cache.layout, side, pages.count, store.codes.device)
+            for store, side in zip(raw, SIDES, strict=True)
+        )  # type: ignore[assignment]
+        for store, x, before in zip(hand, (k, v), batch.plan["before", id(cache)], strict=True):
+            store.codes[pages.to] = before
+            write(store, x, pages.slots)
+    return _Edges(cache, batch, pages, hand)
 
 
 def _side(store: RowStore) -> Any:
