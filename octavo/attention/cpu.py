@@ -1,9 +1,10 @@
-"""Attention on codes with the native CPU kernels (native/kernel.cpp): the fast counterpart of reference.py.
+"""Attention on codes with the native CPU kernels (native/): the fast counterpart of reference.py.
 
-Sequences with one new token go through one kernel call for the whole step. A chunk of many is arithmetic, not memory
-traffic: some heads' codes at a time become a tile of numbers in the query's own type, and torch's own attention (AMX
-where there is one) does the rest; the folded formula holds there too. What it returns beside its output, the logarithm
-of its denominator, joins the chunk with what came before it, and with a sink.
+Where the processor has no bf16 unit, one kernel call computes a whole step in float32, and a row's bits are the same in any
+company. Where it has one, that is not the fastest way: sequences with one new token go through a kernel of products of
+bytes; for a chunk of many, some heads' codes at a time become a tile of numbers in the query's own type, and torch's own
+attention (AMX where there is one) does the rest; the folded formula holds there too. What it returns beside its output,
+the logarithm of its denominator, joins the chunk with what came before it, and with a sink.
 
 The extension may be missing (no compiler when the package was installed): `unavailable()` says why.
 """
@@ -18,18 +19,14 @@ from torch import Tensor
 from octavo import native
 from octavo.attention.backend import AttentionSpec, Backend
 from octavo.attention.chunk import Part, capped, flash
-from octavo.attention.raw_pages import RawPages
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
-from octavo.cache.plan import LayerPlan, Side
+from octavo.cache.plan import LayerPlan
 from octavo.cache.store import LayerCache, RowStore
 from octavo.native import FLOATS
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
 
 TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile, 8 MB in bf16; at least one head's whole context
-SIDES: tuple[Side, Side] = ("k", "v")
-Pair = tuple[RowStore, RowStore]  # K and V
-
 _native, _unavailable = native.load("octavo.attention._native")
 
 # Whether attention is float32 in one order of sums, so that a row's bits do not depend on its company. Where the
@@ -56,12 +53,9 @@ def refuses(plan: LayerPlan) -> str | None:
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """As `octavo.attention.attend`."""
-    owner, edges = spec.shape.shares is None, None
-    if owner:
+    if spec.shape.shares is None:
         write(cache.k, k, batch.slots)
         write(cache.v, v, batch.slots)
-    if cache.raw is not None:
-        edges = _edges(cache, cache.raw, k, v, batch, owner)
     if q.stride(-1) != 1:
         q = q.contiguous()
     step = _step(batch)
@@ -69,8 +63,8 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
     layer = _layer(spec, cache)
     sides = _side(cache.k), _side(cache.v)
     rows = q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads()
-    if exact or edges is not None:
-        _native.attend(*sides, edges and edges.native, layer.attention, step.native, *rows)
+    if exact:
+        _native.attend(*sides, None, layer.attention, step.native, *rows)
         return out
     if step.singles:
         _native.decode(*sides, layer.attention, step.native, *rows)
@@ -200,41 +194,6 @@ def _step(batch: Batch) -> _Step:
     if "native" not in batch.plan:
         batch.plan["native"] = _Step(batch)
     return batch.plan["native"]
-
-
-class _Edges:
-    """What the kernels need to know of a layer's raw pages in a step. Holds what they point to."""
-
-    def __init__(self, cache: LayerCache, batch: Batch, pages: RawPages, hand: Pair):
-        assert cache.raw is not None and batch.first is not None and batch.ring is not None
-        self.keep = batch.first, batch.ring, pages, hand
-        self.native = _native.Edges(
-            cache.span, *map(_side, cache.raw), batch.first.data_ptr(), batch.ring.data_ptr(), *map(_side, hand),
-            pages.hand.data_ptr(),
-        )  # fmt: skip
-
-
-def _edges(cache: LayerCache, raw: Pair, k: Tensor, v: Tensor, batch: Batch, owner: bool) -> _Edges:
-    """The raw pages of a step, with the step's own rows in them."""
-    if "raw pages" not in batch.plan:
-        batch.plan["raw pages"] = RawPages(batch, cache.span, _native.BLOCK)
-    pages: RawPages = batch.plan["raw pages"]
-    if owner:
-        # A copy before the step's own rows take their places in the ring; layers that share this cache need it too.
-        batch.plan["before", id(cache)] = [store.codes[pages.earlier] for store in raw]
-        assert batch.raw_slots is not None
-        for store, x in zip(raw, (k, v), strict=True):
-            write(store, x, batch.raw_slots)
-    hand = raw
-    if pages.count:
-        hand = tuple(
-            RowStore(store.codec, store.heads, store.dim, None, cache.layout, side, pages.count, store.codes.device)
-            for store, side in zip(raw, SIDES, strict=True)
-        )  # type: ignore[assignment]
-        for store, x, before in zip(hand, (k, v), batch.plan["before", id(cache)], strict=True):
-            store.codes[pages.to] = before
-            write(store, x, pages.slots)
-    return _Edges(cache, batch, pages, hand)
 
 
 def _side(store: RowStore) -> Any:

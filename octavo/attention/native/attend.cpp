@@ -213,7 +213,7 @@ private:
                 const int n = std::min(TILE_ROWS, rows - r);
                 const Range some = {seen[r].from, seen[r + n - 1].to};
                 if (side.is_k && (some.to <= i * PANEL || some.from >= (i + 1) * PANEL)) continue;
-                multiply_panel(a.from(r), n, panel + int64_t(i) * depth * PANEL, side.is_k ? k : some,
+                multiply_panel(side, a.from(r), n, panel + int64_t(i) * depth * PANEL, side.is_k ? k : some,
                                c.from(r, int64_t(i) * PANEL), keep ? keep + r : nullptr);
             }
     }

@@ -11,6 +11,7 @@
 #include <bit>
 #include <vector>
 
+#include "ahead.h"
 #include "parallel.h"
 #include "softmax.h"
 

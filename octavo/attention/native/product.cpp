@@ -4,38 +4,51 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "ahead.h"
+
 namespace octavo::ISA {
 namespace {
 
-// How codes of a byte become floats, centered: behind the exponent of a power of two the code's bits are a number, from
-// which that power and the centre are taken away at once. Bytes of four neighbouring k share a 32-bit lane; `FIRST` is
-// where the code of the first begins, bits that are not `KEPT` are another's.
-template <int FIRST, uint32_t KEPT, uint32_t EXPONENT, int POWER, int CENTRE_TIMES_2>
-struct Codes {
-    template <int J>
-    static f32v widen(u8v quad) {
-        constexpr int SHIFT = FIRST + 8 * J;
-        u32v x = (u32v)quad;
-        if constexpr (SHIFT < 0) x <<= -SHIFT;
-        if constexpr (SHIFT > 0) x >>= SHIFT;
-        if constexpr (SHIFT < 24 || KEPT != 255) x &= KEPT;
-        return (f32v)(x ^ EXPONENT) - float((1 << POWER) + CENTRE_TIMES_2 / 2.0);
-    }
+// Codes of a byte, four of neighbouring k in a 32-bit lane. One that stands alone in a lane's highest byte is, as a number,
+// itself times 2^24: sums are of such numbers, and are scaled at their end. `signs` centers four codes at once.
+struct Int8K {  // stored as code + 128
+    static u8v signs(u8v quad) { return quad ^ uint8_t(128); }
 };
-struct Int8K : Codes<0, 0xff, 0x4b000000, 23, 256> {};  // stored as code + 128
-struct Int8V : Codes<0, 0xff, 0x4b000080, 23, 256> {};
-struct Int4Low : Codes<-4, 0xf0, 0x49000000, 19, 15> {};
-struct Int4High : Codes<0, 0xf0, 0x49000000, 19, 15> {};
+struct Int8V {
+    static u8v signs(u8v quad) { return quad; }
+};
+struct Int4High {  // code − 7.5 times 16
+    static u8v signs(u8v quad) { return (quad & uint8_t(0xf0)) ^ uint8_t(0x88); }
+};
+struct Int4Low {
+    static u8v signs(u8v quad) { return ((u8v)((u32v)quad << 4) & uint8_t(0xf0)) ^ uint8_t(0x88); }
+};
 struct Int4K {};  // k below dim/2 are the low halves, the others the high ones
+
+template <int J>
+inline f32v widen(u8v signs) {
+#if defined(__AVX512BW__)
+    const __m512i at = _mm512_or_si512(_mm512_set1_epi32(J << 24 | 0x808080),
+                                       _mm512_set4_epi32(12 << 24, 8 << 24, 4 << 24, 0));
+    const i32v top = (i32v)_mm512_shuffle_epi8((__m512i)signs, at);
+#elif defined(__AVX2__)
+    const __m256i at = _mm256_setr_epi32(J << 24 | 0x808080, (J + 4) << 24 | 0x808080, (J + 8) << 24 | 0x808080,
+                                         (J + 12) << 24 | 0x808080, J << 24 | 0x808080, (J + 4) << 24 | 0x808080,
+                                         (J + 8) << 24 | 0x808080, (J + 12) << 24 | 0x808080);
+    const i32v top = (i32v)_mm256_shuffle_epi8((__m256i)signs, at);
+#else
+    const i32v top = (i32v)((u32v)signs << (24 - 8 * J) & 0xff000000u);
+#endif
+    return to_float(top);
+}
+
+// What a sum of such numbers is multiplied with.
+inline float unit(Code code) { return code == Code::INT8 ? 0x1p-24f : code == Code::INT4 ? 0x1p-28f : 1.0f; }
 
 template <class T>
 constexpr bool is_code = !std::is_same_v<T, bf16> && !std::is_same_v<T, fp16> && !std::is_same_v<T, float>;
 template <class T>
 constexpr int CELL = is_code<T> ? 4 : sizeof(T);  // bytes of a column: of one k, of codes of four
-
-struct Near {  // nothing to ask for: a tile is in the cache
-    void read(int) {}
-};
 
 // sum += a[r, k]·page[k, ·] for the k of a range.
 template <class T, int R, int N, class Next>
@@ -56,10 +69,13 @@ template <class T, int R, int N, class Next>
         page += k.from / 4 * pitch;
         for (int at = k.from / 4 * 4; at < k.to; at += 4, page += pitch) {
             ahead.read(4 * N * W);
-            add(at, [&](int i) { return T::template widen<0>(load<u8v>(page + 4 * i * W)); });
-            add(at + 1, [&](int i) { return T::template widen<1>(load<u8v>(page + 4 * i * W)); });
-            add(at + 2, [&](int i) { return T::template widen<2>(load<u8v>(page + 4 * i * W)); });
-            add(at + 3, [&](int i) { return T::template widen<3>(load<u8v>(page + 4 * i * W)); });
+            u8v quad[N];
+#pragma GCC unroll 16
+            for (int i = 0; i < N; i++) quad[i] = T::signs(load<u8v>(page + 4 * i * W));
+            add(at, [&](int i) { return widen<0>(quad[i]); });
+            add(at + 1, [&](int i) { return widen<1>(quad[i]); });
+            add(at + 2, [&](int i) { return widen<2>(quad[i]); });
+            add(at + 3, [&](int i) { return widen<3>(quad[i]); });
         }
     } else {
         page += k.from * pitch;
@@ -71,11 +87,11 @@ template <class T, int R, int N, class Next>
 }
 
 // R rows of a and N registers of columns; cells of one k are `pitch` bytes from those of the next. Without `keep` c
-// becomes the sum, with it c·keep[r] + the sum. Of a last, single register (N = 1) only `left` lanes are columns. A
+// becomes the sum times `unit`, with it c·keep[r] + that. Of a last, single register (N = 1) only `left` lanes are columns. A
 // function of its own, its last loops unrolled by force: else GCC keeps the sums in memory.
 template <class T, int R, int N, class Next>
-[[gnu::noinline]] void chains(Matrix a, const uint8_t* page, int64_t pitch, Range k, Next& ahead, Matrix c,
-                              const float* keep, int left) {
+[[gnu::noinline]] void chains(Matrix a, const uint8_t* page, int64_t pitch, Range k, Next& ahead, float unit,
+                              Matrix c, const float* keep, int left) {
     f32v sum[R][N] = {};
     if constexpr (std::is_same_v<T, Int4K>) {
         walk<Int4Low>(a.at, a.row, page, pitch, {0, k.to / 2}, ahead, sum);
@@ -88,7 +104,7 @@ template <class T, int R, int N, class Next>
 #pragma GCC unroll 16
         for (int i = 0; i < N; i++) {
             float* to = c.at + r * c.row + i * W;
-            f32v x = sum[r][i];
+            f32v x = sum[r][i] * unit;
             if (keep) x = fma(load<f32v>(to), splat(keep[r]), x);
             if (N == 1 && left < W) x = counting() < left ? x : load<f32v>(to);
             store(to, x);
@@ -113,22 +129,23 @@ constexpr int DIRECT_ROWS = 4, DIRECT_REGISTERS = 2;
 
 // Columns from n on, N registers of them at a time and fewer at the end.
 template <class T, int N>
-void direct_columns(Matrix a, int rows, const uint8_t* page, int width, Range k, Ahead& ahead, Matrix c,
-                    const float* keep, int n = 0) {
+void direct_columns(Matrix a, int rows, const uint8_t* page, int width, Range k, Ahead& ahead, float unit,
+                    Matrix c, const float* keep, int n = 0) {
     for (; N == 1 ? n < width : n + N * W <= width; n += N * W)
         for (int r = 0; r < rows; r += DIRECT_ROWS)
             with_rows<DIRECT_ROWS>(std::min(rows - r, DIRECT_ROWS), [&](auto together) {
                 chains<T, decltype(together)::value, N>(a.from(r), page + n * CELL<T>, int64_t(width) * CELL<T>, k, ahead,
-                                                        c.from(r, n), keep ? keep + r : nullptr, width - n);
+                                                        unit, c.from(r, n), keep ? keep + r : nullptr, width - n);
             });
     if constexpr (N > 1)
-        if (n < width) direct_columns<T, N / 2>(a, rows, page, width, k, ahead, c, keep, n);
+        if (n < width) direct_columns<T, N / 2>(a, rows, page, width, k, ahead, unit, c, keep, n);
 }
 
 template <class T>
-void direct(Matrix a, int rows, const uint8_t* page, int width, Range k, Ahead& ahead, Matrix c, const float* keep) {
-    if (rows <= 2) direct_columns<T, 4>(a, rows, page, width, k, ahead, c, keep);
-    else direct_columns<T, DIRECT_REGISTERS>(a, rows, page, width, k, ahead, c, keep);
+void direct(Matrix a, int rows, const uint8_t* page, int width, Range k, Ahead& ahead, float unit, Matrix c,
+            const float* keep) {
+    if (rows <= 2) direct_columns<T, 4>(a, rows, page, width, k, ahead, unit, c, keep);
+    else direct_columns<T, DIRECT_REGISTERS>(a, rows, page, width, k, ahead, unit, c, keep);
 }
 
 // f(kind of number, first column, columns) for the matrices, side by side, that a page is.
@@ -162,11 +179,11 @@ void widen_into(const uint8_t* page, int width, Range k, float* tile, int depth,
         const uint8_t* from = page + n * CELL<T>;
         if constexpr (is_code<T>)
             for (int at = k.from / 4 * 4; at < k.to; at += 4) {
-                const u8v quad = load<u8v>(from + at / 4 * pitch);
-                put(at, n, T::template widen<0>(quad));
-                put(at + 1, n, T::template widen<1>(quad));
-                put(at + 2, n, T::template widen<2>(quad));
-                put(at + 3, n, T::template widen<3>(quad));
+                const u8v quad = T::signs(load<u8v>(from + at / 4 * pitch));
+                put(at, n, widen<0>(quad));
+                put(at + 1, n, widen<1>(quad));
+                put(at + 2, n, widen<2>(quad));
+                put(at + 3, n, widen<3>(quad));
             }
         else
             for (int at = k.from; at < k.to; at++)
@@ -181,7 +198,7 @@ void multiply(const Side& side, Matrix a, int rows, const uint8_t* page, Bytes n
     const int passes = (rows + DIRECT_ROWS - 1) / DIRECT_ROWS * (side.code == Code::INT4 ? 2 : 1);
     Ahead ahead = {next.at, next.at + next.count, passes};
     by_kind(side, [&](auto kind, int first, int width) {
-        direct<decltype(kind)>(a, rows, page, width, k, ahead, c.from(0, first), keep);
+        direct<decltype(kind)>(a, rows, page, width, k, ahead, unit(side.code), c.from(0, first), keep);
     });
 }
 
@@ -197,11 +214,12 @@ void widen_page(const Side& side, const uint8_t* page, Range k, float* tile) {
     });
 }
 
-void multiply_panel(Matrix a, int rows, const float* panel, Range k, Matrix c, const float* keep) {
+void multiply_panel(const Side& side, Matrix a, int rows, const float* panel, Range k, Matrix c, const float* keep) {
     Near none;
     with_rows<TILE_ROWS>(rows, [&](auto together) {
         chains<float, decltype(together)::value, TILE_REGISTERS>(a, reinterpret_cast<const uint8_t*>(panel),
-                                                                 PANEL * sizeof(float), k, none, c, keep, PANEL);
+                                                                 PANEL * sizeof(float), k, none, unit(side.code), c,
+                                                                 keep, PANEL);
     });
 }
 

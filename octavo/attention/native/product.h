@@ -26,15 +26,6 @@ struct Bytes {
     int64_t count;
 };
 
-// The next page, asked for at the pace at which this one is read: a burst would only queue, and leave the memory idle in
-// between. `passes`: how often the page is read.
-struct Ahead {
-    const uint8_t *at, *end;
-    int passes;
-    void read(int bytes) {
-        for (; bytes > 0 && at < end; bytes -= 64 * passes, at += 64) __builtin_prefetch(at, 0, 2);
-    }
-};
 // Few rows: c = a·page, or c·keep[r] + a·page, the page's codes widened in registers; `next` is read soon.
 void multiply(const Side& side, Matrix a, int rows, const uint8_t* page, Bytes next, Range k, Matrix c, const float* keep);
 
@@ -53,7 +44,7 @@ inline int panels(int width) { return (width + PANEL - 1) / PANEL; }
 
 void widen_page(const Side& side, const uint8_t* page, Range k, float* tile);
 
-// Some rows, at most TILE_ROWS, times one panel.
-void multiply_panel(Matrix a, int rows, const float* panel, Range k, Matrix c, const float* keep);
+// Some rows, at most TILE_ROWS, times one panel of a side's tile.
+void multiply_panel(const Side& side, Matrix a, int rows, const float* panel, Range k, Matrix c, const float* keep);
 
 }  // namespace octavo::ISA
