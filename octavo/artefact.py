@@ -47,14 +47,14 @@ class Artefact:
     @classmethod
     def open(cls, path: Path) -> Artefact:
         """Read the header. Raises Damaged where it is not what was written, OctavoError where it cannot be read."""
-        if not path.is_file():  # opening a pipe would wait for somebody to write to it
-            raise OctavoError(f"{path}: {'not a regular file' if path.exists() else 'No such file'}")
+        if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait for somebody to write to it
+            raise OctavoError(f"{path}: not a regular file")
         try:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 text = file.read(size) if size <= LARGEST_HEADER else b""
-        except OSError as error:
-            raise OctavoError(f"{path}: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # a name with a zero byte
+            raise OctavoError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
         try:
             metadata = json.loads(text)["__metadata__"]
             header = metadata["octavo"]

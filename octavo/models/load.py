@@ -1,8 +1,8 @@
 """From a directory or a Hub id to a model, a tokenizer and the tokens that end an answer.
 
 transformers builds and fills every architecture; this module decides what is accepted. Whatever could go wrong silently
-is an error here: a tensor missing, left over or of another shape, an incomplete file, weights quantized by someone else,
-a model that asks to run its own Python. Pickles are read with `weights_only=True`. What attention then does with the
+is an error here: a tensor missing, left over or of another shape, an incomplete file, weights quantized in another
+way, a model that asks to run its own Python. Pickles are read with `weights_only=True`. What attention then does with the
 model is not known here (see bind.py).
 """
 
