@@ -2,8 +2,8 @@
 
 transformers builds and fills every architecture; this module decides what is accepted. Whatever could go wrong silently
 is an error here: a tensor missing, left over or of another shape, an incomplete file, weights quantized in another
-way, a model that asks to run its own Python. Pickles are read with `weights_only=True`. What attention then does with the
-model is not known here (see bind.py).
+way, a model that asks to run its own Python. Pickles are read with `weights_only=True`. What attention then does with
+the model is not known here (see bind.py).
 """
 
 import importlib.util
@@ -74,8 +74,8 @@ def load_config(path: Path) -> PreTrainedConfig:
     """The model's config, InternLM's as the Llama it is. Raises Unsupported for a model that needs its own code."""
     raw = config_json(path)
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str):
-        raise OctavoError(f"{path}/config.json has no model_type: name a directory in the transformers format.")
+    if not isinstance(model_type, str | None):
+        raise OctavoError(f"{path}/config.json: model_type is not text: download the file again.")
     if model_type not in CONFIG_MAPPING and model_type not in internlm.MODEL_TYPES:
         if "auto_map" in raw:
             raise Unsupported(
@@ -124,6 +124,7 @@ def load_model(
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise Unsupported(f"{path} ({config.model_type}) is not a causal language model: name one that writes text.")
     _check_device(device, device_map)
+    generation = _generation_config(path) if (path / "generation_config.json").is_file() else None
 
     torch_dtype = _DTYPES.get(dtype, "auto")
     if load_format == "dummy":
@@ -132,8 +133,8 @@ def load_model(
         model = _dummy(path, config, torch_dtype, torch.device(device), format)
     else:
         model = _filled(path, config, torch_dtype, device_map, format)
-    if (path / "generation_config.json").is_file():
-        model.generation_config = _generation_config(path)
+    if generation is not None:
+        model.generation_config = generation
     model.eval().requires_grad_(False)
     return model if device_map is not None else model.to(device)
 
@@ -284,9 +285,9 @@ def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
         for name, largest in _LARGEST.items() if isinstance(config, dict) else ():
             size = config.get(name)
             several = size if isinstance(size, list) else [size]  # one for each layer
-            if any(x is not None and (type(x) is not int or not 1 <= x <= largest) for x in several):
+            if any(x is not None and (type(x) is not int or not 0 <= x <= largest) for x in several):
                 raise OctavoError(
-                    f"{path}/config.json: {name} is {str(size)[:40]}; it must be between 1 and {largest}: "
+                    f"{path}/config.json: {name} is {str(size)[:40]}; it must be at most {largest}: "
                     "download the file again."
                 )
 
