@@ -19,8 +19,9 @@ from octavo import artefact
 from octavo.artefact import Artefact, Damaged
 from octavo.cache import session
 from octavo.cache.layout import Layout
+from octavo.cache.plan import LayerShape, plan_layers
 from octavo.cache.session import Identity, SavedSession
-from octavo.cache.store import KVCache, LayerShape
+from octavo.cache.store import KVCache
 from octavo.errors import OctavoError
 from octavo.quant.calibration import FILE_NAME, Calibration, Header
 from octavo.quant.format import KVFormat
@@ -34,7 +35,7 @@ MUTATIONS = 1000  # of each kind of file
 
 def a_session(path: Path) -> Callable[[], object]:
     """A small session at `path`; returns how it is taken into use."""
-    cache = KVCache([SHAPE], KVFormat.parse("int8-token"), 1, Layout(8))
+    cache = KVCache(plan_layers([SHAPE], KVFormat.parse("int8-token")), 1, Layout(8))
     codes = {}
     for side in "kv":
         codes[f"layers.0.{side}.codes"] = torch.arange(32, dtype=torch.int8).view(1, 8, 4)

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "octavo"
 
 # From the ground up. A part imports from earlier groups and from itself; parts of one group know nothing of each other.
 ORDER = (
-    ("errors",),
+    ("errors", "interrupts", "native"),
     ("artefact",),
     ("quant",),
     ("cache",),
@@ -26,7 +26,7 @@ ORDER = (
     ("weights",),
     ("models",),
     ("engine",),
-    ("text",),
+    ("schema_size", "text"),
     ("grammar",),
     ("completion",),
     ("llm",),
