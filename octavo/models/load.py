@@ -175,6 +175,8 @@ def eos_token_ids(
     for source in (generation_config, config, tokenizer):
         ids = getattr(source, "eos_token_id", None)
         named = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(i) is int for i in named):
+            raise OctavoError(f"The model's eos_token_id is {str(ids)[:40]}: it must be a token id or a list of them.")
         if named:
             break
     # An unknown token has the id of <unk>, or none.
@@ -268,7 +270,7 @@ def _generation_config(path: Path) -> GenerationConfig:
     found = read_json(file)
     for name, types in _GENERATION.items():
         value = found.get(name)
-        each = value if isinstance(value, list) and list in types else [value]
+        each, types = (value, (int,)) if isinstance(value, list) and list in types else ([value], types)
         if any(
             x is not None and (isinstance(x, bool) is not (bool in types) or not isinstance(x, types)) for x in each
         ):
