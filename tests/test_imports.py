@@ -30,7 +30,7 @@ ORDER = (
     ("grammar",),
     ("completion",),
     ("llm",),
-    ("windows",),
+    ("text_windows",),
     ("calibrate", "corpus"),
     ("quantize",),
     ("serve",),

@@ -282,7 +282,7 @@ def test_unsupported_models_are_refused_with_a_reason(tmp_path):
         ({"model_type": "sparkle", "auto_map": {"AutoConfig": "x.Y"}}, Unsupported, "asks to run its own Python"),
         ({}, Unsupported, "None .*unknown to transformers"),
         ({"model_type": "vit"}, Unsupported, "not a causal language model"),
-        ({"model_type": "llama", "hidden_size": "big"}, OctavoError, "does not describe a llama model"),
+        ({"model_type": "llama", "hidden_size": "big"}, OctavoError, "hidden_size is big"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}}, Unsupported, "bitsandbytes"),
     ):
         file.write_text(json.dumps(raw))
