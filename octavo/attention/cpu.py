@@ -1,10 +1,10 @@
 """Attention on codes with the native CPU kernels (native/): the fast counterpart of reference.py.
 
-Where the processor has no bf16 unit, one kernel call computes a whole step in float32, and a row's bits are the same in any
-company. Where it has one, that is not the fastest way: sequences with one new token go through a kernel of products of
-bytes; for a chunk of many, some heads' codes at a time become a tile of numbers in the query's own type, and torch's own
-attention (AMX where there is one) does the rest; the folded formula holds there too. What it returns beside its output,
-the logarithm of its denominator, joins the chunk with what came before it, and with a sink.
+Where the processor has no bf16 unit, one kernel call computes a whole step in float32, and a row's bits are the same in
+any company. Where it has one, that is not the fastest way: sequences with one new token go through a kernel of products
+of bytes; for a chunk of many, some heads' codes at a time become a tile of numbers in the query's own type, and torch's
+own attention (AMX where there is one) does the rest; the folded formula holds there too. What it returns beside its
+output, the logarithm of its denominator, joins the chunk with what came before it, and with a sink.
 
 The extension may be missing (no compiler when the package was installed): `unavailable()` says why.
 """
