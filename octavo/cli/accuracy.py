@@ -75,7 +75,7 @@ def accuracy(
     json: Annotated[bool, option("One JSON document on stdout.", "--json")] = False,
 ) -> None:
     """Measure what a KV cache format of MODEL costs in accuracy."""
-    from octavo.cli import accuracy_tables
+    from octavo.cli.tables import accuracy as tables_of
     from octavo.measure.candidate import beside
     from octavo.measure.document import dumps
 
@@ -92,17 +92,17 @@ def accuracy(
     read = _windows(model, source, windows or WINDOWS, window, context) if source is not None else []
     found = _about(model) | {"baseline": compared[0].name, "theory": _theory(model, compared)}
     if not json:
-        accuracy_tables.show_theory(found)
+        tables_of.show_theory(found)
     if source is not None:
         found["text"] = _on_text(model, compared, source.name, read, context)
         if not json:
-            accuracy_tables.show_text(found)
+            tables_of.show_text(found)
     if parts:
         where = results or model.work_dir / "accuracy"
         sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16}
         found["tasks"] = _on_tasks(model, compared, parts, where, sizes) | {"skipped": skipped}
         if not json:
-            accuracy_tables.show_tasks(found)
+            tables_of.show_tasks(found)
     if json:
         print(dumps(found))
 
