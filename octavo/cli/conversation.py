@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from octavo.engine.params import is_text
 from octavo.errors import OctavoError
 from octavo.inputs import read_messages
 from octavo.measure.memory.footprint import Footprint
@@ -143,9 +144,14 @@ def _read(path: Path) -> tuple[SavedSession, dict[str, Any]]:
     saved = SavedSession.open(path)
     content = saved.about
     if content.get("kind") != KIND:
-        raise OctavoError(f"{path} is a saved session, but not of a chat")
+        raise OctavoError(f"{path}: a saved session, but not of a chat")
     if content.get("version") != VERSION:
-        raise OctavoError(f"{path} is a chat of version {content.get('version')}, and this reads version {VERSION}")
-    if content["messages"]:
-        read_messages(content["messages"])
+        raise OctavoError(f"{path}: a chat of version {content.get('version')}, and this reads version {VERSION}")
+    if not is_text(content.get("model")) or not (content.get("system") is None or is_text(content["system"])):
+        raise OctavoError(f"{path}: a chat whose model or system prompt is not text")
+    try:
+        if content.get("messages") != []:
+            read_messages(content.get("messages"))
+    except OctavoError as error:
+        raise OctavoError(f"{path}: a chat that cannot be read: {error}") from None
     return saved, content
