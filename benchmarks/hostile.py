@@ -1,9 +1,9 @@
 """A server under requests that mean harm, beside a neighbour who streams.
 
 Each attack comes from an address of its own against `octavo serve` on 127.0.0.1, which may open 1,024 files. Told of
-each: what it was answered, in how many seconds, the longest time between two tokens of the neighbour's answers meanwhile
-(at most 1 s, or three times the median), that before the first token of one, and how much more memory the server has
-afterwards (at most 50 MB). The last line is one JSON document; the exit status is 1 if a bound is not kept.
+each: what it was answered, in how many seconds, meanwhile the longest time between two tokens of the neighbour's
+answers (at most 1 s, or three times the median) and before the first token of one, and how much more memory the server
+has afterwards (at most 50 MB). The last line is one JSON document; the exit status is 1 if a bound is not kept.
 
     OMP_NUM_THREADS=2 python benchmarks/hostile.py --out benchmarks/results/hostile.json
 """

@@ -46,7 +46,8 @@ class Line(logging.Formatter):
             text += f" ({more} more since the last such line)"
         if record.exc_info and record.exc_info[1]:
             text += f": {self._error(record.exc_info[1])}"
-        encoded = text.replace("\n", " ").encode("utf-8", "replace")
+        text = text.replace("\n", " ")
+        encoded = text.encode("utf-8", "replace")
         return text if len(encoded) <= LONGEST else encoded[: LONGEST - 3].decode("utf-8", "ignore") + "…"
 
     def _error(self, error: BaseException) -> str:
