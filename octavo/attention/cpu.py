@@ -1,9 +1,10 @@
-"""Attention on codes with the native CPU kernels (native/kernel.cpp): the fast counterpart of reference.py.
+"""Attention on codes with the native CPU kernels (native/): the fast counterpart of reference.py.
 
-Sequences with one new token go through one kernel call for the whole step. A chunk of many is arithmetic, not memory
-traffic: some heads' codes at a time become a tile of numbers in the query's own type, and torch's own attention (AMX
-where there is one) does the rest; the folded formula holds there too. What it returns beside its output, the logarithm
-of its denominator, joins the chunk with what came before it, and with a sink.
+Where the processor has no bf16 unit, one kernel call computes a whole step in float32, and a row's bits are the same in
+any company. Where it has one, that is not the fastest way: sequences with one new token go through a kernel of products
+of bytes; for a chunk of many, some heads' codes at a time become a tile of numbers in the query's own type, and torch's
+own attention (AMX where there is one) does the rest; the folded formula holds there too. What it returns beside its
+output, the logarithm of its denominator, joins the chunk with what came before it, and with a sink.
 
 The extension may be missing (no compiler when the package was installed): `unavailable()` says why.
 """
@@ -27,6 +28,10 @@ from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
 
 TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile, 8 MB in bf16; at least one head's whole context
 _native, _unavailable = native.load("octavo.attention._native")
+
+# Whether attention is float32 in one order of sums, so that a row's bits do not depend on its company. Where the
+# processor multiplies bf16 and bytes, that is not the fastest way.
+exact = _native is not None and not _native.has_bf16()
 
 
 def unavailable() -> str | None:
@@ -56,11 +61,13 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
     step = _step(batch)
     out = torch.empty(len(q), spec.heads, cache.v.dim, dtype=q.dtype)
     layer = _layer(spec, cache)
-    if step.decodes is not None:
-        _native.decode(
-            _side(cache.k), _side(cache.v), layer.attention, step.decodes,
-            q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+    sides = _side(cache.k), _side(cache.v)
+    rows = q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads()
+    if exact:
+        _native.attend(*sides, None, layer.attention, step.native, *rows)
+        return out
+    if step.singles:
+        _native.decode(*sides, layer.attention, step.native, *rows)
     for chunk in step.chunks:
         out[chunk.rows] = _attend_chunk(layer, cache, q[chunk.rows], chunk)
     return out
@@ -171,12 +178,10 @@ class _Step:
     """What the kernels need to know of a step, made once and kept for all layers."""
 
     def __init__(self, batch: Batch):
+        self.keep = batch.q_start, batch.kv_len, batch.block_table  # as long as their addresses
+        self.native = _native.Step(len(batch.q_lens), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1])
+        self.singles = 1 in batch.q_lens
         starts = batch.q_start
-        singles = torch.tensor([i for i, n in enumerate(batch.q_lens) if n == 1])
-        self.decodes: Any = None
-        if len(singles):
-            self.keep = starts[singles], batch.kv_len[singles], batch.block_table[singles]  # as long as their addresses
-            self.decodes = _native.Step(len(singles), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1])
         # However short, a piece of a prompt is a chunk: prompts are computed alike however they are cut.
         self.chunks = [
             _Chunk(slice(int(starts[i]), int(starts[i + 1])), kv_len, batch.block_table[i])
