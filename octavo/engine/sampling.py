@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.cache.batch import send
+from octavo.cache.batch import pinned, send
 from octavo.engine.sequence import Sampled, Sequence
 
 logger = logging.getLogger("octavo")
@@ -155,4 +155,4 @@ def _to_host(x: Tensor) -> Tensor:
     """A copy on the host that is complete once the device has come to it."""
     if not x.is_cuda:
         return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    return pinned(x.shape, x.dtype, x.device).copy_(x, non_blocking=True)
