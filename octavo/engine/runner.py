@@ -51,7 +51,7 @@ class Runner:
             self._check_capturable()
         # No table is longer than the cache, whatever the model's context.
         width = min(-(-max_context // size), self.cache.num_blocks)
-        buffers = StepBuffers(max_batch_size, width, size, device)
+        buffers = StepBuffers(max_batch_size, width, size, device, self.cache.span > 0)
         return DecodeGraphs(self._forward, buffers, how or cuda_capture(device), rows)
 
     def _check_capturable(self) -> None:

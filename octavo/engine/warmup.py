@@ -88,6 +88,7 @@ def run_step(lengths: list[int], model: BoundModel, cache: KVCache) -> list[Samp
     for length in lengths:
         sequence = Sequence([0] * length, params)
         sequence.block_table = [0] * -(-length // size)
+        sequence.first_page = sequence.ring = 0
         work.append((sequence, length))
-    logits = Runner(model, cache).run(Batch.build(work, size))
+    logits = Runner(model, cache).run(Batch.build(work, size, span=cache.span))
     return sample(logits, [sequence for sequence, _ in work])
