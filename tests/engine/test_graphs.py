@@ -83,7 +83,7 @@ def test_a_padded_step_computes_and_writes_what_the_step_does_and_nothing_else(
 
 
 def test_a_padded_row_counts_no_values_and_no_saturation(llama: BoundModel):
-    one = runner(llama, "int8-token", "rows")
+    one = runner(llama, "int8-token-unrotated", "rows")
     store = one.cache.stores[0]
     written, saturated = store.written, store.saturated.item()
     rows = torch.full((3, store.heads, store.dim), 1e9)
