@@ -403,7 +403,9 @@ def test_no_native_kernel_reads_beyond_its_memory_in_random_shapes() -> None:
     random = np.random.default_rng(0)
     for _ in range(60):
         k_dim, v_dim = (8 * int(n) for n in random.integers(1, 33, 2))
-        name = random.choice(["bf16", "fp16", "fp32", "int8-token", "int4-token", "int8-token/int4-token", "int8-token-unrotated"])
+        name = random.choice(
+            ["bf16", "fp16", "fp32", "int8-token", "int4-token", "int8-token/int4-token", "int8-token-unrotated"]
+        )
         kv_heads, group, blocks = (int(n) for n in random.integers(1, 5, 3))
         shape = LayerShape(kv_heads, k_dim, v_dim)
         cache = KVCache(plan_layers([shape], KVFormat.parse(str(name))), blocks, Layout(order="tiles"))
