@@ -49,12 +49,12 @@ CASES = [
     Case("int8", 256, 256, 1, 3, 64),
     Case("int8-token", 64, 64, 2, 4, 64),
     Case("int8-token", 96, 96, 3, 1, 64, calibrated=False),
-    Case("int8-token-rotated", 80, 80, 2, 3, 64),
+    Case("int8-token-unrotated", 80, 80, 2, 3, 64),
     Case("int4-token", 64, 64, 1, 3, 64, calibrated=False),
     Case("int4-token", 80, 80, 1, 8, 64),
     Case("int4-token", 128, 64, 2, 4, 64),
     Case("int4-token-unrotated", 256, 256, 1, 1, 64),
-    Case("k8v4", 128, 128, 1, 8, 64),
+    Case("int8-token/int4-token", 128, 128, 1, 8, 64),
     Case("bf16/int4-token", 96, 96, 2, 3, 64),
     Case("int8", 64, 64, 2, 3, 64, window=50),
     Case("int4-token", 64, 64, 2, 3, 64, window=70),
@@ -194,9 +194,9 @@ def test_bf16_is_as_close_as_torchs_attention_on_the_decoded_values(
         Case("fp16", 80, 80, 1, 3, 64),
         Case("int8", 64, 64, 2, 1, 64, sinks=True),
         Case("int8-token", 128, 128, 1, 3, 64),
-        Case("int8-token-rotated", 24, 40, 2, 3, 64, window=100),
+        Case("int8-token-unrotated", 24, 40, 2, 3, 64, window=100),
         Case("int4-token", 64, 128, 1, 7, 64),
-        Case("k8v4", 96, 96, 2, 2, 64, window=700, softcap=20.0, sinks=True),
+        Case("int8-token/int4-token", 96, 96, 2, 2, 64, window=700, softcap=20.0, sinks=True),
     ],
     ids=str,
 )
@@ -344,7 +344,9 @@ def test_no_native_kernel_reads_beyond_its_memory_in_random_shapes() -> None:
     random = np.random.default_rng(0)
     for _ in range(60):
         k_dim, v_dim = (8 * int(n) for n in random.integers(1, 33, 2))
-        name = random.choice(["bf16", "fp16", "fp32", "int8-token", "int4-token", "k8v4", "int8-token-rotated"])
+        name = random.choice(
+            ["bf16", "fp16", "fp32", "int8-token", "int4-token", "int8-token/int4-token", "int8-token-unrotated"]
+        )
         kv_heads, group, blocks = (int(n) for n in random.integers(1, 5, 3))
         shape = LayerShape(kv_heads, k_dim, v_dim)
         cache = KVCache(plan_layers([shape], KVFormat.parse(str(name))), blocks, Layout(order="tiles"))
