@@ -67,5 +67,5 @@ def observe(bound: BoundModel, ids: list[int], fingerprint: str) -> Calibration:
         sides[layer]["v"].update(v)
 
     Reading(bound, KVFormat.parse("fp32")).run(ids, record)
-    header = Header(fingerprint, "a test", 1, len(ids), len(ids), (0, len(ids) - 1))
+    header = Header(fingerprint, "a test", 1, len(ids), len(ids), (0, len(ids) - 1), rotary=bound.rotary)
     return Calibration(header, [{side: seen.summary() for side, seen in layer.items()} for layer in sides])
