@@ -216,8 +216,9 @@ class _Edges:
             batch.plan["raw pages"] = RawPages(batch, cache.span, _native.BLOCK)
         pages: RawPages = batch.plan["raw pages"]
         if owner:
-            # A copy before the step's own rows take their places in the ring; layers that share this cache need it too.
-            batch.plan["before", id(cache)] = [store.codes[pages.earlier] for store in raw]
+            if pages.count:
+                # A copy before the step's own rows take their places in the ring; layers that share this cache need it.
+                batch.plan["before", id(cache)] = [store.codes[pages.earlier] for store in raw]
             for store, x in zip(raw, (k, v), strict=True):
                 write(store, x, raw_slots)
         hand = list(raw)
