@@ -11,6 +11,7 @@ The extension may be missing (no compiler when the package was installed): `unav
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from octavo.attention.chunk import Part, capped, flash
 from octavo.cache.batch import Batch
 from octavo.cache.store import LayerCache, RowStore
+from octavo.errors import OctavoError
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
 
 if TYPE_CHECKING:
@@ -42,8 +44,23 @@ def unavailable() -> str | None:
     return f"the native extension is not built ({_missing})" if _native is None else lend_threads(_native)
 
 
+def isa() -> str:
+    """The instruction set of the kernels."""
+    return _native.isa()
+
+
+def has_bf16() -> bool:
+    """Whether the processor multiplies bf16 numbers."""
+    return _native.has_bf16()
+
+
 def lend_threads(extension: Any) -> str | None:
-    """Give a native extension torch's own threads; why that cannot be, or None."""
+    """Give a native extension torch's own threads; why that cannot be, or None. The environment variable OCTAVO_ISA
+    limits it to an instruction set: raises OctavoError for one that is not there."""
+    if limit := os.environ.get("OCTAVO_ISA"):
+        if limit not in extension.isas():
+            raise OctavoError(f"OCTAVO_ISA is {limit}: this processor and build have {', '.join(extension.isas())}")
+        extension.use(limit)
     try:
         extension.set_parallel_for(torch_parallel_for())
     except (OSError, AttributeError, StopIteration) as error:

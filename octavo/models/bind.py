@@ -70,6 +70,7 @@ class BoundModel:
 
     def __init__(self, hf: PreTrainedModel, max_context: int):
         self.hf = hf
+        self.dtype = self.computes = hf.dtype  # of the weights and the baseline cache, and of the activations
         self.max_context = max_context
         self.layers: list[AttentionSpec] = []
 
@@ -78,21 +79,19 @@ class BoundModel:
         return [layer.shape for layer in self.layers]
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.hf.dtype
-
-    @property
     def arithmetic(self) -> str:
-        """What K and V depend on beside the weights: dtype, and RoPE's frequencies, which may follow the context."""
+        """What K and V depend on beside the weights: the types of weights and activations, and RoPE's frequencies, which
+        may follow the context."""
         digest = sha256()
         for name, buffer in self.hf.named_buffers():
             if name.endswith("inv_freq"):
                 digest.update(buffer.float().cpu().numpy().tobytes())
-        return f"{str(self.dtype).removeprefix('torch.')}, rotary frequencies {digest.hexdigest()[:8]}"
+        types = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in {self.dtype: 0, self.computes: 0})
+        return f"{types}, rotary frequencies {digest.hexdigest()[:8]}"
 
     @property
     def raw_format(self) -> KVFormat:
-        """The cache that keeps K and V as the model computes them: the baseline."""
+        """The cache that keeps K and V in the type of the weights: the baseline."""
         return KVFormat.parse(RAW_NAMES[str(self.dtype).removeprefix("torch.")])
 
     @cached_property  # a decode step asks for it, and the way there is long

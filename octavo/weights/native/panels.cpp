@@ -218,6 +218,7 @@ void many(const Panels& m, const Rows& rows, const Pool& pool) {
 
 void multiply(const Panels& m, const void* x, int64_t count, int64_t stride, Float type, const void* bias, void* y,
               const Pool& pool) {
+    if (count == 0) return;
     const Rows rows{x, count, stride, type, bias, y};
     with_type(m.type, [&](auto weight) {
         using T = decltype(weight);
