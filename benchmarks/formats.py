@@ -29,10 +29,11 @@ from octavo import LLM, KVFormat
 from octavo.calibrate import calibrate
 from octavo.cli.progress import progress
 from octavo.corpus import load_texts
-from octavo.measure.accuracy import Candidate, Score, compare
+from octavo.measure.accuracy.compare import Score, compare
+from octavo.measure.candidate import Candidate
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.windows import consecutive_windows, self_windows, token_windows
+from octavo.text_windows import consecutive_windows, self_windows, token_windows
 
 HEADROOMS = (1.0, 1.25, 1.4, 1.5, 2.0)
 

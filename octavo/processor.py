@@ -7,14 +7,12 @@ The environment variable OCTAVO_ISA limits the native kernels to an instruction 
 
 from __future__ import annotations
 
-import os
 import platform
 from functools import cache
 from pathlib import Path
 
 from octavo.attention import cpu as attention
 
-LIMIT = "OCTAVO_ISA"
 _SETS = {
     "avx512vnni": "AVX-512", "avxvnni": "AVX2 with VNNI", "avx2": "AVX2", "neon_i8mm": "NEON with I8MM",
     "neon_dotprod": "NEON", "portable": "no vector instructions that Octavo knows",
@@ -27,8 +25,8 @@ _ZEN = {  # AMD's families and models, as in cpuid: the first model of each gene
 
 
 def has_bf16() -> bool:
-    """Whether products of bf16 numbers are this processor's fastest: AMX, AVX512-BF16, NEON with BF16."""
-    return LIMIT not in os.environ and attention.unavailable() is None and attention.has_bf16()
+    """Whether products of bf16 numbers are this processor's fastest."""
+    return attention.unavailable() is None and not attention.EXACT
 
 
 @cache

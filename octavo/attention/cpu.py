@@ -10,38 +10,32 @@ The extension may be missing (no compiler when the package was installed): `unav
 
 from __future__ import annotations
 
-import ctypes
-import os
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from octavo import native
+from octavo.attention.backend import AttentionSpec, Backend
 from octavo.attention.chunk import Part, capped, flash
 from octavo.cache.batch import Batch
+from octavo.cache.layout import Layout
+from octavo.cache.plan import LayerPlan
 from octavo.cache.store import LayerCache, RowStore
-from octavo.errors import OctavoError
+from octavo.native import FLOATS
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
 
-if TYPE_CHECKING:
-    from octavo.attention import AttentionSpec
-
-try:
-    from octavo.attention import _native  # type: ignore[attr-defined]
-except ImportError as error:
-    _native, _missing = None, str(error)
-
 TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile, 8 MB in bf16; at least one head's whole context
-FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # kernel.h: Float
-CODES = {"bf16": 0, "fp16": 1, "fp32": 2}  # kernel.h: Code; integer codes are 3 and 4
+_native, _unavailable = native.load("octavo.attention._native")
+
+# Whether attention is float32 in one order of sums, so that a row's bits do not depend on its company. Where the
+# processor multiplies bf16 and bytes, that is not the fastest way, and done for layers that ask for it.
+EXACT = _native is not None and not native.has_bf16(_native)
 
 
-@cache
 def unavailable() -> str | None:
     """Why the kernels cannot be used here; None if they can."""
-    return f"the native extension is not built ({_missing})" if _native is None else lend_threads(_native)
+    return _unavailable
 
 
 def isa() -> str:
@@ -49,32 +43,16 @@ def isa() -> str:
     return _native.isa()
 
 
-def has_bf16() -> bool:
-    """Whether the processor multiplies bf16 numbers."""
-    return _native.has_bf16()
-
-
-def lend_threads(extension: Any) -> str | None:
-    """Give a native extension torch's own threads; why that cannot be, or None. The environment variable OCTAVO_ISA
-    limits it to an instruction set: raises OctavoError for one that is not there."""
-    if limit := os.environ.get("OCTAVO_ISA"):
-        if limit not in extension.isas():
-            raise OctavoError(f"OCTAVO_ISA is {limit}: this processor and build have {', '.join(extension.isas())}")
-        extension.use(limit)
-    try:
-        extension.set_parallel_for(torch_parallel_for())
-    except (OSError, AttributeError, StopIteration) as error:
-        return f"this torch exports no thread pool ({error})"
+def refuses(plan: LayerPlan) -> str | None:
+    """Why the kernels cannot read such a layer; they have every codec."""
+    shape = plan.shape
+    if (why := unavailable()) is not None:
+        return why
+    if shape.device.type != "cpu":
+        return f"the cache is on {shape.device}"
+    if shape.k_dim % 8 or shape.v_dim % 8 or max(shape.k_dim, shape.v_dim) > _native.LARGEST:
+        return f"no kernel takes heads of {shape.k_dim} and {shape.v_dim}"
     return None
-
-
-def devices() -> tuple[str, ...]:
-    return ("cpu",)
-
-
-def takes(k_dim: int, v_dim: int) -> bool:
-    """Whether the kernels have rows of these dimensions; they have every codec."""
-    return k_dim % 8 == v_dim % 8 == 0 and max(k_dim, v_dim) <= _native.LARGEST
 
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
@@ -87,12 +65,14 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
     step = _step(batch)
     out = torch.empty(len(q), spec.heads, cache.v.dim, dtype=q.dtype)
     layer = _layer(spec, cache)
-    if step.decodes is not None:
-        _native.decode(
-            _side(cache.k), _side(cache.v), layer.attention, step.decodes,
+    exact = EXACT or spec.exact
+    kernel = _native.attend if exact else _native.decode if step.singles else None
+    if kernel is not None:
+        kernel(
+            _side(cache.k), _side(cache.v), layer.attention, step.native,
             q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-    for chunk in step.chunks:
+    for chunk in () if exact else step.chunks:
         out[chunk.rows] = _attend_chunk(layer, cache, q[chunk.rows], chunk)
     return out
 
@@ -202,12 +182,10 @@ class _Step:
     """What the kernels need to know of a step, made once and kept for all layers."""
 
     def __init__(self, batch: Batch):
+        self.keep = batch.q_start, batch.kv_len, batch.block_table  # as long as their addresses
+        self.native = _native.Step(len(batch.q_lens), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1])
+        self.singles = 1 in batch.q_lens
         starts = batch.q_start
-        singles = torch.tensor([i for i, n in enumerate(batch.q_lens) if n == 1])
-        self.decodes: Any = None
-        if len(singles):
-            self.keep = starts[singles], batch.kv_len[singles], batch.block_table[singles]  # as long as their addresses
-            self.decodes = _native.Step(len(singles), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1])
         # However short, a piece of a prompt is a chunk: prompts are computed alike however they are cut.
         self.chunks = [
             _Chunk(slice(int(starts[i]), int(starts[i + 1])), kv_len, batch.block_table[i])
@@ -229,13 +207,13 @@ def _side(store: RowStore) -> Any:
             raise ValueError(f"blocks of {store.layout.block_size} tokens; the native kernels have {_native.BLOCK}")
         codec, static = store.codec, store.static
         tables: list[Tensor | None] = [None] * 3
-        if codec.kind == "token":
+        if codec.has_token_scale:
             tables = [table[codec.bits] for table in (TOKEN_SCALE, TOKEN_RECIPROCAL, TOKEN_LIMIT)]
         store.native = _native.side(
-            CODES[str(codec)] if codec.kind == "raw" else 3 if codec.bits == 8 else 4,
+            codec.kernel_number,
             store.heads,
             store.dim,
-            store.layout.order == "k-tiles",
+            store.layout.order in ("k-tiles", "columns"),
             codec.rotated,
             store.codes.data_ptr(),
             _address(store.scales),
@@ -247,12 +225,8 @@ def _side(store: RowStore) -> Any:
     return store.native
 
 
-def torch_parallel_for() -> int | None:
-    """The address of torch's own parallel loop. Raises OSError, AttributeError or StopIteration where it has none."""
-    library = Path(torch.__file__).parent / "lib"
-    torch_cpu = ctypes.CDLL(str(next(library.glob("libtorch_cpu.*"))))
-    return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
-
-
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+BACKEND = Backend("native", Layout(order="tiles"), attend, refuses)

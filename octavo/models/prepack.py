@@ -13,6 +13,8 @@ run calls are rearranged, and if the model then fails or computes something else
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +61,8 @@ def prepack(bound: BoundModel, computing: torch.dtype | None = None, determinist
         return
     if cpu.unavailable() is not None:
         return
+    if deterministic:
+        bound.layers = [replace(layer, exact=True) for layer in bound.layers]
     if not _try(bound, lambda called: _into_panels(bound.hf, called), SAME):
         if deterministic:
             name = bound.hf.config.model_type
@@ -128,9 +132,8 @@ def _into_panels(model: nn.Module, called: set[nn.Module]) -> Iterator[Undo]:
         linear = [module for module in modules if not isinstance(module, nn.Embedding)]
         if linear and called.issuperset(linear) and linear[0].weight.dtype in cpu.FLOATS:
             kinds = [PanelLinear if module in called else PanelEmbedding for module in modules]
-            out = linear[0].out_features
             new = cpu.pack_panels(linear[0].weight.detach())
-            yield _replace(modules, new, kinds, lambda weight, out=out: unpacked(weight, out))
+            yield _replace(modules, new, kinds, partial(unpacked, out=linear[0].out_features))
 
 
 def _retype(model: nn.Module, computing: torch.dtype) -> Iterator[Undo]:
@@ -143,8 +146,9 @@ def _retype(model: nn.Module, computing: torch.dtype) -> Iterator[Undo]:
         elif isinstance(module, nn.Embedding):
             yield _replace([module], module.weight, [TypedEmbedding], lambda weight: weight)
             module.leaves_as = computing  # type: ignore[assignment]
-        own = [*module.named_parameters(recurse=False)]
-        own += [] if isinstance(module, PackedLinear) else module.named_buffers(recurse=False)
+        own: list[tuple[str, Tensor]] = [*module.named_parameters(recurse=False)]
+        if not isinstance(module, PackedLinear):
+            own += module.named_buffers(recurse=False)
         for name, tensor in own:
             if name not in kept and tensor.dtype in (torch.bfloat16, torch.float16):
                 yield _set(tensor, "data", tensor.data.to(computing))

@@ -43,7 +43,8 @@ def packed_alone(plain: nn.Linear, kind: type[nn.Linear]) -> nn.Linear:
     class Model(nn.Module):
         pass
 
-    model, layer = Model(), nn.Linear(plain.in_features, plain.out_features, plain.bias is not None, dtype=torch.bfloat16)
+    model = Model()
+    layer = nn.Linear(plain.in_features, plain.out_features, plain.bias is not None, dtype=torch.bfloat16)
     layer.load_state_dict(plain.state_dict())
     model.layer = layer.requires_grad_(False)
     into = prepacking._into_tiles if kind is PrepackedLinear else prepacking._into_panels
@@ -114,9 +115,8 @@ def test_a_loaded_model_is_prepacked_and_computes_the_same(kind: type[nn.Linear]
     torch.testing.assert_close(logits(model.bound.hf), logits(load_model(BUNDLED, dtype="bfloat16")))
 
 
-def test_each_old_weight_is_gone_before_the_next_is_packed(
-    monkeypatch: pytest.MonkeyPatch, kind: type[nn.Linear]
-) -> None:
+@pytest.mark.usefixtures("kind")
+def test_each_old_weight_is_gone_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight at a time is there twice."""
     hf = tiny()
     old = [weakref.ref(layer.weight) for layer in hf.modules() if type(layer) is nn.Linear]
@@ -143,7 +143,8 @@ def test_a_layer_of_two_parents_is_packed_once_and_for_both(kind: type[nn.Linear
     torch.testing.assert_close(logits(hf), expected)
 
 
-def test_a_layer_whose_weight_is_read_in_place_of_its_call_stays_plain(kind: type[nn.Linear]) -> None:
+@pytest.mark.usefixtures("kind")
+def test_a_layer_whose_weight_is_read_in_place_of_its_call_stays_plain() -> None:
     hf = tiny()
     mlp = hf.model.layers[0].mlp
     mlp.forward = lambda x: mlp.down_proj(F.silu(F.linear(x, mlp.gate_proj.weight)) * mlp.up_proj(x))
@@ -154,7 +155,8 @@ def test_a_layer_whose_weight_is_read_in_place_of_its_call_stays_plain(kind: typ
     torch.testing.assert_close(logits(hf), expected)
 
 
-def test_a_model_that_reads_a_weight_beside_its_call_stays_plain_altogether(kind: type[nn.Linear]) -> None:
+@pytest.mark.usefixtures("kind")
+def test_a_model_that_reads_a_weight_beside_its_call_stays_plain_altogether() -> None:
     hf = tiny()
     mlp = hf.model.layers[0].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x) * mlp.up_proj.weight[0].float().norm().to(x))
@@ -165,7 +167,8 @@ def test_a_model_that_reads_a_weight_beside_its_call_stays_plain_altogether(kind
     assert torch.equal(logits(hf), expected)
 
 
-def test_a_router_that_reads_its_layer_s_weight(kind: type[nn.Linear]) -> None:
+@pytest.mark.usefixtures("kind")
+def test_a_router_that_reads_its_layer_s_weight() -> None:
     hf = zoo.build("longcat_flash").bfloat16()
     expected = logits(hf)
     Model.of(hf, Path("longcat"), computing=hf.dtype)

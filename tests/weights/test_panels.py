@@ -1,4 +1,4 @@
-"""Products with weights in panels: right, and of the same bits whatever is multiplied together, by whichever threads."""
+"""Products with weights in panels: right, and of the same bits whatever is multiplied together and by which threads."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def draw(out: int, columns: int, dtype: torch.dtype, rows: int = 450) -> tuple[T
     return weight.to(dtype), x, bias
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_are_those_of_the_numbers(isa: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_products_are_those_of_the_numbers(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Against float64, for activations of every type, with and without a bias."""
     weight, x, bias = draw(*shape, dtype)
     panels = cpu.pack_panels(weight)
@@ -52,9 +53,10 @@ def test_products_are_those_of_the_numbers(isa: str, shape: tuple[int, int], dty
                 assert ((found.double() - exact).abs() <= close).all()
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_row_s_bits_do_not_depend_on_its_company(isa: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_a_row_s_bits_do_not_depend_on_its_company(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """1 … 70 rows from anywhere, hundreds, strided ones, and one thread or three: the bits of a row computed alone."""
     weight, x, bias = draw(*shape, dtype)
     panels, out = cpu.pack_panels(weight), len(weight)

@@ -1,0 +1,73 @@
+"""What a request gets back: a `Completion`, `Delta`s while it grows, and the `Answer` that makes them in the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from octavo.engine.sequence import FinishReason, Sampled, Sequence
+from octavo.text import TextStream
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished answer."""
+
+    text: str
+    token_ids: list[int]  # the one that ended it included
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the prefix cache
+    sampled: list[Sampled]  # tokens with their log-probabilities, where asked for
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of an answer as it grows: new text of prompt `index`; the completion comes with the last piece."""
+
+    index: int
+    text: str
+    completion: Completion | None = None
+    sampled: list[Sampled] = field(default_factory=list)  # the tokens of the text since the piece before
+
+
+class Outbox(Protocol):
+    """Where pieces go."""
+
+    def append(self, delta: Delta, /) -> None: ...
+
+
+class Answer:
+    """A sequence and its growing text, whose pieces go to `outbox`."""
+
+    def __init__(self, index: int, sequence: Sequence, text: TextStream, outbox: Outbox):
+        self.index, self.sequence, self.text, self.outbox = index, sequence, text, outbox
+        self.told = 0  # tokens that pieces have told of
+
+    def take(self) -> None:
+        """The sequence has gained a token, or failed to."""
+        token = self.sequence.tokens[-1]
+        ends = self.sequence.finish_reason in ("stop", "error")  # the token that ends an answer is no part of its text
+        if not ends and (piece := self.text.push(token)):
+            self.outbox.append(Delta(self.index, piece, None, self._sampled()))
+
+    def complete(self) -> None:
+        """The sequence has ended."""
+        sequence = self.sequence
+        rest = self.text.flush()
+        assert sequence.finish_reason is not None
+        completion = Completion(
+            text=self.text.text,
+            token_ids=sequence.output,
+            finish_reason="stop" if self.text.stopped else sequence.finish_reason,
+            prompt_tokens=sequence.num_prompt,
+            cached_tokens=sequence.prefix_hit,
+            sampled=sequence.sampled,
+        )
+        self.outbox.append(Delta(self.index, rest, completion, self._sampled()))
+
+    def _sampled(self) -> list[Sampled]:
+        sequence = self.sequence
+        ended = sequence.finish_reason == "stop" and sequence.tokens[-1] in sequence.stop_ids
+        start, self.told = self.told, len(sequence.sampled)
+        return sequence.sampled[start : self.told - ended]

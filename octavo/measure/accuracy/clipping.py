@@ -1,0 +1,51 @@
+"""How many values of K and V would leave the calibrated range, by layer and headroom: one pass for all headrooms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from octavo.engine.reading import Reading
+from octavo.models.bind import BoundModel
+from octavo.quant.calibration import Calibration
+from octavo.quant.codec import encode
+from octavo.quant.format import KVFormat
+
+Shares = dict[float, list[tuple[float, float]]]  # headroom → (K, V) of each layer
+
+
+def saturation(
+    bound: BoundModel,
+    calibration: Calibration,
+    windows: Sequence[Sequence[int]],
+    headrooms: Sequence[float],
+    progress: Callable[[int], None] | None = None,
+) -> Shares:
+    """Share of values that int8 would clip. K and V are those of the unquantized model."""
+    int8 = KVFormat.parse("int8").k
+    layers = range(len(bound.layers))
+    statics = {
+        headroom: [[calibration.static(i, side, headroom=headroom).to(bound.layers[i].shape.device) for side in "kv"]
+                   for i in layers]
+        for headroom in headrooms
+    }  # fmt: skip
+    clipped = {headroom: [[0, 0] for _ in layers] for headroom in headrooms}
+    values = [[0, 0] for _ in layers]
+
+    def observe(layer: int, _q: Tensor, k: Tensor, v: Tensor) -> None:
+        for side, x in enumerate((k, v)):
+            values[layer][side] += x.numel()
+            for headroom, static in statics.items():
+                rows = encode(x, int8, static[layer][side])
+                clipped[headroom][layer][side] += int(rows.saturated)  # type: ignore[arg-type]  # int8 counts
+
+    reading = Reading(bound)
+    for done, window in enumerate(windows):
+        reading.run(window, observe)
+        if progress is not None:
+            progress(done + 1)
+    return {
+        headroom: [(own[0] / n[0], own[1] / n[1]) for own, n in zip(counts, values, strict=True)]
+        for headroom, counts in clipped.items()
+    }
