@@ -81,8 +81,8 @@ class BoundModel:
 
     @property
     def arithmetic(self) -> str:
-        """What K and V depend on beside the weights: types of weights and activations, and RoPE's frequencies, which may
-        follow the context."""
+        """What K and V depend on beside the weights: their type and that of activations, and RoPE's frequencies, which
+        may follow the context."""
         digest = sha256()
         for name, buffer in self.hf.named_buffers():
             if name.endswith("inv_freq"):

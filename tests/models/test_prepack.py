@@ -112,7 +112,8 @@ def test_a_loaded_model_is_prepacked_and_computes_the_same(kind: type[nn.Linear]
     model = Model.load(device="cpu", dtype="bfloat16")
     assert isinstance(model.bound.hf.model.layers[0].mlp.up_proj, kind)
     assert model.bound.computes == model.bound.dtype == torch.bfloat16
-    torch.testing.assert_close(logits(model.bound.hf), logits(load_model(BUNDLED, dtype="bfloat16")))
+    expected = logits(load_model(BUNDLED, dtype="bfloat16")).float()
+    assert (logits(model.bound.hf) - expected).norm() <= 0.01 * expected.norm()
 
 
 @pytest.mark.usefixtures("kind")
@@ -140,7 +141,7 @@ def test_a_layer_of_two_parents_is_packed_once_and_for_both(kind: type[nn.Linear
     Model.of(hf, Path("tiny"), computing=hf.dtype)
     assert isinstance(shared, kind)
     assert hf.model.layers[0].mlp.up_proj is hf.model.layers[1].mlp.up_proj is shared
-    torch.testing.assert_close(logits(hf), expected)
+    torch.testing.assert_close(logits(hf), expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.usefixtures("kind")
@@ -152,7 +153,7 @@ def test_a_layer_whose_weight_is_read_in_place_of_its_call_stays_plain() -> None
     Model.of(hf, Path("tiny"), computing=hf.dtype)
     assert type(mlp.gate_proj) is nn.Linear
     assert len(packed_names(hf)) == 14
-    torch.testing.assert_close(logits(hf), expected)
+    torch.testing.assert_close(logits(hf), expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.usefixtures("kind")
