@@ -18,7 +18,8 @@ PACKAGE = ROOT / "octavo"
 
 # From the ground up. A part imports from earlier groups and from itself; parts of one group know nothing of each other.
 ORDER = (
-    ("errors", "interrupts", "native"),
+    ("errors", "interrupts"),
+    ("native",),
     ("quant",),
     ("cache",),
     ("attention",),

@@ -164,8 +164,8 @@ def _by_weight(model: nn.Module) -> Iterator[list[Any]]:
     """The linear layers and embeddings of each weight that nothing else has. No weight is kept from one to the next."""
     users: dict[int, list[Any]] = {}
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(module)
+        for identity in map(id, module.parameters(recurse=False)):
+            users.setdefault(identity, []).append(module)
     for modules in users.values():
         if all(
             isinstance(module, nn.Embedding) or (type(module) is nn.Linear and module.weight is modules[0].weight)

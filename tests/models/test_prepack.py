@@ -257,7 +257,7 @@ def test_deterministic_takes_panels_on_every_processor(monkeypatch: pytest.Monke
     together = llm.generate(prompts, params)
     for prompt, among in zip(prompts, together, strict=True):
         alone = llm.generate([prompt], params)[0]
-        assert alone.tokens == among.tokens
+        assert alone.token_ids == among.token_ids
         assert alone.logprobs == among.logprobs
 
 
