@@ -31,7 +31,7 @@ _native, _unavailable = native.load("octavo.attention._native")
 
 # Whether attention is float32 in one order of sums, so that a row's bits do not depend on its company. Where the
 # processor multiplies bf16 and bytes, that is not the fastest way, and done for layers that ask for it.
-EXACT = _native is not None and not native.has_bf16(_native)
+exact = _native is not None and not native.has_bf16(_native)
 
 
 def unavailable() -> str | None:
@@ -70,7 +70,7 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
     layer = _layer(spec, cache)
     sides = _side(cache.k), _side(cache.v)
     rows = q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads()
-    if EXACT or spec.exact:
+    if exact or spec.exact:
         _native.attend(*sides, None, layer.attention, step.native, *rows)
         return out
     if step.singles:

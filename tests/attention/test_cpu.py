@@ -102,7 +102,7 @@ class NativeLayer(Layer):
 
 def assert_close(out: torch.Tensor, expected: np.ndarray) -> None:
     error = np.linalg.norm(out.double().numpy() - expected, axis=-1)
-    assert (error <= CLOSE[cpu.EXACT] * np.linalg.norm(expected, axis=-1) + 3e-5).all(), error.max()
+    assert (error <= CLOSE[cpu.exact] * np.linalg.norm(expected, axis=-1) + 3e-5).all(), error.max()
 
 
 @every_way
