@@ -76,6 +76,7 @@ def calibrate(
         positions=(min(offsets), max(offsets) + length - 1),
         granularity=granularity,
         headroom=headroom,
+        rotary=bound.rotary,
     )
     owners = [i if shape.shares is None else shape.shares for i, shape in enumerate(bound.shapes)]
     sides = [{"k": observed[i][0].summary(), "v": observed[i][1].summary()} for i in owners]  # type: ignore[index]

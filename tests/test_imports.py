@@ -29,7 +29,7 @@ ORDER = (
     ("engine",),
     ("schema_size", "text"),
     ("grammar",),
-    ("completion",),
+    ("completion", "inputs"),
     ("llm",),
     ("text_windows",),
     ("calibrate", "corpus"),

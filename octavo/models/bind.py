@@ -80,15 +80,23 @@ class BoundModel:
         return [layer.shape for layer in self.layers]
 
     @property
-    def arithmetic(self) -> str:
-        """What K and V depend on beside the weights: their type and that of activations, and RoPE's frequencies, which
-        may follow the context."""
+    def rotary(self) -> str:
+        """Names RoPE's frequencies, and what scales its sines, in four digits: they may follow the context, and be
+        overridden."""
         digest = sha256()
         for name, buffer in self.hf.named_buffers():
             if name.endswith("inv_freq"):
-                digest.update(buffer.float().cpu().numpy().tobytes())
+                digest.update(" ".join(f"{x:.4g}" for x in buffer.flatten().tolist()).encode())
+        for module in self.hf.modules():
+            if isinstance(scale := getattr(module, "attention_scaling", 1.0), float) and scale != 1:
+                digest.update(f" × {scale:.4g}".encode())
+        return digest.hexdigest()[:8]
+
+    @property
+    def arithmetic(self) -> str:
+        """What K and V depend on beside the weights: their type, that of activations, and RoPE's frequencies."""
         types = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in {self.dtype: 0, self.computes: 0})
-        return f"{types}, rotary frequencies {digest.hexdigest()[:8]}"
+        return f"{types}, rotary frequencies {self.rotary}"
 
     @property
     def raw_format(self) -> KVFormat:
@@ -206,7 +214,7 @@ class _Trace:
             a, b = self.bound.vocab_size // 2, self.bound.vocab_size // 3
             ids = torch.tensor([a, b, a], device=self.bound.device)
             rows = torch.arange(3, device=self.bound.device)
-            self.bound.forward(ids, rows % 2, rows, self)
+            self.expect_finite("its logits", self.bound.forward(ids, rows % 2, rows, self).amax(-1))
             if ids.is_meta:  # shapes only: the second run compares values
                 return
             AttentionInterface.register(ALONE, _attention)
@@ -242,6 +250,7 @@ class _Trace:
         strange = [key for key, value in kwargs.items() if key not in known and value is not None]
         if strange:
             raise Unsupported(f"{self.name} calls attention with {', '.join(strange)}, which Octavo does not know")
+        self.expect_finite(f"queries, keys or values of layer {index}", q, k, v)
         if not all(_alike(x[0], x[2]) for x in (q, k, v)):
             raise Unsupported(
                 f"layer {index} of {self.name} mixes the rows of a packed step, or takes positions from their order"
@@ -259,6 +268,14 @@ class _Trace:
                 sinks=kwargs.get("s_aux"),
             )
         )
+
+    def expect_finite(self, what: str, *values: Tensor) -> None:
+        if not all(x.is_meta or bool(x.isfinite().all()) for x in values):
+            dtype = str(self.bound.dtype).removeprefix("torch.")
+            raise Unsupported(
+                f"{self.name} overflows in {dtype}: {what} are not finite. Choose a --dtype of a larger range, bf16 or "
+                "fp32; if it is one already, the weights are corrupted"
+            )
 
     def compare(self, index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         """The second run of a layer."""
