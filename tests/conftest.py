@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor
@@ -69,3 +72,17 @@ def observe(bound: BoundModel, ids: list[int], fingerprint: str) -> Calibration:
     Reading(bound, KVFormat.parse("fp32")).run(ids, record)
     header = Header(fingerprint, "a test", 1, len(ids), len(ids), (0, len(ids) - 1), rotary=bound.rotary)
     return Calibration(header, [{side: seen.summary() for side, seen in layer.items()} for layer in sides])
+
+
+@contextmanager
+def overflowing(model: Model, token: int) -> Iterator[None]:
+    """For a while `model` overflows wherever `token` has been read, as a model in fp16 may for some tokens alone."""
+
+    def overflow(_: object, args: tuple[Tensor], embedded: Tensor) -> Tensor:
+        return embedded.masked_fill((args[0] == token)[..., None], torch.inf)
+
+    hook = model.bound.hf.get_input_embeddings().register_forward_hook(overflow)
+    try:
+        yield
+    finally:
+        hook.remove()
