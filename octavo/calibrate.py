@@ -2,8 +2,8 @@
 
 One pass, one window at a time, through the same attention hook that serves; memory does not grow with the number of
 windows. RoPE is relative, so a window may stand at any position without changing the model's output: windows are spread
-over the whole context, and the ranges hold for a session of any length. A model for which that is not so (learned
-positions, queries scaled by position) is recognized by its scores, and its windows stay at position 0.
+over the whole context, densest at its beginning, where most rows of most sessions are. A model for which that is not so
+(learned positions, queries scaled by position) is recognized by its scores, and its windows stay at position 0.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from octavo.cache.store import KVCache
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
 from octavo.models.model import Model
+from octavo.models.output import output_norms
 from octavo.quant.calibration import Calibration, Header, validate_choice
 from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Granularity
-from octavo.quant.statistics import Statistics
+from octavo.quant.statistics import LayerStatistics
 
+NEAR = 128  # positions up to here get as many windows as each doubling beyond, see _offsets
 FARTHEST = 1 << 17  # where windows end for a model that names no context of its own
 SCORES_DIFFER = 0.05  # relative; bf16 rounding moves scores by about 1 %, a scale or a learned position by more
 
@@ -57,24 +59,28 @@ def calibrate(
     layout = layout_for(bound.shapes)
     size = layout.block_size
     cache = KVCache(bound.shapes, raw, -(-length // size), layout)
-    observed = [
-        None
-        if shape.shares is not None
-        else (Statistics(shape.kv_heads, shape.k_dim), Statistics(shape.kv_heads, shape.v_dim))
-        for shape in bound.shapes
-    ]
+    kept = {
+        i: LayerStatistics(shape.kv_heads, shape.k_dim, shape.v_dim)
+        for i, shape in enumerate(bound.shapes)
+        if shape.shares is None
+    }
+    observed = [kept[i if shape.shares is None else shape.shares] for i, shape in enumerate(bound.shapes)]
+    for statistics, norms in zip(observed, output_norms(bound), strict=True):
+        statistics.projected_by(norms)
     for done, (window, offset) in enumerate(zip(windows, offsets, strict=True)):
         batch = Batch.build([(Window(window, cache.num_blocks), length)], size).at(offset).on(bound.device)
 
         def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch = batch, done: int = done) -> Tensor:
-            if (both := observed[layer]) is not None:
-                for statistics, x, side in zip(both, (k, v), "KV", strict=True):
-                    if not torch.isfinite(x).all():
-                        raise OctavoError(
-                            f"{side} of layer {layer} is not finite in sample {done}: the model overflows in "
-                            f"{bound.dtype}; load it with --dtype bf16 or fp32, or check its weights"
-                        )
-                    statistics.update(x)
+            for name, x in (("Q", q), ("K", k), ("V", v)):
+                if not torch.isfinite(x).all():
+                    raise OctavoError(
+                        f"{name} of layer {layer} is not finite in sample {done}: the model overflows in "
+                        f"{bound.dtype}; load it with --dtype bf16 or fp32, or check its weights"
+                    )
+            observed[layer].read_by(q)
+            if layer in kept:
+                kept[layer].k.update(k)
+                kept[layer].v.update(v)
             return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
 
         bound.forward(batch.ids, batch.positions, batch.logits_at, observe)
@@ -91,9 +97,7 @@ def calibrate(
         granularity=granularity,
         headroom=headroom,
     )
-    owners = [i if shape.shares is None else shape.shares for i, shape in enumerate(bound.shapes)]
-    sides = [{"k": observed[i][0].summary(), "v": observed[i][1].summary()} for i in owners]  # type: ignore[index]
-    return Calibration(header, sides)
+    return Calibration(header, [statistics.summary() for statistics in observed])
 
 
 def _common_length(windows: Sequence[Sequence[int]], max_context: int) -> int:
@@ -112,11 +116,13 @@ def _common_length(windows: Sequence[Sequence[int]], max_context: int) -> int:
 
 
 def _offsets(bound: BoundModel, count: int, length: int, seed: int) -> list[int]:
-    """Where each window starts: evenly spread over the context, in random order; all at 0 where position matters."""
+    """Where each window starts: denser the nearer to 0, from there to the context's end, in random order; all at 0
+    where position matters. They are even in log(1 + position/NEAR)."""
     last = min(bound.max_context, FARTHEST) - length
     if last <= 0 or not shift_invariant(bound, last):
         return [0] * count
-    spread = [round(last * i / max(count - 1, 1)) for i in range(count)]
+    steps = [i / max(count - 1, 1) for i in range(count)]
+    spread = [round(NEAR * ((1 + last / NEAR) ** step - 1)) for step in steps]
     random.Random(seed).shuffle(spread)
     return spread
 

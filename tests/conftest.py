@@ -14,9 +14,10 @@ from octavo.cache.store import KVCache
 from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import BUNDLED, Model
+from octavo.models.output import output_norms
 from octavo.quant.calibration import SYNTHETIC, Calibration, Header
 from octavo.quant.format import KVFormat
-from octavo.quant.statistics import Statistics
+from octavo.quant.statistics import LayerStatistics
 
 
 @pytest.fixture(scope="session")
@@ -70,13 +71,22 @@ def observe(bound: BoundModel, ids: list[int], fingerprint: str) -> Calibration:
     window = Sequence(ids)
     window.block_table = list(range(blocks))
     batch = Batch.build([(window, len(ids))], layout.block_size)
-    sides = [{"k": Statistics(s.kv_heads, s.k_dim), "v": Statistics(s.kv_heads, s.v_dim)} for s in bound.shapes]
+    seen = [LayerStatistics(s.kv_heads, s.k_dim, s.v_dim) for s in bound.shapes]
 
     def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sides[layer]["k"].update(k)
-        sides[layer]["v"].update(v)
+        seen[layer].k.update(k)
+        seen[layer].v.update(v)
+        seen[layer].read_by(q)
         return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
 
     bound.forward(batch.ids, batch.positions, batch.logits_at, record)
+    for statistics, norms in zip(seen, output_norms(bound), strict=True):
+        statistics.projected_by(norms)
     header = Header(fingerprint, "a test", 1, len(ids), len(ids), (0, len(ids) - 1))
-    return Calibration(header, [{side: seen.summary() for side, seen in layer.items()} for layer in sides])
+    return Calibration(header, [statistics.summary() for statistics in seen])
+
+
+def ranging(low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    """The statistics of one side whose channels lie between `low` and `high` [kv_heads, dim]."""
+    middle, width = (low + high) / 2, high - low
+    return {"min": low, "max": high, "mean": middle, "std": width / 4, "reader": torch.ones_like(low)}

@@ -170,7 +170,7 @@ class KVCache:
             ) -> RowStore:
                 static = None
                 if codec.kind != "raw" and calibration is not None:
-                    static = calibration.static(i, side, granularity, headroom)
+                    static = calibration.static(i, side, codec, granularity, headroom)
                 if codec.needs_calibration and static is None:
                     raise ValueError(f"the {codec} codec has no scale without a calibration")
                 own = self.layout.of(side)
