@@ -180,8 +180,8 @@ def _bias_norms(hf: nn.Module) -> dict[int, float]:
     """Norm of the bias of each layer's keys, where it is a parameter of its own."""
     found = {}
     for module in hf.modules():
-        if (point := vars(module).get(NAME)) is not None:
+        if (layer := vars(module).get(NAME)) is not None:
             norms = [bias.float().norm().item() for name, bias in module.named_parameters() if KEY_BIAS.search(name)]
             if norms:
-                found[point.layer] = norms[0]
+                found[layer] = norms[0]
     return found

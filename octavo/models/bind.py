@@ -2,7 +2,8 @@
 
 transformers sends every attention layer of a model through a function that can be registered. Ours finds, on the module
 that calls it, which layer that is, and hands q, k and v to whatever `attend` the forward was given: the serving cache,
-the observer of a calibration, a recorder. Nothing is taken from the model's config that a dry run can tell: it records
+the observer of a calibration, a recorder. A forward's `attend` belongs to the thread that runs it, so several threads
+may run forwards over one model. Nothing is taken from the model's config that a dry run can tell: it records
 each layer's geometry, scale, window, soft cap and sinks.
 
 What cannot be right is refused here, since it would be wrong in silence: layers that keep another state than K and V,
@@ -12,9 +13,10 @@ rows of a packed step or that count positions in a way of their own.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -44,22 +46,32 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v [T, kv_heads, v_dim]) → [T, heads, v_dim]"""
 
 
-@dataclass
-class _Point:
-    """Hung on an attention module: which layer it is, of which model."""
+class _Thread(threading.local):
+    """What the forward that this thread runs attends to; None between forwards."""
 
-    model: BoundModel
-    layer: int
+    attend: Attend | _Trace | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def _attending(attend: Attend | _Trace) -> Iterator[None]:
+    assert _thread.attend is None, "a forward cannot start within another forward of the same thread"
+    _thread.attend = attend
+    try:
+        yield
+    finally:
+        _thread.attend = None
 
 
 class BoundModel:
-    """A model whose attention goes through `attend`. Made by `bind`."""
+    """A model whose attention goes through the `attend` that each forward is given. Made by `bind`."""
 
     def __init__(self, hf: PreTrainedModel, max_context: int):
         self.hf = hf
         self.max_context = max_context
         self.layers: list[AttentionSpec] = []
-        self.attend: Attend | _Trace | None = None
 
     @property
     def shapes(self) -> list[LayerShape]:
@@ -94,14 +106,14 @@ class BoundModel:
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, positions: Tensor, logits_at: Tensor, attend: Attend | _Trace) -> Tensor:
-        """Packed rows: ids and positions [T], int64; float logits [n, vocabulary] of the rows `logits_at` [n]."""
-        self.attend = attend
-        try:
+        """Packed rows: ids and positions [T], int64; float logits [n, vocabulary] of the rows `logits_at` [n].
+
+        Several threads may run forwards over one model at a time; each attends to what its own was given.
+        """
+        with _attending(attend):
             logits = self.hf(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_at
             ).logits[0]
-        finally:
-            self.attend = None
         return logits if len(logits) == len(logits_at) else logits[logits_at]  # a model that keeps every row's
 
 
@@ -154,16 +166,16 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The registered function: q [1, heads, T, dim], k and v [1, kv_heads, T, dim] after RoPE, before a GQA repeat."""
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    point: _Point | None = getattr(module, NAME, None)
-    if point is None:
-        point = _Trace.adopt(module)
-    attend = point.model.attend
+    attend = _thread.attend
+    if attend is None:
+        raise RuntimeError("a bound model runs through BoundModel.forward")
     if isinstance(attend, _Trace):
         attend.record(module, q, k, v, attention_mask, kwargs)
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1)[None], None  # a row sees itself alone
-    if attend is None:
-        raise RuntimeError("a bound model runs through BoundModel.forward")
-    return attend(point.layer, q, k, v)[None], None
+    layer: int | None = getattr(module, NAME, None)
+    if layer is None:
+        raise RuntimeError(f"{type(module).__name__} was not reached when its model was bound")
+    return attend(layer, q, k, v)[None], None
 
 
 class _Trace:
@@ -174,8 +186,6 @@ class _Trace:
     (convolutions, recurrent states) or takes positions from the rows' order. Then as one sequence whose positions the
     model counts itself, with a mask: rows 0 and 1 must be what they were, and the mask tells the window.
     """
-
-    active: _Trace | None = None
 
     def __init__(self, bound: BoundModel):
         self.bound = bound
@@ -188,11 +198,9 @@ class _Trace:
     def __enter__(self) -> _Trace:
         for module in self.bound.hf.modules():
             vars(module).pop(NAME, None)  # of an earlier binding
-        _Trace.active = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        _Trace.active = None
         self.bound.hf.set_attn_implementation(NAME)
         self.seen.clear()
         self.masks.clear()
@@ -209,8 +217,8 @@ class _Trace:
             AttentionInterface.register(ALONE, _attention)
             AttentionMaskInterface.register(ALONE, _mask)
             hf.set_attn_implementation(ALONE)
-            self.bound.attend, self.alone = self, True
-            with torch.inference_mode():
+            self.alone = True
+            with _attending(self), torch.inference_mode():
                 hf(input_ids=ids[None], use_cache=False)
         except (Unsupported, torch.OutOfMemoryError):
             raise
@@ -219,22 +227,13 @@ class _Trace:
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise Unsupported(f"{self.name} does not run on token ids alone: {reason}") from error
-        finally:
-            self.bound.attend = None
-
-    @staticmethod
-    def adopt(module: nn.Module) -> _Point:
-        trace = _Trace.active
-        if trace is None:
-            raise RuntimeError(f"{type(module).__name__} was not reached when its model was bound")
-        point = _Point(trace.bound, len(trace.specs))
-        setattr(module, NAME, point)
-        return point
 
     def record(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> None:
-        index = getattr(module, NAME).layer
+        if not hasattr(module, NAME):
+            setattr(module, NAME, len(self.specs))
+        index: int = getattr(module, NAME)
         if self.alone:
             self.compare(index, q, k, v, mask)
             return
@@ -289,8 +288,8 @@ def _mask(
 ) -> Tensor:
     """Registered for ALONE: a mask that hides nothing, remembered with the function that would have filled it."""
     mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=kwargs.get("device"))
-    if _Trace.active is not None:
-        _Trace.active.masks[mask.data_ptr()] = mask, mask_function
+    if isinstance(_thread.attend, _Trace):
+        _thread.attend.masks[mask.data_ptr()] = mask, mask_function
     return mask
 
 

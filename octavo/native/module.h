@@ -42,6 +42,7 @@ public:
         }, "Instruction sets compiled in and supported by this processor, best first.");
         m.def("isa", [this] { return std::string(active->name); }, "The instruction set in use.");
         m.def("use", [this](const std::string& isa) { use(isa); }, "Use another one; for tests and benchmarks.");
+        m.def("has_bf16", &has_bf16, "Whether the processor multiplies bf16 numbers.");
         m.def("set_parallel_for", [this](uint64_t address) { parallel_for = reinterpret_cast<ParallelFor>(address); });
     }
 

@@ -48,6 +48,19 @@ inline void store(void* p, V v) {
 inline f32v splat(float x) { return x - f32v{}; }
 inline i32v splat(int32_t x) { return x - i32v{}; }
 inline f32v to_float(i32v x) { return __builtin_convertvector(x, f32v); }
+// a·b + c, rounded once where the instruction set can. Sums whose bits must not depend on how a loop was compiled say so
+// by this; no other product is fused with a sum (CMakeLists.txt: -ffp-contract=off).
+inline f32v fma(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+    return (f32v)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
 inline f32v max(f32v a, f32v b) { return a > b ? a : b; }  // b where a is NaN
 inline f32v min(f32v a, f32v b) { return a < b ? a : b; }
 inline f32v abs(f32v x) { return (f32v)((u32v)x & 0x7fffffffu); }
@@ -197,11 +210,11 @@ inline f32v exp2(f32v x) {
     x = max(splat(-126.0f), x);
     const f32v n = (x + MAGIC) - MAGIC, r = x - n;
     f32v p = splat(1.32647e-3f);
-    p = p * r + 9.67151e-3f;
-    p = p * r + 5.550734e-2f;
-    p = p * r + 2.4022242e-1f;
-    p = p * r + 6.9314698e-1f;
-    p = p * r + 1.0f;
+    p = fma(p, r, splat(9.67151e-3f));
+    p = fma(p, r, splat(5.550734e-2f));
+    p = fma(p, r, splat(2.4022242e-1f));
+    p = fma(p, r, splat(6.9314698e-1f));
+    p = fma(p, r, splat(1.0f));
 #if defined(__AVX512F__)
     return (f32v)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else

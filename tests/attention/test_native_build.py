@@ -18,7 +18,8 @@ from octavo.attention import cpu
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "octavo" / "attention" / "native"
 SHARED = ROOT / "octavo" / "native"
-FLAGS = ["-std=c++20", "-O2", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", f"-I{SHARED}"]
+FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+FLAGS.append(f"-I{SHARED}")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 
 
