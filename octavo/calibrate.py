@@ -25,6 +25,9 @@ from octavo.quant.calibration import Calibration, Header, validate_choice
 from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Granularity
 from octavo.quant.statistics import LayerStatistics
 
+FIRST_PAGE = (
+    64  # rows of a window that token formats' statistics leave out: edges keep them raw, and sinks are outliers
+)
 NEAR = 128  # positions up to here get as many windows as each doubling beyond, see _offsets
 FARTHEST = 1 << 17  # where windows end for a model that names no context of its own
 SCORES_DIFFER = 0.05  # relative; bf16 rounding moves scores by about 1 %, a scale or a learned position by more
@@ -67,20 +70,25 @@ def calibrate(
     observed = [kept[i if shape.shares is None else shape.shares] for i, shape in enumerate(bound.shapes)]
     for statistics, norms in zip(observed, output_norms(bound), strict=True):
         statistics.projected_by(norms)
+    left_out = FIRST_PAGE if length > FIRST_PAGE else 0
     for done, (window, offset) in enumerate(zip(windows, offsets, strict=True)):
         batch = Batch.build([(Window(window, cache.num_blocks), length)], size).at(offset).on(bound.device)
+        read = [0] * len(bound.layers)  # rows of this window, by layer
 
-        def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch = batch, done: int = done) -> Tensor:
+        def observe(
+            layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch = batch, done: int = done, read: list[int] = read
+        ) -> Tensor:
             for name, x in (("Q", q), ("K", k), ("V", v)):
                 if not torch.isfinite(x).all():
                     raise OctavoError(
                         f"{name} of layer {layer} is not finite in sample {done}: the model overflows in "
                         f"{bound.dtype}; load it with --dtype bf16 or fp32, or check its weights"
                     )
-            observed[layer].read_by(q)
+            skip = max(0, left_out - read[layer])
+            read[layer] += len(q)
+            observed[layer].read_by(q[skip:])
             if layer in kept:
-                kept[layer].k.update(k)
-                kept[layer].v.update(v)
+                kept[layer].update(k, v, skip)
             return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
 
         bound.forward(batch.ids, batch.positions, batch.logits_at, observe)

@@ -74,8 +74,7 @@ def observe(bound: BoundModel, ids: list[int], fingerprint: str) -> Calibration:
     seen = [LayerStatistics(s.kv_heads, s.k_dim, s.v_dim) for s in bound.shapes]
 
     def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen[layer].k.update(k)
-        seen[layer].v.update(v)
+        seen[layer].update(k, v)
         seen[layer].read_by(q)
         return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
 

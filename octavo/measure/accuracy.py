@@ -20,6 +20,7 @@ from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
 from octavo.calibrate import Window
 from octavo.llm import LLM
+from octavo.models.bind import Attend, BoundModel
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity, KVFormat
@@ -37,7 +38,7 @@ class Candidate:
     calibration: Calibration | None = None
     granularity: Granularity | None = None
     headroom: float | None = None
-    simulate: Callable[[Tensor], Tensor] | None = None  # what K and V go through first, for formats we do not have
+    simulate: Callable[[BoundModel], Attend] | None = None  # attention in place of ours; called once for each text
     model: Model | None = None  # in place of the one at hand: the same model with other weights
 
     def llm(self, model: Model, **sizes: Any) -> LLM:
@@ -137,23 +138,21 @@ class _Run:
 
     def start(self, window: Sequence[int]) -> None:
         self.window = Window(window, self.cache.num_blocks)
+        simulate = self.candidate.simulate
+        self.attend = self._attend if simulate is None else simulate(self.bound)
         for measured in (self.loss, self.kl, self.kl_alone, self.same):
             measured.append([])
 
     def advance(self, rows: int) -> Tensor:
         """Log-probabilities [rows, vocabulary] after each of the window's next tokens, float32."""
-        batch = Batch.build([(self.window, rows)], self.cache.layout.block_size).on(self.bound.device)
-        simulate = self.candidate.simulate
-
-        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if simulate is not None:
-                k, v = simulate(k), simulate(v)
-            return attend(self.bound.layers[layer], self.cache.layers[layer], q, k, v, batch)
-
+        self.batch = batch = Batch.build([(self.window, rows)], self.cache.layout.block_size).on(self.bound.device)
         every = torch.arange(rows, device=batch.ids.device)
-        logits = self.bound.forward(batch.ids, batch.positions, every, attention)
+        logits = self.bound.forward(batch.ids, batch.positions, every, self.attend)
         self.window.num_cached += rows
         return logits.float().log_softmax(-1).cpu()
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(self.bound.layers[layer], self.cache.layers[layer], q, k, v, self.batch)
 
     def take(self, reference: Tensor, first: Tensor, own: Tensor, targets: Tensor) -> None:
         self.loss[-1].append(-own.gather(-1, targets[:, None])[:, 0])

@@ -158,7 +158,7 @@ def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
 
 def attention_modules(hf: PreTrainedModel) -> dict[int, nn.Module]:
     """The modules of a bound model that call attention, by layer."""
-    return {vars(module)[NAME].layer: module for module in hf.modules() if NAME in vars(module)}
+    return {vars(module)[NAME]: module for module in hf.modules() if NAME in vars(module)}
 
 
 def _attention(

@@ -16,16 +16,12 @@ from octavo.quant.codec import Static
 from octavo.quant.format import Granularity
 
 QUANTILES = {"q01": 0.01, "q50": 0.50, "q99": 0.99}
-FIRST_PAGE = 64  # rows at a window's beginning that mean and std leave out: attention sinks, outliers of their own kind
 QUANTILE_ROWS = 256  # rows of a window that a quantile is taken over; sorting more costs more than the model's forward
 
 
 @dataclass
 class Statistics:
-    """Running statistics of rows [tokens, kv_heads, dim]; every one float32 [kv_heads, dim].
-
-    Ranges and quantiles are those of all rows. Mean and std leave out the first page of a window that is longer.
-    """
+    """Running statistics of rows [tokens, kv_heads, dim]; every one float32 [kv_heads, dim]."""
 
     kv_heads: int
     dim: int
@@ -43,15 +39,15 @@ class Statistics:
         self.total, self.squares = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         self.quantiles = torch.zeros(len(QUANTILES), *shape)
 
-    def update(self, x: Tensor) -> None:
-        """Add one window of rows. The caller has checked that they are finite."""
+    def update(self, x: Tensor, skip: int = 0) -> None:
+        """Add rows of a window; mean and std leave out the first `skip`. All are finite: the caller's check."""
         x = x.detach().float().cpu()
         self.min = torch.minimum(self.min, x.amin(0))
         self.max = torch.maximum(self.max, x.amax(0))
         thinned = x[:: -(-len(x) // QUANTILE_ROWS)]
         self.quantiles += torch.quantile(thinned, torch.tensor(list(QUANTILES.values())), dim=0)
         self.windows += 1
-        x = beyond_first_page(x).double()
+        x = x[skip:].double()
         self.total += x.sum(0)
         self.squares += x.square().sum(0)
         self.rows += len(x)
@@ -82,9 +78,14 @@ class LayerStatistics:
         self.query_rows = 0
         self.output = torch.zeros(kv_heads, v_dim)  # squares of the norms of the output projections' weights
 
+    def update(self, k: Tensor, v: Tensor, skip: int = 0) -> None:
+        """Add rows of a window, as to `Statistics`."""
+        self.k.update(k, skip)
+        self.v.update(v, skip)
+
     def read_by(self, q: Tensor) -> None:
-        """Add one window of queries [tokens, heads, k_dim]; consecutive heads read the same KV head."""
-        q = beyond_first_page(q.detach().cpu()).double().unflatten(1, (len(self.queries), -1))
+        """Add queries [tokens, heads, k_dim]; consecutive heads read the same KV head."""
+        q = q.detach().cpu().double().unflatten(1, (len(self.queries), -1))
         self.queries += q.square().sum((0, 2))
         self.query_rows += q.shape[0] * q.shape[2]
 
@@ -97,11 +98,6 @@ class LayerStatistics:
         queries, of V the norm of the output projections' weights."""
         queries = (self.queries / self.query_rows).sqrt().float()
         return {"k": {**self.k.summary(), "reader": queries}, "v": {**self.v.summary(), "reader": self.output.sqrt()}}
-
-
-def beyond_first_page(x: Tensor) -> Tensor:
-    """The rows of a window [tokens, …] that mean, std and the queries' mean square are taken over."""
-    return x[FIRST_PAGE:] if len(x) > FIRST_PAGE else x
 
 
 def range_static(low: Tensor, high: Tensor, granularity: Granularity, headroom: float) -> Static:

@@ -11,13 +11,11 @@ from torch import Tensor
 from octavo.quant.codec import decode, encode
 from octavo.quant.format import CODECS
 from octavo.quant.statistics import (
-    FIRST_PAGE,
     QUANTILE_ROWS,
     QUANTILES,
     LayerStatistics,
     Statistics,
     attention_static,
-    beyond_first_page,
 )
 
 Array = NDArray[np.floating]
@@ -44,30 +42,34 @@ def held(statistics: Statistics) -> list[Tensor]:
 def test_streaming_equals_numpy_over_all_rows() -> None:
     parts = windows(100, 1, 37, 256, 300)
     x = np.concatenate(parts).astype(np.float64)
-    body = np.concatenate([part[FIRST_PAGE:] if len(part) > FIRST_PAGE else part for part in parts]).astype(np.float64)
     summary = accumulated(parts).summary()
     np.testing.assert_array_equal(summary["min"].numpy(), x.min(0).astype(np.float32))
     np.testing.assert_array_equal(summary["max"].numpy(), x.max(0).astype(np.float32))
     np.testing.assert_array_equal(summary["absmax"].numpy(), np.abs(x).max(0).astype(np.float32))
-    np.testing.assert_allclose(summary["mean"].numpy(), body.mean(0), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(summary["std"].numpy(), body.std(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(summary["mean"].numpy(), x.mean(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(summary["std"].numpy(), x.std(0), rtol=1e-5, atol=1e-6)
 
 
-def test_the_way_rows_are_cut_into_windows_does_not_matter_to_ranges() -> None:
+def test_the_way_rows_are_cut_into_windows_does_not_matter() -> None:
     (x,) = windows(300)
     whole, cut = accumulated([x]).summary(), accumulated([x[:1], x[1:50], x[50:299], x[299:]]).summary()
     for name in ("min", "max", "absmax"):
         assert torch.equal(whole[name], cut[name])
-
-
-def test_outliers_in_the_first_page_reach_the_range_and_not_the_mean_and_std() -> None:
-    (x,) = windows(300)
-    sink = x.copy()
-    sink[:FIRST_PAGE] *= 100
-    plain, summary = accumulated([x]).summary(), accumulated([sink]).summary()
-    assert (summary["absmax"] > 10 * plain["absmax"]).any()
     for name in ("mean", "std"):
-        assert torch.equal(summary[name], plain[name])
+        torch.testing.assert_close(whole[name], cut[name], rtol=1e-6, atol=1e-6)
+
+
+def test_rows_that_are_skipped_reach_the_range_and_not_the_mean_and_std() -> None:
+    (x,) = windows(300)
+    rest = accumulated([x[64:]]).summary()
+    sinks = torch.from_numpy(x.copy())
+    sinks[:64] *= 100
+    statistics = Statistics(2, 6)
+    statistics.update(sinks, skip=64)
+    summary = statistics.summary()
+    assert (summary["absmax"] > 10 * rest["absmax"]).all()
+    for name in ("mean", "std"):
+        torch.testing.assert_close(summary[name], rest[name], rtol=1e-6, atol=1e-6)
 
 
 def test_quantiles_are_the_mean_of_the_windows_own() -> None:
@@ -95,7 +97,7 @@ def test_extremes_are_found_in_every_row_of_a_long_window() -> None:
 
 def test_sums_keep_their_precision_far_from_zero() -> None:
     parts = [(np.random.default_rng(i).standard_normal((2000, 1, 2)) + 3000).astype(np.float32) for i in range(20)]
-    x = np.concatenate([part[FIRST_PAGE:] for part in parts]).astype(np.float64)
+    x = np.concatenate(parts).astype(np.float64)
     summary = accumulated(parts).summary()
     np.testing.assert_allclose(summary["mean"].numpy(), x.mean(0), rtol=1e-7)
     np.testing.assert_allclose(summary["std"].numpy(), x.std(0), rtol=1e-5)
@@ -114,7 +116,7 @@ def test_memory_does_not_grow_with_updates() -> None:
 
 def test_rows_and_windows_are_counted() -> None:
     statistics = accumulated(windows(100, 1, 37))
-    assert (statistics.rows, statistics.windows) == (100 - FIRST_PAGE + 1 + 37, 3)
+    assert (statistics.rows, statistics.windows) == (138, 3)
 
 
 def test_a_summary_is_float32_per_head_and_channel_and_at_most_sixteen_numbers() -> None:
@@ -157,8 +159,7 @@ def test_rows_of_any_float_dtype_are_taken_at_their_float32_value(dtype: torch.d
 
 def observed(k: Tensor, v: Tensor, q: Tensor, norms: Tensor) -> dict[str, dict[str, Tensor]]:
     layer = LayerStatistics(k.shape[1], k.shape[2], v.shape[2])
-    layer.k.update(k)
-    layer.v.update(v)
+    layer.update(k, v)
     layer.read_by(q)
     layer.projected_by(norms)
     return layer.summary()
@@ -170,7 +171,7 @@ def test_a_key_channels_reader_is_the_root_mean_square_of_the_queries_that_read_
     norms = torch.rand(6, 4, generator=generator)
     sides = observed(k, v, q, norms)
     for head in range(2):
-        of_head = q[FIRST_PAGE:, 3 * head : 3 * head + 3]
+        of_head = q[:, 3 * head : 3 * head + 3]
         torch.testing.assert_close(sides["k"]["reader"][head], of_head.square().mean((0, 1)).sqrt())
         torch.testing.assert_close(sides["v"]["reader"][head], norms[3 * head : 3 * head + 3].square().sum(0).sqrt())
 
@@ -180,8 +181,7 @@ def test_what_another_layer_reads_of_a_shared_cache_is_added_to_its_readers() ->
     for rows in (torch.ones(100, 1, 2), 3 * torch.ones(100, 1, 2)):
         layer.read_by(rows)
         layer.projected_by(rows[0])
-    layer.k.update(torch.randn(100, 1, 2))
-    layer.v.update(torch.randn(100, 1, 2))
+    layer.update(torch.randn(100, 1, 2), torch.randn(100, 1, 2))
     sides = layer.summary()
     torch.testing.assert_close(sides["k"]["reader"], torch.full((1, 2), 5.0**0.5))
     torch.testing.assert_close(sides["v"]["reader"], torch.full((1, 2), 10.0**0.5))
@@ -222,8 +222,3 @@ def test_a_constant_channel_and_one_that_nothing_reads_have_a_finite_scale() -> 
     for tensor in (static.mu, static.c, static.reciprocal):
         assert torch.isfinite(tensor).all()
     assert (static.c > 0).all()
-
-
-def test_a_window_of_one_page_is_looked_at_whole() -> None:
-    assert len(beyond_first_page(torch.zeros(FIRST_PAGE, 1))) == FIRST_PAGE
-    assert len(beyond_first_page(torch.zeros(FIRST_PAGE + 1, 1))) == 1
