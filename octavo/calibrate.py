@@ -4,12 +4,17 @@ One pass, one window at a time, through the same attention hook that serves; mem
 windows. RoPE is relative, so a window may stand at any position without changing the model's output: windows are spread
 over the whole context, densest at its beginning, where most rows of most sessions are. A model for which that is not so
 (learned positions, queries scaled by position) is recognized by its scores, and its windows stay at position 0.
+
+`calibration_for` is what serves: a format that must not go without statistics gets them made first, from a short text.
 """
 
 from __future__ import annotations
 
 import random
+import time
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,17 +24,21 @@ from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
-from octavo.models.model import Model
+from octavo.models.model import BUNDLED, Model
 from octavo.models.output import output_norms
 from octavo.quant.calibration import Calibration, Header, validate_choice
-from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Granularity
+from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Granularity, KVFormat
 from octavo.quant.statistics import LayerStatistics
+from octavo.text import opening
 
 FIRST_PAGE = (
     64  # rows of a window that token formats' statistics leave out: edges keep them raw, and sinks are outliers
 )
 NEAR = 128  # positions up to here get as many windows as each doubling beyond, see _offsets
 FARTHEST = 1 << 17  # where windows end for a model that names no context of its own
+SHORT = (8, 256)  # windows and tokens in each, of a calibration that is made before serving
+PATIENCE = 60.0  # seconds that it may take
+PROSE = BUNDLED / "evaluation.txt"
 SCORES_DIFFER = 0.05  # relative; bf16 rounding moves scores by about 1 %, a scale or a learned position by more
 
 
@@ -106,6 +115,62 @@ def calibrate(
         headroom=headroom,
     )
     return Calibration(header, [statistics.summary() for statistics in observed])
+
+
+def calibration_for(
+    model: Model,
+    given: str | Path | Calibration | None,
+    format: KVFormat,
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration | None:
+    """The calibration to serve `format` with, as `Model.calibration` finds it.
+
+    For a format that calibrates first one is made where there is none, and saved as `octavo calibrate` does;
+    `progress` is called with the number of windows done and of all. Raises OctavoError if that takes too long.
+    """
+    if given is not None or not format.calibrates_first or model.calibration_file() is not None:
+        return model.calibration(given, format)
+    windows = _short_windows(model)
+    warnings.warn(
+        f"{format} needs a calibration, and {model.name} has none yet: making one from {len(windows)} short windows of "
+        f"English prose. `octavo calibrate {model.name}` makes it from other texts",
+        stacklevel=3,
+    )
+    start = time.perf_counter()
+
+    def watch(done: int) -> None:
+        seconds = (time.perf_counter() - start) * len(windows) / done
+        if done == 1 and seconds > PATIENCE:
+            raise OctavoError(
+                f"{format} needs a calibration of {model.name}, which takes about {seconds / 60:.0f} minutes here: run "
+                f"`octavo calibrate {model.name} --calib-dataset {PROSE} --calib-samples {len(windows)} "
+                f"--calib-seqlen {len(windows[0])}` first, or use --kv kv8, which needs none"
+            )
+        if progress is not None:
+            progress(done, len(windows))
+
+    made = calibrate(model, windows, dataset="short: English prose, before serving", progress=watch)
+    if not model.synthetic:
+        try:
+            made.save(model.work_dir)
+        except OctavoError as error:
+            warnings.warn(f"{error}; it is made again next time", stacklevel=3)
+    return model.calibration(made, format)
+
+
+def _short_windows(model: Model) -> list[list[int]]:
+    """Pieces of the bundled prose from its beginning to its end, each opened as a session is. A model without a
+    tokenizer sees random tokens."""
+    count, length = SHORT[0], min(SHORT[1], model.bound.max_context)
+    if model.tokenizer is None:
+        random_tokens = torch.Generator().manual_seed(0)
+        return torch.randint(model.bound.vocab_size, (count, length), generator=random_tokens).tolist()
+    prefix = opening(model.tokenizer)[: length - 1]
+    text = PROSE.read_text(encoding="utf-8")
+    tokens = list(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    body = length - len(prefix)
+    starts = [(len(tokens) - body) * i // (count - 1) for i in range(count)]
+    return [prefix + tokens[start : start + body] for start in starts]
 
 
 def _common_length(windows: Sequence[Sequence[int]], max_context: int) -> int:

@@ -10,12 +10,15 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from octavo.calibrate import _offsets, calibrate, shift_invariant
+from octavo.calibrate import _offsets, calibrate, calibration_for, shift_invariant
 from octavo.cli import main
 from octavo.errors import OctavoError
+from octavo.llm import LLM
 from octavo.models.model import Model
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
+from octavo.quant.format import KVFormat
 
+INT4 = KVFormat.parse("int4-token")
 LLAMA = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -138,6 +141,52 @@ def test_windows_that_do_not_fit_are_refused(texts: list[list[int]], message: st
 def test_impossible_defaults_are_refused_before_anything_runs(name: str, value: object) -> None:
     with pytest.raises(OctavoError, match=name):
         calibrate(tiny(), windows(1, 16), dataset="random", **{name: value})  # type: ignore[arg-type]
+
+
+class TestBeforeServing:
+    """Formats with 4-bit keys get a short calibration first; others are served without one, and say what it costs."""
+
+    @pytest.fixture(autouse=True)
+    def own_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+
+    def test_it_is_told_made_once_and_kept_where_calibrate_keeps_it(
+        self, pamphlet: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps: list[tuple[int, int]] = []
+        with pytest.warns(UserWarning, match="int4-token needs a calibration.*octavo calibrate pamphlet"):
+            made = calibration_for(pamphlet, None, INT4, lambda *step: steps.append(step))
+        assert made is not None
+        assert steps == [(i, 8) for i in range(1, 9)]
+        assert made.header.positions[1] == pamphlet.bound.max_context - 1
+        assert (pamphlet.work_dir / FILE_NAME).is_file()
+        monkeypatch.setattr("octavo.calibrate.calibrate", None)
+        found = calibration_for(pamphlet, None, INT4)
+        assert found is not None
+        assert found.header == made.header
+
+    def test_where_it_would_take_too_long_the_command_is_named_and_nothing_is_kept(
+        self, pamphlet: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("octavo.calibrate.PATIENCE", 0.0)
+        with pytest.warns(UserWarning), pytest.raises(OctavoError, match=r"octavo calibrate pamphlet .*--kv kv8"):
+            calibration_for(pamphlet, None, INT4)
+        assert not (pamphlet.work_dir / FILE_NAME).exists()
+
+    def test_keys_of_8_bits_are_served_without_and_say_in_a_line_what_that_costs(self, pamphlet: Model) -> None:
+        with pytest.warns(UserWarning, match="int8-token runs without a calibration.*octavo calibrate pamphlet"):
+            llm = LLM(pamphlet, "int8-token", session_len=128, max_batch_size=1)
+        assert llm.calibration is None
+        assert not (pamphlet.work_dir / FILE_NAME).exists()
+
+    def test_random_weights_are_calibrated_on_random_tokens_and_nothing_is_kept(self, tmp_path: Path) -> None:
+        model = tiny()
+        with pytest.warns(UserWarning, match="needs a calibration"):
+            made = calibration_for(model, None, INT4)
+        assert made is not None
+        assert made.header.fingerprint == SYNTHETIC
+        assert not list(tmp_path.rglob(FILE_NAME))
 
 
 class TestCommand:

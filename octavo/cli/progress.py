@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from octavo.models.model import Model
+    from octavo.quant.calibration import Calibration
+    from octavo.quant.format import KVFormat
 
 
 def progress() -> Any:
@@ -18,3 +24,16 @@ def progress() -> Any:
         TimeRemainingColumn(),
         console=Console(file=sys.stderr),
     )
+
+
+def calibration_with_bar(model: Model, given: Path | None, format: KVFormat) -> Calibration | None:
+    """`octavo.calibrate.calibration_for`, with a bar where it makes one."""
+    from octavo.calibrate import calibration_for
+
+    with progress() as bar:
+
+        def tell(done: int, total: int) -> None:
+            task = bar.task_ids[0] if bar.task_ids else bar.add_task("calibrating", total=total)
+            bar.update(task, completed=done)
+
+        return calibration_for(model, given, format, tell)
