@@ -41,11 +41,11 @@ AT_ONCE = 4  # formats that share one reading of the baseline
 Row = dict[str, Any]
 
 
-def candidates(calibration: Calibration, wanted: Sequence[str]) -> list[Candidate]:
+def candidates(model: Model, calibration: Calibration, wanted: Sequence[str]) -> list[Candidate]:
     return [
         *(Candidate(name, KVFormat.parse(name), calibration) for name in CALIBRATED if name in wanted),
         *(Candidate(name, KVFormat.parse(name.split(",")[0])) for name in UNCALIBRATED if name in wanted),
-        *(candidate for candidate in peer_formats.candidates() if candidate.name in wanted),
+        *(candidate for candidate in peer_formats.candidates(model) if candidate.name in wanted),
     ]
 
 
@@ -76,7 +76,7 @@ def calibrated(model: Model, samples: int, seqlen: int, data: Path, work_dir: Pa
 
 def measure(model: Model, calibration: Calibration, rows: list[Row], args: argparse.Namespace) -> None:
     """Add the rows of `model` that are missing to `rows`, and keep them after every few."""
-    chosen = candidates(calibration, NAMES if args.formats is None else args.formats.split(";"))
+    chosen = candidates(model, calibration, NAMES if args.formats is None else args.formats.split(";"))
     header = calibration.header
     for text in TEXTS:
         how = {

@@ -1,7 +1,6 @@
 """Cache formats of other engines, simulated: what attention reads there, computed in float32.
 
-Each is a function that makes attention for one text: `Candidate.simulate` of octavo/measure/accuracy.py. K and V are
-rounded as the engine would store them; arithmetic on them is exact, so what is measured is the format alone.
+K and V are rounded as the engine would store them, and read in float32: what is measured is the format alone.
 
     fp8 e4m3, scale 1      vLLM and SGLang, --kv-cache-dtype fp8 without calibrated scales
     q8_0, q4_0             llama.cpp, groups of 32 with an fp16 scale; rotated by a Hadamard matrix, as it does since
@@ -13,12 +12,15 @@ rounded as the engine would store them; arithmetic on them is exact, so what is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from octavo.measure.accuracy import Candidate
 from octavo.models.bind import Attend, BoundModel
+from octavo.models.model import Model
 from octavo.quant.codec import rotate
 from octavo.quant.format import KVFormat
 
@@ -34,49 +36,54 @@ BITS = {  # a value, scales and minima included
 }
 
 
-def candidates() -> list[Candidate]:
-    attention = (
-        _peer(_fp8, _fp8),
-        _peer(_q8_0, _q8_0),
-        _peer(_rotated(_q8_0), _rotated(_q8_0)),
-        _peer(_rotated(_q4_0), _rotated(_q4_0)),
-        _peer(_by_channel, _by_token, RECENT),
-    )
-    return [Candidate(name, KVFormat.parse("fp32"), simulate=a) for name, a in zip(BITS, attention, strict=True)]
+def candidates(model: Model) -> list[Candidate]:
+    fp32 = KVFormat.parse("fp32")
+    rounded = (_fp8, _q8_0, _rotated(_q8_0), _rotated(_q4_0))
+    kivi = replace(model, bound=_RecentRaw(model.bound))  # type: ignore[arg-type]  # behaves as one
+    *names, last = BITS
+    return [
+        *(Candidate(name, fp32, simulate=simulate) for name, simulate in zip(names, rounded, strict=True)),
+        Candidate(last, fp32, model=kivi),
+    ]
 
 
-def _peer(k: Rounded, v: Rounded, recent: int = 0) -> Callable[[BoundModel], Attend]:
-    """Attention whose queries read the last `recent` rows as they are and all rows before them rounded."""
+class _RecentRaw:
+    """A bound model whose queries read the last RECENT rows as they are and all rows before them as KIVI rounds them.
 
-    def begin(bound: BoundModel) -> Attend:
-        kept: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer, K and V of the text so far
+    It brings its own attention: what a query reads of a row depends on how far away it is.
+    """
 
-        def attend(layer: int, q: Tensor, new_k: Tensor, new_v: Tensor) -> Tensor:
-            if layer in kept:
-                new_k, new_v = torch.cat([kept[layer][0], new_k]), torch.cat([kept[layer][1], new_v])
-            kept[layer] = new_k, new_v
-            spec = bound.layers[layer]
-            if spec.window is not None or spec.softcap is not None or spec.sinks is not None:
-                raise NotImplementedError("peers' formats are simulated for plain causal attention only")
-            group = q.shape[1] // new_k.shape[1]
-            heads = [x.repeat_interleave(group, 1).transpose(0, 1) for x in (new_k, k(new_k), new_v, v(new_v))]
-            raw_k, rounded_k, raw_v, rounded_v = heads
-            key = torch.arange(len(new_k))
-            query = key[-len(q) :, None]
-            near = key > query - recent
-            q = q.transpose(0, 1) * spec.scale
-            scores = q @ rounded_k.mT
-            if recent:
-                scores = torch.where(near, q @ raw_k.mT, scores)
-            weights = scores.masked_fill(key > query, -torch.inf).softmax(-1)
-            if not recent:
-                return (weights @ rounded_v).transpose(0, 1)
-            out = weights.masked_fill(~near, 0) @ raw_v + weights.masked_fill(near, 0) @ rounded_v
-            return out.transpose(0, 1)
+    def __init__(self, bound: BoundModel):
+        self.bound = bound
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # K and V of the text so far, by layer
 
-        return attend
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.bound, name)
 
-    return begin
+    def forward(self, ids: Tensor, positions: Tensor, logits_at: Tensor, _: Attend) -> Tensor:
+        if positions[0] == 0:
+            self.kept.clear()
+        return self.bound.forward(ids, positions, logits_at, self.attend)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layer in self.kept:
+            k, v = (torch.cat(both) for both in zip(self.kept[layer], (k, v), strict=True))
+        self.kept[layer] = k, v
+        spec = self.bound.layers[layer]
+        if spec.window is not None or spec.softcap is not None or spec.sinks is not None:
+            raise NotImplementedError("KIVI is simulated for plain causal attention only")
+        group = q.shape[1] // k.shape[1]
+        raw_k, rounded_k, raw_v, rounded_v = (
+            x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, _by_channel(k), v, _by_token(v))
+        )
+        key = torch.arange(len(k))
+        query = key[-len(q) :, None]
+        recent = key > query - RECENT
+        q = q.transpose(0, 1) * spec.scale
+        scores = torch.where(recent, q @ raw_k.mT, q @ rounded_k.mT)
+        weights = scores.masked_fill(key > query, -torch.inf).softmax(-1)
+        out = weights.masked_fill(~recent, 0) @ raw_v + weights.masked_fill(recent, 0) @ rounded_v
+        return out.transpose(0, 1)
 
 
 def _fp8(x: Tensor) -> Tensor:

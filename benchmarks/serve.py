@@ -126,7 +126,7 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
 
             def own(prompts: list[str] = prompts, params: SamplingParams = params) -> float:
                 start = time.perf_counter()
-                tokens = sum(len(c.tokens) for c in llm.generate(prompts, params))
+                tokens = sum(len(c.token_ids) for c in llm.generate(prompts, params))
                 return tokens / (time.perf_counter() - start)
 
             def served(prompts: list[str] = prompts, fields: dict[str, Any] = fields) -> float:

@@ -13,7 +13,7 @@ def __getattr__(name: str) -> object:
 
         return LLM
     if name == "SamplingParams":
-        from octavo.engine.sampling import SamplingParams
+        from octavo.engine.params import SamplingParams
 
         return SamplingParams
     if name == "KVFormat":

@@ -1,6 +1,6 @@
 """Run a model over windows of text and keep what its K and V looked like.
 
-One pass, one window at a time, through the same attention hook that serves; memory does not grow with the number of
+One pass, one window at a time, through the same attention that serves; memory does not grow with the number of
 windows. RoPE is relative, so a window may stand at any position without changing the model's output: windows are spread
 over the whole context, densest at its beginning, where most rows of most sessions are. A model for which that is not so
 (learned positions, queries scaled by position) is recognized by its scores, and its windows stay at position 0.
@@ -19,9 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from octavo.attention import attend, layout_for
-from octavo.cache.batch import Batch
-from octavo.cache.store import KVCache
+from octavo.engine.reading import Reading
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
 from octavo.models.model import BUNDLED, Model
@@ -31,22 +29,13 @@ from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Granulari
 from octavo.quant.statistics import LayerStatistics
 from octavo.text import opening
 
-FIRST_PAGE = (
-    64  # rows of a window that token formats' statistics leave out: edges keep them raw, and sinks are outliers
-)
+FIRST_PAGE = 64  # rows of a window that mean and std leave out: sinks, outliers that edges keep raw
 NEAR = 128  # positions up to here get as many windows as each doubling beyond, see _offsets
 FARTHEST = 1 << 17  # where windows end for a model that names no context of its own
 SHORT = (8, 256)  # windows and tokens in each, of a calibration that is made before serving
 PATIENCE = 60.0  # seconds that it may take
 PROSE = BUNDLED / "evaluation.txt"
 SCORES_DIFFER = 0.05  # relative; bf16 rounding moves scores by about 1 %, a scale or a learned position by more
-
-
-class Window:
-    """A whole text as a sequence that owns the cache's first blocks."""
-
-    def __init__(self, tokens: Sequence[int], blocks: int):
-        self.tokens, self.num_cached, self.block_table = list(tokens), 0, list(range(blocks))
 
 
 def calibrate(
@@ -67,10 +56,7 @@ def calibrate(
     bound = model.bound
     length = _common_length(windows, bound.max_context)
     offsets = _offsets(bound, len(windows), length, seed)
-    raw = bound.raw_format
-    layout = layout_for(bound.shapes)
-    size = layout.block_size
-    cache = KVCache(bound.shapes, raw, -(-length // size), layout)
+    reading = Reading(bound)
     kept = {
         i: LayerStatistics(shape.kv_heads, shape.k_dim, shape.v_dim)
         for i, shape in enumerate(bound.shapes)
@@ -81,12 +67,9 @@ def calibrate(
         statistics.projected_by(norms)
     left_out = FIRST_PAGE if length > FIRST_PAGE else 0
     for done, (window, offset) in enumerate(zip(windows, offsets, strict=True)):
-        batch = Batch.build([(Window(window, cache.num_blocks), length)], size).at(offset).on(bound.device)
         read = [0] * len(bound.layers)  # rows of this window, by layer
 
-        def observe(
-            layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch = batch, done: int = done, read: list[int] = read
-        ) -> Tensor:
+        def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, done: int = done, read: list[int] = read) -> None:
             for name, x in (("Q", q), ("K", k), ("V", v)):
                 if not torch.isfinite(x).all():
                     raise OctavoError(
@@ -98,9 +81,8 @@ def calibrate(
             observed[layer].read_by(q[skip:])
             if layer in kept:
                 kept[layer].update(k, v, skip)
-            return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
 
-        bound.forward(batch.ids, batch.positions, batch.logits_at, observe)
+        reading.run(window, observe, torch.arange(offset, offset + length))
         if progress is not None:
             progress(done + 1)
 
@@ -203,20 +185,15 @@ def _offsets(bound: BoundModel, count: int, length: int, seed: int) -> list[int]
 def shift_invariant(bound: BoundModel, offset: int) -> bool:
     """Whether the attention scores of a text stay the same when it is placed `offset` positions later."""
     n = 16
-    ids = torch.randint(bound.vocab_size, (n,), generator=torch.Generator().manual_seed(0)).to(bound.device)
-    positions = torch.arange(n, device=bound.device)
+    ids = torch.randint(bound.vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
     scores: dict[int, list[Tensor]] = {0: [], offset: []}
     for start, seen in scores.items():
 
-        def record(layer: int, q: Tensor, k: Tensor, v: Tensor, seen: list[Tensor] = seen) -> Tensor:
+        def record(_layer: int, q: Tensor, k: Tensor, _v: Tensor, seen: list[Tensor] = seen) -> None:
             group = q.shape[1] // k.shape[1]
-            score = torch.einsum("qhd,khd->hqk", q.float(), k.float().repeat_interleave(group, 1))
-            seen.append(score.cpu())
-            hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-            weights = (score * bound.layers[layer].scale).masked_fill(hidden, -torch.inf).softmax(-1)
-            return torch.einsum("hqk,khd->qhd", weights, v.float().repeat_interleave(group, 1)).to(q.dtype)
+            seen.append(torch.einsum("qhd,khd->hqk", q.float(), k.float().repeat_interleave(group, 1)).cpu())
 
-        bound.forward(ids, positions + start, positions[-1:], record)
+        Reading(bound).run(ids, record, torch.arange(start, start + n))
     return all(
         (moved - placed).norm() <= SCORES_DIFFER * placed.norm()
         for placed, moved in zip(scores[0], scores[offset], strict=True)

@@ -17,15 +17,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
-from octavo.answer import Answer, Completion, Delta, Outbox
 from octavo.attention import layout_for
 from octavo.cache import session
 from octavo.cache.session import Damaged, Identity, SavedSession
 from octavo.cache.size import block_bytes, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
 from octavo.calibrate import calibration_for
+from octavo.completion import Answer, Completion, Delta, Outbox
 from octavo.engine.engine import Engine
-from octavo.engine.sampling import SamplingParams
+from octavo.engine.params import SamplingParams
 from octavo.engine.sequence import FinishReason, Sequence
 from octavo.engine.warmup import LargestStep
 from octavo.errors import OctavoError

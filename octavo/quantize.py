@@ -14,14 +14,10 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from octavo.attention import attend, layout_for
-from octavo.cache.batch import Batch
-from octavo.cache.store import KVCache
-from octavo.calibrate import Window
+from octavo.engine.reading import Reading
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import BoundModel
 from octavo.models.packed import packable
@@ -150,16 +146,9 @@ def _scale(
 
 
 def _trial(bound: BoundModel) -> Tensor:
-    """Logits of a few random tokens, the same in every run; plain attention, since folds do not depend on its kind."""
-    ids = torch.randint(bound.vocab_size, (TRIAL,), generator=torch.Generator().manual_seed(0)).to(bound.device)
-    positions = torch.arange(TRIAL, device=bound.device)
-
-    def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        scale = bound.layers[layer].scale
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(0, 1)
-
-    return bound.forward(ids, positions, positions, causal)
+    """Logits of a few random tokens, the same in every run."""
+    ids = torch.randint(bound.vocab_size, (TRIAL,), generator=torch.Generator().manual_seed(0)).tolist()
+    return torch.cat(list(Reading(bound).logits(ids)))
 
 
 def _watch(
@@ -173,18 +162,10 @@ def _watch(
         layer.register_forward_pre_hook(partial(_take, inputs[fold], ROWS / tokens, tokens, generator))
         for fold, layer in first.items()
     ]
-    layout = layout_for(bound.shapes)
-    blocks = -(-max(map(len, windows)) // layout.block_size)
-    cache = KVCache(bound.shapes, bound.raw_format, blocks, layout)
     try:
         for done, window in enumerate(windows):
             progress("watching inputs", done, len(windows))
-            batch = Batch.build([(Window(window, blocks), len(window))], layout.block_size).on(bound.device)
-
-            def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch = batch) -> Tensor:
-                return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
-
-            bound.forward(batch.ids, batch.positions, batch.logits_at, observe)
+            Reading(bound).run(window)
     finally:
         for handle in handles:
             handle.remove()

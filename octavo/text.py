@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence as Rows
 from typing import Any
 
+from octavo.engine.params import is_text
 from octavo.errors import OctavoError
 
 Message = dict[str, Any]  # {"role": "user", "content": …}; a template may know more fields, such as tool_calls
@@ -57,11 +58,6 @@ def check_messages(value: Any) -> list[Message]:
         if not all(is_text(part) for part in message.values()):
             raise OctavoError(f"message {i} holds something else than text")
     return value
-
-
-def is_text(value: Any) -> bool:
-    """Whether `value` is a string that a tokenizer can take: no half of a surrogate pair, as JSON allows."""
-    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 class TextStream:

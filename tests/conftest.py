@@ -7,11 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from octavo.attention import attend
-from octavo.cache.batch import Batch
-from octavo.cache.layout import Layout
-from octavo.cache.store import KVCache
-from octavo.engine.sequence import Sequence
+from octavo.engine.reading import Reading
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import BUNDLED, Model
 from octavo.models.output import output_norms
@@ -65,20 +61,13 @@ def llama_calibration(llama: BoundModel) -> Calibration:
 
 def observe(bound: BoundModel, ids: list[int], fingerprint: str) -> Calibration:
     """The statistics of K and V in one real forward over `ids`, from position 0."""
-    layout = Layout()
-    blocks = -(-len(ids) // layout.block_size)
-    cache = KVCache(bound.shapes, KVFormat.parse("fp32"), blocks, layout)
-    window = Sequence(ids)
-    window.block_table = list(range(blocks))
-    batch = Batch.build([(window, len(ids))], layout.block_size)
     seen = [LayerStatistics(s.kv_heads, s.k_dim, s.v_dim) for s in bound.shapes]
 
-    def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         seen[layer].update(k, v)
         seen[layer].read_by(q)
-        return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
 
-    bound.forward(batch.ids, batch.positions, batch.logits_at, record)
+    Reading(bound, KVFormat.parse("fp32")).run(ids, record)
     for statistics, norms in zip(seen, output_norms(bound), strict=True):
         statistics.projected_by(norms)
     header = Header(fingerprint, "a test", 1, len(ids), len(ids), (0, len(ids) - 1))

@@ -170,7 +170,10 @@ class TestBeforeServing:
         self, pamphlet: Model, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("octavo.calibrate.PATIENCE", 0.0)
-        with pytest.warns(UserWarning, match="needs a"), pytest.raises(OctavoError, match=r"octavo calibrate pamphlet .*--kv kv8"):
+        with (
+            pytest.warns(UserWarning, match="needs a"),
+            pytest.raises(OctavoError, match=r"octavo calibrate pamphlet .*--kv kv8"),
+        ):
             calibration_for(pamphlet, None, INT4)
         assert not (pamphlet.work_dir / FILE_NAME).exists()
 

@@ -49,8 +49,8 @@ def test_answers_match_the_schema_beside_others_that_have_none(llm: LLM):
 
 def test_a_schema_costs_the_answer_beside_it_nothing(llm: LLM):
     free = SamplingParams(max_tokens=20, temperature=1, seed=3)
-    alone = llm.generate("The cat", free)[0].tokens
-    beside = llm.generate(["The cat", "A dog"], [free, SamplingParams(max_tokens=20, json_schema=PET)])[0].tokens
+    alone = llm.generate("The cat", free)[0].token_ids
+    beside = llm.generate(["The cat", "A dog"], [free, SamplingParams(max_tokens=20, json_schema=PET)])[0].token_ids
     assert beside == alone
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from octavo import LLM, KVFormat, OctavoError, SamplingParams
-from octavo.answer import Completion, Delta
+from octavo.completion import Completion, Delta
 from octavo.models.model import BUNDLED, Model
 from octavo.quant.calibration import Calibration
 
@@ -58,23 +58,23 @@ def test_a_string_a_list_of_one_and_its_token_ids_are_the_same_prompt(llm: LLM):
     assert all(len(completions) == 1 for completions in answers)
     assert len({completions[0].text for completions in answers}) == 1
     assert answers[0][0].prompt_tokens == len(ids)
-    assert answers[0][0].text == llm.tokenizer.decode(answers[0][0].tokens)
+    assert answers[0][0].text == llm.tokenizer.decode(answers[0][0].token_ids)
 
 
 def test_completions_come_in_the_order_of_their_prompts_not_of_their_ends(llm: LLM):
     prompts = ["The cat", llm.tokenizer("A big dog")["input_ids"], STORY, "One day", "Tom and"]
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (20, 3, 11, 1, 7)]
     together = llm.generate(prompts, params)
-    assert [len(completion.tokens) for completion in together] == [20, 3, 11, 1, 7]
+    assert [len(completion.token_ids) for completion in together] == [20, 3, 11, 1, 7]
     for prompt, own, completion in zip(prompts, params, together, strict=True):
-        assert llm.generate([prompt], own)[0].tokens == completion.tokens
+        assert llm.generate([prompt], own)[0].token_ids == completion.token_ids
 
 
 def test_each_prompt_may_have_parameters_of_its_own_and_their_number_must_agree(llm: LLM):
     free = SamplingParams(max_tokens=6, temperature=5.0, seed=1, ignore_eos=True)
     greedy, drawn = llm.generate([STORY, STORY], [replace(SHORT, ignore_eos=True), free])
-    assert (len(greedy.tokens), len(drawn.tokens)) == (12, 6)
-    assert drawn.tokens != greedy.tokens[:6]
+    assert (len(greedy.token_ids), len(drawn.token_ids)) == (12, 6)
+    assert drawn.token_ids != greedy.token_ids[:6]
     with pytest.raises(OctavoError, match="2 prompts but 1 sampling parameters"):
         llm.generate([STORY, STORY], [SHORT])
 
@@ -95,7 +95,11 @@ def test_a_stream_is_the_completions_in_pieces(llm: LLM):
         assert "".join(piece.text for piece in pieces) == expected.text
         assert [piece.completion for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
         got = pieces[-1].completion
-        assert (got.text, got.tokens, got.finish_reason) == (expected.text, expected.tokens, expected.finish_reason)
+        assert (got.text, got.token_ids, got.finish_reason) == (
+            expected.text,
+            expected.token_ids,
+            expected.finish_reason,
+        )
     assert {delta.index for delta in deltas[:6]} == {0, 1, 2}, "one answer after the other, not together"
 
 
@@ -111,7 +115,7 @@ def test_chat_answers_the_template_and_streams_the_same(llm: LLM):
     answer = llm.chat(messages, SHORT)
     template = llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert template.endswith("<|assistant|>")
-    assert answer.tokens == llm.generate(template, SHORT)[0].tokens
+    assert answer.token_ids == llm.generate(template, SHORT)[0].token_ids
     *_, last = llm.chat(messages, SHORT, stream=True)
     assert last.completion.text == answer.text
     assert "<|" not in answer.text
@@ -119,7 +123,7 @@ def test_chat_answers_the_template_and_streams_the_same(llm: LLM):
 
 def test_log_probabilities_come_with_the_tokens_where_asked_for(llm: LLM):
     asked, plain = llm.generate([STORY, "The cat"], [replace(SHORT, logprobs=2), SHORT])
-    assert [s.token for s in asked.sampled] == asked.tokens
+    assert [s.token for s in asked.sampled] == asked.token_ids
     assert all(len(s.top) == 2 and s.logprob is not None for s in asked.sampled)
     assert all(s.logprob is None and s.top == {} for s in plain.sampled)
 
@@ -129,13 +133,13 @@ def test_log_probabilities_come_with_the_tokens_where_asked_for(llm: LLM):
 
 def test_an_answer_of_the_greatest_length_says_so(llm: LLM):
     completion = llm.generate(STORY, SamplingParams(max_tokens=7, ignore_eos=True))[0]
-    assert (len(completion.tokens), completion.finish_reason) == (7, "length")
+    assert (len(completion.token_ids), completion.finish_reason) == (7, "length")
 
 
 def test_an_answer_ends_where_the_session_does(pamphlet: Model):
     small = LLM(pamphlet, kv="fp32", session_len=20)
     completion = small.generate(STORY, SamplingParams(ignore_eos=True))[0]
-    assert completion.prompt_tokens + len(completion.tokens) == 20
+    assert completion.prompt_tokens + len(completion.token_ids) == 20
     assert completion.finish_reason == "length"
     with pytest.raises(OctavoError, match=r"prompt has 20 tokens .*session holds 20 .*--session-len"):
         small.generate([5] * 20)
@@ -154,24 +158,24 @@ def test_any_of_several_eos_ids_ends_an_answer_and_is_a_token_of_it_but_not_text
     llm: LLM, story: Completion, which: int
 ):
     at = (9, 4)[which]
-    ids = [story.tokens[at], next(t for t in range(4000) if t not in story.tokens)][:: -1 if which else 1]
-    at = story.tokens.index(story.tokens[at])
+    ids = [story.token_ids[at], next(t for t in range(4000) if t not in story.token_ids)][:: -1 if which else 1]
+    at = story.token_ids.index(story.token_ids[at])
     completion = with_eos(llm, *ids).generate(STORY, SamplingParams(max_tokens=40))[0]
     assert completion.finish_reason == "stop"
-    assert completion.tokens == story.tokens[: at + 1]
-    assert completion.text == llm.tokenizer.decode(story.tokens[:at])
+    assert completion.token_ids == story.token_ids[: at + 1]
+    assert completion.text == llm.tokenizer.decode(story.token_ids[:at])
 
 
 def test_the_first_of_two_eos_ids_that_comes_ends_the_answer(llm: LLM, story: Completion):
-    ended = with_eos(llm, story.tokens[12], story.tokens[5])
+    ended = with_eos(llm, story.token_ids[12], story.token_ids[5])
     completion = ended.generate(STORY, SamplingParams(max_tokens=40))[0]
-    assert len(completion.tokens) == 1 + min(story.tokens.index(story.tokens[i]) for i in (12, 5))
+    assert len(completion.token_ids) == 1 + min(story.token_ids.index(story.token_ids[i]) for i in (12, 5))
 
 
 def test_ignore_eos_goes_on_to_the_greatest_length(llm: LLM, story: Completion):
-    ended = with_eos(llm, story.tokens[4])
+    ended = with_eos(llm, story.token_ids[4])
     completion = ended.generate(STORY, SamplingParams(max_tokens=40, ignore_eos=True))[0]
-    assert completion.tokens == story.tokens
+    assert completion.token_ids == story.token_ids
     assert completion.finish_reason == "length"
 
 
@@ -180,10 +184,10 @@ def test_the_bundled_models_own_eos_ids_are_all_of_its_generation_config(pamphle
 
 
 def test_a_requests_own_stop_ids_end_it_even_if_eos_is_ignored(llm: LLM, story: Completion):
-    token = story.tokens[6]
+    token = story.token_ids[6]
     params = SamplingParams(max_tokens=40, stop_token_ids=(token, 4095), ignore_eos=True)
     completion = llm.generate(STORY, params)[0]
-    assert completion.tokens == story.tokens[: story.tokens.index(token) + 1]
+    assert completion.token_ids == story.token_ids[: story.token_ids.index(token) + 1]
     assert completion.finish_reason == "stop"
 
 
@@ -201,13 +205,13 @@ def test_a_stop_string_ends_the_answer_before_it(llm: LLM, story: Completion, st
         completion = llm.generate(STORY, params)[0]
     assert completion.text == story.text[: story.text.index(stop)]
     assert completion.finish_reason == "stop"
-    assert completion.tokens == story.tokens[: len(completion.tokens)]
-    assert len(completion.tokens) < 40, "computed on after its end"
+    assert completion.token_ids == story.token_ids[: len(completion.token_ids)]
+    assert len(completion.token_ids) < 40, "computed on after its end"
 
 
 def test_a_stop_string_completed_by_the_last_allowed_token_is_a_stop(llm: LLM, story: Completion):
     n = 10
-    before, after = (llm.tokenizer.decode(story.tokens[:k]) for k in (n - 1, n))
+    before, after = (llm.tokenizer.decode(story.token_ids[:k]) for k in (n - 1, n))
     stop = after[len(before) - 2 :]
     assert stop not in before
     completion = llm.generate(STORY, SamplingParams(max_tokens=n, stop=stop, ignore_eos=True))[0]
@@ -215,7 +219,7 @@ def test_a_stop_string_completed_by_the_last_allowed_token_is_a_stop(llm: LLM, s
 
 
 def test_what_a_stop_string_held_back_is_part_of_an_answer_that_ends_without_it(llm: LLM, story: Completion):
-    text = llm.tokenizer.decode(story.tokens[:10])
+    text = llm.tokenizer.decode(story.token_ids[:10])
     params = SamplingParams(max_tokens=10, stop=text[-3:] + "\x00", ignore_eos=True)
     completion = llm.generate(STORY, params)[0]
     assert (completion.text, completion.finish_reason) == (text, "length")
@@ -274,7 +278,7 @@ def test_an_interrupt_within_a_step_ends_the_answer_and_not_the_llm(
         with pytest.raises(KeyboardInterrupt):
             list(stream)
     assert_idle(llm)
-    assert llm.generate(STORY, SamplingParams(max_tokens=40, ignore_eos=True))[0].tokens == story.tokens
+    assert llm.generate(STORY, SamplingParams(max_tokens=40, ignore_eos=True))[0].token_ids == story.token_ids
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -284,7 +288,7 @@ def test_an_interrupt_within_a_step_ends_the_answer_and_not_the_llm(
 def test_a_token_that_the_model_does_not_have_is_refused_by_its_number(llm: LLM, token: int):
     with pytest.raises(OctavoError, match=f"token {token} .*4096"):
         llm.generate([[1, 2, token]], SHORT)
-    with pytest.raises(OctavoError, match=f"token {token} .*4096"):
+    with pytest.raises(OctavoError, match=f"token {token} .*4096|stop_token_ids is"):
         llm.generate(STORY, SamplingParams(stop_token_ids=(token,)))
 
 
@@ -411,12 +415,12 @@ def test_a_second_turn_finds_the_first_and_its_answer_in_the_cache(llm: LLM):
     assert first.cached_tokens == 0
     messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And then?"}]
     second = llm.chat(messages, SHORT)
-    known = first.prompt_tokens + len(first.tokens) - 1
+    known = first.prompt_tokens + len(first.token_ids) - 1
     assert second.cached_tokens == known // 64 * 64 > first.prompt_tokens
     llm.engine.pool.clear()
     cold = llm.chat(messages, SHORT)
     assert cold.cached_tokens == 0
-    assert cold.tokens == second.tokens
+    assert cold.token_ids == second.token_ids
 
 
 def test_without_prefix_caching_nothing_is_found(pamphlet: Model):
@@ -450,8 +454,8 @@ def test_a_generation_config_that_does_not_sample_is_greedy_whatever_else_it_nam
 
 def test_requests_without_parameters_take_the_models_defaults(llm: LLM):
     short = LLM(replace(llm.model, generation={"max_new_tokens": 5}, eos_ids=frozenset()), kv="fp32", **ROOM)
-    assert len(short.generate(STORY)[0].tokens) == 5
-    assert len(short.chat([{"role": "user", "content": "Hi"}]).tokens) == 5
+    assert len(short.generate(STORY)[0].token_ids) == 5
+    assert len(short.chat([{"role": "user", "content": "Hi"}]).token_ids) == 5
 
 
 def test_the_bundled_model_is_what_one_gets_without_naming_any():

@@ -50,7 +50,7 @@ def test_a_restored_conversation_goes_on_as_the_one_that_stayed(
     calibrated = calibration if kv == "int8" else None
     stayed = LLM(pamphlet, kv, calibration=calibrated, session_len=512, max_batch_size=2)
     answer = stayed.generate(prompt, LENGTH)[0]
-    said = prompt + answer.tokens
+    said = prompt + answer.token_ids
     assert stayed.save(tmp_path / "s", said) == 128
     expected = stayed.generate(said, LENGTH)[0]
     assert expected.cached_tokens == 128
@@ -65,9 +65,9 @@ def test_a_restored_conversation_goes_on_as_the_one_that_stayed(
     again = back.generate(said, LENGTH)[0]
     assert again.cached_tokens == 128
     if back.cache.layout == stayed.cache.layout:  # the other kernel may round the last bit otherwise
-        assert again.tokens == expected.tokens
+        assert again.token_ids == expected.token_ids
     else:
-        assert again.tokens[0] == expected.tokens[0]
+        assert again.token_ids[0] == expected.token_ids[0]
     assert_idle(back)
 
 
@@ -106,7 +106,7 @@ def test_text_and_messages_are_saved_as_they_will_be_asked(pamphlet: Model, tmp_
 def test_a_session_as_long_as_the_context_is_kept(pamphlet: Model, prompt: list[int], tmp_path: Path) -> None:
     for length in (64, 65):
         llm = new(pamphlet, "int8-token", session_len=length)
-        full = prompt[:30] + llm.generate(prompt[:30], replace(LENGTH, max_tokens=1000))[0].tokens
+        full = prompt[:30] + llm.generate(prompt[:30], replace(LENGTH, max_tokens=1000))[0].token_ids
         assert len(full) == length
         kept = (length - 1) // 64 * 64
         assert llm.save(tmp_path / "s", full) == kept

@@ -50,10 +50,10 @@ def chat(
     sampling.check()
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     llm = options.llm()
-    params = sampling.params(llm.default_params)
-    if sampling.max_tokens is None and not llm.model.generation.get("max_new_tokens"):
-        params = replace(params, max_tokens=llm.session_len)  # an answer ends where its model ends it
-    Chat(Conversation(llm, params, system), interactive).run()
+    defaults = llm.default_params
+    if not llm.model.generation.get("max_new_tokens"):
+        defaults = replace(defaults, max_tokens=llm.session_len)  # an answer ends where its model ends it
+    Chat(Conversation(llm, sampling.params(defaults), system), interactive).run()
 
 
 class Chat:

@@ -18,7 +18,7 @@ from octavo.text import check_messages
 
 if TYPE_CHECKING:
     from octavo.cache.session import SavedSession
-    from octavo.engine.sampling import SamplingParams
+    from octavo.engine.params import SamplingParams
     from octavo.llm import LLM
     from octavo.text import Message
 
@@ -77,7 +77,7 @@ class Conversation:
             answer = "".join(said)
             if completion:
                 self.turn = Turn(
-                    len(prompt), completion.cached_tokens, len(completion.tokens), completion.finish_reason
+                    len(prompt), completion.cached_tokens, len(completion.token_ids), completion.finish_reason
                 )
             elif answer:
                 self.turn = Turn(len(prompt), None, len(self.llm.tokenizer(answer)["input_ids"]), "abort")

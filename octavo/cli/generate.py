@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli.options import SamplingOptions, ServeOptions, takes
+from octavo.cli.options import SamplingOptions, ServeOptions, sampling_option, takes
+from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from octavo.cli.lines import Line, Output
-    from octavo.engine.sampling import SamplingParams
     from octavo.llm import LLM, Completion
 
 # Options that change how fast answers are made, and not what they are.
@@ -39,13 +39,12 @@ def generate(
         Path | None, typer.Option(help="File for their answers; one that exists is gone on with. [default: stdout]")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    logprobs: Annotated[
-        int | None, typer.Option(help="Add log-probabilities of each token and of the n most likely. Needs JSON.")
-    ] = None,
+    logprobs: Annotated[int | None, sampling_option("logprobs")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")] = False,
 ) -> None:
     """Continue a prompt, or all prompts of a file at a time."""
     sampling.check()
+    SamplingParams(logprobs=logprobs)  # refuses what it does not take before a model is loaded
     if logprobs is not None and not (as_json or input):
         raise OctavoError("--logprobs come as JSON: add --json")
     if input is not None and (prompt is not None or as_json):
@@ -83,8 +82,8 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
     seconds, completion = time.perf_counter() - start, delta.completion
     assert completion is not None
     # The K and V of the last token are not in the cache: nothing came after it.
-    held = Footprint.of(llm, completion.prompt_tokens + len(completion.tokens) - 1)
-    rate = len(completion.tokens) / seconds
+    held = Footprint.of(llm, completion.prompt_tokens + len(completion.token_ids) - 1)
+    rate = len(completion.token_ids) / seconds
     if as_json:
         document = {
             "model": llm.model.name,
@@ -99,7 +98,7 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
         return
     print(flush=True)
     _tell(
-        f"{completion.prompt_tokens:,} tokens in, {len(completion.tokens):,} out in {seconds:.1f} s "
+        f"{completion.prompt_tokens:,} tokens in, {len(completion.token_ids):,} out in {seconds:.1f} s "
         f"({rate:.1f} tok/s) · finish: {completion.finish_reason} · "
         f"KV {held.format}: {format_bytes(held.nbytes)}, in 16 bits {format_bytes(held.nbytes_16)}"
     )
@@ -158,7 +157,7 @@ def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams
                 if delta.completion:
                     output.write(served[delta.index], answer(llm, delta.completion))
                     done += 1
-                    tokens += len(delta.completion.tokens)
+                    tokens += len(delta.completion.token_ids)
                     rate = tokens / (time.perf_counter() - start)
                     bar.update(task, advance=1, description=f"answering, {rate:.0f} tok/s")
         except KeyboardInterrupt:
@@ -185,7 +184,7 @@ def answer(llm: LLM, completion: Completion) -> dict[str, Any]:
         "text": completion.text,
         "finish_reason": completion.finish_reason,
         "prompt_tokens": completion.prompt_tokens,
-        "completion_tokens": len(completion.tokens),
+        "completion_tokens": len(completion.token_ids),
         "cached_tokens": completion.cached_tokens,
     }
     if any(one.logprob is not None for one in completion.sampled):

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from octavo.engine.params import SamplingParams, allowed, is_text
 from octavo.errors import OctavoError
-from octavo.text import check_messages, is_text
+from octavo.text import check_messages
 
 if TYPE_CHECKING:
-    from octavo.engine.sampling import SamplingParams
     from octavo.llm import LLM
 
 START = b'{"line": '  # how every answer begins
@@ -63,7 +62,7 @@ def parse(text: bytes, llm: LLM, defaults: SamplingParams, chat: bool) -> tuple[
     if ("prompt" in asked) == ("messages" in asked):
         raise OctavoError("a line holds either a prompt or messages")
     prompt, messages = asked.pop("prompt", None), asked.pop("messages", None)
-    params = replace(defaults, **{name: _typed(name, value) for name, value in asked.items() if value is not None})
+    params = replace(defaults, **{name: value for name, value in asked.items() if value is not None})
     if isinstance(prompt, list):
         if not all(type(token) is int for token in prompt):
             raise OctavoError("the prompt is a list of something else than token ids")
@@ -139,8 +138,6 @@ class Output:
 
 
 def _fields(text: bytes) -> dict[str, Any]:
-    from octavo.engine.sampling import SamplingParams
-
     try:
         value = json.loads(text)
     except UnicodeDecodeError:
@@ -153,34 +150,7 @@ def _fields(text: bytes) -> dict[str, Any]:
         raise OctavoError(f"not JSON that can be read: {error}") from None
     if not isinstance(value, dict):
         raise OctavoError('not a JSON object: a line is like {"prompt": "…"}')
-    known = ["id", "prompt", "messages", *(field.name for field in fields(SamplingParams))]
+    known = ["id", "prompt", "messages", *allowed("JSON lines")]
     if strange := sorted(value.keys() - set(known)):
         raise OctavoError(f"unknown field {strange[0]!r}; the fields are {', '.join(known)}")
-    return value
-
-
-def _typed(name: str, value: Any) -> Any:
-    """`value` if it is of the type that the sampling parameter `name` has."""
-    numbers = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    if name in numbers:
-        right, expected = type(value) in (int, float), "a number"
-    elif name == "ignore_eos":
-        right, expected = type(value) is bool, "true or false"
-    elif name == "stop":
-        many = value if isinstance(value, list) else [value]
-        right, expected = all(is_text(one) for one in many), "a string or a list of strings"
-    elif name == "json_schema":
-        right, expected = isinstance(value, dict), "a JSON schema, that is an object"
-    elif name == "logit_bias":
-        right = isinstance(value, dict) and all(
-            re.fullmatch("[0-9]{1,9}", token) and type(bias) in (int, float) for token, bias in value.items()
-        )
-        expected = 'an object like {"token id": bias}'
-        value = {int(token): bias for token, bias in value.items()} if right else value
-    elif name == "stop_token_ids":
-        right, expected = isinstance(value, list) and all(type(one) is int for one in value), "a list of token ids"
-    else:
-        right, expected = type(value) is int, "a whole number"
-    if not right:
-        raise OctavoError(f"{name} is {value!r}; it must be {expected}")
     return value

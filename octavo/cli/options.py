@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from octavo.engine.params import MAX_TOKENS, TABLE, Kind, Number, SamplingParams, Strings, Switch, TokenIds, allowed
 from octavo.errors import OctavoError
 from octavo.quant.format import RAW_NAMES, KVFormat
 
 if TYPE_CHECKING:
-    from octavo.engine.sampling import SamplingParams
     from octavo.llm import LLM
     from octavo.models.model import Model
 
@@ -129,38 +129,58 @@ class ServeOptions(LoadOptions):
         return policy or self.kv
 
 
-def sampling(help: str, *names: str) -> Any:
-    return option(help, *names, panel="Sampling, by default as the model's generation config says")
+GENERATE_ALONE = {"logprobs"}  # an option that `chat`, which shows text, does not have
+
+
+def sampling_option(name: str) -> Any:
+    """The option of a row of the request parameters' table."""
+    rule = TABLE[name]
+    flag = rule.flag or "--" + name.replace("_", "-")
+    if isinstance(rule.kind, Switch):
+        flag = f"{flag}/--no-{flag[2:]}"
+    many = " May be repeated." if isinstance(rule.kind, Strings | TokenIds) else ""
+    return option(rule.help + many, flag, panel="Sampling, by default as the model's generation config says")
+
+
+def _value(kind: Kind) -> Any:
+    """The type of an option's value."""
+    match kind:
+        case Number(whole=whole):
+            return int if whole else float
+        case Switch():
+            return bool
+        case Strings():
+            return list[str]
+        case TokenIds():
+            return list[int]
+    raise TypeError(f"{type(kind).__name__} has no form on the command line")
+
+
+_Table: Any = make_dataclass(
+    "_Table",
+    [
+        (name, Annotated[_value(rule.kind) | None, sampling_option(name)], None)
+        for name, rule in allowed("command line").items()
+        if name not in GENERATE_ALONE
+    ],
+)
 
 
 @dataclass
-class SamplingOptions:
-    """How tokens are chosen; None leaves it to the model's own generation config."""
-
-    max_tokens: Annotated[int | None, sampling("Longest answer in tokens.")] = None
-    temperature: Annotated[float | None, sampling("0 is greedy: always the most likely token.")] = None
-    top_k: Annotated[int | None, sampling("Draw from the k most likely tokens; 0 is off.")] = None
-    top_p: Annotated[float | None, sampling("Draw from the most likely tokens that hold this share; 1 is off.")] = None
-    min_p: Annotated[float | None, sampling("Least share of the best token's probability; 0 is off.")] = None
-    repetition_penalty: Annotated[float | None, sampling("Against tokens that have appeared; 1 is off.")] = None
-    seed: Annotated[int | None, sampling("The same seed draws the same answer.")] = None
-    stop: Annotated[list[str] | None, sampling("A string that ends the answer; may be repeated.")] = None
-    stop_token_id: Annotated[list[int] | None, sampling("A token id that ends the answer; may be repeated.")] = None
-    ignore_eos: Annotated[bool, sampling("Go on to the longest answer; for measurements.", "--ignore-eos")] = False
+class SamplingOptions(_Table):
+    """What the command line says of the request parameters; None leaves one to the model's own generation config."""
 
     def given(self) -> dict[str, Any]:
         """The fields of SamplingParams that the command line sets."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen["stop_token_ids"] = chosen.pop("stop_token_id")
-        return {
-            name: value for name, value in chosen.items() if value is not None and value is not False and value != []
-        }
+        return {name: value for name, value in chosen.items() if value is not None and value != []}
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """`defaults` with what the command line sets; raises OctavoError for what makes no sense."""
-        chosen = replace(defaults, **self.given())
-        cuts = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name)]
-        if cuts and self.temperature is None and chosen.temperature == 0:
+        given = self.given()
+        chosen = replace(defaults, **given)
+        cuts = [name for name in ("top_k", "top_p", "min_p") if given.get(name)]
+        if cuts and "temperature" not in given and chosen.temperature == 0:
             flag = "--" + cuts[0].replace("_", "-")
             raise OctavoError(
                 f"{flag} changes nothing: this model is greedy by default; give a --temperature above 0 too"
@@ -169,9 +189,7 @@ class SamplingOptions:
 
     def check(self) -> None:
         """Raise OctavoError for values that no model's defaults can mend, before a model is loaded."""
-        from octavo.engine.sampling import SamplingParams
-
-        self.params(SamplingParams(temperature=1.0))
+        self.params(SamplingParams(temperature=1.0, max_tokens=MAX_TOKENS))
 
 
 def takes(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -1,4 +1,4 @@
-"""From logits to the next token: what a request may ask for, and one batched function that does it.
+"""From logits to the next token: one batched function for all that requests ask for (params.py).
 
 Order, as in transformers: repetition penalty, temperature, top-k, top-p, min-p. Presence and frequency penalties and
 the bias of tokens come after the repetition penalty, and last what the answer's grammar allows. The draw is an
@@ -11,86 +11,16 @@ All of it happens where the logits are. On a GPU nothing waits for the device un
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from octavo.cache.batch import send
-from octavo.errors import OctavoError
-
-if TYPE_CHECKING:
-    from octavo.engine.sequence import Sequence
+from octavo.engine.sequence import Sampled, Sequence
 
 logger = logging.getLogger("octavo")
-MAX_LOGPROBS = 100
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How a request's tokens are chosen. Greedy by default: the same prompt gives the same answer."""
-
-    max_tokens: int = 256
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # 0 is off
-    top_p: float = 1.0
-    min_p: float = 0.0  # least probability, as a share of the most likely token's
-    repetition_penalty: float = 1.0  # over prompt and answer; 1 is off
-    presence_penalty: float = 0.0  # off the logit of every token of the answer so far
-    frequency_penalty: float = 0.0  # the same, times how often it has appeared
-    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # token id: added to its logit
-    seed: int | None = None
-    stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None  # None: none; n: of the chosen token and of the n most likely ones
-    json_schema: Mapping[str, Any] | None = field(default=None, hash=False)  # the answer is JSON that matches it
-
-    def __post_init__(self) -> None:
-        for name, value in (("stop", self.stop), ("stop_token_ids", self.stop_token_ids)):
-            object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value))
-        rules = {
-            "max_tokens": (1 <= self.max_tokens < 1 << 31, "at least 1, below 2^31"),
-            "temperature": (0 <= self.temperature <= 1e30, "0 or more, and at most 1e30"),
-            "top_k": (0 <= self.top_k < 1 << 31, "0 (off) or more, below 2^31"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (1e-3 <= self.repetition_penalty <= 1e3, "between 0.001 and 1000"),
-            "presence_penalty": (-2 <= self.presence_penalty <= 2, "between -2 and 2"),
-            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
-            "logit_bias": (all(-100 <= bias <= 100 for bias in self.logit_bias.values()), "between -100 and 100"),
-            "seed": (self.seed is None or 0 <= self.seed < 1 << 64, "between 0 and 2^64 − 1"),
-            "stop": (all(self.stop), "strings that are not empty"),
-            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
-        }
-        for name, (right, expected) in rules.items():
-            if not right:
-                raise OctavoError(f"{name} is {getattr(self, name)!r}; it must be {expected}", name)
-        if self.json_schema is not None and self.ignore_eos:
-            raise OctavoError("json_schema and ignore_eos exclude each other: JSON has an end", "json_schema")
-
-
-class Guide(Protocol):
-    """What an answer may go on with, by a grammar of its own."""
-
-    def restrict(self, row: Tensor) -> None:
-        """Set the logits [vocabulary] of all tokens that must not come next to -inf."""
-
-    def accept(self, token: int) -> None:
-        """The token that was chosen."""
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """One chosen token. Log-probabilities are the model's own, before temperature and cuts."""
-
-    token: int
-    logprob: float | None = None
-    top: dict[int, float] = field(default_factory=dict)  # the most likely tokens, best first
-    failed: bool = False  # no token: what the request asks for cannot be done
 
 
 @dataclass

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections import deque
 
 from octavo.cache.blocks import BlockPool
-from octavo.engine.sampling import Sampled
-from octavo.engine.sequence import FinishReason, Sequence
+from octavo.engine.sequence import FinishReason, Sampled, Sequence
 from octavo.errors import OctavoError
 
 Work = list[tuple[Sequence, int]]

@@ -6,11 +6,34 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from octavo.engine.sampling import Guide, Sampled, SamplingParams
+from octavo.engine.params import SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Guide(Protocol):
+    """What an answer may go on with, by a grammar of its own."""
+
+    def restrict(self, row: Tensor) -> None:
+        """Set the logits [vocabulary] of all tokens that must not come next to -inf."""
+
+    def accept(self, token: int) -> None:
+        """The token that was chosen."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One chosen token. Log-probabilities are the model's own, before temperature and cuts."""
+
+    token: int
+    logprob: float | None = None
+    top: dict[int, float] = field(default_factory=dict)  # the most likely tokens, best first
+    failed: bool = False  # no token: what the request asks for cannot be done
 
 
 class Tally:

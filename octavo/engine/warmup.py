@@ -13,9 +13,10 @@ from octavo.cache.batch import Batch
 from octavo.cache.size import free_memory
 from octavo.cache.store import KVCache
 from octavo.engine.graphs import NotCapturable
+from octavo.engine.params import SamplingParams
 from octavo.engine.runner import Runner
-from octavo.engine.sampling import Sampled, SamplingParams, sample
-from octavo.engine.sequence import Sequence
+from octavo.engine.sampling import sample
+from octavo.engine.sequence import Sampled, Sequence
 from octavo.models.bind import BoundModel
 
 

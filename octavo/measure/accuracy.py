@@ -15,18 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.attention import attend, layout_for
-from octavo.cache.batch import Batch
-from octavo.cache.store import KVCache
-from octavo.calibrate import Window
+from octavo.engine.reading import LOGIT_ROWS, Reading
 from octavo.llm import LLM
-from octavo.models.bind import Attend, BoundModel
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity, KVFormat
 
 BINS, BIN = 8, 64  # pieces that a window is looked at in, and what a piece's length is a multiple of
-CHUNK = 256  # rows of logits held at a time: a large vocabulary makes them the largest tensor of all
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,7 @@ class Candidate:
     calibration: Calibration | None = None
     granularity: Granularity | None = None
     headroom: float | None = None
-    simulate: Callable[[BoundModel], Attend] | None = None  # attention in place of ours; called once for each text
+    simulate: Callable[[Tensor], Tensor] | None = None  # what K and V go through first, for formats we do not have
     model: Model | None = None  # in place of the one at hand: the same model with other weights
 
     def llm(self, model: Model, **sizes: Any) -> LLM:
@@ -97,39 +92,36 @@ def compare(
     progress: Callable[[int], None] | None = None,
 ) -> list[Score]:
     """Scores of the baseline and of each candidate, in that order, over `windows` of token ids of one length."""
-    runs = [_Run(model, candidate, len(windows[0])) for candidate in (baseline, *candidates)]
+    runs = [_Run(model, candidate) for candidate in (baseline, *candidates)]
     firsts = [next(run for run in runs if run.bound is own.bound) for own in runs]  # with the same weights
     for done, window in enumerate(windows):
         for run in runs:
             run.start(window)
-        for start in range(0, len(window) - 1, CHUNK):
-            rows = min(CHUNK, len(window) - 1 - start)
-            targets = torch.tensor(window[start + 1 : start + rows + 1])
+        for targets in torch.tensor(window[1:]).split(LOGIT_ROWS):
             references: dict[_Run, Tensor] = {}  # of the first with each kind of weights
             for run, first in zip(runs, firsts, strict=True):
-                own = run.advance(rows)
+                own = next(run.logits).log_softmax(-1).cpu()
                 references.setdefault(first, own)
                 run.take(references[runs[0]], references[first], own, targets)
+        for run in runs:
+            run.logits.close()
         if progress is not None:
             progress(done + 1)
     return [run.score(runs[0], first) for run, first in zip(runs, firsts, strict=True)]
 
 
 class _Run:
-    """One candidate's cache and what was measured on it."""
+    """One candidate and what was measured on it."""
 
-    def __init__(self, model: Model, candidate: Candidate, length: int):
+    def __init__(self, model: Model, candidate: Candidate):
         self.bound, self.candidate = (candidate.model or model).bound, candidate
-        formats = [candidate.format] * len(self.bound.layers)
-        layout = layout_for(self.bound.shapes)
-        self.cache = KVCache(
-            self.bound.shapes,
-            formats,
-            -(-length // layout.block_size),
-            layout,
+        self.reading = Reading(
+            self.bound,
+            candidate.format,
             candidate.calibration,
             candidate.granularity,
             candidate.headroom,
+            candidate.simulate,
         )
         self.loss: list[list[Tensor]] = []  # by window, by chunk: [rows]
         self.kl: list[list[Tensor]] = []
@@ -137,22 +129,9 @@ class _Run:
         self.same: list[list[Tensor]] = []
 
     def start(self, window: Sequence[int]) -> None:
-        self.window = Window(window, self.cache.num_blocks)
-        simulate = self.candidate.simulate
-        self.attend = self._attend if simulate is None else simulate(self.bound)
+        self.logits = self.reading.logits(window[:-1])
         for measured in (self.loss, self.kl, self.kl_alone, self.same):
             measured.append([])
-
-    def advance(self, rows: int) -> Tensor:
-        """Log-probabilities [rows, vocabulary] after each of the window's next tokens, float32."""
-        self.batch = batch = Batch.build([(self.window, rows)], self.cache.layout.block_size).on(self.bound.device)
-        every = torch.arange(rows, device=batch.ids.device)
-        logits = self.bound.forward(batch.ids, batch.positions, every, self.attend)
-        self.window.num_cached += rows
-        return logits.float().log_softmax(-1).cpu()
-
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(self.bound.layers[layer], self.cache.layers[layer], q, k, v, self.batch)
 
     def take(self, reference: Tensor, first: Tensor, own: Tensor, targets: Tensor) -> None:
         self.loss[-1].append(-own.gather(-1, targets[:, None])[:, 0])
@@ -165,7 +144,6 @@ class _Run:
             torch.stack([torch.cat(chunks) for chunks in measured]).double()  # [windows, length − 1]
             for measured in (self.loss, self.kl, self.kl_alone, self.same, baseline.loss, first.loss)
         )
-        stores = self.cache.stores
         perplexity = math.exp(loss.mean())
         return Score(
             name=self.candidate.name,
@@ -180,7 +158,7 @@ class _Run:
             kl_max=kl.max().item(),
             agreement=same.mean().item(),
             agreement_error=_standard_error(same),
-            saturated=sum(s.saturated.item() for s in stores) / max(1, sum(s.written for s in stores)),
+            saturated=self.reading.outside / max(1, self.reading.written),
             cache_alone=Change(
                 loss=(loss - before_alone).mean().item(),
                 loss_error=_standard_error(loss - before_alone),

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from octavo.attention import AttentionSpec, attend
-from octavo.cache.batch import Batch
-from octavo.cache.layout import Layout
-from octavo.cache.store import KVCache
-from octavo.calibrate import FARTHEST, Window, shift_invariant
+from octavo.attention import AttentionSpec
+from octavo.calibrate import FARTHEST, shift_invariant
+from octavo.engine.reading import Reading
 from octavo.measure.ceiling import cache_bytes
 from octavo.models.bind import NAME, UNLIMITED, BoundModel
 from octavo.models.packed import parameters
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat
 
-BLOCK = Layout().block_size
 OFFSET = (
     20  # a channel whose mean is that many times its head's median spread; trained models without biases stay at 10
 )
@@ -91,19 +88,6 @@ class Widths:
         return self.widest / self.median if self.median > 0 else 1.0
 
 
-def whole_text(
-    bound: BoundModel,
-    window: Sequence[int],
-    formats: KVFormat | Sequence[KVFormat] | None = None,
-    calibration: Calibration | None = None,
-) -> tuple[Batch, KVCache]:
-    """A whole text as one step, and a cache that holds it: unquantized, or in `formats`, one for all layers or each."""
-    formats = formats or bound.raw_format
-    cache = KVCache(bound.shapes, formats, -(-len(window) // BLOCK), None, calibration)
-    batch = Batch.build([(Window(window, cache.num_blocks), len(window))], cache.layout.block_size)
-    return batch.on(bound.device), cache
-
-
 def examine(bound: BoundModel) -> Anatomy:
     config = bound.hf.config.get_text_config()
     far = min(bound.max_context, FARTHEST) - 32
@@ -126,15 +110,12 @@ def keys(bound: BoundModel, window: Sequence[int]) -> list[Keys]:
     Every token is put at position 0, where RoPE turns nothing: elsewhere it would turn a constant into a wave.
     """
     seen: dict[int, Tensor] = {}
-    batch, cache = whole_text(bound, window)
-    batch = replace(batch, positions=torch.zeros_like(batch.positions))
 
-    def observe(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def observe(layer: int, _q: Tensor, k: Tensor, _v: Tensor) -> None:
         mean, spread = k.float().mean(0).abs(), k.float().std(0)  # [kv_heads, dim]
         seen[layer] = (mean / spread.median(-1, keepdim=True).values.clamp(min=1e-6)).cpu()
-        return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
 
-    bound.forward(batch.ids, batch.positions, batch.logits_at, observe)
+    Reading(bound).run(window, observe, torch.zeros(len(window), dtype=torch.int64))
     norms = _bias_norms(bound.hf)
     return [
         Keys(layer, norms.get(layer), offset.max().item(), int((offset > OFFSET).sum()))

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.attention import attend
 from octavo.calibrate import calibrate
 from octavo.corpus import load_texts
+from octavo.engine.reading import Reading
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.measure.accuracy import Candidate, compare
 from octavo.measure.advice import findings
-from octavo.measure.anatomy import examine, keys, whole_text, widths
+from octavo.measure.anatomy import examine, keys, widths
 from octavo.measure.diagnosis import Diagnosis
 from octavo.measure.selfcheck import self_check
 from octavo.models.bind import BoundModel
@@ -104,7 +104,7 @@ def sensitivity(
     """Mean KL, nats, over `window` with a single layer in each of LAYER_FORMATS and the others unquantized."""
     raw = bound.raw_format
     owners = [i for i, shape in enumerate(bound.shapes) if shape.shares is None]
-    reference = _log_probabilities(bound, [raw] * len(bound.layers), None, window)
+    reference = _log_probabilities(Reading(bound), window)
     probabilities = reference.exp()
     found: dict[str, list[float]] = {}
     for nth, name in enumerate(LAYER_FORMATS):
@@ -112,23 +112,16 @@ def sensitivity(
         kl = []
         for layer in owners:
             formats = [format if i == layer else raw for i in range(len(bound.layers))]
-            own = _log_probabilities(bound, formats, calibration if format.needs_calibration else None, window)
+            reading = Reading(bound, formats, calibration if format.needs_calibration else None)
+            own = _log_probabilities(reading, window)
             kl.append((probabilities * (reference - own)).sum(-1).mean().item())
             progress((nth + (len(kl) / len(owners))) / len(LAYER_FORMATS))
         found[name] = kl
     return found
 
 
-def _log_probabilities(
-    bound: BoundModel, formats: Sequence[KVFormat], calibration: Calibration | None, window: Sequence[int]
-) -> Tensor:
-    batch, cache = whole_text(bound, window, formats, calibration)
-
-    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
-
-    every = torch.arange(len(window), device=bound.device)
-    return bound.forward(batch.ids, batch.positions, every, attention).float().log_softmax(-1)
+def _log_probabilities(reading: Reading, window: Sequence[int]) -> Tensor:
+    return torch.cat([logits.log_softmax(-1) for logits in reading.logits(window)])
 
 
 def _affordable(length: int, seconds: float, layers: int) -> int:

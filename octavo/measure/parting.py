@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import quantiles
 
-from octavo.engine.sampling import SamplingParams
+from octavo.engine.params import SamplingParams
 from octavo.measure.accuracy import Candidate
 from octavo.models.model import Model
 
@@ -51,7 +51,7 @@ def partings(
         completed = {}
         for delta in llm.generate([list(prompt) for prompt in prompts], params, stream=True):
             if delta.completion is not None:
-                completed[delta.index] = delta.completion.tokens
+                completed[delta.index] = delta.completion.token_ids
                 done += 1
                 if progress is not None:
                     progress(candidate.name, done)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from octavo.attention import attend
-from octavo.measure.anatomy import whole_text
+from octavo.engine.reading import Reading
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration
 from octavo.quant.codec import Static, encode
@@ -33,18 +32,17 @@ def saturation(
     statics = {headroom: [[static(i, side, headroom) for side in "kv"] for i in layers] for headroom in headrooms}
     clipped = {headroom: [[0, 0] for _ in layers] for headroom in headrooms}
     values = [[0, 0] for _ in layers]
+
+    def observe(layer: int, _q: Tensor, k: Tensor, v: Tensor) -> None:
+        for side, x in enumerate((k, v)):
+            values[layer][side] += x.numel()
+            for headroom, own in statics.items():
+                rows = encode(x, int8, own[layer][side])
+                clipped[headroom][layer][side] += int(rows.saturated)  # type: ignore[arg-type]  # int8 counts
+
+    reading = Reading(bound)
     for done, window in enumerate(windows):
-        batch, cache = whole_text(bound, window)
-
-        def observe(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for side, x in enumerate((k, v)):
-                values[layer][side] += x.numel()
-                for headroom, own in statics.items():
-                    rows = encode(x, int8, own[layer][side])
-                    clipped[headroom][layer][side] += int(rows.saturated)  # type: ignore[arg-type]  # int8 counts
-            return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)  # noqa: B023 - called right below
-
-        bound.forward(batch.ids, batch.positions, batch.logits_at, observe)
+        reading.run(window, observe)
         if progress is not None:
             progress(done + 1)
     return {

@@ -8,15 +8,12 @@ a mask, a position or a state that leaks from one sequence to another makes larg
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from octavo.attention import attend
-from octavo.cache.batch import Batch
-from octavo.cache.store import KVCache
-from octavo.calibrate import Window
+from octavo.engine.reading import Reading
 from octavo.models.bind import BoundModel, unbound
 
 LENGTHS = (75, 22)  # one crosses the end of a block, one does not
@@ -54,28 +51,14 @@ def self_check(bound: BoundModel) -> SelfCheck:
 
 def _logits(bound: BoundModel, texts: Sequence[list[int]]) -> list[Tensor]:
     """Float logits [length, vocabulary] of texts that share every step: one prefill, then one token each."""
-    raw = bound.raw_format
-    blocks = [-(-len(text) // 64) for text in texts]
-    cache = KVCache(bound.shapes, raw, sum(blocks))
-    windows = [Window(text, 0) for text in texts]
-    free = iter(range(sum(blocks)))
-    for window, n in zip(windows, blocks, strict=True):
-        window.block_table = [next(free) for _ in range(n)]
-
+    first = [max(1, len(text) - DECODED) for text in texts]
+    cuts = [first] + [
+        [int(n + step < len(text)) for n, text in zip(first, texts, strict=True)] for step in range(DECODED)
+    ]
     rows: list[list[Tensor]] = [[] for _ in texts]
-    for step in range(DECODED + 1):
-        news = [1 if step else max(1, len(text) - DECODED) for text in texts]
-        work = [(w, n) for w, n in zip(windows, news, strict=True) if w.num_cached < len(w.tokens)]
-        batch = Batch.build(work, cache.layout.block_size).on(bound.device)
-        batch = replace(batch, logits_at=torch.arange(len(batch.ids), device=bound.device))
-
-        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch = batch) -> Tensor:
-            return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
-
-        logits = bound.forward(batch.ids, batch.positions, batch.logits_at, attention).float().cpu()
-        for (window, n), own in zip(work, logits.split([n for _, n in work]), strict=True):
-            rows[windows.index(window)].append(own)
-            window.num_cached += n
+    for cut, logits in zip(cuts, Reading(bound).steps(texts, cuts), strict=True):
+        for own, part in zip(rows, logits.cpu().split(cut), strict=True):
+            own.append(part)
     return [torch.cat(parts) for parts in rows]
 
 

@@ -17,7 +17,7 @@ import torch
 
 from octavo.attention import layout_for
 from octavo.cache.size import block_bytes, format_bytes
-from octavo.engine.sampling import SamplingParams
+from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.measure.accuracy import Candidate

@@ -10,8 +10,8 @@ from contextlib import aclosing, suppress
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from octavo.answer import Delta
-from octavo.engine.sampling import SamplingParams
+from octavo.completion import Delta
+from octavo.engine.params import SamplingParams
 from octavo.serve.errors import ApiError
 from octavo.serve.replies import DONE, Reply, dumps, event
 from octavo.serve.service import Service

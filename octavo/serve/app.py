@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo.engine.sampling import SamplingParams
+from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.serve import page
 from octavo.serve.answering import Answering

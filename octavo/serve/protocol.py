@@ -1,24 +1,43 @@
 """What may be asked: the requests of OpenAI's API that are implemented, field by field.
 
-A field that is not here is refused by name, as is a value of the wrong type. Beside OpenAI's fields there are those of
-SamplingParams under their own names. Four fields have no effect by their definition, since they describe the caller to
-the provider: `user`, `safety_identifier`, `metadata` and `prompt_cache_key`.
+A field that is not here is refused by name, as is a value of the wrong type. The fields of sampling, OpenAI's own and
+those beyond, are made from the table of request parameters (engine/params.py). Four fields have no effect by their
+definition, since they describe the caller to the provider: `user`, `safety_identifier`, `metadata` and
+`prompt_cache_key`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import from_json
 
-from octavo.engine.sampling import MAX_LOGPROBS, SamplingParams
+from octavo.engine.params import (
+    MAX_TOKENS,
+    TABLE,
+    Biases,
+    Kind,
+    Number,
+    SamplingParams,
+    Strings,
+    Switch,
+    TokenIds,
+    allowed,
+)
 from octavo.serve.errors import ApiError
 
-MAX_STOP = 1024  # characters of a stop string; every token is compared with all of them
 Int31 = Annotated[int, Field(ge=0, lt=1 << 31)]
 Schema = dict[str, JsonValue]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 
 
 class Strict(BaseModel):
@@ -29,25 +48,35 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class Sampling(Strict):
+def _http(kind: Kind) -> Any:
+    """What a row of the request parameters' table takes, for pydantic and OpenAPI. SamplingParams checks it again."""
+    match kind:
+        case Number(low, high, whole, above):
+            least = Field(gt=low) if above else Field(ge=low)
+            return Annotated[int if whole else float, least, Field(le=high)]
+        case Switch():
+            return bool
+        case Strings(count, length):
+            one: Any = Annotated[str, Field(min_length=1, max_length=length)]
+            return one | Annotated[list[one], Field(max_length=count, fail_fast=True)]
+        case TokenIds(count):
+            return Int31 | Annotated[list[Int31], Field(max_length=count, fail_fast=True)]
+        case Biases(low, high, count):
+            key, bias = Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=low, le=high)]
+            return Annotated[dict[key, bias], Field(max_length=count)]  # type: ignore[valid-type]
+    raise TypeError(f"{type(kind).__name__} has no form over HTTP")
+
+
+_rows: dict[str, Any] = {
+    name: (_http(rule.kind) | None, Field(None, description=rule.help)) for name, rule in allowed("HTTP").items()
+}
+_Table: Any = create_model("_Table", __base__=Strict, **_rows)
+
+
+class Sampling(_Table):
     """What both kinds of request share. Absent fields are the model's own defaults."""
 
     model: str | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Int31 | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
-    ) = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=64)] | None = None
-    stop_token_ids: list[Int31] | None = None
-    ignore_eos: bool | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -68,12 +97,8 @@ class Sampling(Strict):
 
     def sampling(self, **more: Any) -> dict[str, Any]:
         """The fields of SamplingParams that the request sets."""
-        names = SamplingParams.__dataclass_fields__.keys() & type(self).model_fields.keys() - {"logprobs"}
-        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
-        if self.logit_bias:
-            given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
-        if self.seed is not None:
-            given["seed"] = self.seed % (1 << 64)  # OpenAI's may be negative
+        given = {name: value for name in allowed("HTTP") if (value := getattr(self, name)) is not None}
+        given.pop("logprobs", None)  # each kind of request has its own form of it
         return given | {name: value for name, value in more.items() if value is not None}
 
 
@@ -82,7 +107,6 @@ class CompletionRequest(Sampling):
 
     prompt: str | list[str] | list[Int31] | list[list[Int31]]
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _prompts(self) -> Self:
@@ -213,7 +237,7 @@ class ChatRequest(Sampling):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    max_completion_tokens: _http(TABLE["max_tokens"].kind) | None = None  # type: ignore[valid-type]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
@@ -250,7 +274,7 @@ class ChatRequest(Sampling):
     def params(self, defaults: dict[str, Any], schema: Schema | None) -> SamplingParams:
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         own = self.sampling(max_tokens=self.max_completion_tokens, logprobs=logprobs, json_schema=schema)
-        return SamplingParams(**{"max_tokens": (1 << 31) - 1} | defaults | own)
+        return SamplingParams(**{"max_tokens": MAX_TOKENS} | defaults | own)
 
 
 def _json(text: str) -> Any:

@@ -8,8 +8,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from octavo.answer import Completion, Delta
-from octavo.engine.sampling import Sampled
+from octavo.completion import Completion, Delta
+from octavo.engine.sequence import Sampled
 from octavo.serve.tools import Call, ToolText
 from octavo.text import REPLACEMENT
 
@@ -64,7 +64,7 @@ class Reply:
         """Tokens; a prompt counts once, however many answers it has."""
         done = [completion for completion in self.completions if completion]
         prompt = sum(completion.prompt_tokens for completion in done[:: self.n])
-        generated = sum(len(completion.tokens) for completion in done)
+        generated = sum(len(completion.token_ids) for completion in done)
         cached = sum(completion.cached_tokens for completion in done[:: self.n])
         return {
             "prompt_tokens": prompt,

@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from octavo.answer import Answer, Delta
-from octavo.engine.sampling import SamplingParams
+from octavo.completion import Answer, Delta
+from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.serve.errors import ApiError

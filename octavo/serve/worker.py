@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypeVar
 
-from octavo.answer import Answer, Delta
+from octavo.completion import Answer, Delta
 from octavo.engine.sequence import FinishReason
 from octavo.errors import OctavoError
 from octavo.llm import LLM

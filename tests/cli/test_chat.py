@@ -22,7 +22,7 @@ from octavo.cli.chat import Chat, _Stop
 from octavo.cli.conversation import Conversation
 from octavo.cli.options import LoadOptions
 from octavo.cli.wrap import Wrap
-from octavo.engine.sampling import SamplingParams
+from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM, Completion, Delta
 from octavo.models.model import Model

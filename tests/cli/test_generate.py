@@ -13,7 +13,7 @@ import pytest
 
 from octavo.cli import main
 from octavo.cli.options import LoadOptions
-from octavo.engine.sampling import SamplingParams
+from octavo.engine.params import SamplingParams
 from octavo.llm import LLM, Delta
 from octavo.models.model import Model
 
@@ -75,7 +75,7 @@ def test_json_is_one_document_and_nothing_else(octavo: Run, llm: LLM, capsys: py
     assert document["text"] == expected.text
     assert (document["finish_reason"], document["completion_tokens"], document["kv"]) == ("length", 12, "int8-token")
     assert (document["kv_bytes"], document["kv_bytes_16_bits"]) == (64 * 1560, 64 * 3072)
-    assert [one["token"] for one in document["logprobs"]] == expected.tokens
+    assert [one["token"] for one in document["logprobs"]] == expected.token_ids
     assert all(one["top"][0]["logprob"] == one["logprob"] for one in document["logprobs"])  # greedy takes the best
 
 
@@ -138,9 +138,9 @@ BAD = {
     '{"messages": [{"role": "user", "content": 5}]}': "message 1 holds something else than text",
     '{"prompt": "x", "max_tokens": "5"}': "max_tokens is '5'; it must be a whole number",
     '{"prompt": "x", "max_tokens": true}': "max_tokens is True; it must be a whole number",
-    '{"prompt": "x", "temperature": NaN}': "temperature is nan",
+    '{"prompt": "x", "temperature": NaN}': "temperature is nan; it must be a number",
     '{"prompt": "x", "stop": [1]}': "stop is [1]; it must be",
-    '{"prompt": "x", "stop_token_ids": 3}': "stop_token_ids is 3; it must be a list",
+    '{"prompt": "x", "stop_token_ids": "3"}': "stop_token_ids is '3'; it must be a token id or a list",
     '{"prompt": "x", "ignore_eos": 1}': "ignore_eos is 1; it must be true or false",
     '{"prompt": "x", "frequency_penalty": "a"}': "frequency_penalty is 'a'; it must be a number",
     '{"prompt": "x", "logit_bias": {"a": 1}}': "logit_bias is {'a': 1}; it must be an object",
@@ -175,7 +175,7 @@ def test_each_line_is_answered_as_if_it_were_alone(octavo: Run, llm: LLM, prompt
         assert answers[n]["text"] == expected.text
         assert answers[n]["finish_reason"] == expected.finish_reason
         assert answers[n]["prompt_tokens"] == expected.prompt_tokens
-        assert answers[n]["completion_tokens"] == len(expected.tokens)
+        assert answers[n]["completion_tokens"] == len(expected.token_ids)
         assert answers[n]["cached_tokens"] == 0
     assert [n for n, answer in answers.items() if "logprobs" in answer] == [2]
 

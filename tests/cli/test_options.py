@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from octavo.cli import main
 from octavo.cli.options import LoadOptions, SamplingOptions, ServeOptions, takes
-from octavo.engine.sampling import SamplingParams
+from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 
 DEFAULTS = SamplingParams(max_tokens=99, temperature=0.7, top_k=40, top_p=0.9, repetition_penalty=1.1)
@@ -48,11 +48,11 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_what_is_not_given_is_the_models_default() -> None:
     assert SamplingOptions().params(DEFAULTS) == DEFAULTS
-    assert SamplingOptions(stop=[], stop_token_id=[], ignore_eos=False).params(DEFAULTS) == DEFAULTS
+    assert SamplingOptions(stop=[], stop_token_ids=[], ignore_eos=None).params(DEFAULTS) == DEFAULTS
 
 
 def test_what_is_given_overrides_it_zero_too() -> None:
-    params = SamplingOptions(temperature=0, top_k=0, seed=0, stop=["a", "b"], stop_token_id=[5], ignore_eos=True)
+    params = SamplingOptions(temperature=0, top_k=0, seed=0, stop=["a", "b"], stop_token_ids=[5], ignore_eos=True)
     assert params.params(DEFAULTS) == SamplingParams(
         max_tokens=99, temperature=0, top_k=0, top_p=0.9, repetition_penalty=1.1, seed=0, stop=("a", "b"),
         stop_token_ids=(5,), ignore_eos=True,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from octavo.cache.layout import Layout
 from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
-from octavo.engine.sampling import SamplingParams
+from octavo.engine.params import SamplingParams
 from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration

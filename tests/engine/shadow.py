@@ -10,9 +10,9 @@ from __future__ import annotations
 import zlib
 
 from octavo.cache.blocks import BlockPool
-from octavo.engine.sampling import Sampled, SamplingParams
+from octavo.engine.params import SamplingParams
 from octavo.engine.scheduler import Scheduler, Work
-from octavo.engine.sequence import Sequence
+from octavo.engine.sequence import Sampled, Sequence
 
 
 def next_token(tokens: list[int], vocabulary: int = 8) -> int:

@@ -12,7 +12,7 @@ import torch
 from octavo.attention import layout_for
 from octavo.cache.layout import Layout
 from octavo.engine.engine import Engine
-from octavo.engine.sampling import SamplingParams
+from octavo.engine.params import SamplingParams
 from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel
 from octavo.models.model import Model

@@ -12,7 +12,8 @@ from octavo.attention import layout_for
 from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
-from octavo.engine.sampling import SamplingParams, _race, choose
+from octavo.engine.params import SamplingParams
+from octavo.engine.sampling import _race, choose
 from octavo.engine.sequence import Sequence
 from octavo.engine.warmup import LargestStep
 from octavo.llm import LLM

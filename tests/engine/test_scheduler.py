@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from octavo.engine.sampling import Sampled
+from octavo.engine.sequence import Sampled
 from octavo.errors import OctavoError
 from tests.engine.shadow import Shadow, alone
 

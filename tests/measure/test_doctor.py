@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.biased import CHANNELS, save_biased
+from octavo.attention import attend
 from octavo.errors import OctavoError
 from octavo.measure import doctor
 from octavo.measure.advice import _listed, findings
@@ -102,16 +103,14 @@ def test_offsets_are_seen_where_the_bias_is_fused_with_others_too(pamphlet: Mode
 
 
 def test_a_model_that_mixes_sequences_fails_the_self_check(pamphlet: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from octavo.measure import selfcheck
-
-    right = selfcheck.attend
+    right = attend
 
     def leaks(spec, cache, q, k, v, batch):  # type: ignore[no-untyped-def]
         out = right(spec, cache, q, k, v, batch)
         return out + 0.5 * out.mean(0) if len(batch.q_lens) > 1 else out
 
     assert self_check(pamphlet.bound).passed
-    monkeypatch.setattr(selfcheck, "attend", leaks)
+    monkeypatch.setattr("octavo.engine.reading.attend", leaks)
     found = self_check(pamphlet.bound)
     assert not found.passed
     assert found.alone[0] > found.tolerance

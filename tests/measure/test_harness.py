@@ -147,7 +147,7 @@ def test_a_prefix_hit_changes_no_score_and_saves_rows(pamphlet: Model, text_ids:
 def test_scores_are_those_of_served_generation(pamphlet: Model, text_ids: list[int]) -> None:
     llm = LLM(pamphlet, "int8-token", session_len=CONTEXT)
     [answer] = llm.generate([text_ids[:100]], SamplingParams(max_tokens=20, logprobs=0, ignore_eos=True))
-    [scored] = score(llm.engine, [Request(text_ids[:100], answer.tokens)])
+    [scored] = score(llm.engine, [Request(text_ids[:100], answer.token_ids)])
     assert scored.greedy
     assert scored.logprob == pytest.approx(
         sum(s.logprob for s in answer.sampled), rel=1e-3

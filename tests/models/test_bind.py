@@ -17,12 +17,12 @@ def run(bound: BoundModel, attend: Attend) -> Tensor:
     return bound.forward(rows + 7, rows, rows, attend)
 
 
-def only_itself(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def only_itself(_layer: int, q: Tensor, _k: Tensor, v: Tensor) -> Tensor:
     """Attention in which every row sees itself alone."""
     return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
 
-def only_nothing(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def only_nothing(_layer: int, q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
     return torch.zeros_like(q)
 
 
@@ -54,7 +54,7 @@ def test_a_forward_within_a_forward_is_refused(llama: BoundModel):
 
 
 def test_a_failed_forward_leaves_the_next_one_alone(llama: BoundModel):
-    def broken(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def broken(_layer: int, _q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
         raise ZeroDivisionError
 
     want = run(llama, only_itself)

@@ -17,7 +17,7 @@ import pytest
 from openai import BadRequestError
 
 from octavo.cli import main
-from octavo.engine.sampling import SamplingParams
+from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.models.model import Model

@@ -1,12 +1,11 @@
-"""An answer on its way: a sequence in the engine, and its text as it grows."""
+"""What a request gets back: a `Completion`, `Delta`s while it grows, and the `Answer` that makes them in the engine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from octavo.engine.sampling import Sampled
-from octavo.engine.sequence import FinishReason, Sequence
+from octavo.engine.sequence import FinishReason, Sampled, Sequence
 from octavo.text import TextStream
 
 
@@ -15,7 +14,7 @@ class Completion:
     """A finished answer."""
 
     text: str
-    tokens: list[int]  # the one that ended it included
+    token_ids: list[int]  # the one that ended it included
     finish_reason: FinishReason
     prompt_tokens: int
     cached_tokens: int  # of the prompt, found in the prefix cache
@@ -59,7 +58,7 @@ class Answer:
         assert sequence.finish_reason is not None
         completion = Completion(
             text=self.text.text,
-            tokens=sequence.output,
+            token_ids=sequence.output,
             finish_reason="stop" if self.text.stopped else sequence.finish_reason,
             prompt_tokens=sequence.num_prompt,
             cached_tokens=sequence.prefix_hit,

@@ -1,0 +1,297 @@
+"""What a request may ask for: one table, from which everything that reads requests is made.
+
+`SamplingParams` is the table. The annotation of each field is its `Rule`: which values it takes, what it means and
+where it may be given. From it come the checks of `SamplingParams` itself, the options of `octavo generate` and
+`octavo chat` (cli/options.py), the lines of an --input file (cli/lines.py), the HTTP model (serve/protocol.py) and
+docs/PARAMETERS.md (scripts/parameters.py).
+
+It is a dataclass and no pydantic model: pydantic comes with the extra `serve`, and the command line starts without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from reprlib import Repr
+from typing import Annotated, Any, Literal, Protocol, get_type_hints
+
+from octavo.errors import OctavoError
+
+Place = Literal["Python", "command line", "JSON lines", "HTTP"]
+EVERYWHERE: tuple[Place, ...] = ("Python", "command line", "JSON lines", "HTTP")
+BY_NAME: tuple[Place, ...] = ("Python", "JSON lines", "HTTP")  # what no option of a command can spell
+
+MAX_TOKENS = (1 << 31) - 1
+MAX_LOGPROBS = 100
+MAX_STOPS, MAX_STOP = 64, 1024  # stop strings, and characters of one: every token is compared with all of them
+MAX_IDS = 1024
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+class Kind(Protocol):
+    """The values that a parameter takes."""
+
+    @property
+    def expected(self) -> str:
+        """They in words, for "it must be …"."""
+
+    def read(self, value: Any) -> Any:
+        """`value` in its one form; raises ValueError for what is none, with the reason if there is one to tell."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number, bounds included, but for `low` if it is `above` it. NaN, and True or False, are no numbers."""
+
+    low: float
+    high: float
+    whole: bool = False
+    above: bool = False
+
+    @property
+    def expected(self) -> str:
+        kind = "whole number" if self.whole else "number"
+        if self.above:
+            return f"a {kind} above {_shown(self.low)} and at most {_shown(self.high)}"
+        return f"a {kind} from {_shown(self.low)} to {_shown(self.high)}"
+
+    def read(self, value: Any) -> Any:
+        if not _is_number(value, Integral if self.whole else Real):
+            raise ValueError
+        if not self.low <= value <= self.high or (self.above and value == self.low):
+            raise ValueError
+        return int(value) if self.whole else float(value)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """True or False."""
+
+    expected = "true or false"
+
+    def read(self, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True)
+class Strings:
+    """A string, or several; read as a tuple."""
+
+    count: int = MAX_STOPS
+    length: int = MAX_STOP
+
+    @property
+    def expected(self) -> str:
+        return f"a string or a list of strings, at most {self.count} of 1 to {self.length} characters"
+
+    def read(self, value: Any) -> tuple[str, ...]:
+        strings = (value,) if isinstance(value, str) else _listed(value, self.count)
+        if not all(is_text(one) and 1 <= len(one) <= self.length for one in strings):
+            raise ValueError
+        return strings
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """A token id, or several; read as a tuple. The vocabulary is checked where the model is known."""
+
+    count: int = MAX_IDS
+
+    @property
+    def expected(self) -> str:
+        return f"a token id or a list of token ids, at most {self.count}"
+
+    def read(self, value: Any) -> tuple[int, ...]:
+        return tuple(_token(one) for one in ((value,) if isinstance(value, Integral) else _listed(value, self.count)))
+
+
+@dataclass(frozen=True)
+class Biases:
+    """A number for each of several token ids, which may be written as strings, since keys in JSON are."""
+
+    low: float
+    high: float
+    count: int = MAX_IDS
+
+    @property
+    def expected(self) -> str:
+        bounds = f"{_shown(self.low)} to {_shown(self.high)}"
+        return f'an object like {{"token id": bias}} of at most {self.count} numbers from {bounds}'
+
+    def read(self, value: Any) -> dict[int, float]:
+        if not isinstance(value, Mapping) or len(value) > self.count:
+            raise ValueError
+        number = Number(self.low, self.high)
+        return {_token(int(t) if _digits(t) else t): number.read(bias) for t, bias in value.items()}
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A JSON schema, which the grammar checks (grammar.py)."""
+
+    expected = "a JSON schema, that is an object"
+
+    def read(self, value: Any) -> Mapping[str, Any]:
+        if not isinstance(value, Mapping):
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of the table. `flag` is the option's name on the command line, where it is not the parameter's own."""
+
+    kind: Kind
+    help: str
+    where: tuple[Place, ...] = EVERYWHERE
+    flag: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of an answer are chosen, where it ends and what of it is shown. Greedy by default: the same prompt
+    gives the same answer. Raises OctavoError with the name of the parameter for a value that its rule does not take."""
+
+    max_tokens: Annotated[int, Rule(Number(1, MAX_TOKENS, whole=True), "The longest answer, in tokens.")] = 256
+    min_tokens: Annotated[
+        int,
+        Rule(
+            Number(0, MAX_TOKENS, whole=True),
+            "Tokens before which neither the model's own end, a stop token nor a stop string ends the answer.",
+        ),
+    ] = 0
+    temperature: Annotated[
+        float, Rule(Number(0, 1e30), "Higher is more random; 0 is greedy, always the most likely token.")
+    ] = 0.0
+    top_k: Annotated[
+        int, Rule(Number(-1, MAX_TOKENS, whole=True), "Draw from the k most likely tokens; 0 and -1 are off.")
+    ] = 0
+    top_p: Annotated[
+        float, Rule(Number(0, 1, above=True), "Draw from the most likely tokens that hold this share; 1 is off.")
+    ] = 1.0
+    min_p: Annotated[
+        float, Rule(Number(0, 1), "Least probability, as a share of the most likely token's; 0 is off.")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, Rule(Number(1e-3, 1e3), "Against the tokens of prompt and answer; 1 is off.")
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, Rule(Number(-2, 2), "Taken off the logit of every token of the answer so far; 0 is off.")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, Rule(Number(-2, 2), "The same, times how often the token has appeared; 0 is off.")
+    ] = 0.0
+    logit_bias: Annotated[
+        Mapping[int, float], Rule(Biases(-100, 100), "For token ids, what is added to their logits.", BY_NAME)
+    ] = field(default_factory=dict, hash=False)
+    seed: Annotated[
+        int | None,
+        Rule(Number(-(1 << 63), (1 << 64) - 1, whole=True), "The same seed draws the same answer; taken modulo 2^64."),
+    ] = None
+    stop: Annotated[tuple[str, ...], Rule(Strings(), "Strings that end the answer; they may name special tokens.")] = ()
+    stop_token_ids: Annotated[
+        tuple[int, ...], Rule(TokenIds(), "Token ids that end the answer.", flag="--stop-token-id")
+    ] = ()
+    include_stop_str_in_output: Annotated[
+        bool, Rule(Switch(), "Keep the stop string, or the text of the token that ended the answer, in its text.")
+    ] = False
+    ignore_eos: Annotated[bool, Rule(Switch(), "Go on beyond the model's own end; for measurements.")] = False
+    skip_special_tokens: Annotated[bool, Rule(Switch(), "Leave special tokens out of the text.")] = True
+    logprobs: Annotated[
+        int | None,
+        Rule(
+            Number(0, MAX_LOGPROBS, whole=True),
+            "Log-probabilities of each token, and of the so many most likely ones.",
+        ),
+    ] = None
+    json_schema: Annotated[
+        Mapping[str, Any] | None,
+        Rule(Schema(), "The answer is JSON that matches it (over HTTP: response_format).", ("Python", "JSON lines")),
+    ] = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        for name, rule in TABLE.items():
+            value = getattr(self, name)
+            if value is None and DEFAULTS[name] is None:
+                continue
+            try:
+                value = rule.kind.read(value)
+            except (ValueError, TypeError):
+                raise OctavoError(f"{name} is {brief(value)}; it must be {rule.kind.expected}", name) from None
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", self.seed % (1 << 64))
+        if self.min_tokens > self.max_tokens:
+            raise OctavoError(
+                f"min_tokens is {self.min_tokens}; it must be at most max_tokens, {self.max_tokens}", "min_tokens"
+            )
+        if self.json_schema is not None and (self.ignore_eos or self.min_tokens):
+            other = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise OctavoError(f"json_schema and {other} exclude each other: JSON has an end", "json_schema")
+
+
+def _rule(annotation: Any) -> Rule:
+    return next(part for part in annotation.__metadata__ if isinstance(part, Rule))
+
+
+TABLE: dict[str, Rule] = {
+    name: _rule(annotation) for name, annotation in get_type_hints(SamplingParams, include_extras=True).items()
+}
+DEFAULTS: dict[str, Any] = {f.name: {} if f.name == "logit_bias" else f.default for f in fields(SamplingParams)}
+
+
+def allowed(place: Place) -> dict[str, Rule]:
+    """The rows of the table for one place, by their names."""
+    return {name: rule for name, rule in TABLE.items() if place in rule.where}
+
+
+def is_text(value: Any) -> bool:
+    """Whether `value` is a string that a tokenizer can take: no half of a surrogate pair, as JSON allows."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+
+
+def brief(value: Any) -> str:
+    """A value in an error, however long it is."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__}"
+
+
+def _listed(value: Any, most: int) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise ValueError
+    several = tuple(value)
+    if len(several) > most:
+        raise ValueError
+    return several
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _digits(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10
+
+
+def _token(value: Any) -> int:
+    if not _is_number(value, Integral) or not 0 <= value < 1 << 31:
+        raise ValueError
+    return int(value)
+
+
+def _shown(bound: float) -> str:
+    """A bound in words: powers of two are easier to read than their digits."""
+    for shown, near in ((f"2^{n}", 1 << n) for n in (31, 63, 64)):
+        if abs(bound) == near:
+            return shown if bound > 0 else f"-{shown}"
+        if bound == near - 1:
+            return f"{shown} - 1"
+    return f"{bound:g}".replace("e+", "e")

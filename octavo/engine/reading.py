@@ -1,0 +1,111 @@
+"""Reading: a model runs over texts without the engine, as it would serve them. All that observes or measures runs so.
+
+Every text gets a cache of its own, which is freed when the text is read. Long texts are read in chunks, as the engine
+cuts long prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from octavo.attention import attend, layout_for
+from octavo.cache.batch import Batch
+from octavo.cache.store import KVCache
+from octavo.models.bind import BoundModel
+from octavo.quant.calibration import Calibration
+from octavo.quant.format import Granularity, KVFormat
+
+CHUNK = 1024  # tokens of a text in one forward, as the engine takes them by default
+LOGIT_ROWS = (
+    256  # the same where every row's logits are wanted: a large vocabulary makes them the largest tensor of all
+)
+
+Observe = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Called in every layer of every forward with (layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v)."""
+
+
+@dataclass
+class Text:
+    """A text as what a batch is built of."""
+
+    tokens: list[int]
+    block_table: list[int]
+    num_cached: int = 0
+
+
+@dataclass
+class Reading:
+    """How texts are read: by which model, and through which cache.
+
+    `formats` is one format for each layer, or one for all; by default the model's own, unquantized. `calibration`,
+    `granularity` and `headroom` are as for `KVCache`. `simulate` changes K and V before they are written.
+    """
+
+    bound: BoundModel
+    formats: KVFormat | Sequence[KVFormat] | None = None
+    calibration: Calibration | None = None
+    granularity: Granularity | None = None
+    headroom: float | None = None
+    simulate: Callable[[Tensor], Tensor] | None = None
+    outside: int = field(default=0, init=False)  # values of K and V beyond their codec's range, in all texts read
+    written: int = field(default=0, init=False)  # values of K and V in all texts read
+
+    def run(self, tokens: Sequence[int], observe: Observe | None = None, positions: Tensor | None = None) -> None:
+        """Read a text. It stands at `positions` [len(tokens)], int64, by default 0, 1, …"""
+        for _ in self.steps([tokens], _chunks(len(tokens), CHUNK), observe, positions, every=False):
+            pass
+
+    def logits(self, tokens: Sequence[int]) -> Generator[Tensor, None, None]:
+        """Read a text; yields the float32 logits [rows, vocabulary] of all its rows, at most LOGIT_ROWS at a time."""
+        return self.steps([tokens], _chunks(len(tokens), LOGIT_ROWS))
+
+    def steps(
+        self,
+        texts: Sequence[Sequence[int]],
+        cuts: Sequence[Sequence[int]],
+        observe: Observe | None = None,
+        positions: Tensor | None = None,
+        *,
+        every: bool = True,
+    ) -> Generator[Tensor, None, None]:
+        """Read texts together: step i computes the next cuts[i][j] tokens of text j. Yields each step's float32 logits,
+        text after text, of every row or of the texts' last rows alone."""
+        bound = self.bound
+        layout = layout_for(bound.shapes)
+        sequences, blocks = [], 0
+        for tokens in texts:
+            own = -(-len(tokens) // layout.block_size)
+            sequences.append(Text(list(tokens), list(range(blocks, blocks + own))))
+            blocks += own
+        formats = self.formats or bound.raw_format
+        cache = KVCache(bound.shapes, formats, blocks, layout, self.calibration, self.granularity, self.headroom)
+        try:
+            for cut in cuts:
+                work = [(sequence, n) for sequence, n in zip(sequences, cut, strict=True) if n]
+                batch = Batch.build(work, layout.block_size)
+                if positions is not None:
+                    batch.positions = positions[batch.positions]
+                batch = batch.on(bound.device)
+                rows = torch.arange(len(batch.ids), device=bound.device) if every else batch.logits_at
+
+                def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch = batch) -> Tensor:
+                    if self.simulate is not None:
+                        k, v = self.simulate(k), self.simulate(v)
+                    if observe is not None:
+                        observe(layer, q, k, v)
+                    return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
+
+                yield bound.forward(batch.ids, batch.positions, rows, attention).float()
+                for sequence, n in work:
+                    sequence.num_cached += n
+        finally:
+            self.outside += sum(int(store.saturated.item()) for store in cache.stores)
+            self.written += sum(store.written for store in cache.stores)
+
+
+def _chunks(length: int, size: int) -> list[list[int]]:
+    return [[min(size, length - start)] for start in range(0, length, size)]
