@@ -24,7 +24,7 @@ from octavo.cli.progress import progress
 from octavo.corpus import load_texts
 from octavo.models.bind import unbound
 from octavo.models.model import BUNDLED, Model
-from octavo.windows import consecutive_windows, token_windows
+from octavo.text_windows import consecutive_windows, token_windows
 
 OUTLIERS, TIMES = 4, 30.0
 

@@ -20,15 +20,16 @@ from typing import Any
 
 import peer_formats
 from machine import describe
+from octavo.windows import consecutive_windows, token_windows
 
 from octavo import KVFormat
 from octavo.calibrate import calibrate
 from octavo.cli.progress import progress
 from octavo.corpus import load_texts
-from octavo.measure.accuracy import Candidate, compare
+from octavo.measure.accuracy.compare import compare
+from octavo.measure.candidate import Candidate
 from octavo.models.model import Model
 from octavo.quant.calibration import FILE_NAME, Calibration
-from octavo.windows import consecutive_windows, token_windows
 
 TEXTS = ("wikitext2", "c4")
 BASELINE = Candidate("fp32", KVFormat.parse("fp32"))

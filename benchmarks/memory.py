@@ -20,9 +20,10 @@ import torch
 from machine import describe
 
 from octavo.cli.memory import mib, notes
-from octavo.measure.memory import Cost, Point, costs, device_memory, own_kind, points, saved
-from octavo.measure.plan import draw, fits
-from octavo.measure.point import Source
+from octavo.measure.memory.costs import Cost, costs, device_memory, own_kind
+from octavo.measure.memory.plan import draw, fits
+from octavo.measure.memory.points import Point, points, saved
+from octavo.measure.memory.process import Source
 from octavo.models.geometry import Geometry
 from octavo.models.model import BUNDLED
 from octavo.quant.format import KVFormat

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.measure.accuracy import Candidate
+from octavo.measure.candidate import Candidate
 from octavo.models.bind import Attend, BoundModel
 from octavo.models.model import Model
 from octavo.quant.codec import rotate

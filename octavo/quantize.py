@@ -2,8 +2,8 @@
 
 One pass over windows of text, through the same attention as serving, keeps of every linear layer's input the mean
 magnitude of its channels and a sample of rows. Then each group of layers that share an input is scaled where something
-in front of it can absorb the scale (weights/folds.py), the model must still compute what it did, and layer after layer
-is rounded and replaced by its packed self, so that from there on memory shrinks.
+in front of it can absorb the scale (weights/scale_folding.py), the model must still compute what it did, and layer
+after layer is rounded and replaced by its packed self, so that from there on memory shrinks.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from octavo.models.bind import BoundModel
 from octavo.models.packed import packable
 from octavo.models.prepack import PrepackedLinear
 from octavo.weights.awq import TINY, round_to_nearest, search_scale, search_shrink
-from octavo.weights.folds import Fold, absorb, find_folds
 from octavo.weights.layouts import AWQ, Int4Weight
 from octavo.weights.linear import PackedLinear
+from octavo.weights.scale_folding import Fold, absorb, find_folds
 
 Method = Literal["awq", "rtn"]
 METHODS: tuple[str, ...] = get_args(Method)

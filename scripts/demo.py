@@ -13,10 +13,11 @@ from octavo.cache.size import format_bytes
 from octavo.cli import main
 from octavo.cli.progress import progress
 from octavo.corpus import load_texts
-from octavo.measure.accuracy import Candidate, Score, compare
-from octavo.measure.report import write_report
+from octavo.measure.accuracy.compare import Score, compare
+from octavo.measure.candidate import Candidate
+from octavo.measure.report.page import write_report
 from octavo.models.model import BUNDLED, Model
-from octavo.windows import consecutive_windows
+from octavo.text_windows import consecutive_windows
 
 WORK_DIR = Path("demo")
 PROMPTS = ("Once upon a time there was a little fox who", "The old printer took the sheet from the press and")

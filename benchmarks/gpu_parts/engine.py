@@ -22,9 +22,9 @@ from rows import dry_run, emit, guarded
 
 from octavo import LLM, SamplingParams
 from octavo.calibrate import calibrate
-from octavo.measure.ceiling import cache_bytes, read_bytes
-from octavo.measure.fill import random_tokens
-from octavo.measure.point import Source
+from octavo.measure.memory.fill import random_tokens
+from octavo.measure.memory.process import Source
+from octavo.measure.speed.roofline import cache_bytes, read_bytes
 from octavo.models.model import Model
 from octavo.quant.format import KVFormat
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from rows import dry_run, emit, guarded
 
-from octavo.measure.memory import costs, device_memory, find_device, own_kind, points
-from octavo.measure.point import Source
+from octavo.measure.memory.costs import costs, device_memory, find_device, own_kind
+from octavo.measure.memory.points import points
+from octavo.measure.memory.process import Source
 from octavo.models.geometry import Geometry
 from octavo.quant.format import KVFormat
 

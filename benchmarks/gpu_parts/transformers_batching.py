@@ -9,7 +9,7 @@ from engine import LLAMA_7B, TINY, load
 from rows import dry_run, guarded
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from octavo.measure.fill import random_tokens
+from octavo.measure.memory.fill import random_tokens
 from octavo.models.bind import unbound
 from octavo.models.model import Model
 

@@ -17,7 +17,8 @@ from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from octavo.corpus import Texts
-    from octavo.measure.accuracy import Candidate, Score
+    from octavo.measure.accuracy.compare import Score
+    from octavo.measure.candidate import Candidate
     from octavo.models.model import Model
 
 WINDOW, WINDOWS = 1024, 16
@@ -75,7 +76,7 @@ def accuracy(
 ) -> None:
     """Measure what a KV cache format of MODEL costs in accuracy."""
     from octavo.cli import accuracy_tables
-    from octavo.measure.corners import beside
+    from octavo.measure.candidate import beside
     from octavo.measure.document import dumps
 
     on_text = text is not None or tasks is None
@@ -133,7 +134,7 @@ def _candidates(
     model: Model, kv: str | None, calibration: Path | None, granularity: str | None, headroom: float | None
 ) -> list[Candidate]:
     """The formats to compare, the baseline first; beside a single one the model's 16 bits."""
-    from octavo.measure.accuracy import Candidate
+    from octavo.measure.candidate import Candidate
     from octavo.quant.calibration import validate_choice
 
     validate_choice(granularity or "channel", 1.0 if headroom is None else headroom)
@@ -167,7 +168,7 @@ def _theory(model: Model, candidates: Sequence[Candidate]) -> list[dict[str, Any
 
 
 def _windows(model: Model, source: Texts, count: int, length: int | None, context: int) -> list[list[int]]:
-    from octavo.windows import consecutive_windows
+    from octavo.text_windows import consecutive_windows
 
     if length is not None and length > context:
         raise OctavoError(
@@ -180,7 +181,7 @@ def _on_text(
     model: Model, candidates: Sequence[Candidate], name: str, windows: Sequence[Sequence[int]], context: int
 ) -> dict[str, Any]:
     from octavo.cli.progress import progress
-    from octavo.measure.accuracy import compare
+    from octavo.measure.accuracy.compare import compare
 
     with progress() as bar:
         task = bar.add_task(f"reading {len(windows)} windows of {name}", total=len(windows))
@@ -216,7 +217,7 @@ def _greedy(
 ) -> dict[str, Any]:
     """Where the greedy answers to the windows' beginnings part from the baseline's."""
     from octavo.cli.progress import progress
-    from octavo.measure.parting import partings
+    from octavo.measure.accuracy.greedy import compare_answers
 
     prompts = [window[: min(PROMPT, -(-len(window) // 2))] for window in windows[:PROMPTS]]
     tokens = min(ANSWER, context - len(prompts[0]))
@@ -226,7 +227,7 @@ def _greedy(
         def tell(name: str, done: int) -> None:
             bar.update(task, description=f"answering {len(prompts)} prompts in {name}", completed=done)
 
-        rows = partings(model, candidates[0], candidates[1:], prompts, tokens, tell)
+        rows = compare_answers(model, candidates[0], candidates[1:], prompts, tokens, tell)
     return {
         "prompts": len(prompts),
         "prompt_tokens": len(prompts[0]),
@@ -243,7 +244,7 @@ def _on_tasks(
     sizes: dict[str, Any],
 ) -> dict[str, Any]:
     from octavo.cli.progress import progress
-    from octavo.measure.benchmark import Results, run
+    from octavo.measure.tasks.run import Results, run
 
     with progress() as bar:
         task = bar.add_task("loading tasks", total=None)

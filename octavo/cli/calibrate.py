@@ -89,7 +89,7 @@ def draw_windows(
 ) -> tuple[str, list[list[int]]]:
     """Name of what was read, and the windows to observe: of `texts`, or of the model's own if None."""
     from octavo.llm import LLM
-    from octavo.windows import self_windows, token_windows
+    from octavo.text_windows import self_windows, token_windows
 
     length = min(2048, model.bound.max_context) if length is None else length
     if length > model.bound.max_context:

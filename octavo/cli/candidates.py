@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from octavo.cli.options import LoadOptions, option
 
 if TYPE_CHECKING:
-    from octavo.measure.accuracy import Candidate
+    from octavo.measure.candidate import Candidate
     from octavo.models.model import Model
 
 BASELINE = option("The same model with 16-bit weights: MODEL with 4-bit ones is compared with it, in every format.")
@@ -24,7 +24,7 @@ def candidates(
 ) -> list[Candidate]:
     """The formats to compare, the baseline first, each known and calibrated if it has to be."""
     from octavo.cli.progress import calibration_with_bar
-    from octavo.measure.accuracy import Candidate
+    from octavo.measure.candidate import Candidate
     from octavo.quant.format import KVFormat
 
     if kv is not None:

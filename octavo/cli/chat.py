@@ -169,7 +169,7 @@ class Chat:
         from rich.markup import escape
 
         from octavo import __version__
-        from octavo.cli.footprint import Footprint
+        from octavo.measure.memory.footprint import Footprint
 
         llm, one = self.conversation.llm, Footprint.of(self.conversation.llm, 1)
         where = f"{llm.model.bound.device} · sessions of up to {self.conversation.capacity:,} tokens"

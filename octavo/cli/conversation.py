@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.cli.footprint import Footprint
 from octavo.errors import OctavoError
+from octavo.measure.memory.footprint import Footprint
 from octavo.text import check_messages
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from octavo.cli.options import LoadOptions, takes
 from octavo.errors import Unsupported
 
 if TYPE_CHECKING:
-    from octavo.measure.diagnosis import Diagnosis
+    from octavo.measure.doctor.diagnosis import Diagnosis
 
 MARKS = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "warning": "[bold red]✗[/]"}
 COLOURS = {"good": "green", "usable": "yellow", "poor": "red"}
@@ -32,8 +32,8 @@ def doctor(
     """Examine MODEL: does it work, and which cache formats suit it? Status 0: it is healthy; 1: it is refused, or
     something is advised against."""
     from octavo.cli.progress import progress
-    from octavo.measure.diagnosis import Diagnosis
-    from octavo.measure.doctor import diagnose
+    from octavo.measure.doctor.diagnose import diagnose
+    from octavo.measure.doctor.diagnosis import Diagnosis
     from octavo.measure.document import dumps
     from octavo.measure.machine import describe
 

@@ -20,7 +20,7 @@ from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
-    from octavo.cli.lines import Line, Output
+    from octavo.cli.jsonl import Line, Output
     from octavo.llm import LLM, Completion
 
 # Options that change how fast answers are made, and not what they are.
@@ -64,7 +64,7 @@ def generate(
 
 def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool) -> None:
     from octavo.cache.size import format_bytes
-    from octavo.cli.footprint import Footprint
+    from octavo.measure.memory.footprint import Footprint
 
     start = time.perf_counter()
     pieces = (
@@ -107,7 +107,7 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
 def _many(
     options: ServeOptions, sampling: SamplingOptions, input: str, path: Path | None, chat: bool, logprobs: int | None
 ) -> None:
-    from octavo.cli.lines import Output, read_lines
+    from octavo.cli.jsonl import Output, read_lines
 
     shaping = {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}
     shaping |= {"kv": options.format_name(), "quant_policy": None, "chat": chat, "logprobs": logprobs}
@@ -132,7 +132,7 @@ def _many(
 
 def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams, chat: bool) -> None:
     """Answer the lines together, each written when it is complete."""
-    from octavo.cli.lines import parse
+    from octavo.cli.jsonl import parse
     from octavo.cli.progress import progress
 
     served: list[Line] = []

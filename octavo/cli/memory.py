@@ -15,8 +15,9 @@ from octavo.errors import OctavoError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from octavo.measure.memory import Cost, Point
-    from octavo.measure.point import Source
+    from octavo.measure.memory.costs import Cost
+    from octavo.measure.memory.points import Point
+    from octavo.measure.memory.process import Source
     from octavo.models.geometry import Geometry
     from octavo.quant.format import KVFormat
 
@@ -55,8 +56,9 @@ def memory(
     from octavo.cli.progress import progress
     from octavo.measure import machine
     from octavo.measure.document import dumps
-    from octavo.measure.memory import costs, device_memory, find_device, own_kind, points, saved
-    from octavo.measure.point import Source
+    from octavo.measure.memory.costs import costs, device_memory, find_device, own_kind
+    from octavo.measure.memory.points import points, saved
+    from octavo.measure.memory.process import Source
     from octavo.models.geometry import Geometry
 
     batches, where = numbers(batch_size, "--batch-size"), find_device(device)
@@ -104,7 +106,7 @@ def memory(
 
 def formats(geometry: Geometry, kv: str | None, default: Sequence[str] = ("int8",)) -> list[KVFormat]:
     """Those of --kv, each once; or the model's own and those of `default`."""
-    from octavo.measure.memory import baseline
+    from octavo.measure.memory.costs import baseline
     from octavo.quant.format import KVFormat
 
     if kv is None:
@@ -114,7 +116,7 @@ def formats(geometry: Geometry, kv: str | None, default: Sequence[str] = ("int8"
 
 def kinds(geometry: Geometry, weights: str | None) -> list[str]:
     """Those of --weights, each once; or the model's own, of a 4-bit model also its 16-bit one's."""
-    from octavo.measure.memory import own_kind, weight_kinds
+    from octavo.measure.memory.costs import own_kind, weight_kinds
 
     known = weight_kinds(geometry)
     if weights is None:
@@ -130,7 +132,7 @@ def baseline_source(model: str, geometry: Geometry, own: Source) -> dict[str, So
     """Where the 16-bit weights are measured. Raises OctavoError if they are another model's."""
     from dataclasses import replace
 
-    from octavo.measure.memory import own_kind
+    from octavo.measure.memory.costs import own_kind
     from octavo.models.geometry import Geometry
     from octavo.models.model import locate
 
@@ -182,7 +184,7 @@ def show(found: Sequence[Point], context: int, device: str, out: Console) -> Non
 
 
 def point_table(found: Sequence[Point], context: int, measured: bool) -> Any:
-    from octavo.measure.memory import saved
+    from octavo.measure.memory.points import saved
 
     columns = ["batch", "format", "weights", "KV cache", "total", "saved", ""]
     if measured:

@@ -14,7 +14,7 @@ from octavo.cli.options import ShapeOptions, option, takes
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
-    from octavo.measure.plan import Fit
+    from octavo.measure.memory.plan import Fit
 
 FORMATS = ("int8", "int4-token")
 
@@ -42,8 +42,8 @@ def plan(
     """Compute how many sessions of MODEL fit. Nothing is run, and a config is enough."""
     from octavo.cache.size import format_bytes, parse_bytes
     from octavo.measure.document import dumps
-    from octavo.measure.memory import INT4_BITS, device_memory, find_device
-    from octavo.measure.plan import check_picture, draw, fits
+    from octavo.measure.memory.costs import INT4_BITS, device_memory, find_device
+    from octavo.measure.memory.plan import check_picture, draw, fits
     from octavo.models.geometry import Geometry
 
     if plot is not None:

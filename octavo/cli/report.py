@@ -42,7 +42,7 @@ def report(
     from octavo.cli.progress import progress
     from octavo.corpus import load_texts
     from octavo.measure.document import dumps
-    from octavo.measure.report import require_directory, write_report
+    from octavo.measure.report.page import require_directory, write_report
 
     if text is not None:
         load_texts(text)  # a name mistyped is known before the model is loaded

@@ -81,7 +81,7 @@ def serve(
 
 
 def _facts(llm: LLM) -> dict[str, Any]:
-    from octavo.cli.footprint import Footprint
+    from octavo.measure.memory.footprint import Footprint
 
     cache, one = llm.cache, Footprint.of(llm, llm.session_len)
     return {

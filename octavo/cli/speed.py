@@ -13,8 +13,8 @@ from octavo.cli.options import LoadOptions, option, takes
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
-    from octavo.measure.ceiling import Ceiling
-    from octavo.measure.speed import Speed
+    from octavo.measure.speed.roofline import Ceiling
+    from octavo.measure.speed.throughput import Speed
 
 
 @takes(LoadOptions)
@@ -44,10 +44,10 @@ def speed(
     from octavo.cli.memory import console
     from octavo.cli.progress import progress
     from octavo.measure import machine
-    from octavo.measure.ceiling import bandwidth, ceilings
-    from octavo.measure.corners import beside
+    from octavo.measure.candidate import beside
     from octavo.measure.document import dumps
-    from octavo.measure.speed import check, measure
+    from octavo.measure.speed.roofline import bandwidth, ceilings
+    from octavo.measure.speed.throughput import check, measure
 
     batch_sizes, contexts = numbers(batch_size, "--batch-size"), numbers(context, "--context")
     model = options.load()

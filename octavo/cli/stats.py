@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from octavo.cli.footprint import Footprint, worst_saturation
+from octavo.measure.memory.footprint import Footprint, worst_saturation
 
 if TYPE_CHECKING:
     from octavo.cli.conversation import Conversation

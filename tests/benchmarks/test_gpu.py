@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from octavo.measure.point import CannotMeasure, Filled, Request
+from octavo.measure.memory.process import CannotMeasure, Filled, Request
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -31,7 +31,7 @@ def test_every_part_runs_dry(part: str, monkeypatch: pytest.MonkeyPatch, capsys:
     def too_small(request: Request) -> Filled:  # noqa: ARG001
         raise CannotMeasure("this machine is too small")
 
-    monkeypatch.setattr("octavo.measure.memory.measure", too_small)
+    monkeypatch.setattr("octavo.measure.memory.points.measure", too_small)
     monkeypatch.syspath_prepend(str(BENCHMARKS / "gpu_parts"))
     monkeypatch.setattr(sys, "argv", [part, "--dry-run"])
     runpy.run_path(str(BENCHMARKS / "gpu_parts" / f"{part}.py"), run_name="__main__")

@@ -17,7 +17,7 @@ from octavo.cli.options import LoadOptions
 from octavo.measure import tasks
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from tests.measure.raw_files import write_raw_files
+from tests.measure.tasks.raw_files import write_raw_files
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "eval"
 SMALL = ["--windows", "2", "--window", "96"]
@@ -169,7 +169,7 @@ def test_results_are_kept_and_a_second_run_takes_them(
     octavo: Run, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval")
-    from octavo.measure import benchmark
+    from octavo.measure.tasks import run as benchmark
 
     ran: list[tuple[str, str]] = []
     really = benchmark._evaluate
@@ -231,7 +231,7 @@ def test_every_task_runs_on_its_public_files(
     octavo: Run, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval")
-    from octavo.measure.harness import OctavoLM
+    from octavo.measure.tasks.harness import OctavoLM
 
     asked = OctavoLM._params  # bbh asks for answers of 1024 tokens
     monkeypatch.setattr(OctavoLM, "_params", lambda *args: replace(asked(*args), max_tokens=8))

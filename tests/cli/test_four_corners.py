@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -76,7 +77,7 @@ def test_accuracy_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.Monkey
 
 
 def test_speed_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("octavo.measure.ceiling.READ_BYTES", 1 << 20)
+    monkeypatch.setattr("octavo.measure.speed.roofline.READ_BYTES", 1 << 20)
     asked = ["--baseline", "pamphlet", "--kv", "bf16,int8-token", "--batch-size", "1", "--context", "64"]
     code, out, err = octavo("speed", awq, *asked, "--tokens", "2", "--rounds", "1", "--json")
     assert code == 0, err
@@ -100,11 +101,15 @@ def test_memory_of_all_four(octavo: Run, awq: Path):
 
 def test_the_report_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
-    for name, value in {"doctor.LENGTH": 64, "doctor.CALIBRATED": 2, "doctor.MEASURED": 2, "survey.WINDOW": 128,
-                        "survey.WINDOWS": 2, "survey.SAMPLES": 2, "survey.SEQLEN": 64, "survey.BATCH_SIZES": (1,),
-                        "survey.CONTEXT": 64, "survey.TOKENS": 2, "survey.ROUNDS": 1,
-                        "ceiling.READ_BYTES": 1 << 20}.items():  # fmt: skip
-        monkeypatch.setattr(f"octavo.measure.{name}", value)
+    sizes: dict[str, dict[str, Any]] = {
+        "doctor.diagnose": {"LENGTH": 64, "CALIBRATED": 2, "MEASURED": 2},
+        "report.survey": {"WINDOW": 128, "WINDOWS": 2, "SAMPLES": 2, "SEQLEN": 64, "BATCH_SIZES": (1,), "CONTEXT": 64,
+                          "TOKENS": 2, "ROUNDS": 1},
+        "speed.roofline": {"READ_BYTES": 1 << 20},
+    }  # fmt: skip
+    for module, values in sizes.items():
+        for name, value in values.items():
+            monkeypatch.setattr(f"octavo.measure.{module}.{name}", value)
     code, out, err = octavo("report", awq, "--baseline", "pamphlet", "--out", tmp_path / "report", "--json")
     assert code == 0, err
     corners = json.loads(out)["corners"]

@@ -9,13 +9,14 @@ import pytest
 from transformers import BloomConfig
 
 from octavo.cli import main
-from octavo.measure import ceiling, doctor
+from octavo.measure.doctor import diagnose as doctor
+from octavo.measure.speed import roofline
 from octavo.models.model import BUNDLED
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceiling, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(roofline, "READ_BYTES", 1 << 20)
     for name, value in {"LENGTH": 64, "CALIBRATED": 2, "MEASURED": 2}.items():
         monkeypatch.setattr(doctor, name, value)
 

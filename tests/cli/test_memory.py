@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from octavo.cli import main
-from octavo.measure import memory
-from octavo.measure.point import CannotMeasure, Filled, Request
+from octavo.measure.memory import points as memory
+from octavo.measure.memory.process import CannotMeasure, Filled, Request
 from tests.weights.rounding import described, write
 
 INTERNLM = Path(__file__).parents[2] / "benchmarks" / "geometries" / "internlm-chat-7b.json"

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig
 
 from octavo.errors import OctavoError, Unsupported
-from octavo.measure.memory import weight_kinds
+from octavo.measure.memory.costs import weight_kinds
 from octavo.models.geometry import Geometry
 from octavo.models.load import load_model
 from octavo.models.packed import packed_layers

@@ -1,0 +1,170 @@
+"""What a cache format costs in accuracy, on the user's own text.
+
+Every format reads the same windows in lockstep with the baseline, through the same engine parts: perplexity, KL
+divergence from the baseline's next-token distribution, and how often the most likely token is the same one. KL is the
+sensitive one: perplexity can hide damage that goes both ways. What they come to in an answer: see greedy.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from octavo.engine.reading import LOGIT_ROWS, Reading
+from octavo.measure.candidate import Candidate
+from octavo.models.model import Model
+
+BINS, BIN = 8, 64  # pieces that a window is looked at in, and what a piece's length is a multiple of
+
+
+@dataclass
+class Bin:
+    """Predictions of tokens `start` to `stop` − 1 of each window."""
+
+    start: int
+    stop: int
+    kl: float
+    kl_error: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """Nats per token from another cache on the same tokens; ± are standard errors over windows, paired."""
+
+    loss: float
+    loss_error: float
+    kl: float
+    kl_error: float
+
+
+@dataclass
+class Score:
+    """Measured over `tokens` predictions in windows of one length; ± are standard errors over windows."""
+
+    name: str
+    tokens: int
+    perplexity: float
+    perplexity_error: float
+    loss_change: float  # nats per token, from the baseline on the same tokens
+    loss_change_error: float  # paired: far smaller than the perplexities' own
+    kl: float  # mean, nats, from the baseline
+    kl_error: float
+    kl_p99: float
+    kl_max: float
+    agreement: float  # share of positions with the baseline's most likely token
+    agreement_error: float
+    saturated: float  # share of K and V values outside the codec's range
+    cache_alone: Change  # from the first candidate with the same weights: the baseline, unless weights differ
+    kl_by_bin: list[Bin] = field(repr=False)
+    kl_by_position: list[float] = field(repr=False)  # mean over windows, [length − 1]
+
+
+def compare(
+    model: Model,
+    baseline: Candidate,
+    candidates: Sequence[Candidate],
+    windows: Sequence[Sequence[int]],
+    progress: Callable[[int], None] | None = None,
+) -> list[Score]:
+    """Scores of the baseline and of each candidate, in that order, over `windows` of token ids of one length."""
+    runs = [_Run(model, candidate) for candidate in (baseline, *candidates)]
+    firsts = [next(run for run in runs if run.bound is own.bound) for own in runs]  # with the same weights
+    for done, window in enumerate(windows):
+        for run in runs:
+            run.start(window)
+        for targets in torch.tensor(window[1:]).split(LOGIT_ROWS):
+            references: dict[_Run, Tensor] = {}  # of the first with each kind of weights
+            for run, first in zip(runs, firsts, strict=True):
+                own = next(run.logits).log_softmax(-1).cpu()
+                references.setdefault(first, own)
+                run.take(references[runs[0]], references[first], own, targets)
+        for run in runs:
+            run.logits.close()
+        if progress is not None:
+            progress(done + 1)
+    return [run.score(runs[0], first) for run, first in zip(runs, firsts, strict=True)]
+
+
+class _Run:
+    """One candidate and what was measured on it."""
+
+    def __init__(self, model: Model, candidate: Candidate):
+        self.bound, self.candidate = (candidate.model or model).bound, candidate
+        self.reading = Reading(
+            self.bound,
+            candidate.format,
+            candidate.calibration,
+            candidate.granularity,
+            candidate.headroom,
+            candidate.simulate,
+        )
+        self.loss: list[list[Tensor]] = []  # by window, by chunk: [rows]
+        self.kl: list[list[Tensor]] = []
+        self.kl_alone: list[list[Tensor]] = []  # from the first with the same weights
+        self.same: list[list[Tensor]] = []
+
+    def start(self, window: Sequence[int]) -> None:
+        self.logits = self.reading.logits(window[:-1])
+        for measured in (self.loss, self.kl, self.kl_alone, self.same):
+            measured.append([])
+
+    def take(self, reference: Tensor, first: Tensor, own: Tensor, targets: Tensor) -> None:
+        self.loss[-1].append(-own.gather(-1, targets[:, None])[:, 0])
+        self.kl[-1].append(_kl(reference, own))
+        self.kl_alone[-1].append(self.kl[-1][-1] if first is reference else _kl(first, own))
+        self.same[-1].append((reference.argmax(-1) == own.argmax(-1)).float())
+
+    def score(self, baseline: _Run, first: _Run) -> Score:
+        loss, kl, kl_alone, same, before, before_alone = (
+            torch.stack([torch.cat(chunks) for chunks in measured]).double()  # [windows, length − 1]
+            for measured in (self.loss, self.kl, self.kl_alone, self.same, baseline.loss, first.loss)
+        )
+        perplexity = math.exp(loss.mean())
+        return Score(
+            name=self.candidate.name,
+            tokens=loss.numel(),
+            perplexity=perplexity,
+            perplexity_error=perplexity * _standard_error(loss),
+            loss_change=(loss - before).mean().item(),
+            loss_change_error=_standard_error(loss - before),
+            kl=kl.mean().item(),
+            kl_error=_standard_error(kl),
+            kl_p99=kl.flatten().kthvalue(max(1, round(0.99 * kl.numel()))).values.item(),
+            kl_max=kl.max().item(),
+            agreement=same.mean().item(),
+            agreement_error=_standard_error(same),
+            saturated=self.reading.outside / max(1, self.reading.written),
+            cache_alone=Change(
+                loss=(loss - before_alone).mean().item(),
+                loss_error=_standard_error(loss - before_alone),
+                kl=kl_alone.mean().item(),
+                kl_error=_standard_error(kl_alone),
+            ),
+            kl_by_bin=[
+                Bin(start + 1, start + 1 + part.shape[1], part.mean().item(), _standard_error(part))
+                for start, part in _bins(kl)
+            ],
+            kl_by_position=kl.mean(0).tolist(),
+        )
+
+
+def _kl(reference: Tensor, own: Tensor) -> Tensor:
+    """Of each row, from log-probabilities [rows, vocabulary]."""
+    return (reference.exp() * (reference - own)).sum(-1)
+
+
+def _bins(per_token: Tensor) -> list[tuple[int, Tensor]]:
+    """[windows, tokens] cut into at most BINS pieces of whole blocks, the last of what is left: (start, piece)."""
+    width = BIN * -(-per_token.shape[1] // (BIN * BINS))
+    starts = range(0, per_token.shape[1], width)
+    return list(zip(starts, per_token.split(width, 1), strict=True))
+
+
+def _standard_error(per_token: Tensor) -> float:
+    """Of the mean of [windows, tokens], over windows: tokens of one text are not independent."""
+    means = per_token.mean(1)
+    return (means.std() / len(means) ** 0.5).item() if len(means) > 1 else math.nan

@@ -1,0 +1,70 @@
+"""What the doctor found: plain data, and the same as a JSON document.
+
+A format's grade is its mean KL divergence from the 16-bit cache, nats per token. Up to GOOD nobody can tell, up to
+USABLE it shows in careful tests, beyond that in the text. What flipping the last bit of a 16-bit cache already costs on
+this model is good too: no cache can be asked for less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from octavo.measure.accuracy.compare import Score
+from octavo.measure.doctor.inspection import Anatomy, Keys, Widths
+from octavo.measure.doctor.selfcheck import SelfCheck
+
+GOOD, USABLE = 1e-3, 3e-2  # nats
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know, in plain words; a warning advises against something."""
+
+    level: Literal["ok", "note", "warning"]
+    topic: str
+    text: str
+
+
+@dataclass
+class Diagnosis:
+    """If not `accepted`, its only finding says why, and nothing else was looked at."""
+
+    model: str
+    accepted: bool
+    text: str = ""  # what the formats were measured on
+    calibrated: str = ""  # how much of it: windows and tokens
+    measured: str = ""
+    seconds: float = 0.0
+    weights: str = ""  # their kind
+    anatomy: Anatomy | None = None
+    self_check: SelfCheck | None = None
+    keys: list[Keys] = field(default_factory=list)
+    widths: list[Widths] = field(default_factory=list)
+    rounding: float = 0.0  # KL of a 16-bit cache with its last bits flipped
+    formats: list[Score] = field(default_factory=list)
+    layers: dict[str, list[float]] = field(default_factory=dict)  # format → KL with only that layer of `keys` in it
+    findings: list[Finding] = field(default_factory=list)
+
+    @classmethod
+    def refused(cls, model: str, reason: str) -> Diagnosis:
+        return cls(model, accepted=False, findings=[Finding("warning", "binding", reason)])
+
+    @property
+    def healthy(self) -> bool:
+        """No advice against anything."""
+        return all(finding.level != "warning" for finding in self.findings)
+
+    def grade(self, score: Score) -> str:
+        """One of good, usable and poor."""
+        if score.kl <= max(GOOD, self.rounding):
+            return "good"
+        return "usable" if score.kl <= USABLE else "poor"
+
+    def document(self) -> dict[str, Any]:
+        """Ready for JSON, without what is only good for a curve."""
+        found = asdict(self) | {"healthy": self.healthy}
+        for fields, score in zip(found["formats"], self.formats, strict=True):
+            del fields["kl_by_position"], fields["kl_by_bin"], fields["cache_alone"]
+            fields["grade"] = self.grade(score)
+        return found

@@ -1,0 +1,103 @@
+"""What weights and cache take, by kind of weights and cache format: computed from a model's geometry, nothing is run.
+
+What a 16-bit model would take with 4-bit weights is computed for what `octavo quantize` packs in groups of 128, each
+with a 16-bit scale and a zero; the other weights stay: embeddings, norms, the head, experts, layers that the groups do
+not divide. Activations, allocator and the process come on top: they are only ever measured (points.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from octavo.cache.layout import Layout
+from octavo.cache.size import block_bytes
+from octavo.errors import OctavoError
+from octavo.models.geometry import GROUP, Geometry
+from octavo.quant.format import RAW_NAMES, KVFormat
+
+INT4 = "int4"
+INT4_BITS = 4 + 16 / GROUP + 8 / GROUP  # of one weight in memory, its share of scale and zero included
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a kind of weights and a cache format cost in theory."""
+
+    weights: str  # their kind
+    weight_bytes: int
+    format: str
+    token: int  # bytes of one token in all layers
+    session: int  # bytes of a session filled to the context; its last block counts whole
+    static: int  # bytes once, whatever the number of sessions
+    sessions: int  # that fit beside the weights
+
+    def cache(self, sessions: int) -> int:
+        return sessions * self.session
+
+
+def baseline(geometry: Geometry) -> KVFormat:
+    """The raw format of the model's own type."""
+    return KVFormat.parse(RAW_NAMES[str(geometry.dtype).removeprefix("torch.")])
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, for auto a GPU if there is one; raises OctavoError if it cannot be used here."""
+    gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if gpu else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise OctavoError(f"there is no device {name!r}: name auto, cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not gpu):
+        raise OctavoError(f"the memory of the device {name!r} cannot be measured here")
+    return device
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or those that are free on a CPU. Allocates nothing on the device, which is yet to be measured."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().available
+
+
+def weight_kinds(geometry: Geometry) -> dict[str, int]:
+    """Bytes of all weights by their kind: in the model's own type, and with linear layers in 4 bits if it has any."""
+    size = geometry.dtype.itemsize
+    plain = geometry.weights - geometry.packed_bytes + size * geometry.packed
+    kinds = {str(baseline(geometry)): plain}
+    if geometry.linear:
+        four = plain - size * geometry.linear + round(geometry.linear * INT4_BITS / 8)
+        kinds[INT4] = geometry.weights if geometry.packed else four
+    return kinds
+
+
+def own_kind(geometry: Geometry) -> str:
+    """The kind of the weights that the model has."""
+    return INT4 if geometry.packed else str(baseline(geometry))
+
+
+def costs(
+    geometry: Geometry, formats: Sequence[KVFormat], context: int, memory: int, kinds: Sequence[str] | None = None
+) -> list[Cost]:
+    """For each kind of weights (the model's own if None), what each format costs, and how many sessions of `context`
+    tokens `memory` bytes hold beside the weights."""
+    if not 2 <= context <= geometry.max_context:
+        raise OctavoError(f"a context of {context} tokens: the model's own reaches from 2 to {geometry.max_context}")
+    size, shapes, weights = Layout().block_size, geometry.shapes, weight_kinds(geometry)
+    found = []
+    for kind in kinds if kinds is not None else [own_kind(geometry)]:
+        for format in formats:
+            block = block_bytes(shapes, [format] * len(shapes), size)
+            session = -(-context // size) * block
+            fit = max(0, (memory - weights[kind]) // session)
+            found.append(Cost(kind, weights[kind], str(format), block // size, session, _static(geometry, format), fit))
+    return found
+
+
+def _static(geometry: Geometry, format: KVFormat) -> int:
+    """mu, c and 1/c in float32, of the sides that need a calibration."""
+    sides = [(s, codec, dim) for s in geometry.shapes for codec, dim in ((format.k, s.k_dim), (format.v, s.v_dim))]
+    return sum(12 * s.kv_heads * dim for s, codec, dim in sides if s.shares is None and codec.needs_calibration)

@@ -1,0 +1,76 @@
+"""The four corners: a model with 16-bit and with 4-bit weights, each with several formats of the cache.
+
+All share one baseline, 16-bit weights with a 16-bit cache; what a cache costs is also told beside the 16-bit cache with
+the same weights, for the rounding of weights costs far more and would hide it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from octavo.measure.accuracy.compare import Score, compare
+from octavo.measure.candidate import Candidate
+from octavo.measure.memory.plan import Fit
+from octavo.measure.speed.roofline import ceilings
+from octavo.measure.speed.throughput import Speed, measure, prompt_length
+from octavo.models.model import Model
+
+BATCH_SIZES = (1, 8)
+
+
+@dataclass
+class Corner:
+    """One kind of weights with one format of the cache: computed, and measured where both models are at hand."""
+
+    fit: Fit
+    score: Score | None = None
+    speed: list[Speed] = field(default_factory=list)  # by batch size
+
+    def document(self) -> dict[str, Any]:
+        """Ready for JSON, without what is only good for a curve."""
+        score = asdict(self.score) if self.score is not None else None
+        if score is not None:
+            del score["kl_by_position"], score["kl_by_bin"]
+        return {**asdict(self.fit), "score": score, "speed": [asdict(row) for row in self.speed]}
+
+
+def measure_corners(
+    model: Model,
+    compared: Sequence[Candidate],
+    fits: Sequence[Fit],
+    windows: Sequence[Sequence[int]],
+    context: int,
+    rate: float,
+    *,
+    tokens: int,
+    rounds: int,
+    progress: Callable[[str, float], None],
+) -> list[Corner]:
+    """The corners of `fits` with the accuracy and speed of `compared`, which `beside` made in the same order.
+
+    `windows` are read for accuracy; sessions of `context` tokens are timed, `tokens` decode steps in each of `rounds`,
+    beside a bandwidth of `rate` bytes a second.
+    """
+    first, *others = compared
+    scores = compare(
+        model, first, others, windows, lambda done: progress("comparing the corners", 0.5 * done / len(windows))
+    )
+    sizes = [size for size in BATCH_SIZES if prompt_length(size, context, tokens) > 0]
+    theory = ceilings(model.bound, compared, sizes, [context], tokens, rate)
+    runs = len(theory) * rounds
+    speed = measure(
+        model,
+        compared,
+        sizes,
+        [context],
+        theory,
+        tokens=tokens,
+        rounds=rounds,
+        progress=lambda done: progress("timing the corners", 0.5 + 0.5 * done / runs),
+    )
+    return [
+        Corner(fit, score, [row for row in speed if row.kv == candidate.name])
+        for fit, candidate, score in zip(fits, compared, scores, strict=True)
+    ]

@@ -1,0 +1,140 @@
+"""Everything about a model's cache on one page: what it saves, what it costs, where the numbers lie, how fast it is.
+
+The templates in data/report say in words what survey.py measures. A directory then holds a page that needs nothing
+beside itself (report.html), the same as Markdown with its plots as files, and the numbers as JSON.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from octavo.cache.size import format_bytes
+from octavo.errors import OctavoError
+from octavo.measure import machine
+from octavo.measure.document import dumps
+from octavo.measure.report import plots, svg
+from octavo.measure.report.survey import Progress, Survey, gather
+from octavo.models.model import Model
+from octavo.quant.calibration import Calibration
+
+NBSP, MINUS = "\u00a0", "\u2212"
+
+
+def write_report(
+    model: Model,
+    directory: Path,
+    *,
+    calibration: Path | Calibration | None = None,
+    text: str | None = None,
+    memory: int | None = None,
+    baseline: Model | None = None,
+    progress: Progress | None = None,
+) -> Survey:
+    """Measure `model` and write report.html, report.md with its plots, and report.json into `directory`.
+
+    `calibration` is taken where there is one, here or beside the model, else made from the first part of `text`: a
+    file, a named set, or a bundled English text if None. Sessions are counted in `memory` bytes, by default the
+    machine's. `baseline` is the same model with 16-bit weights, of a `model` with 4-bit ones: the four corners are then
+    measured; it takes its own calibration, or one made like that of `model`. Raises OctavoError, before the work, where
+    nothing can be written, matplotlib is missing, or the two are no such pair.
+    """
+    require_directory(directory)
+    found = gather(model, calibration, text, memory, baseline, progress or (lambda *_: None))
+    render(found, directory)
+    return found
+
+
+def require_directory(directory: Path) -> None:
+    """Raise OctavoError where no report can be drawn or written, before the work."""
+    svg.require_matplotlib()
+    try:
+        (directory / "plots").mkdir(parents=True, exist_ok=True)
+        probe = directory / ".octavo-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OctavoError(f"nothing can be written in {directory} ({error.strerror}): name another --out") from None
+
+
+def render(found: Survey, directory: Path) -> None:
+    """Write the page, the Markdown file with its plots, and the numbers."""
+    figures = draw(found)
+    for name, (figure, _) in figures.items():
+        (directory / "plots" / f"{name}.svg").write_text(svg.standalone(figure, name), encoding="utf-8")
+    inline = {name: svg.inline(figure, name, title) for name, (figure, title) in figures.items()}
+    style = (files("octavo") / "data/report/report.css").read_text(encoding="utf-8")
+    environment = _environment()
+    for name, more in (("report.html", {"figures": inline, "style": style}), ("report.md", {"figures": figures})):
+        page = environment.get_template(name).render(r=found, **more)
+        (directory / name).write_text(page, encoding="utf-8")
+    (directory / "report.json").write_text(dumps(found.document()) + "\n", encoding="utf-8")
+
+
+def draw(found: Survey) -> dict[str, tuple[Any, str]]:
+    """Name → figure and what it shows."""
+    widths = {side: [layer[side]["max"] - layer[side]["min"] for layer in found.calibration.layers] for side in "kv"}
+    lines = [
+        (score.name, [(b.start + b.stop) / 2 for b in score.kl_by_bin], [max(b.kl, 1e-9) for b in score.kl_by_bin])
+        for score in found.scores[1:]
+    ]
+    diagnosis = found.diagnosis
+    return {
+        "growth": (plots.growth(found.fits, found.memory), "Memory over the number of sessions"),
+        "kl-position": (plots.kl_by_position(lines, diagnosis.rounding), "KL divergence by position in the window"),
+        "kl-layer": (
+            plots.kl_by_layer([own.layer for own in diagnosis.keys], diagnosis.layers),
+            "KL divergence with one layer quantized",
+        ),
+        "ranges-k": (plots.ranges(widths["k"]), "Width of each channel of K, by layer"),
+        "ranges-v": (plots.ranges(widths["v"]), "Width of each channel of V, by layer"),
+        "saturation": (plots.saturation(found.clipped), "Share of values clipped, by layer"),
+        "decode": (plots.decode(found.speed, found.theory), "Decode speed over the number of sessions"),
+        "latency": (plots.latency(found.speed), "Time per token over the number of sessions"),
+    }
+
+
+def _environment() -> jinja2.Environment:
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("octavo", "data/report"),
+        autoescape=lambda name: bool(name and name.endswith(".html")),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    found.filters |= {
+        "sci": scientific,
+        "bytes": format_bytes,
+        "machine": machine.sentence,
+        "numbers": numbers,
+        "prose": prose,
+    }
+    found.filters["signed"] = lambda x: f"{x:+.2f}".replace("-", MINUS)
+    found.filters["change"] = lambda x: f"{x:+.5f}".replace("-", MINUS)
+    found.filters["error"] = lambda x, digits: "" if math.isnan(x) else f"± {x:.{digits}f}"  # one window has none
+    return found
+
+
+def scientific(x: float) -> Markup:
+    """2.6e-04 → '2.6 × 10<sup>−4</sup>', which Markdown reads too."""
+    if x == 0 or not math.isfinite(x):
+        return Markup("0" if x == 0 else "–")
+    digits, _, exponent = f"{x:.1e}".partition("e")
+    return Markup(f"{digits} × 10<sup>{int(exponent)}</sup>".replace(" ", NBSP).replace("-", MINUS))
+
+
+def numbers(text: str) -> Markup:
+    """6.9e-03 in a text as people write it."""
+    return Markup(re.sub(r"\b(\d(?:\.\d)?)e-0?(\d+)\b", rf"\1{NBSP}×{NBSP}10<sup>{MINUS}\2</sup>", text))
+
+
+def prose(text: str) -> Markup:
+    """A finding's words for the page: commands and options as code, and `numbers`."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    return numbers(re.sub(r"(--[\w-]+(?: int\d[\w-]*| k\dv\d)?)(?![^<]*</code>)", r"<code>\1</code>", marked))

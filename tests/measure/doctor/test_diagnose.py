@@ -1,0 +1,175 @@
+"""The doctor: a plain model passes, a key-biased one is singled out, and a broken one fails the self-check."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.biased import CHANNELS, save_biased
+from octavo.attention import attend
+from octavo.errors import OctavoError
+from octavo.measure.doctor import diagnose as doctor
+from octavo.measure.doctor.advice import _listed, findings
+from octavo.measure.doctor.diagnose import diagnose, flip_last_bit
+from octavo.measure.doctor.diagnosis import Diagnosis, Finding
+from octavo.measure.doctor.inspection import examine, keys, widths
+from octavo.measure.doctor.selfcheck import self_check
+from octavo.measure.document import dumps
+from octavo.models.bind import BoundModel, bind
+from octavo.models.model import Model
+from octavo.quant.calibration import Calibration
+from tests.models import zoo
+
+
+@pytest.fixture(scope="module")
+def plain() -> Diagnosis:
+    return diagnose(Model.load(device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def biased_model(pamphlet: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model.load(save_biased(pamphlet, tmp_path_factory.mktemp("biased")), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def biased(biased_model: Model) -> Diagnosis:
+    return diagnose(biased_model)
+
+
+def finding(found: Diagnosis, topic: str) -> Finding:
+    return next(finding for finding in found.findings if finding.topic == topic)
+
+
+def test_a_plain_model_is_healthy_and_may_use_both_8_bit_formats(plain: Diagnosis) -> None:
+    assert plain.healthy
+    assert [f.level for f in plain.findings if f.topic != "4 bits"] == ["ok"] * 5
+    assert "--kv int8-token works without calibration" in finding(plain, "8 bits").text
+    assert not any(layer.biased for layer in plain.keys)
+    grades = {score.name: plain.grade(score) for score in plain.formats}
+    assert grades["int8"] == grades["int8-token"] == "good"
+    assert 0 < plain.rounding < 1e-3
+
+
+def test_key_biases_are_singled_out_layer_by_layer_with_what_to_do(biased: Diagnosis) -> None:
+    assert not biased.healthy
+    assert [layer.layer for layer in biased.keys if layer.biased] == [0, 5]
+    assert biased.keys[0].channels == 2 * len(CHANNELS)
+    assert biased.keys[0].bias_norm == pytest.approx(math.sqrt(2 * sum(b * b for b in CHANNELS.values())), rel=1e-3)
+    text = finding(biased, "key biases").text
+    assert "layers 0 and 5" in text
+    assert "Qwen2" in text
+    advice = finding(biased, "8 bits")
+    assert advice.level == "warning"
+    assert "do not serve int8-token without a calibration" in advice.text
+    assert "octavo calibrate" in advice.text
+
+
+def test_the_advice_rests_on_what_was_measured(biased: Diagnosis) -> None:
+    kl = {score.name: score.kl for score in biased.formats}
+    assert kl["int8-token"] > 5 * kl["int8-token, calibrated"]
+    assert kl["int8, tensor × 1.0"] > 3 * kl["int8"]
+    assert f"{kl['int8-token']:.1e}" in finding(biased, "8 bits").text
+    worst = sorted(range(6), key=lambda layer: -biased.layers["int8-token"][layer])[:2]
+    assert sorted(worst) == [0, 5], "the layers with the biases are those whose quantization hurts"
+
+
+def test_the_document_is_json_and_names_the_grades(biased: Diagnosis) -> None:
+    found = json.loads(dumps({"command": "doctor", **biased.document()}))
+    assert found["healthy"] is False
+    assert {row["grade"] for row in found["formats"]} <= {"good", "usable", "poor"}
+    assert found["keys"][0]["channels"] == 8
+    assert "kl_by_position" not in found["formats"][0]
+
+
+def test_offsets_are_seen_where_the_bias_is_fused_with_others_too(pamphlet: Model, text_ids: list[int]) -> None:
+    def offset(k: Tensor) -> Tensor:  # as from a fused projection: no parameter tells of it
+        return k + torch.tensor([50.0] + [0.0] * (k.shape[-1] - 1))
+
+    model = pamphlet.bound
+    forward = type(model).forward
+
+    class Fused(BoundModel):
+        def forward(self, ids, positions, logits_at, attend):  # type: ignore[no-untyped-def]
+            return forward(model, ids, positions, logits_at, lambda i, q, k, v: attend(i, q, offset(k), v))
+
+    fused = Fused(model.hf, model.max_context)
+    fused.layers = model.layers
+    assert all(own.bias_norm is None and own.channels == 2 for own in keys(fused, text_ids[:128]))
+
+
+def test_a_model_that_mixes_sequences_fails_the_self_check(pamphlet: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attend
+
+    def leaks(spec, cache, q, k, v, batch):  # type: ignore[no-untyped-def]
+        out = right(spec, cache, q, k, v, batch)
+        return out + 0.5 * out.mean(0) if len(batch.q_lens) > 1 else out
+
+    assert self_check(pamphlet.bound).passed
+    monkeypatch.setattr("octavo.engine.reading.attend", leaks)
+    found = self_check(pamphlet.bound)
+    assert not found.passed
+    assert found.alone[0] > found.tolerance
+
+
+def test_a_failed_self_check_advises_against_serving(plain: Diagnosis) -> None:
+    assert plain.self_check is not None
+    broken = replace(plain, self_check=replace(plain.self_check, alone=(0.4, 0.9)), findings=[])
+    broken.findings = findings(broken)
+    assert not broken.healthy
+    assert "Do not serve" in finding(broken, "self-check").text
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"), [("gemma3_text", "sliding_attention: default, base 10000"), ("gpt2", "none"), ("gpt_oss", "yarn")]
+)
+def test_anatomy_says_what_a_model_is(name: str, rope: str) -> None:
+    bound = bind(zoo.build(name))
+    found = examine(bound)
+    assert found.layers == len(bound.layers) == sum(len(group.layers) for group in found.groups)
+    assert found.rope.startswith(rope)
+    assert found.shift_invariant is (name != "gpt2")
+    assert any(group.sinks for group in found.groups) is (name == "gpt_oss")
+    assert self_check(bound).passed
+
+
+def test_widths_are_those_of_the_calibration(calibration: Calibration) -> None:
+    found = widths(calibration)
+    ranges = calibration.layers[1]["v"]
+    width = (ranges["max"] - ranges["min"]).flatten()
+    v1 = next(w for w in found if (w.layer, w.side) == (1, "V"))
+    assert (v1.widest, v1.median) == (width.max().item(), width.median().item())
+
+
+def test_flipping_the_last_bit_moves_every_value_by_one_step() -> None:
+    x = torch.randn(100)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        flipped = flip_last_bit(x.to(dtype))
+        assert flipped.dtype == dtype
+        assert ((flipped - x.to(dtype)).abs() <= 2**-6 * x.abs().to(dtype)).all()
+        assert (flipped != x.to(dtype)).float().mean() > 0.9
+
+
+def test_layers_are_listed_as_people_do() -> None:
+    assert [_listed(layers) for layers in ([3], [0, 5], [0, 1, 2, 7], [1, 2])] == [
+        "3",
+        "0 and 5",
+        "0–2 and 7",
+        "1 and 2",
+    ]
+
+
+def test_a_slow_model_sees_shorter_windows() -> None:
+    assert doctor._affordable(256, 0.05, 6) == 256
+    assert doctor._affordable(256, 2.0, 32) == 64
+
+
+def test_a_text_too_short_is_refused_with_both_numbers(pamphlet: Model, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    text = tmp_path / "short.txt"
+    text.write_text("Too short.")
+    with pytest.raises(OctavoError, match=r"short.txt has \d+ tokens and the doctor needs 6,144"):
+        diagnose(pamphlet, str(text))

@@ -1,0 +1,84 @@
+"""How many sessions fit: the arithmetic, and the picture of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from octavo.errors import OctavoError
+from octavo.measure.memory.costs import INT4_BITS, weight_kinds
+from octavo.measure.memory.plan import Fit, draw, fits
+from octavo.models.geometry import Geometry
+from octavo.models.model import BUNDLED
+from octavo.quant.format import KVFormat
+
+INTERNLM = Path(__file__).parents[3] / "benchmarks" / "geometries" / "internlm-chat-7b.json"
+FORMATS = [KVFormat.parse(name) for name in ("fp16", "int8", "int4-token")]
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def internlm() -> Geometry:
+    return Geometry.trace(INTERNLM)
+
+
+def test_sessions_of_internlm_chat_7b_on_80_gib(internlm: Geometry) -> None:
+    found = {(fit.weights, fit.kv): fit.sessions for fit in fits(internlm, FORMATS, 2048, 80 * GIB)}
+    assert found == {
+        ("fp16", "fp16"): 66, ("fp16", "int8"): 132, ("fp16", "int4-token"): 261,
+        ("int4", "fp16"): 75, ("int4", "int8"): 150, ("int4", "int4-token"): 296,
+    }  # fmt: skip
+
+
+def test_one_session_more_would_not_fit(internlm: Geometry) -> None:
+    for fit in fits(internlm, FORMATS, 2048, 80 * GIB):
+        assert fit.total(fit.sessions) <= 80 * GIB < fit.total(fit.sessions + 1)
+
+
+def test_4_bit_weights_keep_embeddings_norms_biases_and_the_head(internlm: Geometry) -> None:
+    layer = 4 * 4096 * 4096 + 3 * 4096 * 11008
+    kept = 2 * 103168 * 4096 + 32 * (4 * 4096 + 2 * 4096) + 4096
+    assert internlm.linear == 32 * layer
+    kinds = weight_kinds(internlm)
+    assert kinds == {"fp16": 2 * (32 * layer + kept), "int4": 32 * layer * 67 // 128 + 2 * kept}
+    assert pytest.approx(67 / 16) == INT4_BITS
+
+
+def test_a_tied_head_is_an_embedding() -> None:
+    pamphlet = Geometry.trace(BUNDLED)
+    assert weight_kinds(pamphlet)["int4"] > 2 * 4096 * 384, "the one matrix of both stays in 16 bits"
+
+
+def test_weights_that_do_not_fit_leave_no_session(internlm: Geometry) -> None:
+    found = {(fit.weights, fit.kv): fit.sessions for fit in fits(internlm, FORMATS, 2048, 8 * GIB)}
+    assert found["fp16", "int8"] == 0
+    assert found["int4", "int8"] == (8 * GIB - weight_kinds(internlm)["int4"]) // (512 << 20)
+
+
+@pytest.mark.parametrize("name", ["growth.png", "growth.svg"])
+def test_the_picture_names_every_line_and_its_sessions(internlm: Geometry, tmp_path: Path, name: str) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    path = tmp_path / name
+    draw(fits(internlm, FORMATS[:2], 2048, 80 * GIB), 80 * GIB, 2048, "internlm-chat-7b", path)
+    if path.suffix == ".png":
+        assert path.read_bytes().startswith(b"\x89PNG")
+        return
+    text = path.read_text()
+    for words in ("66 sessions", "75 sessions", "132 sessions", "150 sessions", "80 GiB", "internlm-chat-7b"):
+        assert words in text
+
+
+def test_pictures_that_cannot_be_drawn_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    fit, none = Fit("fp16", "fp16", 0, 1, 10), Fit("fp16", "fp16", 0, 1, 0)
+    with pytest.raises(OctavoError, match=r"\.png, \.svg, \.pdf"):
+        draw([fit], 10, 64, "x", tmp_path / "growth.jpg")
+    with pytest.raises(OctavoError, match="raise --memory"):
+        draw([none], 10, 64, "x", tmp_path / "growth.png")
+    with pytest.raises(OctavoError, match="cannot be written: No such file"):
+        draw([fit], 10, 64, "x", tmp_path / "nowhere" / "growth.png")
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(OctavoError, match="octavo\\[report\\]"):
+        draw([fit], 10, 64, "x", tmp_path / "growth.png")
