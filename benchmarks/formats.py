@@ -20,7 +20,6 @@ from typing import Any
 
 import peer_formats
 from machine import describe
-from octavo.windows import consecutive_windows, token_windows
 
 from octavo import KVFormat
 from octavo.calibrate import calibrate
@@ -30,6 +29,7 @@ from octavo.measure.accuracy.compare import compare
 from octavo.measure.candidate import Candidate
 from octavo.models.model import Model
 from octavo.quant.calibration import FILE_NAME, Calibration
+from octavo.text_windows import consecutive_windows, token_windows
 
 TEXTS = ("wikitext2", "c4")
 BASELINE = Candidate("fp32", KVFormat.parse("fp32"))
