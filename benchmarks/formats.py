@@ -34,8 +34,9 @@ from octavo.text_windows import consecutive_windows, token_windows
 TEXTS = ("wikitext2", "c4")
 BASELINE = Candidate("fp32", KVFormat.parse("fp32"))
 CALIBRATED = ("kv8", "k8v4", "kv4", "int8-token", "int8")
+RECIPE = "int8, tensor × 1.0"  # the original recipe, LMDeploy's
 UNCALIBRATED = ("kv8, not calibrated", "int8-token, not calibrated")
-NAMES = (*CALIBRATED, *UNCALIBRATED, *peer_formats.BITS)
+NAMES = (*CALIBRATED, RECIPE, *UNCALIBRATED, *peer_formats.BITS)
 KEPT = ("kl", "kl_error", "kl_p99", "agreement", "loss_change", "loss_change_error", "perplexity", "tokens")
 AT_ONCE = 4  # formats that share one reading of the baseline
 
@@ -45,6 +46,7 @@ Row = dict[str, Any]
 def candidates(model: Model, calibration: Calibration, wanted: Sequence[str]) -> list[Candidate]:
     return [
         *(Candidate(name, KVFormat.parse(name), calibration) for name in CALIBRATED if name in wanted),
+        *([Candidate(RECIPE, KVFormat.parse("int8"), calibration, "tensor", 1.0)] if RECIPE in wanted else ()),
         *(Candidate(name, KVFormat.parse(name.split(",")[0])) for name in UNCALIBRATED if name in wanted),
         *(candidate for candidate in peer_formats.candidates(model) if candidate.name in wanted),
     ]
