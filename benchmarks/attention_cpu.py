@@ -27,7 +27,8 @@ from torch import Tensor
 from octavo.attention import AttentionSpec, attend, cpu
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
-from octavo.cache.store import KVCache, LayerShape
+from octavo.cache.plan import LayerShape, plan_layers
+from octavo.cache.store import KVCache
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.format import KVFormat
 
@@ -56,7 +57,9 @@ class Contestant:
         side = {"min": torch.full((kv_heads, DIM), -5.0), "max": torch.full((kv_heads, DIM), 5.0)}
         calibration = Calibration(Header("", "", 0, 0, 0, (0, 0)), [{"k": side, "v": side}])
         table = torch.randperm(batch * blocks).view(batch, blocks)
-        self.cache = KVCache([shape], KVFormat.parse(name), batch * blocks, Layout(order="tiles"), calibration)
+        self.cache = KVCache(
+            plan_layers([shape], KVFormat.parse(name), calibration), batch * blocks, Layout(order="tiles")
+        )
         self.spec = AttentionSpec(shape, heads, DIM**-0.5)
         for store in self.cache.stores:  # codes and scales of plausible rows, in any order
             if store.codec.kind == "raw":

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as Rows
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, NoReturn, TypeVar, cast, overload
 
-from octavo.attention import layout_for
+from octavo.attention import backend_for
 from octavo.cache import session
+from octavo.cache.plan import plan_layers
 from octavo.cache.session import Damaged, Identity, SavedSession
 from octavo.cache.size import block_bytes, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
@@ -27,15 +29,18 @@ from octavo.completion import Answer, Completion, Delta, Outbox
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
 from octavo.engine.sequence import FinishReason, Sequence
+from octavo.engine.turns import Turns
 from octavo.engine.warmup import LargestStep
 from octavo.errors import OctavoError
 from octavo.grammar import Grammars
+from octavo.interrupts import held
 from octavo.models.model import Model
 from octavo.quant.calibration import SYNTHETIC, Calibration
 from octavo.quant.format import Granularity, KVFormat
 from octavo.text import Message, TextStream, encode_chat
 
 Prompt = str | Rows[int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,9 @@ class LLM:
     the longest session in tokens; the cache has `kv_cache_memory` bytes ("4GiB"), or what `max_batch_size` sessions
     need within the share `cache_max_entry_count` of the free memory; on a GPU it takes that share of what is left once
     the largest step has been tried.
+
+    Any thread may call it: what several ask for at a time is computed in one batch. Once a step has failed, every call
+    that waits and every later one raises EngineFailed. Ctrl-C ends the calls of the main thread and nothing else.
     """
 
     def __init__(
@@ -107,19 +115,19 @@ class LLM:
                 stacklevel=2,
             )
 
-        formats = [self.format] * len(bound.layers)
-        layout = layout_for(bound.shapes)
+        plans = plan_layers(bound.shapes, self.format, self.calibration, granularity, headroom)
+        layout = backend_for(plans).layout
         session_blocks = -(-self.session_len // layout.block_size)
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
 
         def cache_of(blocks: int) -> KVCache:
-            return KVCache(bound.shapes, formats, blocks, layout, self.calibration, granularity, headroom)
+            return KVCache(plans, blocks, layout)
 
         step = 0
         if bound.device.type == "cuda":
             step = LargestStep(max_batch_size, max_batch_tokens, self.session_len).nbytes(bound, cache_of(1))
         blocks = num_blocks(
-            block_bytes(bound.shapes, formats, layout.block_size),
+            block_bytes(bound.shapes, [self.format] * len(plans), layout.block_size),
             max_batch_size,
             session_blocks,
             bound.device,
@@ -132,6 +140,13 @@ class LLM:
         )
         self.grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
         self._answers: dict[Sequence, Answer] = {}
+        self._turns = Turns(self._step)
+
+    def __reduce__(self) -> NoReturn:
+        raise OctavoError(
+            "an LLM cannot be pickled or copied: make one in each process with LLM(model, …); within one, several LLMs "
+            "can share a Model, and several threads an LLM"
+        )
 
     @property
     def cache(self) -> KVCache:
@@ -184,10 +199,10 @@ class LLM:
             raise OctavoError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
         outbox: deque[Delta] = deque()
         answers = [self.answer(prompt, p, outbox, i) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
-        pieces = self._run(answers, outbox)
         if stream:
-            return pieces
-        return [delta.completion for delta in sorted(pieces, key=lambda d: d.index) if delta.completion]
+            return self._run(answers, outbox)
+        return [delta.completion for delta in sorted(self._ran(answers, outbox), key=lambda d: d.index)
+                if delta.completion]  # fmt: skip
 
     @overload
     def chat(self, messages: Rows[Message], params: SamplingParams | None = None) -> Completion: ...
@@ -210,11 +225,11 @@ class LLM:
         `about` is kept beside them, anything that JSON has. Raises OctavoError if the file cannot be written.
         """
         tokens, identity, pool = self._conversation(conversation), self.session_identity, self.engine.pool
-        if len(pool.find(tokens)) < pool.prefix_blocks(tokens):
+        if self._cached(tokens) < pool.prefix_blocks(tokens) * pool.block_size:
             self._compute(tokens)
-        codes = session.to_rows(self.cache, session.copy_prefix(self.cache, pool, tokens))
+        codes = session.to_rows(self.cache, self.call(lambda: session.copy_prefix(self.cache, pool, tokens)))
         session.save(Path(path), tokens, codes, identity, about)
-        return len(pool.find(tokens)) * pool.block_size
+        return session.rows(codes)
 
     def restore(self, path: str | Path) -> Restored:
         """Put a saved session into the prefix cache: a prompt that begins with its tokens is not prefilled again.
@@ -227,11 +242,11 @@ class LLM:
         pool = self.engine.pool
         try:
             copies = session.to_blocks(self.cache, saved.codes())
-            session.paste_prefix(self.cache, pool, saved.tokens, copies)
+            self.call(lambda: session.paste_prefix(self.cache, pool, saved.tokens, copies))
         except Damaged as damage:
             warnings.warn(f"{damage}; what it held is computed again", stacklevel=2)
             self._compute(saved.tokens)
-        return Restored(saved.tokens, len(pool.find(saved.tokens)) * pool.block_size)
+        return Restored(saved.tokens, self._cached(saved.tokens))
 
     @cached_property
     def session_identity(self) -> Identity:
@@ -265,10 +280,9 @@ class LLM:
         call it."""
         return Answer(index, self.sequence(prompt, params), TextStream(self.tokenizer, params.stop), outbox)
 
-    def submit(self, answer: Answer) -> None:
-        """Queue an answer for the next steps; raises OctavoError if it can never fit."""
-        self.engine.add(answer.sequence)
-        self._answers[answer.sequence] = answer
+    def submit(self, *answers: Answer) -> None:
+        """Queue answers for the next steps; raises OctavoError, and queues none, if one of them can never fit."""
+        self.call(lambda: self._submit(answers))
 
     def finish(self, answer: Answer, reason: FinishReason = "abort") -> None:
         """End an answer now, between two steps: its blocks are free, and it is complete with what it has."""
@@ -277,10 +291,7 @@ class LLM:
 
     def drop(self, answer: Answer, reason: FinishReason = "abort") -> bool:
         """End an answer without completing it; whether there was one to end."""
-        if self._answers.pop(answer.sequence, None) is None:
-            return False
-        self.engine.finish(answer.sequence, reason)
-        return True
+        return self.call(lambda: self._drop(answer, reason))
 
     @property
     def begun(self) -> list[Answer]:
@@ -290,6 +301,27 @@ class LLM:
 
     def step(self) -> int:
         """One step of the engine; pieces of answers go to their outboxes. Returns the number of tokens gained."""
+        return self._turns.own(self._step)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What `function` returns, run between two steps: nothing else touches engine and cache meanwhile."""
+        return self._turns.call(function)
+
+    def _submit(self, answers: Iterable[Answer]) -> None:
+        self._turns.check()
+        for answer in answers:
+            self.engine.scheduler.expect_room(answer.sequence)
+        for answer in answers:
+            self.engine.add(answer.sequence)
+            self._answers[answer.sequence] = answer
+
+    def _drop(self, answer: Answer, reason: FinishReason) -> bool:
+        if self._answers.pop(answer.sequence, None) is None:
+            return False
+        self.engine.finish(answer.sequence, reason)
+        return True
+
+    def _step(self) -> int:
         gained = self.engine.step()
         for sequence in gained:
             answer = self._answers[sequence]
@@ -311,21 +343,28 @@ class LLM:
         """Have the K and V of `tokens` in the prefix cache."""
         longest = self.engine.scheduler.max_context - 1  # a request is answered with a token at least
         outbox: deque[Delta] = deque()
-        answer = self.answer(tokens[:longest], SamplingParams(max_tokens=1), outbox)
-        deque(self._run([answer], outbox), maxlen=0)
+        self._ran([self.answer(tokens[:longest], SamplingParams(max_tokens=1), outbox)], outbox)
 
-    def _run(self, answers: list[Answer], outbox: deque[Delta]) -> Iterator[Delta]:
+    def _cached(self, tokens: Rows[int]) -> int:
+        """How many of the tokens a prompt that begins with them finds in the cache."""
+        pool = self.engine.pool
+        return self.call(lambda: len(pool.find(tokens)) * pool.block_size)
+
+    def _ran(self, answers: list[Answer], outbox: deque[Delta]) -> list[Delta]:
+        """All pieces of these answers, complete."""
+        with held(), closing(self._run(answers, outbox)) as pieces:
+            return list(pieces)
+
+    def _run(self, answers: list[Answer], outbox: deque[Delta]) -> Generator[Delta]:
         """Step the engine until these answers are complete. Whoever stops listening aborts what is unfinished."""
+        unfinished = len(answers)
         try:
-            for answer in answers:
-                self.submit(answer)
-            unfinished = len(answers)
+            self.submit(*answers)
             while unfinished:
-                while not outbox:  # another iterator's step may have filled it
-                    self.step()
+                self._turns.wait(lambda: outbox)
                 delta = outbox.popleft()
                 unfinished -= delta.completion is not None
                 yield delta
         finally:
-            for answer in answers:
-                self.finish(answer)
+            if unfinished:
+                self._turns.post(lambda: [self._drop(answer, "abort") for answer in answers])

@@ -30,7 +30,8 @@ from octavo.attention import AttentionSpec
 from octavo.attention.cuda import launch
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
-from octavo.cache.store import KVCache, LayerShape
+from octavo.cache.plan import LayerShape, plan_layers
+from octavo.cache.store import KVCache
 from octavo.engine.sequence import Sequence
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.format import KVFormat
@@ -87,7 +88,7 @@ def compiled(format: str, dim: int, target: int, variant: Variant) -> Iterator[R
     sides = {side: {"min": -torch.ones(KV_HEADS, n), "max": torch.ones(KV_HEADS, n)}
              for side, n in (("k", shape.k_dim), ("v", shape.v_dim))}  # fmt: skip
     calibration = Calibration(HEADER, [sides])
-    cache = KVCache([shape], KVFormat.parse(format), 2, Layout(BLOCK, "pages"), calibration)
+    cache = KVCache(plan_layers([shape], KVFormat.parse(format), calibration), 2, Layout(BLOCK, "pages"))
     work = [Sequence([0] * 2), Sequence([0] * 40)]
     work[0].num_cached = 1
     for i, sequence in enumerate(work):

@@ -18,14 +18,14 @@ PACKAGE = ROOT / "octavo"
 
 # From the ground up. A part imports from earlier groups and from itself; parts of one group know nothing of each other.
 ORDER = (
-    ("errors",),
+    ("errors", "interrupts", "native"),
     ("quant",),
     ("cache",),
     ("attention",),
     ("weights",),
     ("models",),
     ("engine",),
-    ("text",),
+    ("schema_size", "text"),
     ("grammar",),
     ("completion",),
     ("calibrate",),

@@ -124,7 +124,7 @@ def test_codes_of_another_format_calibration_model_or_dtype_are_refused(
     other = replace(pamphlet)
     other.fingerprint = "sha128:other"
     other_weights = LLM(other, "int8-token", session_len=512)
-    other_weights.cache.formats = new(pamphlet, "int8", calibration).cache.formats
+    other_weights.cache.plans = new(pamphlet, "int8", calibration).cache.plans
     for llm, reason in [
         (new(pamphlet, "int8-token"), "holds int8 codes, and this cache int8-token"),
         (wider, "another calibration, granularity or headroom"),

@@ -14,9 +14,10 @@ from clock import Run, captured, copy_bandwidth, medians
 from rows import dry_run, emit, guarded
 from torch import Tensor
 
-from octavo.attention import AttentionSpec, attend, layout_for
+from octavo.attention import AttentionSpec, attend, backend_for
 from octavo.cache.batch import Batch
-from octavo.cache.store import KVCache, LayerShape
+from octavo.cache.plan import LayerShape, plan_layers
+from octavo.cache.store import KVCache
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.format import KVFormat
 
@@ -37,11 +38,11 @@ class Contestant:
     def __init__(self, name: str, case: tuple[int, int, int, int], device: torch.device, new: int = 1):
         batch, tokens, heads, kv_heads = case
         shape = LayerShape(kv_heads, DIM, DIM, device)
-        layout = layout_for([shape])
+        layout = backend_for(plan_layers([shape], KVFormat.parse(name))).layout
         blocks = -(-tokens // layout.block_size)
         side = {"min": torch.full((kv_heads, DIM), -5.0), "max": torch.full((kv_heads, DIM), 5.0)}
         calibration = Calibration(Header("", "", 0, 0, 0, (0, 0)), [{"k": side, "v": side}])
-        self.cache = KVCache([shape], KVFormat.parse(name), batch * blocks, layout, calibration)
+        self.cache = KVCache(plan_layers([shape], KVFormat.parse(name), calibration), batch * blocks, layout)
         self.spec = AttentionSpec(shape, heads, DIM**-0.5)
         for store in self.cache.stores:  # codes and scales of plausible rows
             if store.codec.kind == "raw":

@@ -3,7 +3,7 @@
 Write, then read: every query, its own chunk's included, attends to stored codes, so what a later query reads for a
 token depends on that token's prefix alone and never on how the work was cut into steps.
 
-Which implementation reads a cache is decided when the cache is made, by the layout that `layout_for` gives it.
+A backend is chosen when a cache is made, by `backend_for`; its layout marks the cache as its own.
 """
 
 from __future__ import annotations
@@ -11,29 +11,22 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 
 from torch import Tensor
 
 from octavo.attention import cpu, cuda, reference
+from octavo.attention.backend import AttentionSpec, Backend
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
-from octavo.cache.store import LayerCache, LayerShape
+from octavo.cache.plan import LayerPlan
+from octavo.cache.store import LayerCache
 from octavo.errors import OctavoError
 
+__all__ = ["AttentionSpec", "Backend", "attend", "backend_for", "backend_of"]
 
-@dataclass(frozen=True)
-class AttentionSpec:
-    """What one attention layer computes, as its dry trace showed it."""
-
-    shape: LayerShape
-    heads: int  # query heads
-    scale: float  # scores are scale·q·k
-    window: int | None = None  # a query sees this many last tokens, itself included
-    softcap: float | None = None  # scores become softcap·tanh(score/softcap)
-    sinks: Tensor | None = None  # [heads] a logit that takes weight and gives nothing (gpt-oss)
+BACKENDS = {backend.name: backend for backend in (reference.BACKEND, cpu.BACKEND, cuda.BACKEND)}
+BY_ORDER = {backend.layout.order: backend for backend in BACKENDS.values()}
 
 
 @cache
@@ -41,46 +34,31 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def layout_for(shapes: Sequence[LayerShape]) -> Layout:
-    """The layout of the fastest implementation that can read such a cache here.
+def backend_for(plans: Sequence[LayerPlan]) -> Backend:
+    """The fastest backend that can read a cache of these layers here.
 
     `OCTAVO_ATTENTION=reference`, `native` or `triton` forces one; raises OctavoError if that cannot be had.
     """
     wanted = os.environ.get("OCTAVO_ATTENTION") or None
-    if wanted not in (None, "reference", "native", "triton"):
+    if wanted is not None and wanted not in BACKENDS:
         raise OctavoError(f"OCTAVO_ATTENTION is {wanted!r}; it must be reference, native or triton")
-    if wanted == "reference":
-        return Layout(order="rows")
-    on_gpu = any(shape.device.type == "cuda" for shape in shapes) if wanted is None else wanted == "triton"
-    kernels: ModuleType = cuda if on_gpu else cpu
-    missing = kernels.unavailable()
-    if missing is None:
-        for shape in shapes:
-            if shape.device.type not in kernels.devices():
-                missing = f"the cache is on {shape.device}"
-            elif not kernels.takes(shape.k_dim, shape.v_dim):
-                missing = f"no kernel takes heads of {shape.k_dim} and {shape.v_dim}"
-    if missing is None:
-        return Layout(order="pages" if on_gpu else "tiles")
+    on_gpu = any(plan.shape.device.type == "cuda" for plan in plans)
+    backend = BACKENDS[wanted or ("triton" if on_gpu else "native")]
+    refused = next(filter(None, map(backend.refuses, plans)), None)
+    if refused is None:
+        return backend
     if wanted is not None:
-        raise OctavoError(f"OCTAVO_ATTENTION={wanted} cannot be had: {missing}")
-    _say_once(f"attention runs on plain torch, which is slower: {missing}")
-    return Layout(order="rows")
+        raise OctavoError(f"OCTAVO_ATTENTION={wanted} cannot be had: {refused}")
+    _say_once(f"attention runs on plain torch, which is slower: {refused}")
+    return reference.BACKEND
 
 
-def capturable(layout: Layout) -> bool:
-    """Whether what reads such a cache can be captured in a CUDA graph: it looks at no value of a step on the host."""
-    return layout.order == "pages"
+def backend_of(layout: Layout) -> Backend:
+    """The backend whose caches have that layout."""
+    return BY_ORDER[layout.order]
 
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """Attention of q [T, heads, k_dim] over the cache, which first takes k [T, kv_heads, k_dim] and v [T, kv_heads,
     v_dim]; returns [T, heads, v_dim] in q's dtype. Scores, softmax and sums are float32."""
-    batch = batch.on(q.device)
-    if cache.k.layout.order == "k-tiles":
-        return cpu.attend(spec, cache, q, k, v, batch)
-    if cache.k.layout.order == "k-pages":
-        return cuda.attend(spec, cache, q, k, v, batch)
-    if spec.shape.shares is None:
-        cache.write(k, v, batch.slots)
-    return reference.attend(spec, cache, q, batch)
+    return backend_of(cache.layout).attend(spec, cache, q, k, v, batch.on(q.device))

@@ -10,54 +10,40 @@ The extension may be missing (no compiler when the package was installed): `unav
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from octavo import native
+from octavo.attention.backend import AttentionSpec, Backend
 from octavo.attention.chunk import Part, capped, flash
 from octavo.cache.batch import Batch
+from octavo.cache.layout import Layout
+from octavo.cache.plan import LayerPlan
 from octavo.cache.store import LayerCache, RowStore
+from octavo.native import FLOATS
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
 
-if TYPE_CHECKING:
-    from octavo.attention import AttentionSpec
-
-try:
-    from octavo.attention import _native  # type: ignore[attr-defined]
-except ImportError as error:
-    _native, _missing = None, str(error)
-
 TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile, 8 MB in bf16; at least one head's whole context
-FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # kernel.h: Float
-CODES = {"bf16": 0, "fp16": 1, "fp32": 2}  # kernel.h: Code; integer codes are 3 and 4
+_native, _unavailable = native.load("octavo.attention._native")
 
 
-@cache
 def unavailable() -> str | None:
     """Why the kernels cannot be used here; None if they can."""
-    return f"the native extension is not built ({_missing})" if _native is None else lend_threads(_native)
+    return _unavailable
 
 
-def lend_threads(extension: Any) -> str | None:
-    """Give a native extension torch's own threads; why that cannot be, or None."""
-    try:
-        extension.set_parallel_for(torch_parallel_for())
-    except (OSError, AttributeError, StopIteration) as error:
-        return f"this torch exports no thread pool ({error})"
+def refuses(plan: LayerPlan) -> str | None:
+    """Why the kernels cannot read such a layer; they have every codec."""
+    shape = plan.shape
+    if (why := unavailable()) is not None:
+        return why
+    if shape.device.type != "cpu":
+        return f"the cache is on {shape.device}"
+    if shape.k_dim % 8 or shape.v_dim % 8 or max(shape.k_dim, shape.v_dim) > _native.LARGEST:
+        return f"no kernel takes heads of {shape.k_dim} and {shape.v_dim}"
     return None
-
-
-def devices() -> tuple[str, ...]:
-    return ("cpu",)
-
-
-def takes(k_dim: int, v_dim: int) -> bool:
-    """Whether the kernels have rows of these dimensions; they have every codec."""
-    return k_dim % 8 == v_dim % 8 == 0 and max(k_dim, v_dim) <= _native.LARGEST
 
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
@@ -212,13 +198,13 @@ def _side(store: RowStore) -> Any:
             raise ValueError(f"blocks of {store.layout.block_size} tokens; the native kernels have {_native.BLOCK}")
         codec, static = store.codec, store.static
         tables: list[Tensor | None] = [None] * 3
-        if codec.kind == "token":
+        if codec.has_token_scale:
             tables = [table[codec.bits] for table in (TOKEN_SCALE, TOKEN_RECIPROCAL, TOKEN_LIMIT)]
         store.native = _native.side(
-            CODES[str(codec)] if codec.kind == "raw" else 3 if codec.bits == 8 else 4,
+            codec.kernel_number,
             store.heads,
             store.dim,
-            store.layout.order == "k-tiles",
+            store.layout.order in ("k-tiles", "columns"),
             codec.rotated,
             store.codes.data_ptr(),
             _address(store.scales),
@@ -230,12 +216,8 @@ def _side(store: RowStore) -> Any:
     return store.native
 
 
-def torch_parallel_for() -> int | None:
-    """The address of torch's own parallel loop. Raises OSError, AttributeError or StopIteration where it has none."""
-    library = Path(torch.__file__).parent / "lib"
-    torch_cpu = ctypes.CDLL(str(next(library.glob("libtorch_cpu.*"))))
-    return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
-
-
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+BACKEND = Backend("native", Layout(order="tiles"), attend, refuses)

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from octavo.attention.backend import AttentionSpec, Backend
 from octavo.cache.batch import Batch
+from octavo.cache.layout import Layout
 from octavo.cache.store import LayerCache, RowStore
-
-if TYPE_CHECKING:
-    from octavo.attention import AttentionSpec
 
 TILE_ELEMENTS = 1 << 21  # of the largest float32 temporary of a tile: 8 MB, about a core's share of cache
 TILE_TOKENS = 1 << 11  # a longer sum in float32 would lose the end of a long flat tail
@@ -74,8 +72,15 @@ def groups(batch: Batch, block_size: int) -> list[Group]:
     return batch.plan["groups"]
 
 
-def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batch) -> Tensor:
-    """q [T, heads, k_dim] → [T, heads, v_dim]; see `octavo.attention.attend`."""
+def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+    """As `octavo.attention.attend`."""
+    if spec.shape.shares is None:
+        cache.write(k, v, batch.slots)
+    return read(spec, cache, q, batch)
+
+
+def read(spec: AttentionSpec, cache: LayerCache, q: Tensor, batch: Batch) -> Tensor:
+    """Attention of q [T, heads, k_dim] over what is stored, in any layout: [T, heads, v_dim]."""
     dtype = q.dtype
     q = (q.float() * spec.scale).unflatten(1, (cache.k.heads, -1))  # [T, kv_heads, G, k_dim]
     folded = cache.k.fold(q)
@@ -132,7 +137,7 @@ def _attend_group(
         values, scale = _read(cache.v, blocks, sequences)
         if scale is not None:
             weights *= scale
-        if hidden is not None and cache.v.codec.kind == "raw":  # a weight of 0 does not undo a NaN of a last owner
+        if hidden is not None and cache.v.codec.is_raw:  # a weight of 0 does not undo a NaN of a last owner
             values.masked_fill_(hidden.all(1).mT, 0)
         out = out * keep + weights @ values
         top = higher
@@ -154,3 +159,6 @@ def _read(store: RowStore, blocks: Tensor, sequences: int) -> tuple[Tensor, Tens
     codes, scales = store.read(blocks)
     codes = codes.unflatten(1, (sequences, -1))
     return codes, scales.unflatten(1, (sequences, 1, -1)) if scales is not None else None
+
+
+BACKEND = Backend("reference", Layout(), attend, refuses=lambda _: None)

@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from octavo.cache.blocks import BlockPool
-from octavo.cache.layout import Layout
-from octavo.cache.store import CPU, KVCache, RowStore
+from octavo.cache.layout import RowLayout
+from octavo.cache.plan import CPU
+from octavo.cache.store import KVCache, RowStore
 from octavo.errors import OctavoError
 
 VERSION = 1
@@ -54,7 +55,7 @@ class Identity:
 
     @classmethod
     def of(cls, cache: KVCache, model: str, arithmetic: str) -> Identity:
-        own = [i for i, shape in enumerate(cache.shapes) if shape.shares is None]
+        own = [plan for plan in cache.plans if plan.shape.shares is None]
         digest = sha256()
         for store in cache.stores:
             for part in (store.static.mu, store.static.c) if store.static is not None else ():
@@ -62,8 +63,8 @@ class Identity:
         return cls(
             model,
             arithmetic,
-            [[shape.kv_heads, shape.k_dim, shape.v_dim] for shape in (cache.shapes[i] for i in own)],
-            [str(cache.formats[i]) for i in own],
+            [[plan.shape.kv_heads, plan.shape.k_dim, plan.shape.v_dim] for plan in own],
+            [str(plan.format) for plan in own],
             digest.hexdigest()[:32],
         )
 
@@ -213,17 +214,16 @@ def to_blocks(cache: KVCache, codes: Codes) -> Copies:
     count = rows(codes) // cache.layout.block_size
     slots = torch.arange(count * cache.layout.block_size)
 
-    def laid_out(layout: Layout, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        blocks = layout.allocate(count, rows.shape[0], rows.shape[2], dtype, CPU)
+    def laid_out(layout: RowLayout, rows: Tensor) -> Tensor:
+        blocks = layout.allocate(count, rows.shape[0], CPU)
         layout.write_rows(blocks, slots, rows[:, : len(slots)].transpose(0, 1))
         return blocks
 
     copies: Copies = []
     for name, store in _stores(cache):
-        blocks = laid_out(store.layout, codes[f"{name}.codes"], store.codes.dtype)
-        scales = store.scales
-        if scales is not None:
-            scales = laid_out(store.scale_layout, codes[f"{name}.scales"][..., None], scales.dtype)
+        blocks, scales = laid_out(store.layout, codes[f"{name}.codes"]), None
+        if store.scales is not None:
+            scales = laid_out(store.scale_layout, codes[f"{name}.scales"][..., None])
         copies.append((blocks, scales))
     return copies
 
@@ -235,10 +235,9 @@ def rows(codes: Codes) -> int:
 
 def _stores(cache: KVCache) -> Iterator[tuple[str, RowStore]]:
     """Every store once, by the name that its tensors bear."""
-    for i, (layer, shape) in enumerate(zip(cache.layers, cache.shapes, strict=True)):
-        if shape.shares is None:
-            yield f"layers.{i}.k", layer.k
-            yield f"layers.{i}.v", layer.v
+    for i, layer in cache.owners:
+        yield f"layers.{i}.k", layer.k
+        yield f"layers.{i}.v", layer.v
 
 
 def _checksum(tensor: Tensor) -> str:

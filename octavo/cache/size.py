@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-from octavo.cache.store import LayerShape
+from octavo.cache.plan import LayerShape
 from octavo.errors import OctavoError
 from octavo.quant.format import KVFormat
 

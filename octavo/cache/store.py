@@ -7,33 +7,17 @@ output row (DESIGN, "the one idea"): attention on codes needs nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from octavo.cache.layout import Layout
-from octavo.quant.calibration import Calibration
+from octavo.cache.plan import LayerPlan, LayerShape, Side
 from octavo.quant.codec import Static, centered, encode, rotate, token_scale
-from octavo.quant.format import Codec, Granularity, KVFormat
-
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Geometry of the K and V rows of one layer, as its dry trace showed it."""
-
-    kv_heads: int
-    k_dim: int
-    v_dim: int
-    device: torch.device = CPU
-    shares: int | None = None  # reads the cache of that earlier layer and writes none of its own
-
-    def token_bytes(self, format: KVFormat) -> int:
-        return 0 if self.shares is not None else format.token_bytes(self.kv_heads, self.k_dim, self.v_dim)
+from octavo.quant.format import Codec, KVFormat
 
 
 class RowStore:
@@ -46,17 +30,15 @@ class RowStore:
         dim: int,
         static: Static | None,
         layout: Layout,
+        side: Side,
         num_blocks: int,
         device: torch.device,
     ):
-        self.codec, self.heads, self.dim, self.layout = codec, heads, dim, layout
+        self.codec, self.heads, self.dim = codec, heads, dim
         self.static = static.to(device) if static is not None else None
-        width = codec.code_bytes(dim) if codec.bits == 4 else dim
-        self.codes = layout.allocate(num_blocks, heads, width, getattr(torch, codec.dtype), device)
-        self.scales = None
-        self.scale_layout = Layout(layout.block_size)  # one byte a row: there is nothing to tile
-        if codec.kind == "token":
-            self.scales = self.scale_layout.allocate(num_blocks, heads, 1, torch.uint8, device)
+        self.layout, self.scale_layout = layout.of(side, codec, dim), layout.of_scales
+        self.codes = self.layout.allocate(num_blocks, heads, device)
+        self.scales = self.scale_layout.allocate(num_blocks, heads, device) if codec.has_token_scale else None
         self.saturated = torch.zeros((), dtype=torch.int64, device=device)
         self.written = 0  # values
         self.native: Any = None  # what a native kernel keeps of this store, and nothing that holds the store itself
@@ -113,8 +95,12 @@ class RowStore:
 class LayerCache:
     """K and V of one layer."""
 
-    def __init__(self, k: RowStore, v: RowStore):
-        self.k, self.v = k, v
+    def __init__(self, plan: LayerPlan, num_blocks: int, layout: Layout):
+        shape, self.layout = plan.shape, layout
+        self.k, self.v = (
+            RowStore(codec, shape.kv_heads, dim, static, layout, side, num_blocks, shape.device)
+            for side, codec, dim, static in plan.sides
+        )
         self.native: dict[int, Any] = {}  # what kernels keep of the stores (not of this object), by the id of a spec
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -138,51 +124,34 @@ class Memory:
 
 
 class KVCache:
-    """The cache of a whole model: `num_blocks` blocks in every layer.
+    """The cache of a whole model, made from its layers' plans: `num_blocks` blocks in every layer."""
 
-    `formats` is one KVFormat for each layer, or one for all. Static formats take mu and c from `calibration`, which
-    must have been checked against the model; token formats use it where there is one.
-    """
-
-    def __init__(
-        self,
-        shapes: Sequence[LayerShape],
-        formats: KVFormat | Sequence[KVFormat],
-        num_blocks: int,
-        layout: Layout | None = None,
-        calibration: Calibration | None = None,
-        granularity: Granularity | None = None,
-        headroom: float | None = None,
-    ):
-        self.layout, self.num_blocks = layout or Layout(), num_blocks
-        self.formats = [formats] * len(shapes) if isinstance(formats, KVFormat) else list(formats)
-        if len(self.formats) != len(shapes):
-            raise ValueError(f"{len(self.formats)} formats for {len(shapes)} layers")
-        self.shapes = list(shapes)
+    def __init__(self, plans: Sequence[LayerPlan], num_blocks: int, layout: Layout | None = None):
+        self.plans, self.num_blocks, self.layout = list(plans), num_blocks, layout or Layout()
         self.layers: list[LayerCache] = []
-        for i, (shape, format) in enumerate(zip(self.shapes, self.formats, strict=True)):
-            if shape.shares is not None:
-                self.layers.append(self.layers[shape.shares])
-                continue
+        for plan in self.plans:
+            shares = plan.shape.shares
+            own = LayerCache(plan, num_blocks, self.layout) if shares is None else self.layers[shares]
+            self.layers.append(own)
 
-            def store(
-                side: Literal["k", "v"], codec: Codec, dim: int, i: int = i, shape: LayerShape = shape
-            ) -> RowStore:
-                static = None
-                if codec.kind != "raw" and calibration is not None:
-                    static = calibration.static(i, side, codec, granularity, headroom)
-                if codec.needs_calibration and static is None:
-                    raise ValueError(f"the {codec} codec has no scale without a calibration")
-                own = self.layout.of(side)
-                return RowStore(codec, shape.kv_heads, dim, static, own, num_blocks, shape.device)
+    @property
+    def shapes(self) -> list[LayerShape]:
+        return [plan.shape for plan in self.plans]
 
-            self.layers.append(LayerCache(store("k", format.k, shape.k_dim), store("v", format.v, shape.v_dim)))
+    @property
+    def formats(self) -> list[KVFormat]:
+        return [plan.format for plan in self.plans]
+
+    @property
+    def owners(self) -> Iterator[tuple[int, LayerCache]]:
+        """The layers that have a cache of their own, by number."""
+        return ((i, layer) for i, (layer, plan) in enumerate(zip(self.layers, self.plans, strict=True))
+                if plan.shape.shares is None)  # fmt: skip
 
     @property
     def stores(self) -> list[RowStore]:
         """Every RowStore once: shared layers own none."""
-        owners = (layer for layer, shape in zip(self.layers, self.shapes, strict=True) if shape.shares is None)
-        return [store for layer in owners for store in (layer.k, layer.v)]
+        return [store for _, layer in self.owners for store in (layer.k, layer.v)]
 
     @property
     def nbytes(self) -> int:

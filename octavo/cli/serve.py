@@ -28,14 +28,24 @@ def serve(
     port: Annotated[int, serving("0 takes a free one.", min=0, max=65535)] = 8000,
     served_model_name: Annotated[str | None, serving("The model's name in the API. [default: MODEL]")] = None,
     api_key: Annotated[
-        str | None, serving("Clients must send it: Authorization: Bearer KEY.", envvar="OCTAVO_API_KEY")
+        list[str] | None,
+        serving(
+            "Clients must send it: Authorization: Bearer KEY. May be repeated: then each key is a client of its own.",
+            envvar="OCTAVO_API_KEY",
+        ),
     ] = None,
     cors_origin: Annotated[
         list[str] | None, serving("A web page's origin that may ask from a browser; may be repeated.")
     ] = None,
-    max_queue: Annotated[int, serving("Answers that may wait; more are refused with 429.", min=0)] = 256,
+    max_queue: Annotated[
+        int, serving("Answers that may wait; beyond, the client with the most is refused with 429.", min=0)
+    ] = 256,
     timeout: Annotated[float, serving("Seconds an answer may take, its time in the queue included.", min=0.001)] = 600,
     max_body: Annotated[int, serving("Bytes a request may have.", min=1)] = 8 << 20,
+    max_connections: Annotated[int, serving("Open at a time; beyond, idle ones are closed.", min=1)] = 1024,
+    patience: Annotated[
+        float, serving("Seconds a client may take to send a request, or to read more of its answer.", min=1)
+    ] = 30,
     grace: Annotated[float, serving("Seconds that running answers have to end at SIGTERM or Ctrl-C.", min=0)] = 30,
     session_dir: Annotated[
         Path | None, serving("Keep conversations' caches here, over restarts too.", file_okay=False)
@@ -55,8 +65,8 @@ def serve(
     for limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(limit, "128")
     try:
+        from octavo.serve.limits import Limits
         from octavo.serve.server import Server, bind, url
-        from octavo.serve.service import Limits
         from octavo.serve.sessions import SessionDir
     except ImportError as error:
         raise OctavoError(f"`octavo serve` needs {error.name}: pip install 'octavo[serve]'") from None
@@ -67,11 +77,9 @@ def serve(
     with bind(host, port) as sock:
         llm = options.llm()
         sessions = SessionDir(session_dir, room, llm) if session_dir else None
-        limits = Limits(max_queue, timeout, max_body)
-        origins = tuple(cors_origin or ())
-        server = Server(
-            llm, sock, served_model_name, limits, api_key=api_key, cors_origins=origins, grace=grace, sessions=sessions
-        )
+        limits = Limits(max_queue, timeout, max_body, max_connections, patience)
+        doors: dict[str, Any] = {"api_key": api_key or (), "cors_origins": tuple(cors_origin or ())}
+        server = Server(llm, sock, served_model_name, limits, grace=grace, sessions=sessions, **doors)
         state = {"url": url(sock), "model": server.service.name, **_facts(llm)}
         if as_json:
             print(json.dumps(state), flush=True)

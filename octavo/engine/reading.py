@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from octavo.attention import attend, layout_for
+from octavo.attention import attend, backend_for
 from octavo.cache.batch import Batch
+from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration
@@ -42,7 +43,7 @@ class Reading:
     """How texts are read: by which model, and through which cache.
 
     `formats` is one format for each layer, or one for all; by default the model's own, unquantized. `calibration`,
-    `granularity` and `headroom` are as for `KVCache`. `simulate` changes K and V before they are written.
+    `granularity` and `headroom` are as for `plan_layers`. `simulate` changes K and V before they are written.
     """
 
     bound: BoundModel
@@ -75,14 +76,15 @@ class Reading:
         """Read texts together: step i computes the next cuts[i][j] tokens of text j. Yields each step's float32 logits,
         text after text, of every row or of the texts' last rows alone."""
         bound = self.bound
-        layout = layout_for(bound.shapes)
+        formats = self.formats or bound.raw_format
+        plans = plan_layers(bound.shapes, formats, self.calibration, self.granularity, self.headroom)
+        layout = backend_for(plans).layout
         sequences, blocks = [], 0
         for tokens in texts:
             own = -(-len(tokens) // layout.block_size)
             sequences.append(Text(list(tokens), list(range(blocks, blocks + own))))
             blocks += own
-        formats = self.formats or bound.raw_format
-        cache = KVCache(bound.shapes, formats, blocks, layout, self.calibration, self.granularity, self.headroom)
+        cache = KVCache(plans, blocks, layout)
         try:
             for cut in cuts:
                 work = [(sequence, n) for sequence, n in zip(sequences, cut, strict=True) if n]

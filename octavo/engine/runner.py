@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from octavo.attention import attend, capturable
+from octavo.attention import attend, backend_of
 from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
 from octavo.engine.graphs import Capture, DecodeGraphs, NotCapturable, StepBuffers, cuda_capture, sizes
@@ -56,7 +56,7 @@ class Runner:
         devices = {shape.device for shape in self.model.shapes} | {self.model.device}
         if len(devices) > 1:
             raise NotCapturable(f"the model is spread over {', '.join(sorted(map(str, devices)))}")
-        if not capturable(self.cache.layout):
+        if not backend_of(self.cache.layout).capturable:
             raise NotCapturable("attention runs on plain torch, which looks at lengths on the host")
 
     def _forward(self, batch: Batch) -> Tensor:

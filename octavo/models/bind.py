@@ -27,8 +27,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from octavo.attention import AttentionSpec
-from octavo.cache.store import LayerShape
+from octavo.cache.plan import LayerShape
 from octavo.errors import Unsupported
+from octavo.interrupts import let_through
 from octavo.quant.format import RAW_NAMES, KVFormat
 
 NAME = "octavo"
@@ -110,7 +111,7 @@ class BoundModel:
 
         Several threads may run forwards over one model at a time; each attends to what its own was given.
         """
-        with _attending(attend):
+        with _attending(attend), let_through():  # Ctrl-C may end it: the next step writes the same rows
             logits = self.hf(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_at
             ).logits[0]

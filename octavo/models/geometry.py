@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from octavo.cache.plan import LayerShape
 from octavo.cache.size import format_bytes, free_memory
-from octavo.cache.store import LayerShape
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel, bind
 from octavo.models.load import load_model

@@ -96,14 +96,14 @@ def encode(x: Tensor, codec: Codec, static: Static | None = None) -> Rows:
     Saturation is counted per value. Static: |y| > 128.5, which is more than one step beyond the calibrated range (its
     own end is y = ±127.5). Token: beyond the last entry of the scale table.
     """
-    if codec.kind == "raw":
+    if codec.is_raw:
         return Rows(x.to(getattr(torch, codec.dtype)))
     y = x.float()
     if static is not None:
         y = (y - static.mu) * static.reciprocal
     if codec.rotated:
         y = rotate(y)
-    if codec.kind == "static":
+    if not codec.has_token_scale:
         return Rows(y.round().clamp(-128, 127).to(torch.int8), None, (y.abs() > 128.5).sum())
     levels = LEVELS[codec.bits]
     scales = torch.searchsorted(TOKEN_LIMIT[codec.bits].to(y.device), y.abs().amax(-1)).clamp_(max=255)

@@ -22,6 +22,7 @@ from octavo.errors import OctavoError
 
 Kind = Literal["raw", "static", "token"]
 Granularity = Literal["tensor", "head", "channel"]
+KERNEL_NUMBERS = {"bfloat16": 0, "float16": 1, "float32": 2, "int8": 3, "uint8": 4}  # attention/native/kernel.h: Code
 
 # How static scales are chosen from calibrated ranges unless said otherwise: docs/FORMATS.md has the numbers behind it.
 DEFAULT_GRANULARITY: Granularity = "channel"
@@ -38,18 +39,33 @@ class Codec:
     dtype: str = "int8"  # torch's name of the stored element; uint8 holds two 4-bit codes
 
     @property
+    def is_raw(self) -> bool:
+        return self.kind == "raw"
+
+    @property
+    def has_token_scale(self) -> bool:
+        """Whether a byte of scale stands beside each row."""
+        return self.kind == "token"
+
+    @property
     def needs_calibration(self) -> bool:
         return self.kind == "static"
 
-    def code_bytes(self, dim: int) -> int:
-        """Bytes of the codes of one row of `dim` values; an odd row of 4-bit codes is padded to a whole byte."""
-        return -(-dim * self.bits // 8)
+    @property
+    def kernel_number(self) -> int:
+        """The native kernels' number of the code."""
+        return KERNEL_NUMBERS[self.dtype]
 
-    def scale_bytes(self) -> int:
-        return 1 if self.kind == "token" else 0
+    def width(self, dim: int) -> int:
+        """Stored elements of one row of `dim` values; an odd row of 4-bit codes is padded to a whole byte."""
+        return -(-dim // 2) if self.bits == 4 else dim
+
+    def code_bytes(self, dim: int) -> int:
+        """Bytes of the codes of one row."""
+        return self.width(dim) * max(8, self.bits) // 8
 
     def row_bytes(self, dim: int) -> int:
-        return self.code_bytes(dim) + self.scale_bytes()
+        return self.code_bytes(dim) + self.has_token_scale
 
     def __str__(self) -> str:
         return next(name for name, codec in CODECS.items() if codec == self)
@@ -110,7 +126,7 @@ class KVFormat:
     @property
     def takes_calibration(self) -> bool:
         """Whether calibrated statistics change the codes: raw formats have no static part."""
-        return self.k.kind != "raw" or self.v.kind != "raw"
+        return not (self.k.is_raw and self.v.is_raw)
 
     def token_bytes(self, kv_heads: int, k_dim: int, v_dim: int) -> int:
         """Bytes of one token in one layer."""

@@ -23,12 +23,14 @@ class Answering(Response):
     def __init__(
         self,
         service: Service,
+        client: str,
         reply: Reply,
         prepare: Callable[[], list[tuple[list[int], SamplingParams]]],
         stream: bool | None,
         usage: bool,
     ):
-        self.service, self.reply, self.prepare = service, reply, prepare
+        self.service, self.client = service, client
+        self.reply, self.prepare = reply, prepare
         self.stream, self.usage = bool(stream), usage
         self.begun = False
         self.start = time.monotonic()
@@ -55,7 +57,7 @@ class Answering(Response):
 
     async def _batches(self) -> AsyncGenerator[list[Delta]]:
         metrics = self.service.metrics
-        async with self.service.job(len(self.reply.completions), self.prepare) as job:
+        async with self.service.job(self.client, len(self.reply.completions), self.prepare) as job:
             first = True
             async for pieces in self.service.batches(job):
                 if first:

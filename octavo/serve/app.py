@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
-from collections.abc import AsyncIterator, Callable
+import ipaddress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -31,17 +34,22 @@ from octavo.text import encode_chat
 
 KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/cache", "/openapi.json")
 GUARDED = ("/v1/", "/metrics", "/cache")  # need the key; the page that asks for it does not
+R = TypeVar("R", ChatRequest, CompletionRequest)
 LEFT = 499  # the status under which nginx counts a client that left
 
 
-def create_app(service: Service, api_key: str | None = None, cors_origins: tuple[str, ...] = ()) -> Starlette:
-    """The ASGI application; it starts the service's worker and stops it."""
+def create_app(service: Service, api_key: str | Sequence[str] = (), cors_origins: tuple[str, ...] = ()) -> Starlette:
+    """The ASGI application; it starts the service's worker and stops it. With several keys each is a client."""
+    keys = (api_key,) if isinstance(api_key, str) else tuple(api_key)
 
-    async def chat(request: Request) -> Response:
-        return await _chat(service, parse(await _body(request, service.limits.max_body), ChatRequest))
+    def asked(kind: type[R], answer: Callable[[Service, str, R], Response]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            client, body = request.scope["octavo.client"], await _body(request, service)
+            return await service.read(
+                client, len(body), lambda: answer(service, client, parse(body, kind, service.longest))
+            )
 
-    async def completions(request: Request) -> Response:
-        return await _completions(service, parse(await _body(request, service.limits.max_body), CompletionRequest))
+        return endpoint
 
     async def models(request: Request) -> Response:
         if (name := request.path_params.get("name")) is not None:
@@ -71,8 +79,8 @@ def create_app(service: Service, api_key: str | None = None, cors_origins: tuple
             yield
 
     routes: list[BaseRoute] = [
-        Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", asked(ChatRequest, _chat), methods=["POST"]),
+        Route("/v1/completions", asked(CompletionRequest, _completions), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", models),
         Route("/health", health),
@@ -81,7 +89,7 @@ def create_app(service: Service, api_key: str | None = None, cors_origins: tuple
         Route("/openapi.json", openapi),
         *page.routes(),
     ]
-    middleware = [Middleware(Gate, service, api_key)]
+    middleware = [Middleware(Gate, service, keys)]
     if cors_origins:
         middleware.insert(
             0, Middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
@@ -90,7 +98,7 @@ def create_app(service: Service, api_key: str | None = None, cors_origins: tuple
     return Starlette(routes=routes, middleware=middleware, exception_handlers=refusals, lifespan=lifespan)
 
 
-async def _chat(service: Service, asked: ChatRequest) -> Response:
+def _chat(service: Service, client: str, asked: ChatRequest) -> Response:
     service.check_model(asked.model)
     n = asked.n or 1
     service.check_count(n)
@@ -104,6 +112,7 @@ async def _chat(service: Service, asked: ChatRequest) -> Response:
 
     def prepare() -> list[tuple[list[int], SamplingParams]]:
         messages = [message.plain() for message in asked.messages]
+        service.check_length("".join(message["content"] for message in messages))
         tokens = encode_chat(service.llm.tokenizer, messages, tools)
         if schema is not None and asked.demands_call:
             service.check_calls(schema)
@@ -117,16 +126,19 @@ async def _chat(service: Service, asked: ChatRequest) -> Response:
         logprobs=bool(asked.logprobs),
         tools=[function["name"] for function in functions] if functions else None,
     )
-    return Answering(service, reply, prepare, asked.stream, asked.wants_usage)
+    return Answering(service, client, reply, prepare, asked.stream, asked.wants_usage)
 
 
-async def _completions(service: Service, asked: CompletionRequest) -> Response:
+def _completions(service: Service, client: str, asked: CompletionRequest) -> Response:
     service.check_model(asked.model)
     n, prompts, tokenizer = asked.n or 1, asked.prompts, service.llm.tokenizer
     service.check_count(n * len(prompts))
     params = _params(lambda: asked.params(service.defaults))
 
     def prepare() -> list[tuple[list[int], SamplingParams]]:
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                service.check_length(prompt)
         encoded = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt for prompt in prompts]
         return [one for tokens in encoded for one in several(list(tokens), params, n)]
 
@@ -137,14 +149,15 @@ async def _completions(service: Service, asked: CompletionRequest) -> Response:
     reply = TextReply(
         service.name, len(prompts), n, tokenizer.decode, logprobs=asked.logprobs is not None, echoes=echoes
     )
-    return Answering(service, reply, prepare, asked.stream, asked.wants_usage)
+    return Answering(service, client, reply, prepare, asked.stream, asked.wants_usage)
 
 
 class Gate:
-    """Counts requests, and asks those under /v1 and the like for the key."""
+    """Counts requests, tells clients apart, and asks those under /v1 and the like for a key."""
 
-    def __init__(self, app: ASGIApp, service: Service, api_key: str | None):
-        self.app, self.service, self.api_key = app, service, api_key
+    def __init__(self, app: ASGIApp, service: Service, keys: tuple[str, ...]):
+        self.app, self.service = app, service
+        self.keys = [_digest(b"Bearer " + key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -159,7 +172,11 @@ class Gate:
             await send(message)
 
         try:
-            if self._may_enter(scope):
+            if b"transfer-encoding" in dict(scope["headers"]):  # a byte in a chunk of its own costs a thousand times it
+                error = ApiError(411, "the body must be sent with its Content-Length", headers={"Connection": "close"})
+                await _refuse(None, error)(scope, receive, counted)
+            elif (client := self._client(scope)) is not None:
+                scope["octavo.client"] = client
                 await self.app(scope, receive, counted)
             else:
                 error = ApiError(401, "this server asks for a key: Authorization: Bearer KEY", code="invalid_api_key")
@@ -171,23 +188,42 @@ class Gate:
             route = scope["path"] if scope["path"] in KNOWN else "other"
             self.service.metrics.requests.labels(route, status).inc()
 
-    def _may_enter(self, scope: Scope) -> bool:
-        if self.api_key is None or not scope["path"].startswith(GUARDED):
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, b"Bearer " + self.api_key.encode())
+    def _client(self, scope: Scope) -> str | None:
+        """Who asks: where there are several keys the key's number, else the address. None: it may not."""
+        address = (scope.get("client") or ("",))[0]
+        if not self.keys or not scope["path"].startswith(GUARDED):
+            return _network(address)
+        given = _digest(dict(scope["headers"]).get(b"authorization", b""))
+        fits = [hmac.compare_digest(given, key) for key in self.keys]  # all of them, whichever fits
+        if True not in fits:
+            return None
+        return _network(address) if len(fits) == 1 else f"key {fits.index(True)}"
 
 
-async def _body(request: Request, limit: int) -> bytes:
+def _digest(text: bytes) -> bytes:
+    """Of one length for all, so that comparing takes the same time for all."""
+    return hashlib.sha256(text).digest()
+
+
+def _network(address: str) -> str:
+    """An address, or of IPv6 the network of 64 bits that one host is given."""
+    try:
+        return str(ipaddress.IPv6Network((address, 64), strict=False)) if ":" in address else address
+    except ValueError:
+        return address
+
+
+async def _body(request: Request, service: Service) -> bytes:
     """The request's body. It must be called JSON: what is not, any site could make a browser send."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
+    limit = service.limits.max_body
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise ApiError(413, f"the body is larger than {limit} bytes (--max-body)")
     body = bytearray()
     try:
         async for part in request.stream():
             body += part
-            if len(body) > limit:
-                raise ApiError(413, f"the body is larger than {limit} bytes (--max-body)")
     except ClientDisconnect:
         raise ApiError(LEFT, "the client left before the end of its request") from None
     return bytes(body)

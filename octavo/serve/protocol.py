@@ -35,12 +35,13 @@ from octavo.engine.params import (
     allowed,
 )
 from octavo.serve.errors import ApiError
+from octavo.serve.limits import FirstError, read_json
 
 Int31 = Annotated[int, Field(ge=0, lt=1 << 31)]
 Schema = dict[str, JsonValue]
 
 
-class Strict(BaseModel):
+class Strict(FirstError):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -289,17 +290,17 @@ TAGS = ("str", "int", "constrained-str", "NamedTool")
 R = TypeVar("R", bound=BaseModel)
 
 
-def parse(body: bytes, kind: type[R]) -> R:
-    """The request in `body`; raises ApiError 400 with the name of the field that is wrong."""
+def parse(body: bytes, kind: type[R], longest: int) -> R:
+    """The request in `body`, none of whose lists has more than `longest` elements; raises ApiError 400 with the name of
+    the first field that is wrong."""
+    value = read_json(body, longest)
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate(value)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
     # Of a union every member complains: the one that came furthest is meant. Its tag is no part of the field's name.
     first = max((one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]), key=lambda one: len(one["loc"]))
     where = ".".join(str(part) for part in first["loc"] if part not in TAGS and "[" not in str(part))
-    if first["type"] == "json_invalid":
-        raise ApiError(400, "the body is not JSON")
     if first["type"] == "extra_forbidden":
         raise ApiError(400, f"{where}: there is no such field, or it is not supported", param=where, code="unknown")
     message = first["msg"].removeprefix("Value error, ")

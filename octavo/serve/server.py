@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
+from collections.abc import Sequence
+from functools import partial
 
 import uvicorn
 
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.serve.app import create_app
-from octavo.serve.service import Limits, Service
+from octavo.serve.connections import BACKLOG, Connection, Connections
+from octavo.serve.limits import Limits
+from octavo.serve.service import Service
 from octavo.serve.sessions import SessionDir
+
+logger = logging.getLogger("octavo")
 
 
 class Server:
@@ -24,13 +31,17 @@ class Server:
         name: str | None = None,
         limits: Limits | None = None,
         *,
-        api_key: str | None = None,
+        api_key: str | Sequence[str] = (),
         cors_origins: tuple[str, ...] = (),
         grace: float = 30.0,
         sessions: SessionDir | None = None,
     ):
         self.sock = sock
-        self.service = Service(llm, name or llm.model.name, limits or Limits(), self._give_up, sessions, grace)
+        limits = limits or Limits()
+        self.connections = Connections(limits)
+        self.service = Service(llm, name or llm.model.name, limits, self._give_up, sessions, grace)
+        if not api_key and not _is_loopback(sock):
+            logger.warning("anyone who reaches %s can use the model: set --api-key", url(sock))
         app = create_app(self.service, api_key, cors_origins)
         config = uvicorn.Config(
             app,
@@ -38,6 +49,10 @@ class Server:
             access_log=False,
             timeout_graceful_shutdown=grace,  # type: ignore[arg-type]  # asyncio takes parts of a second too
             server_header=False,
+            proxy_headers=False,
+            http=partial(Connection, self.connections),  # type: ignore[arg-type]  # it is called like a class
+            ws="none",
+            backlog=BACKLOG,
             lifespan="on",
         )
         self.uvicorn = uvicorn.Server(config)
@@ -69,6 +84,10 @@ def bind(host: str, port: int) -> socket.socket:
         reason = getattr(error, "strerror", None) or error
         raise OctavoError(f"{host}:{port} cannot be served: {reason}; choose another --host or --port") from None
     return sock
+
+
+def _is_loopback(sock: socket.socket) -> bool:
+    return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def url(sock: socket.socket) -> str:

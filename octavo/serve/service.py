@@ -8,28 +8,25 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from octavo.completion import Answer, Delta
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.serve.errors import ApiError
+from octavo.serve.limits import MAX_KEYS, SMALL, Limits
 from octavo.serve.metrics import Metrics
 from octavo.serve.sessions import SessionDir
+from octavo.serve.turns import Turns
 from octavo.serve.worker import EngineFailure, Job, Worker
 
 logger = logging.getLogger("octavo")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one server takes on."""
-
-    max_queue: int = 256  # answers that wait beyond those that run
-    timeout: float = 600.0  # seconds from a request to the end of its answer
-    max_body: int = 8 << 20  # bytes of a request
+T = TypeVar("T")
+Prepare = Callable[[], list[tuple[list[int], SamplingParams]]]  # the prompts of a request, one for each answer
+TOO_LONG = "context_length_exceeded"
+AHEAD = 8  # for so many places in the batch one answer waits in the engine's own queue, lest a place stay empty
 
 
 class Service:
@@ -48,10 +45,21 @@ class Service:
         self.created = int(time.time())
         self.worker, self.sessions = Worker(llm, on_death), sessions
         self.metrics = Metrics(llm, self.worker)
-        self.capacity = llm.engine.scheduler.max_batch_size + limits.max_queue
-        self.admitted = 0  # answers promised and not yet complete
-        # Tokenizing and compiling grammars, beside the loop and the engine.
-        self.preparing = ThreadPoolExecutor(2, thread_name_prefix="octavo prepare")
+        places = llm.engine.scheduler.max_batch_size
+        self.capacity = places + limits.max_queue
+        self.longest = max(llm.session_len, MAX_KEYS)  # list in a request
+        self.longest_token = max(map(len, llm.tokenizer.get_vocab()), default=1)
+        self.jobs: dict[Job, tuple[str, int]] = {}  # whose client and answers, promised and not yet complete
+        # Beside the loop and the engine: large bodies one at a time, then prompts made into tokens and schemas into
+        # grammars.
+        self.reading, self.read_turns = ThreadPoolExecutor(1, thread_name_prefix="octavo read"), Turns(1)
+        self.preparing, self.prepare_turns = ThreadPoolExecutor(2, thread_name_prefix="octavo prepare"), Turns(2)
+        self.engine_turns = Turns(places + places // AHEAD)
+
+    @property
+    def admitted(self) -> int:
+        """Answers that are promised and not yet complete."""
+        return sum(n for _, n in self.jobs.values())
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -85,16 +93,24 @@ class Service:
                 logger.warning("the server ended before %d conversations were saved", len(self.sessions.fresh))
         self.worker.stop()
 
+    async def read(self, client: str, size: int, function: Callable[[], T]) -> T:
+        """What `function` makes of a body of `size` bytes: beside the loop if that may take more than a moment."""
+        if size <= SMALL:
+            return function()
+        async with self.read_turns.turn(client):
+            return await asyncio.get_running_loop().run_in_executor(self.reading, function)
+
     @asynccontextmanager
-    async def job(self, n: int, prepare: Callable[[], list[tuple[list[int], SamplingParams]]]) -> AsyncIterator[Job]:
+    async def job(self, client: str, n: int, prepare: Prepare) -> AsyncIterator[Job]:
         """The answers of a request of `n` answers, on their way. Whoever leaves early aborts what is unfinished."""
-        job = self._admit(n)
+        job = self._admit(client, n)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.limits.timeout
         try:
             try:
                 async with asyncio.timeout_at(deadline):
-                    job.answers = await loop.run_in_executor(self.preparing, self._answers, job, prepare)
+                    async with self.prepare_turns.turn(client):
+                        job.answers = await loop.run_in_executor(self.preparing, self._answers, job, prepare)
                     if self.sessions:
                         for prompt in {tuple(answer.sequence.tokens) for answer in job.answers}:
                             await self.sessions.restore(self.worker, prompt)
@@ -102,8 +118,8 @@ class Service:
                 raise _late() from None
             except OctavoError as error:
                 raise ApiError.of(error) from None
-            self.worker.submit(job)
-            timer = loop.call_at(deadline, self.worker.finish, job, "length")
+            self._queue(client, job)
+            timer = loop.call_at(deadline, self._end, job)
             try:
                 yield job
             finally:
@@ -128,7 +144,7 @@ class Service:
                         raise _late()
                 yield pieces
         except OctavoError as error:
-            raise ApiError(400, str(error), code="context_length_exceeded") from None
+            raise ApiError.of(error) from None
         except EngineFailure:
             raise ApiError(500, "the engine failed in a step of this answer; try again") from None
 
@@ -144,20 +160,62 @@ class Service:
         except OctavoError as error:
             raise ApiError(400, str(error), param="tools") from None
 
-    def _admit(self, n: int) -> Job:
-        if self.admitted + n > self.capacity:
-            raise ApiError(
-                429, "too many requests are waiting; try again later", code="queue_full", headers={"Retry-After": "1"}
-            )
-        self.admitted += n
+    def check_length(self, text: str) -> None:
+        """Refuse a text that must have more tokens than a session holds, before it is made into tokens."""
+        fewest = len(text) // self.longest_token
+        if fewest > self.llm.session_len:
+            held = f"a session holds {self.llm.session_len} (--session-len, or the model's own context)"
+            raise ApiError(400, f"the prompt has {fewest} tokens or more, but {held}", code=TOO_LONG)
 
-        def release() -> None:
-            self.admitted -= n
+    def _admit(self, client: str, n: int) -> Job:
+        """Promise `n` answers. Where that is more than may wait, the client with the most makes room: its newest
+        request that has not begun is refused in place of this one, if this client has fewer."""
+        own = self._of(client)
+        while self.admitted + n > self.capacity:
+            most = max({client for client, _ in self.jobs.values()}, key=self._of, default=client)
+            waiting = [job for job, (of, _) in self.jobs.items() if of == most and not any(t.begun for t in job.turns)]
+            if own + n >= self._of(most) or not waiting:
+                raise _full()
+            waiting[-1].fail(_full())
+        job = Job(self.worker, self._release)
+        self.jobs[job] = (client, n)
+        return job
 
-        return Job(self.worker, release)
+    def _of(self, client: str) -> int:
+        return sum(n for one, n in self.jobs.values() if one == client)
 
-    def _answers(self, job: Job, prepare: Callable[[], list[tuple[list[int], SamplingParams]]]) -> list[Answer]:
-        return [self.llm.answer(tokens, params, job, i) for i, (tokens, params) in enumerate(prepare())]
+    def _release(self, job: Job) -> None:
+        del self.jobs[job]
+        for turn in job.turns:
+            turn.leave()
+
+    def _queue(self, client: str, job: Job) -> None:
+        job.unfinished = len(job.answers)
+        for answer in job.answers if not job.error else ():
+
+            def start(answer: Answer = answer) -> None:
+                self.worker.submit(job, answer)
+
+            job.turns.append(self.engine_turns.ask(client, start))
+
+    def _end(self, job: Job) -> None:
+        """The deadline: answers end with what they have, which may be nothing."""
+        if job.complete:
+            return
+        for answer, turn in zip(job.answers, job.turns, strict=True):
+            if not turn.begun:
+                turn.leave()
+                self.worker.submit(job, answer)
+        self.worker.finish(job, "length")
+
+    def _answers(self, job: Job, prepare: Prepare) -> list[Answer]:
+        answers = [self.llm.answer(tokens, params, job, i) for i, (tokens, params) in enumerate(prepare())]
+        for answer in answers:
+            try:
+                self.llm.engine.scheduler.expect_room(answer.sequence)
+            except OctavoError as error:
+                raise ApiError(400, str(error), code=TOO_LONG) from None
+        return answers
 
 
 def several(tokens: list[int], params: SamplingParams, n: int) -> list[tuple[list[int], SamplingParams]]:
@@ -165,6 +223,12 @@ def several(tokens: list[int], params: SamplingParams, n: int) -> list[tuple[lis
     if params.seed is None:
         return [(tokens, params)] * n
     return [(tokens, replace(params, seed=(params.seed + i) % (1 << 64))) for i in range(n)]
+
+
+def _full() -> ApiError:
+    return ApiError(
+        429, "too many requests are waiting; try again later", code="queue_full", headers={"Retry-After": "1"}
+    )
 
 
 def _late() -> ApiError:

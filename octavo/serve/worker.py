@@ -21,6 +21,7 @@ from octavo.completion import Answer, Delta
 from octavo.engine.sequence import FinishReason
 from octavo.errors import OctavoError
 from octavo.llm import LLM
+from octavo.serve.turns import Turn
 
 logger = logging.getLogger("octavo")
 T = TypeVar("T")
@@ -31,10 +32,11 @@ FAILURES = 3  # steps in a row that may fail before the engine is given up
 class Job:
     """The answers of one request. Pieces come in the order they were made; `index` tells whose they are."""
 
-    def __init__(self, worker: Worker, on_release: Callable[[], None]):
+    def __init__(self, worker: Worker, on_release: Callable[[Job], None]):
         self.worker, self.on_release = worker, on_release
         self.answers: list[Answer] = []
-        self.unfinished = -1  # answers; −1 before it is submitted
+        self.turns: list[Turn] = []  # of each answer, once it waits for the engine
+        self.unfinished = -1  # answers; −1 before they wait for the engine
         self.released = False
         self.pieces: list[Delta] = []  # on the loop's side
         self.error: Exception | None = None
@@ -63,7 +65,13 @@ class Job:
         may still be reading."""
         if not self.released:
             self.released = True
-            self.on_release()
+            self.on_release(self)
+
+    def fail(self, error: Exception) -> None:
+        """End a request that no answer of has begun."""
+        self.error = error
+        self.release()
+        self.wake.set()
 
 
 @dataclass
@@ -109,9 +117,9 @@ class Worker:
         recent = [(at, tokens) for at, tokens in list(self.recent) if at > since]
         return sum(tokens for _, tokens in recent[1:]) / (recent[-1][0] - recent[0][0]) if len(recent) > 1 else 0.0
 
-    def submit(self, job: Job) -> None:
-        job.unfinished = len(job.answers)
-        self.inbox.put(lambda: self._submit(job))
+    def submit(self, job: Job, answer: Answer) -> None:
+        """Begin an answer: it waits for nothing but the engine's own queue."""
+        self.inbox.put(lambda: self._submit(job, answer))
 
     def finish(self, job: Job, reason: FinishReason) -> None:
         """End what is unfinished of a request: its blocks are free after the step that runs now."""
@@ -160,10 +168,9 @@ class Worker:
         finally:
             self._deliver()
 
-    def _submit(self, job: Job) -> None:
+    def _submit(self, job: Job, answer: Answer) -> None:
         try:
-            for answer in job.answers:
-                self.llm.submit(answer)
+            self.llm.submit(answer)
         except OctavoError as error:
             self._end(job, error)
         self._deliver()
@@ -215,7 +222,9 @@ def _receive(batch: list[tuple[Job, Delta | Exception]]) -> None:
     for job, delta in batch:
         if isinstance(delta, Delta):
             job.pieces.append(delta)
-            job.unfinished -= delta.completion is not None
+            if delta.completion:
+                job.unfinished -= 1
+                job.turns[delta.index].leave()
         else:
             job.error = delta
         if job.complete:

@@ -5,24 +5,20 @@ The extension may be missing (no compiler when the package was installed): `unav
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from octavo.attention.cpu import FLOATS, lend_threads
+from octavo import native
+from octavo.native import FLOATS
 
-try:
-    from octavo.weights import _native  # type: ignore[attr-defined]
-except ImportError as error:
-    _native, _missing = None, str(error)
+_native, _unavailable = native.load("octavo.weights._native")
 
 
-@cache
 def unavailable() -> str | None:
     """Why the kernels cannot be used here; None if they can."""
-    return f"the native extension is not built ({_missing})" if _native is None else lend_threads(_native)
+    return _unavailable
 
 
 def matrix(codes: Tensor, scales: Tensor, zeros: Tensor, out: int, columns: int, group: int) -> Any:

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from octavo import LLM, OctavoError, SamplingParams
-from octavo.attention import AttentionSpec, attend, chunk, cpu, layout_for
+from octavo.attention import AttentionSpec, attend, backend_for, chunk, cpu
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
-from octavo.cache.store import KVCache, LayerShape
+from octavo.cache.plan import LayerShape, plan_layers
+from octavo.cache.store import KVCache
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat
@@ -116,7 +117,7 @@ def test_steps_are_plain_attention_over_the_decoded_cache(case: Case) -> None:
 def test_a_long_context_is_split_over_threads_and_joined(name: str) -> None:
     tokens, shape = 5000, LayerShape(1, 64, 64)
     layer = NativeLayer(Case(name, 64, 64, 1, 4, 64))
-    cache = KVCache([shape], KVFormat.parse(name), 79, Layout(order="tiles"), layer.calibration)
+    cache = KVCache(plan_layers([shape], KVFormat.parse(name), layer.calibration), 79, Layout(order="tiles"))
     random = torch.Generator().manual_seed(0)
     sequence = Sequence(torch.randperm(79, generator=random).tolist(), [0] * tokens)
     q, k, v = (torch.randn(tokens, heads, 64, generator=random) for heads in (4, 1, 1))
@@ -218,7 +219,9 @@ def test_adversarial_rows_stay_close(name: str, kind: str) -> None:
     shape, blocks = LayerShape(1, 64, 64), -(-tokens // 64)
     ranges = ranging(torch.full((1, 64), -5.0), torch.full((1, 64), 13.0))
     calibration = Calibration(HEADER, [{"k": ranges, "v": ranges}])
-    cache = KVCache([shape], KVFormat.parse(name), blocks, Layout(order="tiles"), calibration, headroom=1.0)
+    cache = KVCache(
+        plan_layers([shape], KVFormat.parse(name), calibration, headroom=1.0), blocks, Layout(order="tiles")
+    )
     sequence = Sequence(list(range(blocks)), [0] * tokens, tokens - 1)
     whole = Batch.build([(Sequence(sequence.block_table, sequence.tokens), tokens)], 64)
     for store, x in zip(cache.stores, (k, v), strict=True):
@@ -249,7 +252,7 @@ def test_saturation_is_counted_as_the_specification_counts_it(name: str) -> None
 @native
 def test_bf16_and_strided_rows_are_encoded_as_their_float_values() -> None:
     shape = LayerShape(2, 64, 64)
-    cache = KVCache([shape], KVFormat.parse("int8-token"), 1, Layout(order="tiles"))
+    cache = KVCache(plan_layers([shape], KVFormat.parse("int8-token")), 1, Layout(order="tiles"))
     x = torch.randn(2, 10, 64).bfloat16().transpose(0, 1)  # as a model hands it over: [tokens, heads, dim], strided
     sequence = Sequence([0], [0] * 10, 10)
     cpu.write(cache.stores[0], x, torch.arange(10))
@@ -262,14 +265,14 @@ def test_bf16_and_strided_rows_are_encoded_as_their_float_values() -> None:
 @every_isa
 @native
 def test_a_negative_slot_writes_nowhere() -> None:
-    cache = KVCache([LayerShape(1, 64, 64)], KVFormat.parse("bf16"), 2, Layout(order="tiles"))
+    cache = KVCache(plan_layers([LayerShape(1, 64, 64)], KVFormat.parse("bf16")), 2, Layout(order="tiles"))
     cpu.write(cache.stores[0], torch.ones(3, 1, 64), torch.tensor([-1, 70, -1]))
     assert cache.stores[0].codes.float().sum() == cache.stores[0].written == 64
 
 
 @native
 def test_blocks_of_another_size_are_refused() -> None:
-    cache = KVCache([LayerShape(1, 64, 64)], KVFormat.parse("bf16"), 2, Layout(4, "tiles"))
+    cache = KVCache(plan_layers([LayerShape(1, 64, 64)], KVFormat.parse("bf16")), 2, Layout(4, "tiles"))
     with pytest.raises(ValueError, match="blocks of 4 tokens"):
         cpu.write(cache.stores[0], torch.ones(1, 1, 64), torch.tensor([0]))
 
@@ -289,7 +292,7 @@ def test_no_native_kernel_reads_beyond_its_memory_in_random_shapes() -> None:
         name = random.choice(["bf16", "fp16", "fp32", "int8-token", "int4-token", "k8v4", "int8-token-rotated"])
         kv_heads, group, blocks = (int(n) for n in random.integers(1, 5, 3))
         shape = LayerShape(kv_heads, k_dim, v_dim)
-        cache = KVCache([shape], KVFormat.parse(str(name)), blocks, Layout(order="tiles"))
+        cache = KVCache(plan_layers([shape], KVFormat.parse(str(name))), blocks, Layout(order="tiles"))
         tokens = int(random.integers(1, 64 * blocks + 1))
         sequence = Sequence(random.permutation(blocks).tolist(), [0] * tokens)
         new = int(min(tokens, random.integers(1, 12)))
@@ -318,20 +321,21 @@ def test_the_greedy_text_is_that_of_the_reference(pamphlet: Model, monkeypatch: 
 
 def test_without_the_extension_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "unavailable", lambda: "the native extension is not built")
-    shapes = [LayerShape(1, 64, 64)]
-    assert layout_for(shapes).order == "rows"
+    plans = plan_layers([LayerShape(1, 64, 64)], KVFormat.parse("int8-token"))
+    assert backend_for(plans).name == "reference"
     monkeypatch.setenv("OCTAVO_ATTENTION", "native")
     with pytest.raises(OctavoError, match="not built"):
-        layout_for(shapes)
+        backend_for(plans)
 
 
 @native
 def test_a_shape_without_a_kernel_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert layout_for([LayerShape(1, 64, 64)]).order == "tiles"
-    assert layout_for([LayerShape(1, 60, 64)]).order == "rows"
+    even, odd = (plan_layers([LayerShape(1, dim, 64)], KVFormat.parse("int8-token")) for dim in (64, 60))
+    assert backend_for(even).name == "native"
+    assert backend_for(odd).name == "reference"
     monkeypatch.setenv("OCTAVO_ATTENTION", "native")
     with pytest.raises(OctavoError, match="heads of 60 and 64"):
-        layout_for([LayerShape(1, 60, 64)])
+        backend_for(odd)
     monkeypatch.setenv("OCTAVO_ATTENTION", "fast")
     with pytest.raises(OctavoError, match="reference, native or triton"):
-        layout_for([LayerShape(1, 64, 64)])
+        backend_for(even)

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from octavo import OctavoError
-from octavo.attention import AttentionSpec, attend, cuda, layout_for
+from octavo.attention import AttentionSpec, attend, backend_for, cuda
 from octavo.attention.cuda.step import Step
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
-from octavo.cache.store import KVCache, LayerShape, RowStore
+from octavo.cache.plan import LayerShape, plan_layers
+from octavo.cache.store import KVCache, RowStore
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat
 from tests.attention.test_reference import (
@@ -170,7 +171,9 @@ def test_a_long_tail_under_a_strong_first_token_keeps_its_weight(name: str) -> N
     shape, blocks = LayerShape(1, dim, dim, DEVICE), tokens // 64
     ranges = ranging(torch.full((1, dim), -9.0), torch.full((1, dim), 15.0))
     calibration = Calibration(HEADER, [{"k": ranges, "v": ranges}])
-    cache = KVCache([shape], KVFormat.parse(name), blocks, Layout(order="pages"), calibration, headroom=1.0)
+    cache = KVCache(
+        plan_layers([shape], KVFormat.parse(name), calibration, headroom=1.0), blocks, Layout(order="pages")
+    )
     sequence = Sequence(torch.randperm(blocks, generator=random).tolist(), [0] * tokens)
     slots = Batch.build([(sequence, tokens)], 64).slots
     cache.layers[0].write(k.to(DEVICE), v.to(DEVICE), slots.to(DEVICE))
@@ -398,15 +401,20 @@ def test_the_decode_kernel_spills_no_registers() -> None:
 
 
 def test_layouts_are_given_to_those_who_can_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpu, on_cpu = LayerShape(1, 64, 64, torch.device("cuda")), LayerShape(1, 64, 64)
+    shapes = (
+        LayerShape(1, 64, 64, torch.device("cuda")),
+        LayerShape(1, 64, 64),
+        LayerShape(1, 512, 64, torch.device("cuda")),
+    )
+    on_gpu, on_cpu, wide = (plan_layers([shape], KVFormat.parse("int8-token")) for shape in shapes)
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    assert layout_for([on_gpu]).order == "pages"
-    assert layout_for([on_cpu]).order != "pages"
+    assert backend_for(on_gpu).name == "triton"
+    assert backend_for(on_cpu).name != "triton"
     with pytest.warns(UserWarning, match="plain torch, which is slower: no kernel takes heads of 512 and 64"):
-        assert layout_for([replace(on_gpu, k_dim=512)]).order == "rows"
+        assert backend_for(wide).name == "reference"
     monkeypatch.setattr(cuda, "unavailable", lambda: "there is no GPU")
     with pytest.warns(UserWarning, match="there is no GPU"):
-        assert layout_for([on_gpu]).order == "rows"
+        assert backend_for(on_gpu).name == "reference"
     monkeypatch.setenv("OCTAVO_ATTENTION", "triton")
     with pytest.raises(OctavoError, match="there is no GPU"):
-        layout_for([on_gpu])
+        backend_for(on_gpu)

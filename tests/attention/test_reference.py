@@ -18,7 +18,8 @@ from torch import Tensor
 from octavo.attention import AttentionSpec, attend, reference
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
-from octavo.cache.store import KVCache, LayerShape, RowStore
+from octavo.cache.plan import LayerShape, plan_layers
+from octavo.cache.store import KVCache, RowStore
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.codec import Rows, decode, encode
 from octavo.quant.format import CODECS, KVFormat
@@ -86,7 +87,7 @@ class Layer:
     def empty_cache(self, blocks: int, order: Literal["rows", "tiles", "pages"]) -> KVCache:
         layout = Layout(self.case.block_size, order)
         format = KVFormat.parse(self.case.format)
-        return KVCache([self.spec.shape], format, blocks, layout, self.calibration, headroom=1.0)
+        return KVCache(plan_layers([self.spec.shape], format, self.calibration, headroom=1.0), blocks, layout)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.random)
@@ -444,12 +445,12 @@ def test_a_row_that_attends_to_nothing_is_zero(format: str, sinks: bool, softcap
     q = layer.queries(2)
     batch = Batch.build([(layer.sequences[0], 1), (layer.sequences[1], 1)], case.block_size)
     batch.kv_len = torch.tensor([0, 20])
-    out = reference.attend(layer.spec, layer.cache.layers[0], q, batch)
+    out = reference.read(layer.spec, layer.cache.layers[0], q, batch)
     assert torch.isfinite(out).all()
     assert not out[0].any()
     layer.compare(layer.sequences[1], q[1:], out[1:])
     batch.kv_len, batch.plan = torch.tensor([0, 0]), {}
-    assert not reference.attend(layer.spec, layer.cache.layers[0], q, batch).any()
+    assert not reference.read(layer.spec, layer.cache.layers[0], q, batch).any()
 
 
 @pytest.mark.parametrize("case", [Case(name, place=2) for name in [*CODECS, "k8v4"]], ids=str)
@@ -493,7 +494,9 @@ def test_a_strong_first_token_does_not_swallow_the_tail(format: str) -> None:
     shape = LayerShape(1, dim, dim)
     ones = torch.ones(1, dim)
     sides = {"k": ranging(-ones, ones), "v": ranging(-ones, ones)}
-    cache = KVCache([shape], KVFormat.parse(format), 513, calibration=Calibration(HEADER, [sides]), headroom=1.0)
+    cache = KVCache(
+        plan_layers([shape], KVFormat.parse(format), calibration=Calibration(HEADER, [sides]), headroom=1.0), 513
+    )
     k = torch.zeros(others + 1, 1, dim)
     k[0, 0, 0] = 1
     v = torch.full((others + 1, 1, dim), 0.75)
@@ -505,7 +508,7 @@ def test_a_strong_first_token_does_not_swallow_the_tail(format: str) -> None:
     batch = Batch.build([(sequence, 1)], 64)
     sequence.num_cached += 1
     spec = AttentionSpec(shape, heads=1, scale=1.0)
-    out = reference.attend(spec, cache.layers[0], q, batch)
+    out = reference.read(spec, cache.layers[0], q, batch)
     keys, values = stored(cache.layers[0].k, sequence), stored(cache.layers[0].v, sequence)
     expected = numpy_attention(spec, q.double().numpy(), keys, values, first=others)
     # A plain float32 sum may lose half a unit in its last place, 2⁻²⁵, with each of the others: 0.4 % of their weight.
@@ -576,7 +579,7 @@ def test_attending_reads_the_cache_and_changes_nothing(format: str) -> None:
     layer.step([(0, 30)])
     before = [t.clone() for store in layer.cache.stores for t in (store.codes, store.scales) if t is not None]
     batch = Batch.build([(layer.sequences[0], 1)], 16)
-    first = reference.attend(layer.spec, layer.cache.layers[0], layer.queries(1), batch)
+    first = reference.read(layer.spec, layer.cache.layers[0], layer.queries(1), batch)
     after = [t for store in layer.cache.stores for t in (store.codes, store.scales) if t is not None]
     assert first.any()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -593,14 +596,14 @@ def test_the_layout_of_the_cache_does_not_change_an_answer(format: str, order: A
         batch = Batch.build([(layer.sequences[i], n) for i, n in work], layer.case.block_size)
         expected = layer.feed(work, q, k, v, batch)
         tiles.write(k, v, batch.slots)
-        assert torch.equal(reference.attend(layer.spec, tiles, q, batch), expected)
+        assert torch.equal(reference.read(layer.spec, tiles, q, batch), expected)
 
 
 def test_a_layer_that_shares_another_reads_its_cache_and_writes_none() -> None:
     case = Case("int8-token")
     own = Layer(case)
     shared = replace(own.spec, shape=replace(own.spec.shape, shares=0))
-    cache = KVCache([own.spec.shape, shared.shape], KVFormat.parse("int8-token"), 13, Layout(16))
+    cache = KVCache(plan_layers([own.spec.shape, shared.shape], KVFormat.parse("int8-token")), 13, Layout(16))
     sequence = own.sequences[0]
     batch = Batch.build([(sequence, 25)], 16)
     q, k, v = own.queries(25), own.keys(25), own.values(25)
@@ -618,7 +621,7 @@ def test_a_step_writes_before_it_reads() -> None:
     shape = LayerShape(1, 4, 4)
     ranges = ranging(torch.full((1, 4), -127.5), torch.full((1, 4), 127.5))
     calibration = Calibration(HEADER, [{"k": ranges, "v": ranges}])
-    cache = KVCache([shape], KVFormat.parse("int8"), 1, Layout(4), calibration, headroom=1.0)
+    cache = KVCache(plan_layers([shape], KVFormat.parse("int8"), calibration, headroom=1.0), 1, Layout(4))
     v = torch.full((2, 1, 4), 0.4)
     batch = Batch.build([(Sequence([0], [1, 2]), 2)], 4)
     out = attend(AttentionSpec(shape, 1, 1.0), cache.layers[0], torch.zeros(2, 1, 4), v, v, batch)

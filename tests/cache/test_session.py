@@ -13,8 +13,9 @@ import torch
 from octavo.cache import session
 from octavo.cache.blocks import BlockPool
 from octavo.cache.layout import Layout
+from octavo.cache.plan import LayerShape, plan_layers
 from octavo.cache.session import Codes, Damaged, Identity, SavedSession
-from octavo.cache.store import KVCache, LayerShape
+from octavo.cache.store import KVCache
 from octavo.errors import OctavoError
 from octavo.quant.format import KVFormat
 
@@ -26,7 +27,7 @@ IDENTITY = Identity("sha256:1", "float32", [[2, 16, 16]], ["int8-token"], "0")
 
 def cache(order: Any = "rows", blocks: int = 12, formats: list[str] | str = MIXED) -> tuple[KVCache, BlockPool]:
     names = [formats] * len(SHAPES) if isinstance(formats, str) else formats
-    made = KVCache(SHAPES, [KVFormat.parse(name) for name in names], blocks, Layout(8, order))
+    made = KVCache(plan_layers(SHAPES, [KVFormat.parse(name) for name in names]), blocks, Layout(8, order))
     return made, BlockPool(blocks, 8)
 
 
@@ -126,7 +127,10 @@ def test_blocks_of_another_size_take_the_same_rows():
     kv, pool = cache()
     fill(kv, pool)
     codes = read(kv, pool, TOKENS)
-    other, there = KVCache(SHAPES, [KVFormat.parse(name) for name in MIXED], 4, Layout(16)), BlockPool(4, 16)
+    other, there = (
+        KVCache(plan_layers(SHAPES, [KVFormat.parse(name) for name in MIXED]), 4, Layout(16)),
+        BlockPool(4, 16),
+    )
     write(other, there, TOKENS, codes)
     assert equal(read(other, there, TOKENS), {name: rows[:, :32] for name, rows in codes.items()})
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.cache.layout import SLACK, Layout
-from octavo.cache.store import KVCache, LayerShape, Memory, RowStore
+from octavo.cache.layout import SLACK, Layout, RowLayout
+from octavo.cache.plan import LayerShape, plan_layers
+from octavo.cache.store import KVCache, Memory, RowStore
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.codec import Rows, Static, decode, encode, rotate
 from octavo.quant.format import CODECS, KVFormat
@@ -49,10 +50,11 @@ def store(
     size: int = 8,
     static: Static | None = None,
     order: Any = "rows",
+    side: Any = "k",
 ) -> RowStore:
     if name == "int8" and static is None:
         static = Static(torch.zeros(heads, dim), torch.ones(heads, dim) / 16)
-    return RowStore(CODECS[name], heads, dim, static, Layout(size, order), blocks, CPU)
+    return RowStore(CODECS[name], heads, dim, static, Layout(size, order), side, blocks, CPU)
 
 
 def read_decoded(rows: RowStore, slots: Tensor) -> Tensor:
@@ -77,15 +79,15 @@ def test_the_default_block_has_sixty_four_slots() -> None:
 
 
 def test_memory_starts_as_zeros() -> None:
-    memory = Layout(4).allocate(3, 2, 5, torch.bfloat16, CPU)
+    memory = RowLayout("rows", 4, 5, torch.bfloat16).allocate(3, 2, CPU)
     assert memory.dtype == torch.bfloat16
     assert memory.numel() == 3 * 2 * 4 * 5
     assert not memory.any()
 
 
 def test_rows_come_back_from_the_slots_they_were_written_to() -> None:
-    layout, generator = Layout(4), torch.Generator().manual_seed(0)
-    memory = layout.allocate(5, 3, 2, torch.float32, CPU)
+    layout, generator = RowLayout("rows", 4, 2, torch.float32), torch.Generator().manual_seed(0)
+    memory = layout.allocate(5, 3, CPU)
     slots = torch.randperm(20, generator=generator)[:13]
     rows = torch.randn(13, 3, 2, generator=generator)
     layout.write_rows(memory, slots, rows)
@@ -97,8 +99,8 @@ def test_rows_come_back_from_the_slots_they_were_written_to() -> None:
 
 
 def test_blocks_are_read_in_the_order_asked_for_and_as_a_copy() -> None:
-    layout = Layout(2)
-    memory = layout.allocate(4, 1, 1, torch.float32, CPU)
+    layout = RowLayout("rows", 2, 1, torch.float32)
+    memory = layout.allocate(4, 1, CPU)
     layout.write_rows(memory, torch.arange(8), torch.arange(8.0).view(8, 1, 1))
     rows = layout.read_rows(memory, torch.tensor([3, 0, 3]))
     assert rows.flatten().tolist() == [6, 7, 0, 1, 6, 7]
@@ -107,19 +109,21 @@ def test_blocks_are_read_in_the_order_asked_for_and_as_a_copy() -> None:
 
 
 def test_writing_no_rows_changes_nothing() -> None:
-    layout = Layout(2)
-    memory = layout.allocate(2, 1, 3, torch.int8, CPU)
+    layout = RowLayout("rows", 2, 3, torch.int8)
+    memory = layout.allocate(2, 1, CPU)
     layout.write_rows(memory, torch.empty(0, dtype=torch.int64), torch.empty(0, 1, 3, dtype=torch.int8))
     assert not memory.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("order", ["k-tiles", "v-tiles", "k-pages", "v-pages"])
-def test_tiles_give_back_the_rows_that_were_written(order: Any, dtype: torch.dtype) -> None:
-    layout, generator = Layout(8, order), torch.Generator().manual_seed(0)
-    memory = layout.allocate(4, 3, 12, dtype, CPU)
+@pytest.mark.parametrize("codec", ["int8", "int4-token", "bf16", "fp32"])
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("order", ["tiles", "pages"])
+def test_tiles_give_back_the_rows_that_were_written(order: Any, side: Any, codec: str) -> None:
+    layout, generator = Layout(8, order).of(side, CODECS[codec], 24), torch.Generator().manual_seed(0)
+    dtype = layout.dtype
+    memory = layout.allocate(4, 3, CPU)
     slots = torch.randperm(32, generator=generator)[:21]
-    rows = torch.randint(0, 256, (21, 3, 12), generator=generator).to(torch.uint8)
+    rows = torch.randint(0, 256, (21, 3, layout.width), generator=generator).to(torch.uint8)
     rows = rows.view(torch.int8) if dtype == torch.int8 else rows.to(dtype)
     layout.write_rows(memory, slots[:10], rows[:10])
     layout.write_rows(memory, slots[10:], rows[10:])
@@ -134,12 +138,12 @@ def test_tiles_give_back_the_rows_that_were_written(order: Any, dtype: torch.dty
 
 def test_tiles_put_each_code_where_the_kernels_look_for_it() -> None:
     rows = torch.randint(-128, 128, (8, 2, 12), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    k_layout, v_layout = Layout(8, "k-tiles"), Layout(8, "v-tiles")
-    k, v = (layout.allocate(1, 2, 12, torch.int8, CPU) for layout in (k_layout, v_layout))
-    floats = k_layout.allocate(1, 2, 12, torch.float32, CPU)
+    k_layout, v_layout = (Layout(8, "tiles").of(side, CODECS["int8"], 12) for side in ("k", "v"))
+    raw_layout = Layout(8, "tiles").of("k", CODECS["fp32"], 12)
+    k, v, floats = (layout.allocate(1, 2, CPU) for layout in (k_layout, v_layout, raw_layout))
     k_layout.write_rows(k, torch.arange(8), rows)
     v_layout.write_rows(v, torch.arange(8), rows)
-    k_layout.write_rows(floats, torch.arange(8), rows.float())
+    raw_layout.write_rows(floats, torch.arange(8), rows.float())
     assert k.shape == (1, 2, 3, 8, 4)
     assert v.shape == (1, 2, 2, 12, 4)
     assert floats.shape == (1, 2, 12, 8)
@@ -151,32 +155,32 @@ def test_tiles_put_each_code_where_the_kernels_look_for_it() -> None:
             assert floats[0, :, d, token].tolist() == code
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("order", "width", "room"), [("k-tiles", 8, 0), ("v-tiles", 8, SLACK), ("v-tiles", 40, SLACK), ("v-tiles", 64, 0)]
-)
+@pytest.mark.parametrize("codec", ["int8", "bf16"])
+@pytest.mark.parametrize(("side", "width", "room"), [("k", 8, 0), ("v", 8, SLACK), ("v", 40, SLACK), ("v", 64, 0)])
 def test_only_rows_of_v_that_are_no_whole_registers_have_room_at_the_end(
-    order: Any, width: int, room: int, dtype: torch.dtype
+    side: Any, width: int, room: int, codec: str
 ) -> None:
-    memory = Layout(8, order).allocate(2, 1, width, dtype, CPU)
+    memory = Layout(8, "tiles").of(side, CODECS[codec], width).allocate(2, 1, CPU)
     assert memory.numel() == 2 * 8 * width
     assert memory.untyped_storage().nbytes() == memory.nbytes + room
     assert not memory.any()
 
 
 def test_a_layout_of_tiles_differs_by_side_and_one_of_rows_does_not() -> None:
-    assert Layout(16, "tiles").of("k") == Layout(16, "k-tiles")
-    assert Layout(16, "tiles").of("v") == Layout(16, "v-tiles")
-    assert Layout(16).of("k") == Layout(16).of("v") == Layout(16)
+    rows, tiles = ([Layout(16, order).of(side, CODECS["int8"], 64) for side in ("k", "v")] for order in ORDERS)
+    assert tiles[0] != tiles[1]
+    assert rows[0] == rows[1]
 
 
 # RowStore
 
 
 @pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize(("dim", "order"), [(6, "rows"), (7, "rows"), (8, "k-tiles"), (8, "v-tiles")])
-def test_a_store_holds_the_codes_of_what_was_written(name: str, dim: int, order: str) -> None:
-    rows, generator = store(name, dim=dim, order=order), torch.Generator().manual_seed(1)
+@pytest.mark.parametrize(
+    ("dim", "order", "side"), [(6, "rows", "k"), (7, "rows", "v"), (8, "tiles", "k"), (8, "tiles", "v")]
+)
+def test_a_store_holds_the_codes_of_what_was_written(name: str, dim: int, order: str, side: str) -> None:
+    rows, generator = store(name, dim=dim, order=order, side=side), torch.Generator().manual_seed(1)
     slots = torch.randperm(32, generator=generator)[:20]
     x = torch.randn(20, 2, dim, generator=generator)
     rows.write(x[:5], slots[:5])
@@ -186,9 +190,11 @@ def test_a_store_holds_the_codes_of_what_was_written(name: str, dim: int, order:
 
 
 @pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize(("dim", "order"), [(6, "rows"), (7, "rows"), (8, "k-tiles"), (8, "v-tiles")])
-def test_read_gives_centered_codes_and_their_scales(name: str, dim: int, order: str) -> None:
-    rows, generator = store(name, dim=dim, order=order), torch.Generator().manual_seed(2)
+@pytest.mark.parametrize(
+    ("dim", "order", "side"), [(6, "rows", "k"), (7, "rows", "v"), (8, "tiles", "k"), (8, "tiles", "v")]
+)
+def test_read_gives_centered_codes_and_their_scales(name: str, dim: int, order: str, side: str) -> None:
+    rows, generator = store(name, dim=dim, order=order, side=side), torch.Generator().manual_seed(2)
     x = torch.randn(32, 2, dim, generator=generator)
     rows.write(x, torch.arange(32))
     blocks = torch.tensor([2, 0])
@@ -270,7 +276,7 @@ def test_saturation_is_counted_over_all_writes() -> None:
 def test_a_cache_takes_exactly_what_its_format_says() -> None:
     shapes = [LayerShape(2, 8, 8), LayerShape(3, 16, 5)]
     for name in [*CODECS, "k8v4", "k4v8", "bf16/int8-token", "int8/int4-token"]:
-        cache = KVCache(shapes, parse(name), 6, Layout(16), calibration(shapes))
+        cache = KVCache(plan_layers(shapes, parse(name), calibration(shapes)), 6, Layout(16))
         per_token = parse(name).token_bytes(2, 8, 8) + parse(name).token_bytes(3, 16, 5)
         assert cache.token_nbytes == per_token
         assert cache.block_nbytes == 16 * per_token
@@ -280,7 +286,9 @@ def test_a_cache_takes_exactly_what_its_format_says() -> None:
 @pytest.mark.parametrize("name", [*CODECS, "k8v4"])
 def test_tiles_take_the_same_bytes_a_token_and_a_little_at_the_end(name: str) -> None:
     shapes = [LayerShape(2, 16, 8)]
-    rows, tiles = (KVCache(shapes, parse(name), 6, Layout(16, order), calibration(shapes)) for order in ORDERS)
+    rows, tiles = (
+        KVCache(plan_layers(shapes, parse(name), calibration(shapes)), 6, Layout(16, order)) for order in ORDERS
+    )
     assert (tiles.token_nbytes, tiles.block_nbytes) == (rows.token_nbytes, rows.block_nbytes)
     assert tiles.nbytes == rows.nbytes + SLACK  # of V, whose 8 channels are half a register
     assert tiles.memory() == replace(rows.memory(), padding=SLACK)
@@ -288,15 +296,15 @@ def test_tiles_take_the_same_bytes_a_token_and_a_little_at_the_end(name: str) ->
 
 def test_int8_takes_exactly_half_of_bf16() -> None:
     shapes = [LayerShape(2, 64, 64)] * 3
-    int8 = KVCache(shapes, parse("int8"), 4, calibration=calibration(shapes))
-    assert 2 * int8.nbytes == KVCache(shapes, parse("bf16"), 4).nbytes
+    int8 = KVCache(plan_layers(shapes, parse("int8"), calibration=calibration(shapes)), 4)
+    assert 2 * int8.nbytes == KVCache(plan_layers(shapes, parse("bf16")), 4).nbytes
 
 
 @pytest.mark.parametrize("name", [*CODECS, "k8v4", "int8/int4-token-unrotated"])
 @pytest.mark.parametrize("dim", [8, 7])
 def test_the_parts_of_memory_add_up_to_the_tensors(name: str, dim: int) -> None:
     shapes = [LayerShape(2, dim, dim + 2), LayerShape(3, 16, dim)]
-    cache = KVCache(shapes, parse(name), 6, Layout(16), calibration(shapes))
+    cache = KVCache(plan_layers(shapes, parse(name), calibration(shapes)), 6, Layout(16))
     memory = cache.memory()
     tensors = tensors_of(cache)
     assert memory.codes + memory.padding + memory.scales == sum(t.nbytes for t in tensors) == cache.nbytes
@@ -308,31 +316,31 @@ def test_the_parts_of_memory_add_up_to_the_tensors(name: str, dim: int) -> None:
 
 def test_memory_by_hand() -> None:
     shapes = [LayerShape(2, 5, 4)]
-    cache = KVCache(shapes, parse("int4-token"), 3, Layout(8))
+    cache = KVCache(plan_layers(shapes, parse("int4-token")), 3, Layout(8))
     rows = 3 * 8 * 2
     assert cache.memory() == Memory(codes=rows * 9 // 2, scales=rows * 2, padding=rows // 2, static=0)
-    calibrated = KVCache(shapes, parse("int4-token"), 3, Layout(8), calibration(shapes))
+    calibrated = KVCache(plan_layers(shapes, parse("int4-token"), calibration(shapes)), 3, Layout(8))
     assert calibrated.memory().static == 2 * (5 + 4) * 4 * 3  # mu, c and 1/c in float32
-    raw = KVCache(shapes, parse("fp16"), 3, Layout(8), calibration(shapes))
+    raw = KVCache(plan_layers(shapes, parse("fp16"), calibration(shapes)), 3, Layout(8))
     assert raw.memory() == Memory(codes=rows * 9 * 2, scales=0, padding=0, static=0)
 
 
 def test_a_layer_that_shares_another_owns_nothing() -> None:
     shapes = [LayerShape(2, 8, 8), LayerShape(2, 8, 8), LayerShape(2, 8, 8, shares=0), LayerShape(2, 8, 8, shares=1)]
-    cache = KVCache(shapes, parse("int8-token"), 4, Layout(8))
+    cache = KVCache(plan_layers(shapes, parse("int8-token")), 4, Layout(8))
     assert cache.layers[2] is cache.layers[0]
     assert cache.layers[3] is cache.layers[1]
     assert len(cache.stores) == 4
     assert len({id(store) for store in cache.stores}) == 4
-    assert cache.nbytes == KVCache(shapes[:2], parse("int8-token"), 4, Layout(8)).nbytes
-    assert cache.memory() == KVCache(shapes[:2], parse("int8-token"), 4, Layout(8)).memory()
+    assert cache.nbytes == KVCache(plan_layers(shapes[:2], parse("int8-token")), 4, Layout(8)).nbytes
+    assert cache.memory() == KVCache(plan_layers(shapes[:2], parse("int8-token")), 4, Layout(8)).memory()
     assert [shape.token_bytes(parse("int8-token")) for shape in shapes] == [36, 36, 0, 0]
 
 
 def test_each_layer_can_have_its_own_format() -> None:
     shapes = [LayerShape(1, 8, 8), LayerShape(2, 6, 10), LayerShape(1, 8, 8)]
     formats = [parse("bf16"), parse("k8v4"), parse("int8")]
-    cache = KVCache(shapes, formats, 2, Layout(4), calibration(shapes))
+    cache = KVCache(plan_layers(shapes, formats, calibration(shapes)), 2, Layout(4))
     assert [(str(layer.k.codec), str(layer.v.codec)) for layer in cache.layers] == [
         ("bf16", "bf16"), ("int8-token", "int4-token"), ("int8", "int8"),
     ]  # fmt: skip
@@ -341,26 +349,26 @@ def test_each_layer_can_have_its_own_format() -> None:
     assert cache.layers[1].k.static is not None
     assert cache.token_nbytes == 32 + 2 * (7 + 6) + 16
     with pytest.raises(ValueError, match="2 formats for 3 layers"):
-        KVCache(shapes, formats[:2], 2, Layout(4), calibration(shapes))
+        KVCache(plan_layers(shapes, formats[:2], calibration(shapes)), 2, Layout(4))
 
 
 @pytest.mark.parametrize("name", ["int8", "int8/bf16", "int4-token/int8"])
 def test_a_static_format_without_a_calibration_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=r"int8.*calibration"):
-        KVCache([LayerShape(1, 8, 8)], parse(name), 2)
+        KVCache(plan_layers([LayerShape(1, 8, 8)], parse(name)), 2)
 
 
 def test_layers_and_sides_take_their_own_static_part() -> None:
     shapes = [LayerShape(2, 8, 8), LayerShape(2, 8, 8)]
     made = calibration(shapes)
-    cache = KVCache(shapes, parse("int8"), 2, Layout(4), made, "head", 2.0)
+    cache = KVCache(plan_layers(shapes, parse("int8"), made, "head", 2.0), 2, Layout(4))
     for i, layer in enumerate(cache.layers):
         for side, rows in (("k", layer.k), ("v", layer.v)):
             expected = made.static(i, side, parse("int8").k, "head", 2.0)
             assert rows.static is not None
             assert torch.equal(rows.static.mu, expected.mu)
             assert torch.equal(rows.static.c, expected.c)
-    default = KVCache(shapes, parse("int8"), 2, Layout(4), made).layers[0].k.static
+    default = KVCache(plan_layers(shapes, parse("int8"), made), 2, Layout(4)).layers[0].k.static
     assert default is not None
     assert torch.equal(default.c, made.static(0, "k", parse("int8").k, "channel", 1.4).c)
 
@@ -368,7 +376,7 @@ def test_layers_and_sides_take_their_own_static_part() -> None:
 def test_saturation_is_a_share_of_each_layer_and_side() -> None:
     shapes = [LayerShape(2, 4, 8), LayerShape(2, 4, 8), LayerShape(2, 4, 8, shares=1), LayerShape(2, 4, 8)]
     formats = [parse("int8"), parse("int8/int8-token"), parse("int8"), parse("bf16")]
-    cache = KVCache(shapes, formats, 2, Layout(4), calibration(shapes))
+    cache = KVCache(plan_layers(shapes, formats, calibration(shapes)), 2, Layout(4))
     assert cache.saturation() == [(0, 0)] * 4
     k, v = torch.zeros(5, 2, 4), torch.zeros(5, 2, 8)
     k[0, 0, :2] = 1e3
@@ -383,7 +391,7 @@ def test_saturation_is_a_share_of_each_layer_and_side() -> None:
 
 
 def test_a_layer_writes_k_and_v_to_their_own_sides() -> None:
-    cache = KVCache([LayerShape(1, 2, 3)], parse("fp32"), 2, Layout(2))
+    cache = KVCache(plan_layers([LayerShape(1, 2, 3)], parse("fp32")), 2, Layout(2))
     k, v = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 4.0, 5.0]]])
     cache.layers[0].write(k, v, torch.tensor([3]))
     assert torch.equal(read_decoded(cache.layers[0].k, torch.tensor([3])), k)
@@ -396,7 +404,7 @@ def test_rows_of_any_strides_and_dtype_can_be_written() -> None:
     shapes = [LayerShape(2, 6, 6)]
     x = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(4)).bfloat16()
     for name in [*CODECS, "k8v4"]:
-        cache = KVCache(shapes, parse(name), 2, Layout(8), calibration(shapes))
+        cache = KVCache(plan_layers(shapes, parse(name), calibration(shapes)), 2, Layout(8))
         view = x.transpose(0, 1)
         cache.layers[0].write(view, view, torch.arange(9))
         for rows in cache.stores:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from octavo.cache.layout import Layout
+from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
@@ -33,9 +34,8 @@ def engine(
     the calibration takes it. With `overlap` it works as on a GPU: decode steps are launched before the one before them
     is taken in, and those for the reference are padded in fixed buffers, which run as they are for want of graphs."""
     format = KVFormat.parse(kv)
-    cache = KVCache(
-        bound.shapes, format, blocks, layout or Layout(block_size), calibration if format.needs_calibration else None
-    )
+    plans = plan_layers(bound.shapes, format, calibration if format.needs_calibration else None)
+    cache = KVCache(plans, blocks, layout or Layout(block_size))
     made = Engine(bound, cache, batch, budget, context, hits, overlap)
     if overlap and cache.layout.order == "rows":
         made.runner.capture(batch, made.scheduler.max_context, how=lambda run: run)

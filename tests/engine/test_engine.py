@@ -9,14 +9,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from octavo.attention import layout_for
+from octavo.attention import backend_for
 from octavo.cache.layout import Layout
+from octavo.cache.plan import plan_layers
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
 from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
+from octavo.quant.format import KVFormat
 from tests.engine.driving import FORMATS, drain, engine, run, step
 
 TOKENS = 8  # of an answer
@@ -48,7 +50,7 @@ def how(request: pytest.FixtureRequest) -> tuple[str, str]:
 def layout(how: tuple[str, str], pamphlet: Model) -> Layout:
     if "native" not in how[1]:
         return Layout(16)
-    fastest = layout_for(pamphlet.bound.shapes)
+    fastest = backend_for(plan_layers(pamphlet.bound.shapes, KVFormat.parse("bf16"))).layout
     if fastest.order == "rows":
         pytest.skip("the native kernels cannot be had here")
     return fastest

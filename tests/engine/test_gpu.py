@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from octavo.attention import layout_for
+from octavo.attention import backend_for
 from octavo.cache.batch import Batch
+from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
@@ -38,7 +39,8 @@ def serve(bound: BoundModel, kv: str = "int8-token", overlap: bool = True) -> En
     """A capture that fails is an error here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="decode steps run without CUDA graphs")
-        cache = KVCache(bound.shapes, KVFormat.parse(kv), 64, layout_for(bound.shapes))
+        plans = plan_layers(bound.shapes, KVFormat.parse(kv))
+        cache = KVCache(plans, 64, backend_for(plans).layout)
         return Engine(bound, cache, 8, 256, overlap=overlap)
 
 
@@ -84,7 +86,8 @@ def test_nothing_waits_for_the_device_between_two_decode_steps(model: Model, tex
 
 def test_the_largest_step_is_measured_and_its_memory_given_back(model: Model):
     bound = model.bound
-    cache = KVCache(bound.shapes, KVFormat.parse("int8-token"), 1, layout_for(bound.shapes))
+    plans = plan_layers(bound.shapes, KVFormat.parse("int8-token"))
+    cache = KVCache(plans, 1, backend_for(plans).layout)
     LargestStep(4, 8, 200).run(bound, cache)  # libraries take their workspaces
     before = torch.cuda.memory_allocated()
     small, large = (LargestStep(4, tokens, 2000).nbytes(bound, cache) for tokens in (8, 4000))

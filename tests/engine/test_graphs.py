@@ -11,6 +11,7 @@ import torch
 from octavo.attention import reference
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
+from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.engine.graphs import NotCapturable, StepBuffers, sizes
 from octavo.engine.runner import Runner
@@ -35,7 +36,7 @@ def sessions(count: int) -> list[Session]:
 
 def runner(model: BoundModel, kv: str, order: str) -> Runner:
     """On a cache of random codes."""
-    cache = KVCache(model.shapes, KVFormat.parse(kv), 40, Layout(SIZE, order))
+    cache = KVCache(plan_layers(model.shapes, KVFormat.parse(kv)), 40, Layout(SIZE, order))
     slots = torch.arange(40 * SIZE)
     draw = torch.Generator().manual_seed(0)
     for store in cache.stores:
@@ -64,7 +65,7 @@ def test_a_padded_step_computes_and_writes_what_the_step_does_and_nothing_else(
 ):
     def attend(spec, cache, q, k, v, batch):  # the reference, whatever the layout
         cache.write(k, v, batch.slots)
-        return reference.attend(spec, cache, q, batch)
+        return reference.read(spec, cache, q, batch)
 
     monkeypatch.setattr("octavo.engine.runner.attend", attend)
     plain, padded = runner(llama, kv, order), runner(llama, kv, order)

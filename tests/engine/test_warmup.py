@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from octavo.cache.layout import Layout
+from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.engine.warmup import LargestStep
 from octavo.models.bind import BoundModel
@@ -26,7 +27,7 @@ def test_one_prompt_is_as_long_as_can_be_and_every_sequence_gains_a_token(
 ):
     step = LargestStep(sequences, tokens, session_len)
     assert step.lengths() == lengths
-    cache = KVCache(llama.shapes, KVFormat.parse("int8-token"), 1, Layout(16))
+    cache = KVCache(plan_layers(llama.shapes, KVFormat.parse("int8-token")), 1, Layout(16))
     sampled = step.run(llama, cache)
     assert len(sampled) == sequences
     assert all(s.logprob is not None for s in sampled)

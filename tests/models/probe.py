@@ -17,6 +17,7 @@ from torch import Tensor
 from octavo.attention import AttentionSpec, attend
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
+from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.errors import Unsupported
 from octavo.models.bind import BoundModel, bind
@@ -79,7 +80,7 @@ def packed_error(bound: BoundModel, full: tuple[Tensor, ...], want: list[Tensor]
     blocks = [-(-len(ids) // BLOCK) for ids in full]
     tables = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(1)).split(blocks)
     sequences = [Sequence(ids.tolist(), table.tolist()) for ids, table in zip(full, tables, strict=True)]
-    kv = KVCache(bound.shapes, KVFormat.parse("fp32"), sum(blocks), Layout(BLOCK))
+    kv = KVCache(plan_layers(bound.shapes, KVFormat.parse("fp32")), sum(blocks), Layout(BLOCK))
     errors = []
     for step in STEPS:
         work = [(sequence, n) for sequence, n in zip(sequences, step, strict=True) if n]

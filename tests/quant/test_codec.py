@@ -544,7 +544,7 @@ def test_codes_have_the_dtype_and_bytes_that_the_format_promises(name: str) -> N
         rows = encode(torch.from_numpy(gaussian(4, 2, dim)), codec, UNIT if name == "int8" else None)
         assert rows.codes.dtype == getattr(torch, codec.dtype)
         assert rows.codes.nbytes == 8 * codec.code_bytes(dim)
-        assert (rows.scales.nbytes if rows.scales is not None else 0) == 8 * codec.scale_bytes()
+        assert (rows.scales.nbytes if rows.scales is not None else 0) == 8 * codec.has_token_scale
         assert decode(rows, codec, dim, UNIT if name == "int8" else None).shape == (4, 2, dim)
 
 

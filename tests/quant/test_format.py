@@ -99,7 +99,7 @@ def test_a_row_takes_the_bytes_of_the_table(name: str, dim: int, row: int) -> No
 def test_only_token_codecs_have_a_byte_beside_their_codes(dim: int) -> None:
     for name, codec in CODECS.items():
         extra = 1 if "token" in name else 0
-        assert codec.scale_bytes() == extra
+        assert codec.has_token_scale == extra
         assert codec.row_bytes(dim) - codec.code_bytes(dim) == extra
 
 

@@ -20,8 +20,8 @@ from openai import OpenAI
 
 from octavo.errors import OctavoError
 from octavo.models.model import Model
+from octavo.serve.limits import Limits
 from octavo.serve.server import Server, bind, url
-from octavo.serve.service import Limits
 from octavo.text import TextStream
 from tests.serve.conftest import Running, serving, small, wait_until
 
@@ -193,7 +193,7 @@ def test_a_step_that_fails_ends_the_running_answers_and_the_engine_goes_on(pamph
             raise RuntimeError("out of memory")
 
         waiting = [Behind(running.url, max_tokens=20) for _ in range(3)]
-        wait_until(lambda: engine.scheduler.waiting)
+        wait_until(lambda: running.server.service.admitted == 4)
         runner.run = fail_once
         assert first.done().status_code == 500
         assert first.done().json()["error"]["type"] == "server_error"

@@ -13,16 +13,15 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from octavo.attention.backend import AttentionSpec, Backend
 from octavo.cache.batch import Batch
+from octavo.cache.layout import Layout
+from octavo.cache.plan import LayerPlan
 from octavo.cache.store import LayerCache
-
-if TYPE_CHECKING:
-    from octavo.attention import AttentionSpec
 
 LARGEST = 256  # head_dim whose tiles fit the registers
 
@@ -41,14 +40,16 @@ def unavailable() -> str | None:
     return None
 
 
-def devices() -> tuple[str, ...]:
-    """Types of devices whose caches the kernels can read."""
-    return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
-
-
-def takes(k_dim: int, v_dim: int) -> bool:
-    """Whether the kernels have rows of these dimensions; they have every codec."""
-    return max(k_dim, v_dim) <= LARGEST
+def refuses(plan: LayerPlan) -> str | None:
+    """Why the kernels cannot read such a layer; they have every codec."""
+    shape = plan.shape
+    if (why := unavailable()) is not None:
+        return why
+    if shape.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the cache is on {shape.device}"
+    if max(shape.k_dim, shape.v_dim) > LARGEST:
+        return f"no kernel takes heads of {shape.k_dim} and {shape.v_dim}"
+    return None
 
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
@@ -56,3 +57,6 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
     from octavo.attention.cuda import launch
 
     return launch.attend(spec, cache, q, k, v, batch)
+
+
+BACKEND = Backend("triton", Layout(order="pages"), attend, refuses, capturable=True)

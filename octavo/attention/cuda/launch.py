@@ -9,12 +9,13 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from octavo.attention.backend import AttentionSpec
 from octavo.attention.cuda.combine import combine
 from octavo.attention.cuda.scan import LIFT, scan
 from octavo.attention.cuda.step import Step
@@ -22,9 +23,6 @@ from octavo.attention.cuda.write import write
 from octavo.cache.batch import Batch
 from octavo.cache.store import LayerCache, RowStore
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL
-
-if TYPE_CHECKING:
-    from octavo.attention import AttentionSpec
 
 LOG2E = math.log2(math.e)
 TOKENS = 16  # rows a program of `write` encodes
@@ -106,10 +104,9 @@ class Layer:
                 f"{name}_BITS": codec.bits, f"{name}_ROTATED": codec.rotated,
                 f"{name}_STATIC": store.static is not None,
             }  # fmt: skip
-            width = codec.code_bytes(dim) if codec.bits == 4 else dim
             self.scan |= {
-                f"{name}_DIM": dim, f"{name}_PADDED": _padded(width), f"{name}_BITS": codec.bits,
-                f"{name}_TOKEN": codec.kind == "token",
+                f"{name}_DIM": dim, f"{name}_PADDED": _padded(codec.width(dim)), f"{name}_BITS": codec.bits,
+                f"{name}_TOKEN": codec.has_token_scale,
             }  # fmt: skip
         self.combine: dict[str, Any] = {
             "HEADS": spec.heads, "GROUP": self.group, "DIM": v.dim, "PADDED": _padded(v.dim),
@@ -137,7 +134,7 @@ class Layer:
         K, V = self.k, self.v
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         tokens, heads = q.shape[:2]
-        if K.codec.kind == "raw":
+        if K.codec.is_raw:
             dtype = K.codes.dtype if K.codes.dtype == q.dtype else torch.float32
             folded = q.new_empty(tokens, heads, 1, K.dim, dtype=dtype)
         else:
@@ -177,7 +174,7 @@ class Layer:
             sums, tops, totals, spec.window or 0, (spec.softcap or 0.0) * LOG2E, splits,
             M=by.rows, QUERIES=by.queries, SHORTEST=by.shortest,
             PRECISION="ieee" if out.dtype == torch.float32 else "tf32",  # tf32 holds float16 and bfloat16 exactly
-            V_FLOAT32=V.codec.kind == "raw" and V.codes.dtype != out.dtype,
+            V_FLOAT32=V.codec.is_raw and V.codes.dtype != out.dtype,
             **self.scan, num_warps=by.num_warps, num_stages=by.num_stages,
         )  # fmt: skip
         # Rows of a program: one with many splits, or enough to fill it where there is nothing to join.
@@ -243,7 +240,7 @@ def _table(table: str, bits: int, device: torch.device) -> Tensor:
 
 
 def _tables(store: RowStore) -> tuple[Tensor | None, Tensor | None]:
-    if store.codec.kind != "token":
+    if not store.codec.has_token_scale:
         return None, None
     return tuple(_table(name, store.codec.bits, store.codes.device) for name in ("limit", "reciprocal"))  # type: ignore[return-value]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from octavo.cache.plan import LayerShape
 from octavo.cache.size import free_memory
-from octavo.cache.store import LayerShape
 from octavo.measure.candidate import Candidate
 from octavo.models.bind import BoundModel
 from octavo.models.packed import weight_bytes

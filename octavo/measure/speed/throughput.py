@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from octavo.attention import layout_for
+from octavo.cache.layout import Layout
 from octavo.cache.size import block_bytes, format_bytes
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
@@ -147,7 +147,7 @@ def measure(
 def _prepare(model: Model, candidate: Candidate, batch_size: int, context: int) -> LLM:
     """An LLM whose cache holds all sessions, every page of it touched, and the first call behind it."""
     bound = (candidate.model or model).bound
-    size = layout_for(bound.shapes).block_size
+    size = Layout().block_size
     needed = batch_size * -(-context // size)
     llm = candidate.llm(
         model,

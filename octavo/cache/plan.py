@@ -1,0 +1,78 @@
+"""What the cache of one layer is made from: its shape, its format and the static part of its codes.
+
+Whatever needs to know one of them takes a `LayerPlan`: the cache, the choice of a backend, saved sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from octavo.quant.calibration import Calibration
+from octavo.quant.codec import Static
+from octavo.quant.format import Codec, Granularity, KVFormat
+
+CPU = torch.device("cpu")
+Side = Literal["k", "v"]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Geometry of the K and V rows of one layer, as its dry trace showed it."""
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    device: torch.device = CPU
+    shares: int | None = None  # reads the cache of that earlier layer and writes none of its own
+
+    def token_bytes(self, format: KVFormat) -> int:
+        return 0 if self.shares is not None else format.token_bytes(self.kv_heads, self.k_dim, self.v_dim)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's shape, format, and mu and c of K and of V where a calibration gives them."""
+
+    shape: LayerShape
+    format: KVFormat
+    k: Static | None = None
+    v: Static | None = None
+
+    def __post_init__(self) -> None:
+        for _, codec, _, static in self.sides:
+            if codec.needs_calibration and static is None and self.shape.shares is None:
+                raise ValueError(f"the {codec} codec has no scale without a calibration")
+
+    @property
+    def sides(self) -> Iterator[tuple[Side, Codec, int, Static | None]]:
+        """K, then V: its codec, its dim and its static part."""
+        yield "k", self.format.k, self.shape.k_dim, self.k
+        yield "v", self.format.v, self.shape.v_dim, self.v
+
+
+def plan_layers(
+    shapes: Sequence[LayerShape],
+    formats: KVFormat | Sequence[KVFormat],
+    calibration: Calibration | None = None,
+    granularity: Granularity | None = None,
+    headroom: float | None = None,
+) -> list[LayerPlan]:
+    """The plans of all layers. `formats` is one for each layer, or one for all. Static formats take mu and c from
+    `calibration`, which must have been checked against the model; token formats use it where there is one."""
+    each = [formats] * len(shapes) if isinstance(formats, KVFormat) else list(formats)
+    if len(each) != len(shapes):
+        raise ValueError(f"{len(each)} formats for {len(shapes)} layers")
+
+    def static(layer: int, side: Side, codec: Codec) -> Static | None:
+        if calibration is None or codec.is_raw or shapes[layer].shares is not None:
+            return None
+        return calibration.static(layer, side, codec, granularity, headroom)
+
+    return [
+        LayerPlan(shape, format, static(i, "k", format.k), static(i, "v", format.v))
+        for i, (shape, format) in enumerate(zip(shapes, each, strict=True))
+    ]

@@ -1,0 +1,128 @@
+"""Connections: how many there are, and how long a client may keep one waiting.
+
+What HTTP itself does is uvicorn's. Here each connection knows since when it waits for its client, and once a second all
+are looked at: one that sends no request in time, does not read its answer, or is open beyond its answer's deadline is
+closed. Beyond the limit each new one costs the client with the most connections its longest idle one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import time
+from collections import Counter
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from octavo.serve.limits import Limits
+
+logger = logging.getLogger("octavo")
+SPARE_FILES = 256  # open files for all else, and for connections that are accepted in one go
+BACKLOG = 128  # connections that the kernel holds ready, all of which asyncio may accept in one go
+READ = 1 << 15  # bytes that are read and parsed before other connections have their turn
+LATE = 1.0  # seconds that an answer ended by its deadline has to be sent
+
+
+class Connections:
+    """All of a server. Belongs to the event loop."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files == resource.RLIM_INFINITY:
+            files = limits.max_connections + SPARE_FILES
+        self.most = max(1, min(limits.max_connections, files - SPARE_FILES))
+        self.open: set[Connection] = set()
+        self.of: Counter[str] = Counter()  # by address
+        self.timer: asyncio.TimerHandle | None = None
+
+    def add(self, connection: Connection) -> None:
+        self.open.add(connection)
+        self.of[connection.address] += 1
+        self.timer = self.timer or self._again()
+        if len(self.open) <= self.most:
+            return
+        logger.warning("more than %d connections: idle ones are closed (--max-connections)", self.most)
+        idle = [one for one in self.open if not one.answering and not one.closing]
+        if idle:  # never empty as a rule: the newest is among them
+            min(idle, key=lambda one: (-self.of[one.address], one.since)).end()
+
+    def discard(self, connection: Connection) -> None:
+        if connection in self.open:
+            self.open.remove(connection)
+            self.of[connection.address] -= 1
+            if not self.of[connection.address]:
+                del self.of[connection.address]
+
+    def _look(self) -> None:
+        """Close those that keep the server waiting; again in a second, as long as there are any."""
+        now = time.monotonic()
+        for connection in list(self.open):
+            if connection.overdue(now, self.limits):
+                connection.end()
+        self.timer = self._again() if self.open else None
+
+    def _again(self) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(1, self._look)
+
+
+class Connection(H11Protocol):
+    """One, as uvicorn makes it for each that comes."""
+
+    def __init__(self, connections: Connections, **uvicorn: Any):
+        super().__init__(**uvicorn)
+        self.room = connections
+        self.address = ""
+        self.since = time.monotonic()  # when it began to wait for a request, or to answer one
+        self.unread, self.unread_since = 0, 0.0  # bytes that the client has yet to read
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.max_size = READ  # type: ignore[attr-defined]  # as asyncio's own transports have it
+        self.address = self.client[0] if self.client else ""
+        self.room.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.room.discard(self)
+
+    def data_received(self, data: bytes) -> None:
+        waited = not self.answering
+        super().data_received(data)
+        if waited and self.answering:
+            self.since = time.monotonic()
+
+    def on_response_complete(self) -> None:
+        self.since = time.monotonic()
+        super().on_response_complete()
+
+    @property
+    def answering(self) -> bool:
+        """Whether a request is here whole, and its answer not yet sent."""
+        return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+
+    @property
+    def closing(self) -> bool:
+        return self.transport.is_closing()
+
+    def overdue(self, now: float, limits: Limits) -> bool:
+        """Whether it has kept the server waiting for too long."""
+        unread = self.transport.get_write_buffer_size()
+        if not unread or unread < self.unread:
+            self.unread_since = now
+        self.unread = unread
+        if unread and now - self.unread_since > limits.patience:
+            return True
+        if self.answering:
+            return now - self.since > limits.timeout + LATE
+        return not unread and now - self.since > limits.patience
+
+    def end(self) -> None:
+        """Close it at once, whatever its client has yet to read."""
+        if self.conn.our_state is not h11.ERROR and not self.unread and not self.answering:
+            self.transport.close()
+        else:
+            self.transport.abort()

@@ -1,0 +1,76 @@
+"""Who comes next when many wait: the client that holds the fewest places, so that none waits for all of another's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+
+class Turn:
+    """One that waits for a place, or has it."""
+
+    def __init__(self, turns: Turns, client: str, start: Callable[[], None]):
+        self.turns, self.client, self.start = turns, client, start
+        self.begun = self.over = False
+
+    def leave(self) -> None:
+        """Give the place back, or wait no longer."""
+        if not self.over:
+            self.over = True
+            self.turns.leave(self)
+
+
+class Turns:
+    """`places` that are given out one by one. Of one client's turns the first come is the first served; between
+    clients the one that holds the fewest places is next. Belongs to the event loop."""
+
+    def __init__(self, places: int):
+        self.free = places
+        self.held: Counter[str] = Counter()
+        self.lines: dict[str, deque[Turn]] = {}  # of every client that waits; the one served longest ago is first
+
+    def ask(self, client: str, start: Callable[[], None]) -> Turn:
+        """Have `start` called once there is a place, which may be at once."""
+        turn = Turn(self, client, start)
+        self.lines.setdefault(client, deque()).append(turn)
+        self._give()
+        return turn
+
+    def leave(self, turn: Turn) -> None:
+        if not turn.begun:
+            self.lines[turn.client].remove(turn)
+            self._tidy(turn.client)
+            return
+        self.free += 1
+        self.held[turn.client] -= 1
+        if not self.held[turn.client]:
+            del self.held[turn.client]
+        self._give()
+
+    @asynccontextmanager
+    async def turn(self, client: str) -> AsyncIterator[None]:
+        """A place, once it is there."""
+        here = asyncio.Event()
+        turn = self.ask(client, here.set)
+        try:
+            await here.wait()
+            yield
+        finally:
+            turn.leave()
+
+    def _give(self) -> None:
+        while self.free > 0 and self.lines:
+            client = min(self.lines, key=lambda client: self.held[client])
+            turn = self.lines[client].popleft()
+            self.lines[client] = self.lines.pop(client)  # to the end
+            self._tidy(client)
+            self.free -= 1
+            self.held[client] += 1
+            turn.begun = True
+            turn.start()
+
+    def _tidy(self, client: str) -> None:
+        if not self.lines[client]:
+            del self.lines[client]
