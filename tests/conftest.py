@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,20 @@ from octavo.models.output import output_norms
 from octavo.quant.calibration import SYNTHETIC, Calibration, Header
 from octavo.quant.format import KVFormat
 from octavo.quant.statistics import LayerStatistics
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_away_from_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a test serves may calibrate itself and keep that: not where the user's own calibrations are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where another test would find it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")
