@@ -108,12 +108,11 @@ class Grammars:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError:
             raise OctavoError("json_schema needs llguidance: pip install 'octavo[serve]'", "json_schema") from None
-        tokens, limits = self._tokens, LLParserLimits(**LIMITS)
 
         def compile() -> tuple[Any, str]:
             try:
                 grammar = LLMatcher.grammar_from_json_schema(schema, overrides=SPELLING)
-                matcher = LLMatcher(tokens, grammar, log_level=0, limits=limits)
+                matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
             except ValueError as error:
                 return None, str(error)
             return matcher, matcher.get_error() if matcher.is_error() else ""

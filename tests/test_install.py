@@ -38,7 +38,7 @@ def test_without_the_headers_of_python(tmp_path: Path, folder: str) -> None:
 
 def test_with_a_compiler_that_cannot_compile_the_kernels(tmp_path: Path) -> None:
     old = tmp_path / "old"
-    old.write_text('#!/bin/sh\ncase "$*" in *native/kernel.cpp*) exit 1;; esac\nexec g++ "$@"\n')
+    old.write_text('#!/bin/sh\ncase "$*" in *attention/native/write.cpp*) exit 1;; esac\nexec g++ "$@"\n')
     old.chmod(0o755)
     said = configure(tmp_path / "build", str(old))
     assert f"The C++ compiler {old} is too old: Octavo installs without its native CPU kernels" in said

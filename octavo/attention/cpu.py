@@ -28,6 +28,10 @@ from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
 TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile, 8 MB in bf16; at least one head's whole context
 _native, _unavailable = native.load("octavo.attention._native")
 
+# Whether attention is float32 in one order of sums, so that a row's bits do not depend on its company. Where the
+# processor multiplies bf16 and bytes, that is not the fastest way.
+exact = _native is not None and not _native.has_bf16()
+
 
 def unavailable() -> str | None:
     """Why the kernels cannot be used here; None if they can."""
@@ -56,12 +60,13 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
     step = _step(batch)
     out = torch.empty(len(q), spec.heads, cache.v.dim, dtype=q.dtype)
     layer = _layer(spec, cache)
-    if step.decodes is not None:
-        _native.decode(
-            _side(cache.k), _side(cache.v), layer.attention, step.decodes,
+    kernel = _native.attend if exact else _native.decode if step.singles else None
+    if kernel is not None:
+        kernel(
+            _side(cache.k), _side(cache.v), layer.attention, step.native,
             q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-    for chunk in step.chunks:
+    for chunk in () if exact else step.chunks:
         out[chunk.rows] = _attend_chunk(layer, cache, q[chunk.rows], chunk)
     return out
 
@@ -171,12 +176,10 @@ class _Step:
     """What the kernels need to know of a step, made once and kept for all layers."""
 
     def __init__(self, batch: Batch):
+        self.keep = batch.q_start, batch.kv_len, batch.block_table  # as long as their addresses
+        self.native = _native.Step(len(batch.q_lens), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1])
+        self.singles = 1 in batch.q_lens
         starts = batch.q_start
-        singles = torch.tensor([i for i, n in enumerate(batch.q_lens) if n == 1])
-        self.decodes: Any = None
-        if len(singles):
-            self.keep = starts[singles], batch.kv_len[singles], batch.block_table[singles]  # as long as their addresses
-            self.decodes = _native.Step(len(singles), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1])
         # However short, a piece of a prompt is a chunk: prompts are computed alike however they are cut.
         self.chunks = [
             _Chunk(slice(int(starts[i]), int(starts[i + 1])), kv_len, batch.block_table[i])

@@ -16,6 +16,7 @@ from octavo.serve.errors import ApiError
 
 MAX_DEPTH = 128  # of lists and objects within each other
 MAX_KEYS = 4096  # of one object
+MAX_PARTS = 250_000  # lists and objects in a body
 SMALL = 16 << 10  # bytes of a body that is read on the event loop, in less than a millisecond or two
 
 
@@ -30,15 +31,17 @@ class Limits:
     patience: float = 30.0  # seconds in which a client must send its request, or read something of its answer
 
 
-def read_json(body: bytes, longest: int) -> Any:
-    """The JSON value in `body`, in which no list has more than `longest` elements; raises ApiError 400."""
+def check_json(body: bytes, longest: int) -> None:
+    """Raise ApiError 400 for a body that is not JSON, is nested too deep, or has a list of more than `longest` elements
+    or another part too large for any request."""
+    if body.count(b"[") + body.count(b"{") > MAX_PARTS:  # in strings too: so many are no text that a model is sent
+        raise ApiError(400, f"the body has more than {MAX_PARTS} brackets")
     try:
-        value = from_json(body)  # what is not finite is refused with its field
+        value = from_json(body, cache_strings="none")
     except ValueError as error:
         why = f"is nested more than {MAX_DEPTH} deep" if "recursion" in str(error) else "is not JSON"
         raise ApiError(400, f"the body {why}") from None
     _measure(value, longest)
-    return value
 
 
 def _measure(value: Any, longest: int) -> None:

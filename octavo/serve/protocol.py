@@ -35,7 +35,7 @@ from octavo.engine.params import (
     allowed,
 )
 from octavo.serve.errors import ApiError
-from octavo.serve.limits import FirstError, read_json
+from octavo.serve.limits import FirstError, check_json
 
 Int31 = Annotated[int, Field(ge=0, lt=1 << 31)]
 Schema = dict[str, JsonValue]
@@ -293,9 +293,9 @@ R = TypeVar("R", bound=BaseModel)
 def parse(body: bytes, kind: type[R], longest: int) -> R:
     """The request in `body`, none of whose lists has more than `longest` elements; raises ApiError 400 with the name of
     the first field that is wrong."""
-    value = read_json(body, longest)
+    check_json(body, longest)
     try:
-        return kind.model_validate(value)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
     # Of a union every member complains: the one that came furthest is meant. Its tag is no part of the field's name.

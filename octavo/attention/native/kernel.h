@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "types.h"
 
@@ -38,11 +39,11 @@ struct Attention {
     const float* sinks;  // [heads] or null
 };
 
-// The sequences of the step that decode: each has one new token, its newest.
+// The sequences of a step: each has some new tokens, its newest.
 struct Step {
     int sequences;
-    const int64_t* row;  // [sequences] its row in q and out
-    const int64_t* kv_len;  // [sequences] tokens it sees, its own included; 0: none, and its answer is 0
+    const int64_t* q_start;  // [sequences + 1] the first of its rows in q and out; last, the rows of all
+    const int64_t* kv_len;  // [sequences] tokens that the newest sees, itself included; 0: none, and its answer is 0
     const int64_t* table;  // [sequences, table_width]
     int64_t table_width;
 };
@@ -56,6 +57,9 @@ struct Rows {  // x[token, head, ·]: strides in elements, the last dimension is
 struct Kernels {
     const char* name;
     void (*write)(const Side&, const Rows& x, const int64_t* slots, int64_t tokens, const Pool&);
+    // Attention in float32 of all new tokens: a row's bits are the same in any company.
+    void (*attend)(const Side& k, const Side& v, const Attention&, const Step&, const Rows& q, void* out, const Pool&);
+    // Attention of the sequences with one new token, by products of bytes; other sequences' rows are left alone.
     void (*decode)(const Side& k, const Side& v, const Attention&, const Step&, const Rows& q, void* out, const Pool&);
     // Rows of some blocks of some heads as numbers: out [heads, count·64, dim], all but the static part undone.
     void (*read)(const Side&, int head, int heads, const int64_t* blocks, int64_t count, Float type, void* out,

@@ -32,6 +32,12 @@ int64_t write_rows(const Side& side, uint64_t x, int type, int64_t token_stride,
     return std::count_if(to, to + tokens, [](int64_t slot) { return slot >= 0; });
 }
 
+void attend(const Side& k, const Side& v, const Attention& attention, const Step& step, uint64_t q, int type,
+            int64_t token_stride, int64_t head_stride, uint64_t out, int threads) {
+    compiled->attend(k, v, attention, step, {at<const void>(q), Float(type), token_stride, head_stride}, at<void>(out),
+                     compiled.pool(threads));
+}
+
 void decode(const Side& k, const Side& v, const Attention& attention, const Step& step, uint64_t q, int type,
             int64_t token_stride, int64_t head_stride, uint64_t out, int threads) {
     compiled->decode(k, v, attention, step, {at<const void>(q), Float(type), token_stride, head_stride}, at<void>(out),
@@ -61,13 +67,14 @@ NB_MODULE(_native, m) {
             new (self) Attention{heads, scale, window, softcap, at<const float>(sinks)};
         });
     nb::class_<Step>(m, "Step")
-        .def("__init__", [](Step* self, int sequences, uint64_t row, uint64_t kv_len, uint64_t table,
+        .def("__init__", [](Step* self, int sequences, uint64_t q_start, uint64_t kv_len, uint64_t table,
                             int64_t table_width) {
-            new (self) Step{sequences, at<const int64_t>(row), at<const int64_t>(kv_len), at<const int64_t>(table),
+            new (self) Step{sequences, at<const int64_t>(q_start), at<const int64_t>(kv_len), at<const int64_t>(table),
                             table_width};
         });
     m.def("side", &make_side);
     m.def("write", &write_rows, nb::call_guard<nb::gil_scoped_release>());
+    m.def("attend", &attend, nb::call_guard<nb::gil_scoped_release>());
     m.def("decode", &decode, nb::call_guard<nb::gil_scoped_release>());
     m.def("stream", &stream, nb::call_guard<nb::gil_scoped_release>());
     m.def("read", &read_rows, nb::call_guard<nb::gil_scoped_release>());

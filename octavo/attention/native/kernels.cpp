@@ -1,0 +1,15 @@
+// The kernels of one instruction set (see CMakeLists.txt and simd.h); nothing of them is called before module.cpp has
+// looked at the processor.
+#include "kernel.h"
+
+namespace octavo::ISA {
+
+std::remove_pointer_t<decltype(Kernels::write)> write;
+std::remove_pointer_t<decltype(Kernels::attend)> attend, decode;
+std::remove_pointer_t<decltype(Kernels::read)> read;
+std::remove_pointer_t<decltype(Kernels::stream)> stream;
+
+extern const Kernels kernels;
+const Kernels kernels = {ISA_NAME, write, attend, decode, read, stream};
+
+}  // namespace octavo::ISA

@@ -1,0 +1,103 @@
+// Rows become codes and go to their places of a block.
+#include <algorithm>
+#include <atomic>
+
+#include "parallel.h"
+#include "rows.h"
+
+namespace octavo::ISA {
+namespace {
+
+// Codes of y[dim] times `factor`; returns how many values lie beyond `limit`. A NaN becomes the lowest code.
+int encode_int8(const float* y, int dim, float factor, float limit, uint8_t* code) {
+    i32v beyond = {};
+    for (int d = 0; d < dim; d += W) {
+        const f32v x = load<f32v>(y + d) * factor;
+        beyond -= abs(x) > limit;
+        store_bytes(code + d, nearest(min(max(x, splat(-128.0f)), splat(127.0f))));
+    }
+    return int(sum(to_float(beyond)));
+}
+
+int encode_int4(const float* y, int dim, float factor, float limit, uint8_t* code) {
+    i32v beyond = {};
+    for (int d = 0; d < dim; d += W) {
+        const f32v x = load<f32v>(y + d) * factor, bounded = min(max(x, splat(-8.0f)), splat(7.0f));
+        beyond -= abs(x) > limit;
+        i32v floor = __builtin_convertvector(bounded, i32v);
+        floor += to_float(floor) > bounded;
+        store_bytes(code + d, floor + 8);
+    }
+    return int(sum(to_float(beyond)));
+}
+
+// Codes of one row, y[dim] and zeros to a whole number of registers; returns how many values were out of range.
+int encode(const Side& side, float* y, uint8_t* code, uint8_t* scale_index) {
+    const int dim = side.dim;
+    if (side.rotated) rotate(y, dim);
+    if (!side.scales) return encode_int8(y, dim, 1.0f, 128.5f, code);
+    f32v largest = {};
+    for (int d = 0; d < dim; d += W) largest = max(abs(load<f32v>(y + d)), largest);
+    *scale_index = uint8_t(std::lower_bound(side.token_limit, side.token_limit + 255, max(largest)) - side.token_limit);
+    const float reciprocal = side.token_reciprocal[*scale_index];
+    if (side.code == Code::INT8) return encode_int8(y, dim, reciprocal, 127.5f, code);
+    return encode_int4(y, dim, reciprocal, 8.5f, code);
+}
+
+// Put the codes of one row into its place of a block.
+void place(const Side& side, uint8_t* block, int token, uint8_t* code) {
+    int width = side.dim;
+    if (side.code == Code::INT4) {
+        width /= 2;
+        for (int d = 0; d < width; d++) code[d] |= code[d + width] << 4;
+    } else if (side.is_k) {
+        for (int d = 0; d < width; d++) code[d] ^= 128;
+    }
+    if (side.is_k)
+        for (int d = 0; d < width; d += 4) std::memcpy(block + (int64_t(d) * BLOCK / 4 + token) * 4, code + d, 4);
+    else
+        for (int d = 0; d < width; d++) block[(int64_t(token / 4) * width + d) * 4 + token % 4] = code[d];
+}
+
+template <class T>
+void place_raw(const Side& side, uint8_t* block, int token, const float* y) {
+    T* values = reinterpret_cast<T*>(block);
+    for (int d = 0; d < side.dim; d++)
+        from_float(y[d], values[side.is_k ? int64_t(d) * BLOCK + token : int64_t(token) * side.dim + d]);
+}
+
+}  // namespace
+
+void write(const Side& side, const Rows& x, const int64_t* slots, int64_t tokens, const Pool& pool) {
+    constexpr int64_t PIECE = 16;  // rows of one head: a few microseconds
+    const int64_t pieces = (tokens + PIECE - 1) / PIECE;
+    std::atomic<int64_t> saturated{0};
+    parallel(pool, pieces * side.heads, tokens * side.heads * side.dim >= 1 << 15, [&](int64_t item) {
+        const int head = int(item % side.heads);
+        alignas(64) float row[LARGEST];
+        alignas(64) uint8_t code[LARGEST];
+        int64_t out_of_range = 0;
+        const int64_t first = item / side.heads * PIECE;
+        for (int64_t t = first; t < std::min(first + PIECE, tokens); t++) {
+            if (slots[t] < 0) continue;  // write nowhere
+            const int64_t cell = slots[t] / BLOCK * side.heads + head;
+            uint8_t* block = side.codes + cell * side.head_bytes;
+            const int token = int(slots[t] % BLOCK);
+            widen(x, t, head, side.dim, row);
+            if (side.code == Code::BF16) { place_raw<bf16>(side, block, token, row); continue; }
+            if (side.code == Code::FP16) { place_raw<fp16>(side, block, token, row); continue; }
+            if (side.code == Code::FP32) { place_raw<float>(side, block, token, row); continue; }
+            if (side.mu)
+                for (int d = 0; d < side.dim; d++)
+                    row[d] = (row[d] - side.mu[head * side.dim + d]) * side.reciprocal[head * side.dim + d];
+            uint8_t index = 0;
+            out_of_range += encode(side, row, code, &index);
+            place(side, block, token, code);
+            if (side.scales) side.scales[cell * BLOCK + token] = index;
+        }
+        if (out_of_range) saturated.fetch_add(out_of_range, std::memory_order_relaxed);
+    });
+    *side.saturated += saturated;
+}
+
+}  // namespace octavo::ISA
