@@ -197,7 +197,9 @@ def _rows(path: Path, whole: bool) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise OctavoError(f"{path} is not UTF-8 text (see byte {error.start}): convert it to UTF-8") from None
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise OctavoError(f"{path} is torn ({_one_line(error)}): fetch or compress it again") from None
+        raise OctavoError(
+            f"{path} is incomplete or corrupted ({_one_line(error)}): fetch or compress it again"
+        ) from None
     except OSError as error:
         raise OctavoError(f"{path} cannot be read: {error.strerror or error}") from None
 

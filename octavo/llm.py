@@ -18,10 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, cast, overload
 
+from octavo.artefact import Damaged
 from octavo.attention import backend_for
 from octavo.cache import session
 from octavo.cache.plan import plan_layers
-from octavo.cache.session import Damaged, Identity, SavedSession
+from octavo.cache.session import Identity, SavedSession
 from octavo.cache.size import block_bytes, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
 from octavo.calibrate import calibration_for
@@ -235,13 +236,13 @@ class LLM:
         """Put a saved session into the prefix cache: a prompt that begins with its tokens is not prefilled again.
 
         Raises OctavoError for a file saved with other weights, another format or another calibration. Codes that are
-        torn or altered are never used but computed again from the tokens, with a warning.
+        incomplete or corrupted are never used but computed again from the tokens, with a warning.
         """
         saved = SavedSession.open(Path(path))
-        saved.check(self.session_identity)
+        saved.check(self.session_identity, self.model.bound.vocab_size)
         pool = self.engine.pool
         try:
-            copies = session.to_blocks(self.cache, saved.codes())
+            copies = session.to_blocks(self.cache, saved.codes(self.cache))
             self.call(lambda: session.paste_prefix(self.cache, pool, saved.tokens, copies))
         except Damaged as damage:
             warnings.warn(f"{damage}; what it held is computed again", stacklevel=2)

@@ -1,46 +1,38 @@
 """A session in a file: the tokens of a conversation and the codes of its K and V, just as they lay in the cache.
 
-One safetensors file. Its tensors are the rows of whole blocks, `layers.{i}.{k,v}.codes` [heads, tokens, width] and, in
-token formats, `….scales` [heads, tokens], in no layout of a device's or kernel's: what one wrote another reads. Its
-JSON header holds the tokens, what the codes mean, and a checksum of every tensor and of itself. It comes first in the
-file, so that of a torn file the tokens are left, from which codes can be computed again; damaged ones are never used.
+The file is an artefact (octavo/artefact.py). Its tensors are the rows of whole blocks, `layers.{i}.{k,v}.codes` [heads,
+tokens, width] and, in token formats, `….scales` [heads, tokens], in no layout of a device's or kernel's: what one wrote
+another reads. Its header holds the tokens and what the codes mean. It comes first in the file, so that an incomplete
+file still has the tokens, from which codes can be computed again; damaged codes are never used.
 
 The last, partly filled block is left out: its tokens, fewer than a block has, are computed again with what follows.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import Field
 from torch import Tensor
 
+from octavo import artefact
+from octavo.artefact import Artefact, Damaged
 from octavo.cache.blocks import BlockPool
 from octavo.cache.layout import RowLayout
 from octavo.cache.plan import CPU
 from octavo.cache.store import KVCache, RowStore
 from octavo.errors import OctavoError
 
-VERSION = 1
-LARGEST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
-PART = ".part"  # how the name of what is not yet whole ends
+VERSION = 2
 
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Codes = dict[str, Tensor]  # rows, by the names above
 Copies = list[tuple[Tensor, Tensor | None]]  # codes and scales of some blocks of every store, in its own layout
-
-
-class Damaged(OctavoError):
-    """A file is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +48,18 @@ class Identity:
     @classmethod
     def of(cls, cache: KVCache, model: str, arithmetic: str) -> Identity:
         own = [plan for plan in cache.plans if plan.shape.shares is None]
-        digest = sha256()
-        for store in cache.stores:
-            for part in (store.static.mu, store.static.c) if store.static is not None else ():
-                digest.update(_bytes(part.cpu()))
+        statics = {
+            f"{i}.{name}": getattr(store.static, name)
+            for i, store in enumerate(cache.stores)
+            if store.static is not None
+            for name in ("mu", "c")
+        }
         return cls(
             model,
             arithmetic,
             [[plan.shape.kv_heads, plan.shape.k_dim, plan.shape.v_dim] for plan in own],
             [str(plan.format) for plan in own],
-            digest.hexdigest()[:32],
+            artefact.digest_of(statics),
         )
 
     @property
@@ -75,94 +69,83 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Header:
+    """What a session file says of its tensors."""
+
+    version: int
+    tokens: list[Token]  # of the whole conversation
+    identity: Identity
+    about: dict[str, Any] = field(repr=False)  # what its owner keeps beside it
+
+
+@dataclass(frozen=True)
 class SavedSession:
     """A session file, of which the header has been read."""
 
-    path: Path
-    tokens: list[int]  # of the whole conversation
-    identity: Identity
-    about: dict[str, Any] = field(repr=False)  # what its owner keeps beside it
-    checksums: dict[str, str] = field(repr=False)  # of each tensor
+    file: Artefact = field(repr=False)
+    header: Header
 
     @classmethod
     def open(cls, path: Path) -> SavedSession:
-        """Read the header; raises Damaged where there is none, or an altered one, and OctavoError where the file cannot
-        be read."""
-        try:
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                text = file.read(size) if size <= LARGEST_HEADER else b""
-        except OSError as error:
-            raise OctavoError(f"{path} cannot be read: {error.strerror}") from None
-        try:
-            metadata = json.loads(text)["__metadata__"]
-            content, checksum = metadata["octavo"], metadata["sha256"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise Damaged(f"{path} is not a saved session, or its beginning is lost") from None
-        if sha256(content.encode(errors="replace")).hexdigest() != checksum:
-            raise Damaged(f"{path} is a damaged session: its header was altered")
-        header = json.loads(content)
-        if (version := header.pop("version")) != VERSION:
-            raise OctavoError(f"{path} is a session of version {version}, and this reads version {VERSION}")
-        return cls(path, **{**header, "identity": Identity(**header["identity"])})
+        """Read the header. Raises Damaged where it is not what was written, OctavoError where it cannot be read."""
+        file = Artefact.open(path)
+        return cls(file, file.parse(Header, VERSION))
 
-    def check(self, here: Identity) -> None:
-        """Raise OctavoError where codes mean something else than those in this file."""
-        saved, otherwise = self.identity, "serve as it was saved, or begin the conversation anew"
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.header.tokens
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return self.header.about
+
+    def check(self, here: Identity, vocab_size: int) -> None:
+        """Raise OctavoError where codes mean something else than in this file, or tokens that this model has not."""
+        saved, otherwise = self.header.identity, "serve as it was saved, or begin the conversation anew"
         if saved.model != here.model:
             raise OctavoError(
-                f"{self.path} was saved with other weights ({saved.model[:19]}…) than these ({here.model[:19]}…); "
+                f"{self.path}: saved with other weights ({saved.model[:19]}…) than these ({here.model[:19]}…); "
                 f"{otherwise}"
             )
         if saved.formats != here.formats:
-            raise OctavoError(f"{self.path} holds {saved.format} codes, and this cache {here.format}; {otherwise}")
+            raise OctavoError(f"{self.path}: holds {saved.format} codes, and this cache {here.format}; {otherwise}")
         if saved.calibration != here.calibration:
-            raise OctavoError(f"{self.path} was saved under another calibration, granularity or headroom; {otherwise}")
+            raise OctavoError(f"{self.path}: saved under another calibration, granularity or headroom; {otherwise}")
         if (saved.arithmetic, saved.shapes) != (here.arithmetic, here.shapes):
             raise OctavoError(
-                f"{self.path} holds K and V computed with {saved.arithmetic}, and this model runs with "
+                f"{self.path}: holds K and V computed with {saved.arithmetic}, and this model runs with "
                 f"{here.arithmetic}; {otherwise}"
             )
+        if max(self.tokens, default=0) >= vocab_size:
+            raise Damaged(f"{self.path}: token {max(self.tokens)} is not in the model's vocabulary of {vocab_size}")
 
-    def codes(self) -> Codes:
-        """The tensors; raises Damaged unless they are all there and each is what was written, and OctavoError where the
-        file cannot be read."""
-        try:
-            codes = load_file(self.path)
-        except SafetensorError as error:
-            raise Damaged(f"{self.path} is torn ({error})") from None
-        except OSError as error:
-            raise OctavoError(f"{self.path} cannot be read: {error.strerror or error}") from None
-        if {name: _checksum(tensor) for name, tensor in codes.items()} != self.checksums:
-            raise Damaged(f"{self.path} was altered: its checksums are others")
+    def codes(self, cache: KVCache) -> Codes:
+        """The rows, for a cache that they are of. Raises Damaged unless they are what was written and what such a cache
+        holds, OctavoError where the file cannot be read."""
+        codes = self.file.tensors()
+        expected = _kinds(cache)
+        if codes.keys() != expected.keys():
+            strange = sorted(codes.keys() ^ expected.keys())[0]
+            raise Damaged(f"{self.path}: the tensor {strange} is {'missing' if strange in expected else 'unknown'}")
+        for name, tensor in codes.items():
+            dtype, heads, width = expected[name]
+            if tensor.dtype != dtype or tensor.shape != (heads, rows(codes), *width):
+                raise Damaged(f"{self.path}: the tensor {name} does not have the shape or type of this cache's rows")
+            if dtype.is_floating_point and not torch.isfinite(tensor).all():
+                raise Damaged(f"{self.path}: the tensor {name} holds values that are not finite")
+        if rows(codes) > len(self.tokens):
+            raise Damaged(f"{self.path}: it holds more rows than tokens")
         return codes
 
 
 def save(path: Path, tokens: Tokens[int], codes: Codes, identity: Identity, about: dict[str, Any] | None = None) -> int:
-    """Write a session file whole or not at all: beside its place, synced, then renamed. Returns its bytes."""
-    header = json.dumps(
-        {
-            "version": VERSION,
-            "tokens": list(tokens),
-            "identity": asdict(identity),
-            "about": about or {},
-            "checksums": {name: _checksum(tensor) for name, tensor in codes.items()},
-        }
-    )
-    metadata = {"octavo": header, "sha256": sha256(header.encode()).hexdigest()}
-    try:
-        # A directory of its own: safetensors too writes a temporary file, and names it as it likes.
-        with TemporaryDirectory(PART, prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as own:
-            part = Path(own, path.name)
-            part.touch(0o600)  # what was said is its owner's alone
-            save_file(codes, part, metadata)
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
-                size = os.fstat(written.fileno()).st_size
-            part.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OctavoError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    return size
+    """Write a session file that only its owner can read, whole or not at all. Returns its bytes."""
+    header = asdict(Header(VERSION, list(tokens), identity, about or {}))
+    return artefact.write(path, header, codes, private=True)
 
 
 def copy_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int]) -> Copies:
@@ -240,11 +223,12 @@ def _stores(cache: KVCache) -> Iterator[tuple[str, RowStore]]:
         yield f"layers.{i}.v", layer.v
 
 
-def _checksum(tensor: Tensor) -> str:
-    digest = sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+def _kinds(cache: KVCache) -> dict[str, tuple[torch.dtype, int, tuple[int, ...]]]:
+    """Of each tensor of a session of this cache: dtype, heads, and what comes after heads and tokens in its shape."""
+    kinds: dict[str, tuple[torch.dtype, int, tuple[int, ...]]] = {}
+    for name, store in _stores(cache):
+        width = store.codec.code_bytes(store.dim) if store.codec.bits == 4 else store.dim
+        kinds[f"{name}.codes"] = store.codes.dtype, store.heads, (width,)
+        if store.scales is not None:
+            kinds[f"{name}.scales"] = store.scales.dtype, store.heads, ()
+    return kinds

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError
 from octavo.measure.memory.footprint import Footprint
-from octavo.text import check_messages
+from octavo.text import check_messages, is_text
 
 if TYPE_CHECKING:
     from octavo.cache.session import SavedSession
@@ -141,9 +141,14 @@ def _read(path: Path) -> tuple[SavedSession, dict[str, Any]]:
     saved = SavedSession.open(path)
     content = saved.about
     if content.get("kind") != KIND:
-        raise OctavoError(f"{path} is a saved session, but not of a chat")
+        raise OctavoError(f"{path}: a saved session, but not of a chat")
     if content.get("version") != VERSION:
-        raise OctavoError(f"{path} is a chat of version {content.get('version')}, and this reads version {VERSION}")
-    if content["messages"]:
-        check_messages(content["messages"])
+        raise OctavoError(f"{path}: a chat of version {content.get('version')}, and this reads version {VERSION}")
+    if not is_text(content.get("model")) or not (content.get("system") is None or is_text(content["system"])):
+        raise OctavoError(f"{path}: a chat whose model or system prompt is not text")
+    try:
+        if content.get("messages") != []:
+            check_messages(content.get("messages"))
+    except OctavoError as error:
+        raise OctavoError(f"{path}: a chat that cannot be read: {error}") from None
     return saved, content

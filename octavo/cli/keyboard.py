@@ -39,6 +39,7 @@ class History(FileHistory):
     def __init__(self, path: Path):
         with suppress(OSError):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.touch(0o600)  # what was said is its owner's alone
         super().__init__(path)
 
     def load_history_strings(self) -> Iterable[str]:

@@ -1,6 +1,6 @@
 """A model's files: its directory or Hub snapshot, its JSON, and its weights as tensors by name.
 
-Pickles are read with `weights_only=True`, and what is torn is an error that names the file.
+Pickles are read with `weights_only=True`, and what is incomplete or corrupted is an error that names the file.
 """
 
 import json
@@ -70,7 +70,7 @@ def weight_files(path: Path) -> list[Path]:
             return [path / single]
         index = path / f"{single}.index.json"
         if index.is_file():
-            shards = sorted({path / shard for shard in read_json(index).get("weight_map", {}).values()})
+            shards = _shards(index)
             for shard in shards:
                 if not shard.is_file():
                     raise OctavoError(f"The weight file {shard}, named in {index.name}, is missing: download it again.")
@@ -80,8 +80,19 @@ def weight_files(path: Path) -> list[Path]:
     )
 
 
+def _shards(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise OctavoError(f"{index} does not say which file each weight is in (weight_map): download it again.")
+    for name in names.values():
+        if Path(name).name != name:
+            raise OctavoError(f"{index} names {name}, which is not a file of its own directory: download it again.")
+    return sorted({index.parent / name for name in names.values()})
+
+
 def open_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """A weight file's tensors by name, mapped from disk and not read yet. Raises OctavoError naming a torn file."""
+    """A weight file's tensors by name, mapped from disk and not read yet. Raises OctavoError that names the file where
+    it is incomplete or corrupted."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
@@ -92,11 +103,13 @@ def open_tensors(file: Path) -> dict[str, torch.Tensor]:
             raise TypeError("it holds more than tensors")
         return tensors
     except SafetensorError as error:
-        raise OctavoError(f"The weight file {file} is torn ({one_line(error)}): download it again.") from error
+        raise OctavoError(
+            f"The weight file {file} is incomplete or corrupted ({one_line(error)}): download it again."
+        ) from error
     except Exception as error:  # unpickling fails in any way a byte can be wrong
         raise OctavoError(
-            f"The weight file {file} is torn or holds more than plain tensors, and code in it is never run: "
-            "download it again, or use safetensors."
+            f"The weight file {file} is incomplete, or corrupted, or holds more than plain tensors, and code in it is "
+            "never run: download it again, or use safetensors."
         ) from error
 
 
@@ -104,7 +117,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises OctavoError where there is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OctavoError(f"{file} cannot be read ({one_line(error)}): download it again.") from error
     if not isinstance(found, dict):
         raise OctavoError(f"{file} is not a JSON object: download it again.")

@@ -33,7 +33,8 @@ _WINDOWS, _WINDOW = 4, 256  # samples of a tensor, and bytes in each
 
 
 def fingerprint(path: Path) -> str:
-    """`sha256:` and 32 hex digits for the model in the directory `path`. Raises OctavoError for a torn weight file."""
+    """`sha256:` and 32 hex digits for the model in the directory `path`. Raises OctavoError for a weight file that
+    cannot be read."""
     digest = hashlib.sha256()
     config = _canonical(read_json(path / "config.json"))
     digest.update(json.dumps(config, sort_keys=True).encode())

@@ -1,9 +1,9 @@
 """From a directory or a Hub id to a model, a tokenizer and the tokens that end an answer.
 
 transformers builds and fills every architecture; this module decides what is accepted. Whatever could go wrong silently
-is an error here: a tensor missing, left over or of another shape, a torn file, weights quantized by someone else, a
-model that asks to run its own Python. Pickles are read with `weights_only=True`. What attention then does with the
-model is not known here (see bind.py).
+is an error here: a tensor missing, left over or of another shape, an incomplete file, weights quantized in another
+way, a model that asks to run its own Python. Pickles are read with `weights_only=True`. What attention then does with
+the model is not known here (see bind.py).
 """
 
 import importlib.util
@@ -45,6 +45,27 @@ _DTYPES = {
     "fp32": torch.float32,
 }
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
+# What is used of generation_config.json.
+_GENERATION: dict[str, tuple[type, ...]] = {
+    "do_sample": (bool,),
+    "max_new_tokens": (int,),
+    "temperature": (int, float),
+    "top_k": (int,),
+    "top_p": (int, float),
+    "min_p": (int, float),
+    "repetition_penalty": (int, float),
+    "eos_token_id": (int, list),
+}
+# The largest sizes that are believed: a config can ask for more layers or memory than any machine has.
+_LARGEST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+}
 # Chat models end a turn with one of these, which not every generation_config.json lists.
 _TURN_ENDS = ("<eoa>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 
@@ -53,6 +74,8 @@ def load_config(path: Path) -> PreTrainedConfig:
     """The model's config, InternLM's as the Llama it is. Raises Unsupported for a model that needs its own code."""
     raw = config_json(path)
     model_type = raw.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise OctavoError(f"{path}/config.json: model_type is not text: download the file again.")
     if model_type not in CONFIG_MAPPING and model_type not in internlm.MODEL_TYPES:
         if "auto_map" in raw:
             raise Unsupported(
@@ -63,6 +86,7 @@ def load_config(path: Path) -> PreTrainedConfig:
             f"The model type {model_type!r} of {path} is unknown to transformers {__version__}: "
             "use a newer transformers, or another model."
         )
+    _check_sizes(path, raw)
     try:
         if model_type in internlm.MODEL_TYPES:
             return internlm.llama_config(raw)
@@ -100,17 +124,17 @@ def load_model(
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise Unsupported(f"{path} ({config.model_type}) is not a causal language model: name one that writes text.")
     _check_device(device, device_map)
+    generation = _generation_config(path) if (path / "generation_config.json").is_file() else None
 
     torch_dtype = _DTYPES.get(dtype, "auto")
     if load_format == "dummy":
         if device_map is not None:
             raise Unsupported("Dummy weights live on one device: leave the device map out.")
-        model = _dummy(config, torch_dtype, torch.device(device), format)
+        model = _dummy(path, config, torch_dtype, torch.device(device), format)
     else:
         model = _filled(path, config, torch_dtype, device_map, format)
-    if (path / "generation_config.json").is_file():
-        read_json(path / "generation_config.json")
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    if generation is not None:
+        model.generation_config = generation
     model.eval().requires_grad_(False)
     return model if device_map is not None else model.to(device)
 
@@ -128,6 +152,7 @@ def load_tokenizer(path: Path, chat_template: Path | None = None) -> PreTrainedT
                 tokenizer.chat_template = tokenizer.chat_template or internlm.CHAT_TEMPLATES.get(model_type)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            tokenizer("a")["input_ids"]  # some of its settings are looked at only now
     except Exception as error:  # tokenizers raises plain Exception
         if "auto_map" in settings and model_type not in internlm.MODEL_TYPES:
             raise Unsupported(
@@ -150,6 +175,8 @@ def eos_token_ids(
     for source in (generation_config, config, tokenizer):
         ids = getattr(source, "eos_token_id", None)
         named = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(i) is int for i in named):
+            raise OctavoError(f"The model's eos_token_id is {str(ids)[:40]}: it must be a token id or a list of them.")
         if named:
             break
     # An unknown token has the id of <unk>, or none.
@@ -166,7 +193,7 @@ def _filled(
     format: WeightFormat | None,
 ) -> PreTrainedModel:
     """The model with the checkpoint's weights, every one of them. Raises OctavoError naming those that do not fit."""
-    # Opened before the model is built: a torn file is named at once, and by its name.
+    # Opened before the model is built: an incomplete file is named at once, and by its name.
     tensors = {name: tensor for file in weight_files(path) for name, tensor in open_tensors(file).items()}
     size = sum(tensor.nbytes for tensor in tensors.values())
     architecture: Any = AutoModelForCausalLM
@@ -190,7 +217,7 @@ def _filled(
 
     # Where `device_map` sends layers to disk, .bin weights are rewritten there. The folder lives as long as the model.
     spill = tempfile.TemporaryDirectory(prefix="octavo-offload-") if device_map is not None else None
-    with _quiet(bar=size > 1 << 30):
+    with _quiet(bar=size > 1 << 30), _described_by(path, config):
         model, report = architecture.from_pretrained(
             **source,
             config=config,
@@ -220,17 +247,64 @@ def _filled(
 
 
 def _dummy(
-    config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device, format: WeightFormat | None
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device, format: WeightFormat | None
 ) -> PreTrainedModel:
     """The model with random weights, the same every time. The caller's random state is left alone."""
     chosen: torch.dtype = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
     gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), device:  # made where it lives: billions of numbers are drawn
+    with (
+        torch.random.fork_rng(gpus),
+        device,
+        _described_by(path, config),
+    ):  # made where it lives: billions of numbers are drawn
         torch.manual_seed(0)
         if format is None:
             return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
         with _quiet():
             return noise(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, chosen, format)
+
+
+def _generation_config(path: Path) -> GenerationConfig:
+    """generation_config.json, whose values Octavo uses have the types they should have."""
+    file = path / "generation_config.json"
+    found = read_json(file)
+    for name, types in _GENERATION.items():
+        value = found.get(name)
+        each, types = (value, (int,)) if isinstance(value, list) and list in types else ([value], types)
+        if any(
+            x is not None and (isinstance(x, bool) is not (bool in types) or not isinstance(x, types)) for x in each
+        ):
+            raise OctavoError(f"{file}: {name} is {str(value)[:40]!r}, which is not a value for it.")
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except Exception as error:  # it validates with exceptions of many kinds
+        raise OctavoError(f"{file} cannot be used: {one_line(error)}") from error
+
+
+def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
+    """Raises OctavoError for a size that no model has. Names that a model type spells in its own way are not known."""
+    for config in (raw, raw.get("text_config")):
+        for name, largest in _LARGEST.items() if isinstance(config, dict) else ():
+            size = config.get(name)
+            several = size if isinstance(size, list) else [size]  # one for each layer
+            if any(x is not None and (type(x) is not int or not 0 <= x <= largest) for x in several):
+                raise OctavoError(
+                    f"{path}/config.json: {name} is {str(size)[:40]}; it must be at most {largest}: "
+                    "download the file again."
+                )
+
+
+@contextmanager
+def _described_by(path: Path, config: PreTrainedConfig) -> Iterator[None]:
+    """Around the code of transformers that builds a model: what fails there, fails by the config's values."""
+    try:
+        yield
+    except (OctavoError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise OctavoError(
+            f"{path}/config.json does not describe a {config.model_type} model that can be built: {one_line(error)}"
+        ) from error
 
 
 def _weight_format(path: Path, model_format: str) -> WeightFormat | None:

@@ -1,25 +1,23 @@
 """The calibration artefact: one file, `kv_calibration.safetensors`, beside the model or in a work directory.
 
 Tensors `layers.{i}.{k,v}.{min,max,…}` float32 [kv_heads, dim] and a JSON header that says what was measured, on which
-weights, and the default granularity and headroom. No scale is ever defaulted: an artefact that is missing, torn, or
-made for other weights or another geometry is an error with its remedy.
+weights, and the default granularity and headroom. No scale is ever defaulted: an artefact that is missing, incomplete,
+corrupted, or made for other weights or another geometry is an error with its remedy.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field
 from torch import Tensor
 
+from octavo import artefact
+from octavo.artefact import Artefact
 from octavo.errors import OctavoError
 from octavo.quant.codec import Static
 from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Codec, Granularity
@@ -30,6 +28,7 @@ VERSION = 2
 SYNTHETIC = "synthetic"  # the fingerprint of `--load-format dummy`
 
 NEEDED = {"min", "max", "mean", "std", "reader"}  # statistics that a static part is made from
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Side = dict[str, Tensor]  # statistic → [kv_heads, dim]
 
 
@@ -39,10 +38,10 @@ class Header:
 
     fingerprint: str
     dataset: str
-    samples: int
-    seqlen: int
-    tokens: int
-    positions: tuple[int, int]  # first and last position covered
+    samples: Count
+    seqlen: Count
+    tokens: Count
+    positions: tuple[Count, Count]  # first and last position covered
     granularity: Granularity = DEFAULT_GRANULARITY
     headroom: float = DEFAULT_HEADROOM
     version: int = VERSION
@@ -89,9 +88,8 @@ class Calibration:
             )
 
     def save(self, directory: Path) -> Path:
-        """Write the artefact whole or not at all: a temporary file, synced, then renamed over the old one."""
+        """Write the artefact, whole or not at all, and return its path."""
         path = directory / FILE_NAME
-        part = path.with_name(f".{FILE_NAME}.{os.getpid()}.part")
         tensors = {
             f"layers.{i}.{side}.{name}": tensor.clone(memory_format=torch.contiguous_format)  # layers may share one
             for i, sides in enumerate(self.layers)
@@ -100,21 +98,12 @@ class Calibration:
         }
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, part, metadata={"octavo": json.dumps(asdict(self.header))})
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            part.chmod(0o666 & ~mask)  # safetensors makes it readable by its owner alone
-            part.replace(path)
-        except (OSError, SafetensorError) as error:
+            artefact.write(path, asdict(self.header), tensors)
+        except (OSError, OctavoError) as error:
             raise OctavoError(
                 f"the calibration could not be written to {path}: {error}; "
                 "free some space there or name another directory with --work-dir"
             ) from None
-        finally:
-            with suppress(OSError):  # a read-only file system refuses even to remove what is not there
-                part.unlink()
         return path
 
     @classmethod
@@ -124,12 +113,12 @@ class Calibration:
         if not path.is_file():
             raise OctavoError(f"there is no calibration at {path}; make it with `octavo calibrate`")
         try:
-            with safe_open(path, framework="pt") as file:
-                header = _read_header(path, (file.metadata() or {}).get("octavo"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError) as error:
-            raise OctavoError(f"{path} cannot be read as a calibration ({error}); calibrate again") from None
-        return cls(header, _layers(path, tensors))
+            file = Artefact.open(path)
+            header = file.parse(Header, VERSION)
+            validate_choice(header.granularity, header.headroom)
+            return cls(header, _layers(path, file.tensors()))
+        except OctavoError as error:
+            raise OctavoError(f"{error}; make the calibration again with `octavo calibrate`") from None
 
 
 def validate_choice(granularity: str, headroom: float) -> None:
@@ -139,28 +128,13 @@ def validate_choice(granularity: str, headroom: float) -> None:
         raise OctavoError(f"a headroom of {headroom} makes no sense: 1.0 is the calibrated range")
 
 
-def _read_header(path: Path, text: str | None) -> Header:
-    try:
-        fields: dict[str, Any] = json.loads(text or "")
-        if fields["version"] != VERSION:
-            raise OctavoError(
-                f"{path} is of calibration version {fields['version']} and this Octavo reads version {VERSION}: "
-                "make it again with `octavo calibrate`"
-            )
-        header = Header(**{**fields, "positions": tuple(fields["positions"]), "headroom": float(fields["headroom"])})
-    except (ValueError, TypeError, KeyError):
-        raise OctavoError(f"{path} has no Octavo header: it is another kind of file, or damaged") from None
-    validate_choice(header.granularity, header.headroom)
-    return header
-
-
 def _layers(path: Path, tensors: dict[str, Tensor]) -> list[dict[str, Side]]:
     """The statistics by layer and side; all of a side have one shape, and no range is empty or not finite."""
     layers: dict[int, dict[str, Side]] = {}
     for name, tensor in tensors.items():
-        match = re.fullmatch(r"layers\.(\d+)\.([kv])\.(\w+)", name)
+        match = re.fullmatch(r"layers\.([0-9]{1,6})\.([kv])\.([a-z0-9_]+)", name)
         if match is None:
-            raise OctavoError(f"{path} holds {name}, which is no statistic of a layer; calibrate again")
+            raise OctavoError(f"{path}: holds {name}, which is no statistic of a layer")
         layers.setdefault(int(match[1]), {}).setdefault(match[2], {})[match[3]] = tensor
     for i in range(len(layers)):
         for side in ("k", "v"):
@@ -170,12 +144,10 @@ def _layers(path: Path, tensors: dict[str, Tensor]) -> list[dict[str, Side]]:
                 not ranges.keys() >= NEEDED
                 or len(shapes) > 1
                 or ranges["min"].dim() != 2
-                or not all(torch.isfinite(t).all() for t in ranges.values())
+                or not all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in ranges.values())
                 or (ranges["min"] > ranges["max"]).any()
                 or (ranges["std"] < 0).any()
                 or (ranges["reader"] < 0).any()
             ):
-                raise OctavoError(
-                    f"{path}: the {side.upper()} statistics of layer {i} are missing or damaged; calibrate again"
-                )
+                raise OctavoError(f"{path}: the {side.upper()} statistics of layer {i} are missing or not valid")
     return [layers[i] for i in range(len(layers))]

@@ -22,8 +22,9 @@ from itertools import takewhile
 from pathlib import Path
 from shutil import rmtree
 
+from octavo.artefact import PART, Damaged
 from octavo.cache import session
-from octavo.cache.session import Copies, Damaged, SavedSession
+from octavo.cache.session import Copies, SavedSession
 from octavo.cache.size import format_bytes
 from octavo.errors import OctavoError
 from octavo.llm import LLM
@@ -35,12 +36,17 @@ MOST_FRESH = 1024  # conversations that wait to be saved; where they come faster
 ANY = "[0-9a-f]" * 32  # a glob of every hash
 
 
+class Exchanged(OctavoError):
+    """A file does not hold the conversation that its name says."""
+
+
 class SessionDir:
     """The saved sessions of one server."""
 
     def __init__(self, path: Path, limit: int, llm: LLM):
         self.path, self.limit = path, limit
         self.cache, self.pool, self.identity = llm.cache, llm.engine.pool, llm.session_identity
+        self.vocab_size = llm.model.bound.vocab_size
         self.kind = sha256(repr(self.identity).encode()).hexdigest()[:8]  # of two formats in one directory
         self.sizes: dict[Path, int] = {}  # of every file, least recently used first
         self.chains: dict[Path, list[bytes]] = {}  # of every file, the hashes of its prefixes
@@ -49,8 +55,8 @@ class SessionDir:
         self.restored_tokens = 0
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for torn in path.glob(f".{self._name(ANY)}.*{session.PART}"):  # a server was killed as it wrote
-                rmtree(torn, ignore_errors=True)
+            for unfinished in path.glob(f".{self._name(ANY)}.*{PART}"):  # a server was killed as it wrote
+                rmtree(unfinished, ignore_errors=True)
             found = sorted(path.glob(self._name(ANY)), key=lambda file: file.stat().st_mtime)
         except OSError as error:
             raise OctavoError(f"--session-dir {path} cannot be used: {error.strerror}") from None
@@ -102,12 +108,14 @@ class SessionDir:
         if blocks <= await worker.call(lambda llm: len(llm.engine.pool.find(tokens))):
             return
         try:
-            copies = await asyncio.to_thread(self._read, file)
             prefix = tokens[: blocks * self.pool.block_size + 1]
+            copies = await asyncio.to_thread(self._read, file, prefix)
             before, after = await worker.call(lambda llm: _paste(llm, prefix, copies))
         except Exception as error:  # whatever a file can hold, the request goes on without it
             logger.warning("a saved session is not used, and its prompt computed again: %s", error)
-            if isinstance(error, Damaged) or not os.path.exists(file):
+            if isinstance(error, Damaged):
+                self._remove([file])
+            elif isinstance(error, Exchanged) or not os.path.exists(file):
                 self._forget([file])
             return
         self.restored_tokens += (after - before) * self.pool.block_size
@@ -126,22 +134,25 @@ class SessionDir:
         written = await asyncio.to_thread(session.save, file, tokens, codes, self.identity)
         self._add(file, written, chain)
         earlier = set(chain[:-1])
-        self._forget([old for old, its in self.chains.items() if earlier.issuperset(its)])
+        self._remove([old for old, its in self.chains.items() if earlier.issuperset(its)])
         self._shrink()
 
-    def _read(self, file: Path) -> Copies:
+    def _read(self, file: Path, prefix: Tokens[int]) -> Copies:
         saved = SavedSession.open(file)
-        saved.check(self.identity)
-        return session.to_blocks(self.cache, saved.codes())
+        saved.check(self.identity, self.vocab_size)
+        shared = len(prefix) - 1
+        if saved.tokens[:shared] != list(prefix[:shared]):  # files can be renamed while the server runs
+            raise Exchanged(f"{file}: holds another conversation than its name says")
+        return session.to_blocks(self.cache, saved.codes(self.cache))
 
     def _take_in(self, file: Path) -> None:
         """A file that is there at the start."""
         try:
             saved, size = SavedSession.open(file), file.stat().st_size
-            saved.check(self.identity)
+            saved.check(self.identity, self.vocab_size)
         except Damaged as error:
             logger.warning("a saved session is removed: %s", error)
-            self._forget([file])
+            self._remove([file])
         except (OctavoError, OSError) as error:
             logger.warning("a saved session is left alone: %s", error)
         else:
@@ -151,10 +162,15 @@ class SessionDir:
         self.sizes[file], self.chains[file] = size, chain
         self.index.update(dict.fromkeys(chain, file))
 
-    def _forget(self, files: Collection[Path]) -> None:
+    def _remove(self, files: Collection[Path]) -> None:
         for file in files:
             with suppress(OSError):
                 file.unlink()
+        self._forget(files)
+
+    def _forget(self, files: Collection[Path]) -> None:
+        """Leave files alone from now on."""
+        for file in files:
             self.sizes.pop(file, None)
             self.chains.pop(file, None)
         if files:  # others may have some of their blocks too
@@ -175,7 +191,7 @@ class SessionDir:
                 room -= size
             else:
                 gone.append(file)
-        self._forget(gone)
+        self._remove(gone)
 
     def _name(self, last: str) -> str:
         """Of a file, by its last hash."""

@@ -253,10 +253,12 @@ def test_an_empty_conversation_is_saved_too(pamphlet: Model, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("about", "reason"),
     [
-        (None, "is not a saved session"),
-        ({}, "is a saved session, but not of a chat"),
-        ({"kind": "octavo chat", "version": 2}, "is a chat of version 2"),
-        ({"kind": "octavo chat", "version": 1, "system": None, "messages": [{}]}, "message 1 is not of the form"),
+        (None, "not a file of Octavo's"),
+        ({}, "a saved session, but not of a chat"),
+        ({"kind": "octavo chat", "version": 2}, "a chat of version 2"),
+        ({"kind": "octavo chat", "version": 1, "model": "m", "messages": [{}]}, "message 1 is not of the form"),
+        ({"kind": "octavo chat", "version": 1, "model": "m"}, "messages is not a list"),
+        ({"kind": "octavo chat", "version": 1, "model": 3, "messages": []}, "model or system prompt is not text"),
     ],
 )
 def test_other_files_are_neither_loaded_nor_overwritten(
@@ -286,7 +288,7 @@ def test_files_that_cannot_be(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 7
     assert errors[0] == "error: /save takes a file name: /save chat.kv"
-    assert errors[2] == f"error: {tmp_path}/none cannot be read: No such file or directory"
+    assert errors[2] == f"error: {tmp_path}/none: No such file or directory"
 
 
 def test_a_model_without_a_template(

@@ -161,7 +161,7 @@ def test_torn_files_are_errors(tmp_path):
     path = write(tmp_path / "model", CONFIG, tensors())
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(OctavoError, match=r"model\.safetensors is torn"):
+    with pytest.raises(OctavoError, match=r"model\.safetensors is incomplete"):
         fingerprint(path)
     file.unlink()
     with pytest.raises(OctavoError, match=r"holds no model\.safetensors"):

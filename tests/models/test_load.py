@@ -225,7 +225,7 @@ def test_a_torn_or_missing_shard_is_named(tmp_path, llama, kind):
     whole = shard.read_bytes()
     for torn in (whole[: len(whole) // 2], whole[:3], b"", b"<!DOCTYPE html>" * 40):
         shard.write_bytes(torn)
-        with pytest.raises(OctavoError, match=rf"{shard.name} is torn"):
+        with pytest.raises(OctavoError, match=rf"{shard.name} is incomplete"):
             load_model(tmp_path)
     shard.unlink()
     with pytest.raises(OctavoError, match=rf"{shard.name}.* is missing"):
@@ -241,7 +241,9 @@ def test_pickles_that_run_code_are_refused(tmp_path, llama):
     file = weight_files(tmp_path)[0]
     for dump in (torch.save, lambda what, path: path.write_bytes(pickle.dumps(what, protocol=2))):
         dump({"model.norm.weight": Bomb()}, file)
-        with pytest.raises(OctavoError, match=f"{file.name} is torn or holds more than plain tensors"):
+        with pytest.raises(
+            OctavoError, match=f"{file.name} is incomplete, or corrupted, or holds more than plain tensors"
+        ):
             load_model(tmp_path)
     torch.save({"state_dict": {"model.norm.weight": torch.ones(4)}}, file)
     with pytest.raises(OctavoError, match=f"{file.name} .*more than plain tensors"):
@@ -280,7 +282,7 @@ def test_unsupported_models_are_refused_with_a_reason(tmp_path):
         ({"model_type": "sparkle", "auto_map": {"AutoConfig": "x.Y"}}, Unsupported, "asks to run its own Python"),
         ({}, Unsupported, "None .*unknown to transformers"),
         ({"model_type": "vit"}, Unsupported, "not a causal language model"),
-        ({"model_type": "llama", "hidden_size": "big"}, OctavoError, "does not describe a llama model"),
+        ({"model_type": "llama", "hidden_size": "big"}, OctavoError, "hidden_size is big"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}}, Unsupported, "bitsandbytes"),
     ):
         file.write_text(json.dumps(raw))

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from octavo import artefact
+from octavo.artefact import Artefact
 from octavo.errors import OctavoError
-from octavo.quant import calibration as module
 from octavo.quant.calibration import FILE_NAME, Calibration, Header, Side, validate_choice
 from octavo.quant.format import CODECS
 from octavo.quant.statistics import Statistics, attention_static, range_static
@@ -49,13 +50,11 @@ def same(a: Calibration, b: Calibration) -> bool:
     )
 
 
-def rewrite(path: Path, header: Any = None, drop: str | None = None, **tensors: torch.Tensor) -> None:
-    """Change an artefact's header fields or tensors behind its back."""
-    with safe_open(path, framework="pt") as file:
-        fields = json.loads(file.metadata()["octavo"])
+def rewrite(path: Path, fields: dict[str, Any] | None = None, drop: str | None = None, **tensors: torch.Tensor) -> None:
+    """Change an artefact's header fields or tensors, with checksums that are right."""
+    header = json.loads(Artefact.open(path).header) | (fields or {})
     kept = {name: tensor for name, tensor in load_file(path).items() if name != drop}
-    fields = {**fields, **header} if isinstance(header, dict) else fields if header is None else header
-    save_file({**kept, **tensors}, path, metadata={"octavo": json.dumps(fields)})
+    artefact.write(path, header, {**kept, **tensors})
 
 
 # Save and load
@@ -203,27 +202,11 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> No
         Calibration.load(tmp_path)
 
 
-def test_safetensors_without_our_header_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / FILE_NAME
-    for metadata in (None, {"format": "pt"}, {"octavo": "not json"}, {"octavo": ""}):
-        save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
-        with pytest.raises(OctavoError, match="no Octavo header"):
-            Calibration.load(path)
-
-
-@pytest.mark.parametrize("fields", [[], 3, "text", None, {"version": 2}, {"version": 2, "positions": [0, 1]}])
-def test_a_header_without_its_fields_is_refused(tmp_path: Path, fields: Any) -> None:
-    path = tmp_path / FILE_NAME
-    save_file({"weight": torch.zeros(2)}, path, metadata={"octavo": json.dumps(fields)})
-    with pytest.raises(OctavoError, match="no Octavo header"):
-        Calibration.load(path)
-
-
-@pytest.mark.parametrize("version", [0, 1, 3, "1.5", None])
+@pytest.mark.parametrize("version", [0, 1, "2.5", None])
 def test_another_version_is_refused_by_its_number(tmp_path: Path, version: Any) -> None:
     path = make().save(tmp_path)
     rewrite(path, {"version": version})
-    with pytest.raises(OctavoError, match=f"version {version}.*octavo calibrate"):
+    with pytest.raises(OctavoError, match=f"version {version!r}.*octavo calibrate"):
         Calibration.load(path)
 
 
@@ -261,9 +244,7 @@ def test_statistics_that_are_missing_are_refused(tmp_path: Path, name: str) -> N
 def test_a_layer_that_is_missing_in_the_middle_is_refused(tmp_path: Path) -> None:
     path = make(shapes=[(1, 2, 2)] * 3).save(tmp_path)
     kept = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("layers.1.")}
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    save_file(kept, path, metadata=metadata)
+    artefact.write(path, json.loads(Artefact.open(path).header), kept)
     with pytest.raises(OctavoError, match="layer 1"):
         Calibration.load(path)
 
@@ -281,60 +262,6 @@ def test_a_choice_that_makes_no_sense_is_refused(granularity: str, headroom: flo
         make().static(0, "k", INT8, granularity, headroom)  # type: ignore[arg-type]
 
 
-# A disk that is full, or not ours
-
-
-def full_disk(tensors: dict[str, torch.Tensor], filename: Path, metadata: dict[str, str] | None = None) -> None:
-    assert tensors
-    assert metadata
-    Path(filename).write_bytes(b"the beginning")
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_full_disk_leaves_the_old_artefact_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = make()
-    old.save(tmp_path)
-    before = (tmp_path / FILE_NAME).read_bytes()
-    monkeypatch.setattr(module, "save_file", full_disk)
-    with pytest.raises(OctavoError, match=r"No space left.*--work-dir") as caught:
-        make(replace(HEADER, dataset="c4")).save(tmp_path)
-    assert str(tmp_path / FILE_NAME) in str(caught.value)
-    assert files(tmp_path) == [FILE_NAME]
-    assert (tmp_path / FILE_NAME).read_bytes() == before
-    assert same(Calibration.load(tmp_path), old)
-
-
-def test_a_full_disk_without_an_old_artefact_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "save_file", full_disk)
-    with pytest.raises(OctavoError, match="No space left"):
-        make().save(tmp_path)
-    assert files(tmp_path) == []
-
-
-def test_a_sync_that_fails_leaves_the_old_artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make().save(tmp_path)
-    before = (tmp_path / FILE_NAME).read_bytes()
-
-    def broken(_: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(module.os, "fsync", broken)
-    with pytest.raises(OctavoError, match="Input/output error"):
-        make(replace(HEADER, dataset="c4")).save(tmp_path)
-    assert files(tmp_path) == [FILE_NAME]
-    assert (tmp_path / FILE_NAME).read_bytes() == before
-
-
-def test_an_interruption_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module.os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make().save(tmp_path)
-    assert files(tmp_path) == []
-
-
 def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for directory in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -343,23 +270,18 @@ def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> Non
     assert files(tmp_path) == ["file"]
 
 
-def test_a_read_only_file_system_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There even removing a file that does not exist is refused."""
+def test_a_full_disk_leaves_the_old_artefact_and_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = make()
+    old.save(tmp_path)
 
-    def read_only(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", read_only)
-    monkeypatch.setattr(Path, "unlink", read_only)
-    with pytest.raises(OctavoError, match="Read-only file system"):
-        make().save(tmp_path)
-
-
-def test_an_artefact_that_may_not_be_read_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    path = make().save(tmp_path)
-    monkeypatch.setattr(module, "safe_open", denied)
-    with pytest.raises(OctavoError, match="Permission denied"):
-        Calibration.load(path)
+    monkeypatch.setattr(artefact, "save_file", full)
+    with pytest.raises(OctavoError, match=r"No space left.*--work-dir") as caught:
+        make(replace(HEADER, dataset="c4")).save(tmp_path)
+    assert str(tmp_path / FILE_NAME) in str(caught.value)
+    assert files(tmp_path) == [FILE_NAME]
+    assert same(Calibration.load(tmp_path), old)

@@ -113,16 +113,16 @@ def test_a_quiet_conversation_is_saved_while_the_server_runs(
         assert ask(running, prompts[0])[1] == 64
 
 
-def test_torn_altered_and_strange_files_cost_a_warning_each_and_no_request(
+def test_incomplete_corrupted_and_strange_files_cost_a_warning_each_and_no_request(
     pamphlet: Model, prompts: list[list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     with keeping(tmp_path, pamphlet) as (running, _):
         answers = [ask(running, prompt)[0] for prompt in prompts]
-    torn, altered, headless = sorted(tmp_path.iterdir())
-    torn.write_bytes(torn.read_bytes()[:-100])
+    short, altered, headless = sorted(tmp_path.iterdir())
+    short.write_bytes(short.read_bytes()[:-100])
     altered.write_bytes(altered.read_bytes()[:-100] + bytes(100))
     headless.write_bytes(headless.read_bytes()[:100])
-    kind = torn.name.split(".")[1]
+    kind = short.name.split(".")[1]
     (tmp_path / f"{'0' * 32}.{kind}.session").write_bytes(b"")
     killed = tmp_path / f".{'1' * 32}.{kind}.session.x.part"
     killed.mkdir()
@@ -137,7 +137,33 @@ def test_torn_altered_and_strange_files_cost_a_warning_each_and_no_request(
         assert len(caplog.records) == 4
     with keeping(tmp_path, pamphlet) as (running, _):  # what was computed again has been saved again
         assert [ask(running, prompt) for prompt in prompts] == [(answer, 64) for answer in answers]
-    assert {*strange} == {file.name for file in tmp_path.iterdir()} - {torn.name, altered.name, headless.name}
+    assert {*strange} == {file.name for file in tmp_path.iterdir()} - {short.name, altered.name, headless.name}
+
+
+def test_files_whose_names_were_exchanged_are_not_used_and_not_removed(
+    pamphlet: Model, prompts: list[list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """The rows of one conversation under the name of another would answer wrongly without a sign."""
+    with keeping(tmp_path, pamphlet) as (running, _):
+        answers = [ask(running, prompt)[0] for prompt in prompts[:2]]
+    first, second = sorted(tmp_path.iterdir())
+    contents = {first.read_bytes(), second.read_bytes()}
+    with caplog.at_level(logging.WARNING), keeping(tmp_path, pamphlet) as (running, _):
+        kept = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(kept)
+        for _ in range(2):
+            assert [ask(running, prompt)[0] for prompt in prompts[:2]] == answers
+            running.llm.engine.pool.clear()
+        assert sum("another conversation" in record.message for record in caplog.records) == 2, "once for each file"
+        assert {first.read_bytes(), second.read_bytes()} == contents
+
+
+def test_a_pipe_in_the_directory_does_not_stop_the_server_from_starting(pamphlet: Model, tmp_path: Path):
+    llm = small(pamphlet)
+    kind = SessionDir(tmp_path, PLENTY, llm).kind
+    os.mkfifo(tmp_path / f"{'0' * 32}.{kind}.session")
+    assert SessionDir(tmp_path, PLENTY, llm).chains == {}
 
 
 def test_what_cannot_be_read_now_is_kept_for_later(

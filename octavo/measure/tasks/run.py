@@ -78,7 +78,7 @@ class Results:
         return self.directory / f"{key['task']}-{key['kv']}-{mark}.json".replace("/", "_")
 
     def load(self, key: dict[str, Any]) -> Result | None:
-        """None where there is none of that very key, or what is there is torn."""
+        """None where there is none of that very key, or what is there is incomplete."""
         try:
             found = Result(**json.loads(self.path(key).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
