@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from machine import describe
 
-from octavo.cli.memory import mib, notes
+from octavo.cli.tables import mib
+from octavo.cli.tables.memory import notes
 from octavo.measure.memory.costs import Cost, costs, device_memory, own_kind
 from octavo.measure.memory.plan import draw, fits
 from octavo.measure.memory.points import Point, points, saved

@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,15 @@ def test_a_file_is_not_longer_than_one_reads_in_a_sitting(file: Path):
 def test_no_module_has_a_name_that_says_nothing():
     names = {part.removesuffix(".py").strip("_").lower() for file in FILES for part in file.relative_to(PACKAGE).parts}
     assert not names & VAGUE
+
+
+def test_no_module_knows_itself_by_way_of_others():
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
+    del modules[PACKAGE.name]  # it offers names of every part
+
+    def known(file: Path) -> set[str]:
+        found = {name if name in modules else name.rpartition(".")[0] for name in imports(file)}
+        return found & modules.keys()
+
+    graph = {name: known(file) - {name} for name, file in modules.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError with the modules of a circle

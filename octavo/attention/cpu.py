@@ -1,9 +1,10 @@
-"""Attention on codes with the native CPU kernels (native/kernel.cpp): the fast counterpart of reference.py.
+"""Attention on codes with the native CPU kernels (native/): the fast counterpart of reference.py.
 
-Sequences with one new token go through one kernel call for the whole step. A chunk of many is arithmetic, not memory
-traffic: some heads' codes at a time become a tile of numbers in the query's own type, and torch's own attention (AMX
-where there is one) does the rest; the folded formula holds there too. What it returns beside its output, the logarithm
-of its denominator, joins the chunk with what came before it, and with a sink.
+Where the processor has no bf16 unit, one kernel call computes a whole step in float32, and a row's bits are the same in
+any company. Where it has one, that is not the fastest way: sequences with one new token go through a kernel of products
+of bytes; for a chunk of many, some heads' codes at a time become a tile of numbers in the query's own type, and torch's
+own attention (AMX where there is one) does the rest; the folded formula holds there too. What it returns beside its
+output, the logarithm of its denominator, joins the chunk with what came before it, and with a sink.
 
 The extension may be missing (no compiler when the package was installed): `unavailable()` says why.
 """
@@ -60,13 +61,14 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
     step = _step(batch)
     out = torch.empty(len(q), spec.heads, cache.v.dim, dtype=q.dtype)
     layer = _layer(spec, cache)
-    kernel = _native.attend if exact else _native.decode if step.singles else None
-    if kernel is not None:
-        kernel(
-            _side(cache.k), _side(cache.v), layer.attention, step.native,
-            q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-    for chunk in () if exact else step.chunks:
+    sides = _side(cache.k), _side(cache.v)
+    rows = q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads()
+    if exact:
+        _native.attend(*sides, None, layer.attention, step.native, *rows)
+        return out
+    if step.singles:
+        _native.decode(*sides, layer.attention, step.native, *rows)
+    for chunk in step.chunks:
         out[chunk.rows] = _attend_chunk(layer, cache, q[chunk.rows], chunk)
     return out
 

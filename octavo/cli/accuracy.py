@@ -17,12 +17,10 @@ from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from octavo.corpus import Texts
-    from octavo.measure.accuracy.compare import Score
     from octavo.measure.candidate import Candidate
     from octavo.models.model import Model
 
 WINDOW, WINDOWS = 1024, 16
-PROMPT, ANSWER, PROMPTS = 256, 256, 16  # tokens, tokens, and how many, to see where greedy answers part
 
 
 def about_text(help: str, *names: str, **more: Any) -> Any:
@@ -75,34 +73,37 @@ def accuracy(
     json: Annotated[bool, option("One JSON document on stdout.", "--json")] = False,
 ) -> None:
     """Measure what a KV cache format of MODEL costs in accuracy."""
-    from octavo.cli import accuracy_tables
+    from octavo.cli.progress import telling
+    from octavo.cli.tables.accuracy import show_tasks, show_text, show_theory
+    from octavo.measure.accuracy.document import about, on_text
     from octavo.measure.candidate import beside
     from octavo.measure.document import dumps
 
-    on_text = text is not None or tasks is None
+    reads = text is not None or tasks is None
     _refuse({"--limit": limit, "--max-batch-size": max_batch_size, "--results": results}, tasks is not None, "--tasks")
-    _refuse({"--windows": windows, "--window": window}, on_text, "--text")
+    _refuse({"--windows": windows, "--window": window}, reads, "--text")
     parts, skipped = _parts(tasks, data_dir) if tasks is not None else ([], {})
-    source = _text(text, data_dir) if on_text else None
+    source = _text(text, data_dir) if reads else None
     model = options.load()
     compared = _candidates(model, kv, calibration, granularity, headroom)
     if baseline is not None:
         compared = beside(load_baseline(options, baseline, model), model, compared)
     context = min(model.bound.max_context, options.session_len or model.bound.max_context)
     read = _windows(model, source, windows or WINDOWS, window, context) if source is not None else []
-    found = _about(model) | {"baseline": compared[0].name, "theory": _theory(model, compared)}
+    found = about(model, compared)
     if not json:
-        accuracy_tables.show_theory(found)
+        show_theory(found)
     if source is not None:
-        found["text"] = _on_text(model, compared, source.name, read, context)
+        with telling("reading") as tell:
+            found["text"] = on_text(model, compared, source.name, read, context, tell)
         if not json:
-            accuracy_tables.show_text(found)
+            show_text(found)
     if parts:
         where = results or model.work_dir / "accuracy"
         sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16}
         found["tasks"] = _on_tasks(model, compared, parts, where, sizes) | {"skipped": skipped}
         if not json:
-            accuracy_tables.show_tasks(found)
+            show_tasks(found)
     if json:
         print(dumps(found))
 
@@ -145,28 +146,6 @@ def _candidates(
     return found
 
 
-def _about(model: Model) -> dict[str, Any]:
-    from octavo.measure.machine import describe
-
-    return {
-        "command": "accuracy",
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "dtype": str(model.bound.dtype)[6:],
-        "machine": describe(model.bound.device),
-    }
-
-
-def _theory(model: Model, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """Computed from the model's geometry, not measured."""
-    shapes = model.bound.shapes
-    bytes_ = [sum(shape.token_bytes(candidate.format) for shape in shapes) for candidate in candidates]
-    return [
-        {"how": "computed", "format": candidate.name, "bytes_per_token": own, "times_smaller": bytes_[0] / own}
-        for candidate, own in zip(candidates, bytes_, strict=True)
-    ]
-
-
 def _windows(model: Model, source: Texts, count: int, length: int | None, context: int) -> list[list[int]]:
     from octavo.text_windows import consecutive_windows
 
@@ -177,65 +156,6 @@ def _windows(model: Model, source: Texts, count: int, length: int | None, contex
     return consecutive_windows(source, model.tokenizer, length or min(WINDOW, context), count)
 
 
-def _on_text(
-    model: Model, candidates: Sequence[Candidate], name: str, windows: Sequence[Sequence[int]], context: int
-) -> dict[str, Any]:
-    from octavo.cli.progress import progress
-    from octavo.measure.accuracy.compare import compare
-
-    with progress() as bar:
-        task = bar.add_task(f"reading {len(windows)} windows of {name}", total=len(windows))
-        baseline, *others = candidates
-        scores = compare(model, baseline, others, windows, progress=lambda done: bar.update(task, completed=done))
-    rows = [asdict(score) for score in scores]
-    for row in rows:
-        del row["kl_by_position"], row["cache_alone"]
-    return {
-        "how": "measured",
-        "name": name,
-        "windows": len(windows),
-        "window": len(windows[0]),
-        "scores": rows,
-        "kv_loss": _kv_loss(model, candidates, scores),
-        "greedy": _greedy(model, candidates, windows, context),
-    }
-
-
-def _kv_loss(model: Model, candidates: Sequence[Candidate], scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """What each format costs beside the first one with the same weights, nats a token."""
-    kinds = [(candidate.model or model).weight_kind for candidate in candidates]
-    firsts = {kind: str(candidates[kinds.index(kind)].format) for kind in kinds}
-    return [
-        {"weights": kind, "format": str(candidate.format), "from": firsts[kind], **asdict(score.cache_alone)}
-        for kind, candidate, score in zip(kinds, candidates, scores, strict=True)
-        if str(candidate.format) != firsts[kind]
-    ]
-
-
-def _greedy(
-    model: Model, candidates: Sequence[Candidate], windows: Sequence[Sequence[int]], context: int
-) -> dict[str, Any]:
-    """Where the greedy answers to the windows' beginnings part from the baseline's."""
-    from octavo.cli.progress import progress
-    from octavo.measure.accuracy.greedy import compare_answers
-
-    prompts = [window[: min(PROMPT, -(-len(window) // 2))] for window in windows[:PROMPTS]]
-    tokens = min(ANSWER, context - len(prompts[0]))
-    with progress() as bar:
-        task = bar.add_task("answering", total=len(prompts) * len(candidates))
-
-        def tell(name: str, done: int) -> None:
-            bar.update(task, description=f"answering {len(prompts)} prompts in {name}", completed=done)
-
-        rows = compare_answers(model, candidates[0], candidates[1:], prompts, tokens, tell)
-    return {
-        "prompts": len(prompts),
-        "prompt_tokens": len(prompts[0]),
-        "answer_tokens": tokens,
-        "rows": [asdict(row) for row in rows],
-    }
-
-
 def _on_tasks(
     model: Model,
     candidates: Sequence[Candidate],
@@ -243,19 +163,13 @@ def _on_tasks(
     directory: Path,
     sizes: dict[str, Any],
 ) -> dict[str, Any]:
-    from octavo.cli.progress import progress
+    from octavo.cli.progress import telling
     from octavo.measure.tasks.run import Results, run
 
-    with progress() as bar:
-        task = bar.add_task("loading tasks", total=None)
-
-        def tell(title: str, done: int, total: int) -> None:
-            bar.update(task, description=title, completed=done, total=total or None)
-
-        try:
+    try:
+        with telling("loading tasks") as tell:
             rows = run(model, candidates, parts, Results(directory), progress=tell, **sizes)
-        except KeyboardInterrupt:
-            bar.stop()
-            print(f"interrupted: what is done is kept in {directory}; the same command goes on", file=sys.stderr)
-            raise
+    except KeyboardInterrupt:
+        print(f"interrupted: what is done is kept in {directory}; the same command goes on", file=sys.stderr)
+        raise
     return {"how": "measured", **sizes, "results": str(directory), "rows": [asdict(row) for row in rows]}

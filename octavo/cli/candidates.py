@@ -1,16 +1,21 @@
-"""What `accuracy` and `speed` compare: formats of the cache, and with --baseline two kinds of weights in each."""
+"""What verbs compare: formats of the cache, kinds of weights, and with --baseline a second model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.cli.options import LoadOptions, option
+from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from octavo.measure.candidate import Candidate
+    from octavo.measure.memory.process import Source
+    from octavo.models.geometry import Geometry
     from octavo.models.model import Model
+    from octavo.quant.format import KVFormat
 
 BASELINE = option("The same model with 16-bit weights: MODEL with 4-bit ones is compared with it, in every format.")
 
@@ -42,3 +47,42 @@ def candidates(
 def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:
     """The 16-bit model to compare `model` with, in its type: 4-bit checkpoints are often fp16 where it is bf16."""
     return replace(options, model=name, model_format="hf", dtype=str(model.bound.dtype).removeprefix("torch.")).load()
+
+
+def formats(geometry: Geometry, kv: str | None, default: Sequence[str] = ("int8",)) -> list[KVFormat]:
+    """Those of --kv, each once; or the model's own and those of `default`."""
+    from octavo.measure.memory.costs import baseline
+    from octavo.quant.format import KVFormat
+
+    if kv is None:
+        return [baseline(geometry), *(KVFormat.parse(name) for name in default)]
+    return list(dict.fromkeys(KVFormat.parse(name) for name in kv.split(",")))
+
+
+def kinds(geometry: Geometry, weights: str | None) -> list[str]:
+    """Those of --weights, each once; or the model's own, of a 4-bit model also its 16-bit one's."""
+    from octavo.measure.memory.costs import own_kind, weight_kinds
+
+    known = weight_kinds(geometry)
+    if weights is None:
+        return list(known) if geometry.packed else [own_kind(geometry)]
+    chosen = list(dict.fromkeys(weights.split(",")))
+    for kind in chosen:
+        if kind not in known:
+            raise OctavoError(f"--weights {kind}: this model's are {' or '.join(known)}")
+    return chosen
+
+
+def baseline_source(model: str, geometry: Geometry, own: Source) -> dict[str, Source]:
+    """Where the 16-bit weights are measured. Raises OctavoError if they are another model's."""
+    from octavo.measure.memory.costs import own_kind
+    from octavo.models.geometry import Geometry
+    from octavo.models.model import locate
+
+    _, path = locate(model)
+    dtype = str(geometry.dtype).removeprefix("torch.")  # checkpoints in 4 bits are fp16, their 16-bit models often bf16
+    other = Geometry.trace(path, dtype)
+    same = other.shapes == geometry.shapes and other.parameters == geometry.parameters
+    if other.packed or not geometry.packed or not same:
+        raise OctavoError(f"--baseline {model} is not the 16-bit model of a 4-bit MODEL: their layers differ")
+    return {own_kind(other): replace(own, path=path, dtype=dtype, model_format="hf")}

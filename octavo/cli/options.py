@@ -27,6 +27,17 @@ def option(help: str, *names: str, panel: str = "Model and cache", **more: Any) 
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
+def numbers(text: str, name: str) -> list[int]:
+    """'1,8' → [1, 8]; raises OctavoError for anything but whole numbers of at least 1."""
+    try:
+        found = list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise OctavoError(f"{name} takes whole numbers with commas between, like 1,8; not {text!r}")
+    return found
+
+
 @dataclass
 class LoadOptions:
     """How the model is loaded."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from octavo.cli.memory import CONTEXT, console, formats, mib, table
+from octavo.cli.memory import CONTEXT
 from octavo.cli.options import ShapeOptions, option, takes
 from octavo.errors import OctavoError
-
-if TYPE_CHECKING:
-    from octavo.measure.memory.plan import Fit
 
 FORMATS = ("int8", "int4-token")
 
@@ -41,6 +37,9 @@ def plan(
 ) -> None:
     """Compute how many sessions of MODEL fit. Nothing is run, and a config is enough."""
     from octavo.cache.size import format_bytes, parse_bytes
+    from octavo.cli.candidates import formats
+    from octavo.cli.tables import console
+    from octavo.cli.tables.memory import fit_table
     from octavo.measure.document import dumps
     from octavo.measure.memory.costs import INT4_BITS, device_memory, find_device
     from octavo.measure.memory.plan import check_picture, draw, fits
@@ -88,15 +87,3 @@ def plan(
     )
     if plot is not None:
         out.print(f"drawn to {plot}", soft_wrap=True, markup=False)
-
-
-def fit_table(found: Sequence[Fit], context: int, room: str) -> Any:
-    columns = ("weights", "KV", "MiB of weights", "MiB per session", "sessions", "times as many")
-    rows = table(f"Sessions of {context:,} tokens that fit in {room} (computed)", *columns)
-    first = found[0].sessions
-    for i, fit in enumerate(found):
-        ratio = f"{fit.sessions / first:.2f}" if first else "–"
-        ends = i + 1 == len(found) or found[i + 1].weights != fit.weights
-        sizes = mib(fit.weight_bytes), mib(fit.session_bytes)
-        rows.add_row(fit.weights, fit.kv, *sizes, f"{fit.sessions:,}", ratio, end_section=ends)
-    return rows

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,18 @@ def progress() -> Any:
         TimeRemainingColumn(),
         console=Console(file=sys.stderr),
     )
+
+
+@contextmanager
+def telling(first: str) -> Iterator[Callable[[str, int, int], None]]:
+    """The same as a function of (what is being done, how much of it, of how much; 0 if that is not known)."""
+    with progress() as bar:
+        task = bar.add_task(first, total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        yield tell
 
 
 def calibration_with_bar(model: Model, given: Path | None, format: KVFormat) -> Calibration | None:

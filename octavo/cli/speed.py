@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from octavo.cli.candidates import BASELINE, candidates, load_baseline
-from octavo.cli.options import LoadOptions, option, takes
-from octavo.errors import OctavoError
-
-if TYPE_CHECKING:
-    from octavo.measure.speed.roofline import Ceiling
-    from octavo.measure.speed.throughput import Speed
+from octavo.cli.options import LoadOptions, numbers, option, takes
 
 
 @takes(LoadOptions)
@@ -41,8 +35,9 @@ def speed(
     """Measure prefill and decode of MODEL in each format."""
     from dataclasses import asdict
 
-    from octavo.cli.memory import console
     from octavo.cli.progress import progress
+    from octavo.cli.tables import console
+    from octavo.cli.tables.speed import ceiling_table, speed_table
     from octavo.measure import machine
     from octavo.measure.candidate import beside
     from octavo.measure.document import dumps
@@ -91,58 +86,3 @@ def speed(
         "speed": [{"how": "measured", **asdict(row)} for row in found],
     }
     print(dumps(content))
-
-
-def numbers(text: str, name: str) -> list[int]:
-    """'1,8' → [1, 8]; raises OctavoError for anything but whole numbers of at least 1."""
-    try:
-        found = list(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        found = [0]
-    if min(found) < 1:
-        raise OctavoError(f"{name} takes whole numbers with commas between, like 1,8; not {text!r}")
-    return found
-
-
-def ceiling_table(theory: Sequence[Ceiling]) -> Any:
-    from octavo.cache.size import format_bytes
-
-    columns = ("batch", "context", "format", "weights", "cache", "tokens/s at most")
-    table = _table("What a decode step reads, and the ceiling this sets (computed)", *columns)
-    for row in theory:
-        read = format_bytes(row.weight_bytes), format_bytes(row.cache_bytes)
-        table.add_row(f"{row.batch_size}", f"{row.context:,}", row.kv, *read, f"{row.decode:,.0f}")
-    return table
-
-
-def speed_table(found: Sequence[Speed]) -> Any:
-    columns = (
-        "batch", "context", "format", "prefill\ntokens/s", "ratio", "decode\ntokens/s", "ratio (range)", "of\nceiling",
-        "first token, ms\np50 / p99", "per token, ms\np50 / p99",
-    )  # fmt: skip
-    table = _table("Measured", *columns)
-    for row in found:
-        ratio = row.decode_ratio
-        spread = f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
-        table.add_row(
-            f"{row.batch_size}",
-            f"{row.context:,}",
-            row.kv,
-            f"{row.prefill:,.0f}",
-            f"{row.prefill_ratio.median:.2f}",
-            f"{row.decode:,.0f}",
-            spread,
-            f"{row.ceiling:.0%}",
-            *(f"{1e3 * times.p50:,.1f} / {1e3 * times.p99:,.1f}" for times in (row.first_token, row.per_token)),
-        )
-    return table
-
-
-def _table(title: str, *columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "format" else "right", no_wrap=column == "format")
-    return table

@@ -136,13 +136,13 @@ Answer run(const Kernels& kernels, const Input& in, unsigned seed) {
     auto answers = [&](auto kernel) {
         std::vector<float> out(rows * query_heads * in.v_dim);
         std::vector<uint16_t> bits(full ? 0 : out.size());
-        kernel(k.side, v.side, attention, step, queries, full ? (void*)out.data() : bits.data(), POOL);
+        kernel(full ? (void*)out.data() : bits.data());
         for (size_t i = 0; i < bits.size(); i++) out[i] = from_bits(in.type, bits[i]);
         return out;
     };
     Answer answer;
-    answer.all = answers(kernels.attend);
-    answer.singles = answers(kernels.decode);
+    answer.all = answers([&](void* out) { kernels.attend(k.side, v.side, nullptr, attention, step, queries, out, POOL); });
+    answer.singles = answers([&](void* out) { kernels.decode(k.side, v.side, attention, step, queries, out, POOL); });
     answer.rows.resize(size_t(in.heads) * width * BLOCK * in.v_dim);
     kernels.read(v.side, 0, in.heads, table.data(), width, Float::FP32, answer.rows.data(), POOL);
     answer.k_codes = k.codes;

@@ -206,13 +206,12 @@ def test_a_rows_bits_do_not_depend_on_its_company(case: Case, monkeypatch: pytes
     monkeypatch.setattr(cpu, "exact", True)
     tokens, context = 1300, 21 * 64
     maker = NativeLayer(case)
-    shape = maker.spec.shape
     rows = [maker.queries(tokens), maker.keys(tokens), maker.values(tokens)]
     others = [maker.queries(context), maker.keys(context), maker.values(context)]
 
     def answers(cuts: list[int], threads: int, company: list[int]) -> torch.Tensor:
         """Of the prompt cut so; beside each piece another sequence computes so many tokens, first or last."""
-        cache = KVCache([shape], KVFormat.parse(case.format), 42, Layout(order="tiles"), maker.calibration)
+        cache = maker.empty_cache(42, "tiles")
         order = torch.randperm(42, generator=torch.Generator().manual_seed(len(cuts))).tolist()
         own, other = (Sequence(part, [0] * context) for part in (order[:21], order[21:]))
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ Run = Callable[..., int]
 def octavo(pamphlet: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs `octavo accuracy` on the bundled model that is loaded already; returns the exit status."""
     monkeypatch.setattr(LoadOptions, "load", lambda _: pamphlet)
-    monkeypatch.setattr(sys.modules["octavo.cli.accuracy"], "ANSWER", 16)
+    monkeypatch.setattr("octavo.measure.accuracy.document.ANSWER", 16)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*argv: object) -> int:

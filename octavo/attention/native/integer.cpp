@@ -11,6 +11,7 @@
 #include <bit>
 #include <vector>
 
+#include "ahead.h"
 #include "parallel.h"
 #include "softmax.h"
 
@@ -175,7 +176,7 @@ constexpr int64_t APART = sizeof(Row) / sizeof(float);  // of two rows' numbers
 
 void scores_of(const Side& k, const uint8_t* block, const uint8_t* next, Row* rows, int count) {
     if (!is_integer(k))
-        return multiply(k, {rows->real, APART}, count, block, next, {0, k.dim}, {rows->weight, APART}, nullptr);
+        return multiply(k, {rows->real, APART}, count, block, {next, k.head_bytes}, {0, k.dim}, {rows->weight, APART}, nullptr);
     over_block(k, next, count, [&](auto four, auto together, int first, Ahead& ahead) {
         dot_codes<decltype(four)::value, decltype(together)::value>(block, ahead, rows + first, k.dim);
     });
@@ -185,7 +186,8 @@ void scores_of(const Side& k, const uint8_t* block, const uint8_t* next, Row* ro
 void add_values(const Side& v, const uint8_t* block, const uint8_t* next, Row* rows, int count, Range seen) {
     if (!is_integer(v)) {
         for (int r = 0; r < count; r += KEPT)
-            multiply(v, {rows[r].weight, APART}, std::min(KEPT, count - r), block, next, seen,
+            multiply(v, {rows[r].weight, APART}, std::min(KEPT, count - r), block,
+                     {next, v.head_bytes}, seen,
                      {rows[r].so_far.out, APART}, ONES);
         return;
     }
@@ -332,7 +334,7 @@ void decode(const Side& k, const Side& v, const Attention& natural, const Step& 
         for (int64_t i = 1; i < unit.pieces; i++) join(view(pieces[0]), view(pieces[i * group]), v.dim);
         const int query_head = unit.head * group + r;
         const int64_t at = (step.q_start[unit.sequence] * attention.heads + query_head) * v.dim;
-        finish(view(pieces[0]), v, attention, unit.head, query_head, q.type,
+        finish(view(pieces[0]), nullptr, v, attention, unit.head, query_head, q.type,
                static_cast<uint8_t*>(out) + at * (q.type == Float::FP32 ? 4 : 2));
     };
     parallel(pool, int64_t(units.size()), worth_it, [&](int64_t i) {

@@ -5,7 +5,8 @@
 namespace octavo::ISA {
 
 std::remove_pointer_t<decltype(Kernels::write)> write;
-std::remove_pointer_t<decltype(Kernels::attend)> attend, decode;
+std::remove_pointer_t<decltype(Kernels::attend)> attend;
+std::remove_pointer_t<decltype(Kernels::decode)> decode;
 std::remove_pointer_t<decltype(Kernels::read)> read;
 std::remove_pointer_t<decltype(Kernels::stream)> stream;
 

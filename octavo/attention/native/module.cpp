@@ -32,10 +32,10 @@ int64_t write_rows(const Side& side, uint64_t x, int type, int64_t token_stride,
     return std::count_if(to, to + tokens, [](int64_t slot) { return slot >= 0; });
 }
 
-void attend(const Side& k, const Side& v, const Attention& attention, const Step& step, uint64_t q, int type,
-            int64_t token_stride, int64_t head_stride, uint64_t out, int threads) {
-    compiled->attend(k, v, attention, step, {at<const void>(q), Float(type), token_stride, head_stride}, at<void>(out),
-                     compiled.pool(threads));
+void attend(const Side& k, const Side& v, const Edges* edges, const Attention& attention, const Step& step, uint64_t q,
+            int type, int64_t token_stride, int64_t head_stride, uint64_t out, int threads) {
+    compiled->attend(k, v, edges, attention, step, {at<const void>(q), Float(type), token_stride, head_stride},
+                     at<void>(out), compiled.pool(threads));
 }
 
 void decode(const Side& k, const Side& v, const Attention& attention, const Step& step, uint64_t q, int type,
@@ -72,9 +72,16 @@ NB_MODULE(_native, m) {
             new (self) Step{sequences, at<const int64_t>(q_start), at<const int64_t>(kv_len), at<const int64_t>(table),
                             table_width};
         });
+    nb::class_<Edges>(m, "Edges")
+        .def("__init__", [](Edges* self, int span, const Side& k, const Side& v, uint64_t first, uint64_t ring,
+                            const Side& hand_k, const Side& hand_v, uint64_t hand) {
+            new (self) Edges{span, k, v, at<const int64_t>(first), at<const int64_t>(ring), hand_k, hand_v,
+                             at<const int64_t>(hand)};
+        });
     m.def("side", &make_side);
     m.def("write", &write_rows, nb::call_guard<nb::gil_scoped_release>());
-    m.def("attend", &attend, nb::call_guard<nb::gil_scoped_release>());
+    m.def("attend", &attend, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::call_guard<nb::gil_scoped_release>());
     m.def("decode", &decode, nb::call_guard<nb::gil_scoped_release>());
     m.def("stream", &stream, nb::call_guard<nb::gil_scoped_release>());
     m.def("read", &read_rows, nb::call_guard<nb::gil_scoped_release>());

@@ -75,14 +75,20 @@ inline void join(Sums sums, Sums more, int width) {
         store(sums.out.at + d, load<f32v>(sums.out.at + d) * own + load<f32v>(more.out.at + d) * other);
 }
 
-// One row's answer: divided by the denominator, the rotation and the static part of V undone, rounded once.
-inline void finish(Sums sums, const Side& v, const Attention& attention, int head, int query_head, Float type, void* out) {
-    float denominator = *sums.total, *x = sums.out.at;
-    if (attention.sinks) denominator += exp2(std::min(attention.sinks[query_head] * LOG2E - *sums.top, 120.0f));
+// One row's answer: its sums, and those of raw rows where there are any, over their common denominator; the rotation and
+// the static part of V undone; rounded once.
+inline void finish(Sums sums, const Sums* raw, const Side& v, const Attention& attention, int head, int query_head,
+                   Float type, void* out) {
+    const float top = raw ? std::max(*sums.top, *raw->top) : *sums.top;
+    const float own = exp2(*sums.top - top), other = raw ? exp2(*raw->top - top) : 0;
+    float denominator = *sums.total * own + (raw ? *raw->total * other : 0), *x = sums.out.at;
+    if (attention.sinks) denominator += exp2(std::min(attention.sinks[query_head] * LOG2E - top, 120.0f));
     // A row that saw nothing is 0, not 0/0.
     const float share = 1.0f / std::max(denominator, std::numeric_limits<float>::min());
-    for (int d = 0; d < v.dim; d++) x[d] *= share;
-    unfold(x, v, *sums.total * share, head);
+    for (int d = 0; d < v.dim; d++) x[d] *= own * share;
+    unfold(x, v, *sums.total * own * share, head);
+    if (raw)
+        for (int d = 0; d < v.dim; d++) x[d] += raw->out.at[d] * (other * share);
     with_float(type, [&](auto kind) {
         auto* to = static_cast<decltype(kind)*>(out);
         for (int d = 0; d < v.dim; d++) from_float(x[d], to[d]);

@@ -1,0 +1,21 @@
+// Memory that is read soon.
+#pragma once
+
+#include <cstdint>
+
+namespace octavo::ISA {
+
+// The next page, asked for at the pace at which this one is read: a burst would only queue, and leave the memory idle in
+// between. `passes`: how often the page is read.
+struct Ahead {
+    const uint8_t *at, *end;
+    int passes;
+    void read(int bytes) {
+        for (; bytes > 0 && at < end; bytes -= 64 * passes, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+};
+struct Near {  // nothing to ask for: it is in the cache
+    void read(int) {}
+};
+
+}  // namespace octavo::ISA

@@ -1,0 +1,88 @@
+"""What `octavo accuracy` finds, as the parts of its JSON document."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from octavo.measure.accuracy.compare import Score, compare
+from octavo.measure.accuracy.greedy import compare_answers
+from octavo.measure.candidate import Candidate
+from octavo.measure.machine import describe
+from octavo.models.model import Model
+
+PROMPT, ANSWER, PROMPTS = 256, 256, 16  # tokens, tokens, and how many, to see how far greedy answers agree
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much is done, of how much
+
+
+def about(model: Model, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """The model, the machine, and what the formats take in theory: computed from the model's geometry."""
+    shapes = model.bound.shapes
+    bytes_ = [sum(shape.token_bytes(candidate.format) for shape in shapes) for candidate in candidates]
+    return {
+        "command": "accuracy",
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "dtype": str(model.bound.dtype)[6:],
+        "machine": describe(model.bound.device),
+        "baseline": candidates[0].name,
+        "theory": [
+            {"how": "computed", "format": candidate.name, "bytes_per_token": own, "times_smaller": bytes_[0] / own}
+            for candidate, own in zip(candidates, bytes_, strict=True)
+        ],
+    }
+
+
+def on_text(
+    model: Model,
+    candidates: Sequence[Candidate],
+    name: str,
+    windows: Sequence[Sequence[int]],
+    context: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Every format over `windows` of the text `name`, and its greedy answers to the windows' beginnings."""
+    baseline, *others = candidates
+    title = f"reading {len(windows)} windows of {name}"
+    progress(title, 0, len(windows))
+    scores = compare(model, baseline, others, windows, lambda done: progress(title, done, len(windows)))
+    rows = [asdict(score) for score in scores]
+    for row in rows:
+        del row["kl_by_position"], row["cache_alone"]
+    prompts = [window[: min(PROMPT, -(-len(window) // 2))] for window in windows[:PROMPTS]]
+    tokens = min(ANSWER, context - len(prompts[0]))
+    answers = compare_answers(
+        model,
+        baseline,
+        others,
+        prompts,
+        tokens,
+        lambda kv, done: progress(f"answering {len(prompts)} prompts in {kv}", done, len(prompts) * len(candidates)),
+    )
+    return {
+        "how": "measured",
+        "name": name,
+        "windows": len(windows),
+        "window": len(windows[0]),
+        "scores": rows,
+        "kv_loss": _kv_loss(model, candidates, scores),
+        "greedy": {
+            "prompts": len(prompts),
+            "prompt_tokens": len(prompts[0]),
+            "answer_tokens": tokens,
+            "rows": [asdict(row) for row in answers],
+        },
+    }
+
+
+def _kv_loss(model: Model, candidates: Sequence[Candidate], scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """What each format costs beside the first one with the same weights, nats a token."""
+    kinds = [(candidate.model or model).weight_kind for candidate in candidates]
+    firsts = {kind: str(candidates[kinds.index(kind)].format) for kind in kinds}
+    return [
+        {"weights": kind, "format": str(candidate.format), "from": firsts[kind], **asdict(score.cache_alone)}
+        for kind, candidate, score in zip(kinds, candidates, scores, strict=True)
+        if str(candidate.format) != firsts[kind]
+    ]
