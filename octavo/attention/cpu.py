@@ -48,6 +48,8 @@ def refuses(plan: LayerPlan) -> str | None:
         return f"the cache is on {shape.device}"
     if shape.k_dim % 8 or shape.v_dim % 8 or max(shape.k_dim, shape.v_dim) > _native.LARGEST:
         return f"no kernel takes heads of {shape.k_dim} and {shape.v_dim}"
+    if plan.format.edges:
+        return "the native kernels do not read edges"
     return None
 
 

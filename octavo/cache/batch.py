@@ -21,6 +21,8 @@ class Cached(Protocol):
     tokens: list[int]
     num_cached: int  # tokens whose K and V are in the cache
     block_table: list[int]
+    first_page: int  # the raw page of page 0, where the format has edges
+    ring: int  # the first of the raw pages of its own span
 
 
 @dataclass
@@ -40,11 +42,17 @@ class Batch:
     q_lens: list[int]  # new tokens of each sequence
     kv_lens: list[int]
     logits_at: Tensor  # [sequences whose next token is due] rows of their last tokens
+    # Where the format has edges:
+    raw_slots: Tensor | None = None  # [T] raw page·block_size + place; −1: the row is at no edge once the step is done
+    first: Tensor | None = None  # [B] raw page of page 0
+    ring: Tensor | None = None  # [B] first of span/block_size raw pages in a row: row t beyond page 0 is at t mod span
     plan: dict[Any, Any] = field(default_factory=dict)  # what an attention implementation keeps for all layers
 
     @classmethod
-    def build(cls, work: Sequence[tuple[Cached, int]], block_size: int, newest: Tensor | None = None) -> Batch:
-        """The step in which each sequence computes its next n tokens.
+    def build(
+        cls, work: Sequence[tuple[Cached, int]], block_size: int, newest: Tensor | None = None, span: int = 0
+    ) -> Batch:
+        """The step in which each sequence computes its next n tokens. `span` is that of the cache's edges.
 
         With `newest` [B] each computes a token that the step before has sampled and the host does not know yet: the one
         after all of the sequence's own.
@@ -71,7 +79,15 @@ class Batch:
         slots = table[row, positions // block_size] * block_size + positions % block_size
         due = [end >= len(sequence.tokens) for (sequence, _), end in zip(work, kv_lens, strict=True)]
         q_start = torch.cat([ends.new_zeros(1), ends])
-        return cls(ids, positions, slots, table, q_start, kv_len, q_lens, kv_lens, ends[torch.tensor(due)] - 1)
+        batch = cls(ids, positions, slots, table, q_start, kv_len, q_lens, kv_lens, ends[torch.tensor(due)] - 1)
+        if span:
+            batch.first = torch.tensor([sequence.first_page for sequence, _ in work])
+            batch.ring = torch.tensor([sequence.ring for sequence, _ in work])
+            begins = (kv_len - 1) // span * span  # of the last new row: earlier rows of the ring are never read again
+            at_ring = batch.ring[row] * block_size + positions % span
+            at_edge = torch.where(positions >= begins[row], at_ring, -1)
+            batch.raw_slots = torch.where(positions < block_size, batch.first[row] * block_size + positions, at_edge)
+        return batch
 
     def at(self, offset: int) -> Batch:
         """The same step with its rows placed `offset` positions later, as calibration places its windows."""

@@ -11,9 +11,10 @@ from typing import Literal
 
 import torch
 
+from octavo.errors import OctavoError
 from octavo.quant.calibration import Calibration
 from octavo.quant.codec import Static
-from octavo.quant.format import Codec, Granularity, KVFormat
+from octavo.quant.format import CODECS, RAW_NAMES, Codec, Granularity, KVFormat
 
 CPU = torch.device("cpu")
 Side = Literal["k", "v"]
@@ -28,6 +29,18 @@ class LayerShape:
     v_dim: int
     device: torch.device = CPU
     shares: int | None = None  # reads the cache of that earlier layer and writes none of its own
+    dtype: torch.dtype = torch.float32  # of the model's own K and V
+
+    @property
+    def raw_codec(self) -> Codec:
+        """That keeps rows as the model computes them."""
+        return CODECS[RAW_NAMES[str(self.dtype).removeprefix("torch.")]]
+
+    def raw_page_bytes(self, format: KVFormat, block_size: int) -> int:
+        """Bytes of a raw page, `block_size` rows of K and of V; 0 where the format has no edges."""
+        if self.shares is not None or not format.edges:
+            return 0
+        return block_size * KVFormat(self.raw_codec, self.raw_codec).token_bytes(self.kv_heads, self.k_dim, self.v_dim)
 
     def token_bytes(self, format: KVFormat) -> int:
         return 0 if self.shares is not None else format.token_bytes(self.kv_heads, self.k_dim, self.v_dim)
@@ -76,3 +89,15 @@ def plan_layers(
         LayerPlan(shape, format, static(i, "k", format.k), static(i, "v", format.v))
         for i, (shape, format) in enumerate(zip(shapes, each, strict=True))
     ]
+
+
+def own_span(formats: Sequence[KVFormat], block_size: int) -> int:
+    """The own span of a cache whose layers have these formats, 0 without edges. Raises OctavoError where layers differ
+    in it, or where it is no whole blocks."""
+    spans = {format.edges for format in formats if format.edges}
+    if len(spans) > 1:
+        raise OctavoError(f"layers with own spans of {' and '.join(map(str, sorted(spans)))} rows cannot share a cache")
+    span = spans.pop() if spans else 0
+    if span % block_size:
+        raise OctavoError(f"an own span of {span} rows is no whole number of blocks of {block_size}")
+    return span

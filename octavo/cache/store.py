@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.cache.layout import Layout
-from octavo.cache.plan import LayerPlan, LayerShape, Side
+from octavo.cache.plan import LayerPlan, LayerShape, Side, own_span
 from octavo.quant.codec import Static, centered, encode, rotate, token_scale
 from octavo.quant.format import Codec, KVFormat
 
@@ -93,20 +93,36 @@ class RowStore:
 
 
 class LayerCache:
-    """K and V of one layer."""
+    """K and V of one layer: codes in blocks and, where its format has edges, the edges' rows in raw pages.
 
-    def __init__(self, plan: LayerPlan, num_blocks: int, layout: Layout):
+    A raw page is a block of the model's own rows, in the same layout. A layer that shares this cache has the same rows
+    in hand, but comes when this step's rows are in the ring already.
+    """
+
+    def __init__(self, plan: LayerPlan, num_blocks: int, layout: Layout, raw_pages: int = 0):
         shape, self.layout = plan.shape, layout
         self.k, self.v = (
             RowStore(codec, shape.kv_heads, dim, static, layout, side, num_blocks, shape.device)
             for side, codec, dim, static in plan.sides
         )
+        self.span = plan.format.edges  # rows; 0: no edges
+        self.raw: tuple[RowStore, RowStore] | None = None  # K and V
+        if self.span:
+            raw_k, raw_v = (
+                RowStore(shape.raw_codec, shape.kv_heads, dim, None, layout, side, raw_pages, shape.device)
+                for side, _, dim, _ in plan.sides
+            )
+            self.raw = raw_k, raw_v
         self.native: dict[int, Any] = {}  # what kernels keep of the stores (not of this object), by the id of a spec
 
-    def write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Encode k [tokens, kv_heads, k_dim] and v [tokens, kv_heads, v_dim] into slots [tokens]."""
+    def write(self, k: Tensor, v: Tensor, slots: Tensor, raw_slots: Tensor | None = None) -> None:
+        """Encode k [tokens, kv_heads, k_dim] and v [tokens, kv_heads, v_dim] into slots [tokens], and put them into raw
+        slots [tokens]."""
         self.k.write(k, slots)
         self.v.write(v, slots)
+        if self.raw is not None and raw_slots is not None:
+            for store, rows in zip(self.raw, (k, v), strict=True):
+                store.write(rows, raw_slots)
 
 
 @dataclass(frozen=True)
@@ -117,21 +133,25 @@ class Memory:
     scales: int
     padding: int
     static: int
+    raw: int = 0
 
     @property
     def total(self) -> int:
-        return self.codes + self.scales + self.padding + self.static
+        return self.codes + self.scales + self.padding + self.static + self.raw
 
 
 class KVCache:
-    """The cache of a whole model, made from its layers' plans: `num_blocks` blocks in every layer."""
+    """The cache of a whole model, made from its layers' plans: `num_blocks` blocks in every layer, and `raw_pages` raw
+    pages in those with edges (`size.raw_pages` says how many)."""
 
-    def __init__(self, plans: Sequence[LayerPlan], num_blocks: int, layout: Layout | None = None):
+    def __init__(self, plans: Sequence[LayerPlan], num_blocks: int, layout: Layout | None = None, raw_pages: int = 0):
         self.plans, self.num_blocks, self.layout = list(plans), num_blocks, layout or Layout()
+        self.span = own_span([plan.format for plan in self.plans], self.layout.block_size)
+        self.raw_pages = raw_pages if self.span else 0
         self.layers: list[LayerCache] = []
         for plan in self.plans:
             shares = plan.shape.shares
-            own = LayerCache(plan, num_blocks, self.layout) if shares is None else self.layers[shares]
+            own = LayerCache(plan, num_blocks, self.layout, self.raw_pages) if shares is None else self.layers[shares]
             self.layers.append(own)
 
     @property
@@ -154,9 +174,17 @@ class KVCache:
         return [store for _, layer in self.owners for store in (layer.k, layer.v)]
 
     @property
+    def raw_stores(self) -> list[RowStore]:
+        return [store for _, layer in self.owners for store in layer.raw or ()]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the blocks, read from the tensors."""
-        return sum(store.nbytes for store in self.stores)
+        """Bytes of the blocks and of the raw pages, read from the tensors."""
+        return sum(store.nbytes for store in self.stores) + self.raw_nbytes
+
+    @property
+    def raw_nbytes(self) -> int:
+        return sum(store.nbytes for store in self.raw_stores)
 
     @property
     def block_nbytes(self) -> int:
@@ -167,14 +195,15 @@ class KVCache:
         return self.block_nbytes // self.layout.block_size
 
     def memory(self) -> Memory:
-        """The tensors' bytes: codes, scales, padding of odd 4-bit rows and of layouts, static mu, c and 1/c."""
+        """The tensors' bytes: codes, scales, padding of odd 4-bit rows and of layouts, static parts, raw pages."""
         rows = self.num_blocks * self.layout.block_size
         codes = sum(rows * store.heads * store.dim * store.codec.bits // 8 for store in self.stores)
         scales = sum(store.scale_nbytes for store in self.stores)
         return Memory(
             codes=codes,
             scales=scales,
-            padding=self.nbytes - codes - scales,
+            padding=self.nbytes - self.raw_nbytes - codes - scales,
+            raw=self.raw_nbytes,
             static=sum(store.static_nbytes for store in self.stores),
         )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from octavo.cache.batch import Batch
-from octavo.cache.blocks import BlockPool
+from octavo.cache.blocks import BlockPool, EdgePool
 from octavo.cache.store import KVCache
 from octavo.engine.runner import Runner
 from octavo.engine.sampling import Choice, choose
@@ -49,7 +49,10 @@ class Engine:
     ):
         self.cache = cache
         self.runner = Runner(model, cache)
-        self.pool = BlockPool(cache.num_blocks, cache.layout.block_size, prefix_caching)
+        size, edges = cache.layout.block_size, None
+        if cache.span:
+            edges = EdgePool(cache.span, size, cache.raw_pages, max_batch_size, prefix_caching)
+        self.pool = BlockPool(cache.num_blocks, size, prefix_caching, edges)
         context = min(model.max_context, max_context or model.max_context)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens, context)
         gpu = model.device.type == "cuda"
@@ -79,7 +82,7 @@ class Engine:
 
     def _launch(self, work: Work, newest: Tensor | None = None) -> Launched:
         """Queue a step on the device. With `newest`, the tokens of the step before, it follows one not committed."""
-        batch = Batch.build(work, self.pool.block_size, newest)
+        batch = Batch.build(work, self.pool.block_size, newest, self.cache.span)
         logits = self.runner.run(batch)
         if newest is not None:
             return Launched(work, choose(logits, [sequence for sequence, _ in work], ahead=True))

@@ -35,37 +35,36 @@ class NotCapturable(Exception):
 class StepBuffers:
     """Memory of one decode step of up to `rows` sequences with tables of up to `width` blocks. It never moves."""
 
-    def __init__(self, rows: int, width: int, block_size: int, device: torch.device):
+    def __init__(self, rows: int, width: int, block_size: int, device: torch.device, edges: bool = False):
         self.rows, self.width, self.block_size = rows, width, block_size
-        self.memory = torch.zeros(rows * (4 + width), dtype=torch.int64, device=device)
+        self.names = ("ids", "positions", "slots", "kv_len", *(("raw_slots", "first", "ring") if edges else ()))
+        self.memory = torch.zeros(rows * (len(self.names) + width), dtype=torch.int64, device=device)
         self.places = torch.arange(rows + 1, device=device)
 
     def load(self, batch: Batch, size: int) -> None:
         """Copy a decode step in, padded to `size` rows: everything of the host in one copy, for which the device's
         queue does not stop."""
-        n, used = len(batch.q_lens), 4 * self.rows + size * self.width
+        n, used = len(batch.q_lens), len(self.names) * self.rows + size * self.width
         host = torch.zeros(used, dtype=torch.int64, pin_memory=self.memory.is_cuda)
-        ids, positions, slots, kv_len, table = self._parts(host)
-        positions[:n], kv_len[:n] = batch.positions, batch.kv_len
-        slots.fill_(-1)[:n] = batch.slots
-        table[:n, : batch.block_table.shape[1]] = batch.block_table
+        columns, table = self._parts(host)
         sampled = batch.ids.device.type != "cpu"  # by the step before, and never seen by the host
-        if not sampled:
-            ids[:n] = batch.ids
+        for name, column in columns.items():
+            if "slots" in name:
+                column.fill_(-1)
+            if name != "ids" or not sampled:
+                column[:n] = getattr(batch, name)
+        table[:n, : batch.block_table.shape[1]] = batch.block_table
         self.memory[:used].copy_(host, non_blocking=True)
         if sampled:
             self.memory[:n] = batch.ids
 
     def batch(self, size: int) -> Batch:
         """The step of `size` rows that lies here. Its lengths on the host are the longest that can."""
-        ids, positions, slots, kv_len, table = self._parts(self.memory)
+        columns, table = self._parts(self.memory)
         return Batch(
-            ids=ids[:size],
-            positions=positions[:size],
-            slots=slots[:size],
+            **{name: column[:size] for name, column in columns.items()},  # type: ignore[arg-type]
             block_table=table[:size],
             q_start=self.places[: size + 1],
-            kv_len=kv_len[:size],
             q_lens=[1] * size,
             kv_lens=[self.width * self.block_size] * size,
             logits_at=self.places[:size],
@@ -74,12 +73,14 @@ class StepBuffers:
     def clear(self) -> None:
         """A step of padded rows alone."""
         self.memory.zero_()
-        self._parts(self.memory)[2].fill_(-1)
+        for name, column in self._parts(self.memory)[0].items():
+            if "slots" in name:
+                column.fill_(-1)
 
-    def _parts(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """ids, positions, slots and kv_len [rows], block table [·, width]."""
-        ids, positions, slots, kv_len = memory[: 4 * self.rows].view(4, self.rows)
-        return ids, positions, slots, kv_len, memory[4 * self.rows :].view(-1, self.width)
+    def _parts(self, memory: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """What a batch has by row, each [rows], and the block table [·, width]."""
+        columns = memory[: len(self.names) * self.rows].view(len(self.names), self.rows)
+        return dict(zip(self.names, columns, strict=True)), memory[columns.numel() :].view(-1, self.width)
 
 
 class DecodeGraphs:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo.attention import attend, backend_for
 from octavo.cache.batch import Batch
-from octavo.cache.plan import plan_layers
+from octavo.cache.plan import own_span, plan_layers
 from octavo.cache.store import KVCache
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration
@@ -35,6 +35,8 @@ class Text:
 
     tokens: list[int]
     block_table: list[int]
+    first_page: int = -1
+    ring: int = -1
     num_cached: int = 0
 
 
@@ -79,16 +81,19 @@ class Reading:
         formats = self.formats or bound.raw_format
         plans = plan_layers(bound.shapes, formats, self.calibration, self.granularity, self.headroom)
         layout = backend_for(plans).layout
+        span = own_span([plan.format for plan in plans], layout.block_size)
+        ring_pages = span // layout.block_size
         sequences, blocks = [], 0
-        for tokens in texts:
+        for i, tokens in enumerate(texts):
             own = -(-len(tokens) // layout.block_size)
-            sequences.append(Text(list(tokens), list(range(blocks, blocks + own))))
+            table = list(range(blocks, blocks + own))
+            sequences.append(Text(list(tokens), table, len(texts) * ring_pages + i, i * ring_pages))
             blocks += own
-        cache = KVCache(plans, blocks, layout)
+        cache = KVCache(plans, blocks, layout, len(texts) * (ring_pages + 1))
         try:
             for cut in cuts:
                 work = [(sequence, n) for sequence, n in zip(sequences, cut, strict=True) if n]
-                batch = Batch.build(work, layout.block_size)
+                batch = Batch.build(work, layout.block_size, span=span)
                 if positions is not None:
                     batch.positions = positions[batch.positions]
                 batch = batch.on(bound.device)

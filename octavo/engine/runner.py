@@ -49,7 +49,7 @@ class Runner:
         device, size = self.model.device, self.cache.layout.block_size
         if how is None:
             self._check_capturable()
-        buffers = StepBuffers(max_batch_size, -(-max_context // size), size, device)
+        buffers = StepBuffers(max_batch_size, -(-max_context // size), size, device, self.cache.span > 0)
         return DecodeGraphs(self._forward, buffers, how or cuda_capture(device), rows)
 
     def _check_capturable(self) -> None:

@@ -143,6 +143,8 @@ class Scheduler:
         held = sum(len(sequence.block_table) for sequence in self.running)
         assert held == sum(block.references for block in self.pool.blocks), "a block leaked"
         assert all(not sequence.block_table for sequence in self.waiting), "a waiting sequence holds blocks"
+        if self.pool.edges is not None:
+            self.pool.edges.check([(sequence.first_page, sequence.ring) for sequence in self.running])
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Extend the block table for `tokens` more tokens, if there are blocks enough."""
@@ -160,6 +162,8 @@ class Scheduler:
         sequence.block_table = [block for block, _ in hits]
         sequence.prefixes = [prefix for _, prefix in hits]
         sequence.num_cached = len(hits) * self.pool.block_size
+        if self.pool.edges is not None:
+            sequence.first_page, sequence.ring = self.pool.edges.take(sequence.tokens, bool(hits))
         if not sequence.preemptions:
             sequence.prefix_hit = sequence.num_cached
         return True
@@ -199,6 +203,8 @@ class Scheduler:
             parent = sequence.prefixes[-1] if i else None
             own = sequence.tokens[i * size : (i + 1) * size]
             sequence.prefixes.append(self.pool.seal(sequence.block_table[i], parent, own))
+            if self.pool.edges is not None and i == 0:
+                self.pool.edges.seal(sequence.first_page, own)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -208,4 +214,7 @@ class Scheduler:
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
+        if self.pool.edges is not None:
+            self.pool.edges.release(sequence.first_page, sequence.ring)
+        sequence.first_page = sequence.ring = -1
         sequence.block_table, sequence.prefixes, sequence.num_cached = [], [], 0

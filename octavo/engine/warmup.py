@@ -45,8 +45,9 @@ class LargestStep:
         for length in self.lengths():
             sequence = Sequence([0] * length, params)
             sequence.block_table = [0] * -(-length // size)
+            sequence.first_page = sequence.ring = 0
             work.append((sequence, length))
-        logits = Runner(model, cache).run(Batch.build(work, size))
+        logits = Runner(model, cache).run(Batch.build(work, size, span=cache.span))
         return sample(logits, [sequence for sequence, _ in work])
 
     def nbytes(self, model: BoundModel, cache: KVCache) -> int:

@@ -257,7 +257,7 @@ class _Trace:
         self.seen.append((q, k, v))
         self.specs.append(
             AttentionSpec(
-                shape=LayerShape(k.shape[1], k.shape[2], v.shape[2], k.device, shares),
+                shape=LayerShape(k.shape[1], k.shape[2], v.shape[2], k.device, shares, k.dtype),
                 heads=q.shape[1],
                 scale=float(scale) if scale is not None else q.shape[2] ** -0.5,
                 window=kwargs.get("sliding_window"),

@@ -7,7 +7,7 @@ show only by their values that they cannot be served.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,7 +54,8 @@ class Geometry:
             raise
         except Exception as error:  # code that looks at values, which a meta tensor has none of
             bound = _with_values(path, dtype, weights, error)
-        return cls(bound.shapes, own, bound.max_context, weights, count, linear, packed, packed_bytes)
+        shapes = [replace(shape, dtype=own) for shape in bound.shapes]
+        return cls(shapes, own, bound.max_context, weights, count, linear, packed, packed_bytes)
 
 
 def _with_values(path: Path, dtype: str, weights: int, error: Exception) -> BoundModel:

@@ -6,10 +6,12 @@ class per combination. The names:
     bf16 fp16 fp32          raw: the codes are the values (the baseline, through the same engine)
     int8                    8 bits, static scale from calibration, no bytes beside the codes
     int8-token              8 bits and one byte of logarithmic scale per token and head
-    int4-token              4 bits, rotated, and the same byte
-    int8-token-rotated      int4-token-unrotated      the rotation turned on or off
+    int4-token              4 bits and the same byte
+    int8-token-unrotated    int4-token-unrotated      without the rotation that token codecs have
     int8/int4-token         K and V named apart
-    k8v4  k4v8  k16v8 …     short for token codecs side by side (16 is bf16)
+    int8+edges              the edges of the context raw beside the codes (see KVFormat); +edges128 and +edges256 for
+                            longer own spans
+    kv8  k8v4  kv4  k4v8 …  short for token codecs with edges (16 is bf16): kv8 is int8-token+edges
 """
 
 from __future__ import annotations
@@ -76,12 +78,14 @@ CODECS = {
     "fp16": Codec("raw", 16, dtype="float16"),
     "fp32": Codec("raw", 32, dtype="float32"),
     "int8": Codec("static", 8),
-    "int8-token": Codec("token", 8),
-    "int8-token-rotated": Codec("token", 8, rotated=True),
+    "int8-token": Codec("token", 8, rotated=True),
+    "int8-token-unrotated": Codec("token", 8),
     "int4-token": Codec("token", 4, rotated=True, dtype="uint8"),
     "int4-token-unrotated": Codec("token", 4, dtype="uint8"),
 }
-SHORT = {"16": "bf16", "8": "int8-token", "4": "int4-token"}  # the digits of k8v4
+DIGITS = {"16": "bf16", "8": "int8-token", "4": "int4-token"}  # of short names
+SPAN = 64  # rows of a query's own span unless said otherwise
+EDGES = {"edges": SPAN, "edges128": 128, "edges256": 256}
 RAW_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # by the name of a torch dtype
 
 
@@ -89,7 +93,10 @@ RAW_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # by the
 class KVFormat:
     """How a layer's cache stores K and V.
 
-    >>> KVFormat.parse("k8v4") == KVFormat.parse("int8-token/int4-token")
+    With `edges`, a query at position t reads the rows of the first block and of its own span ⌊t/edges⌋·edges … t raw,
+    in the model's own type, and the codes of all blocks between. It depends on positions alone.
+
+    >>> KVFormat.parse("k8v4") == KVFormat.parse("int8-token/int4-token+edges")
     True
     >>> str(KVFormat.parse("int8/int8"))
     'int8'
@@ -97,21 +104,28 @@ class KVFormat:
 
     k: Codec
     v: Codec
+    edges: int = 0  # rows of an own span, whole blocks; 0: codes alone are read
 
     @classmethod
     def parse(cls, name: str) -> KVFormat:
         """The format of that name; raises `OctavoError` that lists the names there are."""
-        text = name.strip().lower()
-        if short := re.fullmatch(r"k(16|8|4)v(16|8|4)", text):
-            return cls(*(CODECS[SHORT[bits]] for bits in short.groups()))
-        k, slash, v = text.partition("/")
+        base, plus, edges = name.strip().lower().partition("+")
+        short = re.fullmatch(r"k(16|8|4)v(16|8|4)|kv(8|4)", base)
+        if short and base != "k16v16":
+            k, v = (DIGITS[short[3] or digits] for digits in short.groups()[:2])
+        else:
+            k, slash, v = base.partition("/")
+            v = v if slash else k
         try:
-            return cls(CODECS[k], CODECS[v if slash else k])
+            format = cls(CODECS[k], CODECS[v], EDGES[edges] if plus else SPAN if short else 0)
         except KeyError as missing:
             raise OctavoError(
-                f"there is no KV format {missing} in {name!r}; the formats are {', '.join(CODECS)}, "
-                "K/V pairs such as int8/int4-token, and short forms such as k8v4"
+                f"there is no KV format {missing} in {name!r}; the formats are kv8, k8v4, kv4, {', '.join(CODECS)}, "
+                "K/V pairs such as int8/int4-token, and any of them with +edges, +edges128 or +edges256"
             ) from None
+        if format.edges and not format.takes_calibration:
+            raise OctavoError(f"{name!r}: where every row is raw there are no edges; name {format.k} alone")
+        return format
 
     @property
     def needs_calibration(self) -> bool:
@@ -133,8 +147,10 @@ class KVFormat:
         return kv_heads * (self.k.row_bytes(k_dim) + self.v.row_bytes(v_dim))
 
     def __str__(self) -> str:
-        if self.k == self.v:
-            return str(self.k)
-        digits = {name: bits for bits, name in SHORT.items()}
+        names = {name: digits for digits, name in DIGITS.items()}
         k, v = str(self.k), str(self.v)
-        return f"k{digits[k]}v{digits[v]}" if k in digits and v in digits else f"{k}/{v}"
+        if self.edges and k in names and v in names:
+            short = f"kv{names[k]}" if k == v else f"k{names[k]}v{names[v]}"
+            return short if self.edges == SPAN else f"{short}+edges{self.edges}"
+        edges = "" if not self.edges else "+edges" if self.edges == SPAN else f"+edges{self.edges}"
+        return (k if k == v else f"{k}/{v}") + edges

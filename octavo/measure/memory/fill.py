@@ -25,6 +25,8 @@ class Session:
 
     tokens: list[int]
     block_table: list[int]
+    first_page: int = -1
+    ring: int = -1
     num_cached: int = 0
 
 
@@ -37,14 +39,14 @@ def fill(llm: LLM, sessions: list[Session], seconds: float) -> int:
         rest = len(session.tokens) - 1
         while session.num_cached < rest and time.monotonic() < deadline:
             n = min(CHUNK, rest - session.num_cached)
-            runner.run(Batch.build([(session, n)], size))
+            runner.run(Batch.build([(session, n)], size, span=llm.cache.span))
             session.num_cached += n
             by_model += n
         table = torch.tensor(session.block_table)
         for places in torch.arange(session.num_cached, rest).split(ROWS):
             _write_random_rows(llm, table[places // size] * size + places % size)
         session.num_cached = rest
-    runner.run(Batch.build([(session, 1) for session in sessions], size))
+    runner.run(Batch.build([(session, 1) for session in sessions], size, span=llm.cache.span))
     return by_model + len(sessions)
 
 

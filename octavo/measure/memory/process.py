@@ -165,6 +165,9 @@ def _fill_and_look(request: Request, device: torch.device, before: int) -> Fille
         Session(random_tokens(vocabulary, request.context, seed=i), list(range(i * blocks, (i + 1) * blocks)))
         for i in range(request.batch)
     ]
+    if (edges := llm.engine.pool.edges) is not None:
+        for session in sessions:
+            session.first_page, session.ring = edges.take(session.tokens, hit=False)
     by_model = fill(llm, sessions, request.source.fill_seconds)
     for store in llm.cache.stores:
         if store.written != request.batch * request.context * store.heads * store.dim:

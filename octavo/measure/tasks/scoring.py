@@ -43,6 +43,8 @@ class _Text:
     tokens: list[int]
     first: int
     targets: list[int]
+    first_page: int = -1
+    ring: int = -1
     num_cached: int = 0
     block_table: list[int] = field(default_factory=list)
     prefixes: list[bytes] = field(default_factory=list)
@@ -115,6 +117,8 @@ def _run(engine: Engine, texts: list[_Text]) -> None:
             hits = pool.match(text.tokens[: text.first + 1])
             text.block_table, text.prefixes = [block for block, _ in hits], [prefix for _, prefix in hits]
             text.num_cached = len(hits) * pool.block_size
+            if pool.edges is not None:
+                text.first_page, text.ring = pool.edges.take(text.tokens, bool(hits))
         for text in texts:  # once every hit is held
             missing = pool.blocks_for(len(text.tokens)) - len(text.block_table)
             text.block_table += [pool.take() for _ in range(missing)]
@@ -128,6 +132,8 @@ def _run(engine: Engine, texts: list[_Text]) -> None:
     finally:
         for text in texts:
             pool.release(text.block_table)
+            if pool.edges is not None:
+                pool.edges.release(text.first_page, text.ring)
 
 
 def _forward(engine: Engine, work: list[tuple[_Text, int]]) -> None:
@@ -143,7 +149,7 @@ def _forward(engine: Engine, work: list[tuple[_Text, int]]) -> None:
         targets += [text.targets[position - text.first] for position in scored]
         owners.append((text, len(scored)))
         start += count
-    batch = Batch.build(work, engine.pool.block_size)
+    batch = Batch.build(work, engine.pool.block_size, span=engine.cache.span)
     logits = engine.runner.run(replace(batch, logits_at=torch.tensor(rows, dtype=torch.int64)))
     wanted = torch.tensor(targets, dtype=torch.int64, device=logits.device)
     logprobs = logits.float().log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
@@ -161,3 +167,5 @@ def _forward(engine: Engine, work: list[tuple[_Text, int]]) -> None:
             own = text.tokens[i * size : (i + 1) * size]
             parent = text.prefixes[-1] if i else None
             text.prefixes.append(engine.pool.seal(text.block_table[i], parent, own))
+            if engine.pool.edges is not None and i == 0:
+                engine.pool.edges.seal(text.first_page, own)
