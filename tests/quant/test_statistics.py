@@ -187,7 +187,7 @@ def test_what_another_layer_reads_of_a_shared_cache_is_added_to_its_readers() ->
     torch.testing.assert_close(sides["v"]["reader"], torch.full((1, 2), 10.0**0.5))
 
 
-@pytest.mark.parametrize("codec", ["int8-token-rotated", "int4-token"])
+@pytest.mark.parametrize("codec", ["int8-token", "int4-token"])
 def test_scores_are_nearest_with_the_static_part_that_weighs_channels_by_their_queries(codec: str) -> None:
     """Keys and queries whose channels differ by factors of hundreds, as on real models: the error of scores is smaller
     than with the keys' own deviations as c, and than with no c at all."""
