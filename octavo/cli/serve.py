@@ -53,6 +53,7 @@ def serve(
     session_dir_size: Annotated[
         str | None, serving("Bytes they may take; the least recently used are removed. [default: 10GiB]")
     ] = None,
+    log_prompts: Annotated[bool, serving("Log errors with all they say, which may quote what clients sent.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Tell on stdout, as one line of JSON, what is served.")
     ] = False,
@@ -65,6 +66,7 @@ def serve(
     for limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(limit, "128")
     try:
+        from octavo.serve import logs
         from octavo.serve.limits import Limits
         from octavo.serve.server import Server, bind, url
         from octavo.serve.sessions import SessionDir
@@ -74,6 +76,7 @@ def serve(
     if session_dir_size is not None and session_dir is None:
         raise OctavoError("--session-dir-size bounds what --session-dir keeps: give one")
     room = parse_bytes(session_dir_size or "10GiB")
+    logs.start(log_prompts)
     with bind(host, port) as sock:
         llm = options.llm()
         sessions = SessionDir(session_dir, room, llm) if session_dir else None

@@ -172,7 +172,7 @@ class Gate:
             await send(message)
 
         try:
-            if b"transfer-encoding" in dict(scope["headers"]):  # a byte in a chunk of its own costs a thousand times it
+            if b"transfer-encoding" in dict(scope["headers"]):
                 error = ApiError(411, "the body must be sent with its Content-Length", headers={"Connection": "close"})
                 await _refuse(None, error)(scope, receive, counted)
             elif (client := self._client(scope)) is not None:

@@ -23,7 +23,7 @@ logger = logging.getLogger("octavo")
 SPARE_FILES = 256  # open files for all else, and for connections that are accepted in one go
 BACKLOG = 128  # connections that the kernel holds ready, all of which asyncio may accept in one go
 READ = 1 << 15  # bytes that are read and parsed before other connections have their turn
-LATE = 1.0  # seconds that an answer ended by its deadline has to be sent
+LATE = 2.0  # seconds that an answer ended by its deadline has to be sent
 
 
 class Connections:
@@ -69,11 +69,27 @@ class Connections:
         return asyncio.get_running_loop().call_later(1, self._look)
 
 
+class Unchunked(h11.Connection):
+    """HTTP that reads no body sent in chunks: a byte in a chunk of its own costs a thousand times what it weighs. The
+    app refuses such a request (411) and closes its connection."""
+
+    chunked = False
+
+    def next_event(self) -> Any:
+        if self.chunked:
+            return h11.NEED_DATA
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.chunked = any(name == b"transfer-encoding" for name, _ in event.headers)
+        return event
+
+
 class Connection(H11Protocol):
     """One, as uvicorn makes it for each that comes."""
 
     def __init__(self, connections: Connections, **uvicorn: Any):
         super().__init__(**uvicorn)
+        self.conn = Unchunked(h11.SERVER)
         self.room = connections
         self.address = ""
         self.since = time.monotonic()  # when it began to wait for a request, or to answer one

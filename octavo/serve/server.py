@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 
 import uvicorn
@@ -18,6 +20,9 @@ from octavo.serve.limits import Limits
 from octavo.serve.service import Service
 from octavo.serve.sessions import SessionDir
 
+# Seconds after which a busy thread lets another run. The engine's needs the interpreter hundreds of times in a step:
+# with Python's 5 ms a busy event loop would make each step last seconds.
+SWITCH = 0.0005
 logger = logging.getLogger("octavo")
 
 
@@ -38,6 +43,8 @@ class Server:
     ):
         self.sock = sock
         limits = limits or Limits()
+        with suppress(ImportError, ValueError):  # else the first JSON schema tells
+            llm.grammars.prepare()
         self.connections = Connections(limits)
         self.service = Service(llm, name or llm.model.name, limits, self._give_up, sessions, grace)
         if not api_key and not _is_loopback(sock):
@@ -45,6 +52,7 @@ class Server:
         app = create_app(self.service, api_key, cors_origins)
         config = uvicorn.Config(
             app,
+            log_config=None,  # logs.py has it
             log_level=logging.WARNING,
             access_log=False,
             timeout_graceful_shutdown=grace,  # type: ignore[arg-type]  # asyncio takes parts of a second too
@@ -61,6 +69,7 @@ class Server:
     def run(self) -> None:
         """Serve until a signal: then running answers have the grace time to end. Raises OctavoError if the engine had
         to be given up."""
+        sys.setswitchinterval(SWITCH)
         self.uvicorn.run(sockets=[self.sock])
         if self.failed:
             raise OctavoError("the engine failed in every one of its last steps: see the log above")

@@ -26,6 +26,7 @@ logger = logging.getLogger("octavo")
 T = TypeVar("T")
 Prepare = Callable[[], list[tuple[list[int], SamplingParams]]]  # the prompts of a request, one for each answer
 TOO_LONG = "context_length_exceeded"
+CLOSE = {"Connection": "close"}
 AHEAD = 8  # for so many places in the batch one answer waits in the engine's own queue, lest a place stay empty
 
 
@@ -202,6 +203,9 @@ class Service:
         """The deadline: answers end with what they have, which may be nothing."""
         if job.complete:
             return
+        if not any(turn.begun for turn in job.turns):
+            job.fail(_late())
+            return
         for answer, turn in zip(job.answers, job.turns, strict=True):
             if not turn.begun:
                 turn.leave()
@@ -232,4 +236,6 @@ def _full() -> ApiError:
 
 
 def _late() -> ApiError:
-    return ApiError(504, "the time for this request is over and its answer had not begun", code="timeout")
+    return ApiError(
+        504, "the time for this request is over and its answer had not begun", code="timeout", headers=CLOSE
+    )

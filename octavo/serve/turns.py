@@ -1,11 +1,18 @@
-"""Who comes next when many wait: the client that holds the fewest places, so that none waits for all of another's."""
+"""Who comes next when many wait: the client that holds the fewest places, so that none waits for all of another's.
+
+A place that is taken is not taken back. So one is kept for each client that was here a moment ago and holds none: who
+asks for a little, again and again, need not wait each time until one of those who ask for much has ended.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+
+KEPT = 30.0  # seconds that a place is kept for a client
 
 
 class Turn:
@@ -27,8 +34,9 @@ class Turns:
     clients the one that holds the fewest places is next. Belongs to the event loop."""
 
     def __init__(self, places: int):
-        self.free = places
+        self.places = self.free = places
         self.held: Counter[str] = Counter()
+        self.left: dict[str, float] = {}  # when those who hold no place any more gave back their last
         self.lines: dict[str, deque[Turn]] = {}  # of every client that waits; the one served longest ago is first
 
     def ask(self, client: str, start: Callable[[], None]) -> Turn:
@@ -47,6 +55,7 @@ class Turns:
         self.held[turn.client] -= 1
         if not self.held[turn.client]:
             del self.held[turn.client]
+            self.left[turn.client] = time.monotonic()
         self._give()
 
     @asynccontextmanager
@@ -63,13 +72,22 @@ class Turns:
     def _give(self) -> None:
         while self.free > 0 and self.lines:
             client = min(self.lines, key=lambda client: self.held[client])
+            if self.held[client] and self.free <= self._kept():
+                return
             turn = self.lines[client].popleft()
             self.lines[client] = self.lines.pop(client)  # to the end
             self._tidy(client)
             self.free -= 1
             self.held[client] += 1
+            self.left.pop(client, None)
             turn.begun = True
             turn.start()
+
+    def _kept(self) -> int:
+        """Places that are kept for clients who hold none: at most half of them."""
+        since = time.monotonic() - KEPT
+        self.left = {client: at for client, at in self.left.items() if at > since}
+        return min(len(self.left), self.places // 2)
 
     def _tidy(self, client: str) -> None:
         if not self.lines[client]:
