@@ -118,11 +118,12 @@ def calibration_for(
         f"English prose. `octavo calibrate {model.name}` makes it from other texts",
         stacklevel=3,
     )
-    start = time.perf_counter()
+    ends: list[float] = []
 
     def watch(done: int) -> None:
-        seconds = (time.perf_counter() - start) * len(windows) / done
-        if done == 1 and seconds > PATIENCE:
+        ends.append(time.perf_counter())
+        seconds = (ends[-1] - ends[0]) * len(windows)  # the first window warms up
+        if done == 2 and seconds > PATIENCE:
             raise OctavoError(
                 f"{format} needs a calibration of {model.name}, which takes about {seconds / 60:.0f} minutes here: run "
                 f"`octavo calibrate {model.name} --calib-dataset {PROSE} --calib-samples {len(windows)} "
