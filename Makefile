@@ -1,17 +1,20 @@
 # Two commands set everything up on a fresh machine with Python ≥ 3.11, venv and make:
 #   make demo    install, then the main job on the bundled model
-#   make test    install the test extras, then the tests
+#   make test    install the test extras, then the tests; `make test-slow` runs the slow ones that it leaves out
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slow lint format clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

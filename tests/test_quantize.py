@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from octavo import quantize as making
 from octavo.cli import main
-from octavo.cli.quantize import error_table
+from octavo.cli.tables.quantize import error_table
 from octavo.errors import OctavoError, Unsupported
 from octavo.models import prepack
 from octavo.models.bind import bind, unbound

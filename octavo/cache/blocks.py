@@ -66,8 +66,9 @@ class BlockPool:
 
     def prefix_blocks(self, tokens: Tokens[int]) -> int:
         """Most blocks that a hit on `tokens` can have: whole ones, and never that of the last token, whose logits are
-        still to be computed; and a shared block is never written."""
-        return max(0, len(tokens) - 1) // self.block_size
+        still to be computed; and a shared block is never written. With edges whole spans."""
+        whole = 1 if self.edges is None else self.edges.ring_pages
+        return max(0, len(tokens) - 1) // self.block_size // whole * whole
 
     def prefixes(self, tokens: Tokens[int]) -> Iterator[tuple[bytes, tuple[int, ...]]]:
         """Of each block that a hit on `tokens` can have, the hash of the prefix that it ends, and its own tokens."""
@@ -159,17 +160,22 @@ class EdgePool:
         """First page and ring for a sequence that starts: with a hit the cached first page, else one of its own. There
         is one for each of `sessions` sequences."""
         hits = self.firsts.match(tokens[: self.block_size + 1]) if hit else []
-        first = hits[0][0] if hits else self.firsts.take()
-        return self._page(first), self.rings.take() * self.ring_pages
+        first = self._page(hits[0][0]) if hits else self.take_first()
+        return first, self.rings.take() * self.ring_pages
+
+    def take_first(self) -> int:
+        """A first page of one's own; what it held is forgotten. The caller has looked at `firsts.free`."""
+        return self._page(self.firsts.take())
 
     def seal(self, first: int, tokens: Tokens[int]) -> None:
         """Remember a first page that has become full of `tokens`."""
         self.firsts.seal(self._index(first), None, tokens)
 
-    def release(self, first: int, ring: int) -> None:
-        """Give back what `take` gave."""
+    def release(self, first: int, ring: int | None) -> None:
+        """Give back what `take` gave, or `take_first`."""
         self.firsts.release([self._index(first)])
-        self.rings.release([ring // self.ring_pages])
+        if ring is not None:
+            self.rings.release([ring // self.ring_pages])
 
     def check(self, held: Tokens[tuple[int, int]]) -> None:
         """Raise AssertionError unless the pools are whole and `held`, the first pages and rings of those who run, are

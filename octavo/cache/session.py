@@ -1,9 +1,10 @@
 """A session in a file: the tokens of a conversation and the codes of its K and V, just as they lay in the cache.
 
 The file is an artefact (octavo/artefact.py). Its tensors are the rows of whole blocks, `layers.{i}.{k,v}.codes` [heads,
-tokens, width] and, in token formats, `….scales` [heads, tokens], in no layout of a device's or kernel's: what one wrote
-another reads. Its header holds the tokens and what the codes mean. It comes first in the file, so that an incomplete
-file still has the tokens, from which codes can be computed again; damaged codes are never used.
+tokens, width] and, in token formats, `….scales` [heads, tokens], and with edges the raw rows of page 0,
+`layers.{i}.first.{k,v}.codes`; in no layout of a device's or kernel's: what one wrote another reads. Its header holds
+the tokens and what the codes mean. It comes first in the file, so that an incomplete file still has the tokens, from
+which codes can be computed again; damaged codes are never used.
 
 The last, partly filled block is left out: its tokens, fewer than a block has, are computed again with what follows.
 """
@@ -31,6 +32,8 @@ from octavo.errors import OctavoError
 VERSION = 2
 
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+FIRST = ".first."  # in the names of page 0's raw rows
+
 Codes = dict[str, Tensor]  # rows, by the names above
 Copies = list[tuple[Tensor, Tensor | None]]  # codes and scales of some blocks of every store, in its own layout
 
@@ -133,7 +136,8 @@ class SavedSession:
             raise Damaged(f"{self.path}: the tensor {strange} is {'missing' if strange in expected else 'unknown'}")
         for name, tensor in codes.items():
             dtype, heads, width = expected[name]
-            if tensor.dtype != dtype or tensor.shape != (heads, rows(codes), *width):
+            count = rows(codes) if FIRST not in name else min(rows(codes), cache.layout.block_size)
+            if tensor.dtype != dtype or tensor.shape != (heads, count, *width):
                 raise Damaged(f"{self.path}: the tensor {name} does not have the shape or type of this cache's rows")
             if dtype.is_floating_point and not torch.isfinite(tensor).all():
                 raise Damaged(f"{self.path}: the tensor {name} holds values that are not finite")
@@ -149,36 +153,48 @@ def save(path: Path, tokens: Tokens[int], codes: Codes, identity: Identity, abou
 
 
 def copy_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int]) -> Copies:
-    """A copy of the blocks that hold the longest cached prefix of `tokens`."""
-    blocks = torch.tensor([index for index, _ in pool.find(tokens)], dtype=torch.int64)
+    """A copy of the blocks that hold the longest cached prefix of `tokens`, and of its first raw page."""
+    blocks = [index for index, _ in pool.find(tokens)]
+    first = pool.edges.find(tokens) if pool.edges is not None and blocks else None
     copies: Copies = []
-    for _, store in _stores(cache):
-        here = blocks.to(store.codes.device)
+    for name, store in _stores(cache):
+        pages = blocks if FIRST not in name else [] if first is None else [first]
+        here = torch.tensor(pages, dtype=torch.int64, device=store.codes.device)
         copies.append((store.codes[here], store.scales[here] if store.scales is not None else None))
     return copies
 
 
 def paste_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int], copies: Copies) -> None:
-    """Put copies of the first blocks of `tokens` into free blocks, where sequences find them as if one had computed
-    them.
+    """Put copies of the first blocks of `tokens` into free blocks, and of page 0's raw rows into a free raw page, where
+    sequences find them as if one had computed them.
 
     What is cached already stays as it is. If too few blocks are free, the end is left out.
     """
-    hits, size = pool.match(tokens), pool.block_size
+    hits, size, edges = pool.match(tokens), pool.block_size, pool.edges
     whole = min(len(copies[0][0]), pool.prefix_blocks(tokens))
+    if whole and edges is not None and not hits and not edges.firsts.free:
+        return  # nobody could start on the blocks
+    first = edges.take_first() if whole and edges is not None and not hits else None
     new = [pool.take() for _ in range(min(whole - len(hits), len(pool.free)))]
     part = slice(len(hits), len(hits) + len(new))
     try:
-        for (_, store), (codes, scales) in zip(_stores(cache), copies, strict=True):
-            here = torch.tensor(new, dtype=torch.int64, device=store.codes.device)
-            store.codes[here] = codes[part].to(here.device)
+        for (name, store), (codes, scales) in zip(_stores(cache), copies, strict=True):
+            pages, of = new, part
+            if FIRST in name:
+                pages, of = ([], slice(0)) if first is None else ([first], slice(1))
+            here = torch.tensor(pages, dtype=torch.int64, device=store.codes.device)
+            store.codes[here] = codes[of].to(here.device)
             if store.scales is not None and scales is not None:
-                store.scales[here] = scales[part].to(here.device)
+                store.scales[here] = scales[of].to(here.device)
         parent = hits[-1][1] if hits else None
         for i, index in enumerate(new, len(hits)):
             parent = pool.seal(index, parent, tokens[i * size : (i + 1) * size])
+        if edges is not None and first is not None and new:
+            edges.seal(first, tokens[:size])
     finally:
         pool.release([*(index for index, _ in hits), *new])
+        if edges is not None and first is not None:
+            edges.release(first, None)
 
 
 def to_rows(cache: KVCache, copies: Copies) -> Codes:
@@ -194,10 +210,11 @@ def to_rows(cache: KVCache, copies: Copies) -> Codes:
 
 def to_blocks(cache: KVCache, codes: Codes) -> Copies:
     """Rows as blocks of this cache, whole ones, on the CPU. Any thread may do it."""
-    count = rows(codes) // cache.layout.block_size
-    slots = torch.arange(count * cache.layout.block_size)
+    longest = rows(codes)
 
     def laid_out(layout: RowLayout, rows: Tensor) -> Tensor:
+        count = min(longest, rows.shape[1]) // layout.block_size
+        slots = torch.arange(count * layout.block_size)
         blocks = layout.allocate(count, rows.shape[0], CPU)
         layout.write_rows(blocks, slots, rows[:, : len(slots)].transpose(0, 1))
         return blocks
@@ -213,22 +230,23 @@ def to_blocks(cache: KVCache, codes: Codes) -> Copies:
 
 def rows(codes: Codes) -> int:
     """Tokens that the codes are of."""
-    return min((tensor.shape[1] for tensor in codes.values()), default=0)
+    return min((tensor.shape[1] for name, tensor in codes.items() if FIRST not in name), default=0)
 
 
 def _stores(cache: KVCache) -> Iterator[tuple[str, RowStore]]:
-    """Every store once, by the name that its tensors bear."""
+    """Every store once, by the name that its tensors bear. Of the raw ones a session has the first page."""
     for i, layer in cache.owners:
         yield f"layers.{i}.k", layer.k
         yield f"layers.{i}.v", layer.v
+        for side, store in zip("kv", layer.raw or (), strict=False):
+            yield f"layers.{i}{FIRST}{side}", store
 
 
 def _kinds(cache: KVCache) -> dict[str, tuple[torch.dtype, int, tuple[int, ...]]]:
     """Of each tensor of a session of this cache: dtype, heads, and what comes after heads and tokens in its shape."""
     kinds: dict[str, tuple[torch.dtype, int, tuple[int, ...]]] = {}
     for name, store in _stores(cache):
-        width = store.codec.code_bytes(store.dim) if store.codec.bits == 4 else store.dim
-        kinds[f"{name}.codes"] = store.codes.dtype, store.heads, (width,)
+        kinds[f"{name}.codes"] = store.codes.dtype, store.heads, (store.codec.width(store.dim),)
         if store.scales is not None:
             kinds[f"{name}.scales"] = store.scales.dtype, store.heads, ()
     return kinds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,6 @@ from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM
 if TYPE_CHECKING:
     from octavo.corpus import Texts
     from octavo.models.model import Model
-    from octavo.quant.calibration import Calibration
 
 SELF = "self"
 
@@ -51,6 +50,7 @@ def calibrate(
     from rich.console import Console
 
     from octavo.calibrate import calibrate as observe
+    from octavo.cli.tables.calibrate import range_table
     from octavo.corpus import load_texts
     from octavo.quant.calibration import validate_choice
 
@@ -123,22 +123,3 @@ def _require_writable(directory: Path) -> None:
         raise OctavoError(
             f"nothing can be written in {directory} ({error.strerror}); name another with --work-dir"
         ) from None
-
-
-def range_table(calibration: Calibration) -> Any:
-    """What was seen, layer by layer: the range of all values, and the width of the widest and the median channel."""
-    from rich.table import Table
-
-    table = Table(title="Ranges of K and V seen")
-    table.add_column("layer", justify="right")
-    for side in ("K", "V"):
-        for name in ("min", "max", "widest", "median"):
-            table.add_column(f"{side} {name}", justify="right")
-    for i, sides in enumerate(calibration.layers):
-        cells = []
-        for side in ("k", "v"):
-            low, high = sides[side]["min"], sides[side]["max"]
-            width = (high - low).flatten()
-            cells += [low.min(), high.max(), width.max(), width.median()]
-        table.add_row(str(i), *(f"{value.item():.2f}" for value in cells))
-    return table

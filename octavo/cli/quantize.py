@@ -63,6 +63,7 @@ def quantize(
     """
     from rich.console import Console
 
+    from octavo.cli.tables.quantize import error_table
     from octavo.corpus import load_texts
     from octavo.models.model import Model, locate
     from octavo.models.save import require_new, save_awq
@@ -121,32 +122,6 @@ def require_16_bits(path: Path) -> None:
             f"{path} holds weights that are quantized already ({found.get('quant_method', 'awq')}): "
             "name the 16-bit model"
         )
-
-
-def error_table(quantized: Quantized) -> Any:
-    """What rounding changes in the layers' outputs, by kind of layer, means over the blocks of the model."""
-    from rich.table import Table
-
-    table = Table(title="Errors of the layers' outputs, relative mean squares")
-    for name in ("layers", "scale absorbed by"):
-        table.add_column(name)
-    for name in ("blocks", "α", "rtn", "here"):
-        table.add_column(name, justify="right")
-    kinds: dict[str, list[Any]] = {}
-    for group in quantized.groups:
-        kinds.setdefault(group.fold.kind, []).append(group)
-    for groups in kinds.values():
-        fold = groups[0].fold
-        alphas = [group.alpha for group in groups if group.alpha is not None]
-        table.add_row(
-            " ".join(name.rpartition(".")[2] for name in fold.layers),
-            fold.source.rpartition(".")[2] if alphas and fold.source else "–",
-            str(len(groups)),
-            f"{sum(alphas) / len(alphas):.2f}" if alphas else "–",
-            f"{sum(group.plain for group in groups) / len(groups):.2e}",
-            f"{sum(group.error for group in groups) / len(groups):.2e}",
-        )
-    return table
 
 
 def _listed(names: list[str]) -> str:

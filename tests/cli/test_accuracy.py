@@ -82,7 +82,7 @@ def test_theory_comes_first_then_what_was_measured(octavo: Run, capsys: pytest.C
     places = [out.index(text) for text in order]
     assert places == sorted(places)
     assert "nan" not in out
-    assert "reading 2 windows" in err
+    assert "answering 2 prompts" in err
 
 
 def test_the_document_holds_every_number(octavo: Run, calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,21 @@ def run(*arguments: str) -> int:
     return int(exit.value.code or 0)
 
 
-SPEED = ("speed", "--kv", "bf16,int8-token", "--batch-size", "2", "--context", "64", "--tokens", "2", "--rounds", "1")
+SPEED = (
+    "speed",
+    "--dtype",
+    "fp32",
+    "--kv",
+    "fp32,int8-token",
+    "--batch-size",
+    "2",
+    "--context",
+    "64",
+    "--tokens",
+    "2",
+    "--rounds",
+    "1",
+)
 
 
 def test_speed_prints_theory_before_measurement(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,8 +54,8 @@ def test_speed_prints_theory_before_measurement(capsys: pytest.CaptureFixture[st
 def test_speed_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*SPEED, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["command"], found["baseline"]) == ("speed", "bf16")
-    assert [row["kv"] for row in found["speed"]] == ["bf16", "int8-token"]
+    assert (found["command"], found["baseline"]) == ("speed", "fp32")
+    assert [row["kv"] for row in found["speed"]] == ["fp32", "int8-token"]
     assert {row["how"] for row in found["theory"]} == {"computed"}
     assert {row["how"] for row in [*found["speed"], found["bandwidth"]]} == {"measured"}
 
@@ -71,14 +85,14 @@ def test_speed_refuses_with_one_line(
 
 
 def test_a_healthy_model_is_status_0_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("doctor") == 0
+    assert run("doctor", "--dtype", "fp32") == 0
     out = capsys.readouterr().out
     assert "healthy" in out
     assert "6 query heads on 2 KV heads of 64" in out
 
 
 def test_doctor_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("doctor", "--json") == 0
+    assert run("doctor", "--dtype", "fp32", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["command"], found["accepted"], found["healthy"]) == ("doctor", True, True)
     assert found["machine"]["torch"]
@@ -99,7 +113,7 @@ def test_a_refused_architecture_is_status_1_with_the_reason(tmp_path: Path, caps
 
 
 def test_random_weights_are_examined_on_random_tokens(capsys: pytest.CaptureFixture[str]) -> None:
-    run("doctor", "--load-format", "dummy", "--json")
+    run("doctor", "--load-format", "dummy", "--dtype", "fp32", "--json")
     assert json.loads(capsys.readouterr().out)["text"].startswith("random tokens")
 
 

@@ -57,7 +57,7 @@ def _keys(found: Diagnosis) -> Finding | None:
             f"no channel of K holds a large constant: at most {largest:.0f} times the spread of its head's channels",
         )
     worst = max(biased, key=lambda layer: layer.offset)
-    where = _listed([layer.layer for layer in biased])
+    where = listed([layer.layer for layer in biased])
     norms = f", key bias norm {worst.bias_norm:.0f}" if worst.bias_norm is not None else ""
     text = (
         f"in layer{'s' if len(biased) > 1 else ''} {where} a few channels of K hold a large constant (layer "
@@ -75,7 +75,7 @@ def _outliers(found: Diagnosis) -> Finding:
     if not wide:
         return Finding("ok", "outlier channels", f"none; most in {numbers}")
     sides = "; ".join(
-        f"{side} of layer{'s' if len(own) > 1 else ''} {_listed(own)}"
+        f"{side} of layer{'s' if len(own) > 1 else ''} {listed(own)}"
         for side in "KV"
         if (own := [w.layer for w in wide if w.side == side])
     )
@@ -141,7 +141,7 @@ def _relative(errors: tuple[float, float]) -> str:
     return f"{median:.0e} (worst row {worst:.0e})" if worst else "nothing"
 
 
-def _listed(layers: list[int]) -> str:
+def listed(layers: list[int]) -> str:
     """[0, 1, 2, 5] → "0–2 and 5"."""
     runs: list[list[int]] = []
     for layer in layers:

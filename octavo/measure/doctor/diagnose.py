@@ -69,7 +69,7 @@ def diagnose(model: Model, text: str | None = None, progress: Callable[[float], 
     found.text, calibration_windows, windows = _windows(model, text, length)
     begin = time.perf_counter()
     found.keys = keys(bound, calibration_windows[0])
-    length = _affordable(length, time.perf_counter() - begin, len(bound.layers))
+    length = affordable(length, time.perf_counter() - begin, len(bound.layers))
     calibration_windows, windows = [w[:length] for w in calibration_windows], [w[:length] for w in windows]
     report(0.2)
     calibration = calibrate(model, calibration_windows, dataset=found.text)
@@ -125,7 +125,7 @@ def _log_probabilities(reading: Reading, window: Sequence[int]) -> Tensor:
     return torch.cat([logits.log_softmax(-1) for logits in reading.logits(window)])
 
 
-def _affordable(length: int, seconds: float, layers: int) -> int:
+def affordable(length: int, seconds: float, layers: int) -> int:
     """The longest windows for which all forwards stay within SECONDS, if one of `length` takes `seconds`."""
     forwards = CALIBRATED + MEASURED * (len(CANDIDATES) + 2) + len(LAYER_FORMATS) * layers
     while seconds * forwards > SECONDS and length > 64:

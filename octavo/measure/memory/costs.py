@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from octavo.cache.layout import Layout
-from octavo.cache.size import block_bytes
+from octavo.cache.size import block_bytes, raw_page_bytes, raw_pages
 from octavo.errors import OctavoError
 from octavo.models.geometry import GROUP, Geometry
 from octavo.quant.format import RAW_NAMES, KVFormat
@@ -34,9 +34,10 @@ class Cost:
     session: int  # bytes of a session filled to the context; its last block counts whole
     static: int  # bytes once, whatever the number of sessions
     sessions: int  # that fit beside the weights
+    spare: int = 0  # bytes of the raw pages that are there whatever the number of sessions
 
     def cache(self, sessions: int) -> int:
-        return sessions * self.session
+        return sessions * self.session + self.spare
 
 
 def baseline(geometry: Geometry) -> KVFormat:
@@ -91,9 +92,12 @@ def costs(
     for kind in kinds if kinds is not None else [own_kind(geometry)]:
         for format in formats:
             block = block_bytes(shapes, [format] * len(shapes), size)
-            session = -(-context // size) * block
-            fit = max(0, (memory - weights[kind]) // session)
-            found.append(Cost(kind, weights[kind], str(format), block // size, session, _static(geometry, format), fit))
+            page = raw_page_bytes(shapes, [format] * len(shapes), size)
+            spare = page * raw_pages(format.edges, size, 0)
+            session = -(-context // size) * block + page * raw_pages(format.edges, size, 1) - spare
+            fit = max(0, (memory - weights[kind] - spare) // session)
+            static = _static(geometry, format)
+            found.append(Cost(kind, weights[kind], str(format), block // size, session, static, fit, spare))
     return found
 
 

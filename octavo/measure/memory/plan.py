@@ -35,15 +35,16 @@ class Fit:
     weight_bytes: int
     session_bytes: int
     sessions: int
+    spare_bytes: int = 0  # raw pages beside those of sessions
 
     def total(self, sessions: int) -> int:
-        return self.weight_bytes + sessions * self.session_bytes
+        return self.weight_bytes + self.spare_bytes + sessions * self.session_bytes
 
 
 def fits(geometry: Geometry, formats: Sequence[KVFormat], context: int, memory: int) -> list[Fit]:
     """For each kind of weights, each format: sessions of `context` tokens in `memory` bytes."""
     return [
-        Fit(cost.weights, cost.format, cost.weight_bytes, cost.session, cost.sessions)
+        Fit(cost.weights, cost.format, cost.weight_bytes, cost.session, cost.sessions, cost.spare)
         for cost in costs(geometry, formats, context, memory, list(weight_kinds(geometry)))
     ]
 

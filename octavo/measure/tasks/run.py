@@ -112,7 +112,7 @@ def run(
     keys = {(c.name, part): _key(model, c, part, limit, session_len) for c in candidates for part in parts}
     found = {which: result for which, key in keys.items() if (result := results.load(key)) is not None}
     missing = [part for part in parts if any((c.name, part) not in found for c in candidates)]
-    tasks = _load(missing) if missing else {}
+    tasks = load_tasks(missing) if missing else {}
     for candidate in candidates:
         todo = [part for part in parts if (candidate.name, part) not in found]
         if not todo:
@@ -166,7 +166,7 @@ def _key(model: Model, candidate: Candidate, part: Part, limit: int | None, sess
     }
 
 
-def _load(parts: Sequence[Part]) -> dict[str, Task]:
+def load_tasks(parts: Sequence[Part]) -> dict[str, Task]:
     """The harness's tasks by their names there, with documents from the parts' files."""
     import lm_eval.tasks
 
@@ -184,7 +184,7 @@ def _load(parts: Sequence[Part]) -> dict[str, Task]:
             splits = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
             member |= {name: split if split in part.files else None for name, split in splits.items()}
         members.append(member)
-    with _quiet():
+    with quiet():
         try:
             manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
             return manager.load({"group": "octavo", "task": members})["tasks"]
@@ -217,7 +217,7 @@ def _evaluate(
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same examples in every format
-    with _quiet():
+    with quiet():
         found = evaluate(
             OctavoLM(llm, progress=tell),
             {"tasks": {task.task_name: task}},
@@ -271,7 +271,7 @@ def _error(values: Sequence[float]) -> float:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The harness talks, and draws bars for what takes no time."""
     logger = logging.getLogger("lm_eval")
     level = logger.level

@@ -14,7 +14,7 @@ from benchmarks.biased import CHANNELS, save_biased
 from octavo.attention import attend
 from octavo.errors import OctavoError
 from octavo.measure.doctor import diagnose as doctor
-from octavo.measure.doctor.advice import _listed, findings
+from octavo.measure.doctor.advice import findings, listed
 from octavo.measure.doctor.diagnose import diagnose, flip_last_bit
 from octavo.measure.doctor.diagnosis import Diagnosis, Finding
 from octavo.measure.doctor.inspection import examine, keys, widths
@@ -27,8 +27,8 @@ from tests.models import zoo
 
 
 @pytest.fixture(scope="module")
-def plain() -> Diagnosis:
-    return diagnose(Model.load(device="cpu"))
+def plain(pamphlet: Model) -> Diagnosis:
+    return diagnose(pamphlet)
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +154,8 @@ def test_flipping_the_last_bit_moves_every_value_by_one_step() -> None:
         assert (flipped != x.to(dtype)).float().mean() > 0.9
 
 
-def test_layers_are_listed_as_people_do() -> None:
-    assert [_listed(layers) for layers in ([3], [0, 5], [0, 1, 2, 7], [1, 2])] == [
+def test_layers_arelisted_as_people_do() -> None:
+    assert [listed(layers) for layers in ([3], [0, 5], [0, 1, 2, 7], [1, 2])] == [
         "3",
         "0 and 5",
         "0–2 and 7",
@@ -164,8 +164,8 @@ def test_layers_are_listed_as_people_do() -> None:
 
 
 def test_a_slow_model_sees_shorter_windows() -> None:
-    assert doctor._affordable(256, 0.05, 6) == 256
-    assert doctor._affordable(256, 2.0, 32) == 64
+    assert doctor.affordable(256, 0.05, 6) == 256
+    assert doctor.affordable(256, 2.0, 32) == 64
 
 
 def test_a_text_too_short_is_refused_with_both_numbers(pamphlet: Model, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from octavo import LLM, OctavoError, SamplingParams, Unsupported
 from octavo.measure.tasks import HERE, select
 from octavo.measure.tasks.harness import OctavoLM
-from octavo.measure.tasks.run import _load, _quiet
+from octavo.measure.tasks.run import load_tasks, quiet
 from octavo.measure.tasks.scoring import Request, score
 from octavo.models.model import Model
 from tests.measure.tasks.raw_files import write_raw_files
@@ -49,7 +49,7 @@ def hf_lm(pamphlet: Model) -> HFLM:
     hf = copy.deepcopy(pamphlet.bound.hf)
     hf.set_attn_implementation("sdpa")
     hf.generation_config.max_new_tokens = None  # else it overrides what tasks ask for
-    with _quiet():
+    with quiet():
         return HFLM(pretrained=hf, tokenizer=pamphlet.tokenizer, max_length=CONTEXT, batch_size=4)
 
 
@@ -100,12 +100,12 @@ def test_tasks_give_the_results_of_the_hf_model(name: str, octavo_lm: OctavoLM, 
     [part], _ = select(name, tmp_path)
     answers = []
     for lm in (octavo_lm, hf_lm):
-        task = _load([part])[part.definition]
+        task = load_tasks([part])[part.definition]
         task.set_fewshot_seed(1234)
         task.set_config("num_fewshot", 2 if name == "gsm8k" else 0)
         if task.OUTPUT_TYPE == "generate_until":
             task.set_config("generation_kwargs", {"max_gen_toks": 16}, update=True)
-        with _quiet():
+        with quiet():
             answers.append(evaluate(lm, {"tasks": {task.task_name: task}}, limit=4, bootstrap_iters=0))
     ours, theirs = (answer["results"][part.definition] for answer in answers)
     metrics = [key for key in ours if "," in key and "stderr" not in key]
@@ -117,7 +117,7 @@ def test_tasks_give_the_results_of_the_hf_model(name: str, octavo_lm: OctavoLM, 
 
 def test_the_tasks_of_ours_load_by_name_in_the_harness(tmp_path: Path) -> None:
     write_raw_files(tmp_path)
-    with _quiet():
+    with quiet():
         manager = TaskManager(include_path=HERE, include_defaults=False, metadata={"data_dir": str(tmp_path)})
         [task] = manager.load("eprstmt")["tasks"].values()
     assert len(task.eval_docs) == 4
