@@ -16,7 +16,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -73,7 +73,7 @@ class Artefact:
             found = json.loads(self.header).get("version")
             if found != version:
                 raise OctavoError(f"{self.path}: of version {found!r}, and this Octavo reads version {version}")
-            return _adapter(type).validate_json(self.header, strict=True)
+            return _adapter(cast(Any, type)).validate_json(self.header, strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"])) or "the header"
@@ -140,5 +140,5 @@ def _digest(header: str, checksums: str) -> str:
 
 def _checksum(tensor: Tensor) -> str:
     digest = sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -95,6 +95,7 @@ def calibrate(
         positions=(min(offsets), max(offsets) + length - 1),
         granularity=granularity,
         headroom=headroom,
+        rotary=bound.rotary,
     )
     return Calibration(header, [statistics.summary() for statistics in observed])
 

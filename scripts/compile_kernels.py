@@ -40,7 +40,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "KERNELS.md"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FORMATS = ["bf16", "int8", "int8-token", "int4-token", "k8v4"]
 DIMS = [64, 128, 256]  # others are padded to these
-KV_HEADS, BLOCK = 8, 64
+BLOCK = 64
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes that a program may take
 HEADER = Header("synthetic", "none", 1, 1, 1, (0, 0))
 
@@ -51,6 +51,7 @@ class Variant:
 
     name: str = ""
     group: int = 4
+    kv_heads: int = 8
     v_dim: int | None = None  # as k_dim if None
     dtype: torch.dtype = torch.bfloat16
     window: int | None = None
@@ -59,6 +60,8 @@ class Variant:
 
 
 PLAIN = Variant()
+MQA = [Variant(f"{n} query heads, one KV head", group=n, kv_heads=1) for n in (16, 32, 48, 64)]
+MQA_DIMS = [64, 80, 96, 128, 192, 256]
 VARIANTS = [
     Variant("window", window=4096),
     Variant("soft cap", softcap=50.0),
@@ -84,8 +87,8 @@ def compiled(format: str, dim: int, target: int, variant: Variant) -> Iterator[R
     """Compile what a step of one decode and one chunk launches in a layer of that format."""
     launch._multiprocessors = lambda device: 132  # noqa: ARG005 - those of an H100
     launch._shared_memory = lambda device: SHARED[target]  # noqa: ARG005
-    shape = LayerShape(KV_HEADS, dim, variant.v_dim or dim)
-    sides = {side: {"min": -torch.ones(KV_HEADS, n), "max": torch.ones(KV_HEADS, n)}
+    shape = LayerShape(variant.kv_heads, dim, variant.v_dim or dim)
+    sides = {side: {"min": -torch.ones(variant.kv_heads, n), "max": torch.ones(variant.kv_heads, n)}
              for side, n in (("k", shape.k_dim), ("v", shape.v_dim))}  # fmt: skip
     calibration = Calibration(HEADER, [sides])
     cache = KVCache(plan_layers([shape], KVFormat.parse(format), calibration), 2, Layout(BLOCK, "pages"))
@@ -93,9 +96,9 @@ def compiled(format: str, dim: int, target: int, variant: Variant) -> Iterator[R
     work[0].num_cached = 1
     for i, sequence in enumerate(work):
         sequence.block_table = [i]
-    heads = KV_HEADS * variant.group
+    heads = variant.kv_heads * variant.group
     rows = [torch.zeros(41, n, width, dtype=variant.dtype)
-            for n, width in ((heads, dim), (KV_HEADS, dim), (KV_HEADS, shape.v_dim))]  # fmt: skip
+            for n, width in ((heads, dim), (variant.kv_heads, dim), (variant.kv_heads, shape.v_dim))]  # fmt: skip
 
     seen: list[tuple[str, CompiledKernel, int]] = []
     kernels = {name: getattr(launch, name) for name in ("write", "scan", "combine")}
@@ -210,8 +213,10 @@ def main() -> int:
     )
     given = parser.parse_args()
     cases = [(f, dim, target, PLAIN) for target in given.targets for f in given.formats for dim in given.dims]
+    cases += [(f, dim, target, MQA[-1]) for target in given.targets for f in given.formats for dim in given.dims]
     if not given.check:
         cases += [("int8", 128, target, variant) for target in given.targets for variant in VARIANTS]
+        cases += [("int8-token", dim, 90, variant) for dim in MQA_DIMS for variant in MQA]
         cases += [(f, 256, 89, PLAIN) for f in given.formats]  # the largest tiles in the least shared memory
     rows, bad = [], []
     with ProcessPoolExecutor(given.jobs) as pool:

@@ -88,7 +88,7 @@ def observe(bound: BoundModel, ids: list[int], fingerprint: str) -> Calibration:
     Reading(bound, KVFormat.parse("fp32")).run(ids, record)
     for statistics, norms in zip(seen, output_norms(bound), strict=True):
         statistics.projected_by(norms)
-    header = Header(fingerprint, "a test", 1, len(ids), len(ids), (0, len(ids) - 1))
+    header = Header(fingerprint, "a test", 1, len(ids), len(ids), (0, len(ids) - 1), rotary=bound.rotary)
     return Calibration(header, [statistics.summary() for statistics in seen])
 
 

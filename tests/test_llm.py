@@ -322,6 +322,15 @@ def test_a_calibration_of_other_weights_is_refused(pamphlet: Model, calibration:
         LLM(pamphlet, kv="int8", calibration=other)
 
 
+@pytest.mark.parametrize("rotary", ["0123abcd", ""])
+def test_a_calibration_under_other_rope_settings_or_unknown_ones_is_refused(
+    pamphlet: Model, calibration: Calibration, rotary: str
+):
+    other = Calibration(replace(calibration.header, rotary=rotary), calibration.layers)
+    with pytest.raises(OctavoError, match=r"other RoPE settings \((0123abcd|not recorded)\).*octavo calibrate"):
+        LLM(pamphlet, kv="int8", calibration=other)
+
+
 def test_a_calibration_of_another_geometry_is_refused(pamphlet: Model, calibration: Calibration):
     with pytest.raises(OctavoError, match="5 layers"):
         LLM(pamphlet, kv="int8", calibration=Calibration(calibration.header, calibration.layers[:-1]))

@@ -4,7 +4,8 @@ Where the processor has no bf16 unit, one kernel call computes a whole step in f
 any company. Where it has one, that is not the fastest way: sequences with one new token go through a kernel of products
 of bytes; for a chunk of many, some heads' codes at a time become a tile of numbers in the query's own type, and torch's
 own attention (AMX where there is one) does the rest; the folded formula holds there too. What it returns beside its
-output, the logarithm of its denominator, joins the chunk with what came before it, and with a sink.
+output, the logarithm of its denominator, joins the chunk with what came before it, and with a sink. Formats with edges
+are float32 everywhere.
 
 The extension may be missing (no compiler when the package was installed): `unavailable()` says why.
 """
@@ -19,14 +20,16 @@ from torch import Tensor
 from octavo import native
 from octavo.attention.backend import AttentionSpec, Backend
 from octavo.attention.chunk import Part, capped, flash
+from octavo.attention.raw_pages import RawPages
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
-from octavo.cache.plan import LayerPlan
+from octavo.cache.plan import LayerPlan, Side
 from octavo.cache.store import LayerCache, RowStore
 from octavo.native import FLOATS
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
 
 TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile, 8 MB in bf16; at least one head's whole context
+SIDES: tuple[Side, Side] = ("k", "v")
 _native, _unavailable = native.load("octavo.attention._native")
 
 # Whether attention is float32 in one order of sums, so that a row's bits do not depend on its company. Where the
@@ -48,16 +51,17 @@ def refuses(plan: LayerPlan) -> str | None:
         return f"the cache is on {shape.device}"
     if shape.k_dim % 8 or shape.v_dim % 8 or max(shape.k_dim, shape.v_dim) > _native.LARGEST:
         return f"no kernel takes heads of {shape.k_dim} and {shape.v_dim}"
-    if plan.format.edges:
-        return "the native kernels do not read edges"
     return None
 
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """As `octavo.attention.attend`."""
-    if spec.shape.shares is None:
+    owner, edges = spec.shape.shares is None, None
+    if owner:
         write(cache.k, k, batch.slots)
         write(cache.v, v, batch.slots)
+    if cache.raw is not None:
+        edges = _Edges(cache, cache.raw, k, v, batch, owner)
     if q.stride(-1) != 1:
         q = q.contiguous()
     step = _step(batch)
@@ -65,8 +69,8 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
     layer = _layer(spec, cache)
     sides = _side(cache.k), _side(cache.v)
     rows = q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads()
-    if exact:
-        _native.attend(*sides, None, layer.attention, step.native, *rows)
+    if exact or edges is not None:
+        _native.attend(*sides, edges and edges.native, layer.attention, step.native, *rows)
         return out
     if step.singles:
         _native.decode(*sides, layer.attention, step.native, *rows)
@@ -196,6 +200,41 @@ def _step(batch: Batch) -> _Step:
     if "native" not in batch.plan:
         batch.plan["native"] = _Step(batch)
     return batch.plan["native"]
+
+
+class _Edges:
+    """A layer's raw pages in a step, with the step's own rows in them, as the kernels need to know them."""
+
+    def __init__(
+        self, cache: LayerCache, raw: tuple[RowStore, RowStore], k: Tensor, v: Tensor, batch: Batch, owner: bool
+    ):
+        raw_slots, first, ring = batch.raw_slots, batch.first, batch.ring
+        assert raw_slots is not None, "the batch was built without the span of the cache"
+        assert first is not None
+        assert ring is not None
+        if "raw pages" not in batch.plan:
+            batch.plan["raw pages"] = RawPages(batch, cache.span, _native.BLOCK)
+        pages: RawPages = batch.plan["raw pages"]
+        if owner:
+            if pages.count:
+                # A copy before the step's own rows take their places in the ring; layers that share this cache need it.
+                batch.plan["before", id(cache)] = [store.codes[pages.earlier] for store in raw]
+            for store, x in zip(raw, (k, v), strict=True):
+                write(store, x, raw_slots)
+        hand = list(raw)
+        if pages.count:
+            hand = [
+                RowStore(store.codec, store.heads, store.dim, None, cache.layout, side, pages.count, k.device)
+                for store, side in zip(raw, SIDES, strict=True)
+            ]
+            for store, x, before in zip(hand, (k, v), batch.plan["before", id(cache)], strict=True):
+                store.codes[pages.to] = before
+                write(store, x, pages.slots)
+        self.keep = hand, pages  # as long as their addresses
+        self.native = _native.Edges(
+            cache.span, *map(_side, raw), first.data_ptr(), ring.data_ptr(), *map(_side, hand),
+            pages.hand.data_ptr(),
+        )  # fmt: skip
 
 
 def _side(store: RowStore) -> Any:

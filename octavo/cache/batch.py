@@ -114,4 +114,14 @@ def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
 
 def send(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on `device`; neither waits for the other."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    if device.type != "cuda":
+        return x.to(device)
+    return pinned(x.shape, x.dtype, device).copy_(x).to(device, non_blocking=True)
+
+
+def pinned(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of the host that `device`, if it is a GPU, copies from and to on its own."""
+    if device.type != "cuda":
+        return torch.empty(shape, dtype=dtype)
+    with torch.cuda.device(device):  # else it is pinned for the current device, which may be another
+        return torch.empty(shape, dtype=dtype, pin_memory=True)

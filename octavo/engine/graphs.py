@@ -9,14 +9,13 @@ Only `capture` needs a GPU. On a CPU the same buffers are run as they are, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from octavo.cache.batch import Batch
+from octavo.cache.batch import Batch, pinned
 
 Forward = Callable[[Batch], Tensor]
 Replay = Callable[[], Tensor]
@@ -45,7 +44,7 @@ class StepBuffers:
         """Copy a decode step in, padded to `size` rows: everything of the host in one copy, for which the device's
         queue does not stop."""
         n, used = len(batch.q_lens), len(self.names) * self.rows + size * self.width
-        host = torch.zeros(used, dtype=torch.int64, pin_memory=self.memory.is_cuda)
+        host = pinned(torch.Size([used]), torch.int64, self.memory.device).zero_()
         columns, table = self._parts(host)
         sampled = batch.ids.device.type != "cpu"  # by the step before, and never seen by the host
         for name, column in columns.items():
@@ -112,21 +111,26 @@ class DecodeGraphs:
 
 
 def cuda_capture(device: torch.device) -> Capture:
-    """Captures into CUDA graphs that share one pool of memory. They are replayed one at a time, in order. Raises
-    NotCapturable for what CUDA refuses; other errors of the model are its own."""
-    pool = torch.cuda.graph_pool_handle()
+    """Captures into CUDA graphs that share one pool of memory and are replayed one at a time, in order.
+
+    A step is run once as it is, where its errors are its own. Whatever then fails in the capture (a wait for the
+    device, too little memory, an operation that CUDA refuses) raises NotCapturable with the reason.
+    """
+    with torch.cuda.device(device):
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def capture(run: Replay) -> Replay:
         with torch.cuda.device(device):
-            run()  # compiles kernels and fills caches
-            with _syncs_refused():
-                run()  # a model that waits for the device fails here, by name, and not in the middle of a capture
-            torch.cuda.synchronize()
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                run()  # compiles kernels and fills caches
+            torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=pool):
+                # Other threads, with engines of their own, may wait for the device meanwhile.
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     out = run()
-            except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
+            except Exception as error:
                 raise NotCapturable(_first_line(error)) from error
 
         def replay() -> Tensor:
@@ -138,19 +142,5 @@ def cuda_capture(device: torch.device) -> Capture:
     return capture
 
 
-@contextmanager
-def _syncs_refused() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    except RuntimeError as error:
-        if "synchronizing CUDA operation" not in str(error):
-            raise
-        raise NotCapturable(_first_line(error)) from error
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -49,7 +49,9 @@ class Runner:
         device, size = self.model.device, self.cache.layout.block_size
         if how is None:
             self._check_capturable()
-        buffers = StepBuffers(max_batch_size, -(-max_context // size), size, device, self.cache.span > 0)
+        # No table is longer than the cache, whatever the model's context.
+        width = min(-(-max_context // size), self.cache.num_blocks)
+        buffers = StepBuffers(max_batch_size, width, size, device, self.cache.span > 0)
         return DecodeGraphs(self._forward, buffers, how or cuda_capture(device), rows)
 
     def _check_capturable(self) -> None:

@@ -3,7 +3,8 @@
 Order, as in transformers: repetition penalty, temperature, top-k, top-p, min-p. Presence and frequency penalties and
 the bias of tokens come after the repetition penalty, and last what the answer's grammar allows. The draw is an
 exponential race, argmax(p/e) with e ~ Exp(1), whose noise is a function of the request's seed, the position and the
-token: a seeded request gives the same text in any company and on any device.
+token. Of tokens that are equally likely the one with the lower id comes first, in every cut and every list. So a row of
+logits leads to the same token whatever the rows beside it.
 
 All of it happens where the logits are. On a GPU nothing waits for the device until the result is read.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.cache.batch import send
+from octavo.cache.batch import pinned, send
 from octavo.engine.sequence import Sampled, Sequence
 
 logger = logging.getLogger("octavo")
@@ -66,7 +67,10 @@ def choose(logits: Tensor, sequences: Rows[Sequence], ahead: bool = False) -> Ch
     """As `sample`, without waiting. `ahead`: each sequence has one token more than the host knows of."""
     logits = logits.float()
     wanted = [s.params.logprobs for s in sequences]
-    logprobs = logits.log_softmax(-1) if any(n is not None for n in wanted) else None
+    logprobs = top = None
+    if most := [n for n in wanted if n is not None]:
+        logprobs = logits.log_softmax(-1)
+        top = _best(logits, min(max(most), logits.shape[-1]))
     failed = set()
     for i, (row, sequence) in enumerate(zip(logits, sequences, strict=True)):
         try:
@@ -79,10 +83,9 @@ def choose(logits: Tensor, sequences: Rows[Sequence], ahead: bool = False) -> Ch
     if drawn:
         rows = send(torch.tensor(drawn), logits.device)
         tokens[rows] = _draw(logits[rows], [sequences[i] for i in drawn], ahead)
-    if logprobs is None:
+    if logprobs is None or top is None:
         return Choice(tokens, wanted, failed)
-    values, ids = logprobs.topk(min(max(n or 0 for n in wanted), logprobs.shape[-1]))
-    return Choice(tokens, wanted, failed, logprobs.gather(-1, tokens[:, None])[:, 0], (values, ids))
+    return Choice(tokens, wanted, failed, logprobs.gather(-1, tokens[:, None])[:, 0], (logprobs.gather(-1, top), top))
 
 
 def _adjust(row: Tensor, sequence: Sequence) -> None:
@@ -111,23 +114,31 @@ def _draw(logits: Tensor, sequences: Rows[Sequence], ahead: bool) -> Tensor:
     columns = [(max(p.temperature, 1e-30), p.top_k or vocabulary, p.top_p if p.top_p < 1 else 2.0, p.min_p)
                for p in params]  # fmt: skip
     temperature, top_k, top_p, min_p = send(torch.tensor(columns), logits.device)[:, :, None].unbind(1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the best token is 0
+    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()  # the best token's is 1
     kept = max(p.top_k or vocabulary for p in params)
-    race = _race(sequences, vocabulary, ahead, logits.device)
-    index = None
     if kept < vocabulary or any(p.top_k or p.top_p < 1 or p.min_p for p in params):
-        logits, index = logits.topk(min(kept, vocabulary))  # best first
-        rank = torch.arange(logits.shape[-1], device=logits.device)
-        logits = logits.masked_fill(rank >= top_k, -torch.inf)
-        probabilities = logits.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # the best token always stays
-        cut = (before >= top_p) | (probabilities < min_p * probabilities[:, :1])
-        probabilities = probabilities.masked_fill(cut, 0)
-        race = race.gather(-1, index)
-    else:
-        probabilities = logits.softmax(-1)
-    winner = (probabilities / race).argmax(-1, keepdim=True)
-    return (winner if index is None else index.gather(-1, winner))[:, 0]
+        index = _best(logits, min(kept, vocabulary))
+        best = weights.gather(-1, index)
+        best.masked_fill_(torch.arange(best.shape[-1], device=best.device) >= top_k, 0)
+        sums = best.cumsum(-1)  # in order, so that zeros behind a row's own cut change nothing
+        best.masked_fill_((sums - best >= top_p * sums[:, -1:]) | (best < min_p), 0)  # the best token always stays
+        weights = torch.zeros_like(weights).scatter_(-1, index, best)
+    return (weights / _race(sequences, vocabulary, ahead, logits.device)).argmax(-1)
+
+
+def _best(x: Tensor, k: int) -> Tensor:
+    """Columns [rows, k] of the k largest of each row, best first; of equal ones, which `topk` returns as it comes, the
+    lowest."""
+    columns = x.shape[-1]
+    if k == columns:
+        return x.sort(descending=True, stable=True).indices
+    if k == 0:
+        return x.new_empty(len(x), 0, dtype=torch.int64)
+    least = x.topk(k).values[:, -1:]
+    low_first = torch.arange(columns - 1, -1, -1, dtype=torch.int32, device=x.device)
+    order = torch.where(x > least, low_first + columns, torch.where(x == least, low_first, -1))
+    index = order.topk(k).indices  # all that are larger, and as many equal ones as there is room for; each by column
+    return index.gather(-1, x.gather(-1, index).sort(descending=True, stable=True).indices)
 
 
 def _race(sequences: Rows[Sequence], vocabulary: int, ahead: bool, device: torch.device) -> Tensor:
@@ -155,4 +166,4 @@ def _to_host(x: Tensor) -> Tensor:
     """A copy on the host that is complete once the device has come to it."""
     if not x.is_cuda:
         return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    return pinned(x.shape, x.dtype, x.device).copy_(x, non_blocking=True)

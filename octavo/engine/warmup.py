@@ -1,6 +1,8 @@
-"""What steps take beside weights and cache: measured on a GPU by running, and capturing, the largest there can be.
+"""What is done once on a GPU before anything is served: kernels are compiled, and the memory of steps is measured.
 
-The cache is then made of what is left (cache/size.py), so a full step later on finds its memory free.
+A kernel is compiled when it is first launched, which takes seconds: steps of the kinds there are launch them all. What
+the largest step takes beside weights and cache is measured, and the cache is then made of what is left
+(cache/size.py), so a full step later on finds its memory free.
 """
 
 from __future__ import annotations
@@ -37,23 +39,25 @@ class LargestStep:
             rest -= found[-1]
         return found
 
+    def kinds(self) -> list[list[int]]:
+        """New tokens of each sequence of the steps that between them launch every kernel there can be.
+
+        Kernels differ between one new token and several, and by whether a tile is split over its context, which it is
+        where there are few: so of either kind the fewest and the most tiles.
+        """
+        several = min(self.sequences, self.tokens // 2)
+        return [[1], [1] * self.sequences, *([[2], [2] * several] if several else []), self.lengths()]
+
     def run(self, model: BoundModel, cache: KVCache) -> list[Sampled]:
-        """Compute it on a cache of one block, to be thrown away: every sequence stands in that block, many times."""
-        size = cache.layout.block_size
-        params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=0)
-        work = []
-        for length in self.lengths():
-            sequence = Sequence([0] * length, params)
-            sequence.block_table = [0] * -(-length // size)
-            sequence.first_page = sequence.ring = 0
-            work.append((sequence, length))
-        logits = Runner(model, cache).run(Batch.build(work, size, span=cache.span))
-        return sample(logits, [sequence for sequence, _ in work])
+        """Compute it on a cache of one block, to be thrown away."""
+        return run_step(self.lengths(), model, cache)
 
     def nbytes(self, model: BoundModel, cache: KVCache) -> int:
         """Bytes of the model's GPU that it takes at its peak, beside what was taken before, and those that the graphs
-        of decode steps keep."""
+        of decode steps keep. Every kernel that steps launch is compiled before."""
         device = model.device
+        for lengths in self.kinds():
+            run_step(lengths, model, cache)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -73,3 +77,18 @@ class LargestStep:
         kept = before - free_memory(model.device)
         del graphs
         return max(0, kept)
+
+
+def run_step(lengths: list[int], model: BoundModel, cache: KVCache) -> list[Sampled]:
+    """A step of so many new tokens for each sequence, on a cache of one block, to be thrown away: every sequence stands
+    in that block, many times."""
+    size = cache.layout.block_size
+    params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=0)
+    work = []
+    for length in lengths:
+        sequence = Sequence([0] * length, params)
+        sequence.block_table = [0] * -(-length // size)
+        sequence.first_page = sequence.ring = 0
+        work.append((sequence, length))
+    logits = Runner(model, cache).run(Batch.build(work, size, span=cache.span))
+    return sample(logits, [sequence for sequence, _ in work])

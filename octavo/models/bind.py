@@ -83,13 +83,22 @@ class BoundModel:
         return self.hf.dtype
 
     @property
-    def arithmetic(self) -> str:
-        """What K and V depend on beside the weights: dtype, and RoPE's frequencies, which may follow the context."""
+    def rotary(self) -> str:
+        """Names RoPE's frequencies, and what scales its sines, in four digits: they may follow the context, and be
+        overridden."""
         digest = sha256()
         for name, buffer in self.hf.named_buffers():
             if name.endswith("inv_freq"):
-                digest.update(buffer.float().cpu().numpy().tobytes())
-        return f"{str(self.dtype).removeprefix('torch.')}, rotary frequencies {digest.hexdigest()[:8]}"
+                digest.update(" ".join(f"{x:.4g}" for x in buffer.flatten().tolist()).encode())
+        for module in self.hf.modules():
+            if isinstance(scale := getattr(module, "attention_scaling", 1.0), float) and scale != 1:
+                digest.update(f" × {scale:.4g}".encode())
+        return digest.hexdigest()[:8]
+
+    @property
+    def arithmetic(self) -> str:
+        """What K and V depend on beside the weights."""
+        return f"{str(self.dtype).removeprefix('torch.')}, rotary frequencies {self.rotary}"
 
     @property
     def raw_format(self) -> KVFormat:

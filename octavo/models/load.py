@@ -283,8 +283,8 @@ def _generation_config(path: Path) -> GenerationConfig:
 
 def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
     """Raises OctavoError for a size that no model has. Names that a model type spells in its own way are not known."""
-    for config in (raw, raw.get("text_config")):
-        for name, largest in _LARGEST.items() if isinstance(config, dict) else ():
+    for config in [part for part in (raw, raw.get("text_config")) if isinstance(part, dict)]:
+        for name, largest in _LARGEST.items():
             size = config.get(name)
             several = size if isinstance(size, list) else [size]  # one for each layer
             if any(x is not None and (type(x) is not int or not 0 <= x <= largest) for x in several):

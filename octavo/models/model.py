@@ -133,7 +133,7 @@ class Model:
             found = Calibration.load(file)
         shapes = [(shape.kv_heads, shape.k_dim, shape.v_dim) for shape in self.bound.shapes]
         try:
-            found.check(self.fingerprint, shapes)
+            found.check(self.fingerprint, self.bound.rotary, shapes)
         except OctavoError as error:
             if given is not None or format.needs_calibration:
                 raise

@@ -44,6 +44,7 @@ class Header:
     positions: tuple[Count, Count]  # first and last position covered
     granularity: Granularity = DEFAULT_GRANULARITY
     headroom: float = DEFAULT_HEADROOM
+    rotary: str = ""  # names RoPE's frequencies, which decide what range each channel of K has; "" if not recorded
     version: int = VERSION
 
 
@@ -72,13 +73,19 @@ class Calibration:
         validate_choice(granularity, headroom)
         return range_static(statistics["min"], statistics["max"], granularity, headroom)
 
-    def check(self, fingerprint: str, shapes: list[tuple[int, int, int]]) -> None:
-        """Refuse other weights and other geometry; `shapes` is (kv_heads, k_dim, v_dim) of each layer."""
+    def check(self, fingerprint: str, rotary: str, shapes: list[tuple[int, int, int]]) -> None:
+        """Refuse other weights, other RoPE settings and other geometry; `shapes` is (kv_heads, k_dim, v_dim) of each
+        layer."""
         again = "run `octavo calibrate` on this model again, or serve without calibration with --kv int8-token"
         if self.header.fingerprint != fingerprint:
             raise OctavoError(
                 f"the calibration was made for other weights ({self.header.fingerprint[:19]}…) "
                 f"than these ({fingerprint[:19]}…); {again}"
+            )
+        if self.header.rotary != rotary:
+            raise OctavoError(
+                f"the calibration was made under other RoPE settings ({self.header.rotary or 'not recorded'}) than "
+                f"these ({rotary}), which depend on the config and may follow --session-len; {again}"
             )
         found = [(*side["k"]["min"].shape, side["v"]["min"].shape[1]) for side in self.layers]
         if found != shapes:

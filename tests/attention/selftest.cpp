@@ -92,6 +92,7 @@ struct Input {
     bool k_token, v_token, k_rotated, v_rotated;
     int heads, group, k_dim, v_dim;
     std::vector<int64_t> kv_len, fresh;  // of each sequence: its tokens, and how many of them are new
+    int span;  // of edges, 0: none
     Float type;  // of queries and answers
     Attention attention;
 };
@@ -119,8 +120,38 @@ Answer run(const Kernels& kernels, const Input& in, unsigned seed) {
     Store v(in.v_code, in.v_token, in.v_rotated, false, in.heads, in.v_dim, int(blocks));
     const int64_t tokens = int64_t(slots.size());
     const auto keys = normals(tokens * in.heads * in.k_dim), values = normals(tokens * in.heads * in.v_dim);
-    kernels.write(k.side, {keys.data(), Float::FP32, in.heads * in.k_dim, in.k_dim}, slots.data(), tokens, POOL);
-    kernels.write(v.side, {values.data(), Float::FP32, in.heads * in.v_dim, in.v_dim}, slots.data(), tokens, POOL);
+
+    // Raw pages: page 0 of each sequence, then its ring; in hand what a chunk sees from its oldest own span on.
+    const int ring_pages = std::max(in.span, BLOCK) / BLOCK;
+    std::vector<int64_t> first, ring, hand, raw_slots, hand_slots;
+    int64_t hand_pages = 0;
+    for (int s = 0; s < sequences; s++) {
+        const int64_t end = in.kv_len[s], span = std::max(in.span, BLOCK), begin = (end - in.fresh[s]) / span * span;
+        first.push_back(s);
+        ring.push_back(sequences + s * ring_pages);
+        hand.push_back(in.fresh[s] > 1 ? hand_pages : -1);
+        for (int64_t t = 0; t < end; t++) {
+            raw_slots.push_back(t < BLOCK ? first[s] * BLOCK + t
+                                          : t >= (end - 1) / span * span ? ring[s] * BLOCK + t % span : -1);
+            hand_slots.push_back(in.fresh[s] > 1 && t >= begin ? hand_pages * BLOCK + t - begin : -1);
+        }
+        raw_slots.push_back(-1), hand_slots.push_back(-1);
+        if (in.fresh[s] > 1) hand_pages += (end - begin + BLOCK - 1) / BLOCK;
+    }
+    const int raw_pages = sequences * (1 + ring_pages);
+    Store raw_k(Code::FP32, false, false, true, in.heads, in.k_dim, raw_pages);
+    Store raw_v(Code::FP32, false, false, false, in.heads, in.v_dim, raw_pages);
+    Store hand_k(Code::FP32, false, false, true, in.heads, in.k_dim, int(hand_pages));
+    Store hand_v(Code::FP32, false, false, false, in.heads, in.v_dim, int(hand_pages));
+    const Rows all_keys = {keys.data(), Float::FP32, in.heads * in.k_dim, in.k_dim};
+    const Rows all_values = {values.data(), Float::FP32, in.heads * in.v_dim, in.v_dim};
+    kernels.write(k.side, all_keys, slots.data(), tokens, POOL);
+    kernels.write(v.side, all_values, slots.data(), tokens, POOL);
+    kernels.write(raw_k.side, all_keys, raw_slots.data(), tokens, POOL);
+    kernels.write(raw_v.side, all_values, raw_slots.data(), tokens, POOL);
+    kernels.write(hand_k.side, all_keys, hand_slots.data(), tokens, POOL);
+    kernels.write(hand_v.side, all_values, hand_slots.data(), tokens, POOL);
+    const Edges edges = {in.span, raw_k.side, raw_v.side, first.data(), ring.data(), hand_k.side, hand_v.side, hand.data()};
 
     const int query_heads = in.heads * in.group;
     const size_t rows = q_start.back();
@@ -141,7 +172,9 @@ Answer run(const Kernels& kernels, const Input& in, unsigned seed) {
         return out;
     };
     Answer answer;
-    answer.all = answers([&](void* out) { kernels.attend(k.side, v.side, nullptr, attention, step, queries, out, POOL); });
+    answer.all = answers([&](void* out) {
+        kernels.attend(k.side, v.side, in.span ? &edges : nullptr, attention, step, queries, out, POOL);
+    });
     answer.singles = answers([&](void* out) { kernels.decode(k.side, v.side, attention, step, queries, out, POOL); });
     answer.rows.resize(size_t(in.heads) * width * BLOCK * in.v_dim);
     kernels.read(v.side, 0, in.heads, table.data(), width, Float::FP32, answer.rows.data(), POOL);
@@ -178,6 +211,7 @@ int main() {
             in.fresh.push_back(pick(0, 1) ? 1 : pick(1, std::max<int>(1, int(in.kv_len.back()))));
         }
         in.type = Float(pick(0, 2));
+        in.span = pick(0, 1) ? 0 : BLOCK << pick(0, 1);
         in.attention.scale = 0.2f;
         static const float yes = 0;  // run() puts the real sinks in its place
         if (pick(0, 2) == 0) in.attention.window = pick(1, 150);

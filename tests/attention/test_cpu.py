@@ -7,6 +7,7 @@ these tests are skipped; what then happens is tested too.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -50,12 +51,12 @@ CASES = [
     Case("int8", 256, 256, 1, 3, 64),
     Case("int8-token", 64, 64, 2, 4, 64),
     Case("int8-token", 96, 96, 3, 1, 64, calibrated=False),
-    Case("int8-token-rotated", 80, 80, 2, 3, 64),
+    Case("int8-token-unrotated", 80, 80, 2, 3, 64),
     Case("int4-token", 64, 64, 1, 3, 64, calibrated=False),
     Case("int4-token", 80, 80, 1, 8, 64),
     Case("int4-token", 128, 64, 2, 4, 64),
     Case("int4-token-unrotated", 256, 256, 1, 1, 64),
-    Case("k8v4", 128, 128, 1, 8, 64),
+    Case("int8-token/int4-token", 128, 128, 1, 8, 64),
     Case("bf16/int4-token", 96, 96, 2, 3, 64),
     Case("int8", 64, 64, 2, 3, 64, window=50),
     Case("int4-token", 64, 64, 2, 3, 64, window=70),
@@ -186,6 +187,49 @@ def test_bf16_is_as_close_as_torchs_attention_on_the_decoded_values(
     assert own <= 1.5 * allowed
 
 
+@dataclass
+class Session(Sequence):
+    """A sequence with raw pages."""
+
+    first_page: int = 0
+    ring: int = 0
+
+
+class Alone:
+    """A prompt's rows, and its answers however it is cut and whoever shares its steps."""
+
+    def __init__(self, case: Case, tokens: int = 1300):
+        self.layer = NativeLayer(case)
+        self.tokens, self.blocks = tokens, -(-tokens // 64)
+        layer = self.layer
+        self.rows = [layer.queries(tokens), layer.keys(tokens), layer.values(tokens)]
+        self.others = [layer.queries(tokens), layer.keys(tokens), layer.values(tokens)]
+
+    def answers(self, cuts: list[int], company: list[int]) -> torch.Tensor:
+        """Of the prompt cut so; beside each piece another sequence computes so many tokens."""
+        shape, format = self.layer.spec.shape, KVFormat.parse(self.layer.case.format)
+        plans = plan_layers([shape], format, self.layer.calibration, headroom=1.0)
+        ring = format.edges // 64
+        self.cache = KVCache(plans, 2 * self.blocks, Layout(order="tiles"), 2 + 2 * ring)
+        order = torch.randperm(2 * self.blocks, generator=torch.Generator().manual_seed(len(cuts))).tolist()
+        tables, zeros = (order[: self.blocks], order[self.blocks :]), [0] * self.tokens
+        self.own, other = (Session(table, zeros, first_page=i, ring=2 + i * ring) for i, table in enumerate(tables))
+        outs = []
+        for n, more in zip(cuts, company, strict=True):
+            work = [(self.own, n), (other, more)] if more else [(self.own, n)]
+            pieces = [
+                rows[sequence.num_cached :][:count]
+                for (sequence, count), whole in zip(work, (self.rows, self.others), strict=False)
+                for rows in whole
+            ]
+            q, k, v = (torch.cat(pieces[i::3]) for i in range(3))
+            batch = Batch.build(work, 64, span=format.edges)
+            outs.append(attend(self.layer.spec, self.cache.layers[0], q, k, v, batch)[:n])
+            for sequence, count in work:
+                sequence.num_cached += count
+        return torch.cat(outs)
+
+
 @every_isa
 @native
 @pytest.mark.parametrize(
@@ -195,42 +239,57 @@ def test_bf16_is_as_close_as_torchs_attention_on_the_decoded_values(
         Case("fp16", 80, 80, 1, 3, 64),
         Case("int8", 64, 64, 2, 1, 64, sinks=True),
         Case("int8-token", 128, 128, 1, 3, 64),
-        Case("int8-token-rotated", 24, 40, 2, 3, 64, window=100),
+        Case("int8-token-unrotated", 24, 40, 2, 3, 64, window=100),
         Case("int4-token", 64, 128, 1, 7, 64),
-        Case("k8v4", 96, 96, 2, 2, 64, window=700, softcap=20.0, sinks=True),
+        Case("int8-token/int4-token", 96, 96, 2, 2, 64, window=700, softcap=20.0, sinks=True),
+        Case("kv8", 64, 64, 1, 3, 64),
+        Case("int8+edges256", 64, 64, 1, 1, 64),
+        Case("k8v4+edges128", 96, 40, 1, 4, 64, window=300, softcap=20.0, sinks=True),
     ],
     ids=str,
 )
 def test_a_rows_bits_do_not_depend_on_its_company(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """However a prompt is cut, whoever shares the step, and whatever the number of threads."""
     monkeypatch.setattr(cpu, "exact", True)
-    tokens, context = 1300, 21 * 64
-    maker = NativeLayer(case)
-    rows = [maker.queries(tokens), maker.keys(tokens), maker.values(tokens)]
-    others = [maker.queries(context), maker.keys(context), maker.values(context)]
+    prompt = Alone(case)
 
-    def answers(cuts: list[int], threads: int, company: list[int]) -> torch.Tensor:
-        """Of the prompt cut so; beside each piece another sequence computes so many tokens, first or last."""
-        cache = maker.empty_cache(42, "tiles")
-        order = torch.randperm(42, generator=torch.Generator().manual_seed(len(cuts))).tolist()
-        own, other = (Sequence(part, [0] * context) for part in (order[:21], order[21:]))
+    def answers(threads: int, cuts: list[int], company: list[int]) -> torch.Tensor:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        outs = []
-        for cut, many in zip(cuts, company, strict=True):
-            mine = [x[own.num_cached : own.num_cached + cut] for x in rows]
-            theirs = [x[other.num_cached : other.num_cached + many] for x in others]
-            work = [(own, cut), (other, many)] if many else [(own, cut)]
-            q, k, v = (torch.cat(pair) for pair in zip(mine, theirs, strict=True))
-            out = attend(maker.spec, cache.layers[0], q, k, v, Batch.build(work, 64))
-            outs.append(out[:cut])
-            own.num_cached += cut
-            other.num_cached += many
-        return torch.cat(outs)
+        return prompt.answers(cuts, company)
 
-    whole = answers([tokens], 1, [0])
-    assert torch.equal(answers([64] * 20 + [20], 2, [0] * 21), whole)
-    assert torch.equal(answers([1000] + [1] * 40 + [2, 3, 5, 7] * 15 + [5], 3, [900] + [1] * 101), whole)
-    assert torch.equal(answers([700, 1, 1, 598], 16, [1, 63, 700, 1]), whole)
+    whole = answers(1, [1300], [0])
+    assert torch.equal(answers(2, [64] * 20 + [20], [0] * 21), whole)
+    assert torch.equal(answers(3, [1000] + [1] * 40 + [2, 3, 5, 7] * 15 + [5], [900] + [1] * 101), whole)
+    assert torch.equal(answers(16, [700, 1, 1, 598], [1, 63, 700, 1]), whole)
+    assert torch.equal(answers(5, [65] * 20, [130, 2] * 5 + [0] * 10), whole)
+
+
+@every_isa
+@native
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("kv8", 64, 64, 1, 3, 64),
+        Case("kv4", 64, 128, 1, 2, 64, window=90),
+        Case("int8+edges128", 64, 64, 2, 1, 64, sinks=True),
+        Case("k8v4+edges256", 96, 40, 1, 4, 64, window=300, softcap=20.0, sinks=True),
+        Case("bf16/int4-token+edges", 64, 64, 1, 2, 64, calibrated=False),
+    ],
+    ids=str,
+)
+def test_a_query_reads_page_0_and_its_own_span_raw(case: Case) -> None:
+    """Against a loop over rows, each of which attends to raw rows and decoded ones side by side."""
+    prompt = Alone(case, 400)
+    out = prompt.answers([150, 1, 1, 130, 70, 48], [3, 1, 64, 0, 1, 2])
+    layer, span = prompt.cache.layers[0], KVFormat.parse(case.format).edges
+    q, *rows = (x.double().numpy() for x in prompt.rows)
+    decoded = [stored(store, prompt.own) for store in (layer.k, layer.v)]
+    for t in range(400):
+        positions = np.arange(t + 1)[:, None, None]
+        raw = (positions < 64) | (positions >= t // span * span)
+        seen = [np.where(raw, exact[: t + 1], codes[: t + 1]) for exact, codes in zip(rows, decoded, strict=True)]
+        expected = numpy_attention(prompt.layer.spec, q[t : t + 1], *seen, first=t)
+        assert_close(out[t : t + 1], expected)
 
 
 def adversarial(kind: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -345,7 +404,9 @@ def test_no_native_kernel_reads_beyond_its_memory_in_random_shapes() -> None:
     random = np.random.default_rng(0)
     for _ in range(60):
         k_dim, v_dim = (8 * int(n) for n in random.integers(1, 33, 2))
-        name = random.choice(["bf16", "fp16", "fp32", "int8-token", "int4-token", "k8v4", "int8-token-rotated"])
+        name = random.choice(
+            ["bf16", "fp16", "fp32", "int8-token", "int4-token", "int8-token/int4-token", "int8-token-unrotated"]
+        )
         kv_heads, group, blocks = (int(n) for n in random.integers(1, 5, 3))
         shape = LayerShape(kv_heads, k_dim, v_dim)
         cache = KVCache(plan_layers([shape], KVFormat.parse(str(name))), blocks, Layout(order="tiles"))

@@ -32,7 +32,7 @@ def test_kivi_leaves_the_last_128_rows_as_they_are_and_rounds_those_before(pamph
     window = text_ids[:257]
     _, score = compare(pamphlet, FP32, [kivi], [window, window])  # twice: nothing is left from the text before
     by_position = torch.tensor(score.kl_by_position)
-    assert by_position[: peer_formats.RECENT].max() < 1e-8
+    assert by_position[: peer_formats.RECENT].abs().max() < 1e-6  # other sums of the same numbers
     assert by_position[peer_formats.RECENT + 8 :].mean() > 1e-5
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +15,7 @@ from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
-from octavo.engine.graphs import NotCapturable, StepBuffers, sizes
+from octavo.engine.graphs import NotCapturable, StepBuffers, cuda_capture, sizes
 from octavo.engine.runner import Runner
 from octavo.models.bind import BoundModel
 from octavo.quant.format import KVFormat
@@ -81,7 +83,7 @@ def test_a_padded_step_computes_and_writes_what_the_step_does_and_nothing_else(
 
 
 def test_a_padded_row_counts_no_values_and_no_saturation(llama: BoundModel):
-    one = runner(llama, "int8-token", "rows")
+    one = runner(llama, "int8-token-unrotated", "rows")
     store = one.cache.stores[0]
     written, saturated = store.written, store.saturated.item()
     rows = torch.full((3, store.heads, store.dim), 1e9)
@@ -147,3 +149,88 @@ def test_the_reference_is_never_captured(llama: BoundModel):
     """It looks at lengths on the host: a graph would keep those of the captured step for ever."""
     with pytest.warns(UserWarning, match="attention runs on plain torch"):
         runner(llama, "fp32", "rows").capture(4, 16)
+
+
+class FakeCuda:
+    """Of torch.cuda what a capture uses, on a machine without a GPU. `fails` is what CUDA says within a capture."""
+
+    def __init__(self, fails: Exception | None):
+        self.fails, self.streams, self.capturing = fails, [], False
+
+    def graph_pool_handle(self) -> int:
+        return 1
+
+    def Stream(self, device: torch.device) -> FakeCuda:
+        self.streams.append(device)
+        return self
+
+    def wait_stream(self, other: object) -> None:
+        assert other is not None
+
+    def current_stream(self, device: torch.device) -> torch.device:
+        return device
+
+    def synchronize(self, device: torch.device) -> None:
+        assert device.index == 1
+
+    def device(self, device: torch.device) -> AbstractContextManager[None]:
+        assert device.index == 1
+        return nullcontext()
+
+    def stream(self, stream: FakeCuda) -> AbstractContextManager[None]:
+        assert stream is self
+        return nullcontext()
+
+    def CUDAGraph(self) -> FakeCuda:
+        return self
+
+    def replay(self) -> None:
+        pass
+
+    @contextmanager
+    def graph(self, graph: FakeCuda, *, pool: int, stream: FakeCuda, capture_error_mode: str) -> Iterator[None]:
+        assert (graph, pool, stream, capture_error_mode) == (self, 1, self, "thread_local")
+        self.capturing = True
+        try:
+            yield
+            if self.fails is not None:
+                raise self.fails
+        finally:
+            self.capturing = False
+
+
+@pytest.mark.parametrize("fails", [RuntimeError("operation not permitted when stream is capturing"), ValueError()])
+def test_whatever_fails_within_a_capture_is_a_reason_to_run_without_graphs(
+    fails: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    cuda = FakeCuda(fails)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    capture = cuda_capture(torch.device("cuda", 1))
+    with pytest.raises(NotCapturable, match="not permitted" if str(fails) else "ValueError"):
+        capture(lambda: torch.zeros(1))
+
+
+def test_a_step_that_fails_outside_a_capture_fails_by_its_own_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "cuda", FakeCuda(None))
+
+    def step() -> torch.Tensor:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        cuda_capture(torch.device("cuda", 1))(step)
+
+
+def test_all_captures_of_an_engine_are_on_one_stream_of_its_own_device(monkeypatch: pytest.MonkeyPatch):
+    cuda = FakeCuda(None)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    capture = cuda_capture(torch.device("cuda", 1))
+    for size in (4, 2):
+        assert capture(lambda size=size: torch.zeros(size))().shape == (size,)
+    assert cuda.streams == [torch.device("cuda", 1)]
+
+
+def test_tables_of_captured_steps_are_no_longer_than_the_cache(llama: BoundModel):
+    """A context of a million tokens would make them of a size that no cache needs."""
+    one = runner(llama, "fp32", "rows")
+    one.capture(4, 1 << 20, how=lambda run: run)
+    assert one.graphs.buffers.width == one.cache.num_blocks

@@ -301,6 +301,62 @@ def test_a_token_drawn_ahead_is_the_one_drawn_in_its_turn():
         assert ahead == sample(row[None].clone(), [Sequence([1, 2, 3], params)])
 
 
+# --- ties ------------------------------------------------------------------------------------------------------------
+
+
+def tied(dtype: torch.dtype = torch.bfloat16, groups: int = 3, vocabulary: int = 5000) -> Tensor:
+    """Logits [1, vocabulary] of a few values, so that each belongs to many tokens, shuffled; −0 is there beside 0."""
+    values = torch.arange(groups, dtype=dtype) - groups // 2
+    row = values[torch.randint(groups, (1, vocabulary), generator=torch.Generator().manual_seed(groups))]
+    return torch.where(row == 0, torch.zeros(()).copysign(0.5 - torch.arange(vocabulary) % 2), row).to(dtype)
+
+
+def by_id(row: Tensor) -> list[int]:
+    """Tokens from the best to the worst; of equal ones the lowest id first."""
+    return sorted(range(row.shape[-1]), key=lambda token: (-row[0, token].item(), token))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [1, 3, 40])
+def test_of_equal_tokens_greedy_takes_the_lowest_id_and_log_probabilities_list_it_first(
+    dtype: torch.dtype, groups: int
+):
+    row = tied(dtype, groups)
+    (sampled,) = sample(row.clone(), [Sequence([0], SamplingParams(logprobs=MAX_LOGPROBS))])
+    assert sampled.token == by_id(row)[0]
+    assert list(sampled.top) == by_id(row)[:MAX_LOGPROBS]
+
+
+@pytest.mark.parametrize("groups", [1, 3, 40])
+@pytest.mark.parametrize("top_k", [1, 2, 50, 4999])
+def test_of_equal_tokens_top_k_keeps_the_lowest_ids(groups: int, top_k: int):
+    row = tied(groups=groups)
+    params = [SamplingParams(temperature=50.0, top_k=top_k, seed=seed) for seed in range(60)]
+    drawn = {s.token for s in sample(row.repeat(60, 1), [Sequence([0], p) for p in params])}
+    assert drawn <= set(by_id(row)[:top_k])
+    assert len(drawn) > min(top_k, 60) // 2
+
+
+@pytest.mark.parametrize("top_p", [0.004, 0.5])
+def test_of_equal_tokens_top_p_keeps_the_lowest_ids(top_p: float):
+    row = torch.zeros(1, 1000)
+    params = [SamplingParams(temperature=1.0, top_p=top_p, seed=seed) for seed in range(100)]
+    drawn = {s.token for s in sample(row.repeat(100, 1), [Sequence([0], p) for p in params])}
+    assert drawn <= set(range(int(1000 * top_p)))
+    assert max(drawn) > 900 * top_p if top_p == 0.5 else drawn == {0, 1, 2, 3}
+
+
+def test_a_row_of_ties_draws_the_same_token_beside_rows_that_are_cut_elsewhere():
+    row = tied()
+    for own in ({"top_k": 7}, {"top_p": 0.3}, {"top_k": 900, "top_p": 0.2, "min_p": 0.1}):
+        mine = SamplingParams(temperature=1.5, seed=3, logprobs=4, **own)
+        found = []
+        for others in ([], [{"top_k": 3000}], [{"top_p": 0.5}, {}], [{"temperature": 0.0, "logprobs": 90}]):
+            params = [mine, *(SamplingParams(**{"temperature": 1.0, **other}) for other in others)]
+            found.append(sample(row.repeat(len(params), 1), [Sequence([1, 2], p) for p in params])[0])
+        assert all(one == found[0] for one in found)
+
+
 # --- log-probabilities -----------------------------------------------------------------------------------------------
 
 

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from octavo.models.bind import Attend, BoundModel
+from octavo.models.bind import Attend, BoundModel, bind
 
 
 def run(bound: BoundModel, attend: Attend) -> Tensor:
@@ -63,3 +64,44 @@ def test_a_failed_forward_leaves_the_next_one_alone(llama: BoundModel):
     assert torch.equal(run(llama, only_itself), want)
     with pytest.raises(RuntimeError, match=r"through BoundModel\.forward"):
         llama.hf(input_ids=torch.tensor([[1]]))
+
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0,
+}  # fmt: skip
+THETA = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def rotary(rope: dict, context: int | None = None, dtype: torch.dtype = torch.float32) -> str:
+    return bind(LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=rope)).to(dtype), context).rotary
+
+
+def test_rope_settings_are_told_apart_by_theta_scaling_and_attention_factor_but_not_by_weights_or_context():
+    yarn = {**THETA, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    different = [
+        THETA,
+        {**THETA, "rope_theta": 500000.0},
+        {**THETA, "rope_type": "linear", "factor": 2.0},
+        yarn,
+        {**yarn, "attention_factor": 1.5},
+    ]
+    names = [rotary(rope) for rope in different]
+    assert len(set(names)) == len(names)
+    assert rotary(THETA, context=64) == names[0]
+    # Frequencies in four digits, which float32 has on every device.
+    assert rotary({**THETA, "rope_theta": 10000.001}) == names[0]
+
+
+def test_longrope_pinned_to_another_context_is_another_rope():
+    rope = {
+        **THETA, "rope_type": "longrope", "original_max_position_embeddings": 64,
+        "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.2, 2.4, 2.6],
+    }  # fmt: skip
+
+    def pinned(context: int | None) -> str:
+        return bind(
+            Phi3ForCausalLM(Phi3Config(**SIZES, original_max_position_embeddings=64, rope_parameters=rope)), context
+        ).rotary
+
+    assert pinned(60) == pinned(64) != pinned(128) == pinned(None)

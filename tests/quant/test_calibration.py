@@ -69,7 +69,7 @@ def test_an_artefact_round_trips_whole(tmp_path: Path) -> None:
         loaded = Calibration.load(source)
         assert same(loaded, saved)
         assert loaded.header.positions == (0, 4095)
-        loaded.check(FINGERPRINT, SHAPES)
+        loaded.check(FINGERPRINT, "", SHAPES)
 
 
 def test_the_file_is_plain_safetensors_with_a_json_header(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_the_file_is_plain_safetensors_with_a_json_header(tmp_path: Path) -> Non
         header = json.loads(file.metadata()["octavo"])
     assert header == {
         "version": 2, "fingerprint": FINGERPRINT, "dataset": "ptb", "samples": 4, "seqlen": 32, "tokens": 128,
-        "positions": [0, 4095], "granularity": "channel", "headroom": 1.4,
+        "positions": [0, 4095], "granularity": "channel", "headroom": 1.4, "rotary": "",
     }  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def test_saving_makes_the_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", ["sha256:" + "0e" * 32, "synthetic", ""])
 def test_a_calibration_of_other_weights_is_refused(other: str) -> None:
     with pytest.raises(OctavoError, match="other weights") as caught:
-        make().check(other, SHAPES)
+        make().check(other, "", SHAPES)
     assert "octavo calibrate" in str(caught.value)
     assert "int8-token" in str(caught.value)
 
@@ -176,7 +176,7 @@ def test_a_calibration_of_other_weights_is_refused(other: str) -> None:
 )  # fmt: skip
 def test_a_calibration_of_another_geometry_is_refused(shapes: list[tuple[int, int, int]]) -> None:
     with pytest.raises(OctavoError, match="layers") as caught:
-        make().check(FINGERPRINT, shapes)
+        make().check(FINGERPRINT, "", shapes)
     assert "octavo calibrate" in str(caught.value)
 
 

@@ -33,11 +33,13 @@ def unavailable() -> str | None:
         return "Triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if not torch.cuda.is_available():
-        return "there is no GPU"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "the GPU is older than Ampere"
-    return None
+    return None if torch.cuda.is_available() else "there is no GPU"
+
+
+@cache
+def too_old(device: torch.device) -> bool:
+    """Whether it is a GPU before Ampere."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def refuses(plan: LayerPlan) -> str | None:
@@ -47,6 +49,8 @@ def refuses(plan: LayerPlan) -> str | None:
         return why
     if shape.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the cache is on {shape.device}"
+    if too_old(shape.device):
+        return f"the GPU {shape.device} is older than Ampere"
     if max(shape.k_dim, shape.v_dim) > LARGEST:
         return f"no kernel takes heads of {shape.k_dim} and {shape.v_dim}"
     if plan.format.edges:

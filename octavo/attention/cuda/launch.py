@@ -53,9 +53,11 @@ class Tiling:
 
     @classmethod
     def of_decodes(cls, group: int, v: RowStore) -> Tiling:
-        """Some six programs run at once; their sums are small. Wide rows of raw V need the registers of four warps."""
-        warps = 4 if v.dim * v.codes.itemsize >= 512 else 2
-        return cls(1, max(16, _power(group)), programs=16, shortest=2, num_warps=warps, num_stages=3)
+        """Some six programs run at once; their sums are small. Wide rows of raw V need the registers of four warps, and
+        so do tiles of more than 16 query heads, in proportion."""
+        rows = max(16, _power(group))
+        warps = min(8, rows // 16 * (4 if v.dim * v.codes.itemsize >= 512 else 2))
+        return cls(1, rows, programs=16, shortest=2, num_warps=warps, num_stages=3)
 
     @classmethod
     def of_chunks(cls, group: int, k: RowStore, v: RowStore) -> Tiling:

@@ -189,18 +189,25 @@ private:
             return out;
         };
         const float *k_scales = scales(here.k, next.k, k_scale), *v_scales = scales(here.v, next.v, v_scale);
-        Range any = {BLOCK, 0};
-        for (int r = 0; r < rows; r++) {
-            auto within = [&](int64_t token) { return int(std::clamp<int64_t>(token - page * BLOCK, 0, BLOCK)); };
-            seen[r] = {within(call.oldest(position(r))), within(position(r) + 1)};
-            any = {std::min(any.from, seen[r].from), std::max(any.to, seen[r].to)};
-        }
+        const Range any = see(page);
         product(here.k, here, next.bytes(next.k), raw ? natural : folded, {0, call.k.dim}, scores, nullptr);
         for (int r = 0; r < rows; r++)
             keep[r] = soften(scores.from(r).at, k_scales, v_scales, raw ? 0 : shift[r], call.attention.softcap, seen[r],
                              sums.from(r));
         // Only of tokens that are seen: the rest of a page is its last owner's, and a weight of 0 does not undo a NaN.
         product(here.v, here, next.bytes(next.v), scores, any, sums.out, keep);
+    }
+
+    // Sets what each row sees of the page; returns what any of them sees.
+    Range see(int64_t page) {
+        const int64_t start = page * BLOCK;
+        if (start + BLOCK <= unit.first + 1 && call.oldest(unit.last - 1) <= start) {
+            std::fill(seen.begin(), seen.end(), Range{0, BLOCK});
+            return {0, BLOCK};
+        }
+        auto within = [&](int64_t token) { return int(std::clamp<int64_t>(token - start, 0, BLOCK)); };
+        for (int r = 0; r < rows; r++) seen[r] = {within(call.oldest(position(r))), within(position(r) + 1)};
+        return {seen.front().from, seen.back().to};
     }
 
     // Products with a page of one side. Of a tile only what some row sees: neighbours see up to nearly the same token.
