@@ -19,6 +19,7 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int  # of the prompt, found in the prefix cache
     sampled: list[Sampled]  # tokens with their log-probabilities, where asked for
+    error: str | None = None  # why it ended, if the reason is "error"
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Answer:
 
     def take(self) -> None:
         """The sequence has gained a token, or failed to."""
-        token = self.sequence.tokens[-1]
-        ends = self.sequence.finish_reason in ("stop", "error")  # the token that ends an answer is no part of its text
-        if not ends and (piece := self.text.push(token)):
+        if self.sequence.finish_reason == "error" or self._ends_unseen():
+            return
+        if piece := self.text.push(self.sequence.tokens[-1]):
             self.outbox.append(Delta(self.index, piece, None, self._sampled()))
 
     def complete(self) -> None:
@@ -63,11 +64,17 @@ class Answer:
             prompt_tokens=sequence.num_prompt,
             cached_tokens=sequence.prefix_hit,
             sampled=sequence.sampled,
+            error=sequence.error,
         )
         self.outbox.append(Delta(self.index, rest, completion, self._sampled()))
 
-    def _sampled(self) -> list[Sampled]:
+    def _ends_unseen(self) -> bool:
+        """Whether the latest token ended the answer and is no part of its text."""
         sequence = self.sequence
         ended = sequence.finish_reason == "stop" and sequence.tokens[-1] in sequence.stop_ids
-        start, self.told = self.told, len(sequence.sampled)
-        return sequence.sampled[start : self.told - ended]
+        return ended and not sequence.params.include_stop_str_in_output
+
+    def _sampled(self) -> list[Sampled]:
+        sampled, start = self.sequence.sampled, self.told
+        self.told = len(sampled)
+        return sampled[start : self.told - self._ends_unseen()]

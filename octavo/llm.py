@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, cast, overload
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
 from octavo.artefact import Damaged
 from octavo.attention import backend_for
@@ -34,13 +34,22 @@ from octavo.engine.turns import Turns
 from octavo.engine.warmup import LargestStep
 from octavo.errors import OctavoError
 from octavo.grammar import Grammars
+from octavo.inputs import (
+    Prompt,
+    is_conversation,
+    read_conversations,
+    read_messages,
+    read_params,
+    read_prompt,
+    read_prompts,
+)
 from octavo.interrupts import held
 from octavo.models.model import Model
 from octavo.quant.calibration import SYNTHETIC, Calibration
 from octavo.quant.format import Granularity, KVFormat
 from octavo.text import Message, TextStream, encode_chat
 
-Prompt = str | Rows[int]
+Params = SamplingParams | Rows[SamplingParams] | None
 T = TypeVar("T")
 
 
@@ -177,50 +186,54 @@ class LLM:
         )
 
     @overload
-    def generate(
-        self, prompts: Prompt | Rows[Prompt], params: SamplingParams | Rows[SamplingParams] | None = None
-    ) -> list[Completion]: ...
+    def generate(self, prompts: Prompt | Rows[Prompt], sampling_params: Params = None) -> list[Completion]: ...
     @overload
     def generate(
         self,
         prompts: Prompt | Rows[Prompt],
-        params: SamplingParams | Rows[SamplingParams] | None = None,
+        sampling_params: Params = None,
         *,
         stream: Literal[True],
     ) -> Iterator[Delta]: ...
     def generate(
         self,
         prompts: Prompt | Rows[Prompt],
-        params: SamplingParams | Rows[SamplingParams] | None = None,
+        sampling_params: Params = None,
         *,
         stream: bool = False,
     ) -> list[Completion] | Iterator[Delta]:
-        """Continue prompts, each a string or a list of token ids: completions in their order, or with `stream` pieces
-        as they come. `params` is one for all or one for each, the model's own defaults if None."""
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        prompts = cast(list[Prompt], [prompts] if one else prompts)
-        each = [params or self.default_params] * len(prompts) if not isinstance(params, Rows) else list(params)
-        if len(each) != len(prompts):
-            raise OctavoError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
+        """Continue prompts, each a string, a list of token ids or a dict with `prompt` or `prompt_token_ids`:
+        completions in their order, or with `stream` pieces as they come. `sampling_params` is one for all or one for
+        each, the model's own defaults if None. An answer that fails has the reason in `Completion.error`; the others
+        go on. Raises OctavoError, before any work, for what cannot be served."""
+        asked = read_prompts(prompts)
+        each = read_params(sampling_params, len(asked), lambda: self.default_params)
         outbox: deque[Delta] = deque()
-        answers = [self.answer(prompt, p, outbox, i) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
+        answers = [self.answer(prompt, p, outbox, i) for i, (prompt, p) in enumerate(zip(asked, each, strict=True))]
         if stream:
             return self._run(answers, outbox)
         return [delta.completion for delta in sorted(self._ran(answers, outbox), key=lambda d: d.index)
                 if delta.completion]  # fmt: skip
 
     @overload
-    def chat(self, messages: Rows[Message], params: SamplingParams | None = None) -> Completion: ...
+    def chat(self, messages: Rows[Message], sampling_params: Params = None) -> Completion: ...
+    @overload
+    def chat(self, messages: Rows[Rows[Message]], sampling_params: Params = None) -> list[Completion]: ...
     @overload
     def chat(
-        self, messages: Rows[Message], params: SamplingParams | None = None, *, stream: Literal[True]
+        self, messages: Rows[Message] | Rows[Rows[Message]], sampling_params: Params = None, *, stream: Literal[True]
     ) -> Iterator[Delta]: ...
     def chat(
-        self, messages: Rows[Message], params: SamplingParams | None = None, *, stream: bool = False
-    ) -> Completion | Iterator[Delta]:
-        """Answer a conversation `[{"role": "user", "content": …}, …]` by the model's chat template."""
-        prompt = encode_chat(self.tokenizer, messages)
-        return self.generate(prompt, params, stream=True) if stream else self.generate(prompt, params)[0]
+        self, messages: Rows[Message] | Rows[Rows[Message]], sampling_params: Params = None, *, stream: bool = False
+    ) -> Completion | list[Completion] | Iterator[Delta]:
+        """Answer a conversation `[{"role": "user", "content": …}, …]`, or each of a list of them, by the model's chat
+        template. A content is text or a list of parts of text. As `generate` otherwise."""
+        conversations, one = read_conversations(messages)
+        prompts = [encode_chat(self.tokenizer, conversation) for conversation in conversations]
+        if stream:
+            return self.generate(prompts, sampling_params, stream=True)
+        answers = self.generate(prompts, sampling_params)
+        return answers[0] if one else answers
 
     def save(self, path: str | Path, conversation: Prompt | Rows[Message], about: dict[str, Any] | None = None) -> int:
         """Keep a conversation's quantized K and V in a file: a prompt with its answer, as text or token ids, or
@@ -262,11 +275,9 @@ class LLM:
             raise OctavoError("sessions cannot be kept with random weights: nothing tells them from others")
         return Identity.of(self.cache, self.model.fingerprint, self.model.bound.arithmetic)
 
-    def sequence(self, prompt: Prompt, params: SamplingParams) -> Sequence:
+    def sequence(self, prompt: str | Rows[int], params: SamplingParams) -> Sequence:
         """The engine's form of a request; raises OctavoError for tokens the model does not have."""
         tokens = list(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
-        if not all(isinstance(token, int) for token in tokens):
-            raise OctavoError("a prompt is a string or a list of token ids")
         vocabulary = self.model.bound.vocab_size
         asked: dict[str, Iterable[int]] = {
             "prompt": tokens,
@@ -280,10 +291,11 @@ class LLM:
         guide = self.grammars.guide(params.json_schema) if params.json_schema is not None else None
         return Sequence(tokens, params, eos | frozenset(params.stop_token_ids), guide)
 
-    def answer(self, prompt: Prompt, params: SamplingParams, outbox: Outbox, index: int = 0) -> Answer:
+    def answer(self, prompt: str | Rows[int], params: SamplingParams, outbox: Outbox, index: int = 0) -> Answer:
         """A request that is not yet in the engine; its pieces will go to `outbox`. Touches no engine: any thread may
         call it."""
-        return Answer(index, self.sequence(prompt, params), TextStream(self.tokenizer, params.stop), outbox)
+        sequence = self.sequence(prompt, params)
+        return Answer(index, sequence, TextStream(self.tokenizer, params, sequence.tokens), outbox)
 
     def submit(self, *answers: Answer) -> None:
         """Queue answers for the next steps; raises OctavoError, and queues none, if one of them can never fit."""
@@ -340,9 +352,9 @@ class LLM:
 
     def _conversation(self, conversation: Prompt | Rows[Message]) -> list[int]:
         """Its token ids."""
-        if not isinstance(conversation, str) and len(conversation) and isinstance(conversation[0], dict):
-            return encode_chat(self.tokenizer, cast(Rows[Message], conversation), reply=False)
-        return self.sequence(cast(Prompt, conversation), SamplingParams()).tokens
+        if is_conversation(conversation):
+            return encode_chat(self.tokenizer, read_messages(conversation, "conversation"), reply=False)
+        return self.sequence(read_prompt(conversation, "conversation"), SamplingParams()).tokens
 
     def _compute(self, tokens: list[int]) -> None:
         """Have the K and V of `tokens` in the prefix cache."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence as Rows
 from typing import Any
 
-from octavo.engine.params import is_text
+from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 
 Message = dict[str, Any]  # {"role": "user", "content": …}; a template may know more fields, such as tool_calls
@@ -48,75 +48,118 @@ def takes_tools(tokenizer: Any) -> bool:
     return re.search(r"\btools\b", tokenizer.get_chat_template(tools=[{}])) is not None
 
 
-def check_messages(value: Any) -> list[Message]:
-    """`value` as messages; raises OctavoError for anything else."""
-    if not isinstance(value, list) or not value:
-        raise OctavoError("messages is not a list of messages")
-    for i, message in enumerate(value, 1):
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            raise OctavoError(f'message {i} is not of the form {{"role": "user", "content": "…"}}')
-        if not all(is_text(part) for part in message.values()):
-            raise OctavoError(f"message {i} holds something else than text")
-    return value
+def token_text(tokenizer: Any, token: int) -> str:
+    """The text of one token as it is within a text: alone, a decoder may drop the space that it begins with."""
+    alone = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    if REPLACEMENT in alone:  # a part of a character
+        return alone
+    return tokenizer.decode([token, token], clean_up_tokenization_spaces=False)[len(alone) :]
 
 
 class TextStream:
-    """The text of a growing list of tokens, without decoding all of it again for each.
+    """The text of a growing answer, without decoding all of it again for each token: what the tokenizer gives for the
+    prompt and the answer, less what it gives for the prompt. (Tokenizers of sentencepiece's kind drop the space that a
+    text begins with; an answer decoded alone would lose it.)
 
     Text is released once it can no longer change: not in the middle of a character, and not while it might be the
-    beginning of a stop string. A stop string ends the stream and is not part of the text.
+    beginning of a stop string. A stop string ends the stream. It is looked for in the text with all special tokens,
+    shown or not, and, as in vLLM, only where it ends beyond the first `min_tokens` tokens.
     """
 
-    def __init__(self, tokenizer: Any, stop: Rows[str] = ()):
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
-        self.ids: list[int] = []
-        self.decoded = ""  # text of all tokens up to self.read
-        self.released = 0  # characters of it that have been given out
-        self.context, self.read = 0, 0  # tokens [context, read) set the scene for decoding those after them
+    def __init__(self, tokenizer: Any, params: SamplingParams, prompt: Rows[int] = ()):
+        self.tokenizer, self.params = tokenizer, params
+        self.count = 0  # tokens of the answer
+        self.text = ""  # what has been released
         self.stopped = False
+        self.held = ""  # what has not, with the special tokens that are not shown
+        self.hidden: list[tuple[int, int]] = []  # where these are in it
+        # Tokens [context, read) set the scene for decoding those after them.
+        self.ids = self._last(prompt)
+        self.context, self.read = 0, len(self.ids)
+        self.scene = self._decode(self.ids)
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that became certain."""
         self.ids.append(token)
-        scene, text = self._decode(self.ids[self.context : self.read]), self._decode(self.ids[self.context :])
-        if text.endswith(REPLACEMENT) or len(text) <= len(scene):
+        self.count += 1
+        if name := self._hidden_name(token):
+            self.hidden.append((len(self.held), len(self.held) + len(name)))
+            self._take(name)
+        elif (new := self._new()) and not new.endswith(REPLACEMENT):
+            self._take(new)
+            self._advance()
+        else:
             return ""
-        self._take(text[len(scene) :])
-        return self._release(len(self.decoded) - self._held_back())
+        return self._release(len(self.held) - self._uncertain())
 
     def flush(self) -> str:
         """The rest of the text, half characters and half stop strings included."""
         if not self.stopped:
-            rest = self._decode(self.ids[self.context :])
-            self._take(rest[len(self._decode(self.ids[self.context : self.read])) :])
-        return self._release(len(self.decoded))
+            self._take(self._new())
+            self._advance()
+        return self._release(len(self.held))
 
-    @property
-    def text(self) -> str:
-        """What has been released so far."""
-        return self.decoded[: self.released]
+    def _last(self, prompt: Rows[int]) -> list[int]:
+        """The end of a prompt, as far as the text after it depends on it: it has text and begins with a whole
+        character."""
+        n = 8
+        while n < len(prompt):
+            text = self._decode(prompt[-n:])
+            if text and not text.startswith(REPLACEMENT):
+                break
+            n *= 2
+        return list(prompt[-n:])
+
+    def _new(self) -> str:
+        """The text of the tokens since `read`. They may complete a character that a prompt ends in the middle of."""
+        text = self._decode(self.ids[self.context :])
+        known = self.scene if text.startswith(self.scene) else self.scene.rstrip(REPLACEMENT)
+        return text[len(known) :]
+
+    def _advance(self) -> None:
+        self.context, self.read = self.read, len(self.ids)
+        self.scene = self._decode(self.ids[self.context :])
+
+    def _hidden_name(self, token: int) -> str:
+        """A special token as it is written in a stop string, if it is not shown and there are stop strings."""
+        if not self.params.stop or not self.params.skip_special_tokens or self._decode([token]):
+            return ""
+        return self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _take(self, new: str) -> None:
-        start = max(0, len(self.decoded) - max(map(len, self.stop), default=0))
-        self.decoded += new
-        self.context, self.read = self.read, len(self.ids)
-        found = [at for at in (self.decoded.find(stop, start) for stop in self.stop) if at >= 0]
-        if found:
-            self.decoded = self.decoded[: min(found)]
+        before = len(self.held)
+        self.held += new
+        if self.count <= self.params.min_tokens:
+            return
+        # What a stop string may begin with is held, so it begins there; it ends in the new text.
+        starts = [(self.held.find(stop, max(0, before - len(stop) + 1)), len(stop)) for stop in self.params.stop]
+        if found := [(at, at + length) for at, length in starts if at >= 0]:
+            start, end = min(found)
             self.stopped = True
+            self.held = self.held[: end if self.params.include_stop_str_in_output else start]
+            self.hidden = [(a, min(b, start)) for a, b in self.hidden if a < start]
 
-    def _held_back(self) -> int:
+    def _uncertain(self) -> int:
         """Characters at the end that may be the beginning of a stop string."""
         if self.stopped:
             return 0
-        return max((_overlap(self.decoded, stop) for stop in self.stop), default=0)
+        return max((_overlap(self.held, stop) for stop in self.params.stop), default=0)
 
     def _release(self, end: int) -> str:
-        start, self.released = self.released, max(self.released, end)
-        return self.decoded[start : self.released]
+        shown, at = "", 0
+        for a, b in self.hidden:
+            shown += self.held[at : min(a, end)]
+            at = min(b, end)
+        shown += self.held[at:end]
+        self.held = self.held[end:]
+        self.hidden = [(max(a - end, 0), b - end) for a, b in self.hidden if b > end]
+        self.text += shown
+        return shown
 
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decode(self, ids: Rows[int]) -> str:
+        return self.tokenizer.decode(
+            list(ids), skip_special_tokens=self.params.skip_special_tokens, clean_up_tokenization_spaces=False
+        )
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -160,6 +160,8 @@ def self_windows(
         finally:  # an interrupt leaves nothing behind
             for sequence in running:
                 llm.engine.finish(sequence)
+        if failed := [sequence.error for sequence in running if sequence.error]:
+            raise OctavoError(failed[0])
         return [sequence.tokens for sequence in sequences]
 
     begin = opening(llm.tokenizer)[: length - 1]

@@ -38,7 +38,7 @@ from octavo.quant.format import KVFormat
 
 PAGE = Path(__file__).parent.parent / "docs" / "KERNELS.md"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-FORMATS = ["bf16", "int8", "int8-token", "int4-token", "k8v4"]
+FORMATS = ["bf16", "int8", "int8-token", "int4-token", "int8-token/int4-token"]
 DIMS = [64, 128, 256]  # others are padded to these
 BLOCK = 64
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes that a program may take

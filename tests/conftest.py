@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -96,3 +97,17 @@ def ranging(low: Tensor, high: Tensor) -> dict[str, Tensor]:
     """The statistics of one side whose channels lie between `low` and `high` [kv_heads, dim]."""
     middle, width = (low + high) / 2, high - low
     return {"min": low, "max": high, "mean": middle, "std": width / 4, "reader": torch.ones_like(low)}
+
+
+@contextmanager
+def overflowing(model: Model, token: int) -> Iterator[None]:
+    """For a while `model` overflows wherever `token` has been read, as a model in fp16 may for some tokens alone."""
+
+    def overflow(_: object, args: tuple[Tensor], embedded: Tensor) -> Tensor:
+        return embedded.masked_fill((args[0] == token)[..., None], torch.inf)
+
+    hook = model.bound.hf.get_input_embeddings().register_forward_hook(overflow)
+    try:
+        yield
+    finally:
+        hook.remove()

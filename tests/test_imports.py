@@ -19,17 +19,17 @@ PACKAGE = ROOT / "octavo"
 
 # From the ground up. A part imports from earlier groups and from itself; parts of one group know nothing of each other.
 ORDER = (
-    ("errors", "interrupts", "native"),
-    ("artefact",),
+    ("errors", "interrupts"),
+    ("artefact", "native"),
     ("quant",),
     ("cache",),
     ("attention",),
-    ("weights",),
+    ("processor", "weights"),
     ("models",),
     ("engine",),
     ("schema_size", "text"),
     ("grammar",),
-    ("completion",),
+    ("completion", "inputs"),
     ("calibrate",),
     ("llm",),
     ("corpus", "text_windows"),

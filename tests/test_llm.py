@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -12,6 +13,7 @@ from octavo import LLM, KVFormat, OctavoError, SamplingParams
 from octavo.completion import Completion, Delta
 from octavo.models.model import BUNDLED, Model
 from octavo.quant.calibration import Calibration
+from tests.conftest import overflowing
 
 STORY = "Once upon a time, there was a"
 SHORT = SamplingParams(max_tokens=12)
@@ -121,6 +123,22 @@ def test_chat_answers_the_template_and_streams_the_same(llm: LLM):
     assert "<|" not in answer.text
 
 
+def test_chat_answers_each_of_a_list_of_conversations_and_reads_parts_of_text(llm: LLM):
+    first, second = ([{"role": "user", "content": text}] for text in ("Tell me a story.", "Hello!"))
+    both = llm.chat([first, second], [SHORT, replace(SHORT, max_tokens=5)])
+    assert [answer.token_ids for answer in both] == [
+        llm.chat(first, SHORT).token_ids, llm.chat(second, SHORT).token_ids[:5]
+    ]  # fmt: skip
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo!"}]}]
+    assert llm.chat(parts, SHORT).text == llm.chat(second, SHORT).text
+
+
+def test_prompts_in_vllms_forms_are_the_same_prompt(llm: LLM):
+    ids = llm.tokenizer(STORY)["input_ids"]
+    answers = llm.generate([STORY, {"prompt": STORY}, {"prompt_token_ids": ids}], sampling_params=SHORT)
+    assert len({answer.text for answer in answers}) == 1
+
+
 def test_log_probabilities_come_with_the_tokens_where_asked_for(llm: LLM):
     asked, plain = llm.generate([STORY, "The cat"], [replace(SHORT, logprobs=2), SHORT])
     assert [s.token for s in asked.sampled] == asked.token_ids
@@ -223,6 +241,68 @@ def test_what_a_stop_string_held_back_is_part_of_an_answer_that_ends_without_it(
     params = SamplingParams(max_tokens=10, stop=text[-3:] + "\x00", ignore_eos=True)
     completion = llm.generate(STORY, params)[0]
     assert (completion.text, completion.finish_reason) == (text, "length")
+
+
+def test_no_answer_ends_before_min_tokens_by_a_token_or_a_stop_string(llm: LLM, story: Completion):
+    ended = with_eos(llm, story.token_ids[4])
+    early = ended.generate(STORY, SamplingParams(max_tokens=40))[0]
+    late = ended.generate(STORY, SamplingParams(max_tokens=40, min_tokens=20, stop_token_ids=(story.token_ids[8],)))[0]
+    assert len(early.token_ids) <= 5
+    assert len(late.token_ids) >= 20
+    assert not {story.token_ids[4], story.token_ids[8]} & set(late.token_ids[:20])
+    text = llm.generate(STORY, SamplingParams(max_tokens=40, min_tokens=30, stop=" ", ignore_eos=True))[0]
+    assert 30 < len(text.token_ids) < 40
+    assert text.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_ended_an_answer_is_in_its_text_if_asked_for(llm: LLM, story: Completion, stream: bool):
+    def text(ended: LLM, **params: object) -> str:
+        if stream:
+            return "".join(delta.text for delta in ended.generate(STORY, SamplingParams(**params), stream=True))
+        return ended.generate(STORY, SamplingParams(**params))[0].text
+
+    stop, keep = story.text[20:27], {"max_tokens": 40, "include_stop_str_in_output": True}
+    assert text(llm, **keep, stop=stop, ignore_eos=True) == story.text[: story.text.index(stop) + 7]
+    at = story.token_ids.index(story.token_ids[6]) + 1
+    by_token = text(llm, **keep, stop_token_ids=[story.token_ids[6]], ignore_eos=True)
+    assert by_token == llm.tokenizer.decode(story.token_ids[:at])
+
+
+def test_the_models_own_end_is_a_stop_string_too_and_text_where_special_tokens_are_shown(llm: LLM):
+    messages = [{"role": "user", "content": "Tell me a story about a dog."}]
+    plain = llm.chat(messages, SamplingParams(max_tokens=450))
+    assert plain.finish_reason == "stop"
+    for stop in ("<|end|>", plain.text[-3:] + "<|end|>"):
+        ignored = llm.chat(messages, SamplingParams(max_tokens=450, stop=stop, ignore_eos=True))
+        assert ignored.finish_reason == "stop"
+        assert ignored.text == plain.text.removesuffix(stop.removesuffix("<|end|>"))
+        assert ignored.token_ids == plain.token_ids
+    shown = llm.chat(
+        messages, SamplingParams(max_tokens=450, skip_special_tokens=False, include_stop_str_in_output=True)
+    )
+    assert shown.text == plain.text + "<|end|>"
+
+
+# --- answers that fail -----------------------------------------------------------------------------------------------
+
+
+def test_an_answer_whose_logits_overflow_ends_with_the_reason_and_the_others_go_on(llm: LLM, story: Completion):
+    poison = 1234
+    assert poison not in story.token_ids
+    params = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=1)
+    with overflowing(llm.model, poison):
+        bad, good, drawn = llm.generate(
+            [[5, poison, 7], STORY, [poison]], [params, params, replace(params, temperature=1.0, top_p=0.9)]
+        )
+    for one in (bad, drawn):
+        assert (one.finish_reason, one.text, one.token_ids) == ("error", "", [])
+        assert "overflow" in one.error
+        assert "--dtype" in one.error
+    assert (good.token_ids, good.error) == (story.token_ids, None)
+    assert all(math.isfinite(p) for one in good.sampled for p in (one.logprob, *one.top.values()))
+    again = llm.generate(["A dog", STORY], params)  # in the blocks that held NaN
+    assert again[1].token_ids == story.token_ids
 
 
 # --- streams that end early ------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.models.model import BUNDLED, Model
-from octavo.text import REPLACEMENT, TextStream, encode_chat
+from octavo.text import REPLACEMENT, TextStream, encode_chat, token_text
 
 PIECES = ("▁", "▁a", "a", "b", "▁the", "the", "re", "▁中", "中", "!", ".", "\n")
 
@@ -63,9 +64,11 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def stream(tokenizer: Any, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
+def stream(
+    tokenizer: Any, ids: list[int], stop: tuple[str, ...] = (), prompt: list[int] | None = None, **params: Any
+) -> tuple[list[str], TextStream]:
     """The pieces, up to a stop or flushed; each piece is checked against what the stream says of itself."""
-    text, pieces = TextStream(tokenizer, stop), []
+    text, pieces = TextStream(tokenizer, SamplingParams(stop=stop, **params), prompt or ()), []
     for token in ids:
         pieces.append(text.push(token))
         assert text.text == "".join(pieces)
@@ -160,16 +163,104 @@ def test_a_stream_decodes_a_few_tokens_at_a_time_however_long_it_is():
         longest = max(longest, len(ids))
         return "x" * len(ids)
 
-    text = TextStream(SimpleNamespace(decode=decode_some))
+    text = TextStream(SimpleNamespace(decode=decode_some), SamplingParams())
     assert "".join(text.push(1) for _ in range(500)) == "x" * 500
     assert longest <= 4
 
 
 def test_an_empty_stream_is_empty_text():
-    text = TextStream(BYTES, ("stop",))
+    text = TextStream(BYTES, SamplingParams(stop="stop"))
     assert text.flush() == ""
     assert text.text == ""
     assert not text.stopped
+
+
+# --- after a prompt --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(prompt=texts, text=texts, cut=st.integers(0, 60))
+@example(prompt="the", text=" the a", cut=1)
+@example(prompt=" ", text=" a", cut=1)
+def test_an_answer_is_what_the_tokenizer_gives_for_prompt_and_answer_less_what_it_gives_for_the_prompt(
+    prompt: str, text: str, cut: int
+):
+    for tokenizer, ids in ((BYTES, byte_ids(prompt + text)), (FALLBACK, fallback_ids(prompt + text))):
+        before, after = ids[:cut], ids[cut:]
+        start = decode(tokenizer, before)
+        if start.endswith(REPLACEMENT):
+            continue  # the prompt ends within a character: see below
+        pieces, _ = stream(tokenizer, after, prompt=before)
+        assert start + "".join(pieces) == decode(tokenizer, ids)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_space_that_an_answer_begins_with_stays_behind_any_prompt_that_has_text(skip: bool):
+    answer = fallback_ids(" there the a")
+    for prompt in (fallback_ids("the " * 50 + "a"), [1, *fallback_ids("a")], [*fallback_ids("a"), 2]):
+        pieces, _ = stream(FALLBACK, answer, prompt=prompt, skip_special_tokens=skip)
+        assert pieces[0] == " the"
+        assert "".join(pieces) == " there the a"
+    assert "".join(stream(FALLBACK, answer, prompt=[1])[0]) == "there the a", "behind BOS alone the text begins"
+
+
+def test_the_text_of_a_token_is_that_within_a_text():
+    words = {token: token_text(FALLBACK, FALLBACK.convert_tokens_to_ids(token)) for token in ("▁", "▁a", "a", "</s>")}
+    assert words == {"▁": " ", "▁a": " a", "a": "a", "</s>": "</s>"}
+    assert token_text(BYTES, END) == "<|end|>"
+    assert token_text(BYTES, byte_ids("中")[0]) == REPLACEMENT
+
+
+def test_an_answer_that_completes_the_prompts_last_character_begins_with_it():
+    for tokenizer, ids in ((BYTES, byte_ids("a中b")), (FALLBACK, fallback_ids("a😀b"))):
+        for cut in (2, 3):
+            assert "".join(stream(tokenizer, ids[cut:], prompt=ids[:cut])[0]) == decode(tokenizer, ids)[1:]
+
+
+def test_a_replacement_character_that_a_prompt_ends_with_is_the_prompts():
+    assert "".join(stream(BYTES, byte_ids("b"), prompt=byte_ids(f"a{REPLACEMENT}"))[0]) == "b"
+
+
+# --- special tokens --------------------------------------------------------------------------------------------------
+
+END = BYTES.convert_tokens_to_ids("<|end|>")
+
+
+def test_special_tokens_are_text_where_they_are_not_skipped():
+    pieces, _ = stream(BYTES, [*byte_ids("hi"), END, *byte_ids("a")], skip_special_tokens=False)
+    assert "".join(pieces) == "hi<|end|>a"
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize(
+    ("tokenizer", "ids", "stop", "text"),
+    [
+        (BYTES, [*byte_ids("hi"), END, *byte_ids("there")], "<|end|>", "hi"),
+        (BYTES, [*byte_ids("hi"), END, *byte_ids("there")], "i<|end|>th", "h"),  # over five tokens
+        (BYTES, [*byte_ids("hi"), END, END, *byte_ids("a")], "<|end|><|end|>", "hi"),
+        (BYTES, [*byte_ids("hi"), END, *byte_ids("\n")], "<|end|>\n", "hi"),
+        (FALLBACK, [*fallback_ids("the a"), 2, *fallback_ids("b")], "</s>", "the a"),
+        (FALLBACK, [*fallback_ids("the a"), 2, *fallback_ids("b")], "a</s>b", "the "),
+    ],
+)
+def test_a_stop_string_that_names_a_special_token_stops_whether_it_is_shown_or_not(tokenizer, ids, stop, text, skip):
+    pieces, streamed = stream(tokenizer, ids, (stop,), skip_special_tokens=skip)
+    assert ("".join(pieces), streamed.stopped) == (text, True)
+    pieces, _ = stream(tokenizer, ids, (stop,), skip_special_tokens=skip, include_stop_str_in_output=True)
+    assert "".join(pieces) == text + stop
+
+
+def test_a_special_token_that_might_have_begun_a_stop_string_is_hidden_when_it_did_not():
+    ids = [*byte_ids("hi"), END, *byte_ids("there"), END]
+    pieces, text = stream(BYTES, ids, ("<|end|>the end", "<|end|>!"))
+    assert ("".join(pieces), text.stopped) == ("hithere", False)
+    assert "".join(stream(BYTES, ids, ("<|end|>the end",), skip_special_tokens=False)[0]) == "hi<|end|>there<|end|>"
+
+
+def test_stop_strings_count_only_where_they_end_beyond_the_first_min_tokens():
+    ids = byte_ids("abxab!")
+    for least, text in ((0, ""), (1, ""), (2, "abx"), (4, "abx"), (5, "abxab!")):
+        assert "".join(stream(BYTES, ids, ("ab",), min_tokens=least)[0]) == text
 
 
 # --- stop strings ----------------------------------------------------------------------------------------------------
@@ -213,12 +304,12 @@ def test_the_stop_string_that_begins_first_cuts():
 def test_the_shorter_of_two_stops_ends_the_text_before_the_longer_is_complete():
     pieces, text = stream(BYTES, byte_ids("xabcd"), ("abcd", "bc"))
     assert "".join(pieces) == "xa"
-    assert len(text.ids) == 4
+    assert text.count == 4
 
 
 def test_a_stop_string_in_what_only_the_flush_brings_still_counts():
     ids = [*byte_ids("a"), *byte_ids("中")[:2]]
-    text = TextStream(BYTES, (REPLACEMENT,))
+    text = TextStream(BYTES, SamplingParams(stop=REPLACEMENT))
     for token in ids:
         text.push(token)
     text.flush()
@@ -262,6 +353,6 @@ def test_what_a_template_refuses_is_said_in_its_words():
 
 def test_a_stop_string_of_any_length_costs_no_more_than_the_text():
     ids = byte_ids("a" * 500 + "b" * 500)
-    pieces, _ = stream(BYTES, ids, ("a" * 300_000, "b" + "c" * 300_000))
+    pieces, _ = stream(BYTES, ids, ("a" * 1024, "b" + "c" * 1023))
     assert "".join(pieces) == "a" * 500 + "b" * 500
     assert len(pieces[-1]) == 1, "what may go on is held back, and no more"

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from octavo.engine.params import is_text
 from octavo.errors import OctavoError
+from octavo.inputs import read_messages
 from octavo.measure.memory.footprint import Footprint
-from octavo.text import check_messages, is_text
 
 if TYPE_CHECKING:
     from octavo.cache.session import SavedSession
@@ -81,8 +82,10 @@ class Conversation:
                 )
             elif answer:
                 self.turn = Turn(len(prompt), None, len(self.llm.tokenizer(answer)["input_ids"]), "abort")
-            if completion or answer:
+            if answer or (completion and not completion.error):
                 self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        if completion and completion.error:
+            raise OctavoError(completion.error)
 
     def clear(self) -> None:
         """Forget the messages; the system prompt stays."""
@@ -148,7 +151,7 @@ def _read(path: Path) -> tuple[SavedSession, dict[str, Any]]:
         raise OctavoError(f"{path}: a chat whose model or system prompt is not text")
     try:
         if content.get("messages") != []:
-            check_messages(content.get("messages"))
+            read_messages(content.get("messages"))
     except OctavoError as error:
         raise OctavoError(f"{path}: a chat that cannot be read: {error}") from None
     return saved, content

@@ -81,6 +81,9 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
         raise
     seconds, completion = time.perf_counter() - start, delta.completion
     assert completion is not None
+    if completion.error:
+        _tell(f"\nerror: {completion.error}")
+        raise typer.Exit(1)
     # The K and V of the last token are not in the cache: nothing came after it.
     held = Footprint.of(llm, completion.prompt_tokens + len(completion.token_ids) - 1)
     rate = len(completion.token_ids) / seconds
@@ -94,7 +97,7 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
             "kv_bytes": held.nbytes,
             "kv_bytes_16_bits": held.nbytes_16,
         }
-        print(json.dumps(document, ensure_ascii=False, indent=2))
+        print(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2))
         return
     print(flush=True)
     _tell(
@@ -142,19 +145,25 @@ def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams
     start = time.perf_counter()
     with progress() as bar:
         task = bar.add_task("answering", total=len(lines))
+
+        def refuse(line: Line, why: str) -> None:
+            output.write(line, {"error": why})
+            refused.append(line.number)
+            bar.console.print(f"line {line.number}: {why}", markup=False, highlight=False, soft_wrap=True)
+            bar.advance(task)
+
         try:
             for line in lines:
                 try:
                     requests.append(parse(line.text, llm, defaults, chat))
                     served.append(line)
                 except OctavoError as error:
-                    output.write(line, {"error": str(error)})
-                    refused.append(line.number)
-                    bar.console.print(f"line {line.number}: {error}", markup=False, highlight=False, soft_wrap=True)
-                    bar.advance(task)
+                    refuse(line, str(error))
             pieces = llm.generate([p for p, _ in requests], [p for _, p in requests], stream=True) if requests else ()
             for delta in pieces:
-                if delta.completion:
+                if delta.completion and delta.completion.error:
+                    refuse(served[delta.index], delta.completion.error)
+                elif delta.completion:
                     output.write(served[delta.index], answer(llm, delta.completion))
                     done += 1
                     tokens += len(delta.completion.token_ids)
@@ -176,9 +185,10 @@ def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams
 
 def answer(llm: LLM, completion: Completion) -> dict[str, Any]:
     """A completion as JSON."""
+    from octavo.text import token_text
 
     def named(token: int, logprob: float | None) -> dict[str, Any]:
-        return {"token": token, "text": llm.tokenizer.decode([token]), "logprob": logprob}
+        return {"token": token, "text": token_text(llm.tokenizer, token), "logprob": logprob}
 
     fields = {
         "text": completion.text,

@@ -14,12 +14,13 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from octavo.engine.params import SamplingParams, allowed, is_text
+from octavo.engine.params import SamplingParams, allowed
 from octavo.errors import OctavoError
-from octavo.text import check_messages
+from octavo.inputs import read_messages, read_prompt
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
@@ -61,19 +62,13 @@ def parse(text: bytes, llm: LLM, defaults: SamplingParams, chat: bool) -> tuple[
     asked.pop("id", None)
     if ("prompt" in asked) == ("messages" in asked):
         raise OctavoError("a line holds either a prompt or messages")
-    prompt, messages = asked.pop("prompt", None), asked.pop("messages", None)
+    if "messages" in asked:
+        messages = read_messages(asked.pop("messages"))
+    else:
+        prompt = read_prompt(asked.pop("prompt"))
+        messages = [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else []
     params = replace(defaults, **{name: value for name, value in asked.items() if value is not None})
-    if isinstance(prompt, list):
-        if not all(type(token) is int for token in prompt):
-            raise OctavoError("the prompt is a list of something else than token ids")
-    elif prompt is not None and not is_text(prompt):
-        raise OctavoError("the prompt is neither text, in whole characters, nor a list of token ids")
-    elif prompt is not None and chat:
-        messages = [{"role": "user", "content": prompt}]
-    if messages is not None:
-        prompt = encode_chat(llm.tokenizer, check_messages(messages))
-
-    sequence = llm.sequence(prompt, params)
+    sequence = llm.sequence(encode_chat(llm.tokenizer, messages) if messages else prompt, params)
     llm.engine.scheduler.expect_room(sequence)
     return sequence.tokens, params
 
@@ -101,7 +96,7 @@ class Output:
 
     def write(self, line: Line, answer: dict[str, Any]) -> None:
         record = {"line": line.number, "id": line.id, "request": line.request, **answer}
-        text = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
         if self.path is None:
             print(text.decode(), end="", flush=True)
             return
@@ -139,14 +134,14 @@ class Output:
 
 def _fields(text: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except UnicodeDecodeError:
         raise OctavoError("not UTF-8") from None
     except json.JSONDecodeError as error:
         raise OctavoError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise OctavoError("not JSON that can be read: nested too deep") from None
-    except ValueError as error:  # an integer of too many digits
+    except ValueError as error:  # NaN, an integer of too many digits
         raise OctavoError(f"not JSON that can be read: {error}") from None
     if not isinstance(value, dict):
         raise OctavoError('not a JSON object: a line is like {"prompt": "…"}')
@@ -154,3 +149,10 @@ def _fields(text: bytes) -> dict[str, Any]:
     if strange := sorted(value.keys() - set(known)):
         raise OctavoError(f"unknown field {strange[0]!r}; the fields are {', '.join(known)}")
     return value
+
+
+def _finite(text: str) -> float:
+    """A number of JSON, which has no NaN and no infinity."""
+    if not isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return number

@@ -1,10 +1,10 @@
 """From logits to the next token: one batched function for all that requests ask for (params.py).
 
 Order, as in transformers: repetition penalty, temperature, top-k, top-p, min-p. Presence and frequency penalties and
-the bias of tokens come after the repetition penalty, and last what the answer's grammar allows. The draw is an
-exponential race, argmax(p/e) with e ~ Exp(1), whose noise is a function of the request's seed, the position and the
-token. Of tokens that are equally likely the one with the lower id comes first, in every cut and every list. So a row of
-logits leads to the same token whatever the rows beside it.
+the bias of tokens come after the repetition penalty, and last what `min_tokens` and the answer's grammar allow. The
+draw is an exponential race, argmax(p/e) with e ~ Exp(1), whose noise is a function of the request's seed, the position
+and the token. Of tokens that are equally likely the one with the lower id comes first, in every cut and every list. So
+a row of logits leads to the same token whatever the rows beside it.
 
 All of it happens where the logits are. On a GPU nothing waits for the device until the result is read.
 """
@@ -22,6 +22,11 @@ from octavo.cache.batch import pinned, send
 from octavo.engine.sequence import Sampled, Sequence
 
 logger = logging.getLogger("octavo")
+OVERFLOW = (
+    "the model's logits are not finite: its numbers overflow. Choose a --dtype of a larger range, bf16 or fp32; if it "
+    "is one already, the weights are corrupted"
+)
+LEAST_LOGPROB = -9999.0  # of a token that cannot come, as in vLLM: JSON has no infinity
 
 
 @dataclass
@@ -30,12 +35,13 @@ class Choice:
 
     tokens: Tensor  # [n] on the logits' device
     wanted: list[int | None]  # log-probabilities of each
-    failed: set[int]  # rows that have none
+    finite: Tensor  # [n] whether each row of logits was
+    failed: dict[int, str]  # rows that have none, and why
     chosen: Tensor | None = None  # [n] log-probability of the token
     top: tuple[Tensor, Tensor] | None = None  # log-probabilities and tokens, [n, most wanted], best first
 
     def __post_init__(self) -> None:
-        self._host = [_to_host(x) for x in (self.tokens, self.chosen, *(self.top or ())) if x is not None]
+        self._host = [_to_host(x) for x in (self.tokens, self.finite, self.chosen, *(self.top or ())) if x is not None]
         self._ready = torch.cuda.Event() if self.tokens.is_cuda else None
         if self._ready is not None:
             self._ready.record(torch.cuda.current_stream(self.tokens.device))
@@ -44,16 +50,17 @@ class Choice:
         """The tokens; waits for the device, though not for what was queued after they were chosen."""
         if self._ready is not None:
             self._ready.synchronize()
-        columns = [x.tolist() for x in self._host]
+        tokens, finite, *columns = [x.tolist() for x in self._host]
         if self.chosen is None:
-            sampled = [Sampled(token) for token in columns[0]]
+            sampled = [Sampled(token) for token in tokens]
         else:
             sampled = [
                 Sampled(token) if n is None else Sampled(token, own, dict(zip(ids[:n], values[:n], strict=True)))
-                for n, token, own, values, ids in zip(self.wanted, *columns, strict=True)
+                for n, token, own, values, ids in zip(self.wanted, tokens, *columns, strict=True)
             ]
-        for i in self.failed:
-            sampled[i] = Sampled(sampled[i].token, failed=True)
+        overflows = {i: OVERFLOW for i, good in enumerate(finite) if not good}
+        for i, why in (self.failed | overflows).items():
+            sampled[i] = Sampled(tokens[i], error=why)
         return sampled
 
 
@@ -66,29 +73,31 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
 def choose(logits: Tensor, sequences: Rows[Sequence], ahead: bool = False) -> Choice:
     """As `sample`, without waiting. `ahead`: each sequence has one token more than the host knows of."""
     logits = logits.float()
+    finite = logits.amax(-1).isfinite()  # the largest is NaN if any is
     wanted = [s.params.logprobs for s in sequences]
     logprobs = top = None
     if most := [n for n in wanted if n is not None]:
         logprobs = logits.log_softmax(-1)
         top = _best(logits, min(max(most), logits.shape[-1]))
-    failed = set()
+    failed = {}
     for i, (row, sequence) in enumerate(zip(logits, sequences, strict=True)):
         try:
-            _adjust(row, sequence)
+            _adjust(row, sequence, ahead)
         except Exception:  # what one request asks for must not end the others
             logger.exception("the next token of a request cannot be chosen: its answer is ended")
-            failed.add(i)
+            failed[i] = "the answer cannot be continued as the request demands"
     tokens = logits.argmax(-1)
     drawn = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
     if drawn:
         rows = send(torch.tensor(drawn), logits.device)
         tokens[rows] = _draw(logits[rows], [sequences[i] for i in drawn], ahead)
     if logprobs is None or top is None:
-        return Choice(tokens, wanted, failed)
-    return Choice(tokens, wanted, failed, logprobs.gather(-1, tokens[:, None])[:, 0], (logprobs.gather(-1, top), top))
+        return Choice(tokens, wanted, finite, failed)
+    chosen, best = (logprobs.gather(-1, ids).clamp_min(LEAST_LOGPROB) for ids in (tokens[:, None], top))
+    return Choice(tokens, wanted, finite, failed, chosen[:, 0], (best, top))
 
 
-def _adjust(row: Tensor, sequence: Sequence) -> None:
+def _adjust(row: Tensor, sequence: Sequence, ahead: bool) -> None:
     """Change the logits [vocabulary] of one sequence as its request asks."""
     params = sequence.params
     if params.repetition_penalty != 1:
@@ -102,6 +111,8 @@ def _adjust(row: Tensor, sequence: Sequence) -> None:
     if params.logit_bias:
         ids, bias = torch.tensor(list(params.logit_bias)), torch.tensor(list(params.logit_bias.values()))
         row[send(ids, row.device)] += send(bias, row.device)
+    if sequence.answered + ahead < params.min_tokens and sequence.stop_ids:
+        row[send(torch.tensor(sorted(sequence.stop_ids)), row.device)] = -torch.inf
     if sequence.guide:
         sequence.guide.restrict(row)
 

@@ -113,7 +113,8 @@ class Scheduler:
                 continue
             result = next(results)
             gained.append(sequence)
-            if result.failed:
+            if result.error is not None:
+                sequence.error = result.error
                 self.finish(sequence, "error")
                 continue
             sequence.tokens.append(result.token)

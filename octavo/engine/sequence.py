@@ -33,7 +33,7 @@ class Sampled:
     token: int
     logprob: float | None = None
     top: dict[int, float] = field(default_factory=dict)  # the most likely tokens, best first
-    failed: bool = False  # no token: what the request asks for cannot be done
+    error: str | None = None  # why there is no token
 
 
 class Tally:
@@ -66,6 +66,7 @@ class Sequence:
     seed: int = field(init=False)  # its own, or one that nobody chose
     sampled: list[Sampled] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str | None = None  # what went wrong, if the reason is "error"
 
     max_len: int = 0  # most tokens, prompt included; set when it is added
     num_cached: int = 0  # tokens whose K and V are in the cache
@@ -90,6 +91,11 @@ class Sequence:
         return self.tokens[self.num_prompt :]
 
     @property
+    def answered(self) -> int:
+        """The number of generated tokens."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
     def pending(self) -> int:
         """Tokens whose K and V are still to be computed."""
         return len(self.tokens) - self.num_cached
@@ -99,7 +105,7 @@ class Sequence:
         """Whether what is drawn depends on the tokens before it other than through the model."""
         params = self.params
         penalized = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        return bool(self.guide or penalized)
+        return bool(self.guide or penalized or self.answered + 1 < params.min_tokens)
 
     @property
     def finished(self) -> bool:

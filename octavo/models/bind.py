@@ -71,16 +71,13 @@ class BoundModel:
 
     def __init__(self, hf: PreTrainedModel, max_context: int):
         self.hf = hf
+        self.dtype = self.computes = hf.dtype  # of the weights and the baseline cache, and of the activations
         self.max_context = max_context
         self.layers: list[AttentionSpec] = []
 
     @property
     def shapes(self) -> list[LayerShape]:
         return [layer.shape for layer in self.layers]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.hf.dtype
 
     @property
     def rotary(self) -> str:
@@ -97,12 +94,13 @@ class BoundModel:
 
     @property
     def arithmetic(self) -> str:
-        """What K and V depend on beside the weights."""
-        return f"{str(self.dtype).removeprefix('torch.')}, rotary frequencies {self.rotary}"
+        """What K and V depend on beside the weights: their type, that of activations, and RoPE's frequencies."""
+        types = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in {self.dtype: 0, self.computes: 0})
+        return f"{types}, rotary frequencies {self.rotary}"
 
     @property
     def raw_format(self) -> KVFormat:
-        """The cache that keeps K and V as the model computes them: the baseline."""
+        """The cache that keeps K and V in the type of the weights: the baseline."""
         return KVFormat.parse(RAW_NAMES[str(self.dtype).removeprefix("torch.")])
 
     @cached_property  # a decode step asks for it, and the way there is long
@@ -221,7 +219,7 @@ class _Trace:
             a, b = self.bound.vocab_size // 2, self.bound.vocab_size // 3
             ids = torch.tensor([a, b, a], device=self.bound.device)
             rows = torch.arange(3, device=self.bound.device)
-            self.bound.forward(ids, rows % 2, rows, self)
+            self.expect_finite("its logits", self.bound.forward(ids, rows % 2, rows, self).amax(-1))
             if ids.is_meta:  # shapes only: the second run compares values
                 return
             AttentionInterface.register(ALONE, _attention)
@@ -257,6 +255,7 @@ class _Trace:
         strange = [key for key, value in kwargs.items() if key not in known and value is not None]
         if strange:
             raise Unsupported(f"{self.name} calls attention with {', '.join(strange)}, which Octavo does not know")
+        self.expect_finite(f"queries, keys or values of layer {index}", q, k, v)
         if not all(_alike(x[0], x[2]) for x in (q, k, v)):
             raise Unsupported(
                 f"layer {index} of {self.name} mixes the rows of a packed step, or takes positions from their order"
@@ -274,6 +273,14 @@ class _Trace:
                 sinks=kwargs.get("s_aux"),
             )
         )
+
+    def expect_finite(self, what: str, *values: Tensor) -> None:
+        if not all(x.is_meta or bool(x.isfinite().all()) for x in values):
+            dtype = str(self.bound.dtype).removeprefix("torch.")
+            raise Unsupported(
+                f"{self.name} overflows in {dtype}: {what} are not finite. Choose a --dtype of a larger range, bf16 or "
+                "fp32; if it is one already, the weights are corrupted"
+            )
 
     def compare(self, index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         """The second run of a layer."""

@@ -58,11 +58,15 @@ class Model:
         chat_template: Path | None = None,
         context: int | None = None,
         plain_weights: bool = False,
+        computing: torch.dtype | None = None,
+        deterministic: bool = False,
     ) -> Model:
         """Load and bind a directory, a Hub id, or the bundled model if None.
 
         `context` is the longest session to be served: some RoPE variants depend on it. With `plain_weights` they stay
-        in the order of the files, to be rewritten.
+        in the order of the files, to be rewritten. `computing` is the type of activations, by default `dtype` or, where
+        that is "auto", what suits the processor. `deterministic` makes the bits of a sum on a CPU independent of what
+        is computed together with it.
         """
         name, path = locate(model)
         if device == "auto":
@@ -75,18 +79,24 @@ class Model:
         eos = eos_token_ids(hf.config, generation, tokenizer)
         asked = generation.to_diff_dict() if generation else {}
         bound = bind(hf, context)
+        if computing is None and dtype != "auto":
+            computing = bound.dtype
+        if deterministic and device_map is not None:
+            raise OctavoError("deterministic sums need weights on one device: leave the device map out")
         if device_map is None and not plain_weights:  # accelerate moves weights about, which must stay plain for it
-            prepack(bound)
+            prepack(bound, computing, deterministic)
         return cls(bound, tokenizer, path, name, eos, asked, load_format == "dummy")
 
     @classmethod
-    def of(cls, hf: PreTrainedModel, path: Path, context: int | None = None) -> Model:
+    def of(
+        cls, hf: PreTrainedModel, path: Path, context: int | None = None, computing: torch.dtype | None = None
+    ) -> Model:
         """`hf`, taken over, as `load` would have it but without a tokenizer: a model for measurements.
 
         It counts as one of random weights and is named as `path`, which need not be there.
         """
         bound = bind(hf, context)
-        prepack(bound)
+        prepack(bound, computing)
         return cls(bound, None, path, path.name, frozenset(), synthetic=True)
 
     @cached_property

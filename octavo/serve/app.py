@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -30,7 +31,7 @@ from octavo.serve.protocol import ChatRequest, CompletionRequest, NamedTool, par
 from octavo.serve.replies import ChatReply, TextReply
 from octavo.serve.service import Service, several
 from octavo.serve.tools import call_schema
-from octavo.text import encode_chat
+from octavo.text import encode_chat, token_text
 
 KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/cache", "/openapi.json")
 GUARDED = ("/v1/", "/metrics", "/cache")  # need the key; the page that asks for it does not
@@ -122,7 +123,7 @@ def _chat(service: Service, client: str, asked: ChatRequest) -> Response:
         service.name,
         1,
         n,
-        service.llm.tokenizer.decode,
+        partial(token_text, service.llm.tokenizer),
         logprobs=bool(asked.logprobs),
         tools=[function["name"] for function in functions] if functions else None,
     )
@@ -147,7 +148,12 @@ def _completions(service: Service, client: str, asked: CompletionRequest) -> Res
         texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
         echoes = [text for text in texts for _ in range(n)]
     reply = TextReply(
-        service.name, len(prompts), n, tokenizer.decode, logprobs=asked.logprobs is not None, echoes=echoes
+        service.name,
+        len(prompts),
+        n,
+        partial(token_text, tokenizer),
+        logprobs=asked.logprobs is not None,
+        echoes=echoes,
     )
     return Answering(service, client, reply, prepare, asked.stream, asked.wants_usage)
 

@@ -17,7 +17,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def dumps(value: Any) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8", "replace")  # in a call's arguments a model may have written half a surrogate pair
 
 
@@ -33,9 +33,9 @@ class Reply:
     object: str
     chunk_object: str
 
-    def __init__(self, model: str, prompts: int, n: int, decode: Callable[[list[int]], str]):
+    def __init__(self, model: str, prompts: int, n: int, text_of: Callable[[int], str]):
         self.id, self.model, self.created = f"{self.prefix}-{uuid.uuid4().hex}", model, int(time.time())
-        self.n, self.decode = n, decode
+        self.n, self.text_of = n, text_of
         choices = prompts * n
         self.completions: list[Completion | None] = [None] * choices
         self.sampled: list[list[Sampled]] = [[] for _ in range(choices)]
@@ -116,7 +116,7 @@ class ChatReply(Reply):
 
     def _logprobs(self, sampled: Sequence[Sampled]) -> dict[str, Any]:
         def named(token: int, logprob: float | None) -> dict[str, Any]:
-            text = self.decode([token])
+            text = self.text_of(token)
             whole = REPLACEMENT not in text  # else a part of a character
             return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 
@@ -172,7 +172,7 @@ class TextReply(Reply):
         }
 
     def _logprobs(self, index: int, sampled: Sequence[Sampled]) -> dict[str, Any]:
-        texts = [self.decode([one.token]) for one in sampled]
+        texts = [self.text_of(one.token) for one in sampled]
         offsets = []
         for text in texts:
             offsets.append(self.offsets[index])
@@ -180,6 +180,6 @@ class TextReply(Reply):
         return {
             "tokens": texts,
             "token_logprobs": [one.logprob for one in sampled],
-            "top_logprobs": [{self.decode([t]): p for t, p in one.top.items()} for one in sampled],
+            "top_logprobs": [{self.text_of(t): p for t, p in one.top.items()} for one in sampled],
             "text_offset": offsets,
         }

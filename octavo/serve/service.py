@@ -139,8 +139,8 @@ class Service:
         try:
             async for pieces in job.batches():
                 for delta in pieces:
-                    if delta.completion and delta.completion.finish_reason == "error":
-                        raise ApiError(500, "the answer cannot be continued as the request demands")
+                    if delta.completion and delta.completion.error:
+                        raise ApiError(500, delta.completion.error)
                     if delta.completion and not any(answer.sequence.output for answer in job.answers):
                         raise _late()
                 yield pieces

@@ -59,16 +59,18 @@ class ToolText:
         """The calls that `text` is; none if it is anything else."""
         try:
             value = json.loads(text)
-        except (ValueError, RecursionError):
+            calls = [self._call(one) for one in (value if isinstance(value, list) else [value])]
+        except (ValueError, RecursionError):  # no JSON, NaN among its numbers
             return []
-        calls = [self._call(one) for one in (value if isinstance(value, list) else [value])]
         return [call for call in calls if call] if all(calls) else []
 
     def _call(self, value: Any) -> Call | None:
         if not isinstance(value, dict) or value.get("name") not in self.names:
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
-        return Call(value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+        if not isinstance(arguments, dict):
+            return None
+        return Call(value["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
 
 
 def call_schema(functions: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -69,11 +69,11 @@ CASES = [
     (Case("int8", 256, 256, 1, 1, 64, sinks=True, place=3.0), FP32),
     (Case("int8-token", 96, 80, 1, 3, 64, window=50, sinks=True, calibrated=False), FP32),
     (Case("int8-token", 64, 64, 1, 1, 64, softcap=20.0), FP16),
-    (Case("int8-token-rotated", 80, 80, 1, 1, 64), FP32),
+    (Case("int8-token-unrotated", 80, 80, 1, 1, 64), FP32),
     (Case("int4-token", 64, 128, 2, 1, 64, calibrated=False), FP32),
     (Case("int4-token", 80, 96, 1, 8, 64, softcap=5.0, sinks=True, place=3.0), FP32),
     (Case("int4-token-unrotated", 256, 64, 1, 3, 64), BF16),
-    (Case("k8v4", 128, 80, 1, 4, 64, window=70), FP32),
+    (Case("int8-token/int4-token", 128, 80, 1, 4, 64, window=70), FP32),
     (Case("bf16/int4-token", 64, 64, 1, 3, 64, calibrated=False), BF16),
     (Case("int4-token/fp16", 96, 96, 1, 4, 64), FP16),
 ]

@@ -28,7 +28,7 @@ from tests.conftest import ranging
 Array = NDArray[np.float64]
 
 HEADER = Header("f", dataset="none", samples=1, seqlen=1, tokens=1, positions=(0, 0))
-SOME = ["bf16", "int8", "int8-token", "int4-token", "k8v4"]
+SOME = ["bf16", "int8", "int8-token", "int4-token", "int8-token/int4-token"]
 CONTEXT = 200  # most tokens of a sequence of these tests
 
 
@@ -200,8 +200,8 @@ FORMATS = [
     Case("int8-token", 64, 64, 2, 4),
     Case("int8-token", 96, 96, 3, 1, calibrated=False),
     Case("int8-token", 256, 256, 1, 1),
-    Case("int8-token-rotated", 80, 80, 2, 3),
-    Case("int8-token-rotated", 128, 128, 1, 8, calibrated=False),
+    Case("int8-token-unrotated", 80, 80, 2, 3),
+    Case("int8-token-unrotated", 128, 128, 1, 8, calibrated=False),
     Case("int4-token", 64, 64, 1, 3, calibrated=False),
     Case("int4-token", 80, 80, 1, 8),
     Case("int4-token", 96, 96, 2, 4, calibrated=False),
@@ -209,9 +209,9 @@ FORMATS = [
     Case("int4-token", 256, 256, 1, 4, calibrated=False),
     Case("int4-token-unrotated", 96, 96, 1, 3),
     Case("int4-token-unrotated", 128, 128, 1, 4, calibrated=False),
-    Case("k8v4", 128, 128, 1, 8),
-    Case("k4v8", 64, 64, 2, 1, calibrated=False),
-    Case("k16v8", 80, 80, 1, 3),
+    Case("int8-token/int4-token", 128, 128, 1, 8),
+    Case("int4-token/int8-token", 64, 64, 2, 1, calibrated=False),
+    Case("bf16/int8-token", 80, 80, 1, 3),
     Case("bf16/int8", 64, 64, 1, 4),
     Case("int8/int4-token", 96, 96, 2, 3),
     Case("int8-token/bf16", 256, 256, 1, 1, calibrated=False),
@@ -254,7 +254,7 @@ def test_window_softcap_and_sinks_in_any_combination(format: str, feature: dict[
 
 
 @pytest.mark.parametrize("feature", [{"softcap": 2.0}, {"sinks": True}], ids=str)
-@pytest.mark.parametrize("format", ["int8", "int8-token", "int4-token", "int8-token-rotated"])
+@pytest.mark.parametrize("format", ["int8", "int8-token", "int4-token", "int8-token-unrotated"])
 def test_the_static_part_of_k_reaches_scores_that_are_not_shift_invariant(format: str, feature: dict[str, Any]) -> None:
     """q·mu is the same for every key, so softmax drops it, but a soft cap and a sink do not: without it these fail."""
     case = Case(format, place=6, **feature)
@@ -324,7 +324,7 @@ def schedules(draw: st.DrawFn) -> list[list[tuple[int, int]]]:
 
 cases = st.builds(
     Case,
-    format=st.sampled_from([*CODECS, "k8v4", "k4v8", "int8/bf16"]),
+    format=st.sampled_from([*CODECS, "int8-token/int4-token", "int4-token/int8-token", "int8/bf16"]),
     k_dim=st.sampled_from([4, 5, 16]),
     v_dim=st.sampled_from([4, 7, 16]),
     kv_heads=st.integers(1, 3),
@@ -453,7 +453,7 @@ def test_a_row_that_attends_to_nothing_is_zero(format: str, sinks: bool, softcap
     assert not reference.read(layer.spec, layer.cache.layers[0], q, batch).any()
 
 
-@pytest.mark.parametrize("case", [Case(name, place=2) for name in [*CODECS, "k8v4"]], ids=str)
+@pytest.mark.parametrize("case", [Case(name, place=2) for name in [*CODECS, "int8-token/int4-token"]], ids=str)
 def test_constant_rows_answer_with_the_constant(case: Case) -> None:
     layer = Layer(case)
     k, v = layer.keys(1).expand(40, -1, -1), layer.values(1).expand(40, -1, -1)
@@ -464,7 +464,7 @@ def test_constant_rows_answer_with_the_constant(case: Case) -> None:
     np.testing.assert_allclose(out.numpy(), np.broadcast_to(constant.repeat(2, 0), out.shape), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("format", [*CODECS, "k8v4"])
+@pytest.mark.parametrize("format", [*CODECS, "int8-token/int4-token"])
 def test_rows_of_zeros_answer_with_almost_zero(format: str) -> None:
     layer = Layer(Case(format, calibrated=format == "int8", place=0))
     zeros = torch.zeros(10, 2, 64)
@@ -474,7 +474,7 @@ def test_rows_of_zeros_answer_with_almost_zero(format: str) -> None:
         assert out.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("format", [*CODECS, "k8v4"])
+@pytest.mark.parametrize("format", [*CODECS, "int8-token/int4-token"])
 def test_outliers_a_hundred_times_the_rest(format: str) -> None:
     """A channel, a token and a value far outside: saturated where the format clips, but read as they are stored."""
     layer = Layer(Case(format))
@@ -487,7 +487,7 @@ def test_outliers_a_hundred_times_the_rest(format: str) -> None:
     layer.compare(layer.sequences[0], q, out)
 
 
-@pytest.mark.parametrize("format", [*CODECS, "k8v4"])
+@pytest.mark.parametrize("format", [*CODECS, "int8-token/int4-token"])
 def test_a_strong_first_token_does_not_swallow_the_tail(format: str) -> None:
     """A sink token 12 nats above 32k others leaves them 1 − e¹²/(e¹² + 32768) = 17 % of the weight."""
     others, dim = 32768, 16
@@ -514,7 +514,7 @@ def test_a_strong_first_token_does_not_swallow_the_tail(format: str) -> None:
     # A plain float32 sum may lose half a unit in its last place, 2⁻²⁵, with each of the others: 0.4 % of their weight.
     np.testing.assert_allclose(out.double().numpy(), expected, rtol=0, atol=others * 2**-25)
     tail = others / (others + math.exp(12))
-    if "int4" not in format and format != "k8v4":
+    if "int4" not in format and format != "int8-token/int4-token":
         assert out.mean().item() == pytest.approx(0.75 * tail - 0.75 * (1 - tail), abs=0.03)
 
 
@@ -554,7 +554,7 @@ def test_half_precision_queries_are_computed_in_float32_and_rounded_once(format:
 
 
 def test_rows_may_be_the_transposed_views_that_a_model_hands_over() -> None:
-    case = Case("k8v4", kv_heads=2, group=3)
+    case = Case("int8-token/int4-token", kv_heads=2, group=3)
     source = Layer(case)
     q, k, v = source.queries(20), source.keys(20), source.values(20)
     out, _ = answer(case, q, k, v, [20])
@@ -635,7 +635,7 @@ def test_layers_of_different_kinds_share_a_steps_batch() -> None:
     cases = [
         Case("int8", 16, 16, 2, 2),
         Case("int4-token", 16, 8, 1, 4, window=7),
-        Case("k8v4", 12, 16, 2, 2, window=20),
+        Case("int8-token/int4-token", 12, 16, 2, 2, window=20),
         Case("int8", 16, 16, 2, 2),
     ]
     layers = [Layer(case, sequences=2) for case in cases]

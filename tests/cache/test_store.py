@@ -275,7 +275,7 @@ def test_saturation_is_counted_over_all_writes() -> None:
 
 def test_a_cache_takes_exactly_what_its_format_says() -> None:
     shapes = [LayerShape(2, 8, 8), LayerShape(3, 16, 5)]
-    for name in [*CODECS, "k8v4", "k4v8", "bf16/int8-token", "int8/int4-token"]:
+    for name in [*CODECS, "int8-token/int4-token", "int4-token/int8-token", "bf16/int8-token", "int8/int4-token"]:
         cache = KVCache(plan_layers(shapes, parse(name), calibration(shapes)), 6, Layout(16))
         per_token = parse(name).token_bytes(2, 8, 8) + parse(name).token_bytes(3, 16, 5)
         assert cache.token_nbytes == per_token
@@ -283,7 +283,7 @@ def test_a_cache_takes_exactly_what_its_format_says() -> None:
         assert cache.nbytes == 6 * 16 * per_token == sum(t.nbytes for t in tensors_of(cache))
 
 
-@pytest.mark.parametrize("name", [*CODECS, "k8v4"])
+@pytest.mark.parametrize("name", [*CODECS, "int8-token/int4-token"])
 def test_tiles_take_the_same_bytes_a_token_and_a_little_at_the_end(name: str) -> None:
     shapes = [LayerShape(2, 16, 8)]
     rows, tiles = (
@@ -300,7 +300,7 @@ def test_int8_takes_exactly_half_of_bf16() -> None:
     assert 2 * int8.nbytes == KVCache(plan_layers(shapes, parse("bf16")), 4).nbytes
 
 
-@pytest.mark.parametrize("name", [*CODECS, "k8v4", "int8/int4-token-unrotated"])
+@pytest.mark.parametrize("name", [*CODECS, "int8-token/int4-token", "int8/int4-token-unrotated"])
 @pytest.mark.parametrize("dim", [8, 7])
 def test_the_parts_of_memory_add_up_to_the_tensors(name: str, dim: int) -> None:
     shapes = [LayerShape(2, dim, dim + 2), LayerShape(3, 16, dim)]
@@ -339,7 +339,7 @@ def test_a_layer_that_shares_another_owns_nothing() -> None:
 
 def test_each_layer_can_have_its_own_format() -> None:
     shapes = [LayerShape(1, 8, 8), LayerShape(2, 6, 10), LayerShape(1, 8, 8)]
-    formats = [parse("bf16"), parse("k8v4"), parse("int8")]
+    formats = [parse("bf16"), parse("int8-token/int4-token"), parse("int8")]
     cache = KVCache(plan_layers(shapes, formats, calibration(shapes)), 2, Layout(4))
     assert [(str(layer.k.codec), str(layer.v.codec)) for layer in cache.layers] == [
         ("bf16", "bf16"), ("int8-token", "int4-token"), ("int8", "int8"),
@@ -403,7 +403,7 @@ def test_rows_of_any_strides_and_dtype_can_be_written() -> None:
     """The model hands its rows over as a transposed view in its own dtype."""
     shapes = [LayerShape(2, 6, 6)]
     x = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(4)).bfloat16()
-    for name in [*CODECS, "k8v4"]:
+    for name in [*CODECS, "int8-token/int4-token"]:
         cache = KVCache(plan_layers(shapes, parse(name), calibration(shapes)), 2, Layout(8))
         view = x.transpose(0, 1)
         cache.layers[0].write(view, view, torch.arange(9))

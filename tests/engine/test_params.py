@@ -80,7 +80,7 @@ def test_http_refuses_what_a_rule_does_not_take_by_the_parameters_name(name: str
     if name not in allowed("HTTP") or value is None:
         pytest.skip("not a field over HTTP, or null, which is as if it were not there")
     with pytest.raises(ApiError) as error:
-        parse(json.dumps({"prompt": "x", name: value}).encode(), CompletionRequest)
+        parse(json.dumps({"prompt": "x", name: value}).encode(), CompletionRequest, 10_000)
     assert error.value.status == 400
     assert str(error.value.param).split(".")[0] == name or "JSON" in error.value.message
 
@@ -114,7 +114,7 @@ def test_requests_over_http_have_the_tables_fields_with_its_bounds():
         assert set(allowed("HTTP")) <= set(properties)
         assert properties["min_p"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 1}
     asked = {"prompt": "x", "seed": -1, "logit_bias": {"5": 1}, "stop": "a", "stop_token_ids": 5, "min_tokens": 2}
-    params = parse(json.dumps(asked).encode(), CompletionRequest).params({})
+    params = parse(json.dumps(asked).encode(), CompletionRequest, 10_000).params({})
     del asked["prompt"]
     assert params == SamplingParams(**asked, max_tokens=16)
 

@@ -401,6 +401,31 @@ def test_16_bit_logits_are_sampled_in_float32(dtype: torch.dtype):
     assert result.logprob == pytest.approx(logits.double().log_softmax(-1).max().item(), abs=1e-5)
 
 
+def test_logits_that_are_not_finite_give_no_token_but_the_reason_and_leave_the_other_rows_alone():
+    rows = ROW.repeat(5, 1)
+    rows[1, 3], rows[2, 3], rows[3] = torch.nan, torch.inf, -torch.inf
+    rows[4, 3] = -torch.inf  # a model may forbid a token
+    drawn = SamplingParams(temperature=1.0, top_k=5, logprobs=12, seed=1)
+    for params in (SamplingParams(logprobs=12), drawn):
+        good, *bad, masked = sample(rows.clone(), [Sequence([0], params) for _ in rows])
+        assert [one.error for one in bad] == [bad[0].error] * 3
+        assert "overflow" in bad[0].error
+        assert "--dtype" in bad[0].error
+        for one in (good, masked):
+            assert one.error is None
+            assert all(math.isfinite(p) for p in (one.logprob, *one.top.values()))
+    assert masked.top[3] == -9999.0, "as in vLLM: JSON has no infinity"
+
+
+def test_tokens_that_would_end_an_answer_cannot_come_before_min_tokens():
+    best, second = ROW.topk(2).indices.tolist()
+    for answered, token in ((0, second), (1, second), (2, best)):
+        sequence = Sequence([0], SamplingParams(min_tokens=2), frozenset({best}))
+        sequence.tokens += [1] * answered
+        [one] = sample(ROW[None].clone(), [sequence])
+        assert one.token == token
+
+
 # --- what OpenAI's API adds ------------------------------------------------------------------------------------------
 
 

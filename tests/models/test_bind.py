@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
+from octavo.errors import Unsupported
 from octavo.models.bind import Attend, BoundModel, bind
 
 
@@ -105,3 +107,13 @@ def test_longrope_pinned_to_another_context_is_another_rope():
         ).rotary
 
     assert pinned(60) == pinned(64) != pinned(128) == pinned(None)
+
+
+@pytest.mark.parametrize("where", ["embed_tokens", "lm_head"])
+def test_a_model_that_overflows_everywhere_is_refused_with_that_reason(llama: BoundModel, where: str):
+    hf = copy.deepcopy(llama.hf).half()
+    with torch.no_grad():
+        dict(hf.named_modules())[where if where == "lm_head" else f"model.{where}"].weight.fill_(6e4)
+        hf.model.layers[0].self_attn.k_proj.weight.fill_(6e4 if where == "embed_tokens" else 0.1)
+    with pytest.raises(Unsupported, match=r"llama overflows in float16: .* not finite\. Choose a --dtype .*fp32"):
+        bind(hf)

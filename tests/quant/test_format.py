@@ -17,7 +17,7 @@ NAMES = [
     "fp32",
     "int8",
     "int8-token",
-    "int8-token-rotated",
+    "int8-token-unrotated",
     "int4-token",
     "int4-token-unrotated",
 ]
@@ -46,10 +46,38 @@ def test_a_pair_of_names_round_trips(k: str, v: str) -> None:
 
 @pytest.mark.parametrize("k", BY_DIGITS)
 @pytest.mark.parametrize("v", BY_DIGITS)
-def test_a_short_form_is_two_token_codecs_or_bf16(k: str, v: str) -> None:
+def test_a_short_form_is_two_token_codecs_or_bf16_with_edges(k: str, v: str) -> None:
+    if k == v == "16":
+        return
     format = KVFormat.parse(f"k{k}v{v}")
-    assert format == KVFormat.parse(f"{BY_DIGITS[k]}/{BY_DIGITS[v]}")
-    assert str(format) == (f"k{k}v{v}" if k != v else BY_DIGITS[k])
+    assert format == KVFormat.parse(f"{BY_DIGITS[k]}/{BY_DIGITS[v]}+edges")
+    assert str(format) == (f"k{k}v{v}" if k != v else f"kv{k}")
+
+
+@pytest.mark.parametrize(
+    ("name", "same", "span"),
+    [
+        ("kv8", "int8-token+edges", 64), ("kv4", "int4-token+edges", 64), ("k8v4", "int8-token/int4-token+edges", 64),
+        ("kv8+edges128", "int8-token+edges128", 128), ("k8v4+edges256", "int8-token/int4-token+edges256", 256),
+        ("int8+edges", "int8/int8+edges", 64), ("int8/bf16+edges128", "int8/bf16+edges128", 128),
+    ],
+)  # fmt: skip
+def test_edges_are_named_after_the_codecs_and_short_names_have_them(name: str, same: str, span: int) -> None:
+    format = KVFormat.parse(name)
+    assert format == KVFormat.parse(same)
+    assert format.edges == span
+    assert str(format) == name
+
+
+def test_without_edges_both_codecs_are_named() -> None:
+    assert str(KVFormat.parse("int8-token/int4-token")) == "int8-token/int4-token"
+    assert KVFormat.parse("int8-token/int4-token").edges == 0
+
+
+@pytest.mark.parametrize("name", ["bf16+edges", "fp32+edges128", "fp16/bf16+edges"])
+def test_raw_formats_have_no_edges(name: str) -> None:
+    with pytest.raises(OctavoError, match="where every row is raw there are no edges"):
+        KVFormat.parse(name)
 
 
 def test_pairs_that_have_no_short_form_print_both_names() -> None:
@@ -67,7 +95,8 @@ def test_case_and_spaces_around_a_name_do_not_matter() -> None:
     "name",
     [
         "", " ", "/", "int8/", "/int8", "int8/int8/int8", "int9", "int8-", "int8-tokens", "int4", "int8 token", "fp8",
-        "8", "k8", "k8v", "v8k4", "k8v5", "k32v8", "k8v4v4", "xk8v4", "k8v4/int8", "int8 / int8", "none",
+        "8", "k8", "kv", "kv16", "k16v16", "kv8+", "kv8+edge", "int8+edges64",
+        "k8v", "v8k4", "k8v5", "k32v8", "k8v4v4", "xk8v4", "k8v4/int8", "int8 / int8", "none",
     ],
 )  # fmt: skip
 def test_a_name_that_does_not_exist_is_an_error_that_lists_those_that_do(name: str) -> None:
@@ -87,7 +116,7 @@ def test_raw_codecs_are_found_by_the_name_of_a_torch_dtype() -> None:
     ("name", "dim", "row"),
     [
         ("bf16", 128, 256), ("fp16", 128, 256), ("fp32", 128, 512), ("int8", 128, 128), ("int8-token", 128, 129),
-        ("int8-token-rotated", 128, 129), ("int4-token", 128, 65), ("int4-token-unrotated", 128, 65),
+        ("int8-token-unrotated", 128, 129), ("int4-token", 128, 65), ("int4-token-unrotated", 128, 65),
         ("bf16", 65, 130), ("int8", 65, 65), ("int8-token", 65, 66), ("int4-token", 65, 34), ("int4-token", 1, 2),
     ],
 )  # fmt: skip
@@ -132,7 +161,7 @@ def test_a_format_says_whether_it_needs_or_takes_a_calibration(name: str, needs:
 
 
 def test_formats_are_values() -> None:
-    assert len({KVFormat.parse("k8v4"), KVFormat.parse("int8-token/int4-token"), KVFormat.parse("k4v8")}) == 2
+    assert len({KVFormat.parse(name) for name in ("k8v4", "int8-token/int4-token+edges", "k4v8")}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         KVFormat.parse("int8").k = CODECS["bf16"]  # type: ignore[misc]
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from openai import BadRequestError, OpenAI
+from openai import BadRequestError, InternalServerError, OpenAI
 
 from octavo import SamplingParams
+from tests.conftest import overflowing
 from tests.serve.conftest import Running
 
 STORY = "Once upon a time, there was a"
@@ -112,3 +114,32 @@ def test_one_prompt_that_cannot_fit_refuses_the_request_as_itself(client: OpenAI
         with pytest.raises(BadRequestError, match="the prompt has") as refusal:
             client.completions.create(model="pamphlet", prompt=[STORY, "word " * 600])
         assert refusal.value.code == "context_length_exceeded"
+
+
+def test_ends_and_special_tokens_have_vllms_fields(running: Running, client: OpenAI):
+    asked: Any = {"prompt": "<|user|>Tell me a story about a dog.<|end|><|assistant|>", "max_tokens": 450, **GREEDY}
+
+    def text(**more: Any) -> str:
+        choice = client.completions.create(**asked, extra_body=more).choices[0]
+        assert choice.finish_reason == "stop"
+        return choice.text
+
+    plain = text()
+    assert text(stop=["<|end|>"], ignore_eos=True) == plain
+    assert text(skip_special_tokens=False, include_stop_str_in_output=True) == f"{plain}<|end|>"
+    [token] = running.llm.tokenizer(plain)["input_ids"][3:4]
+    assert plain.startswith(text(stop_token_ids=[token]))
+    assert len(text(stop=[" "], min_tokens=10)) > len(text(stop=[" "]))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_overflows_is_one_error_and_its_neighbour_goes_on(
+    running: Running, client: OpenAI, stream: bool
+):
+    asked: Any = {"model": "pamphlet", "temperature": 0, "max_tokens": 8}
+    alone = client.completions.create(prompt=STORY, **asked).choices[0].text
+    with overflowing(running.llm.model, 1234), ThreadPoolExecutor() as pool:
+        beside = pool.submit(client.completions.create, prompt=STORY, **asked)
+        with pytest.raises(InternalServerError, match=r"overflow.*--dtype"):
+            list(client.completions.create(prompt=[5, 1234], stream=stream, logprobs=1, **asked))
+        assert beside.result().choices[0].text == alone

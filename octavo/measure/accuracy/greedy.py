@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import quantiles
 
 from octavo.engine.params import SamplingParams
+from octavo.errors import OctavoError
 from octavo.measure.candidate import Candidate
 from octavo.models.model import Model
 
@@ -51,6 +52,8 @@ def compare_answers(
         completed = {}
         for delta in llm.generate([list(prompt) for prompt in prompts], params, stream=True):
             if delta.completion is not None:
+                if delta.completion.error:
+                    raise OctavoError(delta.completion.error)
                 completed[delta.index] = delta.completion.token_ids
                 done += 1
                 if progress is not None:

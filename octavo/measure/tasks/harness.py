@@ -120,6 +120,8 @@ class OctavoLM(TemplateLM):
             done = 0
             for delta in self.llm.generate(prompts, params, stream=True) if prompts else ():
                 if delta.completion is not None:
+                    if delta.completion.error:
+                        raise OctavoError(delta.completion.error)
                     answers[delta.index] = delta.completion.text
                     self.cache_hook.add_partial("generate_until", requests[delta.index].args, delta.completion.text)
                     count.to(done := done + 1)
