@@ -28,6 +28,7 @@ def candidates(
     headroom: float | None = None,
 ) -> list[Candidate]:
     """The formats to compare, the baseline first, each known and calibrated if it has to be."""
+    from octavo.cli.progress import calibration_with_bar
     from octavo.measure.candidate import Candidate
     from octavo.quant.format import KVFormat
 
@@ -38,7 +39,7 @@ def candidates(
         if model.calibration(calibration, formats[-1]) is None:
             del formats[1]
     return [
-        Candidate(str(f), f, model.calibration(calibration, f), granularity, headroom)  # type: ignore[arg-type]  # checked
+        Candidate(str(f), f, calibration_with_bar(model, calibration, f), granularity, headroom)  # type: ignore[arg-type]  # checked
         for f in dict.fromkeys(formats)
     ]
 

@@ -13,7 +13,7 @@ import typer
 
 from octavo.engine.params import MAX_TOKENS, TABLE, Kind, Number, SamplingParams, Strings, Switch, TokenIds, allowed
 from octavo.errors import OctavoError
-from octavo.quant.format import RAW_NAMES
+from octavo.quant.format import RAW_NAMES, KVFormat
 
 if TYPE_CHECKING:
     import torch
@@ -119,12 +119,15 @@ class ServeOptions(LoadOptions):
     kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB.")] = None
 
     def llm(self) -> LLM:
+        from octavo.cli.progress import calibration_with_bar
         from octavo.llm import LLM
 
+        model, name = self.load(), self.format_name()
+        format = model.bound.raw_format if name is None else KVFormat.parse(name)
         return LLM(
-            self.load(),
-            self.format_name(),
-            calibration=self.calibration,
+            model,
+            format,
+            calibration=calibration_with_bar(model, self.calibration, format),
             granularity=self.granularity,  # type: ignore[arg-type]  # checked by LLM
             headroom=self.headroom,
             session_len=self.session_len,

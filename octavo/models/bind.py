@@ -164,6 +164,11 @@ def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
     return bound
 
 
+def attention_modules(hf: PreTrainedModel) -> dict[int, nn.Module]:
+    """The modules of a bound model that call attention, by layer."""
+    return {vars(module)[NAME]: module for module in hf.modules() if NAME in vars(module)}
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:

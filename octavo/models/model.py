@@ -117,9 +117,14 @@ class Model:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return cache / "octavo" / self.name.replace("/", "--")
 
+    def calibration_file(self) -> Path | None:
+        """The calibration beside the model, in a directory named as the model is (`--work-dir $MODEL` of a Hub id), or
+        in the cache."""
+        places = (Path(self.name), self.work_dir, self.path)
+        return next((place / FILE_NAME for place in places if (place / FILE_NAME).is_file()), None)
+
     def calibration(self, given: str | Path | Calibration | None, format: KVFormat) -> Calibration | None:
-        """The calibration to serve `format` with, checked against the weights: `given`, or the one found beside the
-        model, in a directory named as the model is (`--work-dir $MODEL` of a Hub id), or in the cache."""
+        """The calibration to serve `format` with, checked against the weights: `given`, or the file that is found."""
         if not format.takes_calibration:
             return None
         if isinstance(given, Calibration):
@@ -127,16 +132,15 @@ class Model:
         elif given is not None:
             found = Calibration.load(Path(given))
         else:
-            places = [Path(self.name), self.work_dir, self.path]
-            files = [place / FILE_NAME for place in places if (place / FILE_NAME).is_file()]
-            if not files:
+            file = self.calibration_file()
+            if file is None:
                 if not format.needs_calibration:
                     return None
                 raise OctavoError(
                     f"{format} needs a calibration of {self.name} and none is in {self.work_dir}: run "
-                    f"`octavo calibrate {self.name}`, or use --kv int8-token, which needs none"
+                    f"`octavo calibrate {self.name}`, or use --kv kv8, which needs none"
                 )
-            found = Calibration.load(files[0])
+            found = Calibration.load(file)
         shapes = [(shape.kv_heads, shape.k_dim, shape.v_dim) for shape in self.bound.shapes]
         try:
             found.check(self.fingerprint, self.bound.rotary, shapes)
