@@ -1,10 +1,11 @@
 """The CPU kernels against torch's own attention, against our 16-bit kernel, and against the memory's speed.
 
 One layer, block tables random. Decode: one new token for each sequence. torch's bf16 `scaled_dot_product_attention`
-gets contiguous K and V, in the best call there is: with `enable_gqa`, or with the query heads of a group as rows; a
-plain streaming read sums the bytes of the same blocks through the same table. Prefill: many new tokens of one sequence,
-the last of its context, against torch's attention of the same. In each round every contestant runs in turn; reported is
-the median over rounds of the ratio within a round, with its range. The last line is one JSON document.
+gets contiguous K and V, in the best call there is: with `enable_gqa`, with the query heads of a group as rows, or as
+two products and a softmax; a plain streaming read sums the bytes of the same blocks through the same table. Prefill:
+many new tokens of one sequence, the last of its context, against torch's attention of the same. In each round every
+contestant runs in turn; reported is the median over rounds of the ratio within a round, with its range. The last line
+is one JSON document.
 
     python benchmarks/attention_cpu.py --out benchmarks/results/attention-cpu.json
 """
@@ -87,9 +88,11 @@ def torch_attention(
     grouped = heads != kv_heads
     calls = {"torch_enable_gqa" if grouped else "torch_plain": lambda: F.scaled_dot_product_attention(
         q, k, v, seen, is_causal=causal, enable_gqa=grouped)}  # fmt: skip
-    if new == 1 and grouped:
+    if new == 1:
         rows = q.view(batch, kv_heads, heads // kv_heads, DIM)
-        calls["torch_grouped_rows"] = lambda: F.scaled_dot_product_attention(rows, k, v)
+        calls["torch_matmul"] = lambda: ((rows * DIM**-0.5) @ k.mT).softmax(-1) @ v
+        if grouped:
+            calls["torch_grouped_rows"] = lambda: F.scaled_dot_product_attention(rows, k, v)
     return calls
 
 

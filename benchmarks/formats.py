@@ -1,162 +1,157 @@
-"""What each cache format costs in accuracy, in and out of the calibration's domain: the README's tables.
+"""What each cache format costs on real models, beside peers' formats: the README's table.
 
-Two models: `pamphlet`, and the same with Qwen2-like key biases (large biases on a few key channels of the first and
-last layer), which is where int8 caches of other engines break. Each is calibrated on PTB and on text it wrote itself,
-and measured on PTB test, C4 and stories in the chat template, in float32, against the fp32 cache. `fp8` is simulated:
-K and V rounded to e4m3 with scale 1. The last line is one JSON document.
+Models in float32, calibrated on PTB, measured by `octavo accuracy`'s own code on WikiText-2 and C4: mean KL divergence
+from the unquantized cache, nats a token. Peers' formats are simulated (peer_formats.py). Rows are kept in --out after
+every few formats, so the same command goes on where it was interrupted, and another --window adds its rows; what was
+measured in another way before is measured anew.
 
-    python benchmarks/formats.py --data ../shared/data/text --stories ../shared/model/val_stories.bin.xz \
-        --out benchmarks/results/formats-cpu.json --markdown docs/FORMATS.md
+    python benchmarks/formats.py MODEL … --data ../shared/data/text --out benchmarks/results/formats-cpu.json
+    python benchmarks/formats.py MODEL … --window 3072 --formats 'kv8;k8v4;kv4;fp8 e4m3, scale 1' …
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import lzma
-import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from biased import save_biased
+import peer_formats
 from machine import describe
-from torch import Tensor
 
-from octavo import LLM, KVFormat
+from octavo import KVFormat
 from octavo.calibrate import calibrate
 from octavo.cli.progress import progress
 from octavo.corpus import load_texts
-from octavo.measure.accuracy.compare import Score, compare
+from octavo.measure.accuracy.compare import compare
 from octavo.measure.candidate import Candidate
 from octavo.models.model import Model
-from octavo.quant.calibration import Calibration
-from octavo.text_windows import consecutive_windows, self_windows, token_windows
+from octavo.quant.calibration import FILE_NAME, Calibration
+from octavo.text_windows import consecutive_windows, token_windows
 
-HEADROOMS = (1.0, 1.25, 1.4, 1.5, 2.0)
+TEXTS = ("wikitext2", "c4")
+BASELINE = Candidate("fp32", KVFormat.parse("fp32"))
+CALIBRATED = ("kv8", "k8v4", "kv4", "int8-token", "int8")
+RECIPE = "int8, tensor × 1.0"  # the original recipe, LMDeploy's
+UNCALIBRATED = ("kv8, not calibrated", "int8-token, not calibrated")
+NAMES = (*CALIBRATED, RECIPE, *UNCALIBRATED, *peer_formats.BITS)
+KEPT = ("kl", "kl_error", "kl_p99", "agreement", "loss_change", "loss_change_error", "perplexity", "tokens")
+AT_ONCE = 4  # formats that share one reading of the baseline
+
+Row = dict[str, Any]
 
 
-def fp8(x: Tensor) -> Tensor:
-    return x.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype)
-
-
-def candidates(calibration: Calibration) -> list[Candidate]:
-    def int8(name: str, granularity: Any, headroom: float) -> Candidate:
-        return Candidate(name, KVFormat.parse("int8"), calibration, granularity, headroom)
-
+def candidates(model: Model, calibration: Calibration, wanted: Sequence[str]) -> list[Candidate]:
     return [
-        Candidate("fp8 e4m3, scale 1 (simulated)", KVFormat.parse("fp32"), simulate=fp8),
-        int8("int8 tensor × 1.0 (the original recipe)", "tensor", 1.0),
-        *(int8(f"int8 head × {headroom}", "head", headroom) for headroom in (1.0, 1.5)),
-        *(int8(f"int8 channel × {headroom}", "channel", headroom) for headroom in HEADROOMS),
-        Candidate("int8-token", KVFormat.parse("int8-token"), calibration),
-        Candidate("int8-token, not calibrated", KVFormat.parse("int8-token")),
-        Candidate("int4-token (rotated)", KVFormat.parse("int4-token"), calibration),
-        Candidate("int4-token-unrotated", KVFormat.parse("int4-token-unrotated"), calibration),
-        Candidate("int4-token (rotated), not calibrated", KVFormat.parse("int4-token")),
-        Candidate("int4-token-unrotated, not calibrated", KVFormat.parse("int4-token-unrotated")),
-        Candidate("k8v4", KVFormat.parse("k8v4"), calibration),
-        Candidate("k8v4, not calibrated", KVFormat.parse("k8v4")),
+        *(Candidate(name, KVFormat.parse(name), calibration) for name in CALIBRATED if name in wanted),
+        *([Candidate(RECIPE, KVFormat.parse("int8"), calibration, "tensor", 1.0)] if RECIPE in wanted else ()),
+        *(Candidate(name, KVFormat.parse(name.split(",")[0])) for name in UNCALIBRATED if name in wanted),
+        *(candidate for candidate in peer_formats.candidates(model) if candidate.name in wanted),
     ]
 
 
-def measure(model: Model, args: argparse.Namespace) -> list[dict[str, Any]]:
-    stories = np.frombuffer(lzma.decompress(args.stories.read_bytes()), dtype=np.uint16).tolist()
-    texts = {
-        name: consecutive_windows(load_texts(name, args.data, "test"), model.tokenizer, args.window, args.windows)
-        for name in ("ptb", "c4")
-    }
-    starts = range(0, len(stories) - args.window, args.window)
-    texts["stories"] = [stories[start : start + args.window] for start in starts][: args.windows]
+def bits(candidate: Candidate, model: Model) -> float:
+    """A value's share of what the cache keeps, scales included; without the rows that edges keep beside it."""
+    if candidate.name in peer_formats.BITS:
+        return peer_formats.BITS[candidate.name]
+    shapes = [shape for shape in model.bound.shapes if shape.shares is None]
+    values = sum(shape.kv_heads * (shape.k_dim + shape.v_dim) for shape in shapes)
+    return 8 * sum(shape.token_bytes(candidate.format) for shape in shapes) / values
 
-    samples, seqlen = args.samples, args.seqlen
-    drawn = {
-        "ptb": token_windows(load_texts("ptb", args.data), model.tokenizer, samples, seqlen),
-        "self": self_windows(LLM(model), samples, seqlen),
-    }
-    rows = []
-    for source, windows in drawn.items():
-        calibration = calibrate(model, list(windows), dataset=source)
-        for text, held_out in texts.items():
+
+def calibrated(model: Model, samples: int, seqlen: int, data: Path, work_dir: Path) -> Calibration:
+    """The model's calibration, kept between runs."""
+    directory = work_dir / model.path.name
+    if (directory / FILE_NAME).is_file():
+        found = Calibration.load(directory)
+        if (found.header.samples, found.header.seqlen) == (samples, seqlen):
+            return found
+    texts = load_texts("ptb", data)
+    windows = token_windows(texts, model.tokenizer, samples, seqlen)
+    with progress() as bar:
+        task = bar.add_task(f"{model.path.name}: calibrating", total=len(windows))
+        made = calibrate(model, windows, dataset=texts.name, progress=lambda done: bar.update(task, completed=done))
+    made.save(directory)
+    return made
+
+
+def measure(model: Model, calibration: Calibration, rows: list[Row], args: argparse.Namespace) -> None:
+    """Add the rows of `model` that are missing to `rows`, and keep them after every few."""
+    chosen = candidates(model, calibration, NAMES if args.formats is None else args.formats.split(";"))
+    header = calibration.header
+    for text in TEXTS:
+        how = {
+            "model": model.path.name, "text": text, "window": args.window, "windows": args.windows,
+            "calibration": f"{header.samples} × {header.seqlen} tokens of {header.dataset}",
+        }  # fmt: skip
+        known = {row["name"] for row in rows if how.items() <= row.items()}
+        missing = [c for c in chosen if c.name not in known]
+        windows = consecutive_windows(load_texts(text, args.data, "test"), model.tokenizer, args.window, args.windows)
+        for group in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
             with progress() as bar:
-                task = bar.add_task(f"{model.name}: calibrated on {source}, measured on {text}", total=len(held_out))
+                title = f"{model.path.name} on {text}: {', '.join(c.name for c in group)}"
+                task = bar.add_task(title, total=len(windows))
                 scores = compare(
-                    model,
-                    Candidate("fp32", KVFormat.parse("fp32")),
-                    candidates(calibration),
-                    held_out,
-                    progress=lambda done, bar=bar, task=task: bar.update(task, completed=done),
+                    model, BASELINE, group, windows, lambda done, bar=bar, task=task: bar.update(task, completed=done)
                 )
-            base = scores[0].perplexity
-            for score in scores:
-                row = {"calibrated_on": source, "text": text, **_numbers(score)}
-                rows.append({**row, "perplexity_change": score.perplexity / base - 1})
-    return rows
+            where = describe()
+            for candidate, score in zip((BASELINE, *group), scores, strict=True):
+                found = {key: value for key, value in asdict(score).items() if key in KEPT}
+                row = how | {"name": candidate.name, "bits": bits(candidate, model)} | found
+                same = ("model", "text", "window", "name")
+                rows[:] = [old for old in rows if any(old[key] != row[key] for key in same)]
+                rows.append(row | {"commit": where["commit"], "date": where["date"]})
+            keep(args.out, {"benchmark": "formats", **where, "rows": rows})
 
 
-def _numbers(score: Score) -> dict[str, Any]:
-    return {key: value for key, value in asdict(score).items() if not key.startswith("kl_by_")}
+def keep(path: Path, document: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(document, indent=1) + "\n")
+    part.replace(path)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean KL by calibration and text, the worst of them, and the largest change of perplexity."""
-    columns = list(dict.fromkeys((row["calibrated_on"], row["text"]) for row in rows))
+def table(model: str, rows: Sequence[Row]) -> str:
+    """Markdown: mean KL by text and length; in the last column the largest change of perplexity."""
+    own = [row for row in rows if row["model"] == model]
+    columns = sorted({(row["window"], row["text"]) for row in own}, key=lambda key: (key[0], TEXTS.index(key[1])))
     lines = [
-        "| format | " + " | ".join(f"{text}<br>({source})" for source, text in columns) + " | worst KL | perplexity |",
-        "|---|" + "---|" * (len(columns) + 2),
+        f"| {model} | bits | " + " | ".join(f"{text}, {window:,}" for window, text in columns) + " | perplexity |",
+        "|---|" + "---:|" * (len(columns) + 2),
     ]
-    for name in dict.fromkeys(row["name"] for row in rows):
-        own = [row for row in rows if row["name"] == name]
-        if name == "fp32":
-            cells = [f"ppl {row['perplexity']:.2f}" for row in own] + ["0", "0"]
-        else:
-            change = max((row["perplexity_change"] for row in own), key=abs)
-            cells = [f"{row['kl']:.1e}" for row in own] + [f"**{max(row['kl'] for row in own):.1e}**", f"{change:+.2%}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    base = {(row["window"], row["text"]): row["perplexity"] for row in own if row["name"] == BASELINE.name}
+    for name in NAMES:
+        found = {(row["window"], row["text"]): row for row in own if row["name"] == name}
+        if not found:
+            continue
+        cells = [f"{found[key]['kl']:.1e}" if key in found else "" for key in columns]
+        change = max((row["perplexity"] / base[key] - 1 for key, row in found.items()), key=abs)
+        lines.append(f"| {name} | {next(iter(found.values()))['bits']:.2f} | {' | '.join(cells)} | {change:+.2%} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--data", type=Path, required=True, help="folder of ptb.*.txt and c4_sample.jsonl")
-    cli.add_argument("--stories", type=Path, required=True, help="held-out stories: uint16 token ids, xz")
-    cli.add_argument("--samples", type=int, default=128)
-    cli.add_argument("--seqlen", type=int, default=2048)
+    cli.add_argument("models", nargs="+", type=Path)
+    cli.add_argument("--data", type=Path, required=True, help="folder of ptb.*.txt, wikitext2.*.txt, c4_sample.jsonl")
+    cli.add_argument("--work-dir", type=Path, default=Path("benchmarks/work"), help="where calibrations are kept")
+    cli.add_argument("--samples", type=int, default=8, help="calibration windows")
+    cli.add_argument("--seqlen", type=int, default=512, help="tokens in one of them")
     cli.add_argument("--window", type=int, default=1024)
-    cli.add_argument("--windows", type=int, default=8)
-    cli.add_argument("--out", type=Path)
-    cli.add_argument("--markdown", type=Path)
+    cli.add_argument("--windows", type=int, default=4, help="of each text")
+    cli.add_argument("--formats", help="only these, with ; between")
+    cli.add_argument("--out", type=Path, required=True)
     args = cli.parse_args()
 
-    plain = Model.load(dtype="float32")
-    document: dict[str, Any] = {"benchmark": "formats", **describe()}
-    document |= {key: getattr(args, key) for key in ("samples", "seqlen", "window", "windows")}
-    document["pamphlet"] = measure(plain, args)
-    with tempfile.TemporaryDirectory() as directory:
-        model = Model.load(save_biased(plain, Path(directory)), dtype="float32")
-        model.name = "key-biased"
-        document["key-biased"] = measure(model, args)
-    tables = [f"## {name}\n\n{table(document[name])}\n" for name in ("pamphlet", "key-biased")]
-    if args.markdown:
-        where = (
-            f"commit {document['commit']}, {document['processor']}, {document['threads']} threads, {document['date']}"
-        )
-        head = (
-            "# Accuracy of the formats\n\nGenerated by `benchmarks/formats.py`; its first lines say what is measured."
-        )
-        head += (
-            " Columns: text (calibrated on). Numbers: mean KL divergence from the fp32 cache, nats; the last column is"
-        )
-        head += f" the largest change of perplexity.\n\n{where}; {args.samples} calibration windows of {args.seqlen}"
-        head += " tokens,"
-        head += f" up to {args.windows} windows of {args.window} a text.\n\n"
-        args.markdown.write_text(head + "\n".join(tables))
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print("\n".join(tables))
-    print(json.dumps(document))
+    rows: list[Row] = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
+    for path in args.models:
+        model = Model.load(path, dtype="float32")
+        calibration = calibrated(model, args.samples, args.seqlen, args.data, args.work_dir)
+        measure(model, calibration, rows, args)
+        del model, calibration
+    for name in dict.fromkeys(row["model"] for row in rows):
+        print(table(name, rows) + "\n")
 
 
 if __name__ == "__main__":

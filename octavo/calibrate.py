@@ -2,14 +2,19 @@
 
 One pass, one window at a time, through the same attention that serves; memory does not grow with the number of
 windows. RoPE is relative, so a window may stand at any position without changing the model's output: windows are spread
-over the whole context, and the ranges hold for a session of any length. A model for which that is not so (learned
-positions, queries scaled by position) is recognized by its scores, and its windows stay at position 0.
+over the whole context, densest at its beginning, where most rows of most sessions are. A model for which that is not so
+(learned positions, queries scaled by position) is recognized by its scores, and its windows stay at position 0.
+
+`calibration_for` is what serves: a format that must not go without statistics gets them made first, from a short text.
 """
 
 from __future__ import annotations
 
 import random
+import time
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,12 +22,19 @@ from torch import Tensor
 from octavo.engine.reading import Reading
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
-from octavo.models.model import Model
+from octavo.models.model import BUNDLED, Model
+from octavo.models.output import output_norms
 from octavo.quant.calibration import Calibration, Header, validate_choice
-from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Granularity
-from octavo.quant.statistics import Statistics
+from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Granularity, KVFormat
+from octavo.quant.statistics import LayerStatistics
+from octavo.text import opening
 
+FIRST_PAGE = 64  # rows of a window that mean and std leave out: sinks, outliers that edges keep raw
+NEAR = 128  # positions up to here get as many windows as each doubling beyond, see _offsets
 FARTHEST = 1 << 17  # where windows end for a model that names no context of its own
+SHORT = (8, 256)  # windows and tokens in each, of a calibration that is made before serving
+PATIENCE = 60.0  # seconds that it may take
+PROSE = BUNDLED / "evaluation.txt"
 SCORES_DIFFER = 0.05  # relative; bf16 rounding moves scores by about 1 %, a scale or a learned position by more
 
 
@@ -45,23 +57,30 @@ def calibrate(
     length = _common_length(windows, bound.max_context)
     offsets = _offsets(bound, len(windows), length, seed)
     reading = Reading(bound)
-    observed = [
-        None
-        if shape.shares is not None
-        else (Statistics(shape.kv_heads, shape.k_dim), Statistics(shape.kv_heads, shape.v_dim))
-        for shape in bound.shapes
-    ]
+    kept = {
+        i: LayerStatistics(shape.kv_heads, shape.k_dim, shape.v_dim)
+        for i, shape in enumerate(bound.shapes)
+        if shape.shares is None
+    }
+    observed = [kept[i if shape.shares is None else shape.shares] for i, shape in enumerate(bound.shapes)]
+    for statistics, norms in zip(observed, output_norms(bound), strict=True):
+        statistics.projected_by(norms)
+    left_out = FIRST_PAGE if length > FIRST_PAGE else 0
     for done, (window, offset) in enumerate(zip(windows, offsets, strict=True)):
+        read = [0] * len(bound.layers)  # rows of this window, by layer
 
-        def observe(layer: int, _q: Tensor, k: Tensor, v: Tensor, done: int = done) -> None:
-            if (both := observed[layer]) is not None:
-                for statistics, x, side in zip(both, (k, v), "KV", strict=True):
-                    if not torch.isfinite(x).all():
-                        raise OctavoError(
-                            f"{side} of layer {layer} is not finite in sample {done}: the model overflows in "
-                            f"{bound.dtype}; load it with --dtype bf16 or fp32, or check its weights"
-                        )
-                    statistics.update(x)
+        def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, done: int = done, read: list[int] = read) -> None:
+            for name, x in (("Q", q), ("K", k), ("V", v)):
+                if not torch.isfinite(x).all():
+                    raise OctavoError(
+                        f"{name} of layer {layer} is not finite in sample {done}: the model overflows in "
+                        f"{bound.dtype}; load it with --dtype bf16 or fp32, or check its weights"
+                    )
+            skip = max(0, left_out - read[layer])
+            read[layer] += len(q)
+            observed[layer].read_by(q[skip:])
+            if layer in kept:
+                kept[layer].update(k, v, skip)
 
         reading.run(window, observe, torch.arange(offset, offset + length))
         if progress is not None:
@@ -78,9 +97,64 @@ def calibrate(
         headroom=headroom,
         rotary=bound.rotary,
     )
-    owners = [i if shape.shares is None else shape.shares for i, shape in enumerate(bound.shapes)]
-    sides = [{"k": observed[i][0].summary(), "v": observed[i][1].summary()} for i in owners]  # type: ignore[index]
-    return Calibration(header, sides)
+    return Calibration(header, [statistics.summary() for statistics in observed])
+
+
+def calibration_for(
+    model: Model,
+    given: str | Path | Calibration | None,
+    format: KVFormat,
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration | None:
+    """The calibration to serve `format` with, as `Model.calibration` finds it.
+
+    For a format that calibrates first one is made where there is none, and saved as `octavo calibrate` does;
+    `progress` is called with the number of windows done and of all. Raises OctavoError if that takes too long.
+    """
+    if given is not None or not format.calibrates_first or model.calibration_file() is not None:
+        return model.calibration(given, format)
+    windows = _short_windows(model)
+    warnings.warn(
+        f"{format} needs a calibration, and {model.name} has none yet: making one from {len(windows)} short windows of "
+        f"English prose. `octavo calibrate {model.name}` makes it from other texts",
+        stacklevel=3,
+    )
+    ends: list[float] = []
+
+    def watch(done: int) -> None:
+        ends.append(time.perf_counter())
+        seconds = (ends[-1] - ends[0]) * len(windows)  # the first window warms up
+        if done == 2 and seconds > PATIENCE:
+            raise OctavoError(
+                f"{format} needs a calibration of {model.name}, which takes about {seconds / 60:.0f} minutes here: run "
+                f"`octavo calibrate {model.name} --calib-dataset {PROSE} --calib-samples {len(windows)} "
+                f"--calib-seqlen {len(windows[0])}` first, or use --kv kv8, which needs none"
+            )
+        if progress is not None:
+            progress(done, len(windows))
+
+    made = calibrate(model, windows, dataset="short: English prose, before serving", progress=watch)
+    if not model.synthetic:
+        try:
+            made.save(model.work_dir)
+        except OctavoError as error:
+            warnings.warn(f"{error}; it is made again next time", stacklevel=3)
+    return model.calibration(made, format)
+
+
+def _short_windows(model: Model) -> list[list[int]]:
+    """Pieces of the bundled prose from its beginning to its end, each opened as a session is. A model without a
+    tokenizer sees random tokens."""
+    count, length = SHORT[0], min(SHORT[1], model.bound.max_context)
+    if model.tokenizer is None:
+        random_tokens = torch.Generator().manual_seed(0)
+        return torch.randint(model.bound.vocab_size, (count, length), generator=random_tokens).tolist()
+    prefix = opening(model.tokenizer)[: length - 1]
+    text = PROSE.read_text(encoding="utf-8")
+    tokens = list(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    body = length - len(prefix)
+    starts = [(len(tokens) - body) * i // (count - 1) for i in range(count)]
+    return [prefix + tokens[start : start + body] for start in starts]
 
 
 def _common_length(windows: Sequence[Sequence[int]], max_context: int) -> int:
@@ -99,11 +173,13 @@ def _common_length(windows: Sequence[Sequence[int]], max_context: int) -> int:
 
 
 def _offsets(bound: BoundModel, count: int, length: int, seed: int) -> list[int]:
-    """Where each window starts: evenly spread over the context, in random order; all at 0 where position matters."""
+    """Where each window starts: denser the nearer to 0, from there to the context's end, in random order; all at 0
+    where position matters. They are even in log(1 + position/NEAR)."""
     last = min(bound.max_context, FARTHEST) - length
     if last <= 0 or not shift_invariant(bound, last):
         return [0] * count
-    spread = [round(last * i / max(count - 1, 1)) for i in range(count)]
+    steps = [i / max(count - 1, 1) for i in range(count)]
+    spread = [round(NEAR * ((1 + last / NEAR) ** step - 1)) for step in steps]
     random.Random(seed).shuffle(spread)
     return spread
 

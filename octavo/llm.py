@@ -25,6 +25,7 @@ from octavo.cache.plan import own_span, plan_layers
 from octavo.cache.session import Identity, SavedSession
 from octavo.cache.size import block_bytes, num_blocks, parse_bytes, raw_page_bytes, raw_pages
 from octavo.cache.store import KVCache
+from octavo.calibrate import calibration_for
 from octavo.completion import Answer, Completion, Delta, Outbox
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
@@ -102,7 +103,13 @@ class LLM:
             self.model = Model.load(model, context=session_len, **loading)
         bound = self.model.bound
         self.format = bound.raw_format if kv is None else kv if isinstance(kv, KVFormat) else KVFormat.parse(kv)
-        self.calibration = self.model.calibration(calibration, self.format)
+        self.calibration = calibration_for(self.model, calibration, self.format)
+        if self.calibration is None and self.format.takes_calibration:
+            warnings.warn(
+                f"{self.format} runs without a calibration: on models with key biases it then loses about twenty times "
+                f"as much. `octavo calibrate {self.model.name}` mends that",
+                stacklevel=2,
+            )
         if (granularity, headroom) != (None, None) and self.calibration is None:
             raise OctavoError(f"granularity and headroom choose from a calibration; {self.format} has none here")
         if session_len is not None and session_len > bound.max_context:

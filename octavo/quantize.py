@@ -21,7 +21,7 @@ from octavo.engine.reading import Reading
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import BoundModel
 from octavo.models.packed import packable
-from octavo.models.prepack import PrepackedLinear
+from octavo.models.prepack import is_prepacked
 from octavo.weights.awq import TINY, round_to_nearest, search_scale, search_shrink
 from octavo.weights.layouts import AWQ, Int4Weight
 from octavo.weights.linear import PackedLinear
@@ -105,7 +105,7 @@ def quantize(
 
 def quantizable(hf: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
     """The linear layers that can be packed, by name. Raises Unsupported where there is none."""
-    if any(isinstance(module, PrepackedLinear) for module in hf.modules()):
+    if is_prepacked(hf):
         raise OctavoError(
             "the weights of this model are in the processor's order, in which they are served and cannot be scaled: "
             "load it with Model.load(..., plain_weights=True)"

@@ -13,6 +13,12 @@ Message = dict[str, Any]  # {"role": "user", "content": …}; a template may kno
 REPLACEMENT = "\ufffd"  # a decoder's mark for bytes that are not yet a character
 
 
+def opening(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: BOS for some, nothing for others."""
+    bare, full = list(tokenizer("a", add_special_tokens=False)["input_ids"]), list(tokenizer("a")["input_ids"])
+    return full[: next((at for at in range(len(full)) if full[at : at + len(bare)] == bare), 0)]
+
+
 def encode_chat(
     tokenizer: Any, messages: Rows[Message], tools: Rows[dict[str, Any]] = (), reply: bool = True
 ) -> list[int]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
-from octavo.text import encode_chat
+from octavo.text import encode_chat, opening
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
@@ -177,12 +177,6 @@ def self_windows(
     windows = windows[: count - chats] + write(prompts, length)
     rng.shuffle(windows)
     return windows
-
-
-def opening(tokenizer: Any) -> Window:
-    """What the tokenizer puts before a text: BOS for some, nothing for others."""
-    bare, full = _encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
-    return full[: next((at for at in range(len(full)) if full[at : at + len(bare)] == bare), 0)]
 
 
 def _text_ends(llm: LLM, rng: random.Random) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,9 +14,25 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo.engine.reading import Reading
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import BUNDLED, Model
+from octavo.models.output import output_norms
 from octavo.quant.calibration import SYNTHETIC, Calibration, Header
 from octavo.quant.format import KVFormat
-from octavo.quant.statistics import Statistics
+from octavo.quant.statistics import LayerStatistics
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_away_from_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a test serves may calibrate itself and keep that: not where the user's own calibrations are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where another test would find it. However busy the machine is, it is not refused."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("octavo.calibrate.PATIENCE", math.inf)
 
 
 @pytest.fixture(scope="session")
@@ -63,15 +80,23 @@ def llama_calibration(llama: BoundModel) -> Calibration:
 
 def observe(bound: BoundModel, ids: list[int], fingerprint: str) -> Calibration:
     """The statistics of K and V in one real forward over `ids`, from position 0."""
-    sides = [{"k": Statistics(s.kv_heads, s.k_dim), "v": Statistics(s.kv_heads, s.v_dim)} for s in bound.shapes]
+    seen = [LayerStatistics(s.kv_heads, s.k_dim, s.v_dim) for s in bound.shapes]
 
-    def record(layer: int, _q: Tensor, k: Tensor, v: Tensor) -> None:
-        sides[layer]["k"].update(k)
-        sides[layer]["v"].update(v)
+    def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        seen[layer].update(k, v)
+        seen[layer].read_by(q)
 
     Reading(bound, KVFormat.parse("fp32")).run(ids, record)
+    for statistics, norms in zip(seen, output_norms(bound), strict=True):
+        statistics.projected_by(norms)
     header = Header(fingerprint, "a test", 1, len(ids), len(ids), (0, len(ids) - 1), rotary=bound.rotary)
-    return Calibration(header, [{side: seen.summary() for side, seen in layer.items()} for layer in sides])
+    return Calibration(header, [statistics.summary() for statistics in seen])
+
+
+def ranging(low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    """The statistics of one side whose channels lie between `low` and `high` [kv_heads, dim]."""
+    middle, width = (low + high) / 2, high - low
+    return {"min": low, "max": high, "mean": middle, "std": width / 4, "reader": torch.ones_like(low)}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from octavo.calibrate import calibrate, shift_invariant
+from octavo.calibrate import _offsets, calibrate, calibration_for, shift_invariant
 from octavo.cli import main
 from octavo.errors import OctavoError
+from octavo.llm import LLM
 from octavo.models.model import Model
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
+from octavo.quant.format import KVFormat
 
+INT4 = KVFormat.parse("int4-token")
 LLAMA = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -57,10 +61,33 @@ def test_statistics_are_those_of_the_rows_in_transformers_own_cache() -> None:
             seen = torch.cat([row[i][side] for row in rows])
             torch.testing.assert_close(sides[name]["min"], seen.amin(0), atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(sides[name]["max"], seen.amax(0), atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(sides[name]["mean"], seen.mean(0), atol=1e-5, rtol=1e-4)
+            body = torch.cat([row[i][side][64:] for row in rows])  # a window's first page has outliers of its own
+            torch.testing.assert_close(sides[name]["mean"], body.mean(0), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(sides[name]["std"], body.std(0, correction=0), atol=1e-5, rtol=1e-4)
 
 
-def test_windows_are_spread_over_the_whole_context_and_cover_keys_at_every_position() -> None:
+def test_readers_are_the_queries_and_the_output_projections_weights() -> None:
+    model = tiny()
+    reader = calibrate(model, windows(1, 256), dataset="random").layers[1]["v"]["reader"]
+    weight = model.bound.hf.model.layers[1].self_attn.o_proj.weight  # [hidden, heads·dim]; two heads read a KV head
+    torch.testing.assert_close(reader, weight.float().square().sum(0).view(2, 2, 8).sum(1).sqrt(), atol=1e-6, rtol=1e-5)
+
+    doubled = tiny()  # the same weights, but for queries twice as long in one layer
+    doubled.bound.hf.model.layers[0].self_attn.q_proj.weight.data *= 2
+    before, after = (calibrate(m, windows(1, 256), dataset="random").layers[0]["k"]["reader"] for m in (model, doubled))
+    torch.testing.assert_close(after, 2 * before, atol=1e-6, rtol=1e-5)
+
+
+def test_windows_are_spread_over_the_whole_context_most_of_them_near_its_beginning() -> None:
+    model = tiny(max_position_embeddings=4096)
+    offsets = sorted(_offsets(model.bound, 9, 64, seed=0))
+    assert (offsets[0], offsets[-1]) == (0, 4096 - 64)
+    gaps = [b - a for a, b in itertools.pairwise(offsets)]
+    assert gaps == sorted(gaps)
+    assert offsets[4] < 4096 / 5
+
+
+def test_windows_cover_keys_at_every_position() -> None:
     model = tiny()
     text = windows(1, 32)[0]
     calibration = calibrate(model, [text] * 15, dataset="random")
@@ -114,6 +141,55 @@ def test_windows_that_do_not_fit_are_refused(texts: list[list[int]], message: st
 def test_impossible_defaults_are_refused_before_anything_runs(name: str, value: object) -> None:
     with pytest.raises(OctavoError, match=name):
         calibrate(tiny(), windows(1, 16), dataset="random", **{name: value})  # type: ignore[arg-type]
+
+
+class TestBeforeServing:
+    """Formats with 4-bit keys get a short calibration first; others are served without one, and say what it costs."""
+
+    @pytest.fixture(autouse=True)
+    def own_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+
+    def test_it_is_told_made_once_and_kept_where_calibrate_keeps_it(
+        self, pamphlet: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps: list[tuple[int, int]] = []
+        with pytest.warns(UserWarning, match="int4-token needs a calibration.*octavo calibrate pamphlet"):
+            made = calibration_for(pamphlet, None, INT4, lambda *step: steps.append(step))
+        assert made is not None
+        assert steps == [(i, 8) for i in range(1, 9)]
+        assert made.header.positions[1] == pamphlet.bound.max_context - 1
+        assert (pamphlet.work_dir / FILE_NAME).is_file()
+        monkeypatch.setattr("octavo.calibrate.calibrate", None)
+        found = calibration_for(pamphlet, None, INT4)
+        assert found is not None
+        assert found.header == made.header
+
+    def test_where_it_would_take_too_long_the_command_is_named_and_nothing_is_kept(
+        self, pamphlet: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("octavo.calibrate.PATIENCE", 0.0)
+        with (
+            pytest.warns(UserWarning, match="needs a"),
+            pytest.raises(OctavoError, match=r"octavo calibrate pamphlet .*--kv kv8"),
+        ):
+            calibration_for(pamphlet, None, INT4)
+        assert not (pamphlet.work_dir / FILE_NAME).exists()
+
+    def test_keys_of_8_bits_are_served_without_and_say_in_a_line_what_that_costs(self, pamphlet: Model) -> None:
+        with pytest.warns(UserWarning, match="int8-token runs without a calibration.*octavo calibrate pamphlet"):
+            llm = LLM(pamphlet, "int8-token", session_len=128, max_batch_size=1)
+        assert llm.calibration is None
+        assert not (pamphlet.work_dir / FILE_NAME).exists()
+
+    def test_random_weights_are_calibrated_on_random_tokens_and_nothing_is_kept(self, tmp_path: Path) -> None:
+        model = tiny()
+        with pytest.warns(UserWarning, match="needs a calibration"):
+            made = calibration_for(model, None, INT4)
+        assert made is not None
+        assert made.header.fingerprint == SYNTHETIC
+        assert not list(tmp_path.rglob(FILE_NAME))
 
 
 class TestCommand:

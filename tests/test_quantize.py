@@ -18,13 +18,12 @@ from octavo import quantize as making
 from octavo.cli import main
 from octavo.cli.tables.quantize import error_table
 from octavo.errors import OctavoError, Unsupported
-from octavo.models import prepack
 from octavo.models.bind import bind, unbound
 from octavo.models.load import load_model, load_tokenizer
 from octavo.models.model import BUNDLED, Model
 from octavo.models.save import save_awq
 from octavo.quantize import quantize
-from octavo.weights import awq
+from octavo.weights import awq, cpu
 from octavo.weights.linear import PackedLinear
 from tests.models.test_internlm import TOKENIZER_V1, V2, checkpoint_v2, vocabulary, write
 
@@ -232,7 +231,7 @@ def test_a_dead_layer_costs_nothing(dead: str) -> None:
     assert "nan" not in "".join(error_table(quantized).columns[-1].cells)
 
 
-@pytest.mark.skipif(not prepack.available(), reason="oneDNN has no bf16 product on this processor")
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="the native extension is not built")
 def test_weights_in_the_processor_s_order_are_refused_with_the_way_out() -> None:
     with pytest.raises(OctavoError, match="plain_weights=True"):
         quantize(Model.load(device="cpu", dtype="bf16").bound, windows())

@@ -23,6 +23,7 @@ class AttentionSpec:
     window: int | None = None  # a query sees this many last tokens, itself included
     softcap: float | None = None  # scores become softcap·tanh(score/softcap)
     sinks: Tensor | None = None  # [heads] a logit that takes weight and gives nothing (gpt-oss)
+    exact: bool = False  # one order of sums on every processor: a row's bits do not depend on its company
 
 
 Attend = Callable[[AttentionSpec, LayerCache, Tensor, Tensor, Tensor, Batch], Tensor]

@@ -33,13 +33,18 @@ SIDES: tuple[Side, Side] = ("k", "v")
 _native, _unavailable = native.load("octavo.attention._native")
 
 # Whether attention is float32 in one order of sums, so that a row's bits do not depend on its company. Where the
-# processor multiplies bf16 and bytes, that is not the fastest way.
-exact = _native is not None and not _native.has_bf16()
+# processor multiplies bf16 and bytes, that is not the fastest way, and done for layers that ask for it.
+exact = _native is not None and not native.has_bf16(_native)
 
 
 def unavailable() -> str | None:
     """Why the kernels cannot be used here; None if they can."""
     return _unavailable
+
+
+def isa() -> str:
+    """The instruction set of the kernels."""
+    return _native.isa()
 
 
 def refuses(plan: LayerPlan) -> str | None:
@@ -69,7 +74,7 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
     layer = _layer(spec, cache)
     sides = _side(cache.k), _side(cache.v)
     rows = q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads()
-    if exact or edges is not None:
+    if exact or spec.exact or edges is not None:
         _native.attend(*sides, edges and edges.native, layer.attention, step.native, *rows)
         return out
     if step.singles:

@@ -83,7 +83,7 @@ def plan_layers(
     def static(layer: int, side: Side, codec: Codec) -> Static | None:
         if calibration is None or codec.is_raw or shapes[layer].shares is not None:
             return None
-        return calibration.static(layer, side, granularity, headroom)
+        return calibration.static(layer, side, codec, granularity, headroom)
 
     return [
         LayerPlan(shape, format, static(i, "k", format.k), static(i, "v", format.v))

@@ -28,6 +28,7 @@ def candidates(
     headroom: float | None = None,
 ) -> list[Candidate]:
     """The formats to compare, the baseline first, each known and calibrated if it has to be."""
+    from octavo.cli.progress import calibration_with_bar
     from octavo.measure.candidate import Candidate
     from octavo.quant.format import KVFormat
 
@@ -38,14 +39,15 @@ def candidates(
         if model.calibration(calibration, formats[-1]) is None:
             del formats[1]
     return [
-        Candidate(str(f), f, model.calibration(calibration, f), granularity, headroom)  # type: ignore[arg-type]  # checked
+        Candidate(str(f), f, calibration_with_bar(model, calibration, f), granularity, headroom)  # type: ignore[arg-type]  # checked
         for f in dict.fromkeys(formats)
     ]
 
 
 def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:
-    """The 16-bit model to compare `model` with, in its type: 4-bit checkpoints are often fp16 where it is bf16."""
-    return replace(options, model=name, model_format="hf", dtype=str(model.bound.dtype).removeprefix("torch.")).load()
+    """The 16-bit model to compare `model` with, in its types: 4-bit checkpoints are often fp16 where it is bf16."""
+    own = replace(options, model=name, model_format="hf", dtype=str(model.bound.dtype).removeprefix("torch."))
+    return own.load(model.bound.computes)
 
 
 def formats(geometry: Geometry, kv: str | None, default: Sequence[str] = ("int8",)) -> list[KVFormat]:

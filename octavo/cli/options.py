@@ -13,9 +13,11 @@ import typer
 
 from octavo.engine.params import MAX_TOKENS, TABLE, Kind, Number, SamplingParams, Strings, Switch, TokenIds, allowed
 from octavo.errors import OctavoError
-from octavo.quant.format import RAW_NAMES
+from octavo.quant.format import RAW_NAMES, KVFormat
 
 if TYPE_CHECKING:
+    import torch
+
     from octavo.llm import LLM
     from octavo.models.model import Model
 
@@ -52,8 +54,12 @@ class LoadOptions:
     load_format: Annotated[str, option("auto, or dummy for random weights of the config's shape.")] = "auto"
     chat_template: Annotated[Path | None, option("A Jinja file in place of the model's template.")] = None
     session_len: Annotated[int | None, option("Longest session in tokens. [default: the model's]", min=2)] = None
+    deterministic: Annotated[
+        bool, option("On a CPU: the same bits whatever is computed together.", "--deterministic")
+    ] = False
 
-    def load(self) -> Model:
+    def load(self, computing: torch.dtype | None = None) -> Model:
+        """`computing` as in Model.load."""
         from octavo.models.model import Model
 
         return Model.load(
@@ -65,6 +71,8 @@ class LoadOptions:
             model_format=self.model_format,
             chat_template=self.chat_template,
             context=self.session_len,
+            computing=computing,
+            deterministic=self.deterministic,
         )
 
 
@@ -111,12 +119,15 @@ class ServeOptions(LoadOptions):
     kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB.")] = None
 
     def llm(self) -> LLM:
+        from octavo.cli.progress import calibration_with_bar
         from octavo.llm import LLM
 
+        model, name = self.load(), self.format_name()
+        format = model.bound.raw_format if name is None else KVFormat.parse(name)
         return LLM(
-            self.load(),
-            self.format_name(),
-            calibration=self.calibration,
+            model,
+            format,
+            calibration=calibration_with_bar(model, self.calibration, format),
             granularity=self.granularity,  # type: ignore[arg-type]  # checked by LLM
             headroom=self.headroom,
             session_len=self.session_len,

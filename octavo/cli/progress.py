@@ -5,7 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from octavo.models.model import Model
+    from octavo.quant.calibration import Calibration
+    from octavo.quant.format import KVFormat
 
 
 def progress() -> Any:
@@ -32,3 +38,16 @@ def telling(first: str) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(task, description=what, completed=done, total=total or None)
 
         yield tell
+
+
+def calibration_with_bar(model: Model, given: Path | None, format: KVFormat) -> Calibration | None:
+    """`octavo.calibrate.calibration_for`, with a bar where it makes one."""
+    from octavo.calibrate import calibration_for
+
+    with progress() as bar:
+
+        def tell(done: int, total: int) -> None:
+            task = bar.task_ids[0] if bar.task_ids else bar.add_task("calibrating", total=total)
+            bar.update(task, completed=done)
+
+        return calibration_for(model, given, format, tell)

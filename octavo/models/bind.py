@@ -71,16 +71,13 @@ class BoundModel:
 
     def __init__(self, hf: PreTrainedModel, max_context: int):
         self.hf = hf
+        self.dtype = self.computes = hf.dtype  # of the weights and the baseline cache, and of the activations
         self.max_context = max_context
         self.layers: list[AttentionSpec] = []
 
     @property
     def shapes(self) -> list[LayerShape]:
         return [layer.shape for layer in self.layers]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.hf.dtype
 
     @property
     def rotary(self) -> str:
@@ -97,12 +94,13 @@ class BoundModel:
 
     @property
     def arithmetic(self) -> str:
-        """What K and V depend on beside the weights."""
-        return f"{str(self.dtype).removeprefix('torch.')}, rotary frequencies {self.rotary}"
+        """What K and V depend on beside the weights: their type, that of activations, and RoPE's frequencies."""
+        types = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in {self.dtype: 0, self.computes: 0})
+        return f"{types}, rotary frequencies {self.rotary}"
 
     @property
     def raw_format(self) -> KVFormat:
-        """The cache that keeps K and V as the model computes them: the baseline."""
+        """The cache that keeps K and V in the type of the weights: the baseline."""
         return KVFormat.parse(RAW_NAMES[str(self.dtype).removeprefix("torch.")])
 
     @cached_property  # a decode step asks for it, and the way there is long
@@ -164,6 +162,11 @@ def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
         )
     bound.layers = trace.specs
     return bound
+
+
+def attention_modules(hf: PreTrainedModel) -> dict[int, nn.Module]:
+    """The modules of a bound model that call attention, by layer."""
+    return {vars(module)[NAME]: module for module in hf.modules() if NAME in vars(module)}
 
 
 def _attention(

@@ -58,11 +58,15 @@ class Model:
         chat_template: Path | None = None,
         context: int | None = None,
         plain_weights: bool = False,
+        computing: torch.dtype | None = None,
+        deterministic: bool = False,
     ) -> Model:
         """Load and bind a directory, a Hub id, or the bundled model if None.
 
         `context` is the longest session to be served: some RoPE variants depend on it. With `plain_weights` they stay
-        in the order of the files, to be rewritten.
+        in the order of the files, to be rewritten. `computing` is the type of activations, by default `dtype` or, where
+        that is "auto", what suits the processor. `deterministic` makes the bits of a sum on a CPU independent of what
+        is computed together with it.
         """
         name, path = locate(model)
         if device == "auto":
@@ -75,18 +79,24 @@ class Model:
         eos = eos_token_ids(hf.config, generation, tokenizer)
         asked = generation.to_diff_dict() if generation else {}
         bound = bind(hf, context)
+        if computing is None and dtype != "auto":
+            computing = bound.dtype
+        if deterministic and device_map is not None:
+            raise OctavoError("deterministic sums need weights on one device: leave the device map out")
         if device_map is None and not plain_weights:  # accelerate moves weights about, which must stay plain for it
-            prepack(bound)
+            prepack(bound, computing, deterministic)
         return cls(bound, tokenizer, path, name, eos, asked, load_format == "dummy")
 
     @classmethod
-    def of(cls, hf: PreTrainedModel, path: Path, context: int | None = None) -> Model:
+    def of(
+        cls, hf: PreTrainedModel, path: Path, context: int | None = None, computing: torch.dtype | None = None
+    ) -> Model:
         """`hf`, taken over, as `load` would have it but without a tokenizer: a model for measurements.
 
         It counts as one of random weights and is named as `path`, which need not be there.
         """
         bound = bind(hf, context)
-        prepack(bound)
+        prepack(bound, computing)
         return cls(bound, None, path, path.name, frozenset(), synthetic=True)
 
     @cached_property
@@ -107,9 +117,14 @@ class Model:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return cache / "octavo" / self.name.replace("/", "--")
 
+    def calibration_file(self) -> Path | None:
+        """The calibration beside the model, in a directory named as the model is (`--work-dir $MODEL` of a Hub id), or
+        in the cache."""
+        places = (Path(self.name), self.work_dir, self.path)
+        return next((place / FILE_NAME for place in places if (place / FILE_NAME).is_file()), None)
+
     def calibration(self, given: str | Path | Calibration | None, format: KVFormat) -> Calibration | None:
-        """The calibration to serve `format` with, checked against the weights: `given`, or the one found beside the
-        model, in a directory named as the model is (`--work-dir $MODEL` of a Hub id), or in the cache."""
+        """The calibration to serve `format` with, checked against the weights: `given`, or the file that is found."""
         if not format.takes_calibration:
             return None
         if isinstance(given, Calibration):
@@ -117,16 +132,15 @@ class Model:
         elif given is not None:
             found = Calibration.load(Path(given))
         else:
-            places = [Path(self.name), self.work_dir, self.path]
-            files = [place / FILE_NAME for place in places if (place / FILE_NAME).is_file()]
-            if not files:
+            file = self.calibration_file()
+            if file is None:
                 if not format.needs_calibration:
                     return None
                 raise OctavoError(
                     f"{format} needs a calibration of {self.name} and none is in {self.work_dir}: run "
-                    f"`octavo calibrate {self.name}`, or use --kv int8-token, which needs none"
+                    f"`octavo calibrate {self.name}`, or use --kv kv8, which needs none"
                 )
-            found = Calibration.load(files[0])
+            found = Calibration.load(file)
         shapes = [(shape.kv_heads, shape.k_dim, shape.v_dim) for shape in self.bound.shapes]
         try:
             found.check(self.fingerprint, self.bound.rotary, shapes)

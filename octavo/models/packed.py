@@ -18,6 +18,7 @@ from octavo.errors import OctavoError, Unsupported
 from octavo.weights.checkpoint import PackedLayers, WeightFormat
 from octavo.weights.layouts import AWQ, Int4Weight
 from octavo.weights.linear import PackedLinear
+from octavo.weights.panels import PanelLinear
 
 
 def with_packed_layers(architecture: type[PreTrainedModel], packs: Callable[[str], bool]) -> type[PreTrainedModel]:
@@ -40,7 +41,11 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
 def parameters(model: nn.Module) -> int:
     """How many there are, tied ones once, in whatever type."""
     packed = sum(layer.in_features * layer.out_features for layer in packed_layers(model).values())
-    return packed + sum(parameter.numel() for parameter in model.parameters())
+    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    for layer in model.modules():
+        if isinstance(layer, PanelLinear):  # without what pads the last panel
+            sizes[id(layer.weight)] = layer.in_features * layer.out_features
+    return packed + sum(sizes.values())
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -1,62 +1,85 @@
-"""A 16-bit model's weights in the order in which the processor multiplies them.
+"""A model's weights in the order in which the processor multiplies them, and the type that it computes in.
 
-oneDNN's bf16 product reads a weight in tiles of its own. Given rows, as torch's `linear` gives it, it rearranges the
-whole matrix in every call, which for the few rows of a decode step costs as much as the product. Here each linear layer
-is rearranged once, when the model is loaded: the same product of the same numbers, and no second copy of them.
+Where the processor multiplies bf16 numbers, bf16 weights go into oneDNN's tiles: given rows, its product rearranges the
+whole matrix in every call. Elsewhere torch's products of 16-bit numbers are slow, and weights of any type go into
+panels (weights/panels.py): they stay in 16 bits, products and sums are float32, and unless a type was asked for so are
+activations, norms and residuals, which are small. Either way each weight is rearranged once, when the model is loaded,
+and no second copy of it is kept. A tied embedding reads its rows out of the head's panels.
 
-A rearranged weight has a shape, a type and a size, but no rows that a model's own code could read, as some routers'
-does. So only layers that a trial run calls are rearranged, and if the model then fails or computes something else, all
-are put back.
+A rearranged weight has no rows that a model's own code could read, as some routers' does. So only layers that a trial
+run calls are rearranged, and if the model then fails or computes something else, all is put back.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from octavo import processor
+from octavo.errors import Unsupported
 from octavo.models.bind import BoundModel
+from octavo.models.packed import weight_bytes
+from octavo.weights import cpu
+from octavo.weights.linear import PackedLinear
+from octavo.weights.panels import PanelEmbedding, PanelLinear, TypedEmbedding, unpacked
 
 OPERATORS = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")  # private: not in every torch
 TRIAL = 16  # sessions of one token
 SAME = 0.05  # relative: sums in another order round otherwise, and what is wrong is far off
+CLOSE = 0.25  # the same where each number is rounded otherwise: bf16 costs deep models a tenth
+SMALL = 0.1  # of a model's bytes: more than that is not doubled to compute in float32
 
 
 class PrepackedLinear(nn.Linear):
-    """`nn.Linear` in bf16 on a CPU, made by `prepack`. `weight.to_dense()` gives the weight's rows."""
+    """`nn.Linear` in bf16 on a CPU, in oneDNN's order. `weight.to_dense()` gives the weight's rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def prepack(bound: BoundModel) -> None:
-    """Prepack the linear layers of a model in place, one at a time, where this processor has a product for it.
+Undo = Callable[[], None]
 
-    A weight that two modules share (tied embeddings) stays as it is: rearranged, it would be there twice.
+
+def prepack(bound: BoundModel, computing: torch.dtype | None = None, deterministic: bool = False) -> None:
+    """Rearrange the weights of a model on a CPU in place, one at a time, and choose what it computes in.
+
+    `computing` is the type of its activations; None leaves it to the processor. `deterministic` takes panels on every
+    processor, for sums whose bits do not depend on what is computed together; it raises OctavoError where it cannot.
     """
-    layers = _layers(bound.hf) if available() else []
-    if not layers:
+    if deterministic and (why := _no_panels(bound)):
+        raise Unsupported(f"deterministic sums need a CPU and the native kernels: {why}")
+    if bound.device.type != "cpu":
         return
-    called: set[nn.Module] = set()
-    handles = [layer.register_forward_hook(lambda layer, *_: called.add(layer)) for layer in layers]
-    before = _trial(bound)
-    for handle in handles:
-        handle.remove()
-    layers = [layer for layer in layers if layer in called]
-    for layer in layers:
-        _pack(layer)
-    try:
-        same = bool((_trial(bound) - before).norm() <= SAME * before.norm())
-    except Exception:  # whatever a model does with rows that are not there
-        same = False
-    if not same:
-        for layer in layers:
-            _unpack(layer)
+    if not deterministic and processor.has_bf16():
+        if onednn_available():
+            _try(bound, lambda called: _into_tiles(bound.hf, called), SAME)
+        return
+    if cpu.unavailable() is not None:
+        return
+    if deterministic:
+        bound.layers = [replace(layer, exact=True) for layer in bound.layers]
+    if not _try(bound, lambda called: _into_panels(bound.hf, called), SAME):
+        if deterministic:
+            name = bound.hf.config.model_type
+            raise Unsupported(f"{name} reads weights beside calling their layers: leave --deterministic out")
+        return
+    if computing is None:
+        computing = torch.float32 if _others(bound.hf) <= SMALL * weight_bytes(bound.hf) else bound.dtype
+    if computing != bound.dtype and _try(bound, lambda _: _retype(bound.hf, computing), CLOSE):
+        bound.computes = computing
 
 
-def available() -> bool:
-    """Whether this torch and this processor have the product."""
+def is_prepacked(model: nn.Module) -> bool:
+    return any(isinstance(module, PrepackedLinear | PanelLinear) for module in model.modules())
+
+
+def onednn_available() -> bool:
+    """Whether this torch and this processor have oneDNN's product."""
     own = torch.ops.mkldnn
     return (
         torch.backends.mkldnn.is_available()
@@ -65,15 +88,24 @@ def available() -> bool:
     )
 
 
-def _layers(model: nn.Module) -> list[nn.Linear]:
-    users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    return [
-        layer
-        for layer in model.modules()
-        if type(layer) is nn.Linear
-        and (layer.weight.dtype, layer.weight.device.type) == (torch.bfloat16, "cpu")
-        and users[id(layer.weight)] == 1
-    ]
+def _try(bound: BoundModel, rearrange: Callable[[set[nn.Module]], Iterator[Undo]], tolerance: float) -> bool:
+    """Rearrange a model, given the linear layers that a trial run calls. If it then fails or computes something else,
+    all is put back."""
+    called: set[nn.Module] = set()
+    linear = [module for module in bound.hf.modules() if type(module) is nn.Linear]
+    handles = [module.register_forward_hook(lambda module, *_: called.add(module)) for module in linear]
+    before = _trial(bound)
+    for handle in handles:
+        handle.remove()
+    undo = list(rearrange(called))
+    try:
+        same = bool((_trial(bound) - before).norm() <= tolerance * before.norm())
+    except Exception:  # whatever a model does with rows that are not there
+        same = False
+    if not same:
+        for back in reversed(undo):
+            back()
+    return same
 
 
 def _trial(bound: BoundModel) -> Tensor:
@@ -86,12 +118,91 @@ def _trial(bound: BoundModel) -> Tensor:
     return bound.forward(ids, torch.zeros_like(rows), rows, alone).float()
 
 
-def _pack(layer: nn.Linear) -> None:
-    # The layer itself becomes another, not its parent's entry: it may have several parents.
-    layer.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()), requires_grad=False)
-    layer.__class__ = PrepackedLinear
+def _into_tiles(model: nn.Module, called: set[nn.Module]) -> Iterator[Undo]:
+    """bf16 weights in oneDNN's order. One that two modules share (tied embeddings) stays: it would be there twice."""
+    for modules in _by_weight(model):
+        if len(modules) == 1 and modules[0] in called and modules[0].weight.dtype == torch.bfloat16:
+            new = torch.ops.mkldnn._reorder_linear_weight(modules[0].weight.detach())
+            yield _replace(modules, new, [PrepackedLinear], lambda weight: weight.to_dense())
 
 
-def _unpack(layer: nn.Linear) -> None:
-    layer.weight = nn.Parameter(layer.weight.to_dense(), requires_grad=False)
-    layer.__class__ = nn.Linear
+def _into_panels(model: nn.Module, called: set[nn.Module]) -> Iterator[Undo]:
+    """Weights of linear layers in panels, with those embeddings that share them."""
+    for modules in _by_weight(model):
+        linear = [module for module in modules if not isinstance(module, nn.Embedding)]
+        if linear and called.issuperset(linear) and linear[0].weight.dtype in cpu.FLOATS:
+            kinds = [PanelLinear if module in called else PanelEmbedding for module in modules]
+            new = cpu.pack_panels(linear[0].weight.detach())
+            yield _replace(modules, new, kinds, partial(unpacked, out=linear[0].out_features))
+
+
+def _retype(model: nn.Module, computing: torch.dtype) -> Iterator[Undo]:
+    """Have a model compute in another type than its weights have. Those in panels, in 4 bits and of embeddings stay
+    what they are; all others are converted."""
+    for module in list(model.modules()):
+        kept = {"weight"} if isinstance(module, PanelLinear | nn.Embedding) else set()
+        if isinstance(module, PanelEmbedding):
+            yield _set(module, "leaves_as", computing)
+        elif isinstance(module, nn.Embedding):
+            yield _replace([module], module.weight, [TypedEmbedding], lambda weight: weight)
+            module.leaves_as = computing  # type: ignore[assignment]
+        own: list[tuple[str, Tensor]] = [*module.named_parameters(recurse=False)]
+        if not isinstance(module, PackedLinear):
+            own += module.named_buffers(recurse=False)
+        for name, tensor in own:
+            if name not in kept and tensor.dtype in (torch.bfloat16, torch.float16):
+                yield _set(tensor, "data", tensor.data.to(computing))
+
+
+def _set(of: Any, name: str, value: Any) -> Undo:
+    old = getattr(of, name)
+    setattr(of, name, value)
+    return lambda: setattr(of, name, old)
+
+
+def _by_weight(model: nn.Module) -> Iterator[list[Any]]:
+    """The linear layers and embeddings of each weight that nothing else has. No weight is kept from one to the next."""
+    users: dict[int, list[Any]] = {}
+    for module in model.modules():
+        for identity in map(id, module.parameters(recurse=False)):
+            users.setdefault(identity, []).append(module)
+    for modules in users.values():
+        if all(
+            isinstance(module, nn.Embedding) or (type(module) is nn.Linear and module.weight is modules[0].weight)
+            for module in modules
+        ):
+            yield modules
+
+
+def _others(model: nn.Module) -> int:
+    """Bytes of what is neither a linear layer's nor an embedding's, and would be doubled to compute in float32."""
+    return sum(
+        parameter.nbytes
+        for module in model.modules()
+        if not isinstance(module, nn.Linear | nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    )
+
+
+def _replace(
+    modules: Sequence[Any], weight: Tensor, kinds: Sequence[type[nn.Module]], back: Callable[[Tensor], Tensor]
+) -> Undo:
+    """Give modules that share a weight another one, and each a kind: a subclass of its class, or of nn.Embedding, whose
+    forward its own calls. The modules themselves change, not their parents' entries: they may have several parents."""
+    parameter = nn.Parameter(weight, requires_grad=False)
+    classes = [type(module) for module in modules]
+    for module, own, kind in zip(modules, classes, kinds, strict=True):
+        module.weight = parameter
+        both = {"__module__": own.__module__, "__doc__": own.__doc__}
+        module.__class__ = kind if issubclass(kind, own) else type(own.__name__, (own, kind), both)
+
+    def undo() -> None:
+        old = nn.Parameter(back(modules[0].weight.detach()), requires_grad=False)
+        for module, own in zip(modules, classes, strict=True):
+            module.weight, module.__class__ = old, own
+
+    return undo
+
+
+def _no_panels(bound: BoundModel) -> str | None:
+    return f"the model is on {bound.device}" if bound.device.type != "cpu" else cpu.unavailable()

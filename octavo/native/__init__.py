@@ -6,26 +6,43 @@ An extension may be missing (no compiler when the package was installed): `load`
 from __future__ import annotations
 
 import ctypes
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from octavo.errors import OctavoError
+
+LIMIT = "OCTAVO_ISA"  # environment: an instruction set that the kernels are limited to, for tests and benchmarks
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # types.h: Float
 
 
 def load(name: str) -> tuple[Any, str | None]:
-    """The extension of that name, which runs on torch's own threads, or None; and why it cannot be used, or None."""
+    """The extension of that name, which runs on torch's own threads, or None; and why it cannot be used, or None.
+
+    Raises OctavoError where LIMIT names an instruction set that is not there.
+    """
     try:
         extension = import_module(name)
     except ImportError as error:
         return None, f"the native extension is not built ({error})"
+    if limit := os.environ.get(LIMIT):
+        if limit not in extension.isas():
+            raise OctavoError(f"{LIMIT} is {limit}: this build has, for this processor, {', '.join(extension.isas())}")
+        extension.use(limit)
     try:
         extension.set_parallel_for(_torch_parallel_for())
     except (OSError, AttributeError, StopIteration) as error:
         return extension, f"this torch exports no thread pool ({error})"
     return extension, None
+
+
+def has_bf16(extension: Any) -> bool:
+    """Whether products of bf16 numbers are this processor's fastest: AMX, AVX512-BF16, NEON with BF16. A limited
+    instruction set is taken for a processor that has none."""
+    return not os.environ.get(LIMIT) and extension.has_bf16()
 
 
 def _torch_parallel_for() -> int | None:

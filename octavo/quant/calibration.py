@@ -20,13 +20,14 @@ from octavo import artefact
 from octavo.artefact import Artefact
 from octavo.errors import OctavoError
 from octavo.quant.codec import Static
-from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Granularity
-from octavo.quant.statistics import static_part
+from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Codec, Granularity
+from octavo.quant.statistics import attention_static, range_static
 
 FILE_NAME = "kv_calibration.safetensors"
 VERSION = 2
 SYNTHETIC = "synthetic"  # the fingerprint of `--load-format dummy`
 
+NEEDED = {"min", "max", "mean", "std", "reader"}  # statistics that a static part is made from
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Side = dict[str, Tensor]  # statistic → [kv_heads, dim]
 
@@ -55,14 +56,22 @@ class Calibration:
     layers: list[dict[str, Side]] = field(repr=False)
 
     def static(
-        self, layer: int, side: str, granularity: Granularity | None = None, headroom: float | None = None
+        self,
+        layer: int,
+        side: str,
+        codec: Codec,
+        granularity: Granularity | None = None,
+        headroom: float | None = None,
     ) -> Static:
-        """mu and c of one side (`"k"` or `"v"`) of one layer; the header's granularity and headroom by default."""
-        ranges = self.layers[layer][side]
+        """mu and c for `codec` of one side (`"k"` or `"v"`) of one layer. Codecs without a token scale choose by
+        granularity and headroom, by default the header's."""
+        statistics = self.layers[layer][side]
+        if codec.kind == "token":
+            return attention_static(statistics["mean"], statistics["std"], statistics["reader"])
         granularity = self.header.granularity if granularity is None else granularity
         headroom = self.header.headroom if headroom is None else headroom
         validate_choice(granularity, headroom)
-        return static_part(ranges["min"], ranges["max"], granularity, headroom)
+        return range_static(statistics["min"], statistics["max"], granularity, headroom)
 
     def check(self, fingerprint: str, rotary: str, shapes: list[tuple[int, int, int]]) -> None:
         """Refuse other weights, other RoPE settings and other geometry; `shapes` is (kv_heads, k_dim, v_dim) of each
@@ -139,11 +148,13 @@ def _layers(path: Path, tensors: dict[str, Tensor]) -> list[dict[str, Side]]:
             ranges = layers.get(i, {}).get(side, {})
             shapes = {(t.dim(), t.shape) for t in ranges.values()}
             if (
-                not {"min", "max"} <= ranges.keys()
+                not ranges.keys() >= NEEDED
                 or len(shapes) > 1
                 or ranges["min"].dim() != 2
                 or not all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in ranges.values())
                 or (ranges["min"] > ranges["max"]).any()
+                or (ranges["std"] < 0).any()
+                or (ranges["reader"] < 0).any()
             ):
-                raise OctavoError(f"{path}: the {side.upper()} ranges of layer {i} are missing or not valid")
+                raise OctavoError(f"{path}: the {side.upper()} statistics of layer {i} are missing or not valid")
     return [layers[i] for i in range(len(layers))]

@@ -132,6 +132,12 @@ class KVFormat:
         return self.k.needs_calibration or self.v.needs_calibration
 
     @property
+    def calibrates_first(self) -> bool:
+        """Whether it is not served without statistics, though a short calibration is enough for it: on models with key
+        biases, keys of 4 bits are useless uncalibrated."""
+        return not self.needs_calibration and self.k.kind == "token" and self.k.bits == 4
+
+    @property
     def takes_calibration(self) -> bool:
         """Whether calibrated statistics change the codes: raw formats have no static part."""
         return not (self.k.is_raw and self.v.is_raw)

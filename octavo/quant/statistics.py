@@ -1,7 +1,8 @@
 """What is kept from calibration: statistics per KV head and channel, not one choice of scale.
 
 `Statistics` accumulates the rows of one side (K or V) of one layer in a stream; its memory is a few numbers a channel,
-whatever the number of samples. Granularity and headroom are chosen from it later, by `static_part`.
+whatever the number of samples. The static part of a codec is chosen from it later: by `range_static` for codes without
+a scale of their own, by `attention_static` for those with one scale a token.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Statistics:
 
     kv_heads: int
     dim: int
-    rows: int = 0
+    rows: int = 0  # that mean and std are of
     windows: int = 0
     min: Tensor = field(init=False)
     max: Tensor = field(init=False)
@@ -38,17 +39,18 @@ class Statistics:
         self.total, self.squares = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         self.quantiles = torch.zeros(len(QUANTILES), *shape)
 
-    def update(self, x: Tensor) -> None:
-        """Add one window of rows. The caller has checked that they are finite."""
+    def update(self, x: Tensor, skip: int = 0) -> None:
+        """Add rows of a window; mean and std leave out the first `skip`. All are finite: the caller's check."""
         x = x.detach().float().cpu()
         self.min = torch.minimum(self.min, x.amin(0))
         self.max = torch.maximum(self.max, x.amax(0))
-        self.total += x.sum(0, dtype=torch.float64)
-        self.squares += x.double().square().sum(0)
         thinned = x[:: -(-len(x) // QUANTILE_ROWS)]
         self.quantiles += torch.quantile(thinned, torch.tensor(list(QUANTILES.values())), dim=0)
-        self.rows += len(x)
         self.windows += 1
+        x = x[skip:].double()
+        self.total += x.sum(0)
+        self.squares += x.square().sum(0)
+        self.rows += len(x)
 
     def summary(self) -> dict[str, Tensor]:
         """Name → float32 [kv_heads, dim]. Quantiles are means of the windows' own quantiles."""
@@ -66,7 +68,39 @@ class Statistics:
         }
 
 
-def static_part(low: Tensor, high: Tensor, granularity: Granularity, headroom: float) -> Static:
+class LayerStatistics:
+    """Statistics of the K and V that a layer keeps and of what reads them: its own attention, and that of the layers
+    that share them."""
+
+    def __init__(self, kv_heads: int, k_dim: int, v_dim: int):
+        self.k, self.v = Statistics(kv_heads, k_dim), Statistics(kv_heads, v_dim)
+        self.queries = torch.zeros(kv_heads, k_dim, dtype=torch.float64)  # sum of their squares
+        self.query_rows = 0
+        self.output = torch.zeros(kv_heads, v_dim)  # squares of the norms of the output projections' weights
+
+    def update(self, k: Tensor, v: Tensor, skip: int = 0) -> None:
+        """Add rows of a window, as to `Statistics`."""
+        self.k.update(k, skip)
+        self.v.update(v, skip)
+
+    def read_by(self, q: Tensor) -> None:
+        """Add queries [tokens, heads, k_dim]; consecutive heads read the same KV head."""
+        q = q.detach().cpu().double().unflatten(1, (len(self.queries), -1))
+        self.queries += q.square().sum((0, 2))
+        self.query_rows += q.shape[0] * q.shape[2]
+
+    def projected_by(self, norms: Tensor) -> None:
+        """Add an output projection: the norm of its weights behind each channel of its heads, [heads, v_dim]."""
+        self.output += norms.unflatten(0, (len(self.output), -1)).square().sum(1)
+
+    def summary(self) -> dict[str, dict[str, Tensor]]:
+        """Of each side, with `reader`: how strongly attention reads a channel. Of K that is the root mean square of the
+        queries, of V the norm of the output projections' weights."""
+        queries = (self.queries / self.query_rows).sqrt().float()
+        return {"k": {**self.k.summary(), "reader": queries}, "v": {**self.v.summary(), "reader": self.output.sqrt()}}
+
+
+def range_static(low: Tensor, high: Tensor, granularity: Granularity, headroom: float) -> Static:
     """The static part from calibrated ranges `low`, `high` [kv_heads, dim].
 
         mu = (min + max)/2        c = headroom·(max − min)/255
@@ -82,3 +116,24 @@ def static_part(low: Tensor, high: Tensor, granularity: Granularity, headroom: f
     c = headroom * (high - low) / 255
     # Below 1e-30 the reciprocal could leave float32.
     return Static(mu=((low + high) / 2).contiguous(), c=torch.where(c > 1e-30, c, 1.0).contiguous())
+
+
+def attention_static(mean: Tensor, std: Tensor, reader: Tensor) -> Static:
+    """The static part that costs attention least, for codes with one scale a token; all float32 [kv_heads, dim].
+
+        mu = mean        c = sqrt(std / reader)
+
+    The rotation spreads a row's rounding error evenly over y = (x − mu)/c, so a channel's error is proportional to its
+    c and what attention makes of it to c·reader, while the row's scale follows the squares of std/c: this c minimizes
+    the product of both sums. Each head's c is then multiplied by one number so that its y has unit variance, where the
+    table of token scales is at home. Channels far below their head's others count as a thousandth of these: a constant
+    or unread channel gets neither a c of 0 nor an endless one.
+    """
+
+    def raised(x: Tensor) -> Tensor:
+        typical = x.square().mean(1, keepdim=True).sqrt()
+        return torch.where(typical > 1e-30, torch.maximum(x, typical / 1000), 1.0)
+
+    spread = raised(std)
+    c = (spread / raised(reader)).sqrt()
+    return Static(mu=mean.contiguous(), c=c * (spread / c).square().mean(1, keepdim=True).sqrt())

@@ -23,7 +23,7 @@ logger = logging.getLogger("octavo")
 SPARE_FILES = 256  # open files for all else, and for connections that are accepted in one go
 BACKLOG = 128  # connections that the kernel holds ready, all of which asyncio may accept in one go
 READ = 1 << 15  # bytes that are read and parsed before other connections have their turn
-LATE = 2.0  # seconds that an answer ended by its deadline has to be sent
+LATE = 3.0  # seconds after its deadline that an answer, or the refusal in its place, has to be sent
 
 
 class Connections:

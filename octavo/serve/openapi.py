@@ -30,6 +30,7 @@ REFUSALS = {
     "400": "The request makes no sense, or asks for what is not supported: `param` names the field.",
     "401": "The key is missing or wrong.",
     "404": "There is no model of that name.",
+    "411": "The body came in chunks, without its Content-Length.",
     "413": "The body is too large.",
     "415": "The body is not called JSON.",
     "429": "Too many requests are waiting; `Retry-After` says when to try again.",

@@ -27,6 +27,7 @@ T = TypeVar("T")
 Prepare = Callable[[], list[tuple[list[int], SamplingParams]]]  # the prompts of a request, one for each answer
 TOO_LONG = "context_length_exceeded"
 CLOSE = {"Connection": "close"}
+LATE = 1.0  # seconds after the deadline that the engine has to end an answer
 AHEAD = 8  # for so many places in the batch one answer waits in the engine's own queue, lest a place stay empty
 
 
@@ -211,6 +212,12 @@ class Service:
                 turn.leave()
                 self.worker.submit(job, answer)
         self.worker.finish(job, "length")
+        asyncio.get_running_loop().call_later(LATE, self._give_up, job)
+
+    def _give_up(self, job: Job) -> None:
+        """The engine is busy still: the client need not wait for its step. The answers end after it."""
+        if not job.complete:
+            job.fail(_late())
 
     def _answers(self, job: Job, prepare: Prepare) -> list[Answer]:
         answers = [self.llm.answer(tokens, params, job, i) for i, (tokens, params) in enumerate(prepare())]

@@ -68,7 +68,7 @@ class Job:
             self.on_release(self)
 
     def fail(self, error: Exception) -> None:
-        """End a request that no answer of has begun."""
+        """End a request by an error that the engine does not know of."""
         self.error = error
         self.release()
         self.wake.set()

@@ -44,3 +44,28 @@ def decode(matrix: Any, first: int, into: Tensor) -> Tensor:
     """Rows of the weight from `first`, a multiple of 16, into [count, in]."""
     _native.decode(matrix, first, len(into), FLOATS[into.dtype], into.data_ptr(), torch.get_num_threads())
     return into
+
+
+def pack_panels(weight: Tensor) -> Tensor:
+    """A weight [out, in] in panels of 16 outputs: [⌈out/16⌉, in, 16], the last padded with zeros."""
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    out, columns = weight.shape
+    panels = torch.empty(-(-out // _native.PANEL), columns, _native.PANEL, dtype=weight.dtype)
+    _native.pack_panels(
+        weight.data_ptr(), out, columns, weight.stride(0), weight.itemsize, panels.data_ptr(), torch.get_num_threads()
+    )
+    return panels
+
+
+def multiply_panels(panels: Tensor, out: int, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x [rows, in] → [rows, out] of the same type: products and sums in float32, rounded once."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = torch.empty(len(x), out, dtype=x.dtype)
+    _native.multiply_panels(
+        out, panels.shape[1], panels.data_ptr(), FLOATS[panels.dtype],
+        x.data_ptr(), len(x), x.stride(0), FLOATS[x.dtype], 0 if bias is None else bias.data_ptr(),
+        y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y

@@ -34,6 +34,7 @@ from tests.attention.test_reference import (
     rows_of,
     stored,
 )
+from tests.conftest import ranging
 
 native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 ISAS = cpu._native.isas() if cpu.unavailable() is None else ["none"]
@@ -330,7 +331,7 @@ def test_adversarial_rows_stay_close(name: str, kind: str) -> None:
     tokens = 32768 if "sink" in kind else 500
     q, k, v = adversarial(kind, tokens)
     shape, blocks = LayerShape(1, 64, 64), -(-tokens // 64)
-    ranges = {"min": torch.full((1, 64), -5.0), "max": torch.full((1, 64), 13.0)}
+    ranges = ranging(torch.full((1, 64), -5.0), torch.full((1, 64), 13.0))
     calibration = Calibration(HEADER, [{"k": ranges, "v": ranges}])
     cache = KVCache(
         plan_layers([shape], KVFormat.parse(name), calibration, headroom=1.0), blocks, Layout(order="tiles")

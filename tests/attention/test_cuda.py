@@ -42,6 +42,7 @@ from tests.attention.test_reference import (
     numpy_attention,
     stored,
 )
+from tests.conftest import ranging
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -168,7 +169,7 @@ def test_a_long_tail_under_a_strong_first_token_keeps_its_weight(name: str) -> N
     k = k.bfloat16().float()
     v[1:] += 1
     shape, blocks = LayerShape(1, dim, dim, DEVICE), tokens // 64
-    ranges = {"min": torch.full((1, dim), -9.0), "max": torch.full((1, dim), 15.0)}
+    ranges = ranging(torch.full((1, dim), -9.0), torch.full((1, dim), 15.0))
     calibration = Calibration(HEADER, [{"k": ranges, "v": ranges}])
     cache = KVCache(
         plan_layers([shape], KVFormat.parse(name), calibration, headroom=1.0), blocks, Layout(order="pages")

@@ -17,6 +17,7 @@ from octavo.cache.store import KVCache
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.codec import Static, decode, encode
 from octavo.quant.format import Codec, KVFormat
+from tests.conftest import ranging
 
 HEADER = Header("", "", 0, 0, 0, (0, 0))
 KV_HEADS, GROUP, K_DIM, V_DIM = 2, 3, 16, 24
@@ -53,7 +54,7 @@ class Layer:
     def plan_of(format: KVFormat, random: torch.Generator) -> tuple[LayerPlan, Calibration]:
         def ranges(dim: int) -> dict[str, Tensor]:
             middle = torch.randn(KV_HEADS, dim, generator=random)
-            return {"min": middle - 5, "max": middle + 5}
+            return ranging(middle - 5, middle + 5)
 
         calibration = Calibration(HEADER, [{"k": ranges(K_DIM), "v": ranges(V_DIM)}])
         [plan] = plan_layers([LayerShape(KV_HEADS, K_DIM, V_DIM)], format, calibration, headroom=1.0)

@@ -23,6 +23,7 @@ from octavo.cache.store import KVCache, RowStore
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.codec import Rows, decode, encode
 from octavo.quant.format import CODECS, KVFormat
+from tests.conftest import ranging
 
 Array = NDArray[np.float64]
 
@@ -93,7 +94,7 @@ class Layer:
 
     @staticmethod
     def ranges(place: Tensor) -> dict[str, Tensor]:
-        return {"min": place - 4, "max": place + 4}
+        return ranging(place - 4, place + 4)
 
     def keys(self, rows: int) -> Tensor:
         return self.normal(rows, self.case.kv_heads, self.case.k_dim) + self.k_place
@@ -492,7 +493,7 @@ def test_a_strong_first_token_does_not_swallow_the_tail(format: str) -> None:
     others, dim = 32768, 16
     shape = LayerShape(1, dim, dim)
     ones = torch.ones(1, dim)
-    sides = {"k": {"min": -ones, "max": ones}, "v": {"min": -ones, "max": ones}}
+    sides = {"k": ranging(-ones, ones), "v": ranging(-ones, ones)}
     cache = KVCache(
         plan_layers([shape], KVFormat.parse(format), calibration=Calibration(HEADER, [sides]), headroom=1.0), 513
     )
@@ -618,7 +619,7 @@ def test_a_layer_that_shares_another_reads_its_cache_and_writes_none() -> None:
 def test_a_step_writes_before_it_reads() -> None:
     """The row that a chunk adds is read back as its codes, by the chunk itself: int8 of 0.4 with steps of 1 is 0."""
     shape = LayerShape(1, 4, 4)
-    ranges = {"min": torch.full((1, 4), -127.5), "max": torch.full((1, 4), 127.5)}
+    ranges = ranging(torch.full((1, 4), -127.5), torch.full((1, 4), 127.5))
     calibration = Calibration(HEADER, [{"k": ranges, "v": ranges}])
     cache = KVCache(plan_layers([shape], KVFormat.parse("int8"), calibration, headroom=1.0), 1, Layout(4))
     v = torch.full((2, 1, 4), 0.4)

@@ -16,6 +16,7 @@ from octavo.cache.store import KVCache, Memory, RowStore
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.codec import Rows, Static, decode, encode, rotate
 from octavo.quant.format import CODECS, KVFormat
+from tests.conftest import ranging
 
 CPU = torch.device("cpu")
 HEADER = Header("f", dataset="none", samples=1, seqlen=1, tokens=1, positions=(0, 0))
@@ -32,7 +33,7 @@ def calibration(shapes: list[LayerShape], low: float = -4.0, high: float = 4.0) 
 
     def side(seed: int, heads: int, dim: int) -> dict[str, Tensor]:
         shift = torch.rand(heads, dim, generator=torch.Generator().manual_seed(seed))
-        return {"min": low - shift, "max": high + 2 * shift}
+        return ranging(low - shift, high + 2 * shift)
 
     layers = [
         {"k": side(2 * i, shape.kv_heads, shape.k_dim), "v": side(2 * i + 1, shape.kv_heads, shape.v_dim)}
@@ -363,13 +364,13 @@ def test_layers_and_sides_take_their_own_static_part() -> None:
     cache = KVCache(plan_layers(shapes, parse("int8"), made, "head", 2.0), 2, Layout(4))
     for i, layer in enumerate(cache.layers):
         for side, rows in (("k", layer.k), ("v", layer.v)):
-            expected = made.static(i, side, "head", 2.0)
+            expected = made.static(i, side, parse("int8").k, "head", 2.0)
             assert rows.static is not None
             assert torch.equal(rows.static.mu, expected.mu)
             assert torch.equal(rows.static.c, expected.c)
     default = KVCache(plan_layers(shapes, parse("int8"), made), 2, Layout(4)).layers[0].k.static
     assert default is not None
-    assert torch.equal(default.c, made.static(0, "k", "channel", 1.4).c)
+    assert torch.equal(default.c, made.static(0, "k", parse("int8").k, "channel", 1.4).c)
 
 
 def test_saturation_is_a_share_of_each_layer_and_side() -> None:

@@ -1,8 +1,7 @@
-"""Weights in oneDNN's order: the same products, without a second copy, and never where their rows are read."""
+"""Weights in the processor's order: the same products, without a second copy, and never where their rows are read."""
 
 from __future__ import annotations
 
-import copy
 import weakref
 from pathlib import Path
 
@@ -12,19 +11,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from octavo import LLM, SamplingParams, processor
+from octavo.errors import OctavoError
 from octavo.models import prepack as prepacking
 from octavo.models.bind import bind
 from octavo.models.load import load_model
 from octavo.models.model import BUNDLED, Model
-from octavo.models.prepack import PrepackedLinear, prepack
+from octavo.models.packed import parameters, weight_bytes
+from octavo.models.prepack import PrepackedLinear, is_prepacked, prepack
+from octavo.weights import cpu
+from octavo.weights.panels import PanelEmbedding, PanelLinear
 from tests.models import zoo
 
-pytestmark = pytest.mark.skipif(not prepacking.available(), reason="oneDNN has no bf16 product on this processor")
+KINDS = {"tiles": PrepackedLinear, "panels": PanelLinear}
 
 
-def packed_copy(plain: nn.Linear) -> nn.Linear:
-    layer = copy.deepcopy(plain)
-    prepacking._pack(layer)
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[nn.Linear]:
+    """What linear layers become on a processor with a product of bf16 and on one without."""
+    if request.param == "tiles" and not prepacking.onednn_available():
+        pytest.skip("oneDNN has no bf16 product on this processor")
+    if request.param == "panels" and cpu.unavailable() is not None:
+        pytest.skip("the native extension is not built")
+    monkeypatch.setattr(processor, "has_bf16", lambda: request.param == "tiles")
+    return KINDS[request.param]
+
+
+def packed_alone(plain: nn.Linear, kind: type[nn.Linear]) -> nn.Linear:
+    """A layer of `kind` with the weight of another."""
+
+    class Model(nn.Module):
+        pass
+
+    model = Model()
+    layer = nn.Linear(plain.in_features, plain.out_features, plain.bias is not None, dtype=torch.bfloat16)
+    layer.load_state_dict(plain.state_dict())
+    model.layer = layer.requires_grad_(False)
+    into = prepacking._into_tiles if kind is PrepackedLinear else prepacking._into_panels
+    assert len(list(into(model, {layer}))) == 1
+    assert type(layer) is kind
     return layer
 
 
@@ -45,13 +70,15 @@ def logits(hf: PreTrainedModel) -> Tensor:
 
 
 def packed_names(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, PrepackedLinear)}
+    kinds = tuple(KINDS.values())
+    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_are_those_of_the_plain_layer(bias: bool) -> None:
+def test_products_are_those_of_the_plain_layer(bias: bool, kind: type[nn.Linear]) -> None:
+    """Of any leading dimensions and strides, also without a row."""
     plain = nn.Linear(96, 40, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
-    packed = packed_copy(plain)
+    packed = packed_alone(plain, kind)
     with torch.inference_mode():
         for shape in ((1, 0), (1, 1), (1, 7), (2, 3, 33)):
             x = torch.randn(*shape, 96, dtype=torch.bfloat16)
@@ -60,91 +87,184 @@ def test_products_are_those_of_the_plain_layer(bias: bool) -> None:
         torch.testing.assert_close(packed(strided), plain(strided))
 
 
-def test_the_weight_stays_countable_and_can_be_read_back() -> None:
-    plain = nn.Linear(96, 40, dtype=torch.bfloat16)
-    packed = packed_copy(plain)
-    assert sum(p.nbytes for p in packed.parameters()) == sum(p.nbytes for p in plain.parameters())
-    assert torch.equal(packed.weight.to_dense(), plain.weight)
+def test_the_weight_stays_countable_and_is_put_back_whole(kind: type[nn.Linear]) -> None:
+    """What a model does not bear is undone to the bit."""
+    hf = tiny(tied=True)
+    before, size, count = weights(hf), weight_bytes(hf), parameters(hf)
+
+    def refused(called: set[nn.Module]) -> object:
+        yield from (prepacking._into_tiles if kind is PrepackedLinear else prepacking._into_panels)(hf, called)
+        assert (weight_bytes(hf), parameters(hf)) == (size, count)
+        yield from prepacking._retype(hf, torch.float32) if kind is PanelLinear else ()
+        hf.lm_head.forward = None
+
+    bound = bind(hf)
+    assert not prepacking._try(bound, refused, prepacking.SAME)
+    assert not packed_names(hf)
+    assert hf.lm_head.weight is hf.model.embed_tokens.weight
+    after = weights(hf)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in before)
 
 
-def test_shared_weights_other_dtypes_and_subclasses_stay_plain() -> None:
-    class Own(nn.Linear):
-        pass
-
-    model = nn.ModuleDict({
-        "plain": nn.Linear(32, 32, dtype=torch.bfloat16),
-        "wide": nn.Linear(32, 32),
-        "own": Own(32, 32, dtype=torch.bfloat16),
-        "table": nn.Embedding(32, 32, dtype=torch.bfloat16),
-        "head": nn.Linear(32, 32, bias=False, dtype=torch.bfloat16),
-    })  # fmt: skip
-    model["head"].weight = model["table"].weight
-    assert prepacking._layers(model) == [model["plain"]]
-
-
-def test_a_loaded_model_is_prepacked_and_computes_the_same() -> None:
+def test_a_loaded_model_is_prepacked_and_computes_the_same(kind: type[nn.Linear]) -> None:
+    """With its type named, so that activations are bf16 either way."""
     model = Model.load(device="cpu", dtype="bfloat16")
-    assert isinstance(model.bound.hf.model.layers[0].mlp.up_proj, PrepackedLinear)
-    torch.testing.assert_close(logits(model.bound.hf), logits(load_model(BUNDLED, dtype="bfloat16")))
+    assert isinstance(model.bound.hf.model.layers[0].mlp.up_proj, kind)
+    assert model.bound.computes == model.bound.dtype == torch.bfloat16
+    expected = logits(load_model(BUNDLED, dtype="bfloat16")).float()
+    assert (logits(model.bound.hf) - expected).norm() <= 0.01 * expected.norm()
 
 
+@pytest.mark.usefixtures("kind")
 def test_each_old_weight_is_gone_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight at a time is there twice."""
     hf = tiny()
     old = [weakref.ref(layer.weight) for layer in hf.modules() if type(layer) is nn.Linear]
-    pack, alive = prepacking._pack, []
+    replace, alive = prepacking._replace, []
 
-    def watched(layer: nn.Linear) -> None:
-        pack(layer)
-        alive.append(sum(weight() is not None for weight in old))
+    def watched(modules: list[nn.Module], *rest: object) -> object:
+        undo = replace(modules, *rest)
+        if isinstance(modules[0], nn.Linear):
+            alive.append(sum(weight() is not None for weight in old))
+        return undo
 
-    monkeypatch.setattr(prepacking, "_pack", watched)
+    monkeypatch.setattr(prepacking, "_replace", watched)
     Model.of(hf, Path("tiny"))
     assert alive == list(reversed(range(len(old))))
 
 
-def test_a_layer_of_two_parents_is_packed_once_and_for_both() -> None:
+def test_a_layer_of_two_parents_is_packed_once_and_for_both(kind: type[nn.Linear]) -> None:
     hf = tiny()
     shared = hf.model.layers[1].mlp.up_proj = hf.model.layers[0].mlp.up_proj
     expected = logits(hf)
-    Model.of(hf, Path("tiny"))
-    assert isinstance(shared, PrepackedLinear)
+    Model.of(hf, Path("tiny"), computing=hf.dtype)
+    assert isinstance(shared, kind)
     assert hf.model.layers[0].mlp.up_proj is hf.model.layers[1].mlp.up_proj is shared
-    torch.testing.assert_close(logits(hf), expected)
+    torch.testing.assert_close(logits(hf), expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.usefixtures("kind")
 def test_a_layer_whose_weight_is_read_in_place_of_its_call_stays_plain() -> None:
     hf = tiny()
     mlp = hf.model.layers[0].mlp
     mlp.forward = lambda x: mlp.down_proj(F.silu(F.linear(x, mlp.gate_proj.weight)) * mlp.up_proj(x))
     expected = logits(hf)
-    Model.of(hf, Path("tiny"))
+    Model.of(hf, Path("tiny"), computing=hf.dtype)
     assert type(mlp.gate_proj) is nn.Linear
     assert len(packed_names(hf)) == 14
-    torch.testing.assert_close(logits(hf), expected)
+    torch.testing.assert_close(logits(hf), expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.usefixtures("kind")
 def test_a_model_that_reads_a_weight_beside_its_call_stays_plain_altogether() -> None:
     hf = tiny()
     mlp = hf.model.layers[0].mlp
-    mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x) * mlp.up_proj.weight.float().norm().to(x))
+    mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x) * mlp.up_proj.weight[0].float().norm().to(x))
     before, expected = weights(hf), logits(hf)
-    Model.of(hf, Path("tiny"))
+    Model.of(hf, Path("tiny"), computing=hf.dtype)
     assert not packed_names(hf)
     assert all(torch.equal(weight, before[name]) for name, weight in weights(hf).items())
     assert torch.equal(logits(hf), expected)
 
 
+@pytest.mark.usefixtures("kind")
 def test_a_router_that_reads_its_layer_s_weight() -> None:
     hf = zoo.build("longcat_flash").bfloat16()
     expected = logits(hf)
-    Model.of(hf, Path("longcat"))
+    Model.of(hf, Path("longcat"), computing=hf.dtype)
     assert packed_names(hf)
     assert not any("router" in name for name in packed_names(hf))
     torch.testing.assert_close(logits(hf), expected, rtol=0.05, atol=0.05)
 
 
 def test_a_torch_without_the_operators_leaves_the_model_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's operators are private to torch, and may be gone."""
     monkeypatch.setattr(prepacking, "OPERATORS", ("_linear_of_another_torch",))
+    monkeypatch.setattr(processor, "has_bf16", lambda: True)
     bound = bind(tiny())
     prepack(bound)
     assert not packed_names(bound.hf)
+
+
+@pytest.fixture
+def no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that does not multiply bf16 numbers."""
+    if cpu.unavailable() is not None:
+        pytest.skip("the native extension is not built")
+    monkeypatch.setattr(processor, "has_bf16", lambda: False)
+
+
+@pytest.mark.usefixtures("no_bf16")
+@pytest.mark.parametrize("tied", [False, True])
+def test_16_bit_weights_compute_in_float32_where_nobody_says_otherwise(tied: bool) -> None:
+    """Weights of linear layers and embeddings keep their bits and bytes; what is computed is what float32 weights of
+    the same values compute."""
+    hf, size = tiny(tied), weight_bytes(tiny(tied))
+    plain = tiny(tied).float()
+    bound = Model.of(hf, Path("tiny")).bound
+    assert (bound.dtype, bound.computes, str(bound.raw_format)) == (torch.bfloat16, torch.float32, "bf16")
+    assert "bfloat16 computed in float32" in bound.arithmetic
+    embedding, head, norm = hf.model.embed_tokens, hf.lm_head, hf.model.norm
+    assert embedding.weight.dtype == head.weight.dtype == torch.bfloat16
+    assert isinstance(embedding, PanelEmbedding) == tied == (embedding.weight is head.weight)
+    assert norm.weight.dtype == torch.float32
+    norms = sum(p.numel() for name, p in plain.named_parameters() if "norm" in name)
+    assert weight_bytes(hf) == size + 2 * norms
+    assert parameters(hf) == parameters(plain)
+    torch.testing.assert_close(logits(hf), logits(plain))
+
+
+@pytest.mark.usefixtures("no_bf16")
+def test_what_would_double_the_model_is_computed_in_its_own_type() -> None:
+    """Most weights of a mixture of experts are in no linear layer: they stay in 16 bits, and so does what they meet."""
+    hf = zoo.build("qwen3_moe").bfloat16()
+    bound = Model.of(hf, Path("moe")).bound
+    assert bound.computes == torch.bfloat16
+    assert packed_names(hf)
+
+
+@pytest.mark.usefixtures("no_bf16")
+def test_an_embedding_s_own_forward_is_kept() -> None:
+    """Gemma scales its embedding, whose weight is the head's."""
+    hf, plain = zoo.build("gemma3_text").bfloat16(), zoo.build("gemma3_text").bfloat16().float()
+    bound = Model.of(hf, Path("gemma")).bound
+    assert bound.computes == torch.float32
+    assert isinstance(hf.get_input_embeddings(), PanelEmbedding)
+    torch.testing.assert_close(logits(hf), logits(plain), rtol=0.02, atol=0.02)  # the scale is rounded to 16 bits
+
+
+@pytest.mark.usefixtures("no_bf16")
+def test_a_named_type_is_computed_in() -> None:
+    """--dtype is obeyed for weights and activations."""
+    for dtype in (torch.float32, torch.float16):
+        bound = Model.load(device="cpu", dtype=str(dtype).removeprefix("torch.")).bound
+        assert (bound.dtype, bound.computes) == (dtype, dtype)
+        assert bound.hf.lm_head.weight.dtype == bound.hf.model.norm.weight.dtype == dtype
+        assert is_prepacked(bound.hf)
+
+
+def test_deterministic_takes_panels_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer's log-probabilities are the same bits alone and among others."""
+    if cpu.unavailable() is not None:
+        pytest.skip("the native extension is not built")
+    monkeypatch.setattr(processor, "has_bf16", lambda: True)
+    model = Model.load(device="cpu", deterministic=True)
+    assert isinstance(model.bound.hf.lm_head, PanelLinear)
+    llm = LLM(model, session_len=256, prefix_caching=False)
+    prompts = [list(range(first, first + length)) for first, length in ((5, 3), (20, 70), (100, 41), (7, 1))]
+    params = SamplingParams(max_tokens=8, logprobs=0, ignore_eos=True)
+    together = llm.generate(prompts, params)
+    for prompt, among in zip(prompts, together, strict=True):
+        alone = llm.generate([prompt], params)[0]
+        assert alone.token_ids == among.token_ids
+        assert alone.sampled == among.sampled
+
+
+def test_deterministic_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the native kernels, on other devices, and spread over several."""
+    monkeypatch.setattr(cpu, "unavailable", lambda: "the native extension is not built")
+    with pytest.raises(OctavoError, match="native kernels"):
+        Model.load(device="cpu", deterministic=True)
+    with pytest.raises(OctavoError, match="device map"):
+        Model.load(device_map="auto", deterministic=True)

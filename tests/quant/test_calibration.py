@@ -17,10 +17,12 @@ from octavo import artefact
 from octavo.artefact import Artefact
 from octavo.errors import OctavoError
 from octavo.quant.calibration import FILE_NAME, Calibration, Header, Side, validate_choice
-from octavo.quant.statistics import Statistics, static_part
+from octavo.quant.format import CODECS
+from octavo.quant.statistics import Statistics, attention_static, range_static
 
 FINGERPRINT = "sha256:" + "0f" * 32
 SHAPES = [(2, 8, 8), (3, 6, 4)]
+INT8 = CODECS["int8"]
 HEADER = Header(FINGERPRINT, dataset="ptb", samples=4, seqlen=32, tokens=128, positions=(0, 4095))
 
 
@@ -28,7 +30,7 @@ def side(heads: int, dim: int, seed: int) -> Side:
     statistics = Statistics(heads, dim)
     generator = torch.Generator().manual_seed(seed)
     statistics.update(torch.randn(40, heads, dim, generator=generator) * 3 + torch.arange(dim))
-    return statistics.summary()
+    return {**statistics.summary(), "reader": torch.rand(heads, dim, generator=generator) + 0.5}
 
 
 def make(header: Header = HEADER, shapes: list[tuple[int, int, int]] = SHAPES) -> Calibration:
@@ -93,7 +95,7 @@ def test_the_default_granularity_and_headroom_are_recorded(tmp_path: Path) -> No
     loaded = Calibration.load(tmp_path)
     assert (loaded.header.granularity, loaded.header.headroom) == ("head", 1.25)
     ranges = loaded.layers[0]["k"]
-    static, expected = loaded.static(0, "k"), static_part(ranges["min"], ranges["max"], "head", 1.25)
+    static, expected = loaded.static(0, "k", INT8), range_static(ranges["min"], ranges["max"], "head", 1.25)
     assert torch.equal(static.mu, expected.mu)
     assert torch.equal(static.c, expected.c)
 
@@ -101,19 +103,30 @@ def test_the_default_granularity_and_headroom_are_recorded(tmp_path: Path) -> No
 def test_granularity_and_headroom_can_be_chosen_after_loading(tmp_path: Path) -> None:
     make().save(tmp_path)
     loaded = Calibration.load(tmp_path)
-    default, wide = loaded.static(1, "v"), loaded.static(1, "v", headroom=2.8)
+    default, wide = loaded.static(1, "v", INT8), loaded.static(1, "v", INT8, headroom=2.8)
     torch.testing.assert_close(wide.c, 2 * default.c)
     assert torch.equal(wide.mu, default.mu)
     ranges = loaded.layers[1]["v"]
-    tensor = loaded.static(1, "v", "tensor", 1.0)
+    tensor = loaded.static(1, "v", INT8, "tensor", 1.0)
     low, high = ranges["min"].min(), ranges["max"].max()
     torch.testing.assert_close(tensor.mu, ((low + high) / 2).expand(3, 4))
     torch.testing.assert_close(tensor.c, ((high - low) / 255).expand(3, 4))
-    assert len(loaded.static(1, "v", "head").mu.unique()) == 3
+    assert len(loaded.static(1, "v", INT8, "head").mu.unique()) == 3
+
+
+@pytest.mark.parametrize("codec", ["int8-token", "int4-token"])
+def test_token_codecs_take_the_static_part_of_attention_whatever_the_granularity(codec: str) -> None:
+    made = make()
+    statistics = made.layers[1]["k"]
+    expected = attention_static(statistics["mean"], statistics["std"], statistics["reader"])
+    for choice in ((None, None), ("tensor", 3.0)):
+        static = made.static(1, "k", CODECS[codec], *choice)  # type: ignore[arg-type]
+        assert torch.equal(static.mu, expected.mu)
+        assert torch.equal(static.c, expected.c)
 
 
 def test_each_layer_and_side_has_its_own_ranges() -> None:
-    statics = [make().static(layer, name).mu[0, :4] for layer in (0, 1) for name in "kv"]
+    statics = [make().static(layer, name, INT8).mu[0, :4] for layer in (0, 1) for name in "kv"]
     assert all(not torch.equal(a, b) for i, a in enumerate(statics) for b in statics[:i])
 
 
@@ -216,12 +229,12 @@ def test_ranges_that_are_not_finite_are_refused(tmp_path: Path, name: str, value
     tensor[-1, -1] = value
     rewrite(path, **{name: tensor})
     _, layer, letter, _ = name.split(".")
-    with pytest.raises(OctavoError, match=f"{letter.upper()} ranges of layer {layer}"):
+    with pytest.raises(OctavoError, match=f"{letter.upper()} statistics of layer {layer}"):
         Calibration.load(path)
 
 
-@pytest.mark.parametrize("name", ["layers.0.k.min", "layers.1.v.max"])
-def test_ranges_that_are_missing_are_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["layers.0.k.min", "layers.1.v.max", "layers.0.k.std", "layers.1.v.reader"])
+def test_statistics_that_are_missing_are_refused(tmp_path: Path, name: str) -> None:
     path = make().save(tmp_path)
     rewrite(path, drop=name)
     with pytest.raises(OctavoError, match="missing"):
@@ -246,7 +259,7 @@ def test_a_choice_that_makes_no_sense_is_refused(granularity: str, headroom: flo
     with pytest.raises(OctavoError):
         validate_choice(granularity, headroom)
     with pytest.raises(OctavoError):
-        make().static(0, "k", granularity, headroom)  # type: ignore[arg-type]
+        make().static(0, "k", INT8, granularity, headroom)  # type: ignore[arg-type]
 
 
 def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:

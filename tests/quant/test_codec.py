@@ -18,7 +18,7 @@ from torch import Tensor
 
 from octavo.quant.codec import Rows, Static, centered, decode, encode, pack, rotate, token_scale, unpack
 from octavo.quant.format import CODECS, Codec, Granularity
-from octavo.quant.statistics import static_part
+from octavo.quant.statistics import range_static
 
 Array = NDArray[np.floating]
 
@@ -48,7 +48,7 @@ def ranges(x: Array, granularity: Granularity) -> tuple[Array, Array]:
 
 
 def calibrated(x: Array, granularity: Granularity = "channel", headroom: float = 1.0) -> Static:
-    return static_part(torch.from_numpy(x).amin(0), torch.from_numpy(x).amax(0), granularity, headroom)
+    return range_static(torch.from_numpy(x).amin(0), torch.from_numpy(x).amax(0), granularity, headroom)
 
 
 def hadamard(dim: int) -> torch.Tensor:
@@ -238,7 +238,7 @@ def test_a_value_beyond_the_calibrated_range_decodes_to_its_end() -> None:
 
 
 def test_headroom_widens_the_range_about_its_midpoint() -> None:
-    static = static_part(torch.tensor([[-2.0, 0.0]]), torch.tensor([[6.0, 4.0]]), "channel", 2.0)
+    static = range_static(torch.tensor([[-2.0, 0.0]]), torch.tensor([[6.0, 4.0]]), "channel", 2.0)
     assert static.mu.tolist() == [[2.0, 2.0]]
     assert encoded([[2 + 7.9, 2 + 3.95]], INT8, static).saturated == 0  # twice 4, twice 2
     assert encoded([[2 - 7.9, 2 - 3.95]], INT8, static).saturated == 0
@@ -248,7 +248,7 @@ def test_headroom_widens_the_range_about_its_midpoint() -> None:
 @pytest.mark.parametrize("constant", [0.0, 5.0, -3.25, 1e-20, 1e30])
 def test_a_constant_channel_decodes_to_its_constant(constant: float) -> None:
     low = torch.tensor([[constant, -1.0]])
-    static = static_part(low, torch.tensor([[constant, 1.0]]), "channel", 1.5)
+    static = range_static(low, torch.tensor([[constant, 1.0]]), "channel", 1.5)
     assert torch.isfinite(static.reciprocal).all()
     assert static.c[0, 0] == 1
     x = torch.tensor([[[constant, 0.3]]])
@@ -263,7 +263,7 @@ def test_a_constant_channel_decodes_to_its_constant(constant: float) -> None:
 @pytest.mark.parametrize("granularity", ["tensor", "head", "channel"])
 def test_an_all_zero_layer_decodes_to_zeros(granularity: Granularity) -> None:
     zeros = torch.zeros(2, 4)
-    static = static_part(zeros, zeros, granularity, 1.5)
+    static = range_static(zeros, zeros, granularity, 1.5)
     rows = encode(torch.zeros(5, 2, 4), INT8, static)
     assert not decode(rows, INT8, 4, static).any()
     assert rows.saturated == 0
@@ -271,7 +271,7 @@ def test_an_all_zero_layer_decodes_to_zeros(granularity: Granularity) -> None:
 
 @pytest.mark.parametrize("span", [1e-38, 1e-36, 1e-33, 1e-28, 1e-25, 1e20, 1e37])
 def test_a_range_of_any_width_stays_finite(span: float) -> None:
-    static = static_part(torch.tensor([[-span]]), torch.tensor([[span]]), "channel", 1.5)
+    static = range_static(torch.tensor([[-span]]), torch.tensor([[span]]), "channel", 1.5)
     assert torch.isfinite(static.c).all()
     assert torch.isfinite(static.reciprocal).all()
     assert (static.c > 0).all()

@@ -8,7 +8,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.quant.statistics import QUANTILE_ROWS, QUANTILES, Statistics
+from octavo.quant.codec import decode, encode
+from octavo.quant.format import CODECS
+from octavo.quant.statistics import (
+    QUANTILE_ROWS,
+    QUANTILES,
+    LayerStatistics,
+    Statistics,
+    attention_static,
+)
 
 Array = NDArray[np.floating]
 
@@ -49,6 +57,19 @@ def test_the_way_rows_are_cut_into_windows_does_not_matter() -> None:
         assert torch.equal(whole[name], cut[name])
     for name in ("mean", "std"):
         torch.testing.assert_close(whole[name], cut[name], rtol=1e-6, atol=1e-6)
+
+
+def test_rows_that_are_skipped_reach_the_range_and_not_the_mean_and_std() -> None:
+    (x,) = windows(300)
+    rest = accumulated([x[64:]]).summary()
+    sinks = torch.from_numpy(x.copy())
+    sinks[:64] *= 100
+    statistics = Statistics(2, 6)
+    statistics.update(sinks, skip=64)
+    summary = statistics.summary()
+    assert (summary["absmax"] > 10 * rest["absmax"]).all()
+    for name in ("mean", "std"):
+        torch.testing.assert_close(summary[name], rest[name], rtol=1e-6, atol=1e-6)
 
 
 def test_quantiles_are_the_mean_of_the_windows_own() -> None:
@@ -134,3 +155,70 @@ def test_rows_of_any_float_dtype_are_taken_at_their_float32_value(dtype: torch.d
     for name, tensor in summary.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
         assert not tensor.requires_grad
+
+
+def observed(k: Tensor, v: Tensor, q: Tensor, norms: Tensor) -> dict[str, dict[str, Tensor]]:
+    layer = LayerStatistics(k.shape[1], k.shape[2], v.shape[2])
+    layer.update(k, v)
+    layer.read_by(q)
+    layer.projected_by(norms)
+    return layer.summary()
+
+
+def test_a_key_channels_reader_is_the_root_mean_square_of_the_queries_that_read_its_head() -> None:
+    generator = torch.Generator().manual_seed(0)
+    k, v, q = (torch.randn(200, heads, 4, generator=generator) for heads in (2, 2, 6))
+    norms = torch.rand(6, 4, generator=generator)
+    sides = observed(k, v, q, norms)
+    for head in range(2):
+        of_head = q[:, 3 * head : 3 * head + 3]
+        torch.testing.assert_close(sides["k"]["reader"][head], of_head.square().mean((0, 1)).sqrt())
+        torch.testing.assert_close(sides["v"]["reader"][head], norms[3 * head : 3 * head + 3].square().sum(0).sqrt())
+
+
+def test_what_another_layer_reads_of_a_shared_cache_is_added_to_its_readers() -> None:
+    layer = LayerStatistics(1, 2, 2)
+    for rows in (torch.ones(100, 1, 2), 3 * torch.ones(100, 1, 2)):
+        layer.read_by(rows)
+        layer.projected_by(rows[0])
+    layer.update(torch.randn(100, 1, 2), torch.randn(100, 1, 2))
+    sides = layer.summary()
+    torch.testing.assert_close(sides["k"]["reader"], torch.full((1, 2), 5.0**0.5))
+    torch.testing.assert_close(sides["v"]["reader"], torch.full((1, 2), 10.0**0.5))
+
+
+@pytest.mark.parametrize("codec", ["int8-token", "int4-token"])
+def test_scores_are_nearest_with_the_static_part_that_weighs_channels_by_their_queries(codec: str) -> None:
+    """Keys and queries whose channels differ by factors of hundreds, as on real models: the error of scores is smaller
+    than with the keys' own deviations as c, and than with no c at all."""
+    generator = torch.Generator().manual_seed(1)
+    width, strength = (10 ** (2 * torch.rand(64, generator=generator) - 1) for _ in range(2))
+    k = torch.randn(2000, 1, 64, generator=generator) * width + 5
+    q = torch.randn(500, 64, generator=generator) * strength
+
+    def error(reader: Tensor, std: Tensor) -> float:
+        static = attention_static(k.mean(0), std, reader)
+        stored = decode(encode(k, CODECS[codec], static), CODECS[codec], 64, static)
+        return ((stored - k)[:, 0] @ q.T).square().mean().sqrt().item()
+
+    std, reader = k.std(0), q.square().mean(0).sqrt()[None]
+    best = error(reader, std)
+    assert best < 0.8 * error(1 / std, std), "c = std"
+    assert best < 0.8 * error(std, std), "c = 1"
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_coded_rows_have_unit_variance_whatever_the_rows_and_the_readers_are_scaled_by(scale: float) -> None:
+    x = torch.randn(1000, 2, 8) * torch.arange(1, 9) * scale
+    static = attention_static(x.mean(0), x.std(0), torch.rand(2, 8) * scale**2 + scale**2)
+    y = (x - static.mu) * static.reciprocal
+    torch.testing.assert_close(y.square().mean((0, 2)), torch.ones(2), rtol=1e-2, atol=0)
+
+
+def test_a_constant_channel_and_one_that_nothing_reads_have_a_finite_scale() -> None:
+    mean, std, reader = torch.zeros(3, 4), torch.ones(3, 4), torch.ones(3, 4)
+    std[0, 1], reader[0, 2], std[1], reader[2] = 0, 0, 0, 0
+    static = attention_static(mean, std, reader)
+    for tensor in (static.mu, static.c, static.reciprocal):
+        assert torch.isfinite(tensor).all()
+    assert (static.c > 0).all()

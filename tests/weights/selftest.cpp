@@ -1,13 +1,19 @@
-// The products of one instruction set against plain arithmetic, on random weights of awkward shapes. Compiled by
-// test_native_build.py, with sanitizers and for other processors. Memory is allocated to the byte.
+// The products of one instruction set against plain arithmetic, on random weights of awkward shapes: those of 4 bits and
+// those in panels. Compiled by test_native_build.py, with sanitizers and for other processors. Memory is allocated to
+// the byte.
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <vector>
 
-#include "kernel.h"
+#include "int4.h"
+#include "panels.h"
 
-namespace octavo::weights::TESTED { extern const Kernels kernels; }
+namespace octavo::weights::TESTED {
+extern const Int4Kernels int4;
+extern const PanelKernels panels;
+}
 
 using namespace octavo;
 using weights::Matrix;
@@ -24,9 +30,7 @@ int32_t run_inline(int64_t begin, int64_t end, int64_t, Task task, void* context
 }
 const Pool POOL{run_inline, 3};
 
-}  // namespace
-
-int main() {
+bool int4_is_right() {
     for (int i = 0; i < 60; i++) {
         const int group = 16 << pick(0, 3), groups = pick(1, 4), in = group * groups, out = pick(1, 70), rows = pick(1, 20);
         const int tiles = (out + TILE - 1) / TILE;
@@ -39,7 +43,7 @@ int main() {
         for (auto* values : {&x, &bias})
             for (float& value : *values) value = std::normal_distribution<float>()(random_source);
         const Matrix matrix{out, in, group, codes.data(), scales.data(), Float::FP32, zeros.data()};
-        const auto& kernels = weights::TESTED::kernels;
+        const auto& kernels = weights::TESTED::int4;
         kernels.multiply(matrix, x.data(), rows, in, Float::FP32, bias.data(), y.data(), POOL);
         kernels.decode(matrix, 0, out, Float::FP32, w.data(), POOL);
         double error = 0, size = 0;
@@ -52,7 +56,7 @@ int main() {
                     const float value = float((k % 8 < 4 ? byte & 15 : byte >> 4) - zeros[at]) * scales[at];
                     if (r == 0 && value != w[size_t(o) * in + k]) {
                         std::printf("case %d: weight %d, %d decoded as %g\n", i, o, k, w[size_t(o) * in + k]);
-                        return 1;
+                        return false;
                     }
                     exact += double(value) * x[size_t(r) * in + k];
                 }
@@ -61,9 +65,56 @@ int main() {
             }
         if (!(error <= 2e-4 * size)) {
             std::printf("case %d: error %g of %g\n", i, error, size);
-            return 1;
+            return false;
         }
     }
-    std::printf("%s is right in 60 cases\n", weights::TESTED::kernels.name);
+    return true;
+}
+
+// Against double, and each row against itself alone, bit for bit.
+bool panels_are_right() {
+    for (int i = 0; i < 60; i++) {
+        const int in = pick(1, 1100), out = pick(1, 70), rows = pick(1, i % 10 ? 40 : 400), stride = in + pick(0, 5);
+        const int panels = (out + weights::PANEL - 1) / weights::PANEL;
+        std::vector<uint16_t> w(size_t(out) * in), packed(size_t(panels) * weights::PANEL * in);
+        std::vector<float> x(size_t(rows - 1) * stride + in), bias(out), y(size_t(rows) * out), alone(out);
+        for (auto& value : w) value = uint16_t(pick(0, 1) << 15 | pick(0x3c00, 0x3fff));  // bf16: 2⁻⁷ … 2
+        for (auto* values : {&x, &bias})
+            for (float& value : *values) value = std::normal_distribution<float>()(random_source);
+        const auto& kernels = weights::TESTED::panels;
+        kernels.pack(w.data(), out, in, in, 2, packed.data(), POOL);
+        const weights::Panels matrix{out, in, packed.data(), Float::BF16};
+        kernels.multiply(matrix, x.data(), rows, stride, Float::FP32, bias.data(), y.data(), POOL);
+        for (int r = 0; r < rows; r++) {
+            kernels.multiply(matrix, x.data() + size_t(r) * stride, 1, stride, Float::FP32, bias.data(), alone.data(), POOL);
+            for (int o = 0; o < out; o++) {
+                double exact = bias[o], size = 1;
+                for (int k = 0; k < in; k++) {
+                    const uint32_t bits = uint32_t(w[size_t(o) * in + k]) << 16;
+                    float value;
+                    std::memcpy(&value, &bits, 4);
+                    exact += double(value) * x[size_t(r) * stride + k];
+                    size += std::fabs(value * x[size_t(r) * stride + k]);
+                }
+                const float found = y[size_t(r) * out + o];
+                if (!(std::fabs(found - exact) <= 1e-6 * size) || std::memcmp(&found, &alone[o], 4)) {
+                    std::printf("case %d of %d × %d: row %d of %d, output %d: %g, alone %g, instead of %g\n", i, out, in, r,
+                                rows, o, found, alone[o], exact);
+                    return false;
+                }
+            }
+        }
+    }
+    return true;
+}
+
+}  // namespace
+
+#define NAME_OF(isa) #isa
+#define NAME(isa) NAME_OF(isa)
+
+int main() {
+    if (!int4_is_right() || !panels_are_right()) return 1;
+    std::printf("%s is right in 120 cases\n", NAME(TESTED));
     return 0;
 }

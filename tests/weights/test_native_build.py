@@ -1,4 +1,4 @@
-"""The kernels of 4-bit weights with sanitizers and for other processors, as in tests/attention/test_native_build.py."""
+"""The kernels of products with sanitizers and for other processors, as in tests/attention/test_native_build.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NATIVE = ROOT / "octavo" / "weights" / "native"
 
 def build(directory: Path, compiler: str, isa: str, more: list[str]) -> Path:
     program = directory / "selftest"
-    sources = [str(NATIVE / "kernel.cpp"), str(Path(__file__).parent / "selftest.cpp")]
+    sources = [str(NATIVE / "int4.cpp"), str(NATIVE / "panels.cpp"), str(Path(__file__).parent / "selftest.cpp")]
     names = [f"-DISA={isa}", f'-DISA_NAME="{isa}"', f"-DTESTED={isa}"]
     command = [compiler, *FLAGS, f"-I{NATIVE}", *isa_flags(isa), *names, *more, *sources, "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True, text=True)

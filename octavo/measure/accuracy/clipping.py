@@ -9,7 +9,7 @@ from torch import Tensor
 from octavo.engine.reading import Reading
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration
-from octavo.quant.codec import encode
+from octavo.quant.codec import Static, encode
 from octavo.quant.format import KVFormat
 
 Shares = dict[float, list[tuple[float, float]]]  # headroom → (K, V) of each layer
@@ -25,19 +25,19 @@ def saturation(
     """Share of values that int8 would clip. K and V are those of the unquantized model."""
     int8 = KVFormat.parse("int8").k
     layers = range(len(bound.layers))
-    statics = {
-        headroom: [[calibration.static(i, side, headroom=headroom).to(bound.layers[i].shape.device) for side in "kv"]
-                   for i in layers]
-        for headroom in headrooms
-    }  # fmt: skip
+
+    def static(layer: int, side: str, headroom: float) -> Static:
+        return calibration.static(layer, side, int8, headroom=headroom).to(bound.layers[layer].shape.device)
+
+    statics = {headroom: [[static(i, side, headroom) for side in "kv"] for i in layers] for headroom in headrooms}
     clipped = {headroom: [[0, 0] for _ in layers] for headroom in headrooms}
     values = [[0, 0] for _ in layers]
 
     def observe(layer: int, _q: Tensor, k: Tensor, v: Tensor) -> None:
         for side, x in enumerate((k, v)):
             values[layer][side] += x.numel()
-            for headroom, static in statics.items():
-                rows = encode(x, int8, static[layer][side])
+            for headroom, own in statics.items():
+                rows = encode(x, int8, own[layer][side])
                 clipped[headroom][layer][side] += int(rows.saturated)  # type: ignore[arg-type]  # int8 counts
 
     reading = Reading(bound)

@@ -1,34 +1,59 @@
-// The extension module of 4-bit weights: the kernels as Python calls them.
+// The extension module of products with weights: the kernels as Python calls them.
 #include "module.h"
 
-#include "kernel.h"
+#include "int4.h"
+#include "panels.h"
 
 namespace nb = nanobind;
 using namespace octavo;
 using weights::Matrix;
+using weights::Panels;
 
-#define OCTAVO_DECLARE(isa) namespace octavo::weights::isa { extern const Kernels kernels; }
+#define OCTAVO_DECLARE(isa) \
+    namespace octavo::weights::isa { \
+    extern const Int4Kernels int4; \
+    extern const PanelKernels panels; \
+    }
 OCTAVO_ISAS(OCTAVO_DECLARE)
 
 namespace {
 
-#define OCTAVO_LIST(isa) &weights::isa::kernels,
-Compiled<weights::Kernels> compiled{OCTAVO_ISAS(OCTAVO_LIST)};
+struct Kernels {
+    const char* name;
+    const weights::Int4Kernels& int4;
+    const weights::PanelKernels& panels;
+};
+
+#define OCTAVO_KERNELS(isa) const Kernels isa = {#isa, weights::isa::int4, weights::isa::panels};
+OCTAVO_ISAS(OCTAVO_KERNELS)
+
+#define OCTAVO_LIST(isa) &isa,
+Compiled<Kernels> compiled{OCTAVO_ISAS(OCTAVO_LIST)};
 
 void multiply(const Matrix& matrix, uint64_t x, int64_t rows, int64_t stride, int type, uint64_t bias, uint64_t y,
               int threads) {
-    compiled->multiply(matrix, at<const void>(x), rows, stride, Float(type), at<const void>(bias), at<void>(y),
-                       compiled.pool(threads));
+    compiled->int4.multiply(matrix, at<const void>(x), rows, stride, Float(type), at<const void>(bias), at<void>(y),
+                            compiled.pool(threads));
 }
 
 void decode(const Matrix& matrix, int64_t first, int64_t count, int type, uint64_t w, int threads) {
-    compiled->decode(matrix, first, count, Float(type), at<void>(w), compiled.pool(threads));
+    compiled->int4.decode(matrix, first, count, Float(type), at<void>(w), compiled.pool(threads));
+}
+
+void multiply_panels(int64_t out, int64_t in, uint64_t weight, int weight_type, uint64_t x, int64_t rows,
+                     int64_t stride, int type, uint64_t bias, uint64_t y, int threads) {
+    compiled->panels.multiply({out, in, at<const void>(weight), Float(weight_type)}, at<const void>(x), rows, stride,
+                              Float(type), at<const void>(bias), at<void>(y), compiled.pool(threads));
+}
+
+void pack_panels(uint64_t w, int64_t out, int64_t in, int64_t stride, int bytes, uint64_t panels, int threads) {
+    compiled->panels.pack(at<const void>(w), out, in, stride, bytes, at<void>(panels), compiled.pool(threads));
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "Products with 4-bit weights for CPUs: see octavo/weights/cpu.py, which is the only caller.";
+    m.doc() = "Products with weights for CPUs: see octavo/weights/cpu.py, which is the only caller.";
     compiled.define(m);
     nb::class_<Matrix>(m, "Matrix")
         .def("__init__", [](Matrix* self, int64_t out, int64_t in, int group, uint64_t codes, uint64_t scales, int scale,
@@ -38,4 +63,7 @@ NB_MODULE(_native, m) {
         });
     m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());
     m.def("decode", &decode, nb::call_guard<nb::gil_scoped_release>());
+    m.def("multiply_panels", &multiply_panels, nb::call_guard<nb::gil_scoped_release>());
+    m.def("pack_panels", &pack_panels, nb::call_guard<nb::gil_scoped_release>());
+    m.attr("PANEL") = weights::PANEL;
 }

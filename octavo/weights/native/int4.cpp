@@ -7,7 +7,7 @@
 // where a row's inputs of the group are x = c·(128·high + low): two int8 (15 bits, relative to their own largest), and
 // both sums are exact in int32. So weights stay packed until they are in registers, every instruction set has a fast
 // product of bytes, and an answer does not depend on how many rows are computed together.
-#include "kernel.h"
+#include "int4.h"
 
 #include <cmath>
 #include <limits>
@@ -215,7 +215,7 @@ void decode(const Matrix& m, int64_t first, int64_t count, Float type, void* w, 
 
 }  // namespace
 
-extern const Kernels kernels;
-const Kernels kernels = {ISA_NAME, multiply, decode};
+extern const Int4Kernels int4;
+const Int4Kernels int4 = {multiply, decode};
 
 }  // namespace octavo::weights::ISA

@@ -23,8 +23,7 @@ struct Matrix {
     const uint8_t* zeros;
 };
 
-struct Kernels {
-    const char* name;
+struct Int4Kernels {
     // y [rows, out] = x [rows, in]·Wᵀ + bias [out] or null, all of one type. x rows are contiguous, `stride` apart.
     void (*multiply)(const Matrix&, const void* x, int64_t rows, int64_t stride, Float, const void* bias, void* y,
                      const Pool&);

@@ -1,0 +1,54 @@
+"""What the processor at hand is and can do, and so in what a model computes on it.
+
+The environment variable OCTAVO_ISA limits the native kernels to an instruction set, for tests and benchmarks:
+`OCTAVO_ISA=avx2` on a newer machine runs what an AVX2 machine runs. torch has limits of its own
+(ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2).
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+from octavo.attention import cpu as attention
+
+_SETS = {
+    "avx512vnni": "AVX-512", "avxvnni": "AVX2 with VNNI", "avx2": "AVX2", "neon_i8mm": "NEON with I8MM",
+    "neon_dotprod": "NEON", "portable": "no vector instructions that Octavo knows",
+}  # fmt: skip
+_ZEN = {  # AMD's families and models, as in cpuid: the first model of each generation
+    0x17: ((0x00, "Zen"), (0x08, "Zen+"), (0x11, "Zen"), (0x18, "Zen+"), (0x30, "Zen 2")),
+    0x19: ((0x00, "Zen 3"), (0x10, "Zen 4"), (0x20, "Zen 3"), (0x60, "Zen 4"), (0x80, "Zen 3"), (0xA0, "Zen 4")),
+    0x1A: ((0x00, "Zen 5"),),
+}
+
+
+def has_bf16() -> bool:
+    """Whether products of bf16 numbers are this processor's fastest."""
+    return attention.unavailable() is None and not attention.exact
+
+
+@cache
+def name() -> str:
+    """Of the processor: its generation where that says more than its name."""
+    facts: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    if facts.get("vendor_id") == "AuthenticAMD":
+        steps = _ZEN.get(int(facts.get("cpu family", 0)), ())
+        known = [zen for first, zen in steps if first <= int(facts.get("model", 0))]
+        if known:
+            return known[-1]
+    return facts.get("model name") or platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """The instruction set that the native kernels use, in words."""
+    if attention.unavailable() is not None:
+        return "without native kernels"
+    return _SETS[attention.isa()] + (" with BF16" if has_bf16() else "")

@@ -1,0 +1,252 @@
+// Products with 16- and 32-bit weights in float32. Compiled once for each instruction set (see CMakeLists.txt, simd.h).
+//
+// Every element of y is summed in one order: the inputs in blocks of CHAIN, each block one chain of fused multiply-adds
+// in ascending k that starts from 0, the blocks' sums added in ascending order, and the bias last. Which rows share a
+// pass, how rows and columns are cut, and which thread computes what change nothing of that: a row's bits do not depend
+// on its company, and are the same with every instruction set that has fused multiply-adds.
+//
+// Few rows are bound by reading the weights, which are widened in registers. With more rows a tile of weights, CHAIN
+// inputs of some panels, is widened once into the nearest cache and multiplied by a block of rows there.
+#include "panels.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace octavo::weights::ISA {
+namespace {
+
+using namespace octavo::ISA;
+
+constexpr int64_t CHAIN = 512;
+#if defined(__AVX512F__)
+constexpr int ROWS = 12, REGISTERS = 2;  // the kernel's accumulators, as there are registers for
+#elif defined(__ARM_NEON)
+constexpr int ROWS = 6, REGISTERS = 4;
+#elif defined(__AVX2__)
+constexpr int ROWS = 6, REGISTERS = 2;
+#else
+constexpr int ROWS = 3, REGISTERS = 4;
+#endif
+constexpr int WIDE = PANEL / W;           // registers of a panel
+constexpr int COLUMNS = REGISTERS * W;    // of a tile
+constexpr int TOGETHER = COLUMNS / PANEL; // its panels
+constexpr int FEW = 12;                   // rows that are multiplied without a tile
+constexpr int64_t BLOCK = 192;            // rows that meet a tile: BLOCK × CHAIN floats fit a core's second cache
+constexpr int64_t SMALL = 1 << 16;        // products: fewer are not worth waking a thread for
+constexpr int64_t AHEAD = 1024;           // bytes of weights that are fetched ahead
+static_assert(COLUMNS % PANEL == 0);
+
+constexpr int floor_power_of_2(int n) { return n < 2 ? 1 : 2 * floor_power_of_2(n / 2); }
+
+template <class F>
+void with_type(Float type, F&& f) {
+    if (type == Float::BF16) f(bf16{});
+    else if (type == Float::FP16) f(fp16{});
+    else f(float{});
+}
+
+// Memory of a thread, kept from call to call.
+class Scratch {
+public:
+    float* take(int64_t count) {
+        if (count > size) {
+            memory.reset(new float[count + LINE]);
+            size = count;
+        }
+        const uint64_t start = reinterpret_cast<uint64_t>(memory.get());
+        return memory.get() + (-start % (4 * LINE)) / 4;
+    }
+
+private:
+    static constexpr int LINE = 16;
+    std::unique_ptr<float[]> memory;
+    int64_t size = 0;
+};
+thread_local Scratch scratch;
+
+// How many groups of at most `most` rows there are, and the first row of each: as equal as they can be.
+struct Groups {
+    int64_t rows, count;
+    Groups(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
+    int64_t first(int64_t group) const { return rows * group / count; }
+    int height(int64_t group) const { return int(first(group + 1) - first(group)); }
+};
+
+// What is multiplied with the weights, and where it goes.
+struct Rows {
+    const void* x;
+    int64_t count, stride;
+    Float type;  // of x, bias and y
+    const void* bias;
+    void* y;
+
+    // `height` rows from `first` of n inputs from k, as floats: [n, height].
+    void interleave(int64_t first, int height, int64_t k, int64_t n, float* to) const {
+        with_type(type, [&](auto kind) {
+            for (int r = 0; r < height; r++) {
+                const auto* from = static_cast<const decltype(kind)*>(x) + (first + r) * stride + k;
+                for (int64_t i = 0; i < n; i++) to[i * height + r] = to_float(from[i]);
+            }
+        });
+    }
+    // Sums c [rows, ·] of some panels' outputs to y, with the bias.
+    void finish(const Panels& m, const float* c, int64_t row, int64_t first, int64_t rows, int64_t panel,
+                int64_t panels) const {
+        const int64_t begin = panel * PANEL, n = std::min(panels * PANEL, m.out - begin);
+        with_type(type, [&](auto kind) {
+            using T = decltype(kind);
+            const T* shift = bias ? static_cast<const T*>(bias) + begin : nullptr;
+            for (int64_t r = 0; r < rows; r++, c += row) {
+                T* to = static_cast<T*>(y) + (first + r) * m.out + begin;
+                for (int64_t o = 0; o < n; o++) from_float(shift ? c[o] + to_float(shift[o]) : c[o], to[o]);
+            }
+        });
+    }
+};
+
+// One chain for R rows and C registers of columns: x [n, R], panels of w `apart` elements from one to the next. c [R, ·]
+// becomes the sums, or has them added.
+template <int R, int C, int64_t AHEAD, class T>
+inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool first, float* c, int64_t row) {
+    f32v sum[R][C] = {};
+    for (int64_t k = 0; k < n; k++, x += R, w += PANEL) {
+        f32v b[C];
+#pragma GCC unroll 16
+        for (int j = 0; j < C; j++) {
+            const T* from = w + j / WIDE * apart + j % WIDE * W;
+            if (AHEAD && j % WIDE == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD);
+            b[j] = load_float(from);
+        }
+#pragma GCC unroll 32
+        for (int r = 0; r < R; r++) {
+            const f32v a = splat(x[r]);
+#pragma GCC unroll 16
+            for (int j = 0; j < C; j++) sum[r][j] = fma(a, b[j], sum[r][j]);
+        }
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int j = 0; j < C; j++) {
+            float* to = c + r * row + j * W;
+            store(to, first ? sum[r][j] : load<f32v>(to) + sum[r][j]);
+        }
+}
+
+// A chain of a tile [TOGETHER, n, PANEL] for `height` ≤ ROWS rows.
+template <int R = ROWS>
+void tile_chain(int height, const float* x, const float* tile, int64_t n, bool first, float* c, int64_t row) {
+    if constexpr (R > 1)
+        if (height < R) return tile_chain<R - 1>(height, x, tile, n, first, c, row);
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < COLUMNS; j += 16) __builtin_prefetch(c + r * row + j, 1);
+    chain<R, REGISTERS, 0>(x, tile, n * PANEL, n, first, c, row);
+}
+
+// Few rows: x [in, R] interleaved.
+template <int R, class T>
+void few(const Panels& m, const Rows& rows, const float* x, const Pool& pool) {
+    // As many registers of columns as there are accumulators for: some panels side by side, or a part of one.
+    constexpr int C = floor_power_of_2(std::min(ROWS * REGISTERS / R, 8));
+    constexpr int P = std::max(1, C / WIDE), PASSES = std::max(1, WIDE / C);
+    const int64_t panels = (m.out + PANEL - 1) / PANEL;
+    const int64_t each = std::max<int64_t>(1, panels / (8 * pool.threads) / 4) * 4;
+    const T* weight = static_cast<const T*>(m.weight);
+    parallel(pool, (panels + each - 1) / each, R * m.in * m.out >= SMALL, [&](int64_t item) {
+        const int64_t end = std::min(panels, (item + 1) * each);
+        int64_t p = item * each;
+        const auto some = [&](auto registers, int64_t count, int passes) {
+            constexpr int c = decltype(registers)::value;
+            alignas(64) float sums[R * std::max(C * W, PANEL)];
+            for (int64_t k = 0; k < m.in; k += CHAIN)
+                for (int pass = 0; pass < passes; pass++)
+                    chain<R, c, AHEAD>(x + k * R, weight + (p * m.in + k) * PANEL + pass * c * W, m.in * PANEL,
+                                       std::min(CHAIN, m.in - k), k == 0, sums + pass * c * W, count * PANEL);
+            rows.finish(m, sums, count * PANEL, 0, R, p, count);
+            p += count;
+        };
+        while (p + P <= end) some(std::integral_constant<int, C>{}, P, PASSES);
+        while (p < end) some(std::integral_constant<int, std::min(C, WIDE)>{}, 1, PASSES);
+    });
+}
+
+template <class T, int R = FEW>
+void few(const Panels& m, const Rows& rows, const float* x, const Pool& pool) {
+    if constexpr (R > 1)
+        if (rows.count < R) return few<T, R - 1>(m, rows, x, pool);
+    few<R, T>(m, rows, x, pool);
+}
+
+// Many rows: item by item, a block of rows and a range of panels.
+template <class T>
+void many(const Panels& m, const Rows& rows, const Pool& pool) {
+    const int64_t panels = (m.out + PANEL - 1) / PANEL;
+    const Groups blocks(rows.count, BLOCK);
+    const int64_t wanted = std::max<int64_t>(1, (4 * pool.threads + blocks.count - 1) / blocks.count);
+    const int64_t each = std::max<int64_t>(8, ((panels + wanted - 1) / wanted + TOGETHER - 1) / TOGETHER * TOGETHER);
+    const int64_t ranges = (panels + each - 1) / each;
+    parallel(pool, blocks.count * ranges, rows.count * m.in * m.out >= SMALL, [&](int64_t item) {
+        const int64_t block = item % blocks.count, begin = item / blocks.count * each;
+        const int64_t end = std::min(panels, begin + each), height = blocks.height(block);
+        const Groups groups(height, ROWS);
+        const int64_t row = (each + TOGETHER - 1) / TOGETHER * COLUMNS;
+        float* tile = scratch.take(CHAIN * COLUMNS + height * (CHAIN + row));
+        float* inputs = tile + CHAIN * COLUMNS;
+        float* c = inputs + height * CHAIN;
+        for (int64_t k = 0; k < m.in; k += CHAIN) {
+            const int64_t n = std::min(CHAIN, m.in - k);
+            for (int64_t g = 0; g < groups.count; g++)
+                rows.interleave(blocks.first(block) + groups.first(g), groups.height(g), k, n,
+                                inputs + groups.first(g) * n);
+            for (int64_t p = begin; p < end; p += TOGETHER) {
+                for (int t = 0; t < TOGETHER; t++) {
+                    if (p + t == end) break;  // what is left there is multiplied and not kept
+                    const T* from = static_cast<const T*>(m.weight) + ((p + t) * m.in + k) * PANEL;
+                    for (int64_t i = 0; i < n * PANEL; i += W) store(tile + t * n * PANEL + i, load_float(from + i));
+                }
+                for (int64_t g = 0; g < groups.count; g++)
+                    tile_chain(groups.height(g), inputs + groups.first(g) * n, tile, n, k == 0,
+                               c + groups.first(g) * row + (p - begin) * PANEL, row);
+            }
+        }
+        rows.finish(m, c, row, blocks.first(block), height, begin, end - begin);
+    });
+}
+
+void multiply(const Panels& m, const void* x, int64_t count, int64_t stride, Float type, const void* bias, void* y,
+              const Pool& pool) {
+    if (count == 0) return;
+    const Rows rows{x, count, stride, type, bias, y};
+    with_type(m.type, [&](auto weight) {
+        using T = decltype(weight);
+        if (count > FEW) return many<T>(m, rows, pool);
+        std::unique_ptr<float[]> inputs(new float[count * m.in]);
+        rows.interleave(0, int(count), 0, m.in, inputs.get());
+        few<T>(m, rows, inputs.get(), pool);
+    });
+}
+
+template <class T>
+void pack(const T* w, int64_t out, int64_t in, int64_t stride, T* panels, const Pool& pool) {
+    parallel(pool, (out + PANEL - 1) / PANEL, out * in >= SMALL, [&](int64_t panel) {
+        const int64_t begin = panel * PANEL, height = std::min<int64_t>(PANEL, out - begin);
+        T* to = panels + begin * in;
+        for (int64_t k = 0; k < in; k++)
+            for (int64_t o = 0; o < PANEL; o++) to[k * PANEL + o] = o < height ? w[(begin + o) * stride + k] : T(0);
+    });
+}
+
+void pack(const void* w, int64_t out, int64_t in, int64_t stride, int bytes, void* panels, const Pool& pool) {
+    if (bytes == 2) pack(static_cast<const uint16_t*>(w), out, in, stride, static_cast<uint16_t*>(panels), pool);
+    else pack(static_cast<const uint32_t*>(w), out, in, stride, static_cast<uint32_t*>(panels), pool);
+}
+
+}  // namespace
+
+extern const PanelKernels panels;
+const PanelKernels panels = {multiply, pack};
+
+}  // namespace octavo::weights::ISA

@@ -1,0 +1,45 @@
+"""Linear layers whose weights lie in panels, in the order in which the native CPU product reads them.
+
+Weights keep their type, of 16 or 32 bits; products and sums are float32 (native/panels.cpp). There is one copy of them:
+the panels are the layer's own parameter. An output's bits depend on its row alone, never on how many rows are
+multiplied together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from octavo.weights import cpu
+
+
+class PanelLinear(nn.Linear):
+    """`nn.Linear` of which `weight` is in panels of 16 outputs: [⌈out/16⌉, in, 16], the last padded with zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out] of x's type."""
+        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
+        y = cpu.multiply_panels(self.weight, self.out_features, x.reshape(-1, self.in_features), bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class TypedEmbedding(nn.Embedding):
+    """`nn.Embedding` whose rows leave it in another type than its weight has."""
+
+    leaves_as: torch.dtype | None = None  # None: the weight's
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).to(self.leaves_as or self.weight.dtype)
+
+
+class PanelEmbedding(TypedEmbedding):
+    """The same, of a weight in panels: that of a tied head."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        panel = self.weight.shape[-1]
+        return self.weight[ids // panel, :, ids % panel].to(self.leaves_as or self.weight.dtype)
+
+
+def unpacked(panels: Tensor, out: int) -> Tensor:
+    """The rows of a weight in panels: [out, in]."""
+    return panels.transpose(1, 2).flatten(0, 1)[:out].contiguous()
