@@ -38,17 +38,19 @@ MILLION = 1_000_000
 HEAD = "POST {} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n"
 
 
-def server(log: Any) -> tuple[dict[str, Any], psutil.Process]:
+def server(log: Path) -> tuple[dict[str, Any], psutil.Process]:
     options = ["--timeout", str(DEADLINE), "--patience", str(PATIENCE), "--session-len", "2048"]
     process = subprocess.Popen(
         [*CLI, "serve", "--kv", "int8-token", "--port", "0", "--json", *options],
         stdout=subprocess.PIPE,
-        stderr=log,
+        stderr=log.open("w"),
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES)),
     )
     assert process.stdout
-    return json.loads(process.stdout.readline()), psutil.Process(process.pid)
+    if not (state := process.stdout.readline()):
+        sys.exit(f"the server did not start: {log.read_text()[-2000:]}")
+    return json.loads(state), psutil.Process(process.pid)
 
 
 class Attacks:
@@ -319,7 +321,7 @@ def main() -> None:
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with tempfile.NamedTemporaryFile("w") as log:
-        state, process = server(log)
+        state, process = server(Path(log.name))
         try:
             rows = measure(state["url"], process, args.only, Path(log.name))
             alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -337,6 +339,7 @@ def main() -> None:
             row["answer"][:90],
             row["seconds"],
             row["longest_gap"],
+            row["longest_wait"],
             row["memory_mb"],
             row["log_bytes"],
         )
