@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +44,13 @@ def calibration_with_bar(model: Model, given: Path | None, format: KVFormat) -> 
     """`octavo.calibrate.calibration_for`, with a bar where it makes one."""
     from octavo.calibrate import calibration_for
 
-    with progress() as bar:
+    with ExitStack() as shown:
+        bars: list[Any] = []  # one, from the first window on: an empty bar would leave an empty line
 
         def tell(done: int, total: int) -> None:
-            task = bar.task_ids[0] if bar.task_ids else bar.add_task("calibrating", total=total)
-            bar.update(task, completed=done)
+            if not bars:
+                bars.append(shown.enter_context(progress()))
+                bars[0].add_task("calibrating", total=total)
+            bars[0].update(bars[0].task_ids[0], completed=done)
 
         return calibration_for(model, given, format, tell)
