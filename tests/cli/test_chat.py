@@ -257,7 +257,7 @@ def test_an_empty_conversation_is_saved_too(pamphlet: Model, tmp_path: Path) -> 
         ({}, "a saved session, but not of a chat"),
         ({"kind": "octavo chat", "version": 2}, "a chat of version 2"),
         ({"kind": "octavo chat", "version": 1, "model": "m", "messages": [{}]}, "it must be a message like"),
-        ({"kind": "octavo chat", "version": 1, "model": "m"}, "messages is not a list"),
+        ({"kind": "octavo chat", "version": 1, "model": "m"}, "it must be a list of messages"),
         ({"kind": "octavo chat", "version": 1, "model": 3, "messages": []}, "model or system prompt is not text"),
     ],
 )

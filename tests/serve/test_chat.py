@@ -174,7 +174,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"store": True}, "store"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"functions": []}, "functions"),
-    ({"temperature": 3}, "temperature"),
+    ({"temperature": -1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"n": 0}, "n"),
