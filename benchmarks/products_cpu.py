@@ -1,7 +1,7 @@
 """The native product of 16-bit weights against torch's float32 product of float32 weights, by the number of rows.
 
 Shapes are those of a Llama of a billion parameters. Each round takes the two in turn, and a loop of multiply-adds on
-all threads as the measure of what the processor can do; ratios are of times within a round, and their median is reported.
+all threads as the measure of what the processor can do; ratios are of times within a round, and their median is given.
 With few rows a round has several layers, so that weights come from memory. Before it is timed, each product is checked
 against float64, and each row against itself alone, bit for bit. The last line is one JSON document.
 
