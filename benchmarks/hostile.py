@@ -59,10 +59,12 @@ class Attacks:
     def __init__(self, url: str):
         self.host, port = url.removeprefix("http://").rsplit(":", 1)
         self.port = int(port)
+        self.began = 0.0  # when the first request was made, and began to be sent
 
     async def post(self, fields: Any, path: str = "/v1/completions", source: str = ATTACKER, body: bytes = b"") -> str:
         """The status of a request, with the error's words."""
         body = body or json.dumps(fields, separators=(",", ":")).encode()
+        self.began = self.began or time.time()
         head = HEAD.format(path, len(body))
         reader, writer = await asyncio.open_connection(self.host, self.port, local_addr=(source, 0))
         try:
@@ -105,8 +107,8 @@ class Attacks:
                     client.send(head)
                 except OSError:
                     continue
-            await asyncio.sleep(PATIENCE + 3)
-            return f"{sum(_is_open(client) for client in clients)} of {count} open after {PATIENCE + 3} s"
+            await asyncio.sleep(PATIENCE + 5)
+            return f"{sum(_is_open(client) for client in clients)} of {count} open after {PATIENCE + 5} s"
         finally:
             for client in clients:
                 client.close()
@@ -121,8 +123,8 @@ class Attacks:
             for client in clients:
                 await asyncio.wait_for(loop.sock_connect(client, (self.host, self.port)), 10)
                 await loop.sock_sendall(client, head.encode() + b"\r\n" + body)
-            await asyncio.sleep(DEADLINE + 3)
-            return f"{sum(_is_open(client) for client in clients)} of {count} open 3 s after the deadline"
+            await asyncio.sleep(DEADLINE + 5)
+            return f"{sum(_is_open(client) for client in clients)} of {count} open 5 s after the deadline"
         finally:
             for client in clients:
                 client.close()
@@ -270,7 +272,8 @@ def blocks_used(url: str) -> int:
 
 
 def measure(url: str, process: psutil.Process, names: list[str], log: Path) -> list[dict[str, Any]]:
-    attacks, rows = Attacks(url).all(), []
+    attacker = Attacks(url)
+    attacks, rows = attacker.all(), list[dict[str, Any]]()
     watcher = subprocess.Popen([sys.executable, __file__, "--neighbour", url], stdout=subprocess.PIPE, text=True)
     assert watcher.stdout
     watcher.stdout.readline()
@@ -278,6 +281,7 @@ def measure(url: str, process: psutil.Process, names: list[str], log: Path) -> l
     for name, attack in attacks.items():
         if names and not any(part in name for part in names):
             continue
+        attacker.began = 0.0
         before, logged, start = memory(process), log.stat().st_size, time.time()
         said = asyncio.run(attack())
         end = time.time()
@@ -286,7 +290,7 @@ def measure(url: str, process: psutil.Process, names: list[str], log: Path) -> l
             {
                 "sent": name,
                 "answer": said,
-                "seconds": round(end - start, 2),
+                "seconds": round(end - (attacker.began or start), 2),
                 "window": (start, time.time()),
                 "memory_mb": round(memory(process) - before, 1),
                 "blocks": blocks_used(url),

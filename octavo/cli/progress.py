@@ -44,10 +44,16 @@ def calibration_with_bar(model: Model, given: Path | None, format: KVFormat) -> 
     """`octavo.calibrate.calibration_for`, with a bar where it makes one."""
     from octavo.calibrate import calibration_for
 
-    with progress() as bar:
+    bar = progress()
 
-        def tell(done: int, total: int) -> None:
-            task = bar.task_ids[0] if bar.task_ids else bar.add_task("calibrating", total=total)
-            bar.update(task, completed=done)
+    def tell(done: int, total: int) -> None:
+        if not bar.task_ids:
+            bar.start()
+            bar.add_task("calibrating", total=total)
+        bar.update(bar.task_ids[0], completed=done)
 
+    try:
         return calibration_for(model, given, format, tell)
+    finally:
+        if bar.task_ids:  # a bar that never stood would leave an empty line
+            bar.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -88,6 +89,7 @@ def serve(
             print(json.dumps(state), flush=True)
         else:
             _banner(state)
+        gc.freeze()  # what is loaded stays: looking through all of it again and again would stop the server for a while
         server.run()
 
 

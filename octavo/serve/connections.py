@@ -92,7 +92,8 @@ class Connection(H11Protocol):
         self.conn = Unchunked(h11.SERVER)
         self.room = connections
         self.address = ""
-        self.since = time.monotonic()  # when it began to wait for a request, or to answer one
+        self.since = time.monotonic()  # when it began to wait for a request
+        self.asked = self.since  # when its last request was whole
         self.unread, self.unread_since = 0, 0.0  # bytes that the client has yet to read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -109,7 +110,7 @@ class Connection(H11Protocol):
         waited = not self.answering
         super().data_received(data)
         if waited and self.answering:
-            self.since = time.monotonic()
+            self.asked = time.monotonic()
 
     def on_response_complete(self) -> None:
         self.since = time.monotonic()
@@ -132,9 +133,9 @@ class Connection(H11Protocol):
         self.unread = unread
         if unread and now - self.unread_since > limits.patience:
             return True
-        if self.answering:
-            return now - self.since > limits.timeout + LATE
-        return not unread and now - self.since > limits.patience
+        if unread or self.answering:
+            return now - self.asked > limits.timeout + LATE
+        return now - self.since > limits.patience
 
     def end(self) -> None:
         """Close it at once, whatever its client has yet to read."""

@@ -16,7 +16,7 @@ from octavo.serve.errors import ApiError
 
 MAX_DEPTH = 128  # of lists and objects within each other
 MAX_KEYS = 4096  # of one object
-MAX_PARTS = 250_000  # lists and objects in a body
+MAX_PARTS = 250_000  # lists and objects in a body, and names in all of its objects
 SMALL = 16 << 10  # bytes of a body that is read on the event loop, in less than a millisecond or two
 
 
@@ -34,8 +34,9 @@ class Limits:
 def check_json(body: bytes, longest: int) -> None:
     """Raise ApiError 400 for a body that is not JSON, is nested too deep, or has a list of more than `longest` elements
     or another part too large for any request."""
-    if body.count(b"[") + body.count(b"{") > MAX_PARTS:  # in strings too: so many are no text that a model is sent
-        raise ApiError(400, f"the body has more than {MAX_PARTS} brackets")
+    for signs in (b"[{", b":"):  # in strings too: so many are no text that a model is sent
+        if sum(body.count(bytes([sign])) for sign in signs) > MAX_PARTS:
+            raise ApiError(400, f"the body has more than {MAX_PARTS} of {signs.decode()}")
     try:
         value = from_json(body, cache_strings="none")
     except ValueError as error:

@@ -28,7 +28,6 @@ Prepare = Callable[[], list[tuple[list[int], SamplingParams]]]  # the prompts of
 TOO_LONG = "context_length_exceeded"
 CLOSE = {"Connection": "close"}
 LATE = 1.0  # seconds after the deadline that the engine has to end an answer
-AHEAD = 8  # for so many places in the batch one answer waits in the engine's own queue, lest a place stay empty
 
 
 class Service:
@@ -56,7 +55,7 @@ class Service:
         # grammars.
         self.reading, self.read_turns = ThreadPoolExecutor(1, thread_name_prefix="octavo read"), Turns(1)
         self.preparing, self.prepare_turns = ThreadPoolExecutor(2, thread_name_prefix="octavo prepare"), Turns(2)
-        self.engine_turns = Turns(places + places // AHEAD)
+        self.engine_turns = Turns(places)  # so that nobody waits in the engine, where the first come is the first
 
     @property
     def admitted(self) -> int:

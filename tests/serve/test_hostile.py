@@ -76,7 +76,7 @@ def test_the_check_of_a_list_ends_at_its_first_wrong_element(kind: Any, body: An
 
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 150 + b"]" * 150])
 def test_what_is_nested_deep_is_refused(body: bytes):
-    with pytest.raises(ApiError, match=r"nested more than|brackets"):
+    with pytest.raises(ApiError, match="nested more than"):
         check_json(body, 4096)
 
 
