@@ -391,7 +391,7 @@ def test_int8_without_a_calibration_names_both_remedies(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     bare = replace(pamphlet, path=tmp_path)  # without whatever lies beside the weights
-    with pytest.raises(OctavoError, match=r"int8 needs a calibration.*octavo calibrate pamphlet.*--kv int8-token"):
+    with pytest.raises(OctavoError, match=r"int8 needs a calibration.*octavo calibrate pamphlet.*--kv kv8"):
         LLM(bare, kv="int8")
     assert LLM(bare, kv="int8-token").calibration is None
 

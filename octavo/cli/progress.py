@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,13 +44,16 @@ def calibration_with_bar(model: Model, given: Path | None, format: KVFormat) -> 
     """`octavo.calibrate.calibration_for`, with a bar where it makes one."""
     from octavo.calibrate import calibration_for
 
-    with ExitStack() as shown:
-        bars: list[Any] = []  # one, from the first window on: an empty bar would leave an empty line
+    bar = progress()
 
-        def tell(done: int, total: int) -> None:
-            if not bars:
-                bars.append(shown.enter_context(progress()))
-                bars[0].add_task("calibrating", total=total)
-            bars[0].update(bars[0].task_ids[0], completed=done)
+    def tell(done: int, total: int) -> None:
+        if not bar.task_ids:
+            bar.start()
+            bar.add_task("calibrating", total=total)
+        bar.update(bar.task_ids[0], completed=done)
 
+    try:
         return calibration_for(model, given, format, tell)
+    finally:
+        if bar.task_ids:  # a bar that never stood would leave an empty line
+            bar.stop()

@@ -58,11 +58,11 @@ def test_text_on_stdout_numbers_on_stderr(octavo: Run, llm: LLM, capsys: pytest.
     assert octavo("generate", *SHORT, "--prompt", "Once upon a time") == 0
     out, err = capsys.readouterr()
     assert out == llm.generate("Once upon a time", GREEDY)[0].text + "\n"
-    # 15 of 16 tokens are stored: one block of 64 of 1,560 bytes each.
-    warning, counted = err.splitlines()
+    warning, numbers = err.splitlines(keepends=True)
     assert warning.startswith("warning: int8-token runs without a calibration")
-    assert counted.startswith("4 tokens in, 12 out in ")
-    assert err.endswith("finish: length · KV int8-token: 97.5 KiB, in 16 bits 192 KiB\n")
+    # 15 of 16 tokens are stored: one block of 64 of 1,560 bytes each.
+    assert numbers.startswith("4 tokens in, 12 out in ")
+    assert numbers.endswith("finish: length · KV int8-token: 97.5 KiB, in 16 bits 192 KiB\n")
 
 
 def test_a_text_in_place_of_a_model_is_shown_its_place(octavo: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,15 +56,20 @@ def test_a_plain_model_is_healthy_and_may_use_both_8_bit_formats(plain: Diagnosi
 
 
 def test_key_biases_are_singled_out_layer_by_layer_with_what_to_do(biased: Diagnosis) -> None:
-    assert biased.healthy, "rotated 8 bits bear these biases"
     assert [layer.layer for layer in biased.keys if layer.biased] == [0, 5]
     assert biased.keys[0].channels == 2 * len(CHANNELS)
     assert biased.keys[0].bias_norm == pytest.approx(math.sqrt(2 * sum(b * b for b in CHANNELS.values())), rel=1e-3)
     text = finding(biased, "key biases").text
     assert "layers 0 and 5" in text
     assert "Qwen2" in text
-    advice = finding(biased, "8 bits")
-    assert advice.level == "ok"
+    assert "--kv int8-token works without calibration" in finding(biased, "8 bits").text, "the rotation carries it"
+
+
+def test_where_8_bits_lose_much_without_a_calibration_it_is_advised_against(biased: Diagnosis) -> None:
+    formats = [replace(score, kl=1e-2) if score.name == "int8-token" else score for score in biased.formats]
+    advice = next(f for f in findings(replace(biased, formats=formats)) if f.topic == "8 bits")
+    assert advice.level == "warning"
+    assert "do not serve int8-token without a calibration" in advice.text
     assert "octavo calibrate" in advice.text
 
 
