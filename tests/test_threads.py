@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from octavo import LLM, OctavoError, SamplingParams
 from octavo.engine.turns import EngineFailed
@@ -161,6 +162,22 @@ def test_a_session_is_saved_and_restored_while_other_threads_generate(llm: LLM, 
         assert len(set(map(tuple, running.result()))) == 1
     assert llm.generate([prompt], GREEDY)[0].cached_tokens == 128
     assert_idle(llm)
+
+
+def test_a_model_that_another_thread_loads_changes_no_answer(llm: LLM):
+    """Loading sets torch's default type for the whole process; here it stays so for the whole of an answer."""
+    params = [
+        SamplingParams(max_tokens=8, temperature=0.9, top_k=3000, top_p=0.9, logit_bias={7: 0.3}, seed=1, logprobs=3)
+    ]
+    prompts = [STORIES[0] * 12]
+    whole = llm.generate(prompts, params)[0].sampled
+    for dtype in (torch.bfloat16, torch.float64):
+        llm.engine.pool.clear()
+        torch.set_default_dtype(dtype)
+        try:
+            assert llm.generate(prompts, params)[0].sampled == whole
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

@@ -123,17 +123,19 @@ def _attend_chunk(layer: _Layer, cache: LayerCache, q: Tensor, chunk: _Chunk) ->
     blocks, parts = chunk.seen(spec.window)
 
     q = q.unflatten(1, (cache.k.heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, n, k_dim]
-    folded = torch.tensor(spec.scale)
-    shift = torch.zeros(q.shape[:3])  # q·mu is the same for every key: a soft cap and a sink see it
+    folded = torch.tensor(spec.scale, dtype=torch.float32)
+    shift = torch.zeros(
+        q.shape[:3], dtype=torch.float32
+    )  # q·mu is the same for every key: a soft cap and a sink see it
     if cache.k.static is not None:
         folded = folded * cache.k.static.c[:, None, None]
         if spec.softcap is not None or sinks is not None:
             shift = torch.einsum("hgnd,hd->hgn", q.float(), cache.k.static.mu * spec.scale)
     query = (q.float() * folded).to(dtype)
 
-    packed = torch.empty(q.shape[2], *q.shape[:2], cache.v.dim)
+    packed = torch.empty(q.shape[2], *q.shape[:2], cache.v.dim, dtype=torch.float32)
     out = packed.permute(1, 2, 0, 3)
-    total = torch.empty(q.shape[:3])  # log Σ exp(score) of what was seen
+    total = torch.empty(q.shape[:3], dtype=torch.float32)  # log Σ exp(score) of what was seen
     together = max(1, TILE_ELEMENTS // (len(blocks) * _native.BLOCK * (cache.k.dim + cache.v.dim)))
     for head in range(0, cache.k.heads, together):
         heads = slice(head, min(head + together, cache.k.heads))
@@ -142,7 +144,7 @@ def _attend_chunk(layer: _Layer, cache: LayerCache, q: Tensor, chunk: _Chunk) ->
             tile = query[heads, :, part.rows], keys[:, part.keys], values[:, part.keys], shift[heads, :, part.rows]
             some = flash(*tile, part) if spec.softcap is None else capped(*tile, part, spec.softcap)
             part.put(*some, out[heads, :, part.rows], total[heads, :, part.rows])
-    weight = torch.ones(())  # every query sees itself
+    weight = torch.ones((), dtype=torch.float32)  # every query sees itself
     if sinks is not None:
         weight = (total - sinks.view(cache.k.heads, -1, 1)).sigmoid_()[..., None]
         out *= weight

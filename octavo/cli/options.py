@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass, replace
 from functools import wraps
@@ -123,6 +124,8 @@ class ServeOptions(LoadOptions):
         from octavo.llm import LLM
 
         model, name = self.load(), self.format_name()
+        if model.processor is not None:
+            print(f"CPU: {model.processor}", file=sys.stderr, flush=True)
         format = model.bound.raw_format if name is None else KVFormat.parse(name)
         return LLM(
             model,

@@ -109,7 +109,10 @@ def _adjust(row: Tensor, sequence: Sequence, ahead: bool) -> None:
         ids, counts = send(torch.tensor([list(said), list(said.values())]), row.device)
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
     if params.logit_bias:
-        ids, bias = torch.tensor(list(params.logit_bias)), torch.tensor(list(params.logit_bias.values()))
+        ids, bias = (
+            torch.tensor(list(params.logit_bias)),
+            torch.tensor(list(params.logit_bias.values()), dtype=row.dtype),
+        )
         row[send(ids, row.device)] += send(bias, row.device)
     if sequence.answered + ahead < params.min_tokens and sequence.stop_ids:
         row[send(torch.tensor(sorted(sequence.stop_ids)), row.device)] = -torch.inf
@@ -124,7 +127,9 @@ def _draw(logits: Tensor, sequences: Rows[Sequence], ahead: bool) -> Tensor:
     # No temperature is too small for float32: the colder, the closer to greedy, never inf or NaN.
     columns = [(max(p.temperature, 1e-30), p.top_k or vocabulary, p.top_p if p.top_p < 1 else 2.0, p.min_p)
                for p in params]  # fmt: skip
-    temperature, top_k, top_p, min_p = send(torch.tensor(columns), logits.device)[:, :, None].unbind(1)
+    temperature, top_k, top_p, min_p = send(torch.tensor(columns, dtype=torch.float32), logits.device)[
+        :, :, None
+    ].unbind(1)
     weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()  # the best token's is 1
     kept = max(p.top_k or vocabulary for p in params)
     if kept < vocabulary or any(p.top_k or p.top_p < 1 or p.min_p for p in params):

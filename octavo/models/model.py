@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from octavo import processor
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel, bind
 from octavo.models.files import resolve
@@ -108,6 +109,14 @@ class Model:
     def weight_kind(self) -> str:
         """int4, or the model's own type: bf16, fp16 or fp32."""
         return "int4" if packed_layers(self.bound.hf) else str(self.bound.raw_format)
+
+    @property
+    def processor(self) -> str | None:
+        """The processor, its instructions, and the types of weights and of what is computed; None on other devices."""
+        if self.bound.device.type != "cpu":
+            return None
+        computes = str(self.bound.computes).removeprefix("torch.")
+        return f"{processor.name()}, {processor.instructions()}; weights {self.weight_kind}, computing {computes}"
 
     @property
     def work_dir(self) -> Path:

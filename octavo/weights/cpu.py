@@ -1,10 +1,11 @@
-"""Products with 4-bit weights by the native CPU kernels (native/kernel.cpp).
+"""Products by the native CPU kernels: of 4-bit weights (native/int4.cpp) and of others in panels (native/panels.cpp).
 
 The extension may be missing (no compiler when the package was installed): `unavailable()` says why.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -69,3 +70,16 @@ def multiply_panels(panels: Tensor, out: int, x: Tensor, bias: Tensor | None) ->
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def peak(seconds: float) -> float:
+    """Floating-point operations per second of a loop of multiply-adds on all threads, which takes about that long: the
+    yardstick of benchmarks/products_cpu.py."""
+    steps = 1 << 14
+    while True:
+        start = time.perf_counter()
+        done = _native.spin(steps, torch.get_num_threads())
+        taken = time.perf_counter() - start
+        if taken >= seconds / 2:
+            return done / taken
+        steps *= 2

@@ -39,6 +39,8 @@ def _anatomy(found: Diagnosis) -> list[str]:
     if (anatomy := found.anatomy) is None:
         return []
     lines = [f"{anatomy.architecture}, {_millions(anatomy.parameters)} parameters in {found.weights}"]
+    if found.processor is not None:
+        lines.append(f"CPU: {found.processor}")
     for group in anatomy.groups:
         dims = f"{group.k_dim}" if group.k_dim == group.v_dim else f"{group.k_dim} (K) and {group.v_dim} (V)"
         extras = [

@@ -62,7 +62,7 @@ def diagnose(model: Model, text: str | None = None, progress: Callable[[float], 
     None for a bundled English text; `progress` is called with the share of the work that is done."""
     start, bound = time.perf_counter(), model.bound
     report = progress or (lambda _: None)
-    found = Diagnosis(model.name, accepted=True, weights=model.weight_kind, anatomy=examine(bound))
+    found = Diagnosis(model.name, True, weights=model.weight_kind, processor=model.processor, anatomy=examine(bound))
     found.self_check = self_check(bound)
     report(0.1)
     length = min(LENGTH, bound.max_context)

@@ -37,6 +37,7 @@ class Diagnosis:
     measured: str = ""
     seconds: float = 0.0
     weights: str = ""  # their kind
+    processor: str | None = None  # and what is computed in on it; None on a GPU
     anatomy: Anatomy | None = None
     self_check: SelfCheck | None = None
     keys: list[Keys] = field(default_factory=list)

@@ -50,6 +50,8 @@ void pack_panels(uint64_t w, int64_t out, int64_t in, int64_t stride, int bytes,
     compiled->panels.pack(at<const void>(w), out, in, stride, bytes, at<void>(panels), compiled.pool(threads));
 }
 
+int64_t spin(int64_t steps, int threads) { return compiled->panels.spin(steps, compiled.pool(threads)); }
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -65,5 +67,6 @@ NB_MODULE(_native, m) {
     m.def("decode", &decode, nb::call_guard<nb::gil_scoped_release>());
     m.def("multiply_panels", &multiply_panels, nb::call_guard<nb::gil_scoped_release>());
     m.def("pack_panels", &pack_panels, nb::call_guard<nb::gil_scoped_release>());
+    m.def("spin", &spin, nb::call_guard<nb::gil_scoped_release>());
     m.attr("PANEL") = weights::PANEL;
 }

@@ -92,10 +92,10 @@ struct Rows {
             }
         });
     }
-    // Sums c [rows, ·] of some panels' outputs to y, with the bias.
-    void finish(const Panels& m, const float* c, int64_t row, int64_t first, int64_t rows, int64_t panel,
-                int64_t panels) const {
-        const int64_t begin = panel * PANEL, n = std::min(panels * PANEL, m.out - begin);
+    // Sums c [rows, row] of outputs from `begin` on, at most n, to y with the bias.
+    void finish(const Panels& m, const float* c, int64_t row, int64_t first, int64_t rows, int64_t begin,
+                int64_t n) const {
+        n = std::min(n, m.out - begin);
         with_type(type, [&](auto kind) {
             using T = decltype(kind);
             const T* shift = bias ? static_cast<const T*>(bias) + begin : nullptr;
@@ -138,12 +138,11 @@ inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool fir
 
 // A chain of a tile [TOGETHER, n, PANEL] for `height` ≤ ROWS rows.
 template <int R = ROWS>
-void tile_chain(int height, const float* x, const float* tile, int64_t n, bool first, float* c, int64_t row) {
+void tile_chain(int height, const float* x, const float* tile, int64_t n, bool first, float* c) {
     if constexpr (R > 1)
-        if (height < R) return tile_chain<R - 1>(height, x, tile, n, first, c, row);
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < COLUMNS; j += 16) __builtin_prefetch(c + r * row + j, 1);
-    chain<R, REGISTERS, 0>(x, tile, n * PANEL, n, first, c, row);
+        if (height < R) return tile_chain<R - 1>(height, x, tile, n, first, c);
+    for (int i = 0; i < R * COLUMNS; i += 16) __builtin_prefetch(c + i, 1);
+    chain<R, REGISTERS, 0>(x, tile, n * PANEL, n, first, c, COLUMNS);
 }
 
 // Few rows: x [in, R] interleaved.
@@ -165,7 +164,7 @@ void few(const Panels& m, const Rows& rows, const float* x, const Pool& pool) {
                 for (int pass = 0; pass < passes; pass++)
                     chain<R, c, AHEAD>(x + k * R, weight + (p * m.in + k) * PANEL + pass * c * W, m.in * PANEL,
                                        std::min(CHAIN, m.in - k), k == 0, sums + pass * c * W, count * PANEL);
-            rows.finish(m, sums, count * PANEL, 0, R, p, count);
+            rows.finish(m, sums, count * PANEL, 0, R, p * PANEL, count * PANEL);
             p += count;
         };
         while (p + P <= end) some(std::integral_constant<int, C>{}, P, PASSES);
@@ -186,16 +185,17 @@ void many(const Panels& m, const Rows& rows, const Pool& pool) {
     const int64_t panels = (m.out + PANEL - 1) / PANEL;
     const Groups blocks(rows.count, BLOCK);
     const int64_t wanted = std::max<int64_t>(1, (4 * pool.threads + blocks.count - 1) / blocks.count);
-    const int64_t each = std::max<int64_t>(8, ((panels + wanted - 1) / wanted + TOGETHER - 1) / TOGETHER * TOGETHER);
+    const int64_t equal = ((panels + wanted - 1) / wanted + TOGETHER - 1) / TOGETHER * TOGETHER;
+    const int64_t each = std::clamp<int64_t>(equal, 8, 64);
     const int64_t ranges = (panels + each - 1) / each;
     parallel(pool, blocks.count * ranges, rows.count * m.in * m.out >= SMALL, [&](int64_t item) {
         const int64_t block = item % blocks.count, begin = item / blocks.count * each;
         const int64_t end = std::min(panels, begin + each), height = blocks.height(block);
         const Groups groups(height, ROWS);
-        const int64_t row = (each + TOGETHER - 1) / TOGETHER * COLUMNS;
-        float* tile = scratch.take(CHAIN * COLUMNS + height * (CHAIN + row));
+        const int64_t tiles = (each + TOGETHER - 1) / TOGETHER;
+        float* tile = scratch.take(CHAIN * COLUMNS + height * (CHAIN + tiles * COLUMNS));
         float* inputs = tile + CHAIN * COLUMNS;
-        float* c = inputs + height * CHAIN;
+        float* c = inputs + height * CHAIN;  // [tiles, height, COLUMNS]
         for (int64_t k = 0; k < m.in; k += CHAIN) {
             const int64_t n = std::min(CHAIN, m.in - k);
             for (int64_t g = 0; g < groups.count; g++)
@@ -209,10 +209,11 @@ void many(const Panels& m, const Rows& rows, const Pool& pool) {
                 }
                 for (int64_t g = 0; g < groups.count; g++)
                     tile_chain(groups.height(g), inputs + groups.first(g) * n, tile, n, k == 0,
-                               c + groups.first(g) * row + (p - begin) * PANEL, row);
+                               c + ((p - begin) / TOGETHER * height + groups.first(g)) * COLUMNS);
             }
         }
-        rows.finish(m, c, row, blocks.first(block), height, begin, end - begin);
+        for (int64_t p = begin; p < end; p += TOGETHER, c += height * COLUMNS)
+            rows.finish(m, c, COLUMNS, blocks.first(block), height, p * PANEL, COLUMNS);
     });
 }
 
@@ -244,9 +245,24 @@ void pack(const void* w, int64_t out, int64_t in, int64_t stride, int bytes, voi
     else pack(static_cast<const uint32_t*>(w), out, in, stride, static_cast<uint32_t*>(panels), pool);
 }
 
+int64_t spin(int64_t steps, const Pool& pool) {
+    constexpr int ALL = ROWS * REGISTERS;
+    parallel(pool, pool.threads, true, [&](int64_t) {
+        f32v sum[ALL], a = splat(0.999f), b = splat(0.001f);
+        for (int i = 0; i < ALL; i++) sum[i] = splat(float(i));
+        for (int64_t step = 0; step < steps; step++)
+#pragma GCC unroll 32
+            for (int i = 0; i < ALL; i++) sum[i] = fma(sum[i], a, b);
+        for (int i = 1; i < ALL; i++) sum[0] += sum[i];
+        volatile float kept = ISA::sum(sum[0]);  // or nothing would be computed
+        (void)kept;
+    });
+    return 2 * ALL * W * steps * pool.threads;
+}
+
 }  // namespace
 
 extern const PanelKernels panels;
-const PanelKernels panels = {multiply, pack};
+const PanelKernels panels = {multiply, pack, spin};
 
 }  // namespace octavo::weights::ISA

@@ -24,6 +24,9 @@ struct PanelKernels {
                      const Pool&);
     // The panels of W [out, in], `stride` elements from row to row, of any type of that many bytes.
     void (*pack)(const void* w, int64_t out, int64_t in, int64_t stride, int bytes, void* panels, const Pool&);
+    // Multiply-adds in registers, `steps` of every accumulator on each thread; returns how many floating-point operations
+    // that was. The yardstick of benchmarks/products_cpu.py.
+    int64_t (*spin)(int64_t steps, const Pool&);
 };
 
 }  // namespace octavo::weights
