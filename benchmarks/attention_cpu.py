@@ -55,7 +55,8 @@ class Contestant:
     def __init__(self, name: str, batch: int, tokens: int, heads: int, kv_heads: int, new: int = 1):
         blocks = -(-tokens // 64)
         shape = LayerShape(kv_heads, DIM, DIM)
-        side = {"min": torch.full((kv_heads, DIM), -5.0), "max": torch.full((kv_heads, DIM), 5.0)}
+        values = {"min": -5.0, "max": 5.0, "mean": 0.0, "std": 1.0, "reader": 1.0}
+        side = {name: torch.full((kv_heads, DIM), value) for name, value in values.items()}
         calibration = Calibration(Header("", "", 0, 0, 0, (0, 0)), [{"k": side, "v": side}])
         table = torch.randperm(batch * blocks).view(batch, blocks)
         self.cache = KVCache(

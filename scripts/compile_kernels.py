@@ -88,8 +88,11 @@ def compiled(format: str, dim: int, target: int, variant: Variant) -> Iterator[R
     launch._multiprocessors = lambda device: 132  # noqa: ARG005 - those of an H100
     launch._shared_memory = lambda device: SHARED[target]  # noqa: ARG005
     shape = LayerShape(variant.kv_heads, dim, variant.v_dim or dim)
-    sides = {side: {"min": -torch.ones(variant.kv_heads, n), "max": torch.ones(variant.kv_heads, n)}
-             for side, n in (("k", shape.k_dim), ("v", shape.v_dim))}  # fmt: skip
+    values = {"min": -1.0, "max": 1.0, "mean": 0.0, "std": 1.0, "reader": 1.0}
+    sides = {
+        side: {name: torch.full((variant.kv_heads, n), value) for name, value in values.items()}
+        for side, n in (("k", shape.k_dim), ("v", shape.v_dim))
+    }
     calibration = Calibration(HEADER, [sides])
     cache = KVCache(plan_layers([shape], KVFormat.parse(format), calibration), 2, Layout(BLOCK, "pages"))
     work = [Sequence([0] * 2), Sequence([0] * 40)]

@@ -41,7 +41,7 @@ def coarse() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
     """`pamphlet` quantized in memory, and as it was written."""
-    model = Model.load(device="cpu", dtype="float32")
+    model = Model.load(device="cpu", dtype="float32", plain_weights=True)
     ids = model.tokenizer((BUNDLED / "evaluation.txt").read_text(encoding="utf-8")[:4000])["input_ids"]
     directory = tmp_path_factory.mktemp("awq") / "pamphlet-4bit"
     quantized = quantize(model.bound, [ids[:256], ids[256:512]], group_size=128)
@@ -114,7 +114,7 @@ def test_awq_costs_less_than_rounding_to_nearest() -> None:
     text = (BUNDLED / "evaluation.txt").read_text(encoding="utf-8")
     costs = {}
     for method in ("rtn", "awq"):
-        model = Model.load(device="cpu", dtype="float32")
+        model = Model.load(device="cpu", dtype="float32", plain_weights=True)
         ids = model.tokenizer(text[:12_000])["input_ids"]
         seen, held_out = [ids[:256], ids[256:512]], torch.tensor([ids[1024:1536]])
         with unbound(model.bound) as hf, torch.inference_mode():

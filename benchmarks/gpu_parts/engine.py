@@ -51,7 +51,7 @@ def load(device: torch.device, geometry: dict[str, Any], context: int) -> Model:
     with tempfile.TemporaryDirectory() as directory:
         config = Path(directory) / "config.json"
         config.write_text(json.dumps(geometry))
-        return Source(config, device=str(device), load_format="dummy").load(context)
+        return Source(config, device=str(device), load_format="dummy", dtype="bf16").load(context)
 
 
 def session(model: Model, kv: str, calibration: Any, batch: int, context: int, steps: int, found: Found) -> None:

@@ -38,11 +38,13 @@ class Contestant:
     def __init__(self, name: str, case: tuple[int, int, int, int], device: torch.device, new: int = 1):
         batch, tokens, heads, kv_heads = case
         shape = LayerShape(kv_heads, DIM, DIM, device)
-        layout = backend_for(plan_layers([shape], KVFormat.parse(name))).layout
-        blocks = -(-tokens // layout.block_size)
-        side = {"min": torch.full((kv_heads, DIM), -5.0), "max": torch.full((kv_heads, DIM), 5.0)}
+        values = {"min": -5.0, "max": 5.0, "mean": 0.0, "std": 1.0, "reader": 1.0}
+        side = {name: torch.full((kv_heads, DIM), value) for name, value in values.items()}
         calibration = Calibration(Header("", "", 0, 0, 0, (0, 0)), [{"k": side, "v": side}])
-        self.cache = KVCache(plan_layers([shape], KVFormat.parse(name), calibration), batch * blocks, layout)
+        plans = plan_layers([shape], KVFormat.parse(name), calibration)
+        layout = backend_for(plans).layout
+        blocks = -(-tokens // layout.block_size)
+        self.cache = KVCache(plans, batch * blocks, layout)
         self.spec = AttentionSpec(shape, heads, DIM**-0.5)
         for store in self.cache.stores:  # codes and scales of plausible rows
             if store.codec.kind == "raw":

@@ -38,7 +38,10 @@ from tests.conftest import ranging
 
 native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 ISAS = cpu._native.isas() if cpu.unavailable() is None else ["none"]
-CLOSE = {True: 1e-5, False: 1e-3}  # of each row's norm: float32; 15-bit queries, 16-bit weights and bf16 values
+CLOSE = {
+    True: 2e-5,
+    False: 1e-3,
+}  # of each row's norm: float32, rotated rows included; 15-bit queries, 16-bit weights and bf16 values
 
 CASES = [
     Case("bf16", 64, 64, 2, 3, 64),

@@ -137,7 +137,9 @@ class Layer:
         expected = numpy_attention(self.spec, q.double().numpy(), keys, values, first=total - len(q))
         # Float32 sums of values that are `place` large and of codes up to 128: a few 1e-6 of them.
         scale = 1 + np.abs(values).max()
-        np.testing.assert_allclose(out.double().numpy(), expected, rtol=0, atol=2e-6 * scale)
+        np.testing.assert_allclose(
+            out.double().numpy(), expected, rtol=0, atol=5e-6 * scale
+        )  # a rotation sums a row in float32
 
 
 def rows_of(store: RowStore, sequence: Sequence) -> Rows:

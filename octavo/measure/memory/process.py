@@ -61,7 +61,7 @@ class Source:
             load_format=self.load_format,
             model_format=self.model_format,
         )
-        return Model.of(hf, self.path, context)
+        return Model.of(hf, self.path, context, hf.dtype if self.dtype != "auto" else None)
 
 
 @dataclass(frozen=True)
