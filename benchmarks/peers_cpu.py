@@ -12,7 +12,7 @@ log-probabilities of its most likely tokens are held against a float32 forward o
     python -m venv ~/llama-cpp
     CMAKE_ARGS=-DGGML_NATIVE=ON CMAKE_BUILD_PARALLEL_LEVEL=2 \\
         ~/llama-cpp/bin/pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
-    python benchmarks/peers_cpu.py --llama-cpp ~/llama-cpp/bin/python --out benchmarks/results/peers-cpu.json
+    python benchmarks/peers_cpu.py --llama-cpp ~/llama-cpp/bin/python --out benchmarks/results/peers-cpu-zen3.json
 
 llama.cpp has an interpreter of its own because it has an OpenMP runtime of its own: in one process, each would wait for
 cores on which the other's threads spin.
