@@ -61,8 +61,8 @@ def attention() -> str:
 ## Attention
 
 One layer, heads of 128, random block tables; decode is one new token for each sequence. torch's best call views the
-query heads of a group as rows of one query. On Zen 4 only `enable_gqa` with one query row was tried, which torch computes
-badly: no ratio to torch is given there. A plain read sums the bytes of the same codes. {commits(found)}.
+query heads of a group as rows of one query. On Zen 4 only `enable_gqa` with one query row was tried, which is slow in
+torch: no ratio to torch is given there. A plain read sums the bytes of the same codes. {commits(found)}.
 """
     for label, document in found.items():
         columns = {title: key for title, key in keys.items() if key in document["rows"][0]}
