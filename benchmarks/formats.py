@@ -82,7 +82,7 @@ def measure(model: Model, calibration: Calibration, rows: list[Row], args: argpa
     """Add the rows of `model` that are missing to `rows`, and keep them after every few."""
     chosen = candidates(model, calibration, NAMES if args.formats is None else args.formats.split(";"))
     header = calibration.header
-    for text in TEXTS:
+    for text in args.texts:
         how = {
             "model": model.path.name, "text": text, "window": args.window, "windows": args.windows,
             "calibration": f"{header.samples} × {header.seqlen} tokens of {header.dataset}",
@@ -139,6 +139,7 @@ def main() -> None:
     cli.add_argument("--work-dir", type=Path, default=Path("benchmarks/work"), help="where calibrations are kept")
     cli.add_argument("--samples", type=int, default=8, help="calibration windows")
     cli.add_argument("--seqlen", type=int, default=512, help="tokens in one of them")
+    cli.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS)
     cli.add_argument("--window", type=int, default=1024)
     cli.add_argument("--windows", type=int, default=4, help="of each text")
     cli.add_argument("--formats", help="only these, and other formats of --kv, with ; between")
