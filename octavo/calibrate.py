@@ -55,7 +55,7 @@ def calibrate(
     validate_choice(granularity, headroom)
     bound = model.bound
     length = _common_length(windows, bound.max_context)
-    offsets = _offsets(bound, len(windows), length, seed)
+    offsets = window_offsets(bound, len(windows), length, seed)
     reading = Reading(bound)
     kept = {
         i: LayerStatistics(shape.kv_heads, shape.k_dim, shape.v_dim)
@@ -172,7 +172,7 @@ def _common_length(windows: Sequence[Sequence[int]], max_context: int) -> int:
     return length
 
 
-def _offsets(bound: BoundModel, count: int, length: int, seed: int) -> list[int]:
+def window_offsets(bound: BoundModel, count: int, length: int, seed: int) -> list[int]:
     """Where each window starts: denser the nearer to 0, from there to the context's end, in random order; all at 0
     where position matters. They are even in log(1 + position/NEAR)."""
     last = min(bound.max_context, FARTHEST) - length

@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from octavo.cache.batch import Batch, pinned
+from octavo.cache.batch import Batch
+from octavo.devices import HOST, device_of
 
 Forward = Callable[[Batch], Tensor]
 Replay = Callable[[], Tensor]
@@ -44,9 +45,9 @@ class StepBuffers:
         """Copy a decode step in, padded to `size` rows: everything of the host in one copy, for which the device's
         queue does not stop."""
         n, used = len(batch.q_lens), len(self.names) * self.rows + size * self.width
-        host = pinned(torch.Size([used]), torch.int64, self.memory.device).zero_()
+        host = device_of(self.memory.device).pinned(torch.Size([used]), torch.int64).zero_()
         columns, table = self._parts(host)
-        sampled = batch.ids.device.type != "cpu"  # by the step before, and never seen by the host
+        sampled = batch.ids.device != HOST  # by the step before, and never seen by the host
         for name, column in columns.items():
             if "slots" in name:
                 column.fill_(-1)

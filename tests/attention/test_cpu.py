@@ -37,7 +37,7 @@ from tests.attention.test_reference import (
 from tests.conftest import ranging
 
 native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
-ISAS = cpu._native.isas() if cpu.unavailable() is None else ["none"]
+ISAS = cpu.extension.isas or ["none"]
 CLOSE = {
     True: 2e-5,
     False: 1e-3,
@@ -73,10 +73,8 @@ CASES = [
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs the test with each instruction set of this processor."""
-    before = cpu._native.isa()
-    cpu._native.use(request.param)
-    yield
-    cpu._native.use(before)
+    with cpu.extension.limited_to(request.param):
+        yield
 
 
 @pytest.fixture(params=[True, False], ids=["exact", "fastest"])

@@ -23,10 +23,8 @@ def isas() -> list[str]:
 
 @pytest.fixture(params=isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu._native.isa()
-    cpu._native.use(request.param)
-    yield request.param
-    cpu._native.use(before)
+    with cpu.extension.limited_to(request.param):
+        yield request.param
 
 
 def draw(out: int, columns: int, dtype: torch.dtype, rows: int = 450) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,9 +13,9 @@ from functools import cache
 import torch
 
 from octavo.cache.batch import Batch
+from octavo.engine.scheduler import CHUNK
 from octavo.llm import LLM
 
-CHUNK = 1024  # tokens of a session in one step, as the engine takes them
 ROWS = 128  # random rows written at a time, so few that they need no memory to speak of
 
 

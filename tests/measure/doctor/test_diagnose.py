@@ -13,13 +13,13 @@ from torch import Tensor
 from benchmarks.biased import CHANNELS, save_biased
 from octavo.attention import attend
 from octavo.errors import OctavoError
+from octavo.measure.as_json import dumps
 from octavo.measure.doctor import diagnose as doctor
 from octavo.measure.doctor.advice import findings, listed
 from octavo.measure.doctor.diagnose import diagnose, flip_last_bit
 from octavo.measure.doctor.diagnosis import Diagnosis, Finding
 from octavo.measure.doctor.inspection import examine, keys, widths
 from octavo.measure.doctor.selfcheck import self_check
-from octavo.measure.document import dumps
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from octavo.devices import find_device
 from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
-from octavo.measure.memory.costs import baseline, costs, find_device
+from octavo.measure.memory.costs import baseline, costs
 from octavo.measure.memory.fill import Session, fill
 from octavo.measure.memory.points import points, saved
 from octavo.measure.memory.process import Source
@@ -111,7 +112,7 @@ def test_code_that_looks_at_values_is_traced_with_random_weights(
     file.write_text(json.dumps({"model_type": "gpt2", "bos_token_id": 1, "eos_token_id": 2, **small}))
     geometry = Geometry.trace(file)
     assert [(s.kv_heads, s.k_dim, s.v_dim) for s in geometry.shapes] == [(4, 8, 8)] * 3
-    monkeypatch.setattr("octavo.models.geometry.free_memory", lambda _: 0)
+    monkeypatch.setattr("octavo.devices.Device.free_memory", lambda _: 0)
     with pytest.raises(OctavoError, match="cannot be traced without weights"):
         Geometry.trace(file)
 
@@ -198,5 +199,5 @@ def test_devices() -> None:
     assert find_device("cpu").type == "cpu"
     with pytest.raises(OctavoError, match="there is no device 'gpu'"):
         find_device("gpu")
-    with pytest.raises(OctavoError, match="cannot be measured"):
+    with pytest.raises(OctavoError, match="cannot be used"):
         find_device("meta")
