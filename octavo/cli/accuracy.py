@@ -115,12 +115,12 @@ def _refuse(given: dict[str, Any], right: bool, other: str) -> None:
 
 
 def _parts(tasks: str, data_dir: Path | None) -> tuple[list[Any], dict[str, str]]:
-    from octavo.measure.tasks import documents, require_harness, select
+    from octavo.measure.tasks import data_files, require_harness, select
 
     parts, skipped = select(tasks, data_dir)
     require_harness()
     for part in parts:
-        documents.check(part)
+        data_files.check(part)
     return parts, skipped
 
 
