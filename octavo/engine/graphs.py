@@ -17,6 +17,7 @@ from torch import Tensor
 
 from octavo.cache.batch import Batch
 from octavo.devices import HOST, device_of
+from octavo.errors import one_line
 
 Forward = Callable[[Batch], Tensor]
 Replay = Callable[[], Tensor]
@@ -132,7 +133,7 @@ def cuda_capture(device: torch.device) -> Capture:
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     out = run()
             except Exception as error:
-                raise NotCapturable(_first_line(error)) from error
+                raise NotCapturable(one_line(error)) from error
 
         def replay() -> Tensor:
             graph.replay()
@@ -141,7 +142,3 @@ def cuda_capture(device: torch.device) -> Capture:
         return replay
 
     return capture
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -31,9 +31,9 @@ from transformers import (
 from transformers.utils import logging
 
 from octavo.devices import device_of
-from octavo.errors import OctavoError, Unsupported
+from octavo.errors import OctavoError, Unsupported, one_line
 from octavo.models import internlm
-from octavo.models.files import config_json, one_line, open_tensors, quantization, read_json, weight_files
+from octavo.models.files import config_json, open_tensors, quantization, read_json, weight_files
 from octavo.models.packed import fill, noise, with_packed_layers
 from octavo.weights.checkpoint import PackedLayers, WeightFormat, read_format
 

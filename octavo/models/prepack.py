@@ -107,7 +107,7 @@ def _try(bound: BoundModel, rearrange: Callable[[set[nn.Module]], Iterator[Undo]
 
 
 def _trial(bound: BoundModel) -> Tensor:
-    ids = torch.randint(bound.vocab_size, (TRIAL,), generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor(bound.random_tokens(TRIAL))
     rows = torch.arange(TRIAL)
 
     def alone(_: int, q: Tensor, __: Tensor, v: Tensor) -> Tensor:

@@ -148,9 +148,7 @@ def _windows(model: Model, text: str | None, length: int) -> tuple[str, list[lis
     """The text's name, windows to calibrate on and windows to measure on: of its first part and of the rest."""
     count = CALIBRATED + MEASURED
     if model.synthetic:
-        ids = torch.randint(
-            model.bound.vocab_size, (count, length), generator=torch.Generator().manual_seed(0)
-        ).tolist()
+        ids = model.bound.random_tokens(count, length)
         return "random tokens, since the weights are random too", ids[:CALIBRATED], ids[CALIBRATED:]
     if text == SELF:
         windows = self_windows(

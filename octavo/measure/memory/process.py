@@ -21,9 +21,10 @@ from transformers.utils import logging
 from octavo.cache.size import format_bytes
 from octavo.calibrate import calibrate
 from octavo.devices import Device, device_of
-from octavo.errors import OctavoError
+from octavo.engine.reading import Text
+from octavo.errors import OctavoError, one_line
 from octavo.llm import LLM
-from octavo.measure.memory.fill import Session, fill, random_tokens
+from octavo.measure.memory.fill import fill
 from octavo.models.load import load_model
 from octavo.models.model import Model
 from octavo.models.packed import weight_bytes
@@ -141,14 +142,14 @@ def fill_and_look(request: Request) -> Filled:
     try:
         return _fill_and_look(request, device, before)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise CannotMeasure(f"memory ran out: {str(error).splitlines()[0]}") from None
+        raise CannotMeasure(f"memory ran out: {one_line(error)}") from None
 
 
 def _fill_and_look(request: Request, device: Device, before: int) -> Filled:
     model = request.source.load(request.context)
     # The ranges of one random batch: which ones they are changes no byte. For raw formats it is a warm-up.
-    vocabulary = model.bound.vocab_size
-    calibration = calibrate(model, [random_tokens(vocabulary, min(WARM_UP, request.context))], dataset="synthetic")
+    warm_up = model.bound.random_tokens(1, min(WARM_UP, request.context))
+    calibration = calibrate(model, warm_up, dataset="synthetic")
     device.forget_peak()
 
     llm = LLM(
@@ -162,7 +163,7 @@ def _fill_and_look(request: Request, device: Device, before: int) -> Filled:
     )
     blocks = llm.engine.pool.blocks_for(request.context)
     sessions = [
-        Session(random_tokens(vocabulary, request.context, seed=i), list(range(i * blocks, (i + 1) * blocks)))
+        Text(model.bound.random_tokens(request.context, seed=i), list(range(i * blocks, (i + 1) * blocks)))
         for i in range(request.batch)
     ]
     if (edges := llm.engine.pool.edges) is not None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from octavo.devices import find_device
+from octavo.engine.reading import Text
 from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
 from octavo.measure.memory.costs import baseline, costs
-from octavo.measure.memory.fill import Session, fill
+from octavo.measure.memory.fill import fill
 from octavo.measure.memory.points import points, saved
 from octavo.measure.memory.process import Source
 from octavo.models.geometry import Geometry
@@ -165,7 +166,7 @@ def test_what_does_not_fit_is_computed_and_says_why(internlm: Geometry) -> None:
 @pytest.mark.parametrize(("seconds", "by_model"), [(0.0, 3), (1e9, 3 * 200)])
 def test_every_slot_of_every_session_is_written(pamphlet: Model, seconds: float, by_model: int) -> None:
     llm = LLM(pamphlet, "int8-token", session_len=256, max_batch_size=3, prefix_caching=False)
-    sessions = [Session(list(range(i, i + 200)), list(range(4 * i, 4 * i + 4))) for i in range(3)]
+    sessions = [Text(list(range(i, i + 200)), list(range(4 * i, 4 * i + 4))) for i in range(3)]
     assert fill(llm, sessions, seconds) == by_model
     assert [store.written for store in llm.cache.stores] == [
         3 * 200 * store.heads * store.dim for store in llm.cache.stores
