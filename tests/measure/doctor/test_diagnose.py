@@ -198,5 +198,5 @@ def test_a_slow_model_sees_shorter_windows() -> None:
 def test_a_text_too_short_is_refused_with_both_numbers(pamphlet: Model, tmp_path) -> None:  # type: ignore[no-untyped-def]
     text = tmp_path / "short.txt"
     text.write_text("Too short.")
-    with pytest.raises(OctavoError, match=r"short.txt has \d+ tokens and the doctor needs 11,264"):
+    with pytest.raises(OctavoError, match=r"short.txt has \d+ tokens and the doctor needs 10,240"):
         diagnose(pamphlet, str(text))
