@@ -12,13 +12,14 @@ import torch
 import transformers
 
 import octavo
+from octavo.devices import device_of
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Date, device, processor, threads, memory and versions, ready for JSON."""
     return {
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_of(device).name,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
