@@ -17,6 +17,7 @@ from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
 from octavo.measure.memory.costs import baseline, costs
 from octavo.measure.memory.fill import fill
+from octavo.measure.memory.footprint import Footprint
 from octavo.measure.memory.points import points, saved
 from octavo.measure.memory.process import Source
 from octavo.models.geometry import Geometry
@@ -74,6 +75,8 @@ def test_what_is_computed_is_what_the_cache_takes_to_the_byte(pamphlet: Model, n
     calibration = observe(pamphlet.bound, list(range(100)), pamphlet.fingerprint)
     llm = LLM(pamphlet, format, calibration=calibration, session_len=context, max_batch_size=sessions)
     assert cost.cache(sessions) == llm.cache.nbytes
+    held = Footprint.of(llm, context)
+    assert (held.nbytes, held.nbytes_16) == (cost.session, 4 * 64 * geometry_bytes(geometry, "bf16"))
     raw_page = 64 * geometry_bytes(geometry, "fp32")
     ring = format.edges // 64
     assert llm.cache.raw_nbytes == ((ring + 1) * sessions + 4) * raw_page * bool(format.edges)
