@@ -56,11 +56,8 @@ CANDIDATES: tuple[
     ("int8", "int8", True, {}),
     ("int8, tensor × 1.0", "int8", True, {"granularity": "tensor", "headroom": 1.0}),
 )
-LAYER_FORMATS = (
-    "int8",
-    "int8-token",
-    "int4-token",
-)  # codes alone; token formats without the calibration, which hides what is special in a layer
+# Codes alone; token formats without the calibration, which hides what is special in a layer.
+LAYER_FORMATS = ("int8", "int8-token", "int4-token")
 
 
 def diagnose(model: Model, text: str | None = None, progress: Callable[[float], None] | None = None) -> Diagnosis:
