@@ -27,7 +27,8 @@ def test_sessions_of_one_beginning_hold_a_ring_each_and_one_first_page(
         assert (before["raw_pages_used"], before["raw_pages_cached"], before["bytes_used"]) == (0, 1, 0)
         assert before["bytes_cached"] == before["block_bytes"] + before["raw_page_bytes"]
 
-        streams = [ask(model="pamphlet", prompt=[*common, i], max_tokens=400, stream=True) for i in (2, 3)]
+        on = {"max_tokens": 400, "stream": True, "extra_body": {"ignore_eos": True}}
+        streams = [ask(model="pamphlet", prompt=[*common, i], **on) for i in (2, 3)]
         wait_until(lambda: state()["sessions_running"] == 2)
         held = state()
         assert held["raw_pages_used"] == 2 + 1
