@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from octavo.cache.layout import Layout
-from octavo.cache.plan import plan_layers
+from octavo.cache.plan import own_span, plan_layers
+from octavo.cache.size import raw_pages
 from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
@@ -35,7 +36,9 @@ def engine(
     is taken in, and those for the reference are padded in fixed buffers, which run as they are for want of graphs."""
     format = KVFormat.parse(kv)
     plans = plan_layers(bound.shapes, format, calibration if format.needs_calibration else None)
-    cache = KVCache(plans, blocks, layout or Layout(block_size))
+    layout = layout or Layout(block_size)
+    span = own_span([plan.format for plan in plans], layout.block_size)
+    cache = KVCache(plans, blocks, layout, raw_pages(span, layout.block_size, batch))
     made = Engine(bound, cache, batch, budget, context, hits, overlap)
     if overlap and cache.layout.order == "rows":
         made.runner.capture(batch, made.scheduler.max_context, how=lambda run: run)

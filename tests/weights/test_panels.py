@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from octavo.weights import cpu
 from octavo.weights.panels import PanelEmbedding, PanelLinear, unpacked
+from tests.weights.conftest import isas
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native extension is not built")
 
 SHAPES = [(1, 1), (16, 8), (40, 96), (33, 1100), (7, 513), (130, 1537)]  # out, in
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def isas() -> list[str]:
-    return cpu._native.isas() if cpu._native is not None else []
-
-
-@pytest.fixture(params=isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu._native.isa()
-    cpu._native.use(request.param)
-    yield request.param
-    cpu._native.use(before)
 
 
 def draw(out: int, columns: int, dtype: torch.dtype, rows: int = 450) -> tuple[Tensor, Tensor, Tensor]:
