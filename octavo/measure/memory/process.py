@@ -19,6 +19,7 @@ import psutil
 import torch
 from transformers.utils import logging
 
+from octavo import cores
 from octavo.cache.size import format_bytes, free_memory
 from octavo.calibrate import calibrate
 from octavo.errors import OctavoError
@@ -145,6 +146,7 @@ def fill_and_look(request: Request) -> Filled:
 
 
 def _fill_and_look(request: Request, device: torch.device, before: int) -> Filled:
+    cores.use()
     model = request.source.load(request.context)
     # The ranges of one random batch: which ones they are changes no byte. For raw formats it is a warm-up.
     vocabulary = model.bound.vocab_size
