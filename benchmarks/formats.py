@@ -5,7 +5,7 @@ from the unquantized cache, nats a token. Peers' formats are simulated (peer_for
 every few formats, so the same command goes on where it was interrupted, and another --window adds its rows; what was
 measured in another way before is measured anew.
 
-    python benchmarks/formats.py MODEL … --data ../shared/data/text --out benchmarks/results/formats-cpu.json
+    python benchmarks/formats.py MODEL … --data ../shared/data/text --out benchmarks/results/formats-models.json
     python benchmarks/formats.py MODEL … --window 3072 --formats 'kv8;k8v4;kv4;fp8 e4m3, scale 1' …
 """
 

@@ -9,7 +9,7 @@
 
 Clients run in a process of their own. The last line is one JSON document.
 
-    OMP_NUM_THREADS=2 python benchmarks/serve.py --out benchmarks/results/serve.json
+    OMP_NUM_THREADS=2 python benchmarks/serve.py --out benchmarks/results/serve-zen3.json
 """
 
 from __future__ import annotations
