@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from octavo.cache.layout import Layout
-from octavo.cache.plan import own_span, plan_layers
-from octavo.cache.size import raw_pages
+from octavo.cache.plan import plan_layers
+from octavo.cache.size import CacheSize
 from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
@@ -37,8 +37,7 @@ def engine(
     format = KVFormat.parse(kv)
     plans = plan_layers(bound.shapes, format, calibration if format.needs_calibration else None)
     layout = layout or Layout(block_size)
-    span = own_span([plan.format for plan in plans], layout.block_size)
-    cache = KVCache(plans, blocks, layout, raw_pages(span, layout.block_size, batch))
+    cache = KVCache(plans, blocks, layout, CacheSize.of(bound.shapes, format, layout.block_size).raw_pages(batch))
     made = Engine(bound, cache, batch, budget, context, hits, overlap)
     if overlap and cache.layout.order == "rows":
         made.runner.capture(batch, made.scheduler.max_context, how=lambda run: run)
