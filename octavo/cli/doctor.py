@@ -27,9 +27,9 @@ def doctor(
     something is advised against."""
     from octavo.cli.progress import progress
     from octavo.cli.tables.doctor import show
+    from octavo.measure.as_json import dumps
     from octavo.measure.doctor.diagnose import diagnose
     from octavo.measure.doctor.diagnosis import Diagnosis
-    from octavo.measure.document import dumps
     from octavo.measure.machine import describe
 
     try:

@@ -55,15 +55,13 @@ def prepack(bound: BoundModel, computing: torch.dtype | None = None, determinist
     `computing` is the type of its activations; None leaves it to the processor. `deterministic` takes panels on every
     processor, for sums whose bits do not depend on what is computed together; it raises OctavoError where it cannot.
     """
-    if deterministic and (why := _no_panels(bound)):
-        raise Unsupported(f"deterministic sums need a CPU and the native kernels: {why}")
-    if bound.device.type != "cpu":
+    if why := cpu.refuses(bound.device):
+        if deterministic:
+            raise Unsupported(f"deterministic sums need a CPU and the native kernels: {why}")
         return
     if not deterministic and processor.has_bf16():
         if onednn_available():
             _try(bound, lambda called: _into_tiles(bound.hf, called), SAME)
-        return
-    if cpu.unavailable() is not None:
         return
     if deterministic:
         bound.layers = [replace(layer, exact=True) for layer in bound.layers]
@@ -129,7 +127,7 @@ def _exact(bound: BoundModel) -> bool:
 
 def _trial(bound: BoundModel, count: int = TRIAL) -> Tensor:
     """Logits [count, vocabulary] of as many sessions of one token."""
-    ids = torch.randint(bound.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor(bound.random_tokens(count))
     rows = torch.arange(count)
 
     def alone(_: int, q: Tensor, __: Tensor, v: Tensor) -> Tensor:
@@ -231,7 +229,3 @@ def _replace(
             module.weight, module.__class__ = old, own
 
     return undo
-
-
-def _no_panels(bound: BoundModel) -> str | None:
-    return f"the model is on {bound.device}" if bound.device.type != "cpu" else cpu.unavailable()

@@ -13,15 +13,22 @@ import torch
 from torch import Tensor
 
 from octavo import native
+from octavo.devices import HOST
 from octavo.native import FLOATS
 
 FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # native/elementwise.h
-_native, _unavailable = native.load("octavo.weights._native")
+extension = native.load("octavo.weights._native")
+_native = extension.module
 
 
 def unavailable() -> str | None:
     """Why the kernels cannot be used here; None if they can."""
-    return _unavailable
+    return extension.unavailable
+
+
+def refuses(device: torch.device) -> str | None:
+    """Why weights on that device are not the kernels' to multiply; None if they are."""
+    return unavailable() if device == HOST else f"the weights are on {device}"
 
 
 def matrix(codes: Tensor, scales: Tensor, zeros: Tensor, out: int, columns: int, group: int) -> Any:

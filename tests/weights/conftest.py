@@ -9,13 +9,7 @@ import pytest
 from octavo.weights import cpu
 
 
-def isas() -> list[str]:
-    return cpu._native.isas() if cpu._native is not None else []
-
-
-@pytest.fixture(params=isas())
+@pytest.fixture(params=cpu.extension.isas)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu._native.isa()
-    cpu._native.use(request.param)
-    yield request.param
-    cpu._native.use(before)
+    with cpu.extension.limited_to(request.param):
+        yield request.param

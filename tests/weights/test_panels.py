@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from octavo.weights import cpu
 from octavo.weights.panels import PanelEmbedding, PanelLinear, unpacked
-from tests.weights.conftest import isas
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native extension is not built")
 
@@ -65,15 +64,14 @@ def test_a_row_s_bits_do_not_depend_on_its_company(shape: tuple[int, int], dtype
 
 def test_every_instruction_set_that_fuses_has_the_same_bits() -> None:
     """Sums are defined by their order and not by registers: all x86 sets but the portable one agree."""
-    fused = [isa for isa in isas() if isa != "portable"]
+    fused = [isa for isa in cpu.extension.isas if isa != "portable"]
     if len(fused) < 2:
         pytest.skip("this processor has one such set")
-    before, (weight, x, bias) = cpu._native.isa(), draw(130, 1537, torch.bfloat16)
+    weight, x, bias = draw(130, 1537, torch.bfloat16)
     panels, found = cpu.pack_panels(weight), []
     for name in fused:
-        cpu._native.use(name)
-        found.append(cpu.multiply_panels(panels, len(weight), x, bias))
-    cpu._native.use(before)
+        with cpu.extension.limited_to(name):
+            found.append(cpu.multiply_panels(panels, len(weight), x, bias))
     assert all(torch.equal(one, found[0]) for one in found)
 
 
