@@ -19,7 +19,7 @@ from octavo.cache.store import KVCache
 from tests.attention.test_cuda import BF16, DEVICE, FP16, FP32, assert_close, kernels
 from tests.attention.test_edges import LENGTH, Layer, Sequence, with_span
 
-CUTS = [5, 1, 1, 40, 3, 17, 1, 30, 52]
+CUTS = [5, 1, 57, 1, 64, 1, 21]
 
 
 def paged(name: str, span: int, size: int = 64, **more: Any) -> Layer:
@@ -55,11 +55,11 @@ def test_a_query_reads_page_0_and_its_own_span_raw_and_codes_between(
 @kernels
 @pytest.mark.parametrize("span", [128, 256])
 def test_an_own_span_may_be_several_pages(span: int) -> None:
-    check(paged("int8-token", span, length=span + 200), [span + 70, 1, 129])
+    check(paged("int8-token", span, length=span + 60), [span - 10, 1, 69])
 
 
 @kernels
-@pytest.mark.parametrize("cut", [1, 15, 16, 17, 31, 33, 63, 64, 65, 128, 149])
+@pytest.mark.parametrize("cut", [1, 15, 17, 31, 64, 128, 149])
 def test_a_chunk_that_ends_anywhere_answers_by_the_rule_and_leaves_the_same_rows(cut: int) -> None:
     """Codes, scales and raw rows are those that the reference writes."""
     layer = paged("int4-token", 32, 16)
@@ -82,7 +82,7 @@ def test_a_chunk_that_ends_anywhere_answers_by_the_rule_and_leaves_the_same_rows
 @kernels
 def test_chunks_and_decodes_of_several_sequences_share_a_step() -> None:
     layer = paged("int8-token", 32, 16)
-    check(layer, [60, 1, 1, 33, 1, 54], [1, 95, 0, 1, 52, 1], [0, 17, 16, 1, 115, 1])
+    check(layer, [60, 1, 34, 55], [1, 95, 1, 53], [0, 33, 116, 1])
 
 
 @kernels

@@ -226,6 +226,7 @@ class Layer:
             PRECISION="ieee" if out.dtype == torch.float32 else "tf32",  # tf32 holds float16 and bfloat16 exactly
             V_FLOAT32=V.codec.is_raw and V.codes.dtype != out.dtype,
             RAW_FLOAT32=pages.v is not None and pages.v.dtype != out.dtype,
+            RAW_STAGES=min(2, by.num_stages),  # few pages of wide rows: their buffers would keep other programs away
             **self.scan, num_warps=by.num_warps, num_stages=by.num_stages,
         )  # fmt: skip
         # Rows of a program: one with many splits, or enough to fill it where there is nothing to join.
