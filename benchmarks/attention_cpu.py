@@ -1,13 +1,13 @@
 """The CPU kernels against torch's own attention, against our 16-bit kernel, and against the memory's speed.
 
-One layer, block tables random. Decode: one new token for each sequence. torch's bf16 `scaled_dot_product_attention`
-gets contiguous K and V, in the best call there is: with `enable_gqa`, with the query heads of a group as rows, or as
-two products and a softmax; a plain streaming read sums the bytes of the same blocks through the same table. Prefill:
-many new tokens of one sequence, the last of its context, against torch's attention of the same. In each round every
-contestant runs in turn; reported is the median over rounds of the ratio within a round, with its range. The last line
-is one JSON document.
+One layer, block tables random, queries in the type that this processor computes in. Decode: one new token for each
+sequence. torch's attention gets contiguous K and V, in the best call there is: bf16 or float32, with `enable_gqa`, with
+the query heads of a group as rows, or as two products and a softmax; a plain streaming read sums the bytes of the same
+blocks through the same table. Prefill: many new tokens of one sequence, the last of its context, against torch's
+attention of the same. In each round every contestant runs in turn; reported is the median over rounds of the ratio
+within a round, with its range. The last line is one JSON document.
 
-    python benchmarks/attention_cpu.py --out benchmarks/results/attention-cpu.json
+    python benchmarks/attention_cpu.py --out benchmarks/results/attention-cpu-zen3.json
 """
 
 from __future__ import annotations
@@ -41,38 +41,46 @@ CASES = [  # batch, tokens, query heads, KV heads
     *((batch, tokens, 32, 8) for batch in (1, 8, 32) for tokens in (64, 512, 2048, 8192)),
 ]
 PREFILLS = [(4096, 4096), (512, 4096)]  # new tokens, tokens
-FORMATS = ("bf16", "int8", "int8-token", "int4-token")
+BLOCK = 64
+FORMATS = ("bf16", "int8", "int8-token", "kv8", "int4-token", "kv4")
+COMPUTED = torch.float32 if cpu.exact else torch.bfloat16
 
 
 class Sequence:
-    def __init__(self, tokens: int, new: int, blocks: list[int]):
+    def __init__(self, number: int, tokens: int, new: int, blocks: list[int], span: int):
         self.tokens, self.num_cached, self.block_table = [0] * tokens, tokens - new, blocks
+        self.first_page = number * (1 + span // BLOCK)
+        self.ring = self.first_page + 1
 
 
 class Contestant:
     """Attention of the last `new` tokens of each sequence, in one format, over caches that are full."""
 
     def __init__(self, name: str, batch: int, tokens: int, heads: int, kv_heads: int, new: int = 1):
-        blocks = -(-tokens // 64)
+        blocks, format = -(-tokens // BLOCK), KVFormat.parse(name)
         shape = LayerShape(kv_heads, DIM, DIM)
         values = {"min": -5.0, "max": 5.0, "mean": 0.0, "std": 1.0, "reader": 1.0}
         side = {name: torch.full((kv_heads, DIM), value) for name, value in values.items()}
         calibration = Calibration(Header("", "", 0, 0, 0, (0, 0)), [{"k": side, "v": side}])
         table = torch.randperm(batch * blocks).view(batch, blocks)
         self.cache = KVCache(
-            plan_layers([shape], KVFormat.parse(name), calibration), batch * blocks, Layout(order="tiles")
+            plan_layers([shape], format, calibration),
+            batch * blocks,
+            Layout(order="tiles"),
+            raw_pages=batch * (1 + format.edges // BLOCK),
         )
         self.spec = AttentionSpec(shape, heads, DIM**-0.5)
-        for store in self.cache.stores:  # codes and scales of plausible rows, in any order
+        for store in (*self.cache.stores, *self.cache.raw_stores):  # codes and scales of plausible rows, in any order
             if store.codec.kind == "raw":
                 store.codes.copy_(torch.randn(store.codes.shape))
             else:
                 store.codes.copy_(torch.randint(-100, 100, store.codes.shape))
             if store.scales is not None:
                 store.scales.fill_(120)
-        self.batch = Batch.build([(Sequence(tokens, new, row.tolist()), new) for row in table], 64)
-        self.q = torch.randn(batch * new, heads, DIM, dtype=torch.bfloat16)
-        self.kv = torch.randn(2, batch * new, kv_heads, DIM, dtype=torch.bfloat16)
+        work = [(Sequence(i, tokens, new, row.tolist(), format.edges), new) for i, row in enumerate(table)]
+        self.batch = Batch.build(work, BLOCK, span=format.edges)
+        self.q = torch.randn(batch * new, heads, DIM, dtype=COMPUTED)
+        self.kv = torch.randn(2, batch * new, kv_heads, DIM, dtype=COMPUTED)
 
     def __call__(self) -> None:
         attend(self.spec, self.cache.layers[0], self.q, *self.kv, self.batch)
@@ -82,18 +90,28 @@ def torch_attention(
     batch: int, tokens: int, heads: int, kv_heads: int, new: int = 1
 ) -> dict[str, Callable[[], Tensor]]:
     """The calls that torch offers for it, by name. With one query a group of query heads may stand as rows."""
-    q = torch.randn(batch, heads, new, DIM, dtype=torch.bfloat16)
-    k, v = torch.randn(2, batch, kv_heads, tokens, DIM, dtype=torch.bfloat16)
     causal = 1 < new == tokens
     seen = torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new) if 1 < new < tokens else None
     grouped = heads != kv_heads
-    calls = {"torch_enable_gqa" if grouped else "torch_plain": lambda: F.scaled_dot_product_attention(
-        q, k, v, seen, is_causal=causal, enable_gqa=grouped)}  # fmt: skip
-    if new == 1:
-        rows = q.view(batch, kv_heads, heads // kv_heads, DIM)
-        calls["torch_matmul"] = lambda: ((rows * DIM**-0.5) @ k.mT).softmax(-1) @ v
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for name, dtype in {"bf16": torch.bfloat16, "float32": torch.float32}.items():
+        q = torch.randn(batch, heads, new, DIM, dtype=dtype)
+        k, v = torch.randn(2, batch, kv_heads, tokens, DIM, dtype=dtype)
+        rows = q.view(batch, kv_heads, heads // kv_heads, DIM) if new == 1 else None
+        calls |= {f"torch_{name}_{call}": run for call, run in _calls(q, k, v, rows, seen, causal, grouped).items()}
+    return calls
+
+
+def _calls(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, seen: Tensor | None, causal: bool, grouped: bool
+) -> dict[str, Callable[[], Tensor]]:
+    calls: dict[str, Callable[[], Tensor]] = {
+        "gqa": lambda: F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, enable_gqa=grouped)
+    }
+    if rows is not None:
+        calls["matmul"] = lambda: ((rows * DIM**-0.5) @ k.mT).softmax(-1) @ v
         if grouped:
-            calls["torch_grouped_rows"] = lambda: F.scaled_dot_product_attention(rows, k, v)
+            calls["rows"] = lambda: F.scaled_dot_product_attention(rows, k, v)
     return calls
 
 
@@ -159,6 +177,8 @@ def decode(case: tuple[int, int, int, int], rounds: int, least: float) -> dict[s
         "int8_over_bf16": ratio(results, "bf16", "int8"),
         "int8_token_over_int8": ratio(results, "int8", "int8-token"),
         "int4_token_over_int8": ratio(results, "int8", "int4-token"),
+        "kv8_over_int8_token": ratio(results, "int8-token", "kv8"),
+        "kv4_over_int4_token": ratio(results, "int4-token", "kv4"),
     }
 
 

@@ -6,7 +6,7 @@ the steps of a round; what is reported is the median ratio over rounds, with its
 Prefill: prompts of 4096 tokens through the engine, in turn, on the random Llama of the peers' comparison, for the
 bundled model's context is shorter. The last line is one JSON document.
 
-    python benchmarks/engine_cpu.py --out benchmarks/results/engine-cpu.json
+    python benchmarks/engine_cpu.py --out benchmarks/results/engine-cpu-zen3.json
 """
 
 from __future__ import annotations

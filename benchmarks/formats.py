@@ -5,7 +5,7 @@ from the unquantized cache, nats a token. Peers' formats are simulated (peer_for
 every few formats, so the same command goes on where it was interrupted, and another --window adds its rows; what was
 measured in another way before is measured anew.
 
-    python benchmarks/formats.py MODEL … --data ../shared/data/text --out benchmarks/results/formats-cpu.json
+    python benchmarks/formats.py MODEL … --data ../shared/data/text --out benchmarks/results/formats-models.json
     python benchmarks/formats.py MODEL … --window 3072 --formats 'kv8;k8v4;kv4;fp8 e4m3, scale 1' …
 """
 
@@ -44,8 +44,9 @@ Row = dict[str, Any]
 
 
 def candidates(model: Model, calibration: Calibration, wanted: Sequence[str]) -> list[Candidate]:
+    others = [name for name in wanted if name not in NAMES]
     return [
-        *(Candidate(name, KVFormat.parse(name), calibration) for name in CALIBRATED if name in wanted),
+        *(Candidate(name, KVFormat.parse(name), calibration) for name in (*CALIBRATED, *others) if name in wanted),
         *([Candidate(RECIPE, KVFormat.parse("int8"), calibration, "tensor", 1.0)] if RECIPE in wanted else ()),
         *(Candidate(name, KVFormat.parse(name.split(",")[0])) for name in UNCALIBRATED if name in wanted),
         *(candidate for candidate in peer_formats.candidates(model) if candidate.name in wanted),
@@ -121,7 +122,7 @@ def table(model: str, rows: Sequence[Row]) -> str:
         "|---|" + "---:|" * (len(columns) + 2),
     ]
     base = {(row["window"], row["text"]): row["perplexity"] for row in own if row["name"] == BASELINE.name}
-    for name in NAMES:
+    for name in dict.fromkeys((*NAMES, *(row["name"] for row in own if row["name"] != BASELINE.name))):
         found = {(row["window"], row["text"]): row for row in own if row["name"] == name}
         if not found:
             continue
@@ -140,7 +141,7 @@ def main() -> None:
     cli.add_argument("--seqlen", type=int, default=512, help="tokens in one of them")
     cli.add_argument("--window", type=int, default=1024)
     cli.add_argument("--windows", type=int, default=4, help="of each text")
-    cli.add_argument("--formats", help="only these, with ; between")
+    cli.add_argument("--formats", help="only these, and other formats of --kv, with ; between")
     cli.add_argument("--out", type=Path, required=True)
     args = cli.parse_args()
 

@@ -1,6 +1,7 @@
 """llama.cpp behind a pipe, in a Python and an OpenMP of its own: peers_cpu.py starts it with the interpreter that has
 llama-cpp-python. It answers each line of JSON with one: {"prefill": prompts} and {"decode": steps} with seconds and the
-log-probabilities of the most likely tokens after the last step, per sequence.
+log-probabilities of the most likely tokens after the last step, per sequence; {"prompts": prompts, "tokens": n} with
+seconds and the tokens of every greedy answer.
 
 It decodes all sequences together, one llama_batch a step, each with a KV stream of its own and flash attention on.
 """
@@ -39,6 +40,15 @@ class Context:
         self.batch = llama.llama_batch_init(CHUNK, 0, 1)
         self.lengths: list[int] = []
         self.logits = np.empty((0, 0), dtype=np.float32)
+
+    def answers(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        """Greedy answers of so many tokens to all prompts together."""
+        self.prefill(prompts)
+        chosen = [self.logits.argmax(-1)]
+        while len(chosen) < tokens:
+            self.step()
+            chosen.append(self.logits.argmax(-1))
+        return np.stack(chosen, 1).tolist()
 
     def prefill(self, prompts: list[list[int]]) -> None:
         """Forget all, then compute the prompts."""
@@ -96,6 +106,10 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         start = time.perf_counter()
+        if "prompts" in request:
+            tokens = context.answers(request["prompts"], request["tokens"])
+            print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens}), flush=True)
+            continue
         if "prefill" in request:
             context.prefill(request["prefill"])
         for _ in range(request.get("decode", 0)):

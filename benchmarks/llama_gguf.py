@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -92,3 +93,23 @@ def interleaved(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of a q or k projection in the order of GGUF's Llamas, which rotate neighbouring dimensions (0, 1), (2, 3), …
     where transformers rotates dimensions half a head apart."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(weight.shape)
+
+
+def f16_gguf(source: Path, file: Path) -> None:
+    """A quantized GGUF with its matrices decoded to float16, everything else as it is, the tokenizer too."""
+    reader = gguf.GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(file, architecture)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+            continue
+        kind = field.types[0]
+        writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if kind.name == "ARRAY" else None)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    for tensor in reader.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, values if values.ndim == 1 else values.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,6 +1,7 @@
 """The whole engine against its peers on a CPU: llama.cpp, and transformers' `generate` with its own caches.
 
-A Llama of 4 layers with random bf16 weights, prompts of 4096 random tokens, greedy answers, the same threads for all.
+A Llama of 4 layers with random bf16 weights, prompts of 4096 random tokens, greedy answers, the same threads for all;
+transformers computes in float32 where the processor has no bf16 unit, which is then faster.
 One prompt alone: in each round every contestant computes a new one, then every one decodes 16 tokens. A batch of eight:
 every contestant computes all eight once, then in each round every one decodes 16 tokens of each. Reported are medians
 over rounds, and the median of the ratio within a round. The last line is one JSON document.
@@ -12,7 +13,7 @@ log-probabilities of its most likely tokens are held against a float32 forward o
     python -m venv ~/llama-cpp
     CMAKE_ARGS=-DGGML_NATIVE=ON CMAKE_BUILD_PARALLEL_LEVEL=2 \\
         ~/llama-cpp/bin/pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
-    python benchmarks/peers_cpu.py --llama-cpp ~/llama-cpp/bin/python --out benchmarks/results/peers-cpu.json
+    python benchmarks/peers_cpu.py --llama-cpp ~/llama-cpp/bin/python --out benchmarks/results/peers-cpu-zen3.json
 
 llama.cpp has an interpreter of its own because it has an OpenMP runtime of its own: in one process, each would wait for
 cores on which the other's threads spin.
@@ -34,6 +35,8 @@ from machine import describe
 from random_llama import CONFIG, calibrated, random_llama, served
 from transformers import LlamaForCausalLM
 
+from octavo import processor
+
 DECODED = 16  # tokens of each sequence in a round
 CHECKED = 5  # greedy tokens after a short prompt
 TOLERANCE = 0.05  # nats, mean over the most likely tokens; another model's differ by one and more
@@ -42,7 +45,7 @@ TOLERANCE = 0.05  # nats, mean over the most likely tokens; another model's diff
 class Field:
     """Who competes."""
 
-    def __init__(self, hf: LlamaForCausalLM, gguf: Path, llama_cpp: Path | None, length: int, kv: list[str]):
+    def __init__(self, hf: LlamaForCausalLM | None, gguf: Path, llama_cpp: Path | None, length: int, kv: list[str]):
         self.hf, self.gguf, self.llama_cpp, self.length, self.kv = hf, gguf, llama_cpp, length, kv
         self.model = served(random_llama())
         self.calibration = calibrated(self.model)
@@ -55,8 +58,9 @@ class Field:
             for kv in ("f16", "q8_0"):
                 worker = LlamaCpp(self.llama_cpp, self.gguf, kv, batch, self.length, torch.get_num_threads())
                 built[f"llama.cpp {kv}"] = close.enter_context(worker)
-        built["transformers DynamicCache"] = Transformers(self.hf, quantized=False)
-        built["transformers QuantizedCache int8"] = Transformers(self.hf, quantized=True)
+        if self.hf is not None:
+            built["transformers DynamicCache"] = Transformers(self.hf, quantized=False)
+            built["transformers QuantizedCache int8"] = Transformers(self.hf, quantized=True)
         return built
 
 
@@ -130,10 +134,11 @@ def row(contestants: dict[str, Contestant], found: dict[str, float], batch: int,
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--llama-cpp", type=Path, help="the Python that has llama-cpp-python; without, it stays out")
+    cli.add_argument("--no-transformers", action="store_true", help="leave it out: it takes most of the time")
     cli.add_argument("--prompt", type=int, default=4096, help="tokens of a prompt")
     cli.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     cli.add_argument("--rounds", type=int, default=5)
-    cli.add_argument("--kv", nargs="+", default=["int8", "int8-token", "bf16"])
+    cli.add_argument("--kv", nargs="+", default=["int8", "int8-token", "kv8", "bf16"])
     cli.add_argument("--out", type=Path)
     args = cli.parse_args()
     torch.manual_seed(0)
@@ -144,7 +149,9 @@ def main() -> None:
         hf = random_llama()
         write_gguf(hf, gguf)
         length = args.prompt + (args.rounds + 1) * DECODED + 64
-        field = Field(hf, gguf, args.llama_cpp, length, args.kv)
+        if not processor.has_bf16():
+            hf = hf.float()
+        field = Field(None if args.no_transformers else hf, gguf, args.llama_cpp, length, args.kv)
         for batch in args.batch:
             with ExitStack() as close:
                 contestants = field.contestants(batch, close)

@@ -4,12 +4,12 @@
     answers by status, anything that was not intended, blocks still held at the end, the slope of the server's memory,
     time to first token.
 (b) `throughput`: the same work through the server, streamed to 64 clients, and through LLM.generate, in turn.
-(c) `budget`: a KV cache of the same bytes in 16 bits and in int8: sessions it holds, sessions that ran, and the time
+(c) `budget`: a KV cache of the same bytes in 16 bits and in others: sessions it holds, sessions that ran, and the time
     for a fixed set of long requests, in turn.
 
 Clients run in a process of their own. The last line is one JSON document.
 
-    OMP_NUM_THREADS=2 python benchmarks/serve.py --out benchmarks/results/serve.json
+    OMP_NUM_THREADS=2 python benchmarks/serve.py --out benchmarks/results/serve-zen3.json
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from octavo.models.model import BUNDLED
 CLI = [sys.executable, "-c", "from octavo.cli import main; main()"]
 TEXT = (BUNDLED / "evaluation.txt").read_text(encoding="utf-8")
 SERVED = ["--kv", "int8-token"]
+BUDGETED = ("bf16", "int8", "kv8", "k8v4", "kv4")
+
 # --- the server ------------------------------------------------------------------------------------------------------
 
 
@@ -158,46 +160,42 @@ def budget(args: argparse.Namespace) -> dict[str, Any]:
         data = ["--calib-dataset", str(BUNDLED / "evaluation.txt")]
         calibrate = ["calibrate", *data, "--calib-samples", "8", "--calib-seqlen", "1024", "--work-dir", work]
         subprocess.run([*CLI, *calibrate], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        common = ["--kv-cache-memory", args.memory, "--max-batch-size", "64"]
-        with (
-            server(*common, "--kv", "bf16") as (state16, _),
-            server(*common, "--kv", "int8", "--calibration", work) as (state8, _),
-        ):
-            rows: dict[str, dict[str, list[float]]] = {"bf16": {}, "int8": {}}
+        common = ["--kv-cache-memory", args.memory, "--max-batch-size", "32"]
+        states: dict[str, dict[str, Any]] = {}
+        with ExitStack() as close:
+            for name in BUDGETED:
+                states[name], _ = close.enter_context(server(*common, "--kv", name, "--calibration", work))
+            rows: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "sessions": []} for name in states}
             for round_ in range(args.rounds):
-                for name, state in sorted({"bf16": state16, "int8": state8}.items(), reverse=bool(round_ % 2)):
+                for name in sorted(states, reverse=bool(round_ % 2)):
                     # Each round its own first words: no prompt is found in the cache of the round before.
                     requests = [
                         {"prompt": f"{round_} {p}", "max_tokens": args.answer, "ignore_eos": True, "temperature": 0}
                         for p in prompts
                     ]
-                    clients = client(state, "work", clients=len(requests), requests=requests)
+                    clients = client(states[name], "work", clients=len(requests), requests=requests)
                     ran = []
                     while clients.poll() is None:
-                        ran.append(ask(state, "/cache")["sessions_running"])
+                        ran.append(ask(states[name], "/cache")["sessions_running"])
                         time.sleep(0.1)
                     done = result(clients)
                     assert done["tokens"] == args.answer * len(requests), done["unintended"]
-                    rows[name].setdefault("seconds", []).append(done["seconds"])
-                    rows[name].setdefault("sessions", []).append(statistics.median([n for n in ran if n]))
-    ratios = [a / b for a, b in zip(rows["bf16"]["seconds"], rows["int8"]["seconds"], strict=True)]
-    return {
-        "kv_cache_memory": args.memory,
-        "requests": args.long,
-        "rows": [
-            {
-                "kv": name,
-                "cache_bytes": state["cache_bytes"],
-                "cache_tokens": state["cache_tokens"],
-                "sessions_of_2048": state["cache_tokens"] // 2048,
-                "sessions_running": round(statistics.median(rows[name]["sessions"]), 1),
-                "seconds": round(statistics.median(rows[name]["seconds"]), 2),
-            }
-            for name, state in {"bf16": state16, "int8": state8}.items()
-        ],
-        "int8_faster": round(statistics.median(ratios), 3),
-        "range": [round(min(ratios), 3), round(max(ratios), 3)],
-    }
+                    rows[name]["seconds"].append(done["seconds"])
+                    rows[name]["sessions"].append(statistics.median([n for n in ran if n]))
+    found = []
+    for name, state in states.items():
+        ratios = [a / b for a, b in zip(rows["bf16"]["seconds"], rows[name]["seconds"], strict=True)]
+        found.append({
+            "kv": name,
+            "cache_bytes": state["cache_bytes"],
+            "cache_tokens": state["cache_tokens"],
+            "sessions_of_2048": state["cache_tokens"] // 2048,
+            "sessions_running": round(statistics.median(rows[name]["sessions"]), 1),
+            "seconds": round(statistics.median(rows[name]["seconds"]), 2),
+            "faster_than_bf16": round(statistics.median(ratios), 3),
+            "range": [round(min(ratios), 3), round(max(ratios), 3)],
+        })  # fmt: skip
+    return {"kv_cache_memory": args.memory, "requests": args.long, "rows": found}
 
 
 def main() -> None:

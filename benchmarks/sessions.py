@@ -5,7 +5,7 @@ and prefilling the same tokens alternate in one process, and the ratio of each p
 so it may lie in the system's file cache, as after a restart of the server it does. Each is timed up to the first token
 of the same question. The last line is one JSON document.
 
-    python benchmarks/sessions.py --out benchmarks/results/sessions.json
+    python benchmarks/sessions.py --out benchmarks/results/sessions-zen3.json
 """
 
 from __future__ import annotations

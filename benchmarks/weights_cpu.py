@@ -6,7 +6,7 @@ are several layers', so that one row reads them from memory. Model: a random Lla
 the same architecture with 4-bit linear layers, both in one process, their steps in turn through the engine.
 The last line is one JSON document.
 
-    python benchmarks/weights_cpu.py --out benchmarks/results/weights-cpu.json
+    python benchmarks/weights_cpu.py --out benchmarks/results/weights-cpu-zen4.json
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ threads, prompts of random tokens, agreement with a float32 forward first, conte
 The last line is one JSON document.
 
     python benchmarks/weights_peers_cpu.py --llama-cpp ~/llama-cpp/bin/python \\
-        --out benchmarks/results/weights-peers-cpu.json
+        --out benchmarks/results/weights-peers-cpu-zen4.json
 
 The interpreter for --llama-cpp is made as peers_cpu.py says.
 """

@@ -39,6 +39,7 @@ LIMITS: dict[str, Any] = {
     "verbose_errors": False,  # else an error quotes the grammar
 }
 STACK = 256 << 20  # bytes of address space for the compiling thread; a schema of the largest size needs some 10 MB
+COMPILE_SECONDS = 10  # of one schema; within the limits above none was seen to take more than two
 START_SECONDS, TOKEN_SECONDS = 0.5, 0.005  # what the answers to one schema may take on the engine's thread
 
 
@@ -90,7 +91,7 @@ class Grammars:
 
     def guide(self, schema: Mapping[str, Any]) -> JSONGuide:
         """Raises OctavoError for a schema that is none, that is beyond the limits, or that asks for what the grammar
-        library cannot check. Compiling takes up to a second or two, of the calling thread alone."""
+        library cannot check, or takes too long to compile. The caller waits, up to COMPILE_SECONDS."""
         try:
             measure_schema(schema)
             text = json.dumps(schema, allow_nan=False)
@@ -109,15 +110,21 @@ class Grammars:
         except ImportError:
             raise OctavoError("json_schema needs llguidance: pip install 'octavo[serve]'", "json_schema") from None
 
+        tokens = self._tokens  # made once; its time is not the schema's
+
         def compile() -> tuple[Any, str]:
             try:
                 grammar = LLMatcher.grammar_from_json_schema(schema, overrides=SPELLING)
-                matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+                matcher = LLMatcher(tokens, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
             except ValueError as error:
                 return None, str(error)
             return matcher, matcher.get_error() if matcher.is_error() else ""
 
-        matcher, reason = _with_deep_stack(compile)
+        try:
+            matcher, reason = _with_deep_stack(compile, COMPILE_SECONDS)
+        except TimeoutError:
+            why = f"compiling it takes more than {COMPILE_SECONDS} s"
+            raise OctavoError(f"the JSON schema cannot be served: {why}", "json_schema") from None
         if reason:
             raise OctavoError(f"the JSON schema cannot be served: {_first_line(reason)}", "json_schema")
         return matcher, Clock()
@@ -133,8 +140,9 @@ class Grammars:
         return from_tokenizer(self.tokenizer, n_vocab=self.vocab_size, eos_token=self.eos_ids)
 
 
-def _with_deep_stack(function: Callable[[], T]) -> T:
-    """What `function` returns, run on a thread whose stack is larger than an ordinary one's."""
+def _with_deep_stack(function: Callable[[], T], seconds: float) -> T:
+    """What `function` returns, run on a thread whose stack is larger than an ordinary one's. Raises TimeoutError after
+    so many seconds; the thread cannot be stopped, and ends by the library's limits."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -150,7 +158,7 @@ def _with_deep_stack(function: Callable[[], T]) -> T:
             thread.start()
         finally:
             threading.stack_size(before)
-    return future.result()
+    return future.result(seconds)
 
 
 def _first_line(error: str) -> str:

@@ -21,9 +21,9 @@ from typing import Any, Literal, NoReturn, TypeVar, overload
 from octavo.artefact import Damaged
 from octavo.attention import backend_for
 from octavo.cache import session
-from octavo.cache.plan import own_span, plan_layers
+from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
-from octavo.cache.size import block_bytes, num_blocks, parse_bytes, raw_page_bytes, raw_pages
+from octavo.cache.size import CacheSize, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
 from octavo.calibrate import calibration_for
 from octavo.completion import Answer, Completion, Delta, Outbox
@@ -127,28 +127,16 @@ class LLM:
 
         plans = plan_layers(bound.shapes, self.format, self.calibration, granularity, headroom)
         layout = backend_for(plans).layout
-        session_blocks = -(-self.session_len // layout.block_size)
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
-
-        formats = [plan.format for plan in plans]
-        pages = raw_pages(own_span(formats, layout.block_size), layout.block_size, max_batch_size)
+        cost = CacheSize.of(bound.shapes, [plan.format for plan in plans], layout.block_size)
 
         def cache_of(blocks: int) -> KVCache:
-            return KVCache(plans, blocks, layout, pages)
+            return KVCache(plans, blocks, layout, cost.raw_pages(max_batch_size))
 
         step = 0
         if bound.device.type == "cuda":
             step = LargestStep(max_batch_size, max_batch_tokens, self.session_len).nbytes(bound, cache_of(1))
-        blocks = num_blocks(
-            block_bytes(bound.shapes, formats, layout.block_size),
-            max_batch_size,
-            session_blocks,
-            bound.device,
-            memory,
-            cache_max_entry_count,
-            step,
-            pages * raw_page_bytes(bound.shapes, formats, layout.block_size),
-        )
+        blocks = num_blocks(cost, max_batch_size, self.session_len, bound.device, memory, cache_max_entry_count, step)
         self.engine = Engine(
             bound, cache_of(blocks), max_batch_size, max_batch_tokens, self.session_len, prefix_caching
         )

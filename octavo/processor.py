@@ -32,19 +32,31 @@ def has_bf16() -> bool:
 @cache
 def name() -> str:
     """Of the processor: its generation where that says more than its name."""
-    facts: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            facts.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
+    facts = _facts()
     if facts.get("vendor_id") == "AuthenticAMD":
         steps = _ZEN.get(int(facts.get("cpu family", 0)), ())
         known = [zen for first, zen in steps if first <= int(facts.get("model", 0))]
         if known:
             return known[-1]
-    return facts.get("model name") or platform.processor() or platform.machine()
+    return full_name()
+
+
+def full_name() -> str:
+    """As the processor names itself."""
+    return _facts().get("model name") or platform.processor() or platform.machine()
+
+
+def _facts() -> dict[str, str]:
+    """What Linux says of the first core."""
+    facts: dict[str, str] = {}
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return facts
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    return facts
 
 
 def instructions() -> str:

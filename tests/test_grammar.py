@@ -79,6 +79,15 @@ def test_a_schema_that_json_cannot_write_is_refused(llm: LLM, schema: dict[str, 
     assert refusal.value.field == "json_schema"
 
 
+def test_a_schema_that_takes_too_long_to_compile_is_refused(pamphlet: Model, monkeypatch: pytest.MonkeyPatch):
+    grammars = Grammars(pamphlet.tokenizer, pamphlet.bound.vocab_size, [0])
+    grammars.prepare()
+    monkeypatch.setattr("octavo.grammar.COMPILE_SECONDS", 0)
+    large = {"type": "object", "properties": {f"pet {i}": PET for i in range(200)}}
+    with pytest.raises(OctavoError, match="compiling it takes more than 0 s"):
+        grammars.guide(large)
+
+
 def test_answers_to_one_schema_go_their_own_ways(llm: LLM):
     one = SamplingParams(max_tokens=60, temperature=1.5, json_schema={"enum": [1, "two"]})
     params = [replace(one, seed=i) for i in range(6)]

@@ -52,6 +52,16 @@ class BlockPool:
     def __len__(self) -> int:
         return len(self.blocks)
 
+    @property
+    def used(self) -> int:
+        """Blocks that running sequences hold; one that several share counts once."""
+        return len(self.blocks) - len(self.free)
+
+    @property
+    def kept(self) -> int:
+        """Free blocks that a later sequence can still find."""
+        return sum(self.blocks[index].prefix is not None for index in self.free)
+
     def blocks_for(self, tokens: int) -> int:
         """Blocks that `tokens` tokens need."""
         return -(-tokens // self.block_size)
@@ -150,6 +160,11 @@ class EdgePool:
         self.firsts = BlockPool(max(0, pages - sessions * self.ring_pages), block_size, prefix_caching)
         if len(self.firsts) < sessions:
             raise ValueError(f"{pages} raw pages are too few for {sessions} sequences")
+
+    @property
+    def used(self) -> int:
+        """Raw pages that running sequences hold; one that several share counts once."""
+        return self.rings.used * self.ring_pages + self.firsts.used
 
     def find(self, tokens: Tokens[int]) -> int | None:
         """The cached first page of `tokens`."""

@@ -36,14 +36,12 @@ class LayerShape:
         """That keeps rows as the model computes them."""
         return CODECS[RAW_NAMES[str(self.dtype).removeprefix("torch.")]]
 
-    def raw_page_bytes(self, format: KVFormat, block_size: int) -> int:
-        """Bytes of a raw page, `block_size` rows of K and of V; 0 where the format has no edges."""
-        if self.shares is not None or not format.edges:
-            return 0
-        return block_size * KVFormat(self.raw_codec, self.raw_codec).token_bytes(self.kv_heads, self.k_dim, self.v_dim)
-
     def token_bytes(self, format: KVFormat) -> int:
         return 0 if self.shares is not None else format.token_bytes(self.kv_heads, self.k_dim, self.v_dim)
+
+    def raw_token_bytes(self, format: KVFormat) -> int:
+        """Of a row at an edge; 0 where the format has none."""
+        return self.token_bytes(KVFormat(self.raw_codec, self.raw_codec)) if format.edges else 0
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,21 @@
-"""How many blocks a cache gets: what was asked for, or what the sessions need within what memory allows."""
+"""What a cache takes, and how many blocks it gets: those asked for, or what sessions need within what memory allows."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import psutil
 import torch
 
-from octavo.cache.plan import LayerShape
+from octavo.cache.layout import Layout
+from octavo.cache.plan import LayerShape, own_span
 from octavo.errors import OctavoError
 from octavo.quant.format import KVFormat
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+BLOCK_SIZE = Layout.block_size  # tokens, unless said otherwise
 SPARE = 4  # first pages beside those of the sequences that run
 DEFAULT_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of the memory that is free once the model is loaded
 
@@ -44,55 +47,88 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def block_bytes(shapes: Sequence[LayerShape], formats: Sequence[KVFormat], block_size: int) -> int:
-    """Bytes of one block in all layers."""
-    return block_size * sum(shape.token_bytes(format) for shape, format in zip(shapes, formats, strict=True))
+@dataclass(frozen=True)
+class CacheSize:
+    """What a cache consists of, in bytes of all its layers. `KVCache.nbytes` is `cache(blocks, sessions)`, but for what
+    a layout keeps after the last block (`SLACK`)."""
 
+    block_size: int  # tokens
+    block: int  # bytes
+    raw_page: int  # bytes of `block_size` rows at an edge, in the model's own type; 0 without edges
+    ring: int  # raw pages of a running session's own span; 0 without edges
 
-def raw_pages(span: int, block_size: int, sessions: int) -> int:
-    """Raw pages of a cache with edges: for each of `sessions` running sequences its ring and its first page, and SPARE
-    first pages of conversations that wait for their next message. 0 without edges."""
-    return sessions * (span // block_size + 1) + SPARE if span else 0
+    @classmethod
+    def of(
+        cls, shapes: Sequence[LayerShape], formats: KVFormat | Sequence[KVFormat], block_size: int = BLOCK_SIZE
+    ) -> CacheSize:
+        """Of layers of these shapes; `formats` is one for each, or one for all."""
+        each = [formats] * len(shapes) if isinstance(formats, KVFormat) else formats
+        pairs = list(zip(shapes, each, strict=True))
+        return cls(
+            block_size,
+            block_size * sum(shape.token_bytes(format) for shape, format in pairs),
+            block_size * sum(shape.raw_token_bytes(format) for shape, format in pairs),
+            own_span(each, block_size) // block_size,
+        )
 
+    @property
+    def token(self) -> int:
+        """Bytes of one token's codes."""
+        return self.block // self.block_size
 
-def raw_page_bytes(shapes: Sequence[LayerShape], formats: Sequence[KVFormat], block_size: int) -> int:
-    """Bytes of one raw page in all layers that have edges."""
-    return sum(shape.raw_page_bytes(format, block_size) for shape, format in zip(shapes, formats, strict=True))
+    @property
+    def spare(self) -> int:
+        """Raw pages of a cache beside those of sessions: for the beginnings of conversations that wait for their next
+        message."""
+        return SPARE if self.ring else 0
+
+    def blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def raw_pages(self, sessions: int) -> int:
+        """Of a cache for `sessions` running sequences: a ring and a first page each, and the spare ones."""
+        return sessions * (self.ring + 1) + self.spare if self.ring else 0
+
+    def session(self, tokens: int) -> int:
+        """Bytes of a running session; its last block counts whole."""
+        return self.blocks(tokens) * self.block + self.raw_page * (self.raw_pages(1) - self.spare)
+
+    def cache(self, blocks: int, sessions: int) -> int:
+        """Bytes of a whole cache."""
+        return blocks * self.block + self.raw_pages(sessions) * self.raw_page
 
 
 def num_blocks(
-    one_block: int,
+    size: CacheSize,
     sessions: int,
-    session_blocks: int,
+    session_len: int,
     device: torch.device,
     memory: int | None = None,
     share: float | None = None,
     step: int = 0,
-    fixed: int = 0,
 ) -> int:
-    """Blocks of `one_block` bytes each for `sessions` sessions of `session_blocks` blocks, beside raw pages of `fixed`
-    bytes.
+    """Blocks of a cache for `sessions` sessions of `session_len` tokens, beside its raw pages.
 
     `memory` bytes are taken as asked for; else what the sessions need on a CPU, everything on a GPU, within `share` of
     the memory that is free once the largest step has taken its `step` bytes.
     """
-    free = max(0, free_memory(device) - step)
+    free, fixed = max(0, free_memory(device) - step), size.cache(0, sessions)
     if memory is not None:
         if share is not None:
             raise OctavoError("--kv-cache-memory and --cache-max-entry-count both size the KV cache; give one")
         if memory > free:
             raise OctavoError(f"a KV cache of {format_bytes(memory)} does not fit: {format_bytes(free)} are free")
-        blocks = (memory - fixed) // one_block
+        blocks = (memory - fixed) // size.block
         if blocks < 1:
             raw = f", and the edges of {sessions} sessions {format_bytes(fixed)}" if fixed else ""
             cache = f"a KV cache of {format_bytes(memory)} holds not one block"
-            raise OctavoError(f"{cache}; a block takes {format_bytes(one_block)}{raw}")
+            raise OctavoError(f"{cache}; a block takes {format_bytes(size.block)}{raw}")
         return blocks
     share = DEFAULT_SHARE[device.type] if share is None else share
     if not 0 < share <= 1:
         raise OctavoError(f"--cache-max-entry-count is a share of the free memory between 0 and 1, not {share}")
-    fits = (int(free * share) - fixed) // one_block
+    fits = (int(free * share) - fixed) // size.block
     if fits < 1:
-        needed = format_bytes(one_block + fixed)
+        needed = format_bytes(size.cache(1, sessions))
         raise OctavoError(f"only {format_bytes(free)} are free: too little for a cache of one block, {needed}")
-    return fits if device.type == "cuda" else min(sessions * session_blocks, fits)
+    return fits if device.type == "cuda" else min(sessions * size.blocks(session_len), fits)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerPlan, LayerShape, Side, own_span
+from octavo.cache.size import CacheSize
 from octavo.quant.codec import Static, centered, encode, rotate, token_scale
 from octavo.quant.format import Codec, KVFormat
 
@@ -142,7 +143,7 @@ class Memory:
 
 class KVCache:
     """The cache of a whole model, made from its layers' plans: `num_blocks` blocks in every layer, and `raw_pages` raw
-    pages in those with edges (`size.raw_pages` says how many)."""
+    pages in those with edges (`CacheSize` says how many)."""
 
     def __init__(self, plans: Sequence[LayerPlan], num_blocks: int, layout: Layout | None = None, raw_pages: int = 0):
         self.plans, self.num_blocks, self.layout = list(plans), num_blocks, layout or Layout()
@@ -161,6 +162,11 @@ class KVCache:
     @property
     def formats(self) -> list[KVFormat]:
         return [plan.format for plan in self.plans]
+
+    @property
+    def size(self) -> CacheSize:
+        """What it consists of, computed from the plans."""
+        return CacheSize.of(self.shapes, self.formats, self.layout.block_size)
 
     @property
     def owners(self) -> Iterator[tuple[int, LayerCache]]:

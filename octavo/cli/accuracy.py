@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from octavo.cli.candidates import BASELINE, candidates, load_baseline
+from octavo.cli.candidates import BASELINE, COMPARED, candidates, load_baseline
 from octavo.cli.options import LoadOptions, option, takes
 from octavo.errors import OctavoError
 
@@ -37,8 +37,8 @@ def accuracy(
     kv: Annotated[
         str | None,
         option(
-            "Formats to compare, as in fp16,int8; the first is the baseline, beside a single one the model's 16 bits. "
-            "[default: these, int8 if the model is calibrated, int8-token]"
+            "Formats to compare, as in fp16,kv8; the first is the baseline, beside a single one the model's 16 bits. "
+            + COMPARED
         ),
     ] = None,
     calibration: Annotated[

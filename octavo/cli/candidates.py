@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from octavo.models.model import Model
     from octavo.quant.format import KVFormat
 
+DEFAULT = ("kv8", "k8v4", "kv4", "int8")  # beside the model's 16 bits
+COMPARED = "[default: the model's 16 bits, kv8, k8v4, and if it is calibrated kv4 and int8]"
 BASELINE = option("The same model with 16-bit weights: MODEL with 4-bit ones is compared with it, in every format.")
 
 
@@ -32,12 +34,9 @@ def candidates(
     from octavo.measure.candidate import Candidate
     from octavo.quant.format import KVFormat
 
-    if kv is not None:
-        formats = [KVFormat.parse(name) for name in kv.split(",")]
-    else:
-        formats = [KVFormat.parse(name) for name in (str(model.bound.raw_format), "int8", "int8-token")]
-        if model.calibration(calibration, formats[-1]) is None:
-            del formats[1]
+    names = (str(model.bound.raw_format), *DEFAULT) if kv is None else kv.split(",")
+    calibrated = kv is not None or model.calibration(calibration, KVFormat.parse(DEFAULT[0])) is not None
+    formats = [f for f in map(KVFormat.parse, names) if calibrated or not (f.needs_calibration or f.calibrates_first)]
     return [
         Candidate(str(f), f, calibration_with_bar(model, calibration, f), granularity, headroom)  # type: ignore[arg-type]  # checked
         for f in dict.fromkeys(formats)

@@ -169,13 +169,16 @@ class Chat:
         from rich.markup import escape
 
         from octavo import __version__
+        from octavo.cache.size import format_bytes
         from octavo.measure.memory.footprint import Footprint
 
         llm, one = self.conversation.llm, Footprint.of(self.conversation.llm, 1)
         where = f"{llm.model.bound.device} · sessions of up to {self.conversation.capacity:,} tokens"
         self.notes.print(f"[bold]octavo {__version__}[/] · [bold]{escape(llm.model.name)}[/] on {where}")
-        beside = f", in 16 bits {one.token_bytes_16:,} ({one.ratio:.2f} times)" if one.ratio != 1 else ""
-        self.notes.print(f"KV cache [bold]{one.format}[/] · {one.token_bytes:,} bytes per token{beside}")
+        size, in_16 = one.size, one.size_16.token
+        beside = f", in 16 bits {in_16:,} ({in_16 / size.token:.2f} times)" if in_16 != size.token else ""
+        edges = f", and {format_bytes(size.session(0))} for the edges of a session" if size.ring else ""
+        self.notes.print(f"KV cache [bold]{one.format}[/] · {size.token:,} bytes per token{beside}{edges}")
         self.notes.print("/help lists the commands · Ctrl-C stops an answer · Ctrl-D quits\n", style="dim")
 
 

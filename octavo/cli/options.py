@@ -105,7 +105,7 @@ class ShapeOptions:
 class ServeOptions(LoadOptions):
     """How it is served."""
 
-    kv: Annotated[str | None, option("KV cache format: int8, int8-token, … [default: the model's 16 bits]")] = None
+    kv: Annotated[str | None, option("KV cache format: kv8, k8v4, kv4, int8, … [default: the model's 16 bits]")] = None
     quant_policy: Annotated[int | None, option("0: 16 bits, 4 or 8: int8, as on LMDeploy's page.")] = None
     calibration: Annotated[
         Path | None,

@@ -12,8 +12,6 @@ from octavo.cli.memory import CONTEXT
 from octavo.cli.options import ShapeOptions, option, takes
 from octavo.errors import OctavoError
 
-FORMATS = ("int8", "int4-token")
-
 
 @takes(ShapeOptions)
 def plan(
@@ -26,7 +24,7 @@ def plan(
     ] = None,
     kv: Annotated[
         str | None,
-        option("Formats to compare, the baseline first. [default: the model's own, int8, int4-token]"),
+        option("Formats to compare, the baseline first. [default: the model's own, kv8, k8v4, kv4, int8]"),
     ] = None,
     reserve: Annotated[str, typer.Option(help="Held back for activations and the runtime, like 2GiB.")] = "0",
     plot: Annotated[
@@ -37,7 +35,7 @@ def plan(
 ) -> None:
     """Compute how many sessions of MODEL fit. Nothing is run, and a config is enough."""
     from octavo.cache.size import format_bytes, parse_bytes
-    from octavo.cli.candidates import formats
+    from octavo.cli.candidates import DEFAULT, formats
     from octavo.cli.tables import console
     from octavo.cli.tables.memory import fit_table
     from octavo.measure.document import dumps
@@ -54,7 +52,7 @@ def plan(
     name, path = options.locate()
     geometry = Geometry.trace(path, options.dtype, options.model_format)
     length = min(CONTEXT, geometry.max_context) if context is None else context
-    chosen = formats(geometry, kv, FORMATS)
+    chosen = formats(geometry, kv, DEFAULT)
     found = fits(geometry, chosen, length, room)
     if plot is not None:
         drawn = {str(format) for format in chosen[:2]}

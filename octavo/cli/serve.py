@@ -103,8 +103,8 @@ def _facts(llm: LLM) -> dict[str, Any]:
         "cache_tokens": cache.num_blocks * cache.layout.block_size,
         "session_len": llm.session_len,
         "sessions": cache.num_blocks // one.blocks,
-        "token_bytes": one.token_bytes,
-        "token_bytes_16_bits": one.token_bytes_16,
+        "token_bytes": one.size.token,
+        "token_bytes_16_bits": one.size_16.token,
     }
 
 

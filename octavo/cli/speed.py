@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from octavo.cli.candidates import BASELINE, candidates, load_baseline
+from octavo.cli.candidates import BASELINE, COMPARED, candidates, load_baseline
 from octavo.cli.options import LoadOptions, numbers, option, takes
 
 
@@ -16,10 +16,7 @@ def speed(
     options: LoadOptions,
     kv: Annotated[
         str | None,
-        option(
-            "Formats to compare, as in bf16,int8; the first is the baseline. [default: the model's 16 bits, int8 if "
-            "it is calibrated, int8-token]"
-        ),
+        option(f"Formats to compare, as in bf16,kv8; the first is the baseline. {COMPARED}"),
     ] = None,
     calibration: Annotated[
         Path | None,

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from octavo.measure.memory.footprint import Footprint, worst_saturation
+from octavo.measure.memory.footprint import worst_saturation
 
 if TYPE_CHECKING:
     from octavo.cli.conversation import Conversation
@@ -18,16 +18,18 @@ def show(conversation: Conversation, console: Console) -> None:
     from octavo.cache.size import format_bytes
 
     llm, here = conversation.llm, conversation.footprint()
-    whole = Footprint.of(llm, llm.cache.num_blocks * here.block_size)
+    size, cache, whole_16 = here.size, llm.cache, llm.cache.num_blocks * here.size_16.block
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     table.add_column(here.format, justify="right", style="bold")
     table.add_column("16 bits", justify="right")
-    table.add_row("bytes per token", f"{here.token_bytes:,}", f"{here.token_bytes_16:,}")
+    table.add_row("bytes per token", f"{size.token:,}", f"{here.size_16.token:,}")
     table.add_row("this conversation", format_bytes(here.nbytes), format_bytes(here.nbytes_16))
-    table.add_row("the whole cache", format_bytes(whole.nbytes), format_bytes(whole.nbytes_16))
-    memory = llm.cache.memory()
+    table.add_row("the whole cache", format_bytes(cache.nbytes), format_bytes(whole_16))
+    memory = cache.memory()
+    if memory.raw:
+        table.add_row("raw rows at edges, in the above", format_bytes(memory.raw), "")
     if memory.padding:
         table.add_row("padding, in the above", format_bytes(memory.padding), "")
     if memory.static:
@@ -37,12 +39,12 @@ def show(conversation: Conversation, console: Console) -> None:
     facts = Table.grid(padding=(0, 3, 0, 0))
     facts.add_row("tokens", f"{here.tokens:,} of {conversation.capacity:,}")
     if here.blocks:
-        last = f"the last one holds {here.last_block}" if here.last_block < here.block_size else "all of them full"
-        facts.add_row("blocks", f"{here.blocks} of {whole.blocks:,}, of {here.block_size} tokens each; {last}")
+        last = f"the last one holds {here.last_block}" if here.last_block < size.block_size else "all of them full"
+        facts.add_row("blocks", f"{here.blocks} of {cache.num_blocks:,}, of {size.block_size} tokens each; {last}")
     if (turn := conversation.turn) and turn.cached_tokens is not None:
         found = f"{turn.cached_tokens:,} of its {turn.prompt_tokens:,} tokens were in the cache already"
         facts.add_row("last prompt", f"{found} ({turn.cached_tokens / turn.prompt_tokens:.0%})")
-    if here.token_bytes != here.token_bytes_16:
+    if llm.format.takes_calibration:
         share, where = worst_saturation(llm)
         facts.add_row("out of range", f"at most {share:.2%} of the values ({where})" if share else "no value")
     console.print(facts)

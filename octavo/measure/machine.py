@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,14 +11,16 @@ import torch
 import transformers
 
 import octavo
+from octavo import processor
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Date, device, processor, threads, memory and versions, ready for JSON."""
+    generation = f" ({processor.name()})" if processor.name() != processor.full_name() else ""
     return {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processor": _processor(),
+        "processor": processor.full_name() + generation,
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -35,11 +36,3 @@ def sentence(machine: dict[str, Any]) -> str:
     where = machine["processor"] if machine["device"] == "cpu" else f"{machine['device']}, {machine['processor']}"
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     return f"{where}, {threads} ({machine['instructions']}), torch {machine['torch']}, {machine['date']}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

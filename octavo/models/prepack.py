@@ -3,8 +3,9 @@
 Where the processor multiplies bf16 numbers, bf16 weights go into oneDNN's tiles: given rows, its product rearranges the
 whole matrix in every call. Elsewhere torch's products of 16-bit numbers are slow, and weights of any type go into
 panels (weights/panels.py): they stay in 16 bits, products and sums are float32, and unless a type was asked for so are
-activations, norms and residuals, which are small. Either way each weight is rearranged once, when the model is loaded,
-and no second copy of it is kept. A tied embedding reads its rows out of the head's panels.
+activations, norms and residuals, which are small; what comes between products is then fused (fused.py). Either way each
+weight is rearranged once, when the model is loaded, and no second copy of it is kept. A tied embedding reads its rows
+out of the head's panels.
 
 A rearranged weight has no rows that a model's own code could read, as some routers' does. So only layers that a trial
 run calls are rearranged, and if the model then fails or computes something else, all is put back.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from octavo import processor
 from octavo.errors import Unsupported
 from octavo.models.bind import BoundModel
+from octavo.models.fused import fuse
 from octavo.models.packed import weight_bytes
 from octavo.weights import cpu
 from octavo.weights.linear import PackedLinear
@@ -72,6 +74,8 @@ def prepack(bound: BoundModel, computing: torch.dtype | None = None, determinist
         computing = torch.float32 if _others(bound.hf) <= SMALL * weight_bytes(bound.hf) else bound.dtype
     if computing != bound.dtype and _try(bound, lambda _: _retype(bound.hf, computing), CLOSE):
         bound.computes = computing
+    if bound.computes == torch.float32:
+        _try(bound, lambda _: fuse(bound.hf), SAME)
 
 
 def is_prepacked(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from octavo.cache.size import block_bytes
+from octavo.cache.size import CacheSize
 from octavo.llm import LLM
 from octavo.quant.format import KVFormat
 from octavo.serve.sessions import SessionDir
@@ -41,10 +41,12 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """The engine's numbers, as they are now. Lengths and counts alone: other threads may read them."""
         engine, counts = self.llm.engine, self.worker.counts
-        pool, scheduler = engine.pool, engine.scheduler
+        pool, scheduler, edges = engine.pool, engine.scheduler, engine.pool.edges
         gauges = {
             "octavo_blocks_total": ("Blocks of the KV cache.", len(pool)),
-            "octavo_blocks_used": ("Blocks that running sessions hold.", len(pool) - len(pool.free)),
+            "octavo_blocks_used": ("Blocks that running sessions hold.", pool.used),
+            "octavo_raw_pages_total": ("Raw pages, of rows at edges.", self.llm.cache.raw_pages),
+            "octavo_raw_pages_used": ("Raw pages that running sessions hold.", edges.used if edges else 0),
             "octavo_sessions_running": ("Sequences in the batch.", len(scheduler.running)),
             "octavo_sessions_waiting": ("Sequences in the queue.", len(scheduler.waiting)),
             "octavo_cache_bytes": ("Bytes of the KV cache.", self.llm.cache.nbytes),
@@ -63,21 +65,29 @@ class Metrics:
 
 def cache_state(llm: LLM, worker: Worker, model: str, sessions: SessionDir | None = None) -> dict[str, Any]:
     """The cache in numbers; on the engine's thread, since it walks through the blocks."""
-    cache, pool, scheduler = llm.cache, llm.engine.pool, llm.engine.scheduler
-    used = len(pool) - len(pool.free)
-    block_16 = block_bytes(cache.shapes, [KVFormat.parse("bf16")] * len(cache.shapes), pool.block_size)
+    cache, pool, scheduler, edges = llm.cache, llm.engine.pool, llm.engine.scheduler, llm.engine.pool.edges
+    size, block_16 = cache.size, CacheSize.of(cache.shapes, KVFormat.parse("bf16"), pool.block_size).block
+    used, kept = pool.used, pool.kept
+    raw_used, raw_kept = (edges.used, edges.firsts.kept) if edges else (0, 0)
     return {
         "model": model,
         "format": str(llm.format),
         "block_size": pool.block_size,
-        "block_bytes": cache.block_nbytes,
+        "block_bytes": size.block,
         "block_bytes_16_bits": block_16,
         "blocks_total": len(pool),
         "blocks_used": used,
-        "blocks_cached": sum(pool.blocks[index].prefix is not None for index in pool.free),  # free, and findable
+        "blocks_cached": kept,
+        "raw_page_bytes": size.raw_page,
+        "raw_pages_total": cache.raw_pages,
+        "raw_pages_used": raw_used,
+        "raw_pages_cached": raw_kept,
+        "raw_pages_per_session": size.ring + 1 if size.ring else 0,
         "bytes_allocated": cache.nbytes,
-        "bytes_used": used * cache.block_nbytes,
+        "bytes_used": used * size.block + raw_used * size.raw_page,
         "bytes_used_16_bits": used * block_16,
+        "bytes_cached": kept * size.block + raw_kept * size.raw_page,
+        "bytes_cached_16_bits": kept * block_16,
         "sessions_running": len(scheduler.running),
         "sessions_waiting": len(scheduler.waiting),
         "sessions_saved": len(sessions.chains) if sessions else None,

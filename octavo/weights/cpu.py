@@ -1,4 +1,5 @@
-"""Products by the native CPU kernels: of 4-bit weights (native/int4.cpp) and of others in panels (native/panels.cpp).
+"""A model's layers by the native CPU kernels: products of 4-bit weights (native/int4.cpp) and of others in panels
+(native/panels.cpp), and what comes between products (native/elementwise.cpp).
 
 The extension may be missing (no compiler when the package was installed): `unavailable()` says why.
 """
@@ -70,6 +71,25 @@ def multiply_panels(panels: Tensor, out: int, x: Tensor, bias: Tensor | None) ->
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x [..., dim] / √(mean(x²) + epsilon) ∘ weight [dim], all float32."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _native.rms_norm(
+        rows.data_ptr(), len(rows), rows.stride(0), rows.shape[1], weight.data_ptr(), epsilon, y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def silu_gate_(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) ∘ up in the place of `gate`; both contiguous, of one shape, float32."""
+    _native.silu_gate(gate.data_ptr(), up.data_ptr(), gate.numel(), torch.get_num_threads())
+    return gate
 
 
 def peak(seconds: float) -> float:

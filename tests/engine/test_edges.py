@@ -13,7 +13,7 @@ from octavo.cache import session
 from octavo.cache.layout import Layout
 from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
-from octavo.cache.size import raw_pages
+from octavo.cache.size import CacheSize
 from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
@@ -31,7 +31,8 @@ def engine(
 ) -> Engine:
     format = replace(KVFormat.parse("int8-token"), edges=span)
     plans = plan_layers(bound.shapes, format)
-    cache = KVCache(plans, blocks, Layout(SIZE), raw_pages(span, SIZE, batch))
+    pages = CacheSize.of(bound.shapes, plans[0].format, SIZE).raw_pages(batch)
+    cache = KVCache(plans, blocks, Layout(SIZE), pages)
     made = Engine(bound, cache, batch, budget, **more)  # type: ignore[arg-type]
     if made.overlap:
         made.runner.capture(batch, made.scheduler.max_context, how=lambda run: run)

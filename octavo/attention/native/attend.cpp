@@ -80,6 +80,13 @@ struct Call {
         return first < end ? (end - 1) / SEGMENT - first / SEGMENT + 1 : 0;
     }
     int64_t parts(const Unit& unit) const { return segments(unit) + (edges ? 1 : 0); }
+    // The page that is read after this one; the last one itself.
+    int64_t next(const Unit& unit, int64_t page) const {
+        const int64_t own = std::max({unit.own, unit.page, int64_t(1)}), last = unit.end - 1;
+        if (!edges || page >= own) return std::min(page + 1, last);
+        if (page > 0 && page + 1 < own) return page + 1;
+        return page > 0 && unit.page == 0 ? 0 : std::min(own, last);
+    }
 
     int64_t floats(int64_t rows) const { return padded(rows) * 2 + rows * v_row; }  // of sums
     Sums sums_at(float* at, int64_t rows) const { return {at, at + padded(rows), {at + 2 * padded(rows), v_row}}; }
@@ -179,7 +186,7 @@ private:
 
     void over_page(int64_t page) {
         const bool raw = call.is_raw(unit, page);
-        const Place here = call.place(unit, page), next = call.place(unit, std::min(page + 1, unit.end - 1));
+        const Place here = call.place(unit, page), next = call.place(unit, call.next(unit, page));
         alignas(64) float k_scale[BLOCK], v_scale[BLOCK];
         auto scales = [&](const Side& side, const Side& next_side, float* out) -> const float* {
             if (next_side.scales) __builtin_prefetch(next_side.scales + next.cell * BLOCK, 0, 3);

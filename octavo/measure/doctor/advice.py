@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from octavo.measure.doctor.diagnosis import Diagnosis, Finding
 
 WIDE = 8  # a channel that many times as wide as the median is an outlier; models without any stay at 3
@@ -83,57 +85,56 @@ def _outliers(found: Diagnosis) -> Finding:
 
 
 def _formats(found: Diagnosis) -> list[Finding]:
-    """Which formats are advised: one finding for 8 bits, one for 4."""
+    """Which formats are advised: the calibrated ones, what the lack of a calibration costs, and int8."""
     scores = {score.name: score for score in found.formats}
     grades = {name: found.grade(score) for name, score in scores.items()}
 
     def kl(name: str) -> str:
         return f"KL {scores[name].kl:.1e}"
 
-    command = f"octavo calibrate {found.model}"
-    calibrated = [name for name in ("int8-token, calibrated", "int8") if grades[name] == "good"]
-    if grades["int8-token"] == "good":
-        text = f"--kv int8-token works without calibration ({kl('int8-token')})"
-        if "int8" in calibrated:
-            text += f"; after `{command}`, --kv int8 takes no byte beside the codes ({kl('int8')})"
-        else:
-            text += f"; --kv int8 is worse even when calibrated ({kl('int8')})"
-        eight = Finding("ok", "8 bits", text)
-    elif calibrated:
-        good = " or ".join(f"--kv {name.partition(',')[0]} ({kl(name)})" for name in calibrated)
-        eight = Finding(
-            "warning",
-            "8 bits",
-            f"do not serve int8-token without a calibration: {kl('int8-token')}, "
-            f"{scores['int8-token'].kl / scores[calibrated[0]].kl:.0f} times as much as with one. Run `{command}`, "
-            f"then serve with {good}, at channel granularity (one range a layer: {kl('int8, tensor × 1.0')})",
-        )
+    def numbers(name: str) -> str:
+        changed = f", {1 - scores[name].agreement:.1%} of the most likely tokens change"
+        return f"--kv {name} ({found.sizes[name]:.2f} of the bytes, {kl(name)}{changed})"
+
+    serves = [name for name in ("kv8", "k8v4", "kv4") if grades[name] != "poor"]
+    if serves:
+        advice = f"where memory allows {numbers(serves[0])}"
+        for name in serves[1:]:
+            advice += f", next {numbers(name)}"
+        if grades[serves[0]] != "good":
+            advice += ". They show in careful tests: measure your own task first"
+        formats = Finding("ok" if grades[serves[0]] == "good" else "note", "formats", advice)
     else:
-        eight = Finding(
-            "warning",
-            "8 bits",
-            f"no 8-bit format is close to the 16-bit cache here: int8 {kl('int8')}, int8-token {kl('int8-token')}, "
-            f"calibrated {kl('int8-token, calibrated')}. Stay with 16 bits, or calibrate on more text of your own and "
-            "measure with `octavo accuracy`",
-        )
-    return [eight, _four_bits(found, grades)]
+        formats = Finding(
+            "warning", "formats", f"no format is close to the 16-bit cache here: {', '.join(map(numbers, scores))}. "
+            "Stay with 16 bits, or calibrate on more text of your own and measure with `octavo accuracy`"
+        )  # fmt: skip
+    return [formats, _calibration(found, grades, kl), _static(found, grades, kl)]
 
 
-def _four_bits(found: Diagnosis, grades: dict[str, str]) -> Finding:
-    scores = {score.name: score for score in found.formats}
-    for kv in ("int4-token", "k8v4"):
-        plain, own = scores[kv], scores[f"{kv}, calibrated"]
-        best = own if own.kl < 0.8 * plain.kl else plain  # a calibration has to be worth the trouble
-        if grades[best.name] != "poor":
-            return Finding(
-                "note",
-                "4 bits",
-                f"--kv {kv}{' with a calibration' if best is own else ''} costs KL {best.kl:.1e} and changes "
-                f"{1 - best.agreement:.1%} of the most likely tokens: for when memory matters more; measure your own "
-                "task first",
-            )
-    numbers = ", ".join(f"{name} {scores[name].kl:.1e}" for name in scores if "4" in name)
-    return Finding("note", "4 bits", f"not on this model: KL {numbers}")
+def _calibration(found: Diagnosis, grades: dict[str, str], kl: Callable[[str], str]) -> Finding:
+    """What kv8 and k8v4 lose without one; kv4 makes itself a short one."""
+    bare = "kv8, uncalibrated"
+    losses = {score.name: score.kl for score in found.formats}
+    times = losses[bare] / max(losses["kv8"], 1e-12)
+    numbers = f"kv8 {kl(bare)}, k8v4 {kl('k8v4, uncalibrated')}"
+    command = f"`octavo calibrate {found.model}`"
+    if grades[bare] == "good":
+        gain = f"; {command} makes kv8's {times:.0f} times smaller" if times > 2 else f"; {command} changes little"
+        return Finding("ok", "calibration", f"kv8 can be served without one ({numbers}){gain}")
+    if grades["kv8"] == "good":
+        text = f"do not serve kv8 or k8v4 without one ({numbers}: kv8 loses {times:.0f} times as much). Run {command}"
+        return Finding("warning", "calibration", text)
+    return Finding("note", "calibration", f"without one {numbers}; {command} makes one")
+
+
+def _static(found: Diagnosis, grades: dict[str, str], kl: Callable[[str], str]) -> Finding:
+    """int8, of a static scale, with the calibration that it cannot do without."""
+    numbers = f"{kl('int8')}, one range a layer: {kl('int8, tensor × 1.0')}"
+    exact = f"int8 takes exactly {found.sizes['int8']:.2f} of the bytes, and no raw rows"
+    if grades["int8"] == "poor":
+        return Finding("note", "int8", f"not on this model: {numbers}")
+    return Finding("ok" if grades["int8"] == "good" else "note", "int8", f"{exact}, once calibrated ({numbers})")
 
 
 def _relative(errors: tuple[float, float]) -> str:

@@ -5,8 +5,9 @@
     formats      KL of every format on text, whole and layer by layer    here, through accuracy.py
     findings     what follows from it, in words                          advice.py
 
-The text is split: the formats that need a calibration are calibrated on its first part and all are measured on the
-rest. A large model sees shorter windows, so that the minute holds.
+The text is split: calibrated formats are calibrated on its first part, and all are measured on the rest. On a large
+model windows are shorter, so that it takes about a minute; but not shorter than SHORTEST, since edges keep the first
+and the last 64 rows of a window in 16 bits, and what a format loses shows in the rows between.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.cache.size import CacheSize
 from octavo.calibrate import calibrate
 from octavo.corpus import load_texts
 from octavo.engine.reading import Reading
@@ -38,23 +40,27 @@ from octavo.text_windows import consecutive_windows, self_windows, token_windows
 
 SELF = "self"
 PROSE = BUNDLED / "evaluation.txt"  # English, written for this project
-CALIBRATED, MEASURED, LENGTH = 8, 4, 256  # windows of LENGTH tokens
+CALIBRATED, MEASURED, LENGTH = 8, 3, 512  # windows of LENGTH tokens
+SHORTEST, LAYER_TOKENS = 256, 128  # of a window, and of the piece of one that layers are tried on
 CHARS = 400_000  # of a text that are looked at
-SECONDS = 40.0  # what the measurements may take, about
+SECONDS = 40.0  # what comparing the formats may take, about; and trying the layers half of that
 LAST_BIT = "16 bits, last bit flipped"
 CANDIDATES: tuple[
     tuple[str, str, bool, dict[str, Any]], ...
 ] = (  # name, format, whether the doctor's own calibration is used, granularity and headroom if not its own
+    ("kv8", "kv8", True, {}),
+    ("k8v4", "k8v4", True, {}),
+    ("kv4", "kv4", True, {}),
+    ("kv8, uncalibrated", "kv8", False, {}),
+    ("k8v4, uncalibrated", "k8v4", False, {}),
     ("int8", "int8", True, {}),
     ("int8, tensor × 1.0", "int8", True, {"granularity": "tensor", "headroom": 1.0}),
-    ("int8-token", "int8-token", False, {}),
-    ("int8-token, calibrated", "int8-token", True, {}),
-    ("k8v4", "k8v4", False, {}),
-    ("k8v4, calibrated", "k8v4", True, {}),
-    ("int4-token", "int4-token", False, {}),
-    ("int4-token, calibrated", "int4-token", True, {}),
 )
-LAYER_FORMATS = ("int8", "int8-token", "int4-token")  # the token formats without calibration
+LAYER_FORMATS = (
+    "int8",
+    "int8-token",
+    "int4-token",
+)  # codes alone; token formats without the calibration, which hides what is special in a layer
 
 
 def diagnose(model: Model, text: str | None = None, progress: Callable[[float], None] | None = None) -> Diagnosis:
@@ -69,7 +75,9 @@ def diagnose(model: Model, text: str | None = None, progress: Callable[[float], 
     found.text, calibration_windows, windows = _windows(model, text, length)
     begin = time.perf_counter()
     found.keys = keys(bound, calibration_windows[0])
-    length = affordable(length, time.perf_counter() - begin, len(bound.layers))
+    one = time.perf_counter() - begin  # forward of `length` tokens
+    forwards = CALIBRATED + MEASURED * (len(CANDIDATES) + 2)
+    whole, length = length, affordable(length, one * forwards, SECONDS, SHORTEST)
     calibration_windows, windows = [w[:length] for w in calibration_windows], [w[:length] for w in windows]
     report(0.2)
     calibration = calibrate(model, calibration_windows, dataset=found.text)
@@ -77,17 +85,20 @@ def diagnose(model: Model, text: str | None = None, progress: Callable[[float], 
     found.calibrated, found.measured = (f"{len(w)} windows of {length} tokens" for w in (calibration_windows, windows))
     report(0.3)
 
-    raw = bound.raw_format
+    raw, sixteen = bound.raw_format, CacheSize.of(bound.shapes, KVFormat.parse("bf16"))
     candidates = [Candidate(LAST_BIT, raw, simulate=flip_last_bit)]
-    candidates += [
-        Candidate(name, KVFormat.parse(kv), calibration if own else None, **choice)
-        for name, kv, own, choice in CANDIDATES
-    ]
+    for name, kv, own, choice in CANDIDATES:
+        format = KVFormat.parse(kv)
+        candidates.append(Candidate(name, format, calibration if own else None, **choice))
+        found.sizes[name] = CacheSize.of(bound.shapes, format).token / sixteen.token
     scores = compare(
         model, Candidate(str(raw), raw), candidates, windows, lambda done: report(0.3 + 0.4 * done / len(windows))
     )
     found.rounding, found.formats = scores[1].kl, scores[2:]
-    found.layers = sensitivity(bound, calibration, windows[0], lambda share: report(0.7 + 0.3 * share))
+    piece = min(length, LAYER_TOKENS)
+    trials = one * piece / whole * (1 + len(LAYER_FORMATS) * len(bound.layers))
+    window = windows[0][: affordable(piece, trials, SECONDS / 2, 32)]
+    found.layers = sensitivity(bound, calibration, window, lambda share: report(0.7 + 0.3 * share))
     found.findings = findings(found)
     found.seconds = time.perf_counter() - start
     return found
@@ -125,10 +136,10 @@ def _log_probabilities(reading: Reading, window: Sequence[int]) -> Tensor:
     return torch.cat([logits.log_softmax(-1) for logits in reading.logits(window)])
 
 
-def affordable(length: int, seconds: float, layers: int) -> int:
-    """The longest windows for which all forwards stay within SECONDS, if one of `length` takes `seconds`."""
-    forwards = CALIBRATED + MEASURED * (len(CANDIDATES) + 2) + len(LAYER_FORMATS) * layers
-    while seconds * forwards > SECONDS and length > 64:
+def affordable(length: int, seconds: float, limit: float, shortest: int) -> int:
+    """The longest windows, not below `shortest`, for which the work takes at most `limit` seconds, if it takes
+    `seconds` with windows of `length` tokens."""
+    while seconds > limit and length >= 2 * shortest:
         seconds, length = seconds / 2, length // 2
     return length
 

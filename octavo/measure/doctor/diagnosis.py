@@ -44,6 +44,7 @@ class Diagnosis:
     widths: list[Widths] = field(default_factory=list)
     rounding: float = 0.0  # KL of a 16-bit cache with its last bits flipped
     formats: list[Score] = field(default_factory=list)
+    sizes: dict[str, float] = field(default_factory=dict)  # format → bytes of a token over those in 16 bits (computed)
     layers: dict[str, list[float]] = field(default_factory=dict)  # format → KL with only that layer of `keys` in it
     findings: list[Finding] = field(default_factory=list)
 
@@ -65,7 +66,8 @@ class Diagnosis:
     def document(self) -> dict[str, Any]:
         """Ready for JSON, without what is only good for a curve."""
         found = asdict(self) | {"healthy": self.healthy}
+        del found["sizes"]  # each stands with its format
         for fields, score in zip(found["formats"], self.formats, strict=True):
             del fields["kl_by_position"], fields["kl_by_bin"], fields["cache_alone"]
-            fields["grade"] = self.grade(score)
+            fields["grade"], fields["size"] = self.grade(score), self.sizes[score.name]
         return found

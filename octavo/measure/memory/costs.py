@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from octavo.cache.layout import Layout
-from octavo.cache.size import block_bytes, raw_page_bytes, raw_pages
+from octavo.cache.size import CacheSize
 from octavo.errors import OctavoError
 from octavo.models.geometry import GROUP, Geometry
 from octavo.quant.format import RAW_NAMES, KVFormat
@@ -87,17 +86,14 @@ def costs(
     tokens `memory` bytes hold beside the weights."""
     if not 2 <= context <= geometry.max_context:
         raise OctavoError(f"a context of {context} tokens: the model's own reaches from 2 to {geometry.max_context}")
-    size, shapes, weights = Layout().block_size, geometry.shapes, weight_kinds(geometry)
-    found = []
+    weights, found = weight_kinds(geometry), []
     for kind in kinds if kinds is not None else [own_kind(geometry)]:
         for format in formats:
-            block = block_bytes(shapes, [format] * len(shapes), size)
-            page = raw_page_bytes(shapes, [format] * len(shapes), size)
-            spare = page * raw_pages(format.edges, size, 0)
-            session = -(-context // size) * block + page * raw_pages(format.edges, size, 1) - spare
+            size = CacheSize.of(geometry.shapes, format)
+            session, spare = size.session(context), size.cache(0, 0)
             fit = max(0, (memory - weights[kind] - spare) // session)
             static = _static(geometry, format)
-            found.append(Cost(kind, weights[kind], str(format), block // size, session, static, fit, spare))
+            found.append(Cost(kind, weights[kind], str(format), size.token, session, static, fit, spare))
     return found
 
 

@@ -1,12 +1,15 @@
-"""What tokens take in the cache, beside what 16 bits would take: the arithmetic of `/stats` and of the stats lines.
+"""What a session takes in the cache, beside what 16 bits would take: the numbers of `/stats` and of the lines of stats.
 
-A session takes whole blocks; the partly filled last one counts in full.
+A session takes whole blocks; the partly filled last one counts in full. With edges it takes raw pages besides.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from octavo.cache.size import CacheSize
+from octavo.quant.format import KVFormat
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
@@ -18,40 +21,29 @@ class Footprint:
 
     format: str
     tokens: int
-    block_size: int
-    token_bytes: int  # of one token in all layers
-    token_bytes_16: int  # the same in 16 bits
+    size: CacheSize
+    size_16: CacheSize  # the same in 16 bits
 
     @classmethod
     def of(cls, llm: LLM, tokens: int) -> Footprint:
-        from octavo.cache.size import block_bytes
-        from octavo.quant.format import KVFormat
-
-        cache = llm.cache
-        token_bytes_16 = block_bytes(cache.shapes, [KVFormat.parse("bf16")] * len(cache.shapes), 1)
-        return cls(str(llm.format), tokens, cache.layout.block_size, cache.token_nbytes, token_bytes_16)
+        return cls(str(llm.format), tokens, llm.cache.size, CacheSize.of(llm.cache.shapes, KVFormat.parse("bf16")))
 
     @property
     def blocks(self) -> int:
-        return -(-self.tokens // self.block_size)
+        return self.size.blocks(self.tokens)
 
     @property
     def last_block(self) -> int:
         """Tokens in the last block."""
-        return self.tokens - max(0, self.blocks - 1) * self.block_size
+        return self.tokens - max(0, self.blocks - 1) * self.size.block_size
 
     @property
     def nbytes(self) -> int:
-        return self.blocks * self.block_size * self.token_bytes
+        return self.size.session(self.tokens) if self.tokens else 0
 
     @property
     def nbytes_16(self) -> int:
-        return self.blocks * self.block_size * self.token_bytes_16
-
-    @property
-    def ratio(self) -> float:
-        """Sessions that fit where one of 16 bits does."""
-        return self.token_bytes_16 / self.token_bytes
+        return self.size_16.session(self.tokens)
 
 
 def worst_saturation(llm: LLM) -> tuple[float, str]:

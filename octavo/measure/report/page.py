@@ -137,4 +137,4 @@ def numbers(text: str) -> Markup:
 def prose(text: str) -> Markup:
     """A finding's words for the page: commands and options as code, and `numbers`."""
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
-    return numbers(re.sub(r"(--[\w-]+(?: int\d[\w-]*| k\dv\d)?)(?![^<]*</code>)", r"<code>\1</code>", marked))
+    return numbers(re.sub(r"(--[\w-]+(?: int\d[\w-]*| kv?\d(?:v\d)?)?)(?![^<]*</code>)", r"<code>\1</code>", marked))

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 5.0  # inches
-COLOURS = {"int8": SERIES[1], "int8-token": SERIES[2], "int4-token": SERIES[3], "k8v4": SERIES[4]}  # 16 bits: SERIES[0]
+COLOURS = {  # 16 bits: SERIES[0]
+    "kv8": SERIES[1], "k8v4": SERIES[2], "kv4": SERIES[3], "int8": SERIES[4],
+    "int8-token": SERIES[1], "int4-token": SERIES[3],
+}  # fmt: skip
 PIXELS = 512  # columns of a map of channels, at most
 Line = tuple[str, Sequence[float], Sequence[float]]  # name, x, y
 

@@ -30,8 +30,8 @@ from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat
 from octavo.text_windows import consecutive_windows, token_windows
 
-FORMATS = ("int8", "int8-token", "k8v4", "int4-token")  # beside the model's 16 bits
-TIMED = ("int8", "int8-token")
+FORMATS = ("kv8", "k8v4", "kv4", "int8")  # beside the model's 16 bits
+TIMED = ("kv8", "kv4")
 WINDOW, WINDOWS = 1024, 6  # tokens, and windows that formats are compared on
 SAMPLES, SEQLEN = 16, 512  # of a calibration of the report's own
 BATCH_SIZES, CONTEXT, TOKENS, ROUNDS = (1, 4, 16), 512, 16, 2  # of the timings
@@ -117,7 +117,7 @@ def gather(
 
     raw = bound.raw_format
     formats = [raw, *map(KVFormat.parse, FORMATS)]
-    found = [m.calibration(given if m is model else None, KVFormat.parse("int8-token")) for m in models]
+    found = [m.calibration(given if m is model else None, KVFormat.parse("kv8")) for m in models]
     texts = load_texts(text or str(PROSE))
     whole = "\n\n".join(texts)
     own = None in found

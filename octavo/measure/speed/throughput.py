@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from octavo.cache.layout import Layout
-from octavo.cache.size import block_bytes, format_bytes
+from octavo.cache.size import CacheSize, format_bytes
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
@@ -147,21 +146,20 @@ def measure(
 def _prepare(model: Model, candidate: Candidate, batch_size: int, context: int) -> LLM:
     """An LLM whose cache holds all sessions, every page of it touched, and the first call behind it."""
     bound = (candidate.model or model).bound
-    size = Layout().block_size
-    needed = batch_size * -(-context // size)
+    size = CacheSize.of(bound.shapes, candidate.format)
+    blocks = batch_size * size.blocks(context)
+    needed = size.cache(blocks, batch_size)
     llm = candidate.llm(
         model,
         session_len=context,
         max_batch_size=batch_size,
         max_batch_tokens=step_tokens(batch_size),
         # The first cache would take the whole of a GPU, and those of the other formats stand beside it.
-        kv_cache_memory=needed * block_bytes(bound.shapes, [candidate.format] * len(bound.shapes), size)
-        if bound.device.type == "cuda"
-        else None,
+        kv_cache_memory=needed if bound.device.type == "cuda" else None,
         prefix_caching=False,
     )
-    if llm.cache.num_blocks < needed:
-        wanted, allowed = format_bytes(needed * llm.cache.block_nbytes), format_bytes(llm.cache.nbytes)
+    if llm.cache.num_blocks < blocks:
+        wanted, allowed = format_bytes(needed), format_bytes(llm.cache.nbytes)
         raise OctavoError(
             f"{batch_size} sessions of {context} tokens take {wanted} in {candidate.name}, and {allowed} may be taken: "
             "lower --batch-size or --context"

@@ -348,15 +348,17 @@ function paintCache() {
   $("kept").textContent = count(now.blocks_cached);
   $("free").textContent = count(free);
 
-  const ratio = now.block_bytes_16_bits / now.block_bytes;
-  const full16 = Math.max(now.block_bytes, now.block_bytes_16_bits) * Math.max(held, 1);
+  const here = now.bytes_used + now.bytes_cached;
+  const here16 = now.bytes_used_16_bits + now.bytes_cached_16_bits;
+  const ratio = here ? here16 / here : now.block_bytes_16_bits / now.block_bytes;
+  const widest = Math.max(here, here16, 1);
   $("format").textContent = now.format;
   $("ratio").textContent = `${ratio.toFixed(2)}× smaller`;
   $("ratio").hidden = ratio <= 1;
-  $("bytes-now").textContent = bytes(held * now.block_bytes);
-  $("bytes-16").textContent = bytes(held * now.block_bytes_16_bits);
-  $("bar-now").style.width = `${held ? (100 * held * now.block_bytes) / full16 : 0}%`;
-  $("bar-16").style.width = `${held ? (100 * held * now.block_bytes_16_bits) / full16 : 0}%`;
+  $("bytes-now").textContent = bytes(here);
+  $("bytes-16").textContent = bytes(here16);
+  $("bar-now").style.width = `${(100 * here) / widest}%`;
+  $("bar-16").style.width = `${(100 * here16) / widest}%`;
 
   const rate = now.tokens_per_second;
   $("speed").textContent = rate < 10 ? rate.toFixed(1) : count(Math.round(rate));
@@ -369,13 +371,13 @@ function paintCache() {
   const [hit, asked] = [now.prefix_hit_tokens, now.prefix_query_tokens];
   $("hits").textContent = asked ? `${count(hit)} tokens (${Math.round((100 * hit) / asked)} %)` : "none yet";
   const tokens = turns.findLast((turn) => turn.tokens)?.tokens ?? 0;
-  const mine = Math.ceil(tokens / now.block_size);
-  $("here").textContent = tokens ? `${count(tokens)} tokens, ${bytes(mine * now.block_bytes)}` : answering ? "growing" : "empty";
+  const mine = Math.ceil(tokens / now.block_size) * now.block_bytes + now.raw_pages_per_session * now.raw_page_bytes;
+  $("here").textContent = tokens ? `${count(tokens)} tokens, ${bytes(mine)}` : answering ? "growing" : "empty";
   $("saved-row").hidden = now.sessions_saved === null;
   if (now.sessions_saved !== null) {
     $("saved").textContent = `${count(now.sessions_saved)} chat${now.sessions_saved === 1 ? "" : "s"}, ${bytes(now.sessions_saved_bytes)}`;
   }
-  $("brief").textContent = `${count(held)} of ${count(now.blocks_total)} blocks · ${bytes(held * now.block_bytes)}`;
+  $("brief").textContent = `${count(held)} of ${count(now.blocks_total)} blocks · ${bytes(here)}`;
   if (model !== now.model) {
     model = now.model;
     document.title = `${model} · Octavo`;

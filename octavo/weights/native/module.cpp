@@ -1,6 +1,7 @@
 // The extension module of products with weights: the kernels as Python calls them.
 #include "module.h"
 
+#include "elementwise.h"
 #include "int4.h"
 #include "panels.h"
 
@@ -13,6 +14,7 @@ using weights::Panels;
     namespace octavo::weights::isa { \
     extern const Int4Kernels int4; \
     extern const PanelKernels panels; \
+    extern const ElementwiseKernels elementwise; \
     }
 OCTAVO_ISAS(OCTAVO_DECLARE)
 
@@ -22,9 +24,10 @@ struct Kernels {
     const char* name;
     const weights::Int4Kernels& int4;
     const weights::PanelKernels& panels;
+    const weights::ElementwiseKernels& elementwise;
 };
 
-#define OCTAVO_KERNELS(isa) const Kernels isa = {#isa, weights::isa::int4, weights::isa::panels};
+#define OCTAVO_KERNELS(isa) const Kernels isa = {#isa, weights::isa::int4, weights::isa::panels, weights::isa::elementwise};
 OCTAVO_ISAS(OCTAVO_KERNELS)
 
 #define OCTAVO_LIST(isa) &isa,
@@ -50,6 +53,16 @@ void pack_panels(uint64_t w, int64_t out, int64_t in, int64_t stride, int bytes,
     compiled->panels.pack(at<const void>(w), out, in, stride, bytes, at<void>(panels), compiled.pool(threads));
 }
 
+void rms_norm(uint64_t x, int64_t rows, int64_t stride, int64_t dim, uint64_t weight, float epsilon, uint64_t y,
+              int threads) {
+    compiled->elementwise.rms_norm(at<const float>(x), rows, stride, dim, at<const float>(weight), epsilon, at<float>(y),
+                                   compiled.pool(threads));
+}
+
+void silu_gate(uint64_t gate, uint64_t up, int64_t count, int threads) {
+    compiled->elementwise.silu_gate(at<float>(gate), at<const float>(up), count, compiled.pool(threads));
+}
+
 int64_t spin(int64_t steps, int threads) { return compiled->panels.spin(steps, compiled.pool(threads)); }
 
 }  // namespace
@@ -67,6 +80,8 @@ NB_MODULE(_native, m) {
     m.def("decode", &decode, nb::call_guard<nb::gil_scoped_release>());
     m.def("multiply_panels", &multiply_panels, nb::call_guard<nb::gil_scoped_release>());
     m.def("pack_panels", &pack_panels, nb::call_guard<nb::gil_scoped_release>());
+    m.def("rms_norm", &rms_norm, nb::call_guard<nb::gil_scoped_release>());
+    m.def("silu_gate", &silu_gate, nb::call_guard<nb::gil_scoped_release>());
     m.def("spin", &spin, nb::call_guard<nb::gil_scoped_release>());
     m.attr("PANEL") = weights::PANEL;
 }

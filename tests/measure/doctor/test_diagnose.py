@@ -45,13 +45,21 @@ def finding(found: Diagnosis, topic: str) -> Finding:
     return next(finding for finding in found.findings if finding.topic == topic)
 
 
-def test_a_plain_model_is_healthy_and_may_use_both_8_bit_formats(plain: Diagnosis) -> None:
+def test_a_plain_model_is_healthy_and_is_advised_kv8_first_with_its_numbers(plain: Diagnosis) -> None:
     assert plain.healthy
-    assert [f.level for f in plain.findings if f.topic != "4 bits"] == ["ok"] * 5
-    assert "--kv int8-token works without calibration" in finding(plain, "8 bits").text
+    topics = ["binding", "self-check", "key biases", "outlier channels", "formats", "calibration", "int8"]
+    assert [(f.level, f.topic) for f in plain.findings] == [("ok", topic) for topic in topics]
+    scores = {score.name: score for score in plain.formats}
+    advice = finding(plain, "formats").text
+    places = [advice.index(f"--kv {name} ({size} of the bytes, KL {scores[name].kl:.1e}, "
+                           f"{1 - scores[name].agreement:.1%} of the most likely tokens change)")
+              for name, size in (("kv8", "0.51"), ("k8v4", "0.38"), ("kv4", "0.26"))]  # fmt: skip
+    assert places == sorted(places)
+    assert f"kv8 {scores['kv8, uncalibrated'].kl:.1e}".replace("kv8 ", "kv8 KL ") in finding(plain, "calibration").text
+    assert "takes exactly 0.50 of the bytes" in finding(plain, "int8").text
     assert not any(layer.biased for layer in plain.keys)
-    grades = {score.name: plain.grade(score) for score in plain.formats}
-    assert grades["int8"] == grades["int8-token"] == "good"
+    assert [plain.grade(scores[name]) for name in ("kv8", "int8")] == ["good", "good"]
+    assert scores["kv8"].kl < scores["k8v4"].kl < scores["kv4"].kl
     assert 0 < plain.rounding < 1e-3
 
 
@@ -62,22 +70,36 @@ def test_key_biases_are_singled_out_layer_by_layer_with_what_to_do(biased: Diagn
     text = finding(biased, "key biases").text
     assert "layers 0 and 5" in text
     assert "Qwen2" in text
-    assert "--kv int8-token works without calibration" in finding(biased, "8 bits").text, "the rotation carries it"
+    assert "kv8 can be served without one" in finding(biased, "calibration").text, "the rotation carries it"
+
+
+def graded(found: Diagnosis, **kl: float) -> list[Finding]:
+    """The findings, had these formats lost as much; _ stands for `, un`."""
+    names = {name.replace("_", ", un"): value for name, value in kl.items()}
+    return findings(replace(found, formats=[replace(s, kl=names.get(s.name, s.kl)) for s in found.formats]))
 
 
 def test_where_8_bits_lose_much_without_a_calibration_it_is_advised_against(biased: Diagnosis) -> None:
-    formats = [replace(score, kl=1e-2) if score.name == "int8-token" else score for score in biased.formats]
-    advice = next(f for f in findings(replace(biased, formats=formats)) if f.topic == "8 bits")
+    advice = next(f for f in graded(biased, kv8_calibrated=1e-2) if f.topic == "calibration")
     assert advice.level == "warning"
-    assert "do not serve int8-token without a calibration" in advice.text
+    assert "do not serve kv8 or k8v4 without one" in advice.text
     assert "octavo calibrate" in advice.text
+
+
+def test_what_loses_too_much_is_not_advised(plain: Diagnosis) -> None:
+    advice = {f.topic: f for f in graded(plain, kv4=1.0, int8=1.0)}
+    assert "--kv k8v4" in advice["formats"].text
+    assert "kv4" not in advice["formats"].text
+    assert advice["int8"].text.startswith("not on this model")
+    none = next(f for f in graded(plain, kv8=1.0, k8v4=1.0, kv4=1.0) if f.topic == "formats")
+    assert (none.level, "Stay with 16 bits" in none.text) == ("warning", True)
 
 
 def test_the_advice_rests_on_what_was_measured(biased: Diagnosis) -> None:
     kl = {score.name: score.kl for score in biased.formats}
-    assert kl["int8-token"] > 3 * kl["int8-token, calibrated"]
+    assert kl["kv8, uncalibrated"] > 3 * kl["kv8"]
     assert kl["int8, tensor × 1.0"] > 3 * kl["int8"]
-    assert f"{kl['int8-token']:.1e}" in finding(biased, "8 bits").text
+    assert f"{kl['kv8']:.1e}" in finding(biased, "formats").text
     worst = sorted(range(6), key=lambda layer: -biased.layers["int8-token"][layer])[:2]
     assert sorted(worst) == [0, 5], "the layers with the biases are those whose quantization hurts"
 
@@ -168,12 +190,13 @@ def test_layers_arelisted_as_people_do() -> None:
 
 
 def test_a_slow_model_sees_shorter_windows() -> None:
-    assert doctor.affordable(256, 0.05, 6) == 256
-    assert doctor.affordable(256, 2.0, 32) == 64
+    assert doctor.affordable(512, seconds=30, limit=40, shortest=256) == 512
+    assert doctor.affordable(512, seconds=60, limit=40, shortest=256) == 256
+    assert doctor.affordable(512, seconds=600, limit=40, shortest=256) == 256, "not below what edges need"
 
 
 def test_a_text_too_short_is_refused_with_both_numbers(pamphlet: Model, tmp_path) -> None:  # type: ignore[no-untyped-def]
     text = tmp_path / "short.txt"
     text.write_text("Too short.")
-    with pytest.raises(OctavoError, match=r"short.txt has \d+ tokens and the doctor needs 6,144"):
+    with pytest.raises(OctavoError, match=r"short.txt has \d+ tokens and the doctor needs 11,264"):
         diagnose(pamphlet, str(text))

@@ -20,6 +20,7 @@ from octavo.measure.memory.process import Source
 from octavo.models.geometry import Geometry
 from octavo.models.model import BUNDLED, Model
 from octavo.quant.format import KVFormat
+from tests.conftest import observe
 
 INTERNLM = Path(__file__).parents[3] / "benchmarks" / "geometries" / "internlm-chat-7b.json"
 MIB = 1 << 20
@@ -60,6 +61,20 @@ def test_the_page_s_differences(internlm: Geometry) -> None:
     assert [saved(point, found)[0] // MIB for point in found[1::2]] == [4096, 8192, 16384, 24576]
     assert all(point.total == point.weights + point.cache and point.rest is None for point in found)
     assert "config alone" in str(found[0].reason)
+
+
+@pytest.mark.parametrize("sessions", [1, 5])
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4-token", "kv8", "k8v4", "kv4", "int8+edges128", "kv4+edges256"])
+def test_what_is_computed_is_what_the_cache_takes_to_the_byte(pamphlet: Model, name: str, sessions: int) -> None:
+    """Codes, scales and with edges raw pages: two a session of the shortest own span, and four spare ones."""
+    geometry, format, context = Geometry.trace(BUNDLED, "fp32"), KVFormat.parse(name), 200
+    [cost] = costs(geometry, [format], context, 1 << 30)
+    calibration = observe(pamphlet.bound, list(range(100)), pamphlet.fingerprint)
+    llm = LLM(pamphlet, format, calibration=calibration, session_len=context, max_batch_size=sessions)
+    assert cost.cache(sessions) == llm.cache.nbytes
+    raw_page = 64 * geometry_bytes(geometry, "fp32")
+    ring = format.edges // 64
+    assert llm.cache.raw_nbytes == ((ring + 1) * sessions + 4) * raw_page * bool(format.edges)
 
 
 def test_the_last_block_of_a_session_counts_whole(internlm: Geometry) -> None:

@@ -135,10 +135,13 @@ def test_the_numbers_are_one_json_document(written: tuple[Survey, Path]) -> None
     assert document["calibration"]["samples"] == 2
 
 
-def test_the_int8_cache_holds_twice_the_sessions(written: tuple[Survey, Path]) -> None:
+def test_the_page_leads_with_kv8_and_counts_its_raw_pages(written: tuple[Survey, Path]) -> None:
     found, directory = written
-    assert found.costs[0].token == 2 * found.costs[1].token
-    assert "2.00×" in (directory / "report.html").read_text(encoding="utf-8")
+    assert [cost.format for cost in found.costs] == ["bf16", "kv8", "k8v4", "kv4", "int8"]
+    pages = 2 * 64 * found.costs[0].token
+    assert found.costs[1].session == found.context * found.costs[1].token + pages
+    ratio = found.costs[0].session / found.costs[1].session
+    assert f"{ratio:.2f}×" in (directory / "report.html").read_text(encoding="utf-8")
 
 
 def test_labels_of_lines_that_end_close_together_stand_above_one_another() -> None:
@@ -158,8 +161,8 @@ def test_numbers_are_written_as_people_do() -> None:
     assert numbers("KL 6.9e-03, worst 1e-02.") == (
         "KL 6.9\u00a0×\u00a010<sup>−3</sup>, worst 1\u00a0×\u00a010<sup>−2</sup>."
     )
-    assert prose("run `octavo calibrate <x>`, then --kv int8") == (
-        "run <code>octavo calibrate &lt;x&gt;</code>, then <code>--kv int8</code>"
+    assert prose("run `octavo calibrate <x>`, then --kv kv8") == (
+        "run <code>octavo calibrate &lt;x&gt;</code>, then <code>--kv kv8</code>"
     )
 
 

@@ -1,0 +1,227 @@
+"""docs/SPEED.md, written from the files in benchmarks/results: processors side by side.
+
+python benchmarks/speed_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+SPEED = Path(__file__).parents[1] / "docs" / "SPEED.md"
+PROCESSORS = {"zen3": "Zen 3", "zen4": "Zen 4"}
+Document = dict[str, Any]
+
+HEAD = """# Speed on processors
+
+Written by `benchmarks/speed_tables.py` from `benchmarks/results/`. Programs that are compared ran in turn in one
+process or one script, with two threads; a ratio is the median over rounds of the ratio within a round, above 1 where
+what is named first is faster. The machines are virtual, of a cloud, and not quiet: ranges are in the JSON files.
+
+- **Zen 3**: AMD EPYC, AVX2, no bf16 unit. Octavo computes in float32, with 16-bit weights, by its own products.
+- **Zen 4**: AMD EPYC, AVX512-VNNI with bf16, no AMX. Octavo computes in bf16, with oneDNN's products. Measured on
+  2026-11-23, before edges, and not since.
+"""
+
+
+def load(name: str) -> dict[str, Document]:
+    """The document of each processor that has one."""
+    files = {label: RESULTS / f"{name}-{kind}.json" for kind, label in PROCESSORS.items()}
+    return {label: json.loads(file.read_text()) for label, file in files.items() if file.is_file()}
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    columns = list(columns)
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def commits(documents: dict[str, Document]) -> str:
+    found = {label: document.get("machine", document)["commit"] for label, document in documents.items()}
+    whole = {
+        label: "/".join(commit.values()) if isinstance(commit, dict) else commit for label, commit in found.items()
+    }
+    return "Commit " + ", ".join(f"{commit} on {label}" for label, commit in whole.items())
+
+
+def attention() -> str:
+    found = load("attention-cpu")
+    keys = {
+        "`int8` over torch's best call": "int8_over_torch",
+        "`int8` over our 16 bits": "int8_over_bf16",
+        "`int8-token` over `int8`": "int8_token_over_int8",
+        "`kv8` over `int8-token`": "kv8_over_int8_token",
+        "`kv4` over `int4-token`": "kv4_over_int4_token",
+        "`int8`, share of a plain read": "int8_share_of_streaming_read",
+    }
+    text = f"""
+## Attention
+
+One layer, heads of 128, random block tables; decode is one new token for each sequence. torch's best call views the
+query heads of a group as rows of one query. On Zen 4 only `enable_gqa` with one query row was tried, which is slow in
+torch: no ratio to torch is given there. A plain read sums the bytes of the same codes. {commits(found)}.
+"""
+    for label, document in found.items():
+        columns = {title: key for title, key in keys.items() if key in document["rows"][0]}
+        if "best_torch" not in document["rows"][0]:
+            del columns["`int8` over torch's best call"]
+        rows = (
+            [f"{row['batch']} × {row['tokens']}, {row['heads']}/{row['kv_heads']}",
+             *(f"{row[key]['median']:.2f}" for key in columns.values())]
+            for row in document["rows"]
+        )  # fmt: skip
+        text += f"\n{label}\n\n" + table(["batch × tokens, query/KV heads", *columns], rows) + "\n"
+    text += "\nMany new tokens of one sequence, milliseconds:\n"
+    for label, document in found.items():
+        names = [name for name in document["prefill"][0]["ms"] if not name.startswith("torch_")]
+        rows = (
+            [f"{row['new_tokens']} of {row['tokens']}", *(f"{row['ms'][name]:.0f}" for name in names)]
+            for row in document["prefill"]
+        )
+        text += f"\n{label}\n\n" + table(["new tokens", *names], rows) + "\n"
+    return text
+
+
+def products() -> str:
+    found = load("products-cpu")
+    if not found:
+        return ""
+    text = f"""
+## Products with 16-bit weights
+
+Shapes of a Llama of a billion parameters, against torch's float32 `mm` on float32 weights, and against a loop of
+multiply-adds on all threads, the most that the processor can do. Smallest and largest of four shapes. {commits(found)}.
+"""
+    for label, document in found.items():
+        by_rows: dict[int, list[Document]] = {}
+        for row in document["products"]:
+            by_rows.setdefault(row["rows"], []).append(row)
+        rows = (
+            [count, _span(row["gflops"]["own"] for row in own), _span(row["ratio"]["torch float32"] for row in own),
+             _span(row["ratio"]["multiply-adds"] for row in own)]
+            for count, own in by_rows.items()
+        )  # fmt: skip
+        text += f"\n{label}\n\n" + table(["rows", "GFLOP/s", "over torch", "over the loop"], rows) + "\n"
+    return text
+
+
+def _span(values: Iterable[float]) -> str:
+    values = sorted(values)
+    digits = 0 if values[-1] > 20 else 2
+    return f"{values[0]:.{digits}f}–{values[-1]:.{digits}f}"
+
+
+def peers() -> str:
+    found = load("peers-cpu")
+    text = f"""
+## The engine beside llama.cpp and transformers
+
+A random Llama of 4 layers (hidden 2048, 16/8 heads), bf16 weights; tokens a second, medians. Every program first has to
+agree with a float32 forward. {commits(found)}.
+"""
+    for label, document in found.items():
+        columns = [(row["batch"], part) for row in document["rows"] for part in ("prefill", "decode")]
+        names = list(document["rows"][0]["tokens_per_second"])
+        rates = {row["batch"]: row["tokens_per_second"] for row in document["rows"]}
+        rows = ([name, *(rates[batch].get(name, {}).get(part, "") for batch, part in columns)] for name in names)
+        titles = [f"{part}, batch {batch}" for batch, part in columns]
+        text += f"\n{label}, prompts of {document['prompt']} tokens, {document['rounds']} rounds\n\n"
+        text += table(["", *titles], rows) + "\n"
+    return text
+
+
+def jobs() -> str:
+    found = load("jobs-cpu")
+    if not found:
+        return ""
+    text = f"""
+## Whole jobs on real models
+
+Prompts of WikiText-2 all at once, an answer of fixed length to each, 16-bit weights; tokens a second, medians.
+llama.cpp decodes all sequences in one batch; OpenVINO is GenAI's continuous batching, with KV in 8 bits and products in
+float32. {commits(found)}.
+"""
+    for label, document in found.items():
+        for row in document["rows"]:
+            best = row["times_as_fast"]
+            ours = "octavo kv8" if "octavo kv8" in best else next(iter(best))
+            rows = (
+                [name, *(rates[part] for part in ("prefill", "decode", "job")),
+                 "" if name == ours else best[ours][name]["job"]]
+                for name, rates in row["tokens_per_second"].items()
+            )  # fmt: skip
+            text += (
+                f"\n{label}, {row['model']}: {row['batch']} prompts of {row['prompt']} tokens, answers of "
+                f"{row['tokens']}, {row['rounds']} rounds\n\n"
+                + table(["", "prefill", "decode", "whole job", f"job: {ours.removeprefix('octavo ')} over it"], rows)
+                + "\n"
+            )
+    return text
+
+
+def engine() -> str:
+    found = load("engine-cpu")
+    text = f"""
+## A decode step
+
+The engine's whole step on the bundled model at 512 tokens, as a share of the time of transformers' forward pass alone
+with its DynamicCache; below 1 the engine is faster. {commits(found)}.
+"""
+    for label, document in found.items():
+        names = list(dict.fromkeys(row["kv"] for row in document["rows"]))
+        batches = list(dict.fromkeys(row["batch"] for row in document["rows"]))
+        ratio = {(row["batch"], row["kv"]): row["ratio"] for row in document["rows"]}
+        rows = ([f"batch {batch}", *(ratio[batch, name] for name in names)] for batch in batches)
+        text += f"\n{label}\n\n" + table(["", *names], rows) + "\n"
+    return text
+
+
+def weights() -> str:
+    found = load("weights-peers-cpu")
+    text = f"""
+## 4-bit weights
+
+A random Llama of 1.1 billion parameters, groups of 128, `int8-token` KV, prompts of 2048 tokens, against llama.cpp with
+Q4_0 weights and q8_0 KV, taken beside a test run; tokens a second. {commits(found)}.
+"""
+    for label, document in found.items():
+        columns = [(row["batch"], part) for row in document["rows"] for part in ("prefill", "decode")]
+        rates = {row["batch"]: row["tokens_per_second"] for row in document["rows"]}
+        rows = ([name, *(rates[batch][name][part] for batch, part in columns)] for name in rates[columns[0][0]])
+        text += f"\n{label}\n\n" + table(["", *(f"{part}, batch {batch}" for batch, part in columns)], rows) + "\n"
+    return text
+
+
+def server() -> str:
+    found = load("serve")
+    text = f"""
+## The server
+
+Requests of some 400 tokens with answers of 1000, all at once on caches of the same size: sessions that ran at a time,
+and how many times as fast as with 16 bits all were done. {commits(found)}.
+"""
+    for label, document in found.items():
+        budget = document.get("budget")
+        if budget is None:
+            continue
+        slow = next(row["seconds"] for row in budget["rows"] if row["kv"] == "bf16")
+        rows = (
+            [row["kv"], f"{row['cache_tokens']:,}", f"{row['sessions_running']:g}",
+             f"{row.get('faster_than_bf16', slow / row['seconds']):.2f}"]
+            for row in budget["rows"]
+        )  # fmt: skip
+        text += f"\n{label}, {budget['kv_cache_memory']}, {budget['requests']} requests\n\n"
+        text += table(["", "tokens that fit", "sessions", "times as fast"], rows) + "\n"
+    return text
+
+
+def main() -> None:
+    SPEED.write_text("\n".join([HEAD.rstrip(), *(part().rstrip() for part in (
+        attention, products, peers, jobs, engine, weights, server))]) + "\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

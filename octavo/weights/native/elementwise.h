@@ -1,0 +1,18 @@
+// What Python hands to the kernels between products.
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace octavo::weights {
+
+struct ElementwiseKernels {
+    // y [rows, dim] = x / sqrt(mean(x²) + epsilon) ∘ weight [dim]; rows of x are `stride` apart, those of y contiguous.
+    void (*rms_norm)(const float* x, int64_t rows, int64_t stride, int64_t dim, const float* weight, float epsilon,
+                     float* y, const Pool&);
+    // gate [count] = silu(gate) ∘ up.
+    void (*silu_gate)(float* gate, const float* up, int64_t count, const Pool&);
+};
+
+}  // namespace octavo::weights

@@ -1,0 +1,111 @@
+"""Norms and gates of a model in one native pass each: what they compute, and which modules are left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaMLP, GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
+
+from octavo.models.fused import FusedGate, FusedNorm, fuse
+from octavo.weights import cpu
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native extension is not built")
+
+
+@pytest.mark.parametrize("shape", [(1, 576), (300, 64), (7, 3, 13), (2, 5)], ids=str)
+def test_a_norm_is_the_formula_up_to_rounding(shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape) * 30, torch.randn(shape[-1])
+    exact = F.rms_norm(x.double(), shape[-1:], weight.double(), 1e-5)
+    assert torch.allclose(cpu.rms_norm(x, weight, 1e-5).double(), exact, rtol=1e-6, atol=1e-7)
+
+
+def test_a_norm_reads_rows_with_others_between() -> None:
+    wide = torch.randn(40, 3, 32)
+    assert torch.equal(
+        cpu.rms_norm(wide[:, 1], torch.ones(32), 1e-6), cpu.rms_norm(wide[:, 1].clone(), torch.ones(32), 1e-6)
+    )
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 1000, 70_001])
+def test_a_gate_is_the_formula_up_to_rounding(count: int) -> None:
+    gate, up = torch.randn(count) * 20, torch.randn(count)
+    exact = F.silu(gate.double()) * up.double()
+    assert torch.allclose(cpu.silu_gate_(gate.clone(), up).double(), exact, rtol=2e-6, atol=1e-7)
+
+
+def test_numbers_beyond_the_exponent_are_kept_apart() -> None:
+    gate = torch.tensor([float("inf"), float("nan"), -200.0, 200.0, 0.0])
+    found = cpu.silu_gate_(gate.clone(), torch.ones(5))
+    assert found[0] == float("inf")
+    assert found[1].isnan()
+    assert abs(found[2]) < 1e-30
+    assert found[3] == 200
+    assert found[4] == 0
+
+
+def test_a_rows_bits_do_not_depend_on_its_company() -> None:
+    x, weight, up = torch.randn(2000, 96), torch.randn(96), torch.randn(2000, 96)
+    norms, gates = cpu.rms_norm(x, weight, 1e-5), cpu.silu_gate_(x.clone(), up)
+    for row in (0, 777, 1999):
+        assert torch.equal(cpu.rms_norm(x[row : row + 1], weight, 1e-5)[0], norms[row])
+        assert torch.equal(cpu.silu_gate_(x[row].clone(), up[row]), gates[row])
+
+
+def llama() -> nn.Module:
+    return LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4))
+
+
+def gemma() -> nn.Module:
+    return GemmaMLP(GemmaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4))
+
+
+class Scaled(LlamaRMSNorm):
+    """What has the parts of a norm and computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        (LlamaRMSNorm(32), FusedNorm),
+        (GemmaRMSNorm(32), FusedNorm),
+        (llama(), FusedGate),
+        (Scaled(32), None),
+        (nn.LayerNorm(32, bias=False), None),
+        (gemma(), None),  # its gate is gelu
+        (nn.Linear(32, 32), None),
+    ],
+    ids=["llama's norm", "gemma's norm", "llama's MLP", "twice a norm", "layer norm", "gemma's MLP", "linear"],
+)
+def test_what_computes_a_formula_is_taken_over_and_the_rest_is_not(
+    module: nn.Module, kind: type[nn.Module] | None
+) -> None:
+    model = nn.ModuleList([module]).requires_grad_(False)
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.5)
+    x, own, parameters = torch.randn(5, 32), type(module), dict(model.named_parameters())
+    before = module(x)
+    undo = list(fuse(model))
+    assert len(undo) == (kind is not None)
+    if kind is not None:
+        assert isinstance(module, kind)
+    assert torch.allclose(module(x), before, rtol=1e-4, atol=1e-5)
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    for back in undo:
+        back()
+    assert type(module) is own
+    assert torch.equal(module(x), before)
+
+
+def test_in_another_type_a_module_goes_on_as_before() -> None:
+    model = nn.ModuleList([LlamaRMSNorm(32), llama()]).requires_grad_(False)
+    list(fuse(model))
+    model.bfloat16()
+    x = torch.randn(5, 32).bfloat16()
+    for module in model:
+        assert module(x).dtype == torch.bfloat16
