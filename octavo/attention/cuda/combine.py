@@ -11,10 +11,10 @@ from octavo.attention.cuda.scan import NOTHING
 
 @triton.jit(do_not_specialize=["splits"])
 def combine(
-    sums, tops, totals, tiles, q_start, sinks, c, mu, out, lift, splits,
+    sums, tops, totals, tiles, q_start, shift, sinks, c, mu, out, lift, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, MOST_SPLITS: tl.constexpr,
-    SINKS: tl.constexpr, ROTATED: tl.constexpr, STATIC: tl.constexpr, EDGES: tl.constexpr,
+    SINKS: tl.constexpr, ROTATED: tl.constexpr, STATIC: tl.constexpr, SHIFT: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, head, j): queries j·ROWS … of tile i, which has QUERIES of them. `lift` is LIFT in scan.py;
     `splits` are at most MOST_SPLITS, and with EDGES a part of raw rows follows them."""
@@ -33,6 +33,8 @@ def combine(
     part = own[:, None] + split
     there = live[:, None] & (split < splits)
     tops_ = tl.load(tops + part, there, NOTHING)
+    if SHIFT:  # the same for every code of a row, so its weights do not change
+        tops_ += tl.load(shift + line, live, 0.0)[:, None]
     totals_ = tl.load(totals + part, there, 0.0)
     top = tl.max(tops_, 1)
     if EDGES:

@@ -134,7 +134,8 @@ class Layer:
         }  # fmt: skip
         self.scan: dict[str, Any] = {
             "KV_HEADS": k.heads, "GROUP": self.group, "BLOCK": k.layout.block_size,
-            "SHIFT": shift, "SOFTCAP": spec.softcap is not None, "WINDOW": spec.window is not None, "SPAN": cache.span,
+            "SHIFT": shift and spec.softcap is not None, "SOFTCAP": spec.softcap is not None,
+            "WINDOW": spec.window is not None, "SPAN": cache.span,
         }  # fmt: skip
         for name, store in (("K", k), ("V", v)):
             codec, dim = store.codec, store.dim
@@ -150,7 +151,7 @@ class Layer:
         self.combine: dict[str, Any] = {
             "HEADS": spec.heads, "GROUP": self.group, "DIM": v.dim, "PADDED": _padded(v.dim),
             "SINKS": spec.sinks is not None, "ROTATED": v.codec.rotated, "STATIC": v.static is not None,
-            "EDGES": cache.span > 0,
+            "SHIFT": shift and spec.softcap is None, "EDGES": cache.span > 0,
         }  # fmt: skip
 
     def __call__(
@@ -184,7 +185,7 @@ class Layer:
         else:
             folded = q.new_empty(tokens, heads, 2, K.dim, dtype=torch.int8)
         factor = q.new_empty(tokens, heads, dtype=torch.float32)
-        shift = torch.empty_like(factor) if self.scan["SHIFT"] else None
+        shift = torch.empty_like(factor) if self.write["SHIFT"] else None
         writes = self.write["WRITES"]
         if writes:
             K.written += k.numel()
@@ -233,8 +234,9 @@ class Layer:
         at_once = 1 if splits > 1 else min(16, _power(by.queries))
         v_static = V.static
         combine[(len(tiles), heads, -(-by.queries // at_once))](
-            sums, tops, totals, tiles, q_start, self.sinks, *((v_static.c, v_static.mu) if v_static else (None, None)),
-            out, LIFT.value, splits, QUERIES=by.queries, ROWS=at_once, MOST_SPLITS=MOST_SPLITS if splits > 1 else 1,
+            sums, tops, totals, tiles, q_start, queries[2], self.sinks,
+            *((v_static.c, v_static.mu) if v_static else (None, None)), out, LIFT.value, splits,
+            QUERIES=by.queries, ROWS=at_once, MOST_SPLITS=MOST_SPLITS if splits > 1 else 1,
             **self.combine,
         )  # fmt: skip
 

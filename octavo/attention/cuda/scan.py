@@ -32,7 +32,7 @@ NOTHING = tl.constexpr(-1e30)  # the maximum of a row that has seen nothing: fin
 
 @triton.jit
 def read(
-    query, at, unit, shift, live, position, until, own, context, head,
+    query, at, unit, base, live, position, until, own, context, head,
     k_codes, k_scales, v_codes, v_scales, pages, page_0, begin, low, whole, end,
     sums, tops, totals, part, window, softcap,
     KV_HEADS: tl.constexpr, BLOCK: tl.constexpr,
@@ -44,8 +44,8 @@ def read(
 ):  # fmt: skip
     """Sum what M queries see of the blocks begin … end of one KV head, and store it as part `part` [M].
 
-    Queries lie `at` [M] elements from `query`; `unit` [M] makes scores of products; if SHIFT, what lies at `shift` [M]
-    is added to them. A query sees the keys before `until` [M] that its window reaches. Block b is the one that the
+    Queries lie `at` [M] elements from `query`; `unit` [M] makes scores of products; if SHIFT, `base` [M] is added to
+    them. A query sees the keys before `until` [M] that its window reaches. Block b is the one that the
     table `pages` names; if RAW it is page `pages` + b, block low − 1 stands for page 0, which is page `page_0`, and of
     the others only keys from `own` [M] on are seen. Up to `whole` every query sees all of a block: FIRST is 0 if there
     can be such blocks, LAST 1 if there are no others, else they are 1 and 2.
@@ -69,9 +69,6 @@ def read(
             ).to(tl.float32)
     else:
         q = tl.load(place, live[:, None] & (kd < K_DIM)[None, :], 0.0)
-
-    if SHIFT and SOFTCAP:
-        base = tl.load(shift, live, 0.0)
 
     top = tl.full([M], NOTHING, tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -103,9 +100,9 @@ def read(
             score *= unit[:, None]
             if K_TOKEN:
                 score *= tl.exp2(log2_scale(tl.load(k_scales + line_of_block + token), K_BITS))[None, :]
+            if SHIFT:
+                score += base[:, None]
             if SOFTCAP:
-                if SHIFT:
-                    score += base[:, None]
                 score = softcap * (1 - 2 / (tl.exp2(score) + 1))  # softcap·tanh: `unit` holds the rest
             key = number * BLOCK + token
             if V_TOKEN:
@@ -149,8 +146,6 @@ def read(
                     codes = codes.to(tl.float32)
                 sum_ = dot(weight.to(codes.dtype), codes, sum_ * keep[:, None], PRECISION)
 
-    if SHIFT and not SOFTCAP:  # the same for every key: weights do not change
-        top += tl.load(shift, live, 0.0)
     tl.store(tops + part, top, live)
     tl.store(totals + part, total, live)
     if begin < end:  # `combine` looks at no sums of a part that had nothing to read
@@ -226,7 +221,7 @@ def scan(
         some_whole: tl.constexpr = not WINDOW and (QUERIES > 1 or SPAN > 0)
         all_whole: tl.constexpr = not WINDOW and QUERIES == 1 and SPAN > 0
         whole = tl.minimum(tl.maximum(whole, begin), end) if some_whole else begin
-        base = shift + line if SHIFT else None
+        base = tl.load(shift + line, live, 0.0) if SHIFT else 0.0
         width: tl.constexpr = 2 * K_DIM if K_BITS == 8 or K_BITS == 4 else K_DIM
         read(folded, line * width, tl.load(factor + line, live, 0.0), base, live, position, until, own, context, head,
              k_codes, k_scales, v_codes, v_scales, table + sequence * table_stride, 0, begin, 0, whole, end,
@@ -239,7 +234,7 @@ def scan(
         pages = tl.load(own_page + sequence) - tl.maximum(past, 0) // SPAN * (SPAN // BLOCK)
         at = token * q_token + (head * GROUP + member % GROUP) * q_head
         end = tl.cdiv(newest + 1, BLOCK)
-        read(q, at, tl.full([M], unit, tl.float32), None, live, position, position + 1, own, context, head,
+        read(q, at, tl.full([M], unit, tl.float32), 0.0, live, position, position + 1, own, context, head,
              k_raw, None, v_raw, None, pages, tl.load(first_page + sequence), begin, low, begin, end,
              sums, tops, totals, part, window, softcap, KV_HEADS, BLOCK, K_DIM, K_RAW_PADDED, 16, False,
              V_DIM, V_RAW_PADDED, 16, False, False, SOFTCAP, WINDOW, True, M,
