@@ -34,15 +34,15 @@ NOTHING = tl.constexpr(-1e30)  # the maximum of a row that has seen nothing: fin
 def read(
     query, at, unit, base, live, position, until, own, context, head,
     k_codes, k_scales, v_codes, v_scales, pages, page_0, begin, low, whole, end,
-    sums, tops, totals, part, window, softcap,
-    KV_HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    sums, tops, totals, window, softcap,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     K_DIM: tl.constexpr, K_PADDED: tl.constexpr, K_BITS: tl.constexpr, K_TOKEN: tl.constexpr,
     V_DIM: tl.constexpr, V_PADDED: tl.constexpr, V_BITS: tl.constexpr, V_TOKEN: tl.constexpr,
     SHIFT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, RAW: tl.constexpr,
-    M: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    V_FLOAT32: tl.constexpr,
+    M: tl.constexpr, QUERIES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, V_FLOAT32: tl.constexpr,
 ):  # fmt: skip
-    """Sum what M queries see of the blocks begin … end of one KV head, and store it as part `part` [M].
+    """Sum what M queries see of the blocks begin … end of one KV head, and store it as this program's part.
 
     Queries lie `at` [M] elements from `query`; `unit` [M] makes scores of products; if SHIFT, `base` [M] is added to
     them. A query sees the keys before `until` [M] that its window reaches. Block b is the one that the
@@ -146,6 +146,9 @@ def read(
                     codes = codes.to(tl.float32)
                 sum_ = dot(weight.to(codes.dtype), codes, sum_ * keep[:, None], PRECISION)
 
+    member = tl.arange(0, M)  # anew: across the loop these would take registers
+    part = ((tl.program_id(0) * QUERIES + member // GROUP) * KV_HEADS + head).to(tl.int64) * GROUP + member % GROUP
+    part = part * tl.num_programs(2) + tl.program_id(2)
     tl.store(tops + part, top, live)
     tl.store(totals + part, total, live)
     if begin < end:  # `combine` looks at no sums of a part that had nothing to read
@@ -188,8 +191,6 @@ def scan(
     live = (member < QUERIES * GROUP) & (position < context)
     token = (row + first + member // GROUP).to(tl.int64)
     line = (token * KV_HEADS + head) * GROUP + member % GROUP  # of [T·heads] rows
-    part = ((tile * QUERIES + member // GROUP) * KV_HEADS + head).to(tl.int64) * GROUP + member % GROUP
-    part = part * tl.num_programs(2) + split
 
     # The tile's queries are at oldest … newest, and see no key before `reach`.
     oldest = past + first
@@ -225,8 +226,8 @@ def scan(
         width: tl.constexpr = 2 * K_DIM if K_BITS == 8 or K_BITS == 4 else K_DIM
         read(folded, line * width, tl.load(factor + line, live, 0.0), base, live, position, until, own, context, head,
              k_codes, k_scales, v_codes, v_scales, table + sequence * table_stride, 0, begin, 0, whole, end,
-             sums, tops, totals, part, window, softcap, KV_HEADS, BLOCK, K_DIM, K_PADDED, K_BITS, K_TOKEN,
-             V_DIM, V_PADDED, V_BITS, V_TOKEN, SHIFT, SOFTCAP, WINDOW, False, M,
+             sums, tops, totals, window, softcap, KV_HEADS, GROUP, BLOCK, K_DIM, K_PADDED, K_BITS, K_TOKEN,
+             V_DIM, V_PADDED, V_BITS, V_TOKEN, SHIFT, SOFTCAP, WINDOW, False, M, QUERIES,
              0 if some_whole else 1, 1 if all_whole else 2, None, PRECISION, V_FLOAT32)  # fmt: skip
     else:
         low = tl.maximum(tl.maximum(oldest // SPAN * SPAN, reach) // BLOCK, 1)
@@ -236,6 +237,6 @@ def scan(
         end = tl.cdiv(newest + 1, BLOCK)
         read(q, at, tl.full([M], unit, tl.float32), 0.0, live, position, position + 1, own, context, head,
              k_raw, None, v_raw, None, pages, tl.load(first_page + sequence), begin, low, begin, end,
-             sums, tops, totals, part, window, softcap, KV_HEADS, BLOCK, K_DIM, K_RAW_PADDED, 16, False,
-             V_DIM, V_RAW_PADDED, 16, False, False, SOFTCAP, WINDOW, True, M,
+             sums, tops, totals, window, softcap, KV_HEADS, GROUP, BLOCK, K_DIM, K_RAW_PADDED, 16, False,
+             V_DIM, V_RAW_PADDED, 16, False, False, SOFTCAP, WINDOW, True, M, QUERIES,
              1, 2, RAW_STAGES, PRECISION, RAW_FLOAT32)  # fmt: skip
