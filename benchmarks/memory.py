@@ -21,7 +21,8 @@ from machine import describe
 
 from octavo.cli.tables import mib
 from octavo.cli.tables.memory import notes
-from octavo.measure.memory.costs import Cost, costs, device_memory, own_kind
+from octavo.devices import device_of
+from octavo.measure.memory.costs import Cost, costs, own_kind
 from octavo.measure.memory.plan import draw, fits
 from octavo.measure.memory.points import Point, points, saved
 from octavo.measure.memory.process import Source
@@ -72,7 +73,7 @@ def tell(point: Point) -> None:
 
 def run(path: Path, names: Sequence[str], load_format: str, seconds: float) -> list[Point]:
     geometry = Geometry.trace(path)
-    theory = costs(geometry, [KVFormat.parse(name) for name in names], CONTEXT, device_memory(CPU))
+    theory = costs(geometry, [KVFormat.parse(name) for name in names], CONTEXT, device_of(CPU).memory())
     source = Source(path, load_format=load_format, fill_seconds=seconds)
     return points(theory, list(PAGE), CONTEXT, {own_kind(geometry): source}, tell)
 

@@ -55,7 +55,7 @@ def calibrate(
     validate_choice(granularity, headroom)
     bound = model.bound
     length = _common_length(windows, bound.max_context)
-    offsets = _offsets(bound, len(windows), length, seed)
+    offsets = window_offsets(bound, len(windows), length, seed)
     reading = Reading(bound)
     kept = {
         i: LayerStatistics(shape.kv_heads, shape.k_dim, shape.v_dim)
@@ -147,8 +147,7 @@ def _short_windows(model: Model) -> list[list[int]]:
     tokenizer sees random tokens."""
     count, length = SHORT[0], min(SHORT[1], model.bound.max_context)
     if model.tokenizer is None:
-        random_tokens = torch.Generator().manual_seed(0)
-        return torch.randint(model.bound.vocab_size, (count, length), generator=random_tokens).tolist()
+        return model.bound.random_tokens(count, length)
     prefix = opening(model.tokenizer)[: length - 1]
     text = PROSE.read_text(encoding="utf-8")
     tokens = list(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -172,7 +171,7 @@ def _common_length(windows: Sequence[Sequence[int]], max_context: int) -> int:
     return length
 
 
-def _offsets(bound: BoundModel, count: int, length: int, seed: int) -> list[int]:
+def window_offsets(bound: BoundModel, count: int, length: int, seed: int) -> list[int]:
     """Where each window starts: denser the nearer to 0, from there to the context's end, in random order; all at 0
     where position matters. They are even in log(1 + position/NEAR)."""
     last = min(bound.max_context, FARTHEST) - length
@@ -187,7 +186,7 @@ def _offsets(bound: BoundModel, count: int, length: int, seed: int) -> list[int]
 def shift_invariant(bound: BoundModel, offset: int) -> bool:
     """Whether the attention scores of a text stay the same when it is placed `offset` positions later."""
     n = 16
-    ids = torch.randint(bound.vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = bound.random_tokens(n)
     scores: dict[int, list[Tensor]] = {0: [], offset: []}
     for start, seen in scores.items():
 

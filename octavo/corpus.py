@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, one_line
 
 Split = Literal["calibration", "test"]
 
@@ -160,7 +160,7 @@ def _hub_rows(title: str, arguments: dict[str, Any], remedy: str) -> Callable[[]
     import datasets
 
     def failed(error: Exception) -> OctavoError:
-        return OctavoError(f"{title} cannot be read from the Hub: {remedy} [{_one_line(error)}]")
+        return OctavoError(f"{title} cannot be read from the Hub: {remedy} [{one_line(error)}]")
 
     try:
         loaded: Iterable[dict[str, Any]] = datasets.load_dataset(**arguments, streaming=True)
@@ -198,7 +198,7 @@ def _rows(path: Path, whole: bool) -> Iterator[str]:
         raise OctavoError(f"{path} is not UTF-8 text (see byte {error.start}): convert it to UTF-8") from None
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise OctavoError(
-            f"{path} is incomplete or corrupted ({_one_line(error)}): fetch or compress it again"
+            f"{path} is incomplete or corrupted ({one_line(error)}): fetch or compress it again"
         ) from None
     except OSError as error:
         raise OctavoError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -241,7 +241,3 @@ def _document(record: Any, where: str) -> str:
         found = ", ".join(f"{key} ({type(value).__name__})" for key, value in fields.items()) or type(record).__name__
         raise OctavoError(f"{where} has no string in a field `text`, nor in one field only; found: {found}")
     return text
-
-
-def _one_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,3 +12,8 @@ class OctavoError(Exception):
 
 class Unsupported(OctavoError):
     """A model or option Octavo does not handle. Raised at load: nothing is accepted and then ignored."""
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an error of another library says, or its name."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""The Python face: text in, text out.
+"""`LLM`, the Python interface: text in, text out.
 
 from octavo import LLM, SamplingParams
 llm = LLM("model-dir", kv="int8")
@@ -27,8 +27,10 @@ from octavo.cache.size import CacheSize, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
 from octavo.calibrate import calibration_for
 from octavo.completion import Answer, Completion, Delta, Outbox
+from octavo.devices import device_of
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
+from octavo.engine.scheduler import CHUNK
 from octavo.engine.sequence import FinishReason, Sequence
 from octavo.engine.turns import Turns
 from octavo.engine.warmup import LargestStep
@@ -85,7 +87,7 @@ class LLM:
         headroom: float | None = None,
         session_len: int | None = None,
         max_batch_size: int = 16,
-        max_batch_tokens: int = 1024,
+        max_batch_tokens: int = CHUNK,
         kv_cache_memory: str | int | None = None,
         cache_max_entry_count: float | None = None,
         prefix_caching: bool = True,
@@ -133,10 +135,10 @@ class LLM:
         def cache_of(blocks: int) -> KVCache:
             return KVCache(plans, blocks, layout, cost.raw_pages(max_batch_size))
 
-        step = 0
-        if bound.device.type == "cuda":
+        step, device = 0, device_of(bound.device)
+        if device.asynchronous:
             step = LargestStep(max_batch_size, max_batch_tokens, self.session_len).nbytes(bound, cache_of(1))
-        blocks = num_blocks(cost, max_batch_size, self.session_len, bound.device, memory, cache_max_entry_count, step)
+        blocks = num_blocks(cost, max_batch_size, self.session_len, device, memory, cache_max_entry_count, step)
         self.engine = Engine(
             bound, cache_of(blocks), max_batch_size, max_batch_tokens, self.session_len, prefix_caching
         )

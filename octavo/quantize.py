@@ -147,8 +147,7 @@ def _scale(
 
 def _trial(bound: BoundModel) -> Tensor:
     """Logits of a few random tokens, the same in every run."""
-    ids = torch.randint(bound.vocab_size, (TRIAL,), generator=torch.Generator().manual_seed(0)).tolist()
-    return torch.cat(list(Reading(bound).logits(ids)))
+    return torch.cat(list(Reading(bound).logits(bound.random_tokens(TRIAL))))
 
 
 def _watch(

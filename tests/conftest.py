@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -33,6 +34,13 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
     """Nor where another test would find it. However busy the machine is, it is not refused."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("octavo.calibrate.PATIENCE", math.inf)
+
+
+@pytest.fixture(scope="session")
+def slowly() -> Callable[[int], int]:
+    """Repetitions of a slow test: all of them, or the share that SLOW_SHARE names, one at least."""
+    share = float(os.environ.get("SLOW_SHARE") or 1)
+    return lambda repetitions: max(1, round(share * repetitions))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from octavo.calibrate import _offsets, calibrate, calibration_for, shift_invariant
+from octavo.calibrate import calibrate, calibration_for, shift_invariant, window_offsets
 from octavo.cli import main
 from octavo.errors import OctavoError
 from octavo.llm import LLM
@@ -83,7 +83,7 @@ def test_readers_are_the_queries_and_the_output_projections_weights() -> None:
 
 def test_windows_are_spread_over_the_whole_context_most_of_them_near_its_beginning() -> None:
     model = tiny(max_position_embeddings=4096)
-    offsets = sorted(_offsets(model.bound, 9, 64, seed=0))
+    offsets = sorted(window_offsets(model.bound, 9, 64, seed=0))
     assert (offsets[0], offsets[-1]) == (0, 4096 - 64)
     gaps = [b - a for a, b in itertools.pairwise(offsets)]
     assert gaps == sorted(gaps)

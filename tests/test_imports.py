@@ -19,8 +19,8 @@ PACKAGE = ROOT / "octavo"
 
 # From the ground up. A part imports from earlier groups and from itself; parts of one group know nothing of each other.
 ORDER = (
-    ("errors", "interrupts"),
-    ("artefact", "native"),
+    ("cores", "errors", "interrupts"),
+    ("artefact", "devices", "native"),
     ("quant",),
     ("cache",),
     ("attention",),

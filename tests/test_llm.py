@@ -43,7 +43,7 @@ def assert_idle(llm: LLM) -> None:
     llm.engine.scheduler.check()
     assert not llm.engine.busy
     assert len(llm.engine.pool.free) == len(llm.engine.pool)
-    assert llm._answers == {}
+    assert llm.begun == []
 
 
 def with_eos(llm: LLM, *ids: int) -> LLM:

@@ -247,7 +247,8 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path, monkeypatch: pyte
     hf.save_pretrained(tmp_path / "source")
     bound = bind(hf)
     quantized = quantize(bound, windows(), group_size=32, method="rtn")
-    monkeypatch.setattr("octavo.models.save._copy_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("shutil.copyfile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_awq(bound.hf, quantized.tensors, 32, tmp_path / "source", tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -40,7 +40,7 @@ def assert_idle(llm: LLM) -> None:
     llm.engine.scheduler.check()
     assert not llm.engine.busy
     assert len(llm.engine.pool.free) == len(llm.engine.pool)
-    assert llm._answers == {}
+    assert llm.begun == []
 
 
 def calls(llm: LLM, i: int) -> object:
@@ -100,9 +100,9 @@ def test_threads_get_the_answers_of_one_thread(pamphlet: Model, calibration: Cal
 @pytest.mark.parametrize("kv", FORMATS)
 @pytest.mark.parametrize("make", MAKES)
 def test_threads_get_the_answers_of_one_thread_twenty_times(
-    pamphlet: Model, calibration: Calibration, make: Make, kv: str
+    pamphlet: Model, calibration: Calibration, make: Make, kv: str, slowly: Callable[[int], int]
 ):
-    together(make(pamphlet, kv, calibration if kv == "int8" else None), repetitions=20)
+    together(make(pamphlet, kv, calibration if kv == "int8" else None), repetitions=slowly(20))
 
 
 def test_calls_of_several_threads_share_the_batch(llm: LLM, monkeypatch: pytest.MonkeyPatch):

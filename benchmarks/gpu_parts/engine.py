@@ -22,7 +22,6 @@ from rows import dry_run, emit, guarded
 
 from octavo import LLM, SamplingParams
 from octavo.calibrate import calibrate
-from octavo.measure.memory.fill import random_tokens
 from octavo.measure.memory.process import Source
 from octavo.measure.speed.roofline import cache_bytes, read_bytes
 from octavo.models.model import Model
@@ -67,7 +66,7 @@ def session(model: Model, kv: str, calibration: Any, batch: int, context: int, s
     engine = llm.engine
     params = SamplingParams(max_tokens=context, ignore_eos=True)
     length = context - 2 * steps - batch * context // 4096 - 2  # while later prompts are computed the earlier decode
-    sequences = [llm.sequence(random_tokens(model.bound.vocab_size, length, i), params) for i in range(batch)]
+    sequences = [llm.sequence(model.bound.random_tokens(length, seed=i), params) for i in range(batch)]
     for sequence in sequences:
         engine.add(sequence)
     while any(not sequence.sampled for sequence in sequences):
@@ -126,7 +125,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device("cpu" if dry else "cuda")
     model = load(device, LLAMA_7B | (TINY if dry else {}), 4096)
-    window = random_tokens(model.bound.vocab_size, 64 if dry else 2048)
+    window = model.bound.random_tokens(64 if dry else 2048)
     calibration = calibrate(model, [window], dataset="synthetic")
     bandwidth = copy_bandwidth(device, 1 << 20 if dry else 1 << 30)
     emit({"measure": "copy bandwidth", "bytes_per_second": bandwidth})

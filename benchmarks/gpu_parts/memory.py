@@ -10,7 +10,8 @@ from typing import Any
 
 from rows import dry_run, emit, guarded
 
-from octavo.measure.memory.costs import costs, device_memory, find_device, own_kind
+from octavo.devices import device_of, find_device
+from octavo.measure.memory.costs import costs, own_kind
 from octavo.measure.memory.points import points
 from octavo.measure.memory.process import Source
 from octavo.models.geometry import Geometry
@@ -32,7 +33,9 @@ def main() -> None:
         config.write_text(json.dumps(geometry_json))
         geometry = Geometry.trace(config)
         device = find_device("cpu" if dry else "cuda")
-        theory = costs(geometry, [KVFormat.parse(name) for name in ("fp16", "int8")], context, device_memory(device))
+        theory = costs(
+            geometry, [KVFormat.parse(name) for name in ("fp16", "int8")], context, device_of(device).memory()
+        )
         source = Source(config, device=str(device), load_format="dummy", fill_seconds=2)
         sources = {own_kind(geometry): source}
 

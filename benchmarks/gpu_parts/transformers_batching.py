@@ -9,7 +9,6 @@ from engine import LLAMA_7B, TINY, load
 from rows import dry_run, guarded
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from octavo.measure.memory.fill import random_tokens
 from octavo.models.bind import unbound
 from octavo.models.model import Model
 
@@ -18,7 +17,7 @@ TOY = {"num_blocks": 16, "max_batch_tokens": 64}  # by itself it takes nine tent
 
 def generate(model: Model, batch: int, context: int, steps: int, sizes: dict[str, int]) -> dict[str, Any]:
     """Tokens of all sessions between the last one's first token and the first one's last, over that time."""
-    prompts = [random_tokens(model.bound.vocab_size, context - 2 * steps, i) for i in range(batch)]
+    prompts = [model.bound.random_tokens(context - 2 * steps, seed=i) for i in range(batch)]
     config = GenerationConfig(max_new_tokens=2 * steps, do_sample=False, eos_token_id=-1, pad_token_id=0)
     with unbound(model.bound) as hf:
         done = hf.generate_batch(

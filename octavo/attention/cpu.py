@@ -19,7 +19,7 @@ from torch import Tensor
 
 from octavo import native
 from octavo.attention.backend import AttentionSpec, Backend
-from octavo.attention.chunk import Part, capped, flash
+from octavo.attention.prefill import Part, capped, flash
 from octavo.attention.raw_pages import RawPages
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
@@ -30,7 +30,8 @@ from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
 
 TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile, 8 MB in bf16; at least one head's whole context
 SIDES: tuple[Side, Side] = ("k", "v")
-_native, _unavailable = native.load("octavo.attention._native")
+extension = native.load("octavo.attention._native")
+_native = extension.module
 
 # Whether attention is float32 in one order of sums, so that a row's bits do not depend on its company. Where the
 # processor multiplies bf16 and bytes, that is not the fastest way, and done for layers that ask for it.
@@ -39,7 +40,7 @@ exact = _native is not None and not native.has_bf16(_native)
 
 def unavailable() -> str | None:
     """Why the kernels cannot be used here; None if they can."""
-    return _unavailable
+    return extension.unavailable
 
 
 def isa() -> str:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from octavo.devices import HOST, send
+
 
 class Cached(Protocol):
     """What a batch needs to know of a sequence."""
@@ -105,23 +107,8 @@ class Batch:
 
 def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
     """Index tensors on `device`, those of the host in one copy."""
-    host = {name: x for name, x in tensors.items() if x.device.type == "cpu"}
+    host = {name: x for name, x in tensors.items() if x.device == HOST}
     packed = torch.cat([x.flatten() for x in host.values()]) if host else torch.empty(0, dtype=torch.int64)
     parts = send(packed, device).split([x.numel() for x in host.values()])
     moved = {name: part.view(host[name].shape) for name, part in zip(host, parts, strict=True)}
     return {name: moved[name] if name in moved else x.to(device) for name, x in tensors.items()}
-
-
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`; neither waits for the other."""
-    if device.type != "cuda":
-        return x.to(device)
-    return pinned(x.shape, x.dtype, device).copy_(x).to(device, non_blocking=True)
-
-
-def pinned(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory of the host that `device`, if it is a GPU, copies from and to on its own."""
-    if device.type != "cuda":
-        return torch.empty(shape, dtype=dtype)
-    with torch.cuda.device(device):  # else it is pinned for the current device, which may be another
-        return torch.empty(shape, dtype=dtype, pin_memory=True)

@@ -6,18 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
-import torch
-
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, own_span
+from octavo.devices import Device
 from octavo.errors import OctavoError
 from octavo.quant.format import KVFormat
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 BLOCK_SIZE = Layout.block_size  # tokens, unless said otherwise
 SPARE = 4  # first pages beside those of the sequences that run
-DEFAULT_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of the memory that is free once the model is loaded
 
 
 def parse_bytes(text: str) -> int:
@@ -38,13 +35,6 @@ def format_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.{max(0, 3 - len(str(int(n))))}f} {unit}"
         n /= 1024
     raise AssertionError
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 @dataclass(frozen=True)
@@ -102,17 +92,17 @@ def num_blocks(
     size: CacheSize,
     sessions: int,
     session_len: int,
-    device: torch.device,
+    device: Device,
     memory: int | None = None,
     share: float | None = None,
     step: int = 0,
 ) -> int:
     """Blocks of a cache for `sessions` sessions of `session_len` tokens, beside its raw pages.
 
-    `memory` bytes are taken as asked for; else what the sessions need on a CPU, everything on a GPU, within `share` of
-    the memory that is free once the largest step has taken its `step` bytes.
+    `memory` bytes are taken as asked for; else what the sessions need (all, where the memory is dedicated), within
+    `share` of the memory that is free once the largest step has taken its `step` bytes.
     """
-    free, fixed = max(0, free_memory(device) - step), size.cache(0, sessions)
+    free, fixed = max(0, device.free_memory() - step), size.cache(0, sessions)
     if memory is not None:
         if share is not None:
             raise OctavoError("--kv-cache-memory and --cache-max-entry-count both size the KV cache; give one")
@@ -124,11 +114,11 @@ def num_blocks(
             cache = f"a KV cache of {format_bytes(memory)} holds not one block"
             raise OctavoError(f"{cache}; a block takes {format_bytes(size.block)}{raw}")
         return blocks
-    share = DEFAULT_SHARE[device.type] if share is None else share
+    share = device.cache_share if share is None else share
     if not 0 < share <= 1:
         raise OctavoError(f"--cache-max-entry-count is a share of the free memory between 0 and 1, not {share}")
     fits = (int(free * share) - fixed) // size.block
     if fits < 1:
         needed = format_bytes(size.cache(1, sessions))
         raise OctavoError(f"only {format_bytes(free)} are free: too little for a cache of one block, {needed}")
-    return fits if device.type == "cuda" else min(sessions * size.blocks(session_len), fits)
+    return fits if device.dedicated else min(sessions * size.blocks(session_len), fits)

@@ -75,9 +75,9 @@ def accuracy(
     """Measure what a KV cache format of MODEL costs in accuracy."""
     from octavo.cli.progress import telling
     from octavo.cli.tables.accuracy import show_tasks, show_text, show_theory
-    from octavo.measure.accuracy.document import about, on_text
+    from octavo.measure.accuracy.results import about, on_text
+    from octavo.measure.as_json import dumps
     from octavo.measure.candidate import beside
-    from octavo.measure.document import dumps
 
     reads = text is not None or tasks is None
     _refuse({"--limit": limit, "--max-batch-size": max_batch_size, "--results": results}, tasks is not None, "--tasks")
@@ -115,12 +115,12 @@ def _refuse(given: dict[str, Any], right: bool, other: str) -> None:
 
 
 def _parts(tasks: str, data_dir: Path | None) -> tuple[list[Any], dict[str, str]]:
-    from octavo.measure.tasks import documents, require_harness, select
+    from octavo.measure.tasks import data_files, require_harness, select
 
     parts, skipped = select(tasks, data_dir)
     require_harness()
     for part in parts:
-        documents.check(part)
+        data_files.check(part)
     return parts, skipped
 
 

@@ -95,12 +95,10 @@ def draw_windows(
     if length > model.bound.max_context:
         raise OctavoError(f"--calib-seqlen {length} is beyond the model's context of {model.bound.max_context}")
     if model.synthetic:
-        import torch
-
         if dataset is not None:
             raise OctavoError("--load-format dummy observes one random batch: leave --calib-dataset out")
-        ids = torch.randint(model.bound.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
-        return "synthetic: one random batch, for weights that are random too", ids.tolist()
+        words = "synthetic: one random batch, for weights that are random too"
+        return words, model.bound.random_tokens(1, length, seed=seed)
     if texts is None:
         with progress() as bar:
             task = bar.add_task("sampling text from the model", total=count * length)

@@ -27,13 +27,13 @@ def doctor(
     something is advised against."""
     from octavo.cli.progress import progress
     from octavo.cli.tables.doctor import show
+    from octavo.measure.as_json import dumps
     from octavo.measure.doctor.diagnose import diagnose
     from octavo.measure.doctor.diagnosis import Diagnosis
-    from octavo.measure.document import dumps
     from octavo.measure.machine import describe
 
     try:
-        model = options.load()
+        model = options.load(say=False)  # it is in the table
     except Unsupported as refusal:
         found, machine = Diagnosis.refused(options.model or "pamphlet", str(refusal)), None
     else:

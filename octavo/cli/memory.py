@@ -41,13 +41,15 @@ def memory(
     """Measure the memory of MODEL with all sessions filled; with --config alone, compute it."""
     from contextlib import nullcontext
 
+    from octavo import processor
     from octavo.cli.candidates import baseline_source, formats, kinds
     from octavo.cli.progress import progress
     from octavo.cli.tables import console
     from octavo.cli.tables.memory import cost_table, show
+    from octavo.devices import device_of, find_device
     from octavo.measure import machine
-    from octavo.measure.document import dumps
-    from octavo.measure.memory.costs import costs, device_memory, find_device, own_kind
+    from octavo.measure.as_json import dumps
+    from octavo.measure.memory.costs import costs, own_kind
     from octavo.measure.memory.points import points, saved
     from octavo.measure.memory.process import Source
     from octavo.models.geometry import Geometry
@@ -57,12 +59,14 @@ def memory(
     with_weights = Source(path, options.dtype, str(where), load_format, options.model_format, fill_seconds)
     geometry = Geometry.trace(path, options.dtype, options.model_format)
     length = min(CONTEXT, geometry.max_context) if context is None else context
-    room = device_memory(where)
+    room = device_of(where).memory()
     chosen = kinds(geometry, weights)
     theory = costs(geometry, formats(geometry, kv), length, room, chosen)
     about, out = machine.describe(where), console()
     if not json:
         out.print(f"{name} on {machine.sentence(about)}", markup=False)
+        if where.type == "cpu":
+            out.print(f"CPU: {processor.name()}, {processor.instructions()}", markup=False)
         out.print(cost_table(theory, length, room))
     sources = {own_kind(geometry): with_weights} if options.config is None or load_format == "dummy" else {}
     if baseline is not None:
@@ -71,7 +75,7 @@ def memory(
         task = bar.add_task("measuring", total=len(batches) * len(theory)) if bar else None
         found = points(theory, batches, length, sources, (lambda _: bar.advance(task)) if bar else None)
     if not json:
-        show(found, length, where.type, out)
+        show(found, length, device_of(where).measures, out)
         return
     rows = []
     for point in found:

@@ -38,14 +38,15 @@ def plan(
     from octavo.cli.candidates import DEFAULT, formats
     from octavo.cli.tables import console
     from octavo.cli.tables.memory import fit_table
-    from octavo.measure.document import dumps
-    from octavo.measure.memory.costs import INT4_BITS, device_memory, find_device
+    from octavo.devices import device_of, find_device
+    from octavo.measure.as_json import dumps
+    from octavo.measure.memory.costs import INT4_BITS
     from octavo.measure.memory.plan import check_picture, draw, fits
     from octavo.models.geometry import Geometry
 
     if plot is not None:
         check_picture(plot)
-    whole = parse_bytes(memory) if memory is not None else device_memory(find_device("auto"))
+    whole = parse_bytes(memory) if memory is not None else device_of(find_device("auto")).memory()
     room = whole - parse_bytes(reserve)
     if room <= 0:
         raise OctavoError(f"--reserve {reserve} leaves nothing of {format_bytes(whole)}")

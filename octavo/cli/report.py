@@ -41,7 +41,7 @@ def report(
     from octavo.cache.size import parse_bytes
     from octavo.cli.progress import progress
     from octavo.corpus import load_texts
-    from octavo.measure.document import dumps
+    from octavo.measure.as_json import dumps
     from octavo.measure.report.page import require_directory, write_report
 
     if text is not None:

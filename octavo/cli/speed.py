@@ -36,8 +36,8 @@ def speed(
     from octavo.cli.tables import console
     from octavo.cli.tables.speed import ceiling_table, speed_table
     from octavo.measure import machine
+    from octavo.measure.as_json import dumps
     from octavo.measure.candidate import beside
-    from octavo.measure.document import dumps
     from octavo.measure.speed.roofline import bandwidth, ceilings
     from octavo.measure.speed.throughput import check, measure
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from octavo.cache.batch import Batch
 from octavo.cache.blocks import BlockPool, EdgePool
 from octavo.cache.store import KVCache
+from octavo.devices import device_of
 from octavo.engine.runner import Runner
 from octavo.engine.sampling import Choice, choose
-from octavo.engine.scheduler import Scheduler, Work
+from octavo.engine.scheduler import CHUNK, Scheduler, Work
 from octavo.engine.sequence import FinishReason, Sequence
 from octavo.models.bind import BoundModel
 
@@ -35,14 +36,15 @@ class Launched:
 
 
 class Engine:
-    """Continuous batching over a quantized cache. `overlap` is on by default where it gains: on a GPU."""
+    """Continuous batching over a quantized cache. `overlap` is on by default where it gains: where the device is
+    asynchronous."""
 
     def __init__(
         self,
         model: BoundModel,
         cache: KVCache,
         max_batch_size: int = 16,
-        max_batch_tokens: int = 1024,
+        max_batch_tokens: int = CHUNK,
         max_context: int | None = None,
         prefix_caching: bool = True,
         overlap: bool | None = None,
@@ -55,10 +57,10 @@ class Engine:
         self.pool = BlockPool(cache.num_blocks, size, prefix_caching, edges)
         context = min(model.max_context, max_context or model.max_context)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens, context)
-        gpu = model.device.type == "cuda"
-        self.overlap = gpu if overlap is None else overlap
+        asynchronous = device_of(model.device).asynchronous
+        self.overlap = asynchronous if overlap is None else overlap
         self.launched: Launched | None = None
-        if gpu:
+        if asynchronous:
             self.runner.capture(max_batch_size, self.scheduler.max_context)
 
     def add(self, sequence: Sequence) -> None:

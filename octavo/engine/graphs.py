@@ -15,7 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from octavo.cache.batch import Batch, pinned
+from octavo.cache.batch import Batch
+from octavo.devices import HOST, device_of
+from octavo.errors import one_line
 
 Forward = Callable[[Batch], Tensor]
 Replay = Callable[[], Tensor]
@@ -44,9 +46,9 @@ class StepBuffers:
         """Copy a decode step in, padded to `size` rows: everything of the host in one copy, for which the device's
         queue does not stop."""
         n, used = len(batch.q_lens), len(self.names) * self.rows + size * self.width
-        host = pinned(torch.Size([used]), torch.int64, self.memory.device).zero_()
+        host = device_of(self.memory.device).pinned(torch.Size([used]), torch.int64).zero_()
         columns, table = self._parts(host)
-        sampled = batch.ids.device.type != "cpu"  # by the step before, and never seen by the host
+        sampled = batch.ids.device != HOST  # by the step before, and never seen by the host
         for name, column in columns.items():
             if "slots" in name:
                 column.fill_(-1)
@@ -131,7 +133,7 @@ def cuda_capture(device: torch.device) -> Capture:
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     out = run()
             except Exception as error:
-                raise NotCapturable(_first_line(error)) from error
+                raise NotCapturable(one_line(error)) from error
 
         def replay() -> Tensor:
             graph.replay()
@@ -140,7 +142,3 @@ def cuda_capture(device: torch.device) -> Capture:
         return replay
 
     return capture
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -16,14 +16,12 @@ from octavo.attention import attend, backend_for
 from octavo.cache.batch import Batch
 from octavo.cache.plan import own_span, plan_layers
 from octavo.cache.store import KVCache
+from octavo.engine.scheduler import CHUNK
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity, KVFormat
 
-CHUNK = 1024  # tokens of a text in one forward, as the engine takes them by default
-LOGIT_ROWS = (
-    256  # the same where every row's logits are wanted: a large vocabulary makes them the largest tensor of all
-)
+LOGIT_ROWS = 256  # tokens of a forward whose every row's logits are wanted: with a large vocabulary they are large
 
 Observe = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called in every layer of every forward with (layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v)."""

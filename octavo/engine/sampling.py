@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.cache.batch import pinned, send
+from octavo.devices import device_of, send
 from octavo.engine.sequence import Sampled, Sequence
 
 logger = logging.getLogger("octavo")
@@ -41,15 +41,14 @@ class Choice:
     top: tuple[Tensor, Tensor] | None = None  # log-probabilities and tokens, [n, most wanted], best first
 
     def __post_init__(self) -> None:
-        self._host = [_to_host(x) for x in (self.tokens, self.finite, self.chosen, *(self.top or ())) if x is not None]
-        self._ready = torch.cuda.Event() if self.tokens.is_cuda else None
-        if self._ready is not None:
-            self._ready.record(torch.cuda.current_stream(self.tokens.device))
+        device = device_of(self.tokens.device)
+        found = (self.tokens, self.finite, self.chosen, *(self.top or ()))
+        self._host = [device.fetch(x) for x in found if x is not None]
+        self._wait = device.mark()
 
     def read(self) -> list[Sampled]:
         """The tokens; waits for the device, though not for what was queued after they were chosen."""
-        if self._ready is not None:
-            self._ready.synchronize()
+        self._wait()
         tokens, finite, *columns = [x.tolist() for x in self._host]
         if self.chosen is None:
             sampled = [Sampled(token) for token in tokens]
@@ -176,10 +175,3 @@ def _mixed(x: Tensor) -> Tensor:
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
     return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-def _to_host(x: Tensor) -> Tensor:
-    """A copy on the host that is complete once the device has come to it."""
-    if not x.is_cuda:
-        return x
-    return pinned(x.shape, x.dtype, x.device).copy_(x, non_blocking=True)

@@ -15,6 +15,8 @@ from octavo.errors import OctavoError
 
 Work = list[tuple[Sequence, int]]
 
+CHUNK = 1024  # tokens of a step unless said otherwise, and so of a chunk of a long prompt
+
 
 class Scheduler:
     """Decides in `schedule`, changes sequences in `commit`."""

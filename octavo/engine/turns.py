@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from threading import Lock, get_ident
 from typing import TypeVar
 
+from octavo.errors import one_line
 from octavo.interrupts import held, let_through
 
 logger = logging.getLogger("octavo")
@@ -77,9 +78,9 @@ class Turns:
     def check(self) -> None:
         """Raise EngineFailed if a step has failed."""
         if self.failure is not None:
-            first = str(self.failure).strip().partition("\n")[0]
+            name = type(self.failure).__name__
             raise EngineFailed(
-                f"a step of the engine failed ({type(self.failure).__name__}: {first}), and with it all answers; make "
+                f"a step of the engine failed ({name}: {one_line(self.failure)}), and with it all answers; make "
                 "the LLM anew"
             ) from self.failure
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from octavo.cache.batch import Batch
-from octavo.cache.size import free_memory
 from octavo.cache.store import KVCache
+from octavo.devices import device_of
 from octavo.engine.graphs import NotCapturable
 from octavo.engine.params import SamplingParams
 from octavo.engine.runner import Runner
@@ -55,26 +53,26 @@ class LargestStep:
     def nbytes(self, model: BoundModel, cache: KVCache) -> int:
         """Bytes of the model's GPU that it takes at its peak, beside what was taken before, and those that the graphs
         of decode steps keep. Every kernel that steps launch is compiled before."""
-        device = model.device
+        device = device_of(model.device)
         for lengths in self.kinds():
             run_step(lengths, model, cache)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        device.forget_peak()
+        before = device.taken()
         self.run(model, cache)
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.empty_cache()
-        return peak - before + self._graph_nbytes(model, cache)
+        peak = device.peak()
+        device.trim()
+        return peak - before + self.graph_nbytes(model, cache)
 
-    def _graph_nbytes(self, model: BoundModel, cache: KVCache) -> int:
+    def graph_nbytes(self, model: BoundModel, cache: KVCache) -> int:
         """Bytes that the largest graph keeps; those of fewer rows share its memory."""
-        before = free_memory(model.device)
+        device = device_of(model.device)
+        before = device.free_memory()
         try:
             graphs = Runner(model, cache).captured(self.sequences, self.session_len, [self.sequences])
         except NotCapturable:
             return 0
-        torch.cuda.empty_cache()
-        kept = before - free_memory(model.device)
+        device.trim()
+        kept = before - device.free_memory()
         del graphs
         return max(0, kept)
 

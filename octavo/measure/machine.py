@@ -12,6 +12,7 @@ import transformers
 
 import octavo
 from octavo import processor
+from octavo.devices import device_of
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     generation = f" ({processor.name()})" if processor.name() != processor.full_name() else ""
     return {
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_of(device).name,
         "processor": processor.full_name() + generation,
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -28,7 +28,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from octavo.attention import AttentionSpec
 from octavo.cache.plan import LayerShape
-from octavo.errors import Unsupported
+from octavo.errors import Unsupported, one_line
 from octavo.interrupts import let_through
 from octavo.quant.format import RAW_NAMES, KVFormat
 
@@ -102,6 +102,10 @@ class BoundModel:
     def raw_format(self) -> KVFormat:
         """The cache that keeps K and V in the type of the weights: the baseline."""
         return KVFormat.parse(RAW_NAMES[str(self.dtype).removeprefix("torch.")])
+
+    def random_tokens(self, *shape: int, seed: int = 0) -> list[Any]:
+        """Token ids in lists of that shape, the same every time."""
+        return torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(seed)).tolist()
 
     @cached_property  # a decode step asks for it, and the way there is long
     def device(self) -> torch.device:
@@ -233,8 +237,7 @@ class _Trace:
         except Exception as error:
             if next(hf.parameters()).is_meta:  # code that looks at values: no fault of the model's
                 raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise Unsupported(f"{self.name} does not run on token ids alone: {reason}") from error
+            raise Unsupported(f"{self.name} does not run on token ids alone: {one_line(error)}") from error
 
     def record(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, one_line
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -127,10 +127,6 @@ def read_json(file: Path) -> dict[str, Any]:
 def config_json(path: Path) -> dict[str, Any]:
     """Of a model's directory, or of a config file alone."""
     return read_json(path if path.is_file() else path / "config.json")
-
-
-def one_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def quantization(path: Path) -> tuple[dict[str, Any] | None, Path]:

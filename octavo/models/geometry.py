@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from octavo.cache.plan import LayerShape
-from octavo.cache.size import format_bytes, free_memory
-from octavo.errors import OctavoError
+from octavo.cache.size import format_bytes
+from octavo.devices import HOST, device_of
+from octavo.errors import OctavoError, one_line
 from octavo.models.bind import BoundModel, bind
 from octavo.models.load import load_model
 from octavo.models.packed import packable, packed_layers, parameters, weight_bytes
@@ -60,9 +61,9 @@ class Geometry:
 
 def _with_values(path: Path, dtype: str, weights: int, error: Exception) -> BoundModel:
     """Bound with random weights: the few models whose code cannot run on shapes alone."""
-    if 2 * weights > free_memory(torch.device("cpu")):
+    if 2 * weights > device_of(HOST).free_memory():
         raise OctavoError(
-            f"{path} cannot be traced without weights ({str(error).splitlines()[0]}), and {format_bytes(weights)} of "
+            f"{path} cannot be traced without weights ({one_line(error)}), and {format_bytes(weights)} of "
             "random ones are too many for this machine."
         ) from error
     return bind(load_model(path, dtype=dtype, load_format="dummy"))

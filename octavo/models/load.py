@@ -30,9 +30,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from octavo.errors import OctavoError, Unsupported
+from octavo.devices import device_of
+from octavo.errors import OctavoError, Unsupported, one_line
 from octavo.models import internlm
-from octavo.models.files import config_json, one_line, open_tensors, quantization, read_json, weight_files
+from octavo.models.files import config_json, open_tensors, quantization, read_json, weight_files
 from octavo.models.packed import fill, noise, with_packed_layers
 from octavo.weights.checkpoint import PackedLayers, WeightFormat, read_format
 
@@ -251,9 +252,8 @@ def _dummy(
 ) -> PreTrainedModel:
     """The model with random weights, the same every time. The caller's random state is left alone."""
     chosen: torch.dtype = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
-    gpus = [device] if device.type == "cuda" else []
     with (
-        torch.random.fork_rng(gpus),
+        torch.random.fork_rng(device_of(device).generators),
         device,
         _described_by(path, config),
     ):  # made where it lives: billions of numbers are drawn

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from octavo import processor
+from octavo.devices import HOST, find_device
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel, bind
 from octavo.models.files import resolve
@@ -71,7 +72,7 @@ class Model:
         """
         name, path = locate(model)
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = str(find_device(device))
         hf = load_model(
             path, dtype=dtype, device=device, device_map=device_map, load_format=load_format, model_format=model_format
         )
@@ -113,7 +114,7 @@ class Model:
     @property
     def processor(self) -> str | None:
         """The processor, its instructions, and the types of weights and of what is computed; None on other devices."""
-        if self.bound.device.type != "cpu":
+        if self.bound.device != HOST:
             return None
         computes = str(self.bound.computes).removeprefix("torch.")
         return f"{processor.name()}, {processor.instructions()}; weights {self.weight_kind}, computing {computes}"

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,15 +22,38 @@ LIMIT = "OCTAVO_ISA"  # environment: an instruction set that the kernels are lim
 FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # types.h: Float
 
 
-def load(name: str) -> tuple[Any, str | None]:
-    """The extension of that name, which runs on torch's own threads, or None; and why it cannot be used, or None.
+@dataclass(frozen=True)
+class Extension:
+    """A native extension: its functions, and why they cannot be used here."""
+
+    module: Any  # None where it is not built
+    unavailable: str | None  # None where they can be used
+
+    @property
+    def isas(self) -> list[str]:
+        """The instruction sets of this build that the processor has, the best first."""
+        return self.module.isas() if self.module is not None else []
+
+    @contextmanager
+    def limited_to(self, isa: str) -> Iterator[None]:
+        """Use an instruction set for a while, in this process."""
+        before = self.module.isa()
+        self.module.use(isa)
+        try:
+            yield
+        finally:
+            self.module.use(before)
+
+
+def load(name: str) -> Extension:
+    """The extension of that name, which runs on torch's own threads.
 
     Raises OctavoError where LIMIT names an instruction set that is not there.
     """
     try:
         extension = import_module(name)
     except ImportError as error:
-        return None, f"the native extension is not built ({error})"
+        return Extension(None, f"the native extension is not built ({error})")
     if limit := os.environ.get(LIMIT):
         if limit not in extension.isas():
             raise OctavoError(f"{LIMIT} is {limit}: this build has, for this processor, {', '.join(extension.isas())}")
@@ -35,8 +61,8 @@ def load(name: str) -> tuple[Any, str | None]:
     try:
         extension.set_parallel_for(_torch_parallel_for())
     except (OSError, AttributeError, StopIteration) as error:
-        return extension, f"this torch exports no thread pool ({error})"
-    return extension, None
+        return Extension(extension, f"this torch exports no thread pool ({error})")
+    return Extension(extension, None)
 
 
 def has_bf16(extension: Any) -> bool:

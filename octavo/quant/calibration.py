@@ -76,7 +76,7 @@ class Calibration:
     def check(self, fingerprint: str, rotary: str, shapes: list[tuple[int, int, int]]) -> None:
         """Refuse other weights, other RoPE settings and other geometry; `shapes` is (kv_heads, k_dim, v_dim) of each
         layer."""
-        again = "run `octavo calibrate` on this model again, or serve without calibration with --kv int8-token"
+        again = "run `octavo calibrate` on this model again, or serve without calibration with --kv kv8"
         if self.header.fingerprint != fingerprint:
             raise OctavoError(
                 f"the calibration was made for other weights ({self.header.fingerprint[:19]}…) "

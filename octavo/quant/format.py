@@ -3,6 +3,8 @@
 A `Codec` says what one row of one side becomes; a `KVFormat` is one codec for K and one for V. Variation is data: no
 class per combination. The names:
 
+    kv8  k8v4  kv4  k4v8 …  token codecs with edges: what to serve with. Digits are bits of K and V (16 is bf16), and
+                            kv8 is short for int8-token+edges
     bf16 fp16 fp32          raw: the codes are the values (the baseline, through the same engine)
     int8                    8 bits, static scale from calibration, no bytes beside the codes
     int8-token              8 bits and one byte of logarithmic scale per token and head
@@ -11,7 +13,6 @@ class per combination. The names:
     int8/int4-token         K and V named apart
     int8+edges              the edges of the context raw beside the codes (see KVFormat); +edges128 and +edges256 for
                             longer own spans
-    kv8  k8v4  kv4  k4v8 …  short for token codecs with edges (16 is bf16): kv8 is int8-token+edges
 """
 
 from __future__ import annotations

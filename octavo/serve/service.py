@@ -16,10 +16,10 @@ from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.serve.errors import ApiError
+from octavo.serve.fair_queue import FairQueue
 from octavo.serve.limits import MAX_KEYS, SMALL, Limits
 from octavo.serve.metrics import Metrics
 from octavo.serve.sessions import SessionDir
-from octavo.serve.turns import Turns
 from octavo.serve.worker import EngineFailure, Job, Worker
 
 logger = logging.getLogger("octavo")
@@ -53,9 +53,9 @@ class Service:
         self.jobs: dict[Job, tuple[str, int]] = {}  # whose client and answers, promised and not yet complete
         # Beside the loop and the engine: large bodies one at a time, then prompts made into tokens and schemas into
         # grammars.
-        self.reading, self.read_turns = ThreadPoolExecutor(1, thread_name_prefix="octavo read"), Turns(1)
-        self.preparing, self.prepare_turns = ThreadPoolExecutor(2, thread_name_prefix="octavo prepare"), Turns(2)
-        self.engine_turns = Turns(places)  # so that nobody waits in the engine, where the first come is the first
+        self.reading, self.read_queue = ThreadPoolExecutor(1, thread_name_prefix="octavo read"), FairQueue(1)
+        self.preparing, self.prepare_queue = ThreadPoolExecutor(2, thread_name_prefix="octavo prepare"), FairQueue(2)
+        self.engine_queue = FairQueue(places)  # so that nobody waits in the engine, where the first come is the first
 
     @property
     def admitted(self) -> int:
@@ -98,7 +98,7 @@ class Service:
         """What `function` makes of a body of `size` bytes: beside the loop if that may take more than a moment."""
         if size <= SMALL:
             return function()
-        async with self.read_turns.turn(client):
+        async with self.read_queue.place(client):
             return await asyncio.get_running_loop().run_in_executor(self.reading, function)
 
     @asynccontextmanager
@@ -110,7 +110,7 @@ class Service:
         try:
             try:
                 async with asyncio.timeout_at(deadline):
-                    async with self.prepare_turns.turn(client):
+                    async with self.prepare_queue.place(client):
                         job.answers = await loop.run_in_executor(self.preparing, self._answers, job, prepare)
                     if self.sessions:
                         for prompt in {tuple(answer.sequence.tokens) for answer in job.answers}:
@@ -174,7 +174,9 @@ class Service:
         own = self._of(client)
         while self.admitted + n > self.capacity:
             most = max({client for client, _ in self.jobs.values()}, key=self._of, default=client)
-            waiting = [job for job, (of, _) in self.jobs.items() if of == most and not any(t.begun for t in job.turns)]
+            waiting = [
+                job for job, (of, _) in self.jobs.items() if of == most and not any(t.begun for t in job.tickets)
+            ]
             if own + n >= self._of(most) or not waiting:
                 raise _full()
             waiting[-1].fail(_full())
@@ -187,8 +189,8 @@ class Service:
 
     def _release(self, job: Job) -> None:
         del self.jobs[job]
-        for turn in job.turns:
-            turn.leave()
+        for ticket in job.tickets:
+            ticket.leave()
 
     def _queue(self, client: str, job: Job) -> None:
         job.unfinished = len(job.answers)
@@ -197,18 +199,18 @@ class Service:
             def start(answer: Answer = answer) -> None:
                 self.worker.submit(job, answer)
 
-            job.turns.append(self.engine_turns.ask(client, start))
+            job.tickets.append(self.engine_queue.ask(client, start))
 
     def _end(self, job: Job) -> None:
         """The deadline: answers end with what they have, which may be nothing."""
         if job.complete:
             return
-        if not any(turn.begun for turn in job.turns):
+        if not any(ticket.begun for ticket in job.tickets):
             job.fail(_late())
             return
-        for answer, turn in zip(job.answers, job.turns, strict=True):
-            if not turn.begun:
-                turn.leave()
+        for answer, ticket in zip(job.answers, job.tickets, strict=True):
+            if not ticket.begun:
+                ticket.leave()
                 self.worker.submit(job, answer)
         self.worker.finish(job, "length")
         asyncio.get_running_loop().call_later(LATE, self._give_up, job)

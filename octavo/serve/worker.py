@@ -21,7 +21,7 @@ from octavo.completion import Answer, Delta
 from octavo.engine.sequence import FinishReason
 from octavo.errors import OctavoError
 from octavo.llm import LLM
-from octavo.serve.turns import Turn
+from octavo.serve.fair_queue import Ticket
 
 logger = logging.getLogger("octavo")
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class Job:
     def __init__(self, worker: Worker, on_release: Callable[[Job], None]):
         self.worker, self.on_release = worker, on_release
         self.answers: list[Answer] = []
-        self.turns: list[Turn] = []  # of each answer, once it waits for the engine
+        self.tickets: list[Ticket] = []  # of each answer, once it waits for the engine
         self.unfinished = -1  # answers; −1 before they wait for the engine
         self.released = False
         self.pieces: list[Delta] = []  # on the loop's side
@@ -224,7 +224,7 @@ def _receive(batch: list[tuple[Job, Delta | Exception]]) -> None:
             job.pieces.append(delta)
             if delta.completion:
                 job.unfinished -= 1
-                job.turns[delta.index].leave()
+                job.tickets[delta.index].leave()
         else:
             job.error = delta
         if job.complete:

@@ -13,14 +13,22 @@ import torch
 from torch import Tensor
 
 from octavo import native
+from octavo.devices import HOST
 from octavo.native import FLOATS
 
-_native, _unavailable = native.load("octavo.weights._native")
+FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # native/elementwise.h
+extension = native.load("octavo.weights._native")
+_native = extension.module
 
 
 def unavailable() -> str | None:
     """Why the kernels cannot be used here; None if they can."""
-    return _unavailable
+    return extension.unavailable
+
+
+def refuses(device: torch.device) -> str | None:
+    """Why weights on that device are not the kernels' to multiply; None if they are."""
+    return unavailable() if device == HOST else f"the weights are on {device}"
 
 
 def matrix(codes: Tensor, scales: Tensor, zeros: Tensor, out: int, columns: int, group: int) -> Any:
@@ -70,6 +78,16 @@ def multiply_panels(panels: Tensor, out: int, x: Tensor, bias: Tensor | None) ->
         x.data_ptr(), len(x), x.stride(0), FLOATS[x.dtype], 0 if bias is None else bias.data_ptr(),
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
+    return y
+
+
+def activate(function: str, x: Tensor) -> Tensor:
+    """One of FUNCTIONS of every number, computed in float32: of x's shape and type."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _native.activate(
+        FUNCTIONS[function], x.data_ptr(), x.numel(), FLOATS[x.dtype], y.data_ptr(), torch.get_num_threads()
+    )
     return y
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.devices import HOST
 from octavo.errors import Unsupported
 from octavo.weights import cpu
 from octavo.weights.layouts import Int4Weight
@@ -35,6 +36,8 @@ class PackedLinear(nn.Module):
         scales  [tiles, in/group, 16]        in the checkpoint's type
         zeros   uint8 [tiles, in/group, 16]
     """
+
+    exact = False  # whether a row's bits must not depend on how many there are
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype | None = None):
         super().__init__()
@@ -73,7 +76,7 @@ class PackedLinear(nn.Module):
 
     def decode(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
         """Rows of the weight as numbers: [end − first, in]; `first` is a multiple of 16."""
-        if self.codes.device.type == "cpu" and _kernels():
+        if _by_kernels(self.codes.device):
             whole = torch.empty(end - first, 8 * self.codes.shape[1], dtype=dtype)
             return cpu.decode(self._matrix(), first, whole)[:, : self.in_features]
         tiles = slice(first // TILE, -(-end // TILE))
@@ -86,8 +89,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] of x's type."""
         rows = x.reshape(-1, self.in_features)
-        sliced = len(rows) >= MANY and x.dtype == torch.bfloat16 and _has_amx()
-        packed = not sliced and x.device.type == "cpu" and _kernels()
+        sliced = not self.exact and len(rows) >= MANY and x.dtype == torch.bfloat16 and _has_amx()
+        packed = not sliced and _by_kernels(x.device)
         return (self._packed(rows) if packed else self._sliced(rows)).unflatten(0, x.shape[:-1])
 
     def _packed(self, x: Tensor) -> Tensor:
@@ -120,16 +123,19 @@ def _tiled(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, -len(x) % TILE)).unflatten(0, (-1, TILE))
 
 
-@cache
 def _has_amx() -> bool:
     capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch that is accepted
     return bool(capabilities().get("amx_bf16"))
 
 
-@cache
-def _kernels() -> bool:
-    """Whether the native kernels are there. Says once if they are not."""
-    why = cpu.unavailable()
-    if why is not None:
-        warnings.warn(f"4-bit weights are multiplied without the native kernels and slower: {why}", stacklevel=4)
+def _by_kernels(device: torch.device) -> bool:
+    """Whether the native kernels multiply what is there."""
+    why = cpu.refuses(device)
+    if why is not None and device == HOST:
+        _say_once(f"4-bit weights are multiplied without the native kernels and slower: {why}")
     return why is None
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from octavo import LLM, OctavoError, SamplingParams
-from octavo.attention import AttentionSpec, attend, backend_for, chunk, cpu
+from octavo.attention import AttentionSpec, attend, backend_for, cpu, prefill
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, plan_layers
@@ -37,7 +37,7 @@ from tests.attention.test_reference import (
 from tests.conftest import ranging
 
 native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
-ISAS = cpu._native.isas() if cpu.unavailable() is None else ["none"]
+ISAS = cpu.extension.isas or ["none"]
 CLOSE = {
     True: 2e-5,
     False: 1e-3,
@@ -73,10 +73,8 @@ CASES = [
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs the test with each instruction set of this processor."""
-    before = cpu._native.isa()
-    cpu._native.use(request.param)
-    yield
-    cpu._native.use(before)
+    with cpu.extension.limited_to(request.param):
+        yield
 
 
 @pytest.fixture(params=[True, False], ids=["exact", "fastest"])
@@ -159,8 +157,8 @@ def test_a_long_context_is_split_over_threads_and_joined(name: str) -> None:
 def test_a_chunk_may_be_cut_into_any_tiles(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "exact", False)
     monkeypatch.setattr(cpu, "TILE_ELEMENTS", 1 << 13)
-    monkeypatch.setattr(chunk, "SCORES", 1 << 13)
-    monkeypatch.setattr(chunk, "WINDOW_ROWS", 16)
+    monkeypatch.setattr(prefill, "SCORES", 1 << 13)
+    monkeypatch.setattr(prefill, "WINDOW_ROWS", 16)
     layer = NativeLayer(case, sequences=2)
     layer.step([(0, 130), (1, 70)])
     layer.step([(0, 70), (1, 1)])

@@ -27,7 +27,7 @@ Run = Callable[..., int]
 def octavo(pamphlet: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs `octavo accuracy` on the bundled model that is loaded already; returns the exit status."""
     monkeypatch.setattr(LoadOptions, "load", lambda _: pamphlet)
-    monkeypatch.setattr("octavo.measure.accuracy.document.ANSWER", 16)
+    monkeypatch.setattr("octavo.measure.accuracy.results.ANSWER", 16)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*argv: object) -> int:
@@ -171,7 +171,7 @@ def test_results_are_kept_and_a_second_run_takes_them(
     from octavo.measure.tasks import run as benchmark
 
     ran: list[tuple[str, str]] = []
-    really = benchmark._evaluate
+    really = benchmark.run_task
 
     def evaluate(llm: Any, task: Any, key: dict[str, Any], *rest: Any) -> benchmark.Result:
         ran.append((key["task"], key["kv"]))
@@ -179,7 +179,7 @@ def test_results_are_kept_and_a_second_run_takes_them(
             raise KeyboardInterrupt
         return really(llm, task, key, *rest)
 
-    monkeypatch.setattr(benchmark, "_evaluate", evaluate)
+    monkeypatch.setattr(benchmark, "run_task", evaluate)
     same = ["--tasks", "winogrande,crows_pairs", "--data-dir", raw, "--kv", "fp32,int4-token"]
     same += ["--limit", "3", "--results", tmp_path / "kept", "--json"]
     assert octavo(*same) == 130

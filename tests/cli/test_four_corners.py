@@ -56,7 +56,7 @@ def test_the_page_s_last_line(octavo: Run, awq: Path, calibration: Calibration, 
 
 
 def test_accuracy_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("octavo.measure.accuracy.document.ANSWER", 4)
+    monkeypatch.setattr("octavo.measure.accuracy.results.ANSWER", 4)
     for model in (awq, "pamphlet"):
         assert octavo("calibrate", model, *SMALL)[0] == 0
     asked = ["--baseline", "pamphlet", "--kv", "bf16,int8", "--windows", "1", "--window", "64", "--json"]
@@ -136,7 +136,7 @@ def test_the_baseline_takes_the_type_of_the_four_bit_model(awq: Path):
 def test_token_formats_calibrated_with_one_kind_of_weights_are_told(
     octavo: Run, awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("octavo.measure.accuracy.document.ANSWER", 4)
+    monkeypatch.setattr("octavo.measure.accuracy.results.ANSWER", 4)
     own = tmp_path / "calibration"
     assert octavo("calibrate", awq, *SMALL, "--work-dir", own)[0] == 0
     asked = ["--kv", "bf16,int8-token", "--windows", "1", "--window", "64", "--calibration", own, "--json"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,9 +114,18 @@ def test_cached_conversations_keep_their_first_page_up_to_the_spare_ones(llama: 
     assert [bool(made.pool.find(text)) for text in texts] == [False, True, True, True, True, True]
 
 
-@pytest.mark.parametrize("steps", [200, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("span", SPANS)
-def test_random_steps_leak_no_raw_page(llama: BoundModel, span: int, steps: int) -> None:
+def test_random_steps_leak_no_raw_page(llama: BoundModel, span: int) -> None:
+    take_random_steps(llama, span, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("span", SPANS)
+def test_many_random_steps_leak_no_raw_page(llama: BoundModel, span: int, slowly: Callable[[int], int]) -> None:
+    take_random_steps(llama, span, slowly(100_000))
+
+
+def take_random_steps(llama: BoundModel, span: int, steps: int) -> None:
     """Requests come, share beginnings, are aborted and preempted; the pools are checked after every step."""
     dice, made = random.Random(span), engine(llama, span, blocks=20, budget=40)
     beginnings = [prompt(llama, 50, seed) for seed in range(3)]

@@ -36,7 +36,7 @@ class Running:
         wait_until(lambda: not self.llm.engine.busy and self.server.service.admitted == 0)
         self.llm.engine.scheduler.check()
         assert len(self.llm.engine.pool.free) == len(self.llm.engine.pool)
-        assert self.llm._answers == {}
+        assert self.llm.begun == []
 
 
 def wait_until(condition: Any, seconds: float = 20) -> None:

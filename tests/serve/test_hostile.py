@@ -19,10 +19,10 @@ from octavo.models.model import Model
 from octavo.schema_size import MAX_REPETITIONS, measure_schema, regex_size
 from octavo.serve import logs
 from octavo.serve.connections import Connections
+from octavo.serve.fair_queue import FairQueue, Ticket
 from octavo.serve.limits import MAX_KEYS, Limits, check_json
 from octavo.serve.protocol import ApiError, ChatRequest, CompletionRequest, parse
 from octavo.serve.server import Server, bind
-from octavo.serve.turns import Turn, Turns
 from tests.serve.conftest import Running, serving, small, wait_until
 
 HELLO = {"role": "user", "content": "a"}
@@ -228,17 +228,17 @@ def test_a_client_that_never_reads_is_closed_and_its_blocks_are_free(pamphlet: M
             client.close()
 
 
-# --- fair turns ------------------------------------------------------------------------------------------------------
+# --- fair queue -------------------------------------------------------------------------------------------------------
 
 
-def ask(turns: Turns, client: str, started: list[str]) -> Turn:
-    return turns.ask(client, lambda: started.append(client))
+def ask(queue: FairQueue, client: str, started: list[str]) -> Ticket:
+    return queue.ask(client, lambda: started.append(client))
 
 
 def test_the_client_with_the_fewest_places_is_next():
-    turns, started = Turns(2), list[str]()
-    many = [ask(turns, "many", started) for _ in range(5)]
-    ask(turns, "few", started)
+    queue, started = FairQueue(2), list[str]()
+    many = [ask(queue, "many", started) for _ in range(5)]
+    ask(queue, "few", started)
     assert started == ["many", "many"]
     many[0].leave()
     assert started[2:] == ["few"]
@@ -249,14 +249,14 @@ def test_the_client_with_the_fewest_places_is_next():
 
 
 def test_a_place_is_kept_for_a_client_that_was_here():
-    turns, started = Turns(4), list[str]()
-    ask(turns, "few", started).leave()
-    many = [ask(turns, "many", started) for _ in range(8)]
+    queue, started = FairQueue(4), list[str]()
+    ask(queue, "few", started).leave()
+    many = [ask(queue, "many", started) for _ in range(8)]
     assert started.count("many") == 3
-    ask(turns, "few", started)
+    ask(queue, "few", started)
     assert started[-1] == "few"
-    for turn in many[:3]:
-        turn.leave()
+    for ticket in many[:3]:
+        ticket.leave()
     assert started.count("many") == 6
 
 
@@ -281,8 +281,8 @@ def test_a_full_queue_refuses_the_client_that_fills_it(pamphlet: Model):
 def test_with_several_keys_each_is_a_client(pamphlet: Model):
     seen: list[str] = []
     with serving(small(pamphlet), api_key=("sesame", "other")) as running:
-        whole = running.server.service._admit
-        running.server.service._admit = lambda client, n: seen.append(client) or whole(client, n)  # type: ignore[method-assign]
+        service, job = running.server.service, running.server.service.job
+        service.job = lambda client, *rest: seen.append(client) or job(client, *rest)  # type: ignore[method-assign]
         for key in ("sesame", "other"):
             running.client(key).completions.create(model="pamphlet", prompt="a", max_tokens=1)
         with pytest.raises(AuthenticationError, match="asks for a key"):
@@ -330,14 +330,14 @@ def test_a_server_that_anyone_may_use_says_so_once(pamphlet: Model, caplog: Any,
 
 
 def test_a_turn_given_up_while_waiting_leaves_no_trace():
-    async def run() -> Turns:
-        turns = Turns(1)
-        async with turns.turn("a"):
-            waiting = asyncio.create_task(turns.turn("b").__aenter__())
+    async def run() -> FairQueue:
+        queue = FairQueue(1)
+        async with queue.place("a"):
+            waiting = asyncio.create_task(queue.place("b").__aenter__())
             await asyncio.sleep(0)
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
-        return turns
+        return queue
 
-    turns = asyncio.run(run())
-    assert (turns.free, turns.lines) == (1, {})
+    queue = asyncio.run(run())
+    assert (queue.free, queue.lines) == (1, {})

@@ -211,8 +211,8 @@ def test_the_least_recently_used_go_first(pamphlet: Model, prompts: list[list[in
         os.utime(file, (i, i))
     one = max(file.stat().st_size for file in tmp_path.iterdir())
     with keeping(tmp_path, pamphlet, limit=int(2.5 * one)) as (running, sessions):
-        oldest = next(iter(sessions.sizes))
-        used = next(prompt for prompt in prompts[:2] if oldest.name.startswith(sessions._chain(prompt)[-1].hex()))
+        oldest, pool = next(iter(sessions.sizes)), running.llm.engine.pool
+        used = next(prompt for prompt in prompts[:2] if oldest.name.startswith([*pool.prefixes(prompt)][-1][0].hex()))
         assert ask(running, used)[1] == 64  # it is the newest now
         ask(running, prompts[2])
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 2.5 * one

@@ -249,7 +249,7 @@ def test_an_answer_whose_text_cannot_be_made_is_forgotten(running: Running, monk
 
     monkeypatch.setattr(TextStream, "flush", fail_once)
     assert post(running.url, max_tokens=3).status_code == 500
-    assert running.llm._answers == {}
+    assert running.llm.begun == []
     assert post(running.url, max_tokens=3).status_code == 200
 
 

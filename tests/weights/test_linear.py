@@ -6,7 +6,6 @@ import copy
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from octavo.weights import cpu
 from octavo.weights.layouts import Int4Weight
 from octavo.weights.linear import MANY, PackedLinear
 
-ISAS = cpu._native.isas() if cpu._native and cpu.unavailable() is None else []
 # out: below, at and beyond tiles of 16; in: groups of 16 to 128, whole rows, and rows that need padding
 SHAPES = [(64, 256, 128), (37, 96, 32), (5, 100, 100), (48, 192, 96), (129, 64, 64), (16, 272, 16), (1, 344, 344)]
 ROWS = [1, 2, 3, 5, 8, 9, 21]
@@ -29,14 +27,6 @@ TOLERANCE = {torch.float32: 3e-4, torch.float16: 6e-4, torch.bfloat16: 4e-3}
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu._native.isa()
-    cpu._native.use(request.param)
-    yield request.param
-    cpu._native.use(before)
 
 
 def random_weight(out: int, columns: int, group: int, dtype: torch.dtype = torch.float16) -> Int4Weight:
@@ -86,7 +76,7 @@ def test_packing_loses_nothing(isa: str, shape: tuple[int, int, int]):
     assert torch.equal(layer.decode(0, shape[0], torch.float32), weight.dequantize())
     assert torch.equal(layer.decode(0, shape[0], torch.float16), weight.dequantize().half()), isa
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("octavo.weights.linear._kernels", lambda: False)
+        patch.setattr("octavo.weights.cpu.refuses", lambda _: "not built")
         assert torch.equal(layer.decode(0, shape[0], torch.float32), weight.dequantize())
 
 
@@ -108,12 +98,12 @@ def test_an_input_far_above_its_neighbours_leaves_them_their_share(isa: str):
 
 
 def test_many_rows_are_left_to_a_matrix_unit(isa: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("octavo.weights.linear._has_amx", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     monkeypatch.setattr("octavo.weights.linear.SLICE", 16 * 100)
     weight = random_weight(37, 96, 32)
     layer = layer_of(weight, torch.bfloat16)
     x = torch.randn(MANY, 96).bfloat16()
-    monkeypatch.setattr(layer, "_packed", None)
+    monkeypatch.setattr(cpu, "multiply", None)
     expected = exact(layer, weight, x)
     assert ((layer(x) - expected).abs() < 1e-2 * (size(weight, x) + expected.abs())).all(), isa
 
@@ -141,7 +131,7 @@ def test_shapes_strides_and_zeros(isa: str):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plain_torch_multiplies_a_slice_at_a_time(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("octavo.weights.linear._kernels", lambda: False)
+    monkeypatch.setattr("octavo.weights.cpu.refuses", lambda _: "not built")
     monkeypatch.setattr("octavo.weights.linear.SLICE", 32 * shape[1])
     weight = random_weight(*shape)
     layer = layer_of(weight, torch.float32)

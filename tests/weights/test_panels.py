@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,18 +13,6 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the nativ
 
 SHAPES = [(1, 1), (16, 8), (40, 96), (33, 1100), (7, 513), (130, 1537)]  # out, in
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def isas() -> list[str]:
-    return cpu._native.isas() if cpu._native is not None else []
-
-
-@pytest.fixture(params=isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu._native.isa()
-    cpu._native.use(request.param)
-    yield request.param
-    cpu._native.use(before)
 
 
 def draw(out: int, columns: int, dtype: torch.dtype, rows: int = 450) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,15 +64,14 @@ def test_a_row_s_bits_do_not_depend_on_its_company(shape: tuple[int, int], dtype
 
 def test_every_instruction_set_that_fuses_has_the_same_bits() -> None:
     """Sums are defined by their order and not by registers: all x86 sets but the portable one agree."""
-    fused = [isa for isa in isas() if isa != "portable"]
+    fused = [isa for isa in cpu.extension.isas if isa != "portable"]
     if len(fused) < 2:
         pytest.skip("this processor has one such set")
-    before, (weight, x, bias) = cpu._native.isa(), draw(130, 1537, torch.bfloat16)
+    weight, x, bias = draw(130, 1537, torch.bfloat16)
     panels, found = cpu.pack_panels(weight), []
     for name in fused:
-        cpu._native.use(name)
-        found.append(cpu.multiply_panels(panels, len(weight), x, bias))
-    cpu._native.use(before)
+        with cpu.extension.limited_to(name):
+            found.append(cpu.multiply_panels(panels, len(weight), x, bias))
     assert all(torch.equal(one, found[0]) for one in found)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from octavo.cache.batch import Batch, send
+from octavo.cache.batch import Batch
+from octavo.devices import send
 
 
 @dataclass

@@ -43,10 +43,10 @@ def _weights(theory: Sequence[Cost]) -> str:
     return " or ".join(f"{size} MiB ({kind})" for kind, size in sizes.items())
 
 
-def show(found: Sequence[Point], context: int, device: str, out: Console) -> None:
+def show(found: Sequence[Point], context: int, peak: str, out: Console) -> None:
     """The table of all points, and under it how they came about."""
     out.print(point_table(found, context, any(point.found for point in found)))
-    for note in notes(found, context, device):
+    for note in notes(found, context, peak):
         out.print(note)
 
 
@@ -71,8 +71,8 @@ def point_table(found: Sequence[Point], context: int, measured: bool) -> Table:
     return rows
 
 
-def notes(found: Sequence[Point], context: int, device: str) -> list[str]:
-    """What the table's words mean, and why some points were not measured."""
+def notes(found: Sequence[Point], context: int, peak: str) -> list[str]:
+    """What the table's words mean, and why some points were not measured. `peak` is what the peak was read from."""
     lines = []
     filled = [(point, point.found) for point in found if point.found is not None]
     if filled:
@@ -83,10 +83,9 @@ def notes(found: Sequence[Point], context: int, device: str) -> list[str]:
             if by_model == 1
             else f"the model ({by_model:.0%}), then random rows in every slot that was left"
         )
-        peak = "resident set of a process of its own" if device == "cpu" else "PyTorch's allocator"
         lines.append(f"measured: weights and cache are the tensors' sizes, the total is the peak of the {peak}.")
         lines.append(f"All sessions were filled by {how}; then one decode step of all.")
-        if device == "cpu":
+        if filled[0][1].driver is None:
             own = sum(one.before for _, one in filled) // len(filled)
             lines.append(f"Of the rest, {mib(own)} MiB are Python and its libraries before the model is loaded.")
         else:

@@ -40,7 +40,7 @@ from octavo.text_windows import consecutive_windows, self_windows, token_windows
 
 SELF = "self"
 PROSE = BUNDLED / "evaluation.txt"  # English, written for this project
-CALIBRATED, MEASURED, LENGTH = 8, 3, 512  # windows of LENGTH tokens
+CALIBRATED, MEASURED, LENGTH = 8, 2, 512  # windows of LENGTH tokens
 SHORTEST, LAYER_TOKENS = 256, 128  # of a window, and of the piece of one that layers are tried on
 CHARS = 400_000  # of a text that are looked at
 SECONDS = 40.0  # what comparing the formats may take, about; and trying the layers half of that
@@ -56,11 +56,8 @@ CANDIDATES: tuple[
     ("int8", "int8", True, {}),
     ("int8, tensor × 1.0", "int8", True, {"granularity": "tensor", "headroom": 1.0}),
 )
-LAYER_FORMATS = (
-    "int8",
-    "int8-token",
-    "int4-token",
-)  # codes alone; token formats without the calibration, which hides what is special in a layer
+# Codes alone; token formats without the calibration, which hides what is special in a layer.
+LAYER_FORMATS = ("int8", "int8-token", "int4-token")
 
 
 def diagnose(model: Model, text: str | None = None, progress: Callable[[float], None] | None = None) -> Diagnosis:
@@ -148,9 +145,7 @@ def _windows(model: Model, text: str | None, length: int) -> tuple[str, list[lis
     """The text's name, windows to calibrate on and windows to measure on: of its first part and of the rest."""
     count = CALIBRATED + MEASURED
     if model.synthetic:
-        ids = torch.randint(
-            model.bound.vocab_size, (count, length), generator=torch.Generator().manual_seed(0)
-        ).tolist()
+        ids = model.bound.random_tokens(count, length)
         return "random tokens, since the weights are random too", ids[:CALIBRATED], ids[CALIBRATED:]
     if text == SELF:
         windows = self_windows(

@@ -40,7 +40,7 @@ class SelfCheck:
 
 def self_check(bound: BoundModel) -> SelfCheck:
     lengths = [min(length, bound.max_context) for length in LENGTHS]
-    ids = torch.randint(bound.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(0)).split(lengths)
+    ids = torch.tensor(bound.random_tokens(sum(lengths))).split(lengths)
     texts = [part.tolist() for part in ids]
     packed = torch.cat(_logits(bound, texts))
     alone = torch.cat([_logits(bound, [text])[0] for text in texts])

@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
-import torch
-
 from octavo.cache.size import CacheSize
 from octavo.errors import OctavoError
 from octavo.models.geometry import GROUP, Geometry
@@ -42,25 +39,6 @@ class Cost:
 def baseline(geometry: Geometry) -> KVFormat:
     """The raw format of the model's own type."""
     return KVFormat.parse(RAW_NAMES[str(geometry.dtype).removeprefix("torch.")])
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name, for auto a GPU if there is one; raises OctavoError if it cannot be used here."""
-    gpu = torch.cuda.is_available()
-    try:
-        device = torch.device(("cuda" if gpu else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise OctavoError(f"there is no device {name!r}: name auto, cpu, cuda or cuda:1") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not gpu):
-        raise OctavoError(f"the memory of the device {name!r} cannot be measured here")
-    return device
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of a GPU, or those that are free on a CPU. Allocates nothing on the device, which is yet to be measured."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().available
 
 
 def weight_kinds(geometry: Geometry) -> dict[str, int]:

@@ -7,32 +7,21 @@ rows, encoded and put into every slot that is left: the same bytes, touched in t
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from octavo.cache.batch import Batch
+from octavo.engine.reading import Text
+from octavo.engine.scheduler import CHUNK
 from octavo.llm import LLM
 
-CHUNK = 1024  # tokens of a session in one step, as the engine takes them
 ROWS = 128  # random rows written at a time, so few that they need no memory to speak of
 
 
-@dataclass
-class Session:
-    """A sequence with blocks of its own, driven past the scheduler: all sessions are full at once, none ends."""
-
-    tokens: list[int]
-    block_table: list[int]
-    first_page: int = -1
-    ring: int = -1
-    num_cached: int = 0
-
-
-def fill(llm: LLM, sessions: list[Session], seconds: float) -> int:
-    """Fill all sessions to their last token, at first by the model and after `seconds` by random rows, then decode that
-    token in one step of all. Returns the number of tokens that the model wrote."""
+def fill(llm: LLM, sessions: list[Text], seconds: float) -> int:
+    """Fill all sessions, each with blocks of its own, to their last token, at first by the model and after `seconds` by
+    random rows; then decode that token in one step of all. Returns the number of tokens that the model wrote."""
     runner, size = llm.engine.runner, llm.engine.pool.block_size
     deadline, by_model = time.monotonic() + seconds, 0
     for session in sessions:
@@ -61,7 +50,3 @@ def _write_random_rows(llm: LLM, slots: torch.Tensor) -> None:
 def _random_rows(heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[ROWS, heads, dim], the same again and again: what they say changes no byte."""
     return torch.randn(ROWS, heads, dim, device=device).to(dtype)
-
-
-def random_tokens(vocabulary: int, count: int, seed: int = 0) -> list[int]:
-    return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -15,15 +15,17 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import psutil
 import torch
 from transformers.utils import logging
 
-from octavo.cache.size import format_bytes, free_memory
+from octavo import cores
+from octavo.cache.size import format_bytes
 from octavo.calibrate import calibrate
-from octavo.errors import OctavoError
+from octavo.devices import Device, device_of
+from octavo.engine.reading import Text
+from octavo.errors import OctavoError, one_line
 from octavo.llm import LLM
-from octavo.measure.memory.fill import Session, fill, random_tokens
+from octavo.measure.memory.fill import fill
 from octavo.models.load import load_model
 from octavo.models.model import Model
 from octavo.models.packed import weight_bytes
@@ -133,23 +135,24 @@ def fill_and_look(request: Request) -> Filled:
     logging.disable_progress_bar()
     with suppress(OSError):  # should memory run out all the same, this process is to go and no other
         Path("/proc/self/oom_score_adj").write_text("1000")
-    device = torch.device(request.source.device)
-    before = _resident() if device.type == "cpu" else 0
+    device = device_of(torch.device(request.source.device))
+    before = device.taken()
     need = OVERHEAD + (request.weights + request.cache) * 21 // 20
-    if need > (free := free_memory(device)):
+    if need > (free := device.free_memory()):
         raise CannotMeasure(f"it needs {format_bytes(need)} and {format_bytes(free)} are free here")
     try:
         return _fill_and_look(request, device, before)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise CannotMeasure(f"memory ran out: {str(error).splitlines()[0]}") from None
+        raise CannotMeasure(f"memory ran out: {one_line(error)}") from None
 
 
-def _fill_and_look(request: Request, device: torch.device, before: int) -> Filled:
+def _fill_and_look(request: Request, device: Device, before: int) -> Filled:
+    cores.use()
     model = request.source.load(request.context)
     # The ranges of one random batch: which ones they are changes no byte. For raw formats it is a warm-up.
-    vocabulary = model.bound.vocab_size
-    calibration = calibrate(model, [random_tokens(vocabulary, min(WARM_UP, request.context))], dataset="synthetic")
-    _forget_peak(device)
+    warm_up = model.bound.random_tokens(1, min(WARM_UP, request.context))
+    calibration = calibrate(model, warm_up, dataset="synthetic")
+    device.forget_peak()
 
     llm = LLM(
         model,
@@ -162,7 +165,7 @@ def _fill_and_look(request: Request, device: torch.device, before: int) -> Fille
     )
     blocks = llm.engine.pool.blocks_for(request.context)
     sessions = [
-        Session(random_tokens(vocabulary, request.context, seed=i), list(range(i * blocks, (i + 1) * blocks)))
+        Text(model.bound.random_tokens(request.context, seed=i), list(range(i * blocks, (i + 1) * blocks)))
         for i in range(request.batch)
     ]
     if (edges := llm.engine.pool.edges) is not None:
@@ -172,43 +175,14 @@ def _fill_and_look(request: Request, device: torch.device, before: int) -> Fille
     for store in llm.cache.stores:
         if store.written != request.batch * request.context * store.heads * store.dim:
             raise AssertionError(f"{store.written} values were written: the sessions are not full")
-    cuda = device.type == "cuda"
-    settled = torch.cuda.memory_allocated(device) if cuda else _resident()
+    settled = device.taken()
     return Filled(
         weights=weight_bytes(model.bound.hf),
         cache=llm.cache.nbytes,
         static=llm.cache.memory().static,
-        peak=torch.cuda.max_memory_allocated(device) if cuda else _peak_resident(),
+        peak=device.peak(),
         settled=settled,
         before=before,
-        driver=_in_use(device) if cuda else None,
+        driver=device.in_use(),
         by_model=by_model,
     )
-
-
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):  # elsewhere than on Linux the peak is what is found at the end
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _resident() -> int:
-    return psutil.Process().memory_info().rss
-
-
-def _peak_resident() -> int:
-    """Most memory the process held since `_forget_peak`."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return _resident()
-    kibibytes = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
-    return max(kibibytes << 10, _resident())
-
-
-def _in_use(device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free

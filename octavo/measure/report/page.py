@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from octavo.cache.size import format_bytes
 from octavo.errors import OctavoError
 from octavo.measure import machine
-from octavo.measure.document import dumps
+from octavo.measure.as_json import dumps
 from octavo.measure.report import plots, svg
 from octavo.measure.report.survey import Progress, Survey, gather
 from octavo.models.model import Model

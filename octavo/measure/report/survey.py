@@ -13,13 +13,14 @@ from typing import Any
 
 from octavo.calibrate import calibrate
 from octavo.corpus import load_texts
+from octavo.devices import device_of
 from octavo.measure import machine
 from octavo.measure.accuracy.clipping import Shares, saturation
 from octavo.measure.accuracy.compare import Score, compare
 from octavo.measure.candidate import Candidate, beside, check_pair
 from octavo.measure.doctor.diagnose import PROSE, diagnose
 from octavo.measure.doctor.diagnosis import Diagnosis
-from octavo.measure.memory.costs import INT4, Cost, costs, device_memory
+from octavo.measure.memory.costs import INT4, Cost, costs
 from octavo.measure.memory.plan import Fit, fits
 from octavo.measure.report.combinations import Corner, measure_corners
 from octavo.measure.speed.roofline import Ceiling, bandwidth, ceilings
@@ -139,7 +140,7 @@ def gather(
     clipped = saturation(bound, calibration, windows, list(headrooms))
 
     geometry = Geometry.trace(model.path, str(bound.dtype)[6:])
-    memory = memory or device_memory(bound.device)
+    memory = memory or device_of(bound.device).memory()
     context = min(bound.max_context, 1 << 17)
 
     progress("measuring bandwidth", 0.5)

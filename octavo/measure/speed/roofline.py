@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from octavo.cache.plan import LayerShape
-from octavo.cache.size import free_memory
+from octavo.devices import device_of
 from octavo.measure.candidate import Candidate
 from octavo.models.bind import BoundModel
 from octavo.models.packed import weight_bytes
@@ -36,7 +36,7 @@ class Ceiling:
 
 def bandwidth(device: torch.device, repeats: int = 5) -> float:
     """Bytes per second of a plain streaming read over an array larger than the caches: the best of a few."""
-    values = min(READ_BYTES, free_memory(device) // 8) // 4
+    values = min(READ_BYTES, device_of(device).free_memory() // 8) // 4
     array = torch.ones(values, dtype=torch.float32, device=device)
     best = float("inf")
     for _ in range(repeats + 1):  # the first one warms up

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 import torch
 
 from octavo.cache.size import CacheSize, format_bytes
+from octavo.devices import device_of
 from octavo.engine.params import SamplingParams
+from octavo.engine.scheduler import CHUNK
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.measure.candidate import Candidate
 from octavo.measure.speed.roofline import Ceiling
 from octavo.models.model import Model
-
-CHUNK = 1024  # tokens in a step
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _prepare(model: Model, candidate: Candidate, batch_size: int, context: int) 
         max_batch_size=batch_size,
         max_batch_tokens=step_tokens(batch_size),
         # The first cache would take the whole of a GPU, and those of the other formats stand beside it.
-        kv_cache_memory=needed if bound.device.type == "cuda" else None,
+        kv_cache_memory=needed if device_of(bound.device).dedicated else None,
         prefix_caching=False,
     )
     if llm.cache.num_blocks < blocks:

@@ -25,7 +25,7 @@ from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.measure.candidate import Candidate
 from octavo.measure.tasks import HERE, Benchmark, Part, by_benchmark, require_harness
-from octavo.measure.tasks.documents import digest
+from octavo.measure.tasks.data_files import digest
 from octavo.models.model import Model
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def run(
         )
         for part in todo:
             which = candidate.name, part
-            result = _evaluate(
+            result = run_task(
                 llm, tasks[part.definition], keys[which], limit, f"{part.name} in {candidate.name}", progress
             )
             results.save(result)
@@ -170,7 +170,7 @@ def load_tasks(parts: Sequence[Part]) -> dict[str, Task]:
     """The harness's tasks by their names there, with documents from the parts' files."""
     import lm_eval.tasks
 
-    from octavo.measure.tasks.documents import load
+    from octavo.measure.tasks.data_files import load
 
     root = Path(lm_eval.tasks.__file__).parent
     folders = sorted({root / part.benchmark.harness if part.benchmark.harness else HERE for part in parts})
@@ -200,7 +200,7 @@ def load_tasks(parts: Sequence[Part]) -> dict[str, Task]:
             ) from error
 
 
-def _evaluate(
+def run_task(
     llm: LLM, task: Task, key: dict[str, Any], limit: int | None, title: str, progress: Progress | None
 ) -> Result:
     from lm_eval.defaults import DEFAULT_OTHER_SEED

@@ -13,13 +13,13 @@ from torch import Tensor
 from benchmarks.biased import CHANNELS, save_biased
 from octavo.attention import attend
 from octavo.errors import OctavoError
+from octavo.measure.as_json import dumps
 from octavo.measure.doctor import diagnose as doctor
 from octavo.measure.doctor.advice import findings, listed
 from octavo.measure.doctor.diagnose import diagnose, flip_last_bit
 from octavo.measure.doctor.diagnosis import Diagnosis, Finding
 from octavo.measure.doctor.inspection import examine, keys, widths
 from octavo.measure.doctor.selfcheck import self_check
-from octavo.measure.document import dumps
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
@@ -198,5 +198,5 @@ def test_a_slow_model_sees_shorter_windows() -> None:
 def test_a_text_too_short_is_refused_with_both_numbers(pamphlet: Model, tmp_path) -> None:  # type: ignore[no-untyped-def]
     text = tmp_path / "short.txt"
     text.write_text("Too short.")
-    with pytest.raises(OctavoError, match=r"short.txt has \d+ tokens and the doctor needs 11,264"):
+    with pytest.raises(OctavoError, match=r"short.txt has \d+ tokens and the doctor needs 10,240"):
         diagnose(pamphlet, str(text))

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from octavo.devices import find_device
+from octavo.engine.reading import Text
 from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
-from octavo.measure.memory.costs import baseline, costs, find_device
-from octavo.measure.memory.fill import Session, fill
+from octavo.measure.memory.costs import baseline, costs
+from octavo.measure.memory.fill import fill
+from octavo.measure.memory.footprint import Footprint
 from octavo.measure.memory.points import points, saved
 from octavo.measure.memory.process import Source
 from octavo.models.geometry import Geometry
@@ -72,6 +75,8 @@ def test_what_is_computed_is_what_the_cache_takes_to_the_byte(pamphlet: Model, n
     calibration = observe(pamphlet.bound, list(range(100)), pamphlet.fingerprint)
     llm = LLM(pamphlet, format, calibration=calibration, session_len=context, max_batch_size=sessions)
     assert cost.cache(sessions) == llm.cache.nbytes
+    held = Footprint.of(llm, context)
+    assert (held.nbytes, held.nbytes_16) == (cost.session, 4 * 64 * geometry_bytes(geometry, "bf16"))
     raw_page = 64 * geometry_bytes(geometry, "fp32")
     ring = format.edges // 64
     assert llm.cache.raw_nbytes == ((ring + 1) * sessions + 4) * raw_page * bool(format.edges)
@@ -111,7 +116,7 @@ def test_code_that_looks_at_values_is_traced_with_random_weights(
     file.write_text(json.dumps({"model_type": "gpt2", "bos_token_id": 1, "eos_token_id": 2, **small}))
     geometry = Geometry.trace(file)
     assert [(s.kv_heads, s.k_dim, s.v_dim) for s in geometry.shapes] == [(4, 8, 8)] * 3
-    monkeypatch.setattr("octavo.models.geometry.free_memory", lambda _: 0)
+    monkeypatch.setattr("octavo.devices.Device.free_memory", lambda _: 0)
     with pytest.raises(OctavoError, match="cannot be traced without weights"):
         Geometry.trace(file)
 
@@ -164,7 +169,7 @@ def test_what_does_not_fit_is_computed_and_says_why(internlm: Geometry) -> None:
 @pytest.mark.parametrize(("seconds", "by_model"), [(0.0, 3), (1e9, 3 * 200)])
 def test_every_slot_of_every_session_is_written(pamphlet: Model, seconds: float, by_model: int) -> None:
     llm = LLM(pamphlet, "int8-token", session_len=256, max_batch_size=3, prefix_caching=False)
-    sessions = [Session(list(range(i, i + 200)), list(range(4 * i, 4 * i + 4))) for i in range(3)]
+    sessions = [Text(list(range(i, i + 200)), list(range(4 * i, 4 * i + 4))) for i in range(3)]
     assert fill(llm, sessions, seconds) == by_model
     assert [store.written for store in llm.cache.stores] == [
         3 * 200 * store.heads * store.dim for store in llm.cache.stores
@@ -198,5 +203,5 @@ def test_devices() -> None:
     assert find_device("cpu").type == "cpu"
     with pytest.raises(OctavoError, match="there is no device 'gpu'"):
         find_device("gpu")
-    with pytest.raises(OctavoError, match="cannot be measured"):
+    with pytest.raises(OctavoError, match="cannot be used"):
         find_device("meta")

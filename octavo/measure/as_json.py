@@ -1,4 +1,4 @@
-"""Results as JSON: one document, readable by any parser."""
+"""Results as one JSON document, readable by any parser."""
 
 from __future__ import annotations
 

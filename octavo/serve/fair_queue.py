@@ -15,73 +15,73 @@ from contextlib import asynccontextmanager
 KEPT = 30.0  # seconds that a place is kept for a client
 
 
-class Turn:
+class Ticket:
     """One that waits for a place, or has it."""
 
-    def __init__(self, turns: Turns, client: str, start: Callable[[], None]):
-        self.turns, self.client, self.start = turns, client, start
+    def __init__(self, queue: FairQueue, client: str, start: Callable[[], None]):
+        self.queue, self.client, self.start = queue, client, start
         self.begun = self.over = False
 
     def leave(self) -> None:
         """Give the place back, or wait no longer."""
         if not self.over:
             self.over = True
-            self.turns.leave(self)
+            self.queue.leave(self)
 
 
-class Turns:
-    """`places` that are given out one by one. Of one client's turns the first come is the first served; between
+class FairQueue:
+    """`places` that are given out one by one. Of one client's tickets the first come is the first served; between
     clients the one that holds the fewest places is next. Belongs to the event loop."""
 
     def __init__(self, places: int):
         self.places = self.free = places
         self.held: Counter[str] = Counter()
         self.left: dict[str, float] = {}  # when those who hold no place any more gave back their last
-        self.lines: dict[str, deque[Turn]] = {}  # of every client that waits; the one served longest ago is first
+        self.lines: dict[str, deque[Ticket]] = {}  # of every client that waits; the one served longest ago is first
 
-    def ask(self, client: str, start: Callable[[], None]) -> Turn:
+    def ask(self, client: str, start: Callable[[], None]) -> Ticket:
         """Have `start` called once there is a place, which may be at once."""
-        turn = Turn(self, client, start)
-        self.lines.setdefault(client, deque()).append(turn)
+        ticket = Ticket(self, client, start)
+        self.lines.setdefault(client, deque()).append(ticket)
         self._give()
-        return turn
+        return ticket
 
-    def leave(self, turn: Turn) -> None:
-        if not turn.begun:
-            self.lines[turn.client].remove(turn)
-            self._tidy(turn.client)
+    def leave(self, ticket: Ticket) -> None:
+        if not ticket.begun:
+            self.lines[ticket.client].remove(ticket)
+            self._tidy(ticket.client)
             return
         self.free += 1
-        self.held[turn.client] -= 1
-        if not self.held[turn.client]:
-            del self.held[turn.client]
-            self.left[turn.client] = time.monotonic()
+        self.held[ticket.client] -= 1
+        if not self.held[ticket.client]:
+            del self.held[ticket.client]
+            self.left[ticket.client] = time.monotonic()
         self._give()
 
     @asynccontextmanager
-    async def turn(self, client: str) -> AsyncIterator[None]:
+    async def place(self, client: str) -> AsyncIterator[None]:
         """A place, once it is there."""
         here = asyncio.Event()
-        turn = self.ask(client, here.set)
+        ticket = self.ask(client, here.set)
         try:
             await here.wait()
             yield
         finally:
-            turn.leave()
+            ticket.leave()
 
     def _give(self) -> None:
         while self.free > 0 and self.lines:
             client = min(self.lines, key=lambda client: self.held[client])
             if self.held[client] and self.free <= self._kept():
                 return
-            turn = self.lines[client].popleft()
+            ticket = self.lines[client].popleft()
             self.lines[client] = self.lines.pop(client)  # to the end
             self._tidy(client)
             self.free -= 1
             self.held[client] += 1
             self.left.pop(client, None)
-            turn.begun = True
-            turn.start()
+            ticket.begun = True
+            ticket.start()
 
     def _kept(self) -> int:
         """Places that are kept for clients who hold none: at most half of them."""

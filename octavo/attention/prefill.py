@@ -1,4 +1,4 @@
-"""Attention of a chunk of many queries over tiles of keys and values, in plain torch.
+"""Attention of a chunk of a prompt: many queries of one sequence over tiles of keys and values, in plain torch.
 
 A chunk is computed in parts that skip what is hidden; the logarithm of a part's denominator, returned beside its
 output, is what joins the parts (Milakov & Gimelshein 2018).
