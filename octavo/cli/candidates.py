@@ -46,7 +46,7 @@ def candidates(
 def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:
     """The 16-bit model to compare `model` with, in its types: 4-bit checkpoints are often fp16 where it is bf16."""
     own = replace(options, model=name, model_format="hf", dtype=str(model.bound.dtype).removeprefix("torch."))
-    return own.load(model.bound.computes)
+    return own.load(model.bound.computes, say=False)
 
 
 def formats(geometry: Geometry, kv: str | None, default: Sequence[str] = ("int8",)) -> list[KVFormat]:

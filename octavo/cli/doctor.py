@@ -33,7 +33,7 @@ def doctor(
     from octavo.measure.machine import describe
 
     try:
-        model = options.load()
+        model = options.load(say=False)  # it is in the table
     except Unsupported as refusal:
         found, machine = Diagnosis.refused(options.model or "pamphlet", str(refusal)), None
     else:

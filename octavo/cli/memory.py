@@ -41,6 +41,7 @@ def memory(
     """Measure the memory of MODEL with all sessions filled; with --config alone, compute it."""
     from contextlib import nullcontext
 
+    from octavo import processor
     from octavo.cli.candidates import baseline_source, formats, kinds
     from octavo.cli.progress import progress
     from octavo.cli.tables import console
@@ -64,6 +65,8 @@ def memory(
     about, out = machine.describe(where), console()
     if not json:
         out.print(f"{name} on {machine.sentence(about)}", markup=False)
+        if where.type == "cpu":
+            out.print(f"CPU: {processor.name()}, {processor.instructions()}", markup=False)
         out.print(cost_table(theory, length, room))
     sources = {own_kind(geometry): with_weights} if options.config is None or load_format == "dummy" else {}
     if baseline is not None:

@@ -59,11 +59,13 @@ class LoadOptions:
         bool, option("On a CPU: the same bits whatever is computed together.", "--deterministic")
     ] = False
 
-    def load(self, computing: torch.dtype | None = None) -> Model:
-        """`computing` as in Model.load."""
+    def load(self, computing: torch.dtype | None = None, say: bool = True) -> Model:
+        """`computing` as in Model.load. Of a CPU it says in a line what computes here, and in what."""
+        from octavo import cores
         from octavo.models.model import Model
 
-        return Model.load(
+        cores.use()
+        model = Model.load(
             self.model,
             dtype=self.dtype,
             device=self.device,
@@ -75,6 +77,9 @@ class LoadOptions:
             computing=computing,
             deterministic=self.deterministic,
         )
+        if say and model.processor is not None:
+            print(f"CPU: {model.processor}", file=sys.stderr, flush=True)
+        return model
 
 
 @dataclass
@@ -124,8 +129,6 @@ class ServeOptions(LoadOptions):
         from octavo.llm import LLM
 
         model, name = self.load(), self.format_name()
-        if model.processor is not None:
-            print(f"CPU: {model.processor}", file=sys.stderr, flush=True)
         format = model.bound.raw_format if name is None else KVFormat.parse(name)
         return LLM(
             model,

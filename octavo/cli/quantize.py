@@ -63,6 +63,7 @@ def quantize(
     """
     from rich.console import Console
 
+    from octavo import cores
     from octavo.cli.tables.quantize import error_table
     from octavo.corpus import load_texts
     from octavo.models.model import Model, locate
@@ -77,6 +78,7 @@ def quantize(
     _, path = locate(model)
     require_16_bits(path)
     require_new(work_dir, path)
+    cores.use()
     loaded = Model.load(model, dtype=dtype, device=device, chat_template=chat_template, plain_weights=True)
     length = min(512, loaded.bound.max_context) if calib_seqlen is None else calib_seqlen
     source, windows = draw_windows(loaded, calib_dataset, texts, calib_samples, length, seed)

@@ -25,13 +25,15 @@ from octavo import processor
 from octavo.errors import Unsupported
 from octavo.models.bind import BoundModel
 from octavo.models.fused import fuse
-from octavo.models.packed import weight_bytes
+from octavo.models.packed import packed_layers, weight_bytes
 from octavo.weights import cpu
+from octavo.weights.activations import exact
 from octavo.weights.linear import PackedLinear
 from octavo.weights.panels import PanelEmbedding, PanelLinear, TypedEmbedding, unpacked
 
 OPERATORS = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")  # private: not in every torch
 TRIAL = 16  # sessions of one token
+COMPANY = 45
 SAME = 0.05  # relative: sums in another order round otherwise, and what is wrong is far off
 CLOSE = 0.25  # the same where each number is rounded otherwise: bf16 costs deep models a tenth
 SMALL = 0.1  # of a model's bytes: more than that is not doubled to compute in float32
@@ -63,17 +65,22 @@ def prepack(bound: BoundModel, computing: torch.dtype | None = None, determinist
         return
     if deterministic:
         bound.layers = [replace(layer, exact=True) for layer in bound.layers]
+        for packed in packed_layers(bound.hf).values():
+            packed.exact = True
+    name = bound.hf.config.model_type
     if not _try(bound, lambda called: _into_panels(bound.hf, called), SAME):
         if deterministic:
-            name = bound.hf.config.model_type
             raise Unsupported(f"{name} reads weights beside calling their layers: leave --deterministic out")
         return
+    _try(bound, lambda _: _exact_activations(bound.hf), SAME)
     if computing is None:
         computing = torch.float32 if _others(bound.hf) <= SMALL * weight_bytes(bound.hf) else bound.dtype
     if computing != bound.dtype and _try(bound, lambda _: _retype(bound.hf, computing), CLOSE):
         bound.computes = computing
     if bound.computes == torch.float32:
         _try(bound, lambda _: fuse(bound.hf), SAME)
+    if deterministic and not _exact(bound):
+        raise Unsupported(f"{name} has products beside those of its linear layers: leave --deterministic out")
 
 
 def is_prepacked(model: nn.Module) -> bool:
@@ -110,9 +117,18 @@ def _try(bound: BoundModel, rearrange: Callable[[set[nn.Module]], Iterator[Undo]
     return same
 
 
-def _trial(bound: BoundModel) -> Tensor:
-    ids = torch.tensor(bound.random_tokens(TRIAL))
-    rows = torch.arange(TRIAL)
+def _exact(bound: BoundModel) -> bool:
+    """Whether no product is torch's own, and logits of lone tokens have the same bits among others as alone."""
+    if any(parameter.dim() > 1 for parameter in _beside_layers(bound.hf)):
+        return False
+    together = _trial(bound, COMPANY)
+    return all(torch.equal(_trial(bound, count), together[:count]) for count in (1, 2, TRIAL + 1))
+
+
+def _trial(bound: BoundModel, count: int = TRIAL) -> Tensor:
+    """Logits [count, vocabulary] of as many sessions of one token."""
+    ids = torch.tensor(bound.random_tokens(count))
+    rows = torch.arange(count)
 
     def alone(_: int, q: Tensor, __: Tensor, v: Tensor) -> Tensor:
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
@@ -136,6 +152,13 @@ def _into_panels(model: nn.Module, called: set[nn.Module]) -> Iterator[Undo]:
             kinds = [PanelLinear if module in called else PanelEmbedding for module in modules]
             new = cpu.pack_panels(linear[0].weight.detach())
             yield _replace(modules, new, kinds, partial(unpacked, out=linear[0].out_features))
+
+
+def _exact_activations(model: nn.Module) -> Iterator[Undo]:
+    """Activations of which no number's bits depend on its place."""
+    for module in model.modules():
+        if kind := exact(module):
+            yield _set(module, "__class__", kind)
 
 
 def _retype(model: nn.Module, computing: torch.dtype) -> Iterator[Undo]:
@@ -177,13 +200,15 @@ def _by_weight(model: nn.Module) -> Iterator[list[Any]]:
 
 
 def _others(model: nn.Module) -> int:
-    """Bytes of what is neither a linear layer's nor an embedding's, and would be doubled to compute in float32."""
-    return sum(
-        parameter.nbytes
-        for module in model.modules()
-        if not isinstance(module, nn.Linear | nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    )
+    """Bytes of what would be doubled to compute in float32."""
+    return sum(parameter.nbytes for parameter in _beside_layers(model))
+
+
+def _beside_layers(model: nn.Module) -> Iterator[Tensor]:
+    """The parameters that are neither a linear layer's nor an embedding's."""
+    for module in model.modules():
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            yield from module.parameters(recurse=False)
 
 
 def _replace(

@@ -188,7 +188,13 @@ inline void from_float(float x, fp16& out) {
 
 inline f32v load_float(const float* p) { return load<f32v>(p); }
 inline f32v load_float(const bf16* p) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
+#elif defined(__AVX2__)
+    return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(p)), 16);
+#else
     return (f32v)(__builtin_convertvector(load<u16h>(p), u32v) << 16);
+#endif
 }
 inline f32v load_float(const fp16* p) {
 #if defined(__AVX512F__)

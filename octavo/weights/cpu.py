@@ -16,6 +16,7 @@ from octavo import native
 from octavo.devices import HOST
 from octavo.native import FLOATS
 
+FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # native/elementwise.h
 extension = native.load("octavo.weights._native")
 _native = extension.module
 
@@ -77,6 +78,16 @@ def multiply_panels(panels: Tensor, out: int, x: Tensor, bias: Tensor | None) ->
         x.data_ptr(), len(x), x.stride(0), FLOATS[x.dtype], 0 if bias is None else bias.data_ptr(),
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
+    return y
+
+
+def activate(function: str, x: Tensor) -> Tensor:
+    """One of FUNCTIONS of every number, computed in float32: of x's shape and type."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _native.activate(
+        FUNCTIONS[function], x.data_ptr(), x.numel(), FLOATS[x.dtype], y.data_ptr(), torch.get_num_threads()
+    )
     return y
 
 

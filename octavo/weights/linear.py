@@ -37,6 +37,8 @@ class PackedLinear(nn.Module):
         zeros   uint8 [tiles, in/group, 16]
     """
 
+    exact = False  # whether a row's bits must not depend on how many there are
+
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype | None = None):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -87,7 +89,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] of x's type."""
         rows = x.reshape(-1, self.in_features)
-        sliced = len(rows) >= MANY and x.dtype == torch.bfloat16 and _has_amx()
+        sliced = not self.exact and len(rows) >= MANY and x.dtype == torch.bfloat16 and _has_amx()
         packed = not sliced and _by_kernels(x.device)
         return (self._packed(rows) if packed else self._sliced(rows)).unflatten(0, x.shape[:-1])
 

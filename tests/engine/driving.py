@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from octavo.cache.layout import Layout
 from octavo.cache.plan import plan_layers
+from octavo.cache.size import CacheSize
 from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
@@ -35,7 +36,8 @@ def engine(
     is taken in, and those for the reference are padded in fixed buffers, which run as they are for want of graphs."""
     format = KVFormat.parse(kv)
     plans = plan_layers(bound.shapes, format, calibration if format.needs_calibration else None)
-    cache = KVCache(plans, blocks, layout or Layout(block_size))
+    layout = layout or Layout(block_size)
+    cache = KVCache(plans, blocks, layout, CacheSize.of(bound.shapes, format, layout.block_size).raw_pages(batch))
     made = Engine(bound, cache, batch, budget, context, hits, overlap)
     if overlap and cache.layout.order == "rows":
         made.runner.capture(batch, made.scheduler.max_context, how=lambda run: run)

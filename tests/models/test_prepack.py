@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from octavo import LLM, SamplingParams, processor
 from octavo.errors import OctavoError
@@ -268,3 +268,17 @@ def test_deterministic_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyP
         Model.load(device="cpu", deterministic=True)
     with pytest.raises(OctavoError, match="device map"):
         Model.load(device_map="auto", deterministic=True)
+
+
+def test_deterministic_is_refused_to_a_model_with_products_of_its_own() -> None:
+    """Experts in one tensor are multiplied by torch, whose sums depend on how many rows an expert is given."""
+    if cpu.unavailable() is not None:
+        pytest.skip("the native extension is not built")
+    config = Qwen3MoeConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    bound = bind(Qwen3MoeForCausalLM(config).bfloat16())
+    with pytest.raises(OctavoError, match="has products beside those of its linear layers"):
+        prepack(bound, deterministic=True)

@@ -1,5 +1,5 @@
 // The products of one instruction set against plain arithmetic, on random weights of awkward shapes: those of 4 bits and
-// those in panels. Compiled by test_native_build.py, with sanitizers and for other processors. Memory is allocated to
+// those in panels; and activations. Compiled by test_native_build.py, with sanitizers and for other processors. Memory is allocated to
 // the byte.
 #include <cmath>
 #include <cstdio>
@@ -7,12 +7,14 @@
 #include <random>
 #include <vector>
 
+#include "elementwise.h"
 #include "int4.h"
 #include "panels.h"
 
 namespace octavo::weights::TESTED {
 extern const Int4Kernels int4;
 extern const PanelKernels panels;
+extern const ElementwiseKernels elementwise;
 }
 
 using namespace octavo;
@@ -108,13 +110,39 @@ bool panels_are_right() {
     return true;
 }
 
+// Against double, and each number against itself alone, bit for bit.
+bool activations_are_right() {
+    for (int i = 0; i < 60; i++) {
+        const int n = pick(1, i % 10 ? 100 : 40000), function = i % 3;
+        std::vector<float> x(n), y(n);
+        for (float& value : x) value = std::normal_distribution<float>()(random_source) * 3;
+        const auto of = [&](const float* from, int count, float* to) {
+            weights::TESTED::elementwise.activate(weights::Function(function), from, count, Float::FP32, to, POOL);
+        };
+        of(x.data(), n, y.data());
+        for (int j = 0; j < n; j++) {
+            const double v = x[j], u = 0.7978845608 * (v + 0.044715 * v * v * v);
+            const double exact = function == 0   ? v / (1 + std::exp(-v))
+                                 : function == 1 ? v / 2 * (1 + std::erf(v / std::sqrt(2.0)))
+                                                 : v / 2 * (1 + std::tanh(u));
+            float alone;
+            of(&x[j], 1, &alone);
+            if (!(std::fabs(y[j] - exact) <= 2e-6) || std::memcmp(&alone, &y[j], 4)) {
+                std::printf("function %d of %g: %g, alone %g, instead of %g\n", function, v, y[j], alone, exact);
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
 }  // namespace
 
 #define NAME_OF(isa) #isa
 #define NAME(isa) NAME_OF(isa)
 
 int main() {
-    if (!int4_is_right() || !panels_are_right()) return 1;
-    std::printf("%s is right in 120 cases\n", NAME(TESTED));
+    if (!int4_is_right() || !panels_are_right() || !activations_are_right()) return 1;
+    std::printf("%s is right in 180 cases\n", NAME(TESTED));
     return 0;
 }

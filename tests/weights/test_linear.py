@@ -6,7 +6,6 @@ import copy
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from octavo.weights import cpu
 from octavo.weights.layouts import Int4Weight
 from octavo.weights.linear import MANY, PackedLinear
 
-ISAS = cpu.extension.isas
 # out: below, at and beyond tiles of 16; in: groups of 16 to 128, whole rows, and rows that need padding
 SHAPES = [(64, 256, 128), (37, 96, 32), (5, 100, 100), (48, 192, 96), (129, 64, 64), (16, 272, 16), (1, 344, 344)]
 ROWS = [1, 2, 3, 5, 8, 9, 21]
@@ -29,12 +27,6 @@ TOLERANCE = {torch.float32: 3e-4, torch.float16: 6e-4, torch.bfloat16: 4e-3}
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with cpu.extension.limited_to(request.param):
-        yield request.param
 
 
 def random_weight(out: int, columns: int, group: int, dtype: torch.dtype = torch.float16) -> Int4Weight:

@@ -15,7 +15,8 @@ NATIVE = ROOT / "octavo" / "weights" / "native"
 
 def build(directory: Path, compiler: str, isa: str, more: list[str]) -> Path:
     program = directory / "selftest"
-    sources = [str(NATIVE / "int4.cpp"), str(NATIVE / "panels.cpp"), str(Path(__file__).parent / "selftest.cpp")]
+    kernels = [str(NATIVE / f"{name}.cpp") for name in ("int4", "panels", "elementwise")]
+    sources = [*kernels, str(Path(__file__).parent / "selftest.cpp")]
     names = [f"-DISA={isa}", f'-DISA_NAME="{isa}"', f"-DTESTED={isa}"]
     command = [compiler, *FLAGS, f"-I{NATIVE}", *isa_flags(isa), *names, *more, *sources, "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True, text=True)

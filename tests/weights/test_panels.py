@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,12 +13,6 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the nativ
 
 SHAPES = [(1, 1), (16, 8), (40, 96), (33, 1100), (7, 513), (130, 1537)]  # out, in
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-@pytest.fixture(params=cpu.extension.isas)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with cpu.extension.limited_to(request.param):
-        yield request.param
 
 
 def draw(out: int, columns: int, dtype: torch.dtype, rows: int = 450) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from octavo import cores
 from octavo.cache.size import format_bytes
 from octavo.calibrate import calibrate
 from octavo.devices import Device, device_of
@@ -146,6 +147,7 @@ def fill_and_look(request: Request) -> Filled:
 
 
 def _fill_and_look(request: Request, device: Device, before: int) -> Filled:
+    cores.use()
     model = request.source.load(request.context)
     # The ranges of one random batch: which ones they are changes no byte. For raw formats it is a warm-up.
     warm_up = model.bound.random_tokens(1, min(WARM_UP, request.context))

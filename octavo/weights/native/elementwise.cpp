@@ -1,6 +1,8 @@
 // What a transformer computes between its products, each in one pass over memory. Compiled once for each instruction set.
 //
-// A row's bits depend on the row alone: its squares are summed in one order, and all else is element by element.
+// A row's bits depend on the row alone: its squares are summed in one order, and all else is element by element. torch
+// computes the last numbers of each thread's share by another formula than those that fill a register, so there they
+// depend on the shape and on the number of threads.
 #include "elementwise.h"
 
 #include <algorithm>
@@ -25,15 +27,18 @@ inline void each_vector(int64_t count, F&& f) {
     for (; i + W <= count; i += W) f(i, W);
     if (i < count) f(i, int(count - i));
 }
-inline f32v load_some(const float* p, int n) {
-    if (n == W) return load<f32v>(p);
-    f32v v = {};
-    std::memcpy(&v, p, sizeof(float) * n);
-    return v;
+template <class T>
+inline f32v load_some(const T* p, int n) {
+    if (n == W) return load_float(p);
+    T some[W] = {};
+    std::copy_n(p, n, some);
+    return load_float(some);
 }
-inline void store_some(float* p, f32v v, int n) {
-    if (n == W) return store(p, v);
-    std::memcpy(p, &v, sizeof(float) * n);
+template <class T>
+inline void store_some(T* p, f32v v, int n) {
+    if constexpr (sizeof(T) == 4)
+        if (n == W) return store(p, v);
+    for (int i = 0; i < n; i++) from_float(v[i], p[i]);
 }
 
 // body(from, to) for pieces of `items` items of so many elements each.
@@ -65,20 +70,55 @@ void rms_norm(const float* x, int64_t rows, int64_t stride, int64_t dim, const f
     });
 }
 
-void silu_gate(float* gate, const float* up, int64_t count, const Pool& pool) {
+f32v sigmoid(f32v x) {
+    const f32v e = exp2(abs(x) * -LOG2E);  // of what is not above 0
+    return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+}
+f32v silu(f32v x) { return x * sigmoid(x); }
+// x·½(1 + tanh u) = x·σ(2u) with u = √(2/π)·(x + 0.044715x³).
+f32v gelu_tanh(f32v x) { return x * sigmoid(1.5957691f * x * (1.0f + 0.044715f * x * x)); }
+// x·½(1 + erf(x/√2)); Abramowitz and Stegun 7.1.26, off by 1.5e-7 at most.
+f32v gelu(f32v x) {
+    const f32v z = abs(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+    f32v p = splat(1.061405429f);
+    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = fma(p, t, splat(c));
+    const f32v beyond = p * t * exp2(z * z * -LOG2E);  // 1 − erf z
+    return 0.5f * x * (x < 0.0f ? beyond : 2.0f - beyond);
+}
+
+// f(i, n) as each_vector, on all threads.
+template <class F>
+void over_vectors(int64_t count, const Pool& pool, F&& f) {
     in_pieces((count + W - 1) / W, W, pool, [&](int64_t from, int64_t to) {
-        each_vector(std::min(count, to * W) - from * W, [&](int64_t i, int n) {
-            float* at = gate + from * W + i;
-            const f32v x = load_some(at, n), e = exp2(abs(x) * -LOG2E);  // of what is not above 0
-            const f32v sigmoid = (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
-            store_some(at, x * sigmoid * load_some(up + from * W + i, n), n);
-        });
+        each_vector(std::min(count, to * W) - from * W, [&](int64_t i, int n) { f(from * W + i, n); });
+    });
+}
+
+template <class T>
+void activate(Function function, const T* x, int64_t count, T* y, const Pool& pool) {
+    const auto each = [&](auto f) {
+        over_vectors(count, pool, [&](int64_t i, int n) { store_some(y + i, f(load_some(x + i, n)), n); });
+    };
+    if (function == Function::SILU) each(silu);
+    else if (function == Function::GELU) each(gelu);
+    else each(gelu_tanh);
+}
+
+void activate(Function function, const void* x, int64_t count, Float type, void* y, const Pool& pool) {
+    if (type == Float::BF16) activate(function, static_cast<const bf16*>(x), count, static_cast<bf16*>(y), pool);
+    else if (type == Float::FP16) activate(function, static_cast<const fp16*>(x), count, static_cast<fp16*>(y), pool);
+    else activate(function, static_cast<const float*>(x), count, static_cast<float*>(y), pool);
+}
+
+void silu_gate(float* gate, const float* up, int64_t count, const Pool& pool) {
+    over_vectors(count, pool, [&](int64_t i, int n) {
+        store_some(gate + i, silu(load_some(gate + i, n)) * load_some(up + i, n), n);
     });
 }
 
 }  // namespace
 
 extern const ElementwiseKernels elementwise;
-const ElementwiseKernels elementwise = {rms_norm, silu_gate};
+const ElementwiseKernels elementwise = {activate, rms_norm, silu_gate};
 
 }  // namespace octavo::weights::ISA

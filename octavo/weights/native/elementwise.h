@@ -7,7 +7,11 @@
 
 namespace octavo::weights {
 
+enum class Function : int { SILU, GELU, GELU_TANH };
+
 struct ElementwiseKernels {
+    // y [count] = f(x) of numbers of one type.
+    void (*activate)(Function, const void* x, int64_t count, Float, void* y, const Pool&);
     // y [rows, dim] = x / sqrt(mean(x²) + epsilon) ∘ weight [dim]; rows of x are `stride` apart, those of y contiguous.
     void (*rms_norm)(const float* x, int64_t rows, int64_t stride, int64_t dim, const float* weight, float epsilon,
                      float* y, const Pool&);

@@ -27,7 +27,8 @@ struct Kernels {
     const weights::ElementwiseKernels& elementwise;
 };
 
-#define OCTAVO_KERNELS(isa) const Kernels isa = {#isa, weights::isa::int4, weights::isa::panels, weights::isa::elementwise};
+#define OCTAVO_KERNELS(isa) \
+    const Kernels isa = {#isa, weights::isa::int4, weights::isa::panels, weights::isa::elementwise};
 OCTAVO_ISAS(OCTAVO_KERNELS)
 
 #define OCTAVO_LIST(isa) &isa,
@@ -59,6 +60,11 @@ void rms_norm(uint64_t x, int64_t rows, int64_t stride, int64_t dim, uint64_t we
                                    compiled.pool(threads));
 }
 
+void activate(int function, uint64_t x, int64_t count, int type, uint64_t y, int threads) {
+    compiled->elementwise.activate(weights::Function(function), at<const void>(x), count, Float(type), at<void>(y),
+                                   compiled.pool(threads));
+}
+
 void silu_gate(uint64_t gate, uint64_t up, int64_t count, int threads) {
     compiled->elementwise.silu_gate(at<float>(gate), at<const float>(up), count, compiled.pool(threads));
 }
@@ -68,7 +74,7 @@ int64_t spin(int64_t steps, int threads) { return compiled->panels.spin(steps, c
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "Products with weights for CPUs: see octavo/weights/cpu.py, which is the only caller.";
+    m.doc() = "Products with weights, and what comes between them, for CPUs: see octavo/weights/cpu.py, which is the only caller.";
     compiled.define(m);
     nb::class_<Matrix>(m, "Matrix")
         .def("__init__", [](Matrix* self, int64_t out, int64_t in, int group, uint64_t codes, uint64_t scales, int scale,
@@ -80,6 +86,7 @@ NB_MODULE(_native, m) {
     m.def("decode", &decode, nb::call_guard<nb::gil_scoped_release>());
     m.def("multiply_panels", &multiply_panels, nb::call_guard<nb::gil_scoped_release>());
     m.def("pack_panels", &pack_panels, nb::call_guard<nb::gil_scoped_release>());
+    m.def("activate", &activate, nb::call_guard<nb::gil_scoped_release>());
     m.def("rms_norm", &rms_norm, nb::call_guard<nb::gil_scoped_release>());
     m.def("silu_gate", &silu_gate, nb::call_guard<nb::gil_scoped_release>());
     m.def("spin", &spin, nb::call_guard<nb::gil_scoped_release>());

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 
 #include "parallel.h"
 #include "simd.h"
@@ -21,6 +22,7 @@ namespace {
 using namespace octavo::ISA;
 
 constexpr int64_t CHAIN = 512;
+constexpr int64_t LINE = CHAIN + 16;  // floats from row to row of inputs: not a power of 2, whose rows would share a set
 #if defined(__AVX512F__)
 constexpr int ROWS = 12, REGISTERS = 2;  // the kernel's accumulators, as there are registers for
 #elif defined(__ARM_NEON)
@@ -35,7 +37,10 @@ constexpr int COLUMNS = REGISTERS * W;    // of a tile
 constexpr int TOGETHER = COLUMNS / PANEL; // its panels
 constexpr int FEW = 12;                   // rows that are multiplied without a tile
 constexpr int64_t BLOCK = 192;            // rows that meet a tile: BLOCK × CHAIN floats fit a core's second cache
+constexpr int64_t PIECES = 2;             // of work, at least, for each thread
+constexpr int64_t NARROWEST = 8, WIDEST = 128;  // tiles of a piece: each piece takes its inputs anew
 constexpr int64_t SMALL = 1 << 16;        // products: fewer are not worth waking a thread for
+constexpr int64_t NEXT = 4;               // rows of inputs that are fetched ahead
 constexpr int64_t AHEAD = 1024;           // bytes of weights that are fetched ahead
 static_assert(COLUMNS % PANEL == 0);
 
@@ -67,12 +72,12 @@ private:
 };
 thread_local Scratch scratch;
 
-// How many groups of at most `most` rows there are, and the first row of each: as equal as they can be.
-struct Groups {
-    int64_t rows, count;
-    Groups(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
-    int64_t first(int64_t group) const { return rows * group / count; }
-    int height(int64_t group) const { return int(first(group + 1) - first(group)); }
+// `total` in `count` parts, as equal as they can be.
+struct Parts {
+    int64_t total, count;
+    static Parts of_at_most(int64_t total, int64_t most) { return {total, (total + most - 1) / most}; }
+    int64_t first(int64_t part) const { return total * part / count; }
+    int64_t size(int64_t part) const { return first(part + 1) - first(part); }
 };
 
 // What is multiplied with the weights, and where it goes.
@@ -83,12 +88,18 @@ struct Rows {
     const void* bias;
     void* y;
 
-    // `height` rows from `first` of n inputs from k, as floats: [n, height].
-    void interleave(int64_t first, int height, int64_t k, int64_t n, float* to) const {
+    // `height` rows from `first`, n ≤ CHAIN inputs of each from k, as floats, LINE apart.
+    void take(int64_t first, int64_t height, int64_t k, int64_t n, float* to) const {
         with_type(type, [&](auto kind) {
-            for (int r = 0; r < height; r++) {
+            for (int64_t r = 0; r < height; r++, to += LINE) {
                 const auto* from = static_cast<const decltype(kind)*>(x) + (first + r) * stride + k;
-                for (int64_t i = 0; i < n; i++) to[i * height + r] = to_float(from[i]);
+                const auto* later = from + std::min(NEXT, height - 1 - r) * stride;
+                int64_t i = 0;
+                for (; i + W <= n; i += W) {
+                    __builtin_prefetch(later + i);
+                    store(to + i, load_float(from + i));
+                }
+                for (; i < n; i++) to[i] = to_float(from[i]);
             }
         });
     }
@@ -107,12 +118,13 @@ struct Rows {
     }
 };
 
-// One chain for R rows and C registers of columns: x [n, R], panels of w `apart` elements from one to the next. c [R, ·]
-// becomes the sums, or has them added.
+// One chain for R rows and C registers of columns: x [R, LINE], panels of w `apart` elements from one to the next.
+// c [R, row] becomes the sums, or has them added.
 template <int R, int C, int64_t AHEAD, class T>
 inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool first, float* c, int64_t row) {
     f32v sum[R][C] = {};
-    for (int64_t k = 0; k < n; k++, x += R, w += PANEL) {
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < n; k++, x++, w += PANEL) {
         f32v b[C];
 #pragma GCC unroll 16
         for (int j = 0; j < C; j++) {
@@ -122,7 +134,7 @@ inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool fir
         }
 #pragma GCC unroll 32
         for (int r = 0; r < R; r++) {
-            const f32v a = splat(x[r]);
+            const f32v a = splat(x[r * LINE]);
 #pragma GCC unroll 16
             for (int j = 0; j < C; j++) sum[r][j] = fma(a, b[j], sum[r][j]);
         }
@@ -138,14 +150,14 @@ inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool fir
 
 // A chain of a tile [TOGETHER, n, PANEL] for `height` ≤ ROWS rows.
 template <int R = ROWS>
-void tile_chain(int height, const float* x, const float* tile, int64_t n, bool first, float* c) {
+void tile_chain(int64_t height, const float* x, const float* tile, int64_t n, bool first, float* c) {
     if constexpr (R > 1)
         if (height < R) return tile_chain<R - 1>(height, x, tile, n, first, c);
     for (int i = 0; i < R * COLUMNS; i += 16) __builtin_prefetch(c + i, 1);
     chain<R, REGISTERS, 0>(x, tile, n * PANEL, n, first, c, COLUMNS);
 }
 
-// Few rows: x [in, R] interleaved.
+// Few rows: x [chains, R, LINE].
 template <int R, class T>
 void few(const Panels& m, const Rows& rows, const float* x, const Pool& pool) {
     // As many registers of columns as there are accumulators for: some panels side by side, or a part of one.
@@ -162,8 +174,9 @@ void few(const Panels& m, const Rows& rows, const float* x, const Pool& pool) {
             alignas(64) float sums[R * std::max(C * W, PANEL)];
             for (int64_t k = 0; k < m.in; k += CHAIN)
                 for (int pass = 0; pass < passes; pass++)
-                    chain<R, c, AHEAD>(x + k * R, weight + (p * m.in + k) * PANEL + pass * c * W, m.in * PANEL,
-                                       std::min(CHAIN, m.in - k), k == 0, sums + pass * c * W, count * PANEL);
+                    chain<R, c, AHEAD>(x + k / CHAIN * R * LINE, weight + (p * m.in + k) * PANEL + pass * c * W,
+                                       m.in * PANEL, std::min(CHAIN, m.in - k), k == 0, sums + pass * c * W,
+                                       count * PANEL);
             rows.finish(m, sums, count * PANEL, 0, R, p * PANEL, count * PANEL);
             p += count;
         };
@@ -179,41 +192,56 @@ void few(const Panels& m, const Rows& rows, const float* x, const Pool& pool) {
     few<R, T>(m, rows, x, pool);
 }
 
-// Many rows: item by item, a block of rows and a range of panels.
+// n inputs, from k, of the weights of tile `at`: the panel `t` of its TOGETHER.
+template <class T>
+const T* weights_of(const Panels& m, int64_t at, int t, int64_t k) {
+    return static_cast<const T*>(m.weight) + ((at * TOGETHER + t) * m.in + k) * PANEL;
+}
+
+// Some of the cache lines of memory that is read soon: share `part` of `parts`.
+inline void fetch(const void* from, int64_t bytes, int64_t part, int64_t parts) {
+    const int64_t lines = (bytes + 63) / 64;
+    for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; i++)
+        __builtin_prefetch(static_cast<const char*>(from) + 64 * i, 0, 2);
+}
+
+// Many rows: a block of them and a range of tiles at a time.
 template <class T>
 void many(const Panels& m, const Rows& rows, const Pool& pool) {
-    const int64_t panels = (m.out + PANEL - 1) / PANEL;
-    const Groups blocks(rows.count, BLOCK);
-    const int64_t wanted = std::max<int64_t>(1, (4 * pool.threads + blocks.count - 1) / blocks.count);
-    const int64_t equal = ((panels + wanted - 1) / wanted + TOGETHER - 1) / TOGETHER * TOGETHER;
-    const int64_t each = std::clamp<int64_t>(equal, 8, 64);
-    const int64_t ranges = (panels + each - 1) / each;
-    parallel(pool, blocks.count * ranges, rows.count * m.in * m.out >= SMALL, [&](int64_t item) {
-        const int64_t block = item % blocks.count, begin = item / blocks.count * each;
-        const int64_t end = std::min(panels, begin + each), height = blocks.height(block);
-        const Groups groups(height, ROWS);
-        const int64_t tiles = (each + TOGETHER - 1) / TOGETHER;
-        float* tile = scratch.take(CHAIN * COLUMNS + height * (CHAIN + tiles * COLUMNS));
+    const int64_t panels = (m.out + PANEL - 1) / PANEL, tiles = (panels + TOGETHER - 1) / TOGETHER;
+    const Parts blocks = Parts::of_at_most(rows.count, BLOCK);
+    // Pieces are of one size, and their number a multiple of the threads'.
+    const int64_t step = pool.threads / std::gcd(blocks.count, int64_t(pool.threads));
+    const int64_t wanted = std::max((PIECES * pool.threads - 1) / blocks.count + 1, (tiles - 1) / WIDEST + 1);
+    const Parts ranges{tiles, std::min((wanted + step - 1) / step * step, (tiles - 1) / NARROWEST + 1)};
+    parallel(pool, blocks.count * ranges.count, rows.count * m.in * m.out >= SMALL, [&](int64_t item) {
+        const int64_t block = item % blocks.count, range = item / blocks.count;
+        const int64_t height = blocks.size(block), begin = ranges.first(range), end = ranges.first(range + 1);
+        const Parts groups = Parts::of_at_most(height, ROWS);
+        float* tile = scratch.take(CHAIN * COLUMNS + height * (LINE + (end - begin) * COLUMNS));
         float* inputs = tile + CHAIN * COLUMNS;
-        float* c = inputs + height * CHAIN;  // [tiles, height, COLUMNS]
+        float* sums = inputs + height * LINE;  // [end − begin, height, COLUMNS]
         for (int64_t k = 0; k < m.in; k += CHAIN) {
             const int64_t n = std::min(CHAIN, m.in - k);
-            for (int64_t g = 0; g < groups.count; g++)
-                rows.interleave(blocks.first(block) + groups.first(g), groups.height(g), k, n,
-                                inputs + groups.first(g) * n);
-            for (int64_t p = begin; p < end; p += TOGETHER) {
-                for (int t = 0; t < TOGETHER; t++) {
-                    if (p + t == end) break;  // what is left there is multiplied and not kept
-                    const T* from = static_cast<const T*>(m.weight) + ((p + t) * m.in + k) * PANEL;
+            rows.take(blocks.first(block), height, k, n, inputs);
+            float* c = sums;
+            for (int64_t at = begin; at < end; at++, c += height * COLUMNS) {
+                for (int t = 0; t < TOGETHER && at * TOGETHER + t < panels; t++) {  // the rest is computed and not kept
+                    const T* from = weights_of<T>(m, at, t, k);
                     for (int64_t i = 0; i < n * PANEL; i += W) store(tile + t * n * PANEL + i, load_float(from + i));
                 }
-                for (int64_t g = 0; g < groups.count; g++)
-                    tile_chain(groups.height(g), inputs + groups.first(g) * n, tile, n, k == 0,
-                               c + ((p - begin) / TOGETHER * height + groups.first(g)) * COLUMNS);
+                const bool last = at + 1 == end;
+                for (int64_t g = 0; g < groups.count; g++) {
+                    for (int t = 0; t < TOGETHER; t++)
+                        fetch(weights_of<T>(m, last ? begin : at + 1, t, last ? k + n : k),
+                              n * PANEL * int64_t(sizeof(T)), g, groups.count);
+                    const int64_t first = groups.first(g);
+                    tile_chain(groups.size(g), inputs + first * LINE, tile, n, k == 0, c + first * COLUMNS);
+                }
             }
         }
-        for (int64_t p = begin; p < end; p += TOGETHER, c += height * COLUMNS)
-            rows.finish(m, c, COLUMNS, blocks.first(block), height, p * PANEL, COLUMNS);
+        for (int64_t at = begin; at < end; at++, sums += height * COLUMNS)
+            rows.finish(m, sums, COLUMNS, blocks.first(block), height, at * COLUMNS, COLUMNS);
     });
 }
 
@@ -224,9 +252,10 @@ void multiply(const Panels& m, const void* x, int64_t count, int64_t stride, Flo
     with_type(m.type, [&](auto weight) {
         using T = decltype(weight);
         if (count > FEW) return many<T>(m, rows, pool);
-        std::unique_ptr<float[]> inputs(new float[count * m.in]);
-        rows.interleave(0, int(count), 0, m.in, inputs.get());
-        few<T>(m, rows, inputs.get(), pool);
+        float* inputs = scratch.take((m.in + CHAIN - 1) / CHAIN * count * LINE);
+        for (int64_t k = 0; k < m.in; k += CHAIN)
+            rows.take(0, count, k, std::min(CHAIN, m.in - k), inputs + k / CHAIN * count * LINE);
+        few<T>(m, rows, inputs, pool);
     });
 }
 
