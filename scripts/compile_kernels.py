@@ -38,7 +38,7 @@ from octavo.quant.format import KVFormat
 
 PAGE = Path(__file__).parent.parent / "docs" / "KERNELS.md"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-FORMATS = ["bf16", "int8", "int8-token", "int4-token", "int8-token/int4-token"]
+FORMATS = ["bf16", "int8", "int8-token", "int4-token", "int8-token/int4-token", "kv8", "k8v4", "kv4"]
 DIMS = [64, 128, 256]  # others are padded to these
 BLOCK = 64
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes that a program may take
@@ -87,18 +87,19 @@ def compiled(format: str, dim: int, target: int, variant: Variant) -> Iterator[R
     """Compile what a step of one decode and one chunk launches in a layer of that format."""
     launch._multiprocessors = lambda device: 132  # noqa: ARG005 - those of an H100
     launch._shared_memory = lambda device: SHARED[target]  # noqa: ARG005
-    shape = LayerShape(variant.kv_heads, dim, variant.v_dim or dim)
+    shape = LayerShape(variant.kv_heads, dim, variant.v_dim or dim, dtype=variant.dtype)
     values = {"min": -1.0, "max": 1.0, "mean": 0.0, "std": 1.0, "reader": 1.0}
     sides = {
         side: {name: torch.full((variant.kv_heads, n), value) for name, value in values.items()}
         for side, n in (("k", shape.k_dim), ("v", shape.v_dim))
     }
     calibration = Calibration(HEADER, [sides])
-    cache = KVCache(plan_layers([shape], KVFormat.parse(format), calibration), 2, Layout(BLOCK, "pages"))
+    plans = plan_layers([shape], KVFormat.parse(format), calibration)
+    cache = KVCache(plans, 2, Layout(BLOCK, "pages"), raw_pages=10)
     work = [Sequence([0] * 2), Sequence([0] * 40)]
     work[0].num_cached = 1
     for i, sequence in enumerate(work):
-        sequence.block_table = [i]
+        sequence.block_table, sequence.first_page, sequence.ring = [i], i, 2 + 4 * i
     heads = variant.kv_heads * variant.group
     rows = [torch.zeros(41, n, width, dtype=variant.dtype)
             for n, width in ((heads, dim), (variant.kv_heads, dim), (variant.kv_heads, shape.v_dim))]  # fmt: skip
@@ -110,7 +111,7 @@ def compiled(format: str, dim: int, target: int, variant: Variant) -> Iterator[R
     try:
         sinks = torch.zeros(heads) if variant.sinks else None
         spec = AttentionSpec(shape, heads, dim**-0.5, variant.window, variant.softcap, sinks)
-        batch = Batch.build([(work[0], 1), (work[1], 40)], BLOCK)
+        batch = Batch.build([(work[0], 1), (work[1], 40)], BLOCK, span=cache.span)
         launch.attend(spec, cache.layers[0], rows[0], rows[1], rows[2], batch)
     finally:
         for name, kernel in kernels.items():
@@ -162,7 +163,8 @@ def _resources(kernel: CompiledKernel, target: int) -> tuple[int, int]:
 
 
 def _loop(kernel: CompiledKernel) -> list[str]:
-    """The instructions of the shortest loop with a product in it: over blocks, those that nothing is masked in."""
+    """The instructions of the shortest loop with a product in it: over blocks, those that nothing is masked in. Where
+    some loops have products of bytes, the others read raw pages."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -178,7 +180,10 @@ def _loop(kernel: CompiledKernel) -> list[str]:
             back = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
             if back and back[1] in labels:
                 loops.append(code[labels[back[1]] :])
-    return min((loop for loop in loops if any("MMA" in line for line in loop)), key=len, default=[])
+    for product in ("IMMA", "IGMMA", "MMA"):
+        if found := [loop for loop in loops if any(product in line for line in loop)]:
+            return min(found, key=len)
+    return []
 
 
 def row(format: str, dim: int, target: int, variant: Variant, result: Result) -> str:
@@ -216,10 +221,12 @@ def main() -> int:
     )
     given = parser.parse_args()
     cases = [(f, dim, target, PLAIN) for target in given.targets for f in given.formats for dim in given.dims]
-    cases += [(f, dim, target, MQA[-1]) for target in given.targets for f in given.formats for dim in given.dims]
-    if not given.check:
-        cases += [("int8", 128, target, variant) for target in given.targets for variant in VARIANTS]
+    if given.check:
+        cases += [(f, dim, target, MQA[-1]) for target in given.targets for f in given.formats for dim in given.dims]
+    else:
         cases += [("int8-token", dim, 90, variant) for dim in MQA_DIMS for variant in MQA]
+        cases += [("kv8", dim, 90, MQA[-1]) for dim in given.dims]
+        cases += [(f, 128, target, variant) for f, target in (("kv8", 90), ("int8", 80)) for variant in VARIANTS]
         cases += [(f, 256, 89, PLAIN) for f in given.formats]  # the largest tiles in the least shared memory
     rows, bad = [], []
     with ProcessPoolExecutor(given.jobs) as pool:
@@ -245,7 +252,8 @@ heads, bf16 queries, no window, no soft cap and no sinks; blocks of 64 tokens. A
 conversions; of a chunk the loop over blocks that every row sees whole), threads times instructions, divided by the
 codes of K and V that a turn of the loop reads. *16-byte loads* are the copies from global to shared memory in that
 loop that move 16 bytes a thread, of all of them; where one is left over, it reads the block table. Products are `wgmma`
-on 9.0 where a tile has 64 rows, `mma` elsewhere.
+on 9.0 where a tile has 64 rows, `mma` elsewhere. With edges (`kv8`, `k8v4`, `kv4`) these columns are of the loop over
+codes; the program that reads raw pages has another.
 
 | format | head dim | target | kernel | warps | registers | shared | spilled | per code | 16-byte loads | tensor cores |
 |---|---|---|---|---|---|---|---|---|---|---|

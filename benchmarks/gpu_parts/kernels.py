@@ -23,13 +23,14 @@ from octavo.quant.format import KVFormat
 
 DIM = 128
 PAGE = 16  # tokens of FlashInfer's pages
-FORMATS = ("bf16", "int8", "int8-token", "int4-token")
+FORMATS = ("bf16", "int8", "int8-token", "int4-token", "kv8", "kv4")
 CASES = [(64, 8192, 32, 8), (64, 8192, 32, 32), (8, 8192, 32, 8), (1, 32768, 32, 8), (64, 1024, 32, 8)]
 
 
 class Session:
-    def __init__(self, tokens: int, new: int, blocks: list[int]):
+    def __init__(self, tokens: int, new: int, blocks: list[int], pages: list[int]):
         self.tokens, self.num_cached, self.block_table = [0] * tokens, tokens - new, blocks
+        self.first_page, self.ring = pages[:2]
 
 
 class Contestant:
@@ -37,14 +38,15 @@ class Contestant:
 
     def __init__(self, name: str, case: tuple[int, int, int, int], device: torch.device, new: int = 1):
         batch, tokens, heads, kv_heads = case
-        shape = LayerShape(kv_heads, DIM, DIM, device)
+        shape = LayerShape(kv_heads, DIM, DIM, device, dtype=torch.bfloat16)
         values = {"min": -5.0, "max": 5.0, "mean": 0.0, "std": 1.0, "reader": 1.0}
         side = {name: torch.full((kv_heads, DIM), value) for name, value in values.items()}
         calibration = Calibration(Header("", "", 0, 0, 0, (0, 0)), [{"k": side, "v": side}])
         plans = plan_layers([shape], KVFormat.parse(name), calibration)
         layout = backend_for(plans).layout
         blocks = -(-tokens // layout.block_size)
-        self.cache = KVCache(plans, batch * blocks, layout)
+        pages = 1 + KVFormat.parse(name).edges // layout.block_size  # raw ones of a sequence
+        self.cache = KVCache(plans, batch * blocks, layout, batch * pages)
         self.spec = AttentionSpec(shape, heads, DIM**-0.5)
         for store in self.cache.stores:  # codes and scales of plausible rows
             if store.codec.kind == "raw":
@@ -54,8 +56,9 @@ class Contestant:
             if store.scales is not None:
                 store.scales.fill_(120)
         table = torch.randperm(batch * blocks).view(batch, blocks).tolist()
-        work = [(Session(tokens, new, row), new) for row in table]
-        self.batch = Batch.build(work, layout.block_size).on(device)
+        sessions = (Session(tokens, new, row, [i * pages, i * pages + 1]) for i, row in enumerate(table))
+        self.batch = Batch.build([(session, new) for session in sessions], layout.block_size, span=self.cache.span)
+        self.batch = self.batch.on(device)
         rows = batch * new
         self.q = torch.randn(rows, heads, DIM, dtype=torch.bfloat16, device=device)
         self.k, self.v = torch.randn(2, rows, kv_heads, DIM, dtype=torch.bfloat16, device=device)
@@ -92,6 +95,8 @@ def decode(case: tuple[int, int, int, int], device: torch.device, bandwidth: flo
         "int8_over_bf16": ms["bf16"] / ms["int8"],
         "int8_token_over_int8": ms["int8"] / ms["int8-token"],
         "int4_token_over_int8": ms["int8"] / ms["int4-token"],
+        "kv8_over_int8_token": ms["int8-token"] / ms["kv8"],
+        "kv4_over_int4_token": ms["int4-token"] / ms["kv4"],
     }
 
 
@@ -104,8 +109,10 @@ def against_flashinfer(case: tuple[int, int, int, int], device: torch.device, ro
 
 def chunk(new: int, before: int, device: torch.device, rounds: int) -> dict[str, Any]:
     case = (1, before + new, 32, 8)
-    ms = medians({name: Contestant(name, case, device, new) for name in ("bf16", "int8", "int8-token")}, device, rounds)
-    return {"ms": ms, "int8_over_bf16": ms["bf16"] / ms["int8"]}
+    ms = medians(
+        {name: Contestant(name, case, device, new) for name in ("bf16", "int8", "int8-token", "kv8")}, device, rounds
+    )
+    return {"ms": ms, "int8_over_bf16": ms["bf16"] / ms["int8"], "kv8_over_int8_token": ms["int8-token"] / ms["kv8"]}
 
 
 def main() -> None:

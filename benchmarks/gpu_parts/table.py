@@ -38,11 +38,16 @@ def _lines(parts: dict[str, Row]) -> Iterator[tuple[str, str, str]]:
             f"{row['share_of_copy_bandwidth']['int8']:.2f}",
         )
         yield f"{what}: over our bf16", "1.8" if long else "", f"{row['int8_over_bf16']:.2f}"
+        for kv, plain in (("kv8", "int8_token"), ("kv4", "int4_token")):
+            ratio = f"{row[f'{kv}_over_{plain}']:.2f}"
+            yield f"{what.replace('int8', kv)}: over {plain.replace('_', '-')}", "", ratio
     for row in rows("kernels", "flashinfer decode"):
         what = f"int8 over FlashInfer's bf16, {row['batch']} × {row['tokens']}, {row['heads']}/{row['kv_heads']} heads"
         yield what, "1.8", f"{row['int8_over_flashinfer_bf16']:.2f}"
     for row in rows("kernels", "chunk"):
-        yield f"chunk of {row['new']} over {row['before']}: int8 over our bf16", "0.9", f"{row['int8_over_bf16']:.2f}"
+        what = f"chunk of {row['new']} over {row['before']}"
+        yield f"{what}: int8 over our bf16", "0.9", f"{row['int8_over_bf16']:.2f}"
+        yield f"{what}: kv8 over int8-token", "", f"{row['kv8_over_int8_token']:.2f}"
     for row in rows("engine", "decode"):
         what, large = f"7B geometry, {row['batch']} × {row['context']}", row["batch"] > 1
         yield f"{what}: int8 over bf16, tokens/s", "1.4" if large else "0.97", f"{row['int8_over_bf16']:.2f}"

@@ -9,30 +9,44 @@ from __future__ import annotations
 
 import torch
 
-from octavo.cache.batch import Batch
+from octavo.cache.batch import Batch, send
 
 
 class RawPages:
-    """Which pages, the same for all layers."""
+    """Which pages, the same for all layers. With `whole` the pages in hand are all that a chunk reads, page 0 too.
 
-    def __init__(self, batch: Batch, span: int, size: int):
+    Made from the lengths that the host knows; the host waits for nothing that the device knows.
+    """
+
+    def __init__(self, batch: Batch, span: int, size: int, whole: bool = False):
+        assert batch.first is not None, "the batch was built without the span of the cache"
         assert batch.ring is not None
-        self.hand = torch.full((len(batch.q_lens),), -1)  # [B] first page in hand, −1 where the ring has all
-        self.slots = torch.full((len(batch.ids),), -1)  # [T] of new rows in hand
+        hand = torch.full((2, len(batch.q_lens)), -1)
+        slots = torch.full((len(batch.ids),), -1)
         self.count = 0  # pages in hand
-        ring_pages, ring = span // size, batch.ring.tolist()
-        earlier: list[tuple[int, int]] = []  # pages of the ring, and where they go
+        ring_pages, page_0 = span // size, -1
+        earlier: list[tuple[int, int, int]] = []  # a sequence, page_0 or a page of its ring, and where it goes
         row = 0
         for i, (n, kv_len) in enumerate(zip(batch.q_lens, batch.kv_lens, strict=True)):
             begin = kv_len - n
             if n > 1:
-                first = begin // span * ring_pages
-                self.hand[i] = self.count
-                at = torch.arange(begin - first * size, kv_len - first * size)
-                self.slots[row : row + n] = self.count * size + at
-                # Of page 0 the cache itself has all rows.
-                earlier += [(ring[i] + page % ring_pages, self.count + page - first)
-                            for page in range(max(first, 1), -(-begin // size))]  # fmt: skip
-                self.count += -(-kv_len // size) - first
+                origin = begin // span * ring_pages  # the page where its own span begins
+                hand[0, i] = self.count
+                if whole and origin:
+                    earlier.append((i, page_0, self.count))
+                    self.count += 1
+                hand[1, i] = self.count
+                at = torch.arange(begin - origin * size, kv_len - origin * size)
+                slots[row : row + n] = self.count * size + at
+                # The cache itself has all rows of page 0.
+                earlier += [(i, page % ring_pages if page else page_0, self.count + page - origin)
+                            for page in range(origin if whole else max(origin, 1), -(-begin // size))]  # fmt: skip
+                self.count += -(-kv_len // size) - origin
             row += n
-        self.earlier, self.to = torch.tensor(earlier, dtype=torch.int64).view(-1, 2).unbind(1)
+        device = batch.ring.device
+        # [B] page 0 in hand, and the first page in hand of the own span; −1: it has none.
+        self.first, self.hand = send(hand, device)
+        self.slots = send(slots, device)  # [T] of new rows in hand
+        of, page, self.to = send(torch.tensor(earlier, dtype=torch.int64).view(-1, 3), device).unbind(1)
+        # Pages of the cache, and the pages in hand where their rows go.
+        self.earlier = torch.where(page == page_0, batch.first[of], batch.ring[of] + page)

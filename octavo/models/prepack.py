@@ -61,24 +61,24 @@ def prepack(bound: BoundModel, computing: torch.dtype | None = None, determinist
         return
     if not deterministic and processor.has_bf16():
         if onednn_available():
-            _try(bound, lambda called: _into_tiles(bound.hf, called), SAME)
+            attempt(bound, lambda called: into_tiles(bound.hf, called), SAME)
         return
     if deterministic:
         bound.layers = [replace(layer, exact=True) for layer in bound.layers]
         for packed in packed_layers(bound.hf).values():
             packed.exact = True
     name = bound.hf.config.model_type
-    if not _try(bound, lambda called: _into_panels(bound.hf, called), SAME):
+    if not attempt(bound, lambda called: into_panels(bound.hf, called), SAME):
         if deterministic:
             raise Unsupported(f"{name} reads weights beside calling their layers: leave --deterministic out")
         return
-    _try(bound, lambda _: _exact_activations(bound.hf), SAME)
+    attempt(bound, lambda _: _exact_activations(bound.hf), SAME)
     if computing is None:
         computing = torch.float32 if _others(bound.hf) <= SMALL * weight_bytes(bound.hf) else bound.dtype
-    if computing != bound.dtype and _try(bound, lambda _: _retype(bound.hf, computing), CLOSE):
+    if computing != bound.dtype and attempt(bound, lambda _: retype(bound.hf, computing), CLOSE):
         bound.computes = computing
     if bound.computes == torch.float32:
-        _try(bound, lambda _: fuse(bound.hf), SAME)
+        attempt(bound, lambda _: fuse(bound.hf), SAME)
     if deterministic and not _exact(bound):
         raise Unsupported(f"{name} has products beside those of its linear layers: leave --deterministic out")
 
@@ -97,7 +97,7 @@ def onednn_available() -> bool:
     )
 
 
-def _try(bound: BoundModel, rearrange: Callable[[set[nn.Module]], Iterator[Undo]], tolerance: float) -> bool:
+def attempt(bound: BoundModel, rearrange: Callable[[set[nn.Module]], Iterator[Undo]], tolerance: float) -> bool:
     """Rearrange a model, given the linear layers that a trial run calls. If it then fails or computes something else,
     all is put back."""
     called: set[nn.Module] = set()
@@ -136,22 +136,22 @@ def _trial(bound: BoundModel, count: int = TRIAL) -> Tensor:
     return bound.forward(ids, torch.zeros_like(rows), rows, alone).float()
 
 
-def _into_tiles(model: nn.Module, called: set[nn.Module]) -> Iterator[Undo]:
+def into_tiles(model: nn.Module, called: set[nn.Module]) -> Iterator[Undo]:
     """bf16 weights in oneDNN's order. One that two modules share (tied embeddings) stays: it would be there twice."""
     for modules in _by_weight(model):
         if len(modules) == 1 and modules[0] in called and modules[0].weight.dtype == torch.bfloat16:
             new = torch.ops.mkldnn._reorder_linear_weight(modules[0].weight.detach())
-            yield _replace(modules, new, [PrepackedLinear], lambda weight: weight.to_dense())
+            yield replace_weights(modules, new, [PrepackedLinear], lambda weight: weight.to_dense())
 
 
-def _into_panels(model: nn.Module, called: set[nn.Module]) -> Iterator[Undo]:
+def into_panels(model: nn.Module, called: set[nn.Module]) -> Iterator[Undo]:
     """Weights of linear layers in panels, with those embeddings that share them."""
     for modules in _by_weight(model):
         linear = [module for module in modules if not isinstance(module, nn.Embedding)]
         if linear and called.issuperset(linear) and linear[0].weight.dtype in cpu.FLOATS:
             kinds = [PanelLinear if module in called else PanelEmbedding for module in modules]
             new = cpu.pack_panels(linear[0].weight.detach())
-            yield _replace(modules, new, kinds, partial(unpacked, out=linear[0].out_features))
+            yield replace_weights(modules, new, kinds, partial(unpacked, out=linear[0].out_features))
 
 
 def _exact_activations(model: nn.Module) -> Iterator[Undo]:
@@ -161,7 +161,7 @@ def _exact_activations(model: nn.Module) -> Iterator[Undo]:
             yield _set(module, "__class__", kind)
 
 
-def _retype(model: nn.Module, computing: torch.dtype) -> Iterator[Undo]:
+def retype(model: nn.Module, computing: torch.dtype) -> Iterator[Undo]:
     """Have a model compute in another type than its weights have. Those in panels, in 4 bits and of embeddings stay
     what they are; all others are converted."""
     for module in list(model.modules()):
@@ -169,7 +169,7 @@ def _retype(model: nn.Module, computing: torch.dtype) -> Iterator[Undo]:
         if isinstance(module, PanelEmbedding):
             yield _set(module, "leaves_as", computing)
         elif isinstance(module, nn.Embedding):
-            yield _replace([module], module.weight, [TypedEmbedding], lambda weight: weight)
+            yield replace_weights([module], module.weight, [TypedEmbedding], lambda weight: weight)
             module.leaves_as = computing  # type: ignore[assignment]
         own: list[tuple[str, Tensor]] = [*module.named_parameters(recurse=False)]
         if not isinstance(module, PackedLinear):
@@ -211,7 +211,7 @@ def _beside_layers(model: nn.Module) -> Iterator[Tensor]:
             yield from module.parameters(recurse=False)
 
 
-def _replace(
+def replace_weights(
     modules: Sequence[Any], weight: Tensor, kinds: Sequence[type[nn.Module]], back: Callable[[Tensor], Tensor]
 ) -> Undo:
     """Give modules that share a weight another one, and each a kind: a subclass of its class, or of nn.Embedding, whose

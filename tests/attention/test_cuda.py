@@ -1,8 +1,8 @@
 """The Triton kernels against float64 attention over the decoded values of the same codes; codes bit for bit.
 
-Where there is no GPU one test runs this file again in a process of its own, in Triton's interpreter: a kernel is
-interpreted or compiled for as long as its process lives. The interpreter shows that the arithmetic and the indexing are
-right; that a GPU computes the same shows only on a GPU.
+Where there is no GPU one test runs this file again, and test_cuda_edges.py, in a process of its own, in Triton's
+interpreter: a kernel is interpreted or compiled for as long as its process lives. The interpreter shows that the
+arithmetic and the indexing are right; that a GPU computes the same shows only on a GPU.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def assert_close(out: Tensor, expected: np.ndarray) -> None:
 def test_the_kernels_in_tritons_interpreter() -> None:
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, __file__.replace(".py", "_edges.py")],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},  # its products are too small to share
         capture_output=True,
         text=True,
@@ -329,7 +329,7 @@ def test_the_operator_declares_what_it_writes() -> None:
     q, k, v = (x.to(DEVICE) for x in (layer.queries(4), layer.keys(4), layer.values(4)))
     made, step = _layer(layer.spec, layer.cache.layers[0]), Step.of(batch)
     given = (q, k, v, batch.slots, batch.block_table, step.q_start, step.kv_len)
-    given += (step.tiles(1), step.tiles(made.chunk.queries), made.memory, made.number)
+    given += (step.tiles(1), step.tiles(made.chunk.queries), [], [], made.memory, made.number)
     torch.library.opcheck(torch.ops.octavo.attend.default, given, test_utils=("test_schema", "test_faketensor"))
     out = torch.ops.octavo.attend(*given)
     assert torch.equal(out, attend(layer.spec, layer.cache.layers[0], q, k, v, batch))

@@ -12,7 +12,7 @@ from torch import Tensor
 from octavo.attention import AttentionSpec, attend
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
-from octavo.cache.plan import LayerPlan, LayerShape, plan_layers
+from octavo.cache.plan import CPU, LayerPlan, LayerShape, plan_layers
 from octavo.cache.store import KVCache
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.codec import Static, decode, encode
@@ -38,41 +38,68 @@ class Sequence:
 
 
 class Layer:
-    """One layer with a cache, and rows of a sequence of LENGTH tokens."""
+    """One layer with a cache, and rows of a sequence of `length` tokens, of values that `dtype` holds."""
 
-    def __init__(self, format: KVFormat, size: int, order: Any = "rows", **features: Any):
+    def __init__(
+        self,
+        format: KVFormat,
+        size: int,
+        order: Any = "rows",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+        length: int = LENGTH,
+        **features: Any,
+    ):
         random = torch.Generator().manual_seed(0)
-        self.size, self.format, self.order = size, format, order
-        self.plan, self.calibration = self.plan_of(format, random)
-        sinks = torch.randn(KV_HEADS * GROUP, generator=random) if features.pop("sinks", False) else None
+        self.size, self.format, self.order, self.dtype, self.device = size, format, order, dtype, device
+        self.length = length
+        self.plan, self.calibration = self.plan_of(format, random, dtype, device)
+        sinks = torch.randn(KV_HEADS * GROUP, generator=random).to(device) if features.pop("sinks", False) else None
         self.spec = AttentionSpec(self.plan.shape, KV_HEADS * GROUP, K_DIM**-0.5, sinks=sinks, **features)
-        self.q = torch.randn(LENGTH, KV_HEADS * GROUP, K_DIM, generator=random) * 2
-        self.k = torch.randn(LENGTH, KV_HEADS, K_DIM, generator=random) + 1
-        self.v = torch.randn(LENGTH, KV_HEADS, V_DIM, generator=random) - 1
+        self.q = (torch.randn(length, KV_HEADS * GROUP, K_DIM, generator=random) * 2).to(dtype).float()
+        self.k = (torch.randn(length, KV_HEADS, K_DIM, generator=random) + 1).to(dtype).float()
+        self.v = (torch.randn(length, KV_HEADS, V_DIM, generator=random) - 1).to(dtype).float()
 
     @staticmethod
-    def plan_of(format: KVFormat, random: torch.Generator) -> tuple[LayerPlan, Calibration]:
+    def plan_of(
+        format: KVFormat, random: torch.Generator, dtype: torch.dtype, device: torch.device
+    ) -> tuple[LayerPlan, Calibration]:
         def ranges(dim: int) -> dict[str, Tensor]:
             middle = torch.randn(KV_HEADS, dim, generator=random)
             return ranging(middle - 5, middle + 5)
 
         calibration = Calibration(HEADER, [{"k": ranges(K_DIM), "v": ranges(V_DIM)}])
-        [plan] = plan_layers([LayerShape(KV_HEADS, K_DIM, V_DIM)], format, calibration, headroom=1.0)
+        shape = LayerShape(KV_HEADS, K_DIM, V_DIM, device, dtype=dtype)
+        [plan] = plan_layers([shape], format, calibration, headroom=1.0)
         return plan, calibration
 
-    def run(self, cuts: list[int]) -> tuple[Tensor, KVCache]:
-        """The answers of all rows, computed so many at a time, and the cache they left."""
-        blocks, ring = -(-LENGTH // self.size), self.format.edges // self.size
-        cache = KVCache([self.plan], blocks + 2, Layout(self.size, self.order), 3 + 2 * ring)
-        table = torch.randperm(blocks + 2, generator=torch.Generator().manual_seed(1))[:blocks].tolist()
-        sequence, out = Sequence([0] * LENGTH, table, 2, 3), []
-        for n in cuts:
-            batch = Batch.build([(sequence, n)], self.size, span=self.format.edges)
-            rows = slice(sequence.num_cached, sequence.num_cached + n)
-            out.append(attend(self.spec, cache.layers[0], self.q[rows], self.k[rows], self.v[rows], batch))
-            sequence.num_cached += n
-        assert sequence.num_cached == LENGTH
-        return torch.cat(out), cache
+    def cache(self, sequences: int = 1) -> KVCache:
+        """An empty one for so many sequences, with some blocks and pages more."""
+        blocks, pages = -(-self.length // self.size), 1 + self.format.edges // self.size
+        return KVCache([self.plan], sequences * blocks + 2, Layout(self.size, self.order), 2 + sequences * pages)
+
+    def run(self, *cuts: list[int], cache: KVCache | None = None) -> tuple[Tensor, KVCache]:
+        """The answers of all rows [sequences·length, …] and the cache they left. Each of `cuts` says how many rows of a
+        sequence each step computes; all sequences have the same rows."""
+        cache = cache or self.cache(len(cuts))
+        blocks, ring = -(-self.length // self.size), self.format.edges // self.size
+        table = torch.randperm(cache.num_blocks, generator=torch.Generator().manual_seed(1)).tolist()
+        sequences = [
+            Sequence([0] * self.length, table[i * blocks :][:blocks], i, 2 + len(cuts) + i * ring)
+            for i in range(len(cuts))
+        ]
+        out: list[list[Tensor]] = [[] for _ in cuts]
+        for step in zip(*cuts, strict=True):
+            work = [(sequence, n) for sequence, n in zip(sequences, step, strict=True) if n]
+            rows = torch.cat([sequence.num_cached + torch.arange(n) for sequence, n in work])
+            given = (x[rows].to(self.device, self.dtype) for x in (self.q, self.k, self.v))
+            batch = Batch.build(work, self.size, span=self.format.edges)
+            answers = attend(self.spec, cache.layers[0], *given, batch).float().cpu()
+            for own, sequence, n, answer in zip(out, sequences, step, answers.split(list(step)), strict=True):
+                own.append(answer)
+                sequence.num_cached += n
+        assert all(sequence.num_cached == self.length for sequence in sequences)
+        return torch.cat([answer for own in out for answer in own]), cache
 
     def expected(self) -> Tensor:
         """Row by row, over the values that the codes stand for and over the raw rows."""
@@ -80,9 +107,10 @@ class Layer:
         def coded(x: Tensor, codec: Codec, static: Static | None) -> Tensor:
             return decode(encode(x, codec, static), codec, x.shape[-1], static)
 
-        keys, values = coded(self.k, self.format.k, self.plan.k), coded(self.v, self.format.v, self.plan.v)
-        spec, out = self.spec, torch.zeros(LENGTH, KV_HEADS * GROUP, V_DIM)
-        for t in range(LENGTH):
+        k_static, v_static = (static.to(CPU) if static else None for static in (self.plan.k, self.plan.v))
+        keys, values = coded(self.k, self.format.k, k_static), coded(self.v, self.format.v, v_static)
+        spec, out = self.spec, torch.zeros(self.length, KV_HEADS * GROUP, V_DIM)
+        for t in range(self.length):
             seen = range(max(0, t - spec.window + 1) if spec.window else 0, t + 1)
             raw = [j < self.size or j >= t // self.format.edges * self.format.edges for j in seen]
             own, every = torch.tensor(raw)[:, None, None], slice(seen.start, seen.stop)
@@ -92,7 +120,7 @@ class Layer:
             if spec.softcap:
                 score = spec.softcap * torch.tanh(score / spec.softcap)
             if spec.sinks is not None:
-                score = torch.cat([score, spec.sinks[:, None]], 1)
+                score = torch.cat([score, spec.sinks.cpu()[:, None]], 1)
             out[t] = torch.einsum("hj,jhd->hd", score.softmax(-1)[:, : len(raw)], v)
         return out
 

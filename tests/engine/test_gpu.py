@@ -11,6 +11,7 @@ import torch
 from octavo.attention import backend_for
 from octavo.cache.batch import Batch
 from octavo.cache.plan import plan_layers
+from octavo.cache.size import CacheSize
 from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
@@ -40,11 +41,13 @@ def serve(bound: BoundModel, kv: str = "int8-token", overlap: bool = True) -> En
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="decode steps run without CUDA graphs")
         plans = plan_layers(bound.shapes, KVFormat.parse(kv))
-        cache = KVCache(plans, 64, backend_for(plans).layout)
+        layout = backend_for(plans).layout
+        pages = CacheSize.of(bound.shapes, plans[0].format, layout.block_size).raw_pages(8)
+        cache = KVCache(plans, 64, layout, pages)
         return Engine(bound, cache, 8, 256, overlap=overlap)
 
 
-@pytest.mark.parametrize("kv", ["fp32", "int8-token", "int4-token"])
+@pytest.mark.parametrize("kv", ["fp32", "int8-token", "int4-token", "kv8"])
 def test_graphs_and_steps_ahead_give_the_tokens_of_plain_steps(model: Model, text_ids: list[int], kv: str):
     prompts = [text_ids[600 * i : 600 * i + length] for i, length in enumerate((5, 33, 64, 97, 150))]
     captured = serve(model.bound, kv)

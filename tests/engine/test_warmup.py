@@ -70,7 +70,7 @@ class Recorder:
 @pytest.mark.skipif(
     find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler"
 )
-@pytest.mark.parametrize("format", ["bf16", "int8-token", "int4-token"])
+@pytest.mark.parametrize("format", ["bf16", "int8-token", "int4-token", "kv8"])
 @pytest.mark.parametrize("kv_heads", [1, 8])
 def test_no_kernel_is_compiled_after_the_warm_up(format: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch):
     from octavo.attention.cuda import launch
@@ -80,19 +80,19 @@ def test_no_kernel_is_compiled_after_the_warm_up(format: str, kv_heads: int, mon
         monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), seen))
     monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)  # noqa: ARG005
     sequences, tokens, length = 64, 1024, 4096
-    shape = LayerShape(kv_heads, 64, 64)
-    cache = KVCache(plan_layers([shape], KVFormat.parse(format)), 1, Layout(64, "pages"))
+    shape = LayerShape(kv_heads, 64, 64, dtype=torch.bfloat16)
+    cache = KVCache(plan_layers([shape], KVFormat.parse(format)), 1, Layout(64, "pages"), raw_pages=2)
     spec = AttentionSpec(shape, 4 * kv_heads, 0.125)
 
     def step(lengths: list[int]) -> None:
         work = [(Sequence([0] * n), n) for n in lengths]
         for sequence, n in work:
-            sequence.block_table = [0] * -(-n // 64)
+            sequence.block_table, sequence.first_page, sequence.ring = [0] * -(-n // 64), 0, 1
         rows = sum(lengths)
         q, k, v = (
             torch.zeros(n, rows, 64, dtype=torch.bfloat16).transpose(0, 1) for n in (4 * kv_heads, kv_heads, kv_heads)
         )
-        launch.attend(spec, cache.layers[0], q, k, v, Batch.build(work, 64))
+        launch.attend(spec, cache.layers[0], q, k, v, Batch.build(work, 64, span=cache.span))
 
     for lengths in LargestStep(sequences, tokens, length).kinds():
         step(lengths)

@@ -47,7 +47,7 @@ def packed_alone(plain: nn.Linear, kind: type[nn.Linear]) -> nn.Linear:
     layer = nn.Linear(plain.in_features, plain.out_features, plain.bias is not None, dtype=torch.bfloat16)
     layer.load_state_dict(plain.state_dict())
     model.layer = layer.requires_grad_(False)
-    into = prepacking._into_tiles if kind is PrepackedLinear else prepacking._into_panels
+    into = prepacking.into_tiles if kind is PrepackedLinear else prepacking.into_panels
     assert len(list(into(model, {layer}))) == 1
     assert type(layer) is kind
     return layer
@@ -93,13 +93,13 @@ def test_the_weight_stays_countable_and_is_put_back_whole(kind: type[nn.Linear])
     before, size, count = weights(hf), weight_bytes(hf), parameters(hf)
 
     def refused(called: set[nn.Module]) -> object:
-        yield from (prepacking._into_tiles if kind is PrepackedLinear else prepacking._into_panels)(hf, called)
+        yield from (prepacking.into_tiles if kind is PrepackedLinear else prepacking.into_panels)(hf, called)
         assert (weight_bytes(hf), parameters(hf)) == (size, count)
-        yield from prepacking._retype(hf, torch.float32) if kind is PanelLinear else ()
+        yield from prepacking.retype(hf, torch.float32) if kind is PanelLinear else ()
         hf.lm_head.forward = None
 
     bound = bind(hf)
-    assert not prepacking._try(bound, refused, prepacking.SAME)
+    assert not prepacking.attempt(bound, refused, prepacking.SAME)
     assert not packed_names(hf)
     assert hf.lm_head.weight is hf.model.embed_tokens.weight
     after = weights(hf)
@@ -121,7 +121,7 @@ def test_each_old_weight_is_gone_before_the_next_is_packed(monkeypatch: pytest.M
     """One weight at a time is there twice."""
     hf = tiny()
     old = [weakref.ref(layer.weight) for layer in hf.modules() if type(layer) is nn.Linear]
-    replace, alive = prepacking._replace, []
+    replace, alive = prepacking.replace_weights, []
 
     def watched(modules: list[nn.Module], *rest: object) -> object:
         undo = replace(modules, *rest)
@@ -129,7 +129,7 @@ def test_each_old_weight_is_gone_before_the_next_is_packed(monkeypatch: pytest.M
             alive.append(sum(weight() is not None for weight in old))
         return undo
 
-    monkeypatch.setattr(prepacking, "_replace", watched)
+    monkeypatch.setattr(prepacking, "replace_weights", watched)
     Model.of(hf, Path("tiny"))
     assert alive == list(reversed(range(len(old))))
 

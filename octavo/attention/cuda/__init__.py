@@ -53,8 +53,6 @@ def refuses(plan: LayerPlan) -> str | None:
         return f"the GPU {shape.device} is older than Ampere"
     if max(shape.k_dim, shape.v_dim) > LARGEST:
         return f"no kernel takes heads of {shape.k_dim} and {shape.v_dim}"
-    if plan.format.edges:
-        return "the Triton kernels do not read edges"
     return None
 
 

@@ -15,15 +15,32 @@ QUERY_STEPS = tl.constexpr(127 * 128)  # a query against integer codes is two in
 
 
 @triton.jit
+def put(
+    value, slots, live, head, memory,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BY_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Put elements value [TOKENS, ·], of which WIDTH count, of one head into their slots; rows that are not `live` go
+    nowhere."""
+    d = tl.arange(0, value.shape[1])
+    line, place = (slots // BLOCK * HEADS + head) * BLOCK, slots % BLOCK  # of [num_blocks·HEADS·BLOCK] rows
+    value = value.to(memory.dtype.element_ty)
+    inside = live[:, None] & (d < WIDTH)[None, :]
+    if BY_COLUMN:
+        # Lanes along the tokens, which lie side by side.
+        at = memory + (line * WIDTH + place)[None, :] + (d * BLOCK)[:, None]
+        tl.store(at, tl.trans(value), tl.trans(inside))
+    else:
+        tl.store(memory + ((line + place) * WIDTH)[:, None] + d[None, :], value, inside)
+
+
+@triton.jit
 def encode(
     x, slots, live, head, codes, scales, mu, reciprocal, limits, token_reciprocal, saturated,
     HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     KIND: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr, STATIC: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """Put rows x [TOKENS, PADDED] of one head into their slots; rows that are not `live` go nowhere."""
+    """Put rows x [TOKENS, PADDED] of one head into their slots as codes; rows that are not `live` go nowhere."""
     d = tl.arange(0, PADDED)
-    block, place = slots // BLOCK, slots % BLOCK
-    line = (block * HEADS + head) * BLOCK  # of [num_blocks·HEADS·BLOCK] rows, the block's first
     width: tl.constexpr = (DIM + 1) // 2 if BITS == 4 else DIM
     if KIND == "raw":
         value = x
@@ -41,7 +58,7 @@ def encode(
             above = limit[None, :] < tl.max(tl.abs(y), 1)[:, None]
             e = tl.minimum(tl.sum(above.to(tl.int32), 1), 255)
             y = y * tl.load(token_reciprocal + e)[:, None]
-            tl.store(scales + line + place, e.to(tl.uint8), live)
+            tl.store(scales + (slots // BLOCK * HEADS + head) * BLOCK + slots % BLOCK, e.to(tl.uint8), live)
         outside = tl.sum(tl.sum((tl.abs(y) > levels + 0.5).to(tl.int32), 1), 0)
         tl.atomic_add(saturated, outside.to(tl.int64), outside > 0)
         if BITS == 4:
@@ -49,17 +66,37 @@ def encode(
             w = tl.arange(0, PADDED // 2)[None, :] + tl.zeros([TOKENS, 1], tl.int32)
             high = tl.where(w + width < DIM, tl.gather(nibble, tl.minimum(w + width, PADDED - 1), 1), 0)
             value = tl.gather(nibble, w, 1) | (high << 4)
-            d = tl.arange(0, PADDED // 2)
         else:
             value = (tl.clamp(y, -128.0, 127.0) + ROUND) - ROUND
-    value = value.to(codes.dtype.element_ty)
-    inside = live[:, None] & (d < width)[None, :]
-    if BY_COLUMN:
-        # Lanes along the tokens, which lie side by side.
-        place = codes + (line * width + place)[None, :] + (d * BLOCK)[:, None]
-        tl.store(place, tl.trans(value), tl.trans(inside))
-    else:
-        tl.store(codes + ((line + place) * width)[:, None] + d[None, :], value, inside)
+    put(value, slots, live, head, codes, HEADS, width, BLOCK, BY_COLUMN)
+
+
+@triton.jit
+def keep(
+    x, x_token, x_head, row, inside_step, head, slots, raw_slots, hand_slots, codes, scales, raw, hand,
+    mu, reciprocal, limits, token_reciprocal, saturated,
+    WRITES: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, ROTATED: tl.constexpr, STATIC: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Rows [TOKENS] of one head of K or of V: codes into the cache and, where the format has edges, themselves into raw
+    pages, those of the cache and those in hand; slot −1 is nowhere."""
+    d = tl.arange(0, PADDED)
+    x = tl.load(
+        x + (row.to(tl.int64) * x_token + head * x_head)[:, None] + d[None, :],
+        inside_step[:, None] & (d < DIM)[None, :],
+        0.0,
+    )
+    if WRITES:
+        slot = tl.load(slots + row, inside_step, -1)
+        encode(x, tl.maximum(slot, 0), slot >= 0, head, codes, scales, mu, reciprocal, limits, token_reciprocal,
+               saturated, HEADS, DIM, PADDED, TOKENS, BLOCK, KIND, BITS, ROTATED, STATIC, BY_COLUMN)  # fmt: skip
+        if raw_slots is not None:
+            slot = tl.load(raw_slots + row, inside_step, -1)
+            put(x, tl.maximum(slot, 0), slot >= 0, head, raw, HEADS, DIM, BLOCK, False)
+    if hand_slots is not None:
+        slot = tl.load(hand_slots + row, inside_step, -1)
+        put(x, tl.maximum(slot, 0), slot >= 0, head, hand, HEADS, DIM, BLOCK, False)
 
 
 @triton.jit
@@ -95,11 +132,11 @@ def fold(
 
 
 # What differs from step to step must not compile anew: the number of tokens, and where in a packed copy the slots lie.
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["slots", "raw_slots", "hand_slots"])
 def write(
-    q, k, v, slots, tokens, q_token, q_head, k_token, k_head, v_token, v_head,
-    k_codes, k_scales, k_mu, k_c, k_reciprocal, k_limits, k_token_reciprocal, k_saturated,
-    v_codes, v_scales, v_mu, v_reciprocal, v_limits, v_token_reciprocal, v_saturated,
+    q, k, v, slots, raw_slots, hand_slots, tokens, q_token, q_head, k_token, k_head, v_token, v_head,
+    k_codes, k_scales, k_raw, k_hand, k_mu, k_c, k_reciprocal, k_limits, k_token_reciprocal, k_saturated,
+    v_codes, v_scales, v_raw, v_hand, v_mu, v_reciprocal, v_limits, v_token_reciprocal, v_saturated,
     folded, factor, shift, unit,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WRITES: tl.constexpr, SHIFT: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
@@ -108,37 +145,26 @@ def write(
     V_DIM: tl.constexpr, V_PADDED: tl.constexpr, V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_ROTATED: tl.constexpr,
     V_STATIC: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): tokens i·TOKENS … of one head j, the query heads first, then those of K, then those of V."""
+    """Program (i, j): tokens i·TOKENS … of one head j, the query heads first, then those of K, then those of V.
+
+    `raw_slots` and `hand_slots` are None where the format has no edges, and where the step has no chunk.
+    """
     row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
     live = row < tokens
-    wide = row.to(tl.int64)
     heads: tl.constexpr = KV_HEADS * GROUP
-    kd, vd = tl.arange(0, K_PADDED), tl.arange(0, V_PADDED)
-    # A name in both branches of a run-time `if` has one type: rows of K and of V may be of different widths.
     if head < heads:
+        wide, d = row.to(tl.int64), tl.arange(0, K_PADDED)
         query = tl.load(
-            q + (wide * q_token + head * q_head)[:, None] + kd[None, :], live[:, None] & (kd < K_DIM)[None, :], 0.0
+            q + (wide * q_token + head * q_head)[:, None] + d[None, :], live[:, None] & (d < K_DIM)[None, :], 0.0
         )
         fold(query, wide * heads + head, live, head // GROUP, k_c, k_mu, folded, factor, shift, unit,
              K_DIM, K_PADDED, TOKENS, K_KIND != "raw", K_ROTATED, K_STATIC, SHIFT)  # fmt: skip
-    elif WRITES:
-        slot = tl.load(slots + row, live, -1)
-        live = slot >= 0
-        slot = tl.maximum(slot, 0)
-        if head < heads + KV_HEADS:
-            head -= heads
-            key = tl.load(
-                k + (wide * k_token + head * k_head)[:, None] + kd[None, :], live[:, None] & (kd < K_DIM)[None, :], 0.0
-            )
-            encode(key, slot, live, head, k_codes, k_scales, k_mu, k_reciprocal, k_limits, k_token_reciprocal,
-                   k_saturated, KV_HEADS, K_DIM, K_PADDED, TOKENS, BLOCK, K_KIND, K_BITS, K_ROTATED, K_STATIC,
-                   False)  # fmt: skip
-        else:
-            head -= heads + KV_HEADS
-            value = tl.load(
-                v + (wide * v_token + head * v_head)[:, None] + vd[None, :], live[:, None] & (vd < V_DIM)[None, :], 0.0
-            )
-            encode(value, slot, live, head, v_codes, v_scales, v_mu, v_reciprocal, v_limits, v_token_reciprocal,
-                   v_saturated, KV_HEADS, V_DIM, V_PADDED, TOKENS, BLOCK, V_KIND, V_BITS, V_ROTATED, V_STATIC,
-                   V_KIND != "raw")  # fmt: skip
+    elif head < heads + KV_HEADS:
+        keep(k, k_token, k_head, row, live, head - heads, slots, raw_slots, hand_slots, k_codes, k_scales, k_raw,
+             k_hand, k_mu, k_reciprocal, k_limits, k_token_reciprocal, k_saturated, WRITES, KV_HEADS, K_DIM, K_PADDED,
+             TOKENS, BLOCK, K_KIND, K_BITS, K_ROTATED, K_STATIC, False)  # fmt: skip
+    else:
+        keep(v, v_token, v_head, row, live, head - heads - KV_HEADS, slots, raw_slots, hand_slots, v_codes, v_scales,
+             v_raw, v_hand, v_mu, v_reciprocal, v_limits, v_token_reciprocal, v_saturated, WRITES, KV_HEADS, V_DIM,
+             V_PADDED, TOKENS, BLOCK, V_KIND, V_BITS, V_ROTATED, V_STATIC, V_KIND != "raw")  # fmt: skip
