@@ -108,8 +108,8 @@ class LLM:
         self.calibration = calibration_for(self.model, calibration, self.format)
         if self.calibration is None and self.format.takes_calibration:
             warnings.warn(
-                f"{self.format} runs without a calibration: on models with key biases it then loses about twenty times "
-                f"as much. `octavo calibrate {self.model.name}` mends that",
+                f"{self.format} runs without a calibration: on models with key biases it then loses thirty times as "
+                f"much and more. `octavo calibrate {self.model.name}` mends that",
                 stacklevel=2,
             )
         if (granularity, headroom) != (None, None) and self.calibration is None:
