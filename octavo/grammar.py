@@ -110,7 +110,10 @@ class Grammars:
         except ImportError:
             raise OctavoError("json_schema needs llguidance: pip install 'octavo[serve]'", "json_schema") from None
 
-        tokens = self._tokens  # made once; its time is not the schema's
+        try:
+            tokens = self._tokens  # made once; its time is not the schema's
+        except ValueError as error:
+            raise OctavoError(f"the JSON schema cannot be served: {_first_line(str(error))}", "json_schema") from None
 
         def compile() -> tuple[Any, str]:
             try:

@@ -224,7 +224,15 @@ def test_an_llm_says_instead_of_being_pickled_or_copied_what_to_do(llm: LLM):
 
 
 @pytest.fixture
-def interrupted_after():
+def ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, as in a program; a worker of pytest-xdist ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+@pytest.fixture
+def interrupted_after(ctrl_c: None):
     """Calls a function and sends this process Ctrl-C after so many seconds; whether it came within the call."""
 
     def run(seconds: float, function: Callable[[], object]) -> bool:
@@ -239,9 +247,7 @@ def interrupted_after():
             timer.join()
         return False
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield run
-    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    return run
 
 
 def test_ctrl_c_anywhere_in_generate_frees_every_block_and_the_next_call_answers(llm: LLM, interrupted_after):
@@ -255,7 +261,9 @@ def test_ctrl_c_anywhere_in_generate_frees_every_block_and_the_next_call_answers
     assert [a.token_ids for a in llm.generate(STORIES, GREEDY)] == [a.token_ids for a in whole]
 
 
-def test_ctrl_c_within_the_tables_of_a_step_waits_until_they_are_whole(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_within_the_tables_of_a_step_waits_until_they_are_whole(
+    llm: LLM, ctrl_c: None, monkeypatch: pytest.MonkeyPatch
+):
     seen = []
 
     def interrupt(function: Callable) -> Callable:

@@ -137,16 +137,22 @@ def assert_close(out: Tensor, expected: np.ndarray) -> None:
     assert (error <= CLOSE[out.dtype] * np.linalg.norm(expected, axis=-1) + 1e-6).all(), error.max()
 
 
-@pytest.mark.skipif(AVAILABLE, reason="the kernels are tested directly")
-def test_the_kernels_in_tritons_interpreter() -> None:
+def interpret(file: str) -> None:
+    """Run the tests of a file in Triton's interpreter, unless its kernels run here."""
+    if AVAILABLE:
+        pytest.skip("the kernels are tested directly")
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, __file__.replace(".py", "_edges.py")],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},  # its products are too small to share
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-4000:]
+
+
+def test_the_kernels_in_tritons_interpreter() -> None:
+    interpret(__file__)
 
 
 @kernels

@@ -1,6 +1,6 @@
 """The Triton kernels over raw pages, against the rule of edges computed row by row (tests/attention/test_edges.py).
 
-Run in Triton's interpreter by a test of test_cuda.py where there is no GPU.
+Run in Triton's interpreter where there is no GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from octavo.attention.cuda.step import Step
 from octavo.cache.batch import Batch
 from octavo.cache.plan import LayerPlan
 from octavo.cache.store import KVCache
-from tests.attention.test_cuda import BF16, DEVICE, FP16, FP32, assert_close, kernels
+from tests.attention.test_cuda import BF16, DEVICE, FP16, FP32, assert_close, interpret, kernels
 from tests.attention.test_edges import LENGTH, Layer, Sequence, with_span
 
 CUTS = [5, 1, 57, 1, 64, 1, 21]
@@ -42,6 +42,10 @@ CASES: list[tuple[str, int, int, dict[str, Any]]] = [
     ("int8/bf16", 64, 64, {"dtype": BF16}),
     ("bf16/int4-token", 32, 16, {"sinks": True, "dtype": BF16}),
 ]
+
+
+def test_the_kernels_in_tritons_interpreter() -> None:
+    interpret(__file__)
 
 
 @kernels

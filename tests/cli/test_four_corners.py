@@ -102,7 +102,7 @@ def test_the_report_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.Monk
     pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
     sizes: dict[str, dict[str, Any]] = {
         "doctor.diagnose": {"LENGTH": 64, "CALIBRATED": 2, "MEASURED": 2},
-        "report.survey": {"WINDOW": 128, "WINDOWS": 2, "SAMPLES": 2, "SEQLEN": 64, "BATCH_SIZES": (1,), "CONTEXT": 64,
+        "report.survey": {"WINDOW": 256, "WINDOWS": 2, "SAMPLES": 2, "SEQLEN": 64, "BATCH_SIZES": (1,), "CONTEXT": 64,
                           "TOKENS": 2, "ROUNDS": 1},
         "speed.roofline": {"READ_BYTES": 1 << 20},
     }  # fmt: skip
@@ -113,7 +113,7 @@ def test_the_report_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.Monk
     assert code == 0, err
     corners = json.loads(out)["corners"]
     assert [(c["weights"], c["kv"]) for c in corners] == [
-        ("bf16", "bf16"), ("bf16", "int8"), ("int4", "bf16"), ("int4", "int8"),
+        ("bf16", "bf16"), ("bf16", "kv8"), ("int4", "bf16"), ("int4", "kv8"),
     ]  # fmt: skip
     assert [row["batch_size"] for row in corners[3]["speed"]] == [1, 8]
     assert corners[2]["score"]["cache_alone"]["kl"] == 0 < corners[3]["score"]["cache_alone"]["kl"]

@@ -164,7 +164,7 @@ def test_a_calibration_of_other_weights_is_refused(other: str) -> None:
     with pytest.raises(OctavoError, match="other weights") as caught:
         make().check(other, "", SHAPES)
     assert "octavo calibrate" in str(caught.value)
-    assert "int8-token" in str(caught.value)
+    assert "kv8" in str(caught.value)
 
 
 @pytest.mark.parametrize(
