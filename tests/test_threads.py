@@ -232,7 +232,7 @@ def ctrl_c():
 
 
 @pytest.fixture
-def interrupted_after(ctrl_c: None):
+def interrupted_after(ctrl_c: None):  # noqa: ARG001
     """Calls a function and sends this process Ctrl-C after so many seconds; whether it came within the call."""
 
     def run(seconds: float, function: Callable[[], object]) -> bool:
@@ -261,9 +261,8 @@ def test_ctrl_c_anywhere_in_generate_frees_every_block_and_the_next_call_answers
     assert [a.token_ids for a in llm.generate(STORIES, GREEDY)] == [a.token_ids for a in whole]
 
 
-def test_ctrl_c_within_the_tables_of_a_step_waits_until_they_are_whole(
-    llm: LLM, ctrl_c: None, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_within_the_tables_of_a_step_waits_until_they_are_whole(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     seen = []
 
     def interrupt(function: Callable) -> Callable:
