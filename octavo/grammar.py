@@ -96,7 +96,7 @@ class Grammars:
             measure_schema(schema)
             text = json.dumps(schema, allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:
-            raise OctavoError(f"the JSON schema cannot be served: it is no JSON: {error}", "json_schema") from None
+            raise _refused(f"it is no JSON: {error}") from None
         matcher, clock = self._compiled(text)
         return JSONGuide(matcher.deep_copy(), self.vocab_size, clock)
 
@@ -113,7 +113,7 @@ class Grammars:
         try:
             tokens = self._tokens  # made once; its time is not the schema's
         except ValueError as error:
-            raise OctavoError(f"the JSON schema cannot be served: {_first_line(str(error))}", "json_schema") from None
+            raise _refused(str(error)) from None
 
         def compile() -> tuple[Any, str]:
             try:
@@ -126,10 +126,9 @@ class Grammars:
         try:
             matcher, reason = _with_deep_stack(compile, COMPILE_SECONDS)
         except TimeoutError:
-            why = f"compiling it takes more than {COMPILE_SECONDS} s"
-            raise OctavoError(f"the JSON schema cannot be served: {why}", "json_schema") from None
+            raise _refused(f"compiling it takes more than {COMPILE_SECONDS} s") from None
         if reason:
-            raise OctavoError(f"the JSON schema cannot be served: {_first_line(reason)}", "json_schema")
+            raise _refused(reason)
         return matcher, Clock()
 
     @cached_property
@@ -162,6 +161,10 @@ def _with_deep_stack(function: Callable[[], T], seconds: float) -> T:
         finally:
             threading.stack_size(before)
     return future.result(seconds)
+
+
+def _refused(reason: str) -> OctavoError:
+    return OctavoError(f"the JSON schema cannot be served: {_first_line(reason)}", "json_schema")
 
 
 def _first_line(error: str) -> str:

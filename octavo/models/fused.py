@@ -39,10 +39,9 @@ class FusedGate(nn.Module):
     down_proj: Callable[[Tensor], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if gate.dtype == up.dtype == torch.float32:
-            return self.down_proj(cpu.silu_gate_(gate.contiguous(), up.contiguous()))
-        return self.down_proj(F.silu(gate) * up)
+        if x.dtype != torch.float32:
+            return super().forward(x)
+        return self.down_proj(cpu.silu_gate_(self.gate_proj(x).contiguous(), self.up_proj(x).contiguous()))
 
 
 def fuse(model: nn.Module) -> Iterator[Undo]:
