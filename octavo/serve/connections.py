@@ -8,8 +8,13 @@ closed. Beyond the limit each new one costs the client with the most connections
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import resource
+import socket
+import struct
+import sys
+import termios
 import time
 from collections import Counter
 from typing import Any
@@ -23,6 +28,7 @@ logger = logging.getLogger("octavo")
 SPARE_FILES = 256  # open files for all else, and for connections that are accepted in one go
 BACKLOG = 128  # connections that the kernel holds ready, all of which asyncio may accept in one go
 READ = 1 << 15  # bytes that are read and parsed before other connections have their turn
+AT_ONCE = struct.pack("ii", 1, 0)  # of SO_LINGER: what is not delivered is dropped
 LATE = 3.0  # seconds after its deadline that an answer, or the refusal in its place, has to be sent
 
 
@@ -62,7 +68,7 @@ class Connections:
         now = time.monotonic()
         for connection in list(self.open):
             if connection.overdue(now, self.limits):
-                connection.end()
+                connection.end_late()
         self.timer = self._again() if self.open else None
 
     def _again(self) -> asyncio.TimerHandle:
@@ -116,6 +122,11 @@ class Connection(H11Protocol):
         self.since = time.monotonic()
         super().on_response_complete()
 
+    def timeout_keep_alive_handler(self) -> None:
+        """uvicorn's, once a connection has waited for its next request for too long."""
+        self.drop_undelivered()
+        super().timeout_keep_alive_handler()
+
     @property
     def answering(self) -> bool:
         """Whether a request is here whole, and its answer not yet sent."""
@@ -143,3 +154,15 @@ class Connection(H11Protocol):
             self.transport.close()
         else:
             self.transport.abort()
+
+    def end_late(self) -> None:
+        """Close one that has kept the server waiting."""
+        self.drop_undelivered()
+        self.end()
+
+    def drop_undelivered(self) -> None:
+        """If the system holds data that the client does not read, have it dropped when the connection is closed, and
+        the client told so: else the connection would stay with the system until the client reads."""
+        sock = self.transport.get_extra_info("socket")
+        if sock.fileno() >= 0 and int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)

@@ -225,7 +225,8 @@ def test_a_client_that_never_reads_is_closed_and_its_blocks_are_free(pamphlet: M
         wait_until(lambda: not running.server.connections.open)
         running.assert_idle()
         for client in socks:
-            client.close()
+            with client, pytest.raises(ConnectionResetError):
+                list(iter(lambda client=client: client.recv(1 << 16), b""))
 
 
 # --- fair queue -------------------------------------------------------------------------------------------------------
