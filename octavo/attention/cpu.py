@@ -220,13 +220,9 @@ class _Edges:
         assert raw_slots is not None, "the batch was built without the span of the cache"
         assert first is not None
         assert ring is not None
-        if "raw pages" not in batch.plan:
-            batch.plan["raw pages"] = RawPages(batch, cache.span, _native.BLOCK)
-        pages: RawPages = batch.plan["raw pages"]
+        pages = RawPages.of(batch, cache)
+        earlier = pages.earlier_rows(batch, cache, owner) if pages.count else []
         if owner:
-            if pages.count:
-                # A copy before the step's own rows take their places in the ring; layers that share this cache need it.
-                batch.plan["before", id(cache)] = [store.codes[pages.earlier] for store in raw]
             for store, x in zip(raw, (k, v), strict=True):
                 write(store, x, raw_slots)
         hand = list(raw)
@@ -235,7 +231,7 @@ class _Edges:
                 RowStore(store.codec, store.heads, store.dim, None, cache.layout, side, pages.count, k.device)
                 for store, side in zip(raw, SIDES, strict=True)
             ]
-            for store, x, before in zip(hand, (k, v), batch.plan["before", id(cache)], strict=True):
+            for store, x, before in zip(hand, (k, v), earlier, strict=True):
                 store.codes[pages.to] = before
                 write(store, x, pages.slots)
         self.keep = hand, pages  # as long as their addresses

@@ -8,8 +8,11 @@ it: the chunk's rows, and earlier ones of its first span, are laid out in pages 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from octavo.cache.batch import Batch, send
+from octavo.cache.batch import Batch
+from octavo.cache.store import LayerCache
+from octavo.devices import send
 
 
 class RawPages:
@@ -17,6 +20,13 @@ class RawPages:
 
     Made from the lengths that the host knows; the host waits for nothing that the device knows.
     """
+
+    @classmethod
+    def of(cls, batch: Batch, cache: LayerCache, whole: bool = False) -> RawPages:
+        """Those of a step, made once."""
+        if "raw pages" not in batch.plan:
+            batch.plan["raw pages"] = cls(batch, cache.span, cache.layout.block_size, whole)
+        return batch.plan["raw pages"]
 
     def __init__(self, batch: Batch, span: int, size: int, whole: bool = False):
         assert batch.first is not None, "the batch was built without the span of the cache"
@@ -50,3 +60,10 @@ class RawPages:
         of, page, self.to = send(torch.tensor(earlier, dtype=torch.int64).view(-1, 3), device).unbind(1)
         # Pages of the cache, and the pages in hand where their rows go.
         self.earlier = torch.where(page == page_0, batch.first[of], batch.ring[of] + page)
+
+    def earlier_rows(self, batch: Batch, cache: LayerCache, owner: bool) -> list[Tensor]:
+        """What the `earlier` pages of K and of V hold. The owner of the cache asks before the step's own rows take
+        their places in the ring; layers that share the cache get what it got."""
+        if owner:
+            batch.plan["before", id(cache)] = [store.codes[self.earlier] for store in cache.raw or ()]
+        return batch.plan["before", id(cache)]

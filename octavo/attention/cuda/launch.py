@@ -63,14 +63,10 @@ def _edges(spec: AttentionSpec, cache: LayerCache, batch: Batch) -> tuple[list[T
     edges = [batch.raw_slots, batch.first, batch.ring]
     if max(batch.q_lens) == 1:
         return edges, []
-    if "raw pages" not in batch.plan:
-        batch.plan["raw pages"] = RawPages(batch, cache.span, cache.layout.block_size, whole=True)
-    pages: RawPages = batch.plan["raw pages"]
-    if spec.shape.shares is None:
-        # A copy before the step's own rows take their places in the ring; layers that share this cache need it.
-        batch.plan["before", id(cache)] = [store.codes[pages.earlier] for store in cache.raw]
+    pages = RawPages.of(batch, cache, whole=True)
+    earlier = pages.earlier_rows(batch, cache, owner=spec.shape.shares is None)
     hand = [store.codes.new_empty(pages.count, *store.codes.shape[1:]) for store in cache.raw]
-    for own, before in zip(hand, batch.plan["before", id(cache)], strict=True):
+    for own, before in zip(hand, earlier, strict=True):
         own[pages.to] = before
     return [*edges, pages.slots, pages.first, pages.hand], hand
 
