@@ -67,9 +67,8 @@ def _norm(module: nn.Module) -> tuple[Tensor, float] | None:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    names = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
     size = getattr(getattr(module, "gate_proj", None), "in_features", None)
-    if names != {"gate_proj", "up_proj", "down_proj"} or size is None:
+    if size is None or not {"up_proj", "down_proj"} <= dict(module.named_children()).keys():
         return False
     x = _rows(size)
     return _answers(module, x, lambda: FusedGate.forward(module, x))  # type: ignore[arg-type]

@@ -11,6 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, Llam
 
 from octavo.models.fused import FusedGate, FusedNorm, fuse
 from octavo.weights import cpu
+from octavo.weights.linear import PackedLinear
+from tests.weights.rounding import rounded
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native extension is not built")
 
@@ -58,6 +60,16 @@ def llama() -> nn.Module:
     return LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4))
 
 
+def four_bits() -> nn.Module:
+    mlp = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4))
+    for name, plain in list(mlp.named_children()):
+        if isinstance(plain, nn.Linear):
+            packed = PackedLinear(plain.in_features, plain.out_features, bias=False, dtype=torch.float32)
+            packed.fill(rounded(plain.weight.detach(), 32))
+            setattr(mlp, name, packed)
+    return mlp
+
+
 def gemma() -> nn.Module:
     return GemmaMLP(GemmaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4))
 
@@ -75,12 +87,22 @@ class Scaled(LlamaRMSNorm):
         (LlamaRMSNorm(32), FusedNorm),
         (GemmaRMSNorm(32), FusedNorm),
         (llama(), FusedGate),
+        (four_bits(), FusedGate),
         (Scaled(32), None),
         (nn.LayerNorm(32, bias=False), None),
         (gemma(), None),  # its gate is gelu
         (nn.Linear(32, 32), None),
     ],
-    ids=["llama's norm", "gemma's norm", "llama's MLP", "twice a norm", "layer norm", "gemma's MLP", "linear"],
+    ids=[
+        "llama's norm",
+        "gemma's norm",
+        "llama's MLP",
+        "llama's MLP in 4 bits",
+        "twice a norm",
+        "layer norm",
+        "gemma's MLP",
+        "linear",
+    ],
 )
 def test_what_computes_a_formula_is_taken_over_and_the_rest_is_not(
     module: nn.Module, kind: type[nn.Module] | None
@@ -88,7 +110,8 @@ def test_what_computes_a_formula_is_taken_over_and_the_rest_is_not(
     model = nn.ModuleList([module]).requires_grad_(False)
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.5)
-    x, own, parameters = torch.randn(5, 32), type(module), dict(model.named_parameters())
+    width = getattr(module, "hidden_size", 32)
+    x, own, parameters = torch.randn(5, width), type(module), dict(model.named_parameters())
     before = module(x)
     undo = list(fuse(model))
     assert len(undo) == (kind is not None)
