@@ -39,6 +39,19 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def part(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    return f"\n{title}\n\n{table(columns, rows)}\n"
+
+
+def rates(title: str, document: Document) -> str:
+    """Tokens a second of each program, prefill and decode by batch."""
+    by_batch = {row["batch"]: row["tokens_per_second"] for row in document["rows"]}
+    columns = [(batch, what) for batch in by_batch for what in ("prefill", "decode")]
+    names = by_batch[columns[0][0]]
+    rows = ([name, *(by_batch[batch][name][what] for batch, what in columns)] for name in names)
+    return part(title, ["", *(f"{what}, batch {batch}" for batch, what in columns)], rows)
+
+
 def commits(documents: dict[str, Document]) -> str:
     found = {label: document.get("machine", document)["commit"] for label, document in documents.items()}
     whole = {
@@ -73,7 +86,7 @@ torch: no ratio to torch is given there. A plain read sums the bytes of the same
              *(f"{row[key]['median']:.2f}" for key in columns.values())]
             for row in document["rows"]
         )  # fmt: skip
-        text += f"\n{label}\n\n" + table(["batch × tokens, query/KV heads", *columns], rows) + "\n"
+        text += part(label, ["batch × tokens, query/KV heads", *columns], rows)
     text += "\nMany new tokens of one sequence, milliseconds:\n"
     for label, document in found.items():
         names = [name for name in document["prefill"][0]["ms"] if not name.startswith("torch_")]
@@ -81,14 +94,12 @@ torch: no ratio to torch is given there. A plain read sums the bytes of the same
             [f"{row['new_tokens']} of {row['tokens']}", *(f"{row['ms'][name]:.0f}" for name in names)]
             for row in document["prefill"]
         )
-        text += f"\n{label}\n\n" + table(["new tokens", *names], rows) + "\n"
+        text += part(label, ["new tokens", *names], rows)
     return text
 
 
 def products() -> str:
     found = load("products-cpu")
-    if not found:
-        return ""
     text = f"""
 ## Products with 16-bit weights
 
@@ -104,7 +115,7 @@ multiply-adds on all threads, the most that the processor can do. Smallest and l
              _span(row["ratio"]["multiply-adds"] for row in own)]
             for count, own in by_rows.items()
         )  # fmt: skip
-        text += f"\n{label}\n\n" + table(["rows", "GFLOP/s", "over torch", "over the loop"], rows) + "\n"
+        text += part(label, ["rows", "GFLOP/s", "over torch", "over the loop"], rows)
     return text
 
 
@@ -123,20 +134,12 @@ A random Llama of 4 layers (hidden 2048, 16/8 heads), bf16 weights; tokens a sec
 agree with a float32 forward. {commits(found)}.
 """
     for label, document in found.items():
-        columns = [(row["batch"], part) for row in document["rows"] for part in ("prefill", "decode")]
-        names = list(document["rows"][0]["tokens_per_second"])
-        rates = {row["batch"]: row["tokens_per_second"] for row in document["rows"]}
-        rows = ([name, *(rates[batch].get(name, {}).get(part, "") for batch, part in columns)] for name in names)
-        titles = [f"{part}, batch {batch}" for batch, part in columns]
-        text += f"\n{label}, prompts of {document['prompt']} tokens, {document['rounds']} rounds\n\n"
-        text += table(["", *titles], rows) + "\n"
+        text += rates(f"{label}, prompts of {document['prompt']} tokens, {document['rounds']} rounds", document)
     return text
 
 
 def jobs() -> str:
     found = load("jobs-cpu")
-    if not found:
-        return ""
     text = f"""
 ## Whole jobs on real models
 
@@ -149,16 +152,14 @@ float32. {commits(found)}.
             best = row["times_as_fast"]
             ours = "octavo kv8" if "octavo kv8" in best else next(iter(best))
             rows = (
-                [name, *(rates[part] for part in ("prefill", "decode", "job")),
+                [name, *(speeds[what] for what in ("prefill", "decode", "job")),
                  "" if name == ours else best[ours][name]["job"]]
-                for name, rates in row["tokens_per_second"].items()
+                for name, speeds in row["tokens_per_second"].items()
             )  # fmt: skip
-            text += (
-                f"\n{label}, {row['model']}: {row['batch']} prompts of {row['prompt']} tokens, answers of "
-                f"{row['tokens']}, {row['rounds']} rounds\n\n"
-                + table(["", "prefill", "decode", "whole job", f"job: {ours.removeprefix('octavo ')} over it"], rows)
-                + "\n"
-            )
+            title = f"{label}, {row['model']}: {row['batch']} prompts of {row['prompt']} tokens, answers of "
+            title += f"{row['tokens']}, {row['rounds']} rounds"
+            over = f"job: {ours.removeprefix('octavo ')} over it"
+            text += part(title, ["", "prefill", "decode", "whole job", over], rows)
     return text
 
 
@@ -175,7 +176,7 @@ with its DynamicCache; below 1 the engine is faster. {commits(found)}.
         batches = list(dict.fromkeys(row["batch"] for row in document["rows"]))
         ratio = {(row["batch"], row["kv"]): row["ratio"] for row in document["rows"]}
         rows = ([f"batch {batch}", *(ratio[batch, name] for name in names)] for batch in batches)
-        text += f"\n{label}\n\n" + table(["", *names], rows) + "\n"
+        text += part(label, ["", *names], rows)
     return text
 
 
@@ -188,10 +189,7 @@ A random Llama of 1.1 billion parameters, groups of 128, `int8-token` KV, prompt
 Q4_0 weights and q8_0 KV, taken beside a test run; tokens a second. {commits(found)}.
 """
     for label, document in found.items():
-        columns = [(row["batch"], part) for row in document["rows"] for part in ("prefill", "decode")]
-        rates = {row["batch"]: row["tokens_per_second"] for row in document["rows"]}
-        rows = ([name, *(rates[batch][name][part] for batch, part in columns)] for name in rates[columns[0][0]])
-        text += f"\n{label}\n\n" + table(["", *(f"{part}, batch {batch}" for batch, part in columns)], rows) + "\n"
+        text += rates(label, document)
     return text
 
 
@@ -213,13 +211,13 @@ and how many times as fast as with 16 bits all were done. {commits(found)}.
              f"{row.get('faster_than_bf16', slow / row['seconds']):.2f}"]
             for row in budget["rows"]
         )  # fmt: skip
-        text += f"\n{label}, {budget['kv_cache_memory']}, {budget['requests']} requests\n\n"
-        text += table(["", "tokens that fit", "sessions", "times as fast"], rows) + "\n"
+        title = f"{label}, {budget['kv_cache_memory']}, {budget['requests']} requests"
+        text += part(title, ["", "tokens that fit", "sessions", "times as fast"], rows)
     return text
 
 
 def main() -> None:
-    SPEED.write_text("\n".join([HEAD.rstrip(), *(part().rstrip() for part in (
+    SPEED.write_text("\n".join([HEAD.rstrip(), *(section().rstrip() for section in (
         attention, products, peers, jobs, engine, weights, server))]) + "\n")  # fmt: skip
 
 
