@@ -479,7 +479,8 @@ def test_a_cache_takes_memory_as_it_is_written(pamphlet: Model):
 
 
 @pytest.mark.parametrize(
-    ("memory", "said"), [("4 apples", "4 apples"), ("3000", ".3000. has no unit"), ("1.2.3GiB", "1.2.3GiB"), ("10KiB", "not one block")]
+    ("memory", "said"),
+    [("4 apples", "4 apples"), ("3000", ".3000. has no unit"), ("1.2.3GiB", "1.2.3GiB"), ("10KiB", "not one block")],
 )
 def test_a_senseless_amount_of_memory_is_refused(pamphlet: Model, memory: str, said: str):
     with pytest.raises(OctavoError, match=said):
