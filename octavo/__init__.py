@@ -3,7 +3,7 @@
 from octavo.errors import OctavoError, Unsupported
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "KVFormat", "OctavoError", "SamplingParams", "Unsupported", "__version__"]
+__all__ = ["LLM", "KVFormat", "OctavoError", "SamplingParams", "Unsupported", "__version__", "attach"]
 
 
 def __getattr__(name: str) -> object:
@@ -20,4 +20,8 @@ def __getattr__(name: str) -> object:
         from octavo.quant.format import KVFormat
 
         return KVFormat
+    if name == "attach":
+        from octavo.attachment import attach
+
+        return attach
     raise AttributeError(f"module 'octavo' has no attribute {name!r}")
