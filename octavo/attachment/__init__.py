@@ -23,7 +23,7 @@ from octavo.attention import backend_for
 from octavo.cache.plan import LayerPlan, plan_layers
 from octavo.calibrate import calibration_for, warn_uncalibrated
 from octavo.errors import OctavoError
-from octavo.models.load import load_tokenizer
+from octavo.models.tokenizer import load_tokenizer
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity, KVFormat
 

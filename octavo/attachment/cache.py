@@ -126,7 +126,8 @@ class CodedCache(Cache):
         counts = new.sum(1).tolist()
         longest = max(row.num_cached + count for row, count in zip(self.sequences.rows, counts, strict=True))
         if self.hook.pinned and longest > self.hook.bound.max_context:
-            raise OctavoError(f"the model has a context of {self.hook.bound.max_context} tokens; this is one more")
+            context = self.hook.bound.max_context
+            raise OctavoError(f"attached, this model has a context of {context} tokens; its RoPE changes beyond them")
         at = None if bool(new.all()) else new.flatten().nonzero()[:, 0]
         self._step = self.sequences.begin(counts), at, seen
         self.running = True

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from octavo.errors import OctavoError
-from octavo.models.bind import NAME, bind
+from octavo.models.bind import NAME, bind, short_context
 from octavo.models.model import Model
 
 BESIDE = "octavo-beside"  # our function beside that of the name that follows
@@ -55,12 +55,12 @@ class Hook:
             for module in hf.modules()
             if isinstance(getattr(module, "rope_type", None), str | dict)
         ]
-        kinds = [
-            kind for _, types, _ in self._ropes for kind in (types.values() if isinstance(types, dict) else [types])
-        ]
-        self.pinned = "dynamic" in kinds  # plain RoPE up to the context, wrong beyond
+        kinds = {
+            kind for _, types, _ in self._ropes for kind in (types.values() if isinstance(types, dict) else (types,))
+        }
+        self.pinned = bool(kinds & {"dynamic", "longrope"})  # its RoPE is right up to the context that it is bound for
         try:
-            self.bound = bind(hf)
+            self.bound = bind(hf, short_context(hf.config))
             hf.set_attn_implementation(_beside(self.before))
         except BaseException:
             self._put_back()

@@ -31,7 +31,7 @@ from octavo.serve.protocol import ChatRequest, CompletionRequest, NamedTool, par
 from octavo.serve.replies import ChatReply, TextReply
 from octavo.serve.service import Service, several
 from octavo.serve.tools import call_schema
-from octavo.text import encode_chat, token_text
+from octavo.text import encode_chat, encode_prompt, token_text
 
 KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/cache", "/openapi.json")
 GUARDED = ("/v1/", "/metrics", "/cache")  # need the key; the page that asks for it does not
@@ -140,7 +140,7 @@ def _completions(service: Service, client: str, asked: CompletionRequest) -> Res
         for prompt in prompts:
             if isinstance(prompt, str):
                 service.check_length(prompt)
-        encoded = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt for prompt in prompts]
+        encoded = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         return [one for tokens in encoded for one in several(list(tokens), params, n)]
 
     echoes = None
