@@ -22,16 +22,26 @@ from octavo.weights.panels import PanelLinear
 
 
 def with_packed_layers(architecture: type[PreTrainedModel], packs: Callable[[str], bool]) -> type[PreTrainedModel]:
-    """`architecture` with an empty PackedLinear in place of each linear layer whose name `packs`."""
+    """`architecture` with an empty PackedLinear in place of each linear layer whose name `packs`, unless its weight is
+    tied."""
 
     def build(model: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         architecture.__init__(model, config, *args, **kwargs)
+        tied = tied_layers(architecture, config)
         for name, layer in list(model.named_modules()):
-            if type(layer) is nn.Linear and packs(name):
+            if type(layer) is nn.Linear and name not in tied and packs(name):
                 own = PackedLinear(layer.in_features, layer.out_features, layer.bias is not None, layer.weight.dtype)
                 model.set_submodule(name, own.to(layer.weight.device))
 
     return type(architecture.__name__, (architecture,), {"__init__": build, "__module__": architecture.__module__})
+
+
+def tied_layers(architecture: type[PreTrainedModel], config: PreTrainedConfig) -> set[str]:
+    """Layers that a config says have the weight of another: the head of most small models."""
+    keys = getattr(architecture, "_tied_weights_keys", None)
+    if not config.tie_word_embeddings or not isinstance(keys, dict):
+        return set()
+    return {name.removesuffix(".weight") for name in keys}
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:

@@ -27,7 +27,7 @@ from octavo.serve.replies import ChatReply, TextReply
 from octavo.serve.routes import models, state, tokens
 from octavo.serve.service import Service, several
 from octavo.serve.tools import call_schema
-from octavo.text import encode_chat, token_text
+from octavo.text import encode_chat, encode_prompt, token_text
 
 
 def create_app(service: Service, api_key: str | Sequence[str] = (), cors_origins: tuple[str, ...] = ()) -> Starlette:
@@ -100,7 +100,7 @@ def _completions(service: Service, account: Account, request: CompletionRequest)
         for prompt in prompts:
             if isinstance(prompt, str):
                 service.check_length(prompt)
-        encoded = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt for prompt in prompts]
+        encoded = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         return [one for tokens in encoded for one in several(list(tokens), params, n)]
 
     echoes = None

@@ -15,6 +15,7 @@ from octavo.completion import Answer, Delta
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
+from octavo.models.generation import is_greedy
 from octavo.serve.errors import ApiError
 from octavo.serve.fair_queue import FairQueue
 from octavo.serve.limits import MAX_KEYS, SMALL, Limits
@@ -74,7 +75,8 @@ class Service:
         chosen = self.llm.default_params
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         own = {name: getattr(chosen, name) for name in names}
-        return own if self.llm.model.generation.get("do_sample") else own | {"temperature": 1.0}
+        asked = self.llm.model.generation
+        return own if asked.get("do_sample") or is_greedy(asked) else own | {"temperature": 1.0}
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.names:
