@@ -19,7 +19,7 @@ from octavo.errors import OctavoError
 from octavo.serve import page
 from octavo.serve.account import Account
 from octavo.serve.answering import Answering
-from octavo.serve.asked import asked
+from octavo.serve.bodies import answered_by
 from octavo.serve.errors import ApiError, refusal
 from octavo.serve.gate import Gate
 from octavo.serve.protocol import ChatRequest, CompletionRequest, NamedTool
@@ -40,8 +40,8 @@ def create_app(service: Service, api_key: str | Sequence[str] = (), cors_origins
             yield
 
     routes: list[Route] = [
-        Route("/v1/chat/completions", asked(service, ChatRequest, _chat), methods=["POST"]),
-        Route("/v1/completions", asked(service, CompletionRequest, _completions), methods=["POST"]),
+        Route("/v1/chat/completions", answered_by(service, ChatRequest, _chat), methods=["POST"]),
+        Route("/v1/completions", answered_by(service, CompletionRequest, _completions), methods=["POST"]),
         *models.routes(service),
         *state.routes(service),
         *tokens.routes(service),

@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from octavo.errors import OctavoError
 from octavo.serve.account import Account
-from octavo.serve.asked import asked
+from octavo.serve.bodies import answered_by
 from octavo.serve.errors import ApiError
 from octavo.serve.protocol import ChatMessage, Int31, Strict, Tool
 from octavo.serve.service import Service
@@ -55,8 +55,8 @@ class DetokenizeRequest(Strict):
 
 def routes(service: Service) -> list[Route]:
     return [
-        Route("/tokenize", asked(service, TokenizeRequest, _tokenize, beside=True), methods=["POST"]),
-        Route("/detokenize", asked(service, DetokenizeRequest, _detokenize, beside=True), methods=["POST"]),
+        Route("/tokenize", answered_by(service, TokenizeRequest, _tokenize, beside=True), methods=["POST"]),
+        Route("/detokenize", answered_by(service, DetokenizeRequest, _detokenize, beside=True), methods=["POST"]),
     ]
 
 

@@ -19,7 +19,7 @@ R = TypeVar("R", bound=BaseModel)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def asked(
+def answered_by(
     service: Service, kind: type[R], answer: Callable[[Service, Account, R], Response], beside: bool = False
 ) -> Endpoint:
     """The endpoint that reads a request of a `kind` and has it answered; always `beside` the loop, if `answer` does
