@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from octavo.cli.options import ServeOptions, option, takes
-from octavo.errors import OctavoError, one_line
+from octavo.errors import OctavoError, install, one_line
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
@@ -99,7 +99,7 @@ def serve(
         from octavo.serve.server import Server
         from octavo.serve.sessions import SessionDir
     except ImportError as error:
-        raise OctavoError(f"`octavo serve` needs {error.name}: pip install 'octavo[serve]'") from None
+        raise OctavoError(f"`octavo serve` needs {error.name}: {install('serve')}") from None
 
     if session_dir_size is not None and session_dir is None:
         raise OctavoError("--session-dir-size bounds what --session-dir keeps: give one")
