@@ -142,7 +142,7 @@ def calibration_for(
     return model.calibration(made, format)
 
 
-def warn_uncalibrated(model: Model, format: KVFormat, stacklevel: int = 3) -> None:
+def warn_uncalibrated(model: Model, format: Format, stacklevel: int = 3) -> None:
     """Say what serving `format` without a calibration costs."""
     warnings.warn(
         f"{format} runs without a calibration: on models with key biases it then loses thirty times as "
