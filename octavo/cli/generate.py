@@ -43,7 +43,6 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")] = False,
 ) -> None:
     """Continue a prompt, or all prompts of a file at a time."""
-    sampling.check()
     SamplingParams(logprobs=logprobs)  # refuses what it does not take before a model is loaded
     if logprobs is not None and not (as_json or input):
         raise OctavoError("--logprobs come as JSON: add --json")
@@ -53,8 +52,6 @@ def generate(
     if input is None and output is not None:
         raise OctavoError("--output is for the answers to an --input; redirect stdout for the one to a --prompt")
     if input is None:
-        if prompt is None and options.model is not None and " " in options.model:
-            raise OctavoError(f"{options.model!r} is no model: a text to continue goes after --prompt")
         text = _prompt(prompt)
         llm = options.llm()
         _one(llm, text, _params(llm, sampling, logprobs), chat, as_json)

@@ -14,6 +14,7 @@ import pytest
 from octavo.cli import main
 from octavo.cli.options import LoadOptions
 from octavo.measure import tasks
+from octavo.measure.budget import Windows
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from tests.measure.tasks.raw_files import write_raw_files
@@ -27,7 +28,7 @@ Run = Callable[..., int]
 def octavo(pamphlet: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs `octavo accuracy` on the bundled model that is loaded already; returns the exit status."""
     monkeypatch.setattr(LoadOptions, "load", lambda _: pamphlet)
-    monkeypatch.setattr("octavo.measure.accuracy.results.ANSWER", 16)
+    monkeypatch.setattr("octavo.measure.accuracy.sizes.ANSWERS", Windows(16, 16))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*argv: object) -> int:
@@ -82,7 +83,9 @@ def test_theory_comes_first_then_what_was_measured(octavo: Run, capsys: pytest.C
     places = [out.index(text) for text in order]
     assert places == sorted(places)
     assert "nan" not in out
-    assert "answering 2 prompts" in err
+    assert "2 windows of 96 tokens in 3 formats, about" in err
+    assert "greedy answers: 2 answers of 16 tokens in 3 formats" in err
+    assert "-:--" not in err
 
 
 def test_the_document_holds_every_number(octavo: Run, calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +121,6 @@ def test_bad_texts_and_windows_are_one_line(error: Callable[..., str], tmp_path:
     assert "has 6 tokens and one window needs 1,024" in error("--text", tmp_path / "short.txt")
     assert "is not UTF-8 text" in error("--text", tmp_path / "latin.txt")
     assert "sets known by name are ptb, c4" in error("--text", "nothing.txt")
-    assert "longer than pamphlet's sessions of 2048" in error("--window", "4096")
     assert "there is no KV format 'int7'" in error("--kv", "fp16,int7")
     assert "int8 needs a calibration of pamphlet" in error("--kv", "fp16,int8")
     assert "--limit goes with --tasks" in error("--limit", "3")

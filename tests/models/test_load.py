@@ -16,8 +16,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from octavo.errors import OctavoError, Unsupported
-from octavo.models.files import resolve, weight_files
+from octavo.models.files import weight_files
 from octavo.models.load import eos_token_ids, load_config, load_model, load_tokenizer
+from octavo.models.locate import resolve
 
 IDS = torch.tensor([[1, 5, 9, 2, 7]])
 

@@ -27,6 +27,7 @@ def show_text(document: dict[str, Any]) -> None:
         )
     if len(text["scores"]) > 1:
         console.print(positions(text))
+    if "greedy" in text and len(text["scores"]) > 1:
         console.print(answers(text["greedy"], baseline))
 
 
@@ -93,11 +94,12 @@ def answers(greedy: dict[str, Any], baseline: str) -> Table:
         f"Greedy answers beside {baseline}'s: {greedy['prompts']} prompts of {greedy['prompt_tokens']} tokens of the "
         f"text, answers of {greedy['answer_tokens']}"
     )
-    found = table(title, "format", "equal tokens, median", "quartiles", "equal to the end")
+    found = table(title, "format", "part", "after tokens, median", "quartiles")
     for row in greedy["rows"]:
         least = "≥ " if row["median"] == greedy["answer_tokens"] else ""
         low, high = row["quartiles"]
-        found.add_row(row["name"], f"{least}{row['median']:g}", f"{low:g}–{high:g}", str(row["equal"]))
+        parted = 1 - row["equal"] / greedy["prompts"]
+        found.add_row(row["name"], f"{parted:.0%}", f"{least}{row['median']:g}", f"{low:g}–{high:g}")
     return found
 
 
