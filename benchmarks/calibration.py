@@ -1,7 +1,7 @@
 """How little calibration is enough: KL divergence of each format by what it was calibrated on.
 
-One calibration for each of TRIALS (text, windows, tokens in each) and model, measured by `octavo accuracy`'s own code on
-the same windows of WikiText-2, in float32. Rows are kept in --out after each trial; the same command goes on.
+One calibration for each of TRIALS (text, windows, tokens in each) and model, measured by the code of `octavo accuracy`
+on the same windows of WikiText-2, in float32. Rows are kept in --out after each trial; the same command goes on.
 
     python benchmarks/calibration.py MODEL … --data ../shared/data/text --out benchmarks/results/calibration.json
 """

@@ -1,4 +1,5 @@
-"""The tensors that hold the codes, and nothing larger: what `nbytes` says is what the cache takes.
+"""The tensors that hold the codes, and nothing larger: what `nbytes` says is what the cache takes once it is full. On a
+CPU a page of it takes memory when it is first written; on a GPU all of it is taken at once.
 
 `KVCache` has one `LayerCache` for each attention layer, `LayerCache` one `RowStore` for K and one for V. A RowStore
 knows the codec and the static part of its side, and therefore how to fold that static part into a query and out of an

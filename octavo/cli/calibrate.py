@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -65,6 +66,11 @@ def calibrate(
     if model.synthetic and work_dir is None:
         raise OctavoError("--load-format dummy makes a calibration of random weights: name a --work-dir for it")
     directory = work_dir or model.work_dir
+    if work_dir is None and model.is_directory and directory != model.path:
+        warnings.warn(
+            f"nothing can be written in {model.path}: the calibration goes to {directory}, where Octavo finds it",
+            stacklevel=2,
+        )
     _require_writable(directory)
     source, windows, seconds = draw_windows(
         model, calib_dataset, texts, (calib_samples, calib_seqlen), WANTED, LEAST, time, seed

@@ -45,7 +45,7 @@ def check_model(model: str | None) -> None:
     if is_bundled(model):
         return
     if " " in str(model) and not Path(str(model)).exists():
-        raise OctavoError(f"{model!r} is no model: a text to continue goes after --prompt")
+        raise OctavoError(f"{model!r} is no model: the prompt comes after MODEL, or goes after --prompt")
     find_here(str(model))
 
 

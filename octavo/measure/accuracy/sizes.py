@@ -14,16 +14,16 @@ ANSWERS, FEWEST = Windows(16, 256), Windows(4, 64)  # greedy ones, and their tok
 PROMPT = 256  # tokens of a window's beginning, at most half of it, that are answered
 READING = 0.7  # of the time, where answers are compared too
 
+Given = tuple[int | None, int | None, int | None]
+
 
 def prompt_length(window: int) -> int:
     return min(PROMPT, -(-window // 2))
 
 
-def choose(
-    pace: Pace, budget: Budget, formats: int, given: tuple[int | None, int | None, int | None], context: int
-) -> tuple[Fit, Fit]:
-    """The windows to read, and the answers to their beginnings, each in all of `formats`. `given` are windows, tokens in
-    each, and answers, where the user names them: those are never cut. A single format has no answers to compare."""
+def choose(pace: Pace, budget: Budget, formats: int, given: Given, context: int) -> tuple[Fit, Fit]:
+    """The windows to read, and the answers to their beginnings, each in all of `formats`. `given` are windows, tokens
+    in each, and answers, where the user names them: those are never cut. One format has no answers to compare."""
     count, length, answers = given
     wanted = Windows(count or WANTED.count, length or min(WANTED.length, context))
     without = answers == 0 or formats == 1
