@@ -78,7 +78,10 @@ def accuracy(
             "bbh/word_sorting, …"
         ),
     ] = None,
-    limit: Annotated[int | None, about_tasks("Only the first so many documents, of bbh of each subset.", min=1)] = None,
+    limit: Annotated[
+        int | None,
+        about_tasks("The first so many documents, of bbh of each subset. [default: what --budget allows]", min=1),
+    ] = None,
     max_batch_size: Annotated[int | None, about_tasks("Documents at a time. [default: 16]", min=1)] = None,
     results: Annotated[
         Path | None,
@@ -120,7 +123,7 @@ def accuracy(
     if parts:
         where = results or model.work_dir / "accuracy"
         sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16}
-        found["tasks"] = _on_tasks(model, compared, parts, where, sizes) | {"skipped": skipped}
+        found["tasks"] = _on_tasks(model, compared, parts, where, time, sizes) | {"skipped": skipped}
         if not json:
             show_tasks(found)
     if json:
@@ -196,15 +199,20 @@ def _on_tasks(
     candidates: Sequence[Candidate],
     parts: Sequence[Any],
     directory: Path,
+    budget: Budget,
     sizes: dict[str, Any],
 ) -> dict[str, Any]:
     from octavo.cli.progress import telling
-    from octavo.measure.tasks.run import Results, run
+    from octavo.measure.tasks.results import Results
+    from octavo.measure.tasks.run import run
 
     try:
         with telling("loading tasks") as tell:
-            rows = run(model, candidates, parts, Results(directory), progress=tell, **sizes)
+            rows = run(
+                model, candidates, parts, Results(directory), budget=budget, progress=tell, say=tell.say, **sizes
+            )
     except KeyboardInterrupt:
         print(f"interrupted: what is done is kept in {directory}; the same command goes on", file=sys.stderr)
         raise
-    return {"how": "measured", **sizes, "results": str(directory), "rows": [asdict(row) for row in rows]}
+    found = [asdict(row) | {"solved": row.solved} for row in rows]
+    return {"how": "measured", **sizes, "results": str(directory), "rows": found}
