@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo.errors import OctavoError, Unsupported
-from octavo.models.files import resolve, weight_files
+from octavo.models.files import weight_files
 from octavo.models.load import load_config, load_model
+from octavo.models.locate import resolve
 
 IDS = torch.tensor([[1, 5, 9, 2, 7]])
 
