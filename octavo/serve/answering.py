@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from octavo.completion import Delta
-from octavo.engine.params import SamplingParams
+from octavo.serve.answers import Piece
 from octavo.serve.errors import ApiError
-from octavo.serve.replies import DONE, Reply, dumps, event
+from octavo.serve.replies import Reply, dumps, event
 from octavo.serve.service import Service
 
 
@@ -25,13 +24,10 @@ class Answering(Response):
         service: Service,
         client: str,
         reply: Reply,
-        prepare: Callable[[], list[tuple[list[int], SamplingParams]]],
-        stream: bool | None,
-        usage: bool,
     ):
         self.service, self.client = service, client
-        self.reply, self.prepare = reply, prepare
-        self.stream, self.usage = bool(stream), usage
+        self.reply, self.answers = reply, reply.answers
+        self.stream = self.answers.asked.stream
         self.begun = False
         self.start = time.monotonic()
 
@@ -55,17 +51,15 @@ class Answering(Response):
             with suppress(asyncio.CancelledError):  # the loop ends too
                 await asyncio.gather(work, gone, return_exceptions=True)
 
-    async def _batches(self) -> AsyncGenerator[list[Delta]]:
+    async def _batches(self) -> AsyncGenerator[list[Piece]]:
         metrics = self.service.metrics
-        async with self.service.job(self.client, len(self.reply.completions), self.prepare) as job:
+        async with self.service.job(self.client, self.answers) as job:
             first = True
-            async for pieces in self.service.batches(job):
+            async for deltas in self.service.batches(job):
                 if first:
                     metrics.first_token.observe(time.monotonic() - self.start)
                     first = False
-                for delta in pieces:
-                    self.reply.take(delta)
-                yield pieces
+                yield [self.answers.take(delta) for delta in deltas]
         metrics.duration.observe(time.monotonic() - self.start)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,16 +74,15 @@ class Answering(Response):
         """The head waits for the first piece: until then a refusal still has its own status."""
         async with aclosing(self._batches()) as batches:
             async for pieces in batches:
-                events = [event(self.reply.chunk(delta, self.usage)) for delta in pieces]
-                await self._send(send, b"".join(events))
-        end = event(self.reply.usage_chunk()) + DONE if self.usage else DONE
-        await self._send(send, end, more=False)
+                if events := b"".join(map(self.reply.piece, pieces)):
+                    await self._send(send, events)
+        await self._send(send, self.reply.end(), more=False)
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         if not self.begun:
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+            await JSONResponse(self.reply.error(error), error.status, error.headers)(scope, receive, send)
         elif self.stream:
-            await self._send(send, event(error.body), more=False)
+            await self._send(send, event(self.reply.error(error)), more=False)
 
     async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
         if not self.begun:

@@ -7,7 +7,6 @@ import hmac
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -20,18 +19,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo.engine.params import SamplingParams
-from octavo.errors import OctavoError
 from octavo.serve import page
 from octavo.serve.answering import Answering
 from octavo.serve.errors import ApiError
 from octavo.serve.metrics import cache_state
 from octavo.serve.openapi import document
-from octavo.serve.protocol import ChatRequest, CompletionRequest, NamedTool, parse
 from octavo.serve.replies import ChatReply, TextReply
-from octavo.serve.service import Service, several
-from octavo.serve.tools import call_schema
-from octavo.text import encode_chat, token_text
+from octavo.serve.requests import ChatRequest, CompletionRequest, parse
+from octavo.serve.service import Service
 
 KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/cache", "/openapi.json")
 GUARDED = ("/v1/", "/metrics", "/cache")  # need the key; the page that asks for it does not
@@ -46,9 +41,11 @@ def create_app(service: Service, api_key: str | Sequence[str] = (), cors_origins
     def asked(kind: type[R], answer: Callable[[Service, str, R], Response]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             client, body = request.scope["octavo.client"], await _body(request, service)
-            return await service.read(
-                client, len(body), lambda: answer(service, client, parse(body, kind, service.longest))
-            )
+
+            def read() -> Response:
+                return answer(service, client, parse(body, kind, service.longest, service.ignore_unknown))
+
+            return await service.read(client, len(body), read)
 
         return endpoint
 
@@ -99,63 +96,19 @@ def create_app(service: Service, api_key: str | Sequence[str] = (), cors_origins
     return Starlette(routes=routes, middleware=middleware, exception_handlers=refusals, lifespan=lifespan)
 
 
-def _chat(service: Service, client: str, asked: ChatRequest) -> Response:
-    service.check_model(asked.model)
-    n = asked.n or 1
-    service.check_count(n)
-    tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] if asked.tool_choice != "none" else []
-    functions = [tool["function"] for tool in tools]
-    schema = asked.answer_schema
-    if asked.demands_call:
-        one = asked.tool_choice.function.name if isinstance(asked.tool_choice, NamedTool) else None
-        schema = call_schema([function for function in functions if one in (None, function["name"])])
-    params = _params(lambda: asked.params(service.defaults, schema))
-
-    def prepare() -> list[tuple[list[int], SamplingParams]]:
-        messages = [message.plain() for message in asked.messages]
-        service.check_length("".join(message["content"] for message in messages))
-        tokens = encode_chat(service.llm.tokenizer, messages, tools)
-        if schema is not None and asked.demands_call:
-            service.check_calls(schema)
-        return several(tokens, params, n)
-
-    reply = ChatReply(
-        service.name,
-        1,
-        n,
-        partial(token_text, service.llm.tokenizer),
-        logprobs=bool(asked.logprobs),
-        tools=[function["name"] for function in functions] if functions else None,
-    )
-    return Answering(service, client, reply, prepare, asked.stream, asked.wants_usage)
+def _chat(service: Service, client: str, request: ChatRequest) -> Response:
+    service.check_model(request.model)
+    answers = service.answers(request.asked(), "chatcmpl")
+    return Answering(service, client, ChatReply(service.name, answers, bool(request.return_token_ids)))
 
 
-def _completions(service: Service, client: str, asked: CompletionRequest) -> Response:
-    service.check_model(asked.model)
-    n, prompts, tokenizer = asked.n or 1, asked.prompts, service.llm.tokenizer
-    service.check_count(n * len(prompts))
-    params = _params(lambda: asked.params(service.defaults))
-
-    def prepare() -> list[tuple[list[int], SamplingParams]]:
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                service.check_length(prompt)
-        encoded = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt for prompt in prompts]
-        return [one for tokens in encoded for one in several(list(tokens), params, n)]
-
+def _completions(service: Service, client: str, request: CompletionRequest) -> Response:
+    service.check_model(request.model)
+    answers = service.answers(request.asked(), "cmpl")
     echoes = None
-    if asked.echo:
-        texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
-        echoes = [text for text in texts for _ in range(n)]
-    reply = TextReply(
-        service.name,
-        len(prompts),
-        n,
-        partial(token_text, tokenizer),
-        logprobs=asked.logprobs is not None,
-        echoes=echoes,
-    )
-    return Answering(service, client, reply, prepare, asked.stream, asked.wants_usage)
+    if request.echo:
+        echoes = [one if isinstance(one, str) else service.llm.tokenizer.decode(one) for one in request.prompts]
+    return Answering(service, client, TextReply(service.name, answers, bool(request.return_token_ids), echoes))
 
 
 class Gate:
@@ -247,10 +200,3 @@ def _refuse_http(_: Request, error: Exception) -> Response:
 
 def _fail(_: Request, __: Exception) -> Response:  # starlette logs it
     return JSONResponse(ApiError(500, "the server failed; its log tells why").body, 500)
-
-
-def _params(make: Callable[[], SamplingParams]) -> SamplingParams:
-    try:
-        return make()
-    except OctavoError as error:
-        raise ApiError.of(error) from None

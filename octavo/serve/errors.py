@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 from octavo.errors import OctavoError
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-NAMES = {"json_schema": "response_format"}  # where the API has another name for it than SamplingParams
 
 
 class ApiError(Exception):
@@ -26,9 +26,10 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
     @classmethod
-    def of(cls, error: OctavoError) -> Self:
-        """Bad input, with the name that its field has in the API."""
-        return cls(400, str(error), param=NAMES.get(error.field or "", error.field))
+    def of(cls, error: OctavoError, names: Mapping[str, str] | None = None) -> Self:
+        """Bad input. `names` are those that the request has for fields of SamplingParams."""
+        field = error.field or ""
+        return cls(400, str(error), param=(names or {}).get(field, field) or None, code=error.code or "invalid_value")
 
     @property
     def body(self) -> dict[str, Any]:
