@@ -116,7 +116,7 @@ def calibration_for(
     windows = _short_windows(model)
     warnings.warn(
         f"{format} needs a calibration, and {model.name} has none yet: making one from {len(windows)} short windows of "
-        f"English prose. `octavo calibrate {model.name}` makes it from other texts",
+        f"English prose, kept in {model.work_dir}. `octavo calibrate {model.argument}` makes it from other texts",
         stacklevel=3,
     )
     ends: list[float] = []
@@ -127,7 +127,7 @@ def calibration_for(
         if done == 2 and seconds > PATIENCE:
             raise OctavoError(
                 f"{format} needs a calibration of {model.name}, which takes about {seconds / 60:.0f} minutes here: run "
-                f"`octavo calibrate {model.name} --calib-dataset {PROSE} --calib-samples {len(windows)} "
+                f"`octavo calibrate {model.argument} --calib-dataset {PROSE} --calib-samples {len(windows)} "
                 f"--calib-seqlen {len(windows[0])}` first, or use --kv kv8, which needs none"
             )
         if progress is not None:
@@ -140,6 +140,15 @@ def calibration_for(
         except OctavoError as error:
             warnings.warn(f"{error}; it is made again next time", stacklevel=3)
     return model.calibration(made, format)
+
+
+def warn_uncalibrated(model: Model, format: KVFormat, stacklevel: int = 3) -> None:
+    """Say what serving `format` without a calibration costs."""
+    warnings.warn(
+        f"{format} runs without a calibration: on models with key biases it then loses thirty times as "
+        f"much and more. `octavo calibrate {model.argument}` mends that",
+        stacklevel=stacklevel,
+    )
 
 
 def _short_windows(model: Model) -> list[list[int]]:

@@ -25,7 +25,7 @@ from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
 from octavo.cache.size import CacheSize, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
-from octavo.calibrate import calibration_for
+from octavo.calibrate import calibration_for, warn_uncalibrated
 from octavo.completion import Answer, Completion, Delta, Outbox
 from octavo.devices import device_of
 from octavo.engine.engine import Engine
@@ -47,10 +47,11 @@ from octavo.inputs import (
     read_prompts,
 )
 from octavo.interrupts import held
+from octavo.models.generation import is_greedy
 from octavo.models.model import Model
 from octavo.quant.calibration import SYNTHETIC, Calibration
 from octavo.quant.format import Granularity, KVFormat
-from octavo.text import Message, TextStream, encode_chat
+from octavo.text import Message, TextStream, encode_chat, encode_prompt
 
 Params = SamplingParams | Rows[SamplingParams] | None
 T = TypeVar("T")
@@ -108,11 +109,7 @@ class LLM:
         self.format = bound.raw_format if kv is None else kv if isinstance(kv, KVFormat) else KVFormat.parse(kv)
         self.calibration = calibration_for(self.model, calibration, self.format)
         if self.calibration is None and self.format.takes_calibration:
-            warnings.warn(
-                f"{self.format} runs without a calibration: on models with key biases it then loses thirty times as "
-                f"much and more. `octavo calibrate {self.model.name}` mends that",
-                stacklevel=2,
-            )
+            warn_uncalibrated(self.model, self.format)
         if (granularity, headroom) != (None, None) and self.calibration is None:
             raise OctavoError(f"granularity and headroom choose from a calibration; {self.format} has none here")
         if session_len is not None and session_len > bound.max_context:
@@ -166,11 +163,12 @@ class LLM:
     def default_params(self) -> SamplingParams:
         """What the model's own generation config asks for."""
         asked = self.model.generation
-        if not asked.get("do_sample"):
+        greedy = not asked.get("do_sample") or is_greedy(asked)
+        if greedy:
             asked = {name: asked[name] for name in ("repetition_penalty", "max_new_tokens") if name in asked}
         return SamplingParams(
             max_tokens=asked.get("max_new_tokens") or SamplingParams.max_tokens,
-            temperature=asked.get("temperature") or (1.0 if asked.get("do_sample") else 0.0),
+            temperature=0.0 if greedy else asked.get("temperature", 1.0),
             top_k=asked.get("top_k") or 0,
             top_p=asked.get("top_p") or 1.0,
             min_p=asked.get("min_p") or 0.0,
@@ -269,7 +267,7 @@ class LLM:
 
     def sequence(self, prompt: str | Rows[int], params: SamplingParams) -> Sequence:
         """The engine's form of a request; raises OctavoError for tokens the model does not have."""
-        tokens = list(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+        tokens = encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         vocabulary = self.model.bound.vocab_size
         asked: dict[str, Iterable[int]] = {
             "prompt": tokens,

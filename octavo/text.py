@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import warnings
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from typing import Any
@@ -18,6 +20,21 @@ def opening(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text: BOS for some, nothing for others."""
     bare, full = list(tokenizer("a", add_special_tokens=False)["input_ids"]), list(tokenizer("a")["input_ids"])
     return full[: next((at for at in range(len(full)) if full[at : at + len(bare)] == bare), 0)]
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a prompt, begun as the tokenizer begins texts. Where it has BOS as text already, as templates write
+    it, there is one."""
+    tokens = list(tokenizer(text)["input_ids"])
+    bos = getattr(tokenizer, "bos_token", None)
+    if bos and text.startswith(bos):
+        prefix = opening(tokenizer)
+        if prefix[-1:] == [tokenizer.bos_token_id] == tokens[len(prefix) : len(prefix) + 1]:
+            warnings.warn(
+                f"a prompt begins with {bos}, which the tokenizer adds too: one of the two is left out", stacklevel=2
+            )
+            del tokens[len(prefix)]
+    return tokens
 
 
 def encode_chat(
@@ -40,6 +57,9 @@ def encode_chat(
         )
     if tools and not takes_tools(tokenizer):
         raise OctavoError("the model's chat template has no place for tools; give one with --chat-template FILE")
+    own = inspect.signature(tokenizer.apply_chat_template).parameters
+    if taken := [name for name in variables or () if name in own]:
+        raise OctavoError(f"{taken[0]} is no variable of chat templates", "chat_template_kwargs")
     try:
         encoded = tokenizer.apply_chat_template(
             list(messages),

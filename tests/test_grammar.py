@@ -11,8 +11,8 @@ import torch
 
 from octavo import LLM, OctavoError, SamplingParams
 from octavo.grammars import Grammars
-from octavo.models.load import load_tokenizer
 from octavo.models.model import Model
+from octavo.models.tokenizer import load_tokenizer
 from tests.models.test_internlm import TOKENIZER_V1, V1, tokenizer_files, vocabulary
 
 PET = {

@@ -32,7 +32,7 @@ ORDER = (
     ("grammars",),
     ("completion", "inputs"),
     ("calibrate",),
-    ("llm",),
+    ("attachment", "llm"),
     ("corpus", "text_windows"),
     ("quantize",),
     ("serve",),
@@ -43,6 +43,7 @@ ORDER = (
 LEVEL = {part: level for level, group in enumerate(ORDER) for part in group}
 # What the package itself offers by name, and the part that it comes from.
 OFFERED = {
+    "attach": "attachment",
     "LLM": "llm",
     "SamplingParams": "engine",
     "KVFormat": "quant",

@@ -19,9 +19,10 @@ from octavo.cli import main
 from octavo.cli.tables.quantize import error_table
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import bind, unbound
-from octavo.models.load import load_model, load_tokenizer
+from octavo.models.load import load_model
 from octavo.models.model import BUNDLED, Model
 from octavo.models.save import save_awq
+from octavo.models.tokenizer import load_tokenizer
 from octavo.quantize import quantize
 from octavo.weights import awq, cpu
 from octavo.weights.linear import PackedLinear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,6 +61,11 @@ def calibrate(
     if model.synthetic and work_dir is None:
         raise OctavoError("--load-format dummy makes a calibration of random weights: name a --work-dir for it")
     directory = work_dir or model.work_dir
+    if work_dir is None and model.is_directory and directory != model.path:
+        warnings.warn(
+            f"nothing can be written in {model.path}: the calibration goes to {directory}, where Octavo finds it",
+            stacklevel=2,
+        )
     _require_writable(directory)
     source, windows = draw_windows(model, calib_dataset, texts, calib_samples, calib_seqlen, seed)
     with progress() as bar:

@@ -21,7 +21,7 @@ class Guide(Protocol):
 
     cut: bool  # whether it led to an end because tokens ran out
 
-    def restrict(self, row: Tensor, room: int) -> None:
+    def restrict(self, row: Tensor, room: int, /) -> None:
         """Set the logits [vocabulary] of all tokens that must not come next to -inf; `room` tokens may still come."""
 
     def accept(self, token: int) -> None:

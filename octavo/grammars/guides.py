@@ -1,6 +1,6 @@
 """Answers that match a grammar: llguidance tells before every token which ones may come.
 
-It is an extra (`pip install 'octavo[serve]'`), imported when the first grammar is asked for.
+It comes with the extra `serve` and is imported when the first grammar is asked for.
 
 A schema is small and what it demands may be large. So it is measured before it is compiled (`size.py`), and compiled on
 a thread with a deep stack, since the library follows references by recursion, within the library's own limits. What
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, install
 from octavo.grammars.closing import Closing
 from octavo.grammars.pieces import Pieces
 from octavo.grammars.sources import growth, named, refused, source
@@ -137,7 +137,7 @@ class Grammars:
         try:
             text = source(kind, value)
         except ImportError:
-            raise OctavoError(f"{kind} needs llguidance: pip install 'octavo[serve]'", kind) from None
+            raise OctavoError(f"{kind} needs llguidance: {install('serve')}", kind) from None
         except ValueError as error:
             raise refused(kind, first_line(str(error))) from None
         return GrammarGuide(self._compiled(kind, text, growth(kind, value)), self._closing, self.vocab_size)

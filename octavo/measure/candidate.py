@@ -68,7 +68,7 @@ def beside(
         if lacking:
             warnings.warn(
                 f"{', '.join(lacking)}: {model.name} has no calibration and the other model has; to compare like with "
-                f"like run `octavo calibrate {model.name}`",
+                f"like run `octavo calibrate {model.argument}`",
                 stacklevel=2,
             )
     return [

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from octavo.attention import AttentionSpec
@@ -150,6 +150,8 @@ def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
         raise Unsupported(f"{name} does not send its attention through transformers' AttentionInterface")
     max_context = getattr(config, "max_position_embeddings", None) or UNLIMITED
     _pin_rope(hf, context or max_context)
+    if (short := short_context(hf.config)) is not None and (context or max_context) <= short:
+        max_context = min(short, max_context)
 
     AttentionInterface.register(NAME, _attention)
     hf.set_attn_implementation(NAME)
@@ -166,6 +168,16 @@ def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
         )
     bound.layers = trace.specs
     return bound
+
+
+def short_context(config: PreTrainedConfig) -> int | None:
+    """The longest context of a model's first RoPE factors, where it has others for longer ones (`longrope`)."""
+    config = config.get_text_config()
+    found = getattr(config, "rope_parameters", None) or {}
+    rope = [part for part in (found, *found.values()) if isinstance(part, dict) and part.get("rope_type") == "longrope"]
+    if not rope:
+        return None
+    return rope[0].get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
 
 
 def attention_modules(hf: PreTrainedModel) -> dict[int, nn.Module]:

@@ -5,7 +5,10 @@ Pickles are read with `weights_only=True`, and what is incomplete or corrupted i
 
 import json
 import re
+import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ import huggingface_hub
 import torch
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
 from octavo.errors import OctavoError, one_line
 
+BOM = "\ufeff"  # a byte-order mark, which some editors put before a text
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
@@ -116,7 +121,7 @@ def open_tensors(file: Path) -> dict[str, torch.Tensor]:
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises OctavoError where there is none."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise OctavoError(f"{file} cannot be read ({one_line(error)}): download it again.") from error
     if not isinstance(found, dict):
@@ -139,3 +144,36 @@ def quantization(path: Path) -> tuple[dict[str, Any] | None, Path]:
         if (path / name).is_file():
             return read_json(path / name), path / name
     return None, config
+
+
+@contextmanager
+def without_marks(path: Path) -> Iterator[Path]:
+    """A model's directory, or config file, whose JSON files begin with no byte-order mark, which transformers does not
+    read: itself, or for a while one of links to its files and of copies without the mark."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    marked = [file for file in files if file.suffix == ".json" and file.open("rb").read(3) == BOM.encode()]
+    if not marked:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="octavo-") as folder:
+        for file in files:
+            if file in marked:
+                (Path(folder) / file.name).write_text(file.read_text(encoding="utf-8-sig"), encoding="utf-8")
+            else:
+                (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder) / path.name if path.is_file() else Path(folder)
+
+
+@contextmanager
+def quiet(bar: bool = False) -> Iterator[None]:
+    """transformers warns about what is an error here; say it once. Its progress `bar` is for what takes a while."""
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bar:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""From a directory or a Hub id to a model, a tokenizer and the tokens that end an answer.
+"""From a directory to a model with its weights.
 
 transformers builds and fills every architecture; this module decides what is accepted. Whatever could go wrong silently
 is an error here: a tensor missing, left over or of another shape, an incomplete file, weights quantized in another
@@ -8,33 +8,30 @@ the model is not known here (see bind.py).
 
 import importlib.util
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     __version__,
 )
-from transformers.utils import logging
 
 from octavo.devices import device_of
-from octavo.errors import OctavoError, Unsupported, one_line
+from octavo.errors import OctavoError, Unsupported, install, one_line
 from octavo.models import internlm
-from octavo.models.files import config_json, open_tensors, quantization, read_json, weight_files
-from octavo.models.packed import fill, noise, with_packed_layers
+from octavo.models.files import config_json, open_tensors, quantization, quiet, weight_files, without_marks
+from octavo.models.packed import fill, noise, tied_layers, with_packed_layers
 from octavo.weights.checkpoint import PackedLayers, WeightFormat, read_format
 
 _DTYPES = {
@@ -44,18 +41,6 @@ _DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
-}
-_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
-# What is used of generation_config.json.
-_GENERATION: dict[str, tuple[type, ...]] = {
-    "do_sample": (bool,),
-    "max_new_tokens": (int,),
-    "temperature": (int, float),
-    "top_k": (int,),
-    "top_p": (int, float),
-    "min_p": (int, float),
-    "repetition_penalty": (int, float),
-    "eos_token_id": (int, list),
 }
 # The largest sizes that are believed: a config can ask for more layers or memory than any machine has.
 _LARGEST = {
@@ -67,8 +52,6 @@ _LARGEST = {
     "num_key_value_heads": 1 << 14,
     "head_dim": 1 << 14,
 }
-# Chat models end a turn with one of these, which not every generation_config.json lists.
-_TURN_ENDS = ("<eoa>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 
 
 def load_config(path: Path) -> PreTrainedConfig:
@@ -91,7 +74,8 @@ def load_config(path: Path) -> PreTrainedConfig:
     try:
         if model_type in internlm.MODEL_TYPES:
             return internlm.llama_config(raw)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        with without_marks(path) as readable:
+            config = AutoConfig.from_pretrained(readable, trust_remote_code=False, local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # read by octavo.weights, not by transformers
         return config
@@ -125,7 +109,6 @@ def load_model(
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise Unsupported(f"{path} ({config.model_type}) is not a causal language model: name one that writes text.")
     _check_device(device, device_map)
-    generation = _generation_config(path) if (path / "generation_config.json").is_file() else None
 
     torch_dtype = _DTYPES.get(dtype, "auto")
     if load_format == "dummy":
@@ -134,56 +117,8 @@ def load_model(
         model = _dummy(path, config, torch_dtype, torch.device(device), format)
     else:
         model = _filled(path, config, torch_dtype, device_map, format)
-    if generation is not None:
-        model.generation_config = generation
     model.eval().requires_grad_(False)
     return model if device_map is not None else model.to(device)
-
-
-def load_tokenizer(path: Path, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in `path`. A Jinja file `chat_template` replaces the template the model brings."""
-    if not any(next(path.glob(pattern), None) for pattern in _VOCABULARIES):
-        raise OctavoError(f"{path} holds no tokenizer: add the model's tokenizer.json or tokenizer.model.")
-    model_type = config_json(path).get("model_type", "")
-    settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
-    try:
-        with _quiet():
-            if _is_sentencepiece(path, model_type, settings):
-                tokenizer = internlm.SentencePieceTokenizer.from_pretrained(path)
-                tokenizer.chat_template = tokenizer.chat_template or internlm.CHAT_TEMPLATES.get(model_type)
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-            tokenizer("a")["input_ids"]  # some of its settings are looked at only now
-    except Exception as error:  # tokenizers raises plain Exception
-        if "auto_map" in settings and model_type not in internlm.MODEL_TYPES:
-            raise Unsupported(
-                f"The tokenizer in {path} asks to run its own Python code, which Octavo never does: "
-                "use a model with a tokenizer.json."
-            ) from error
-        raise OctavoError(
-            f"The tokenizer in {path} cannot be read ({one_line(error)}): download its files again."
-        ) from error
-    if chat_template is not None:
-        tokenizer.chat_template = _template(chat_template, tokenizer)
-    return tokenizer
-
-
-def eos_token_ids(
-    config: PreTrainedConfig, generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
-) -> frozenset[int]:
-    """The tokens that end an answer: those of the first source that names any, and the vocabulary's ends of a turn."""
-    named: list[int] = []
-    for source in (generation_config, config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        named = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(i) is int for i in named):
-            raise OctavoError(f"The model's eos_token_id is {str(ids)[:40]}: it must be a token id or a list of them.")
-        if named:
-            break
-    # An unknown token has the id of <unk>, or none.
-    ends = {end: tokenizer.convert_tokens_to_ids(end) for end in _TURN_ENDS}
-    turns = [i for end, i in ends.items() if i is not None and tokenizer.convert_ids_to_tokens(i) == end]
-    return frozenset([*named, *turns])
 
 
 def _filled(
@@ -197,17 +132,19 @@ def _filled(
     # Opened before the model is built: an incomplete file is named at once, and by its name.
     tensors = {name: tensor for file in weight_files(path) for name, tensor in open_tensors(file).items()}
     size = sum(tensor.nbytes for tensor in tensors.values())
-    architecture: Any = AutoModelForCausalLM
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    heads = {name for name in tied_layers(architecture, config) if f"{name}.weight" in tensors}
     source: dict[str, Any] = {"pretrained_model_name_or_path": path}
     packed = PackedLayers.take(format, tensors) if format is not None else None
     fused = config_json(path)["model_type"] == "internlm2"
     if fused or packed is not None:  # transformers is given tensors in place of the files
         if fused:
             tensors = internlm.llama_tensors(tensors, config)
-        architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
     idle: set[str] = set()
     if packed is not None:
+        if tied_layers(architecture, config) & packed.places.keys():  # a head of its own, in 4 bits
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         if device_map is not None:
             raise Unsupported("4-bit weights live on one device: leave the device map out.")
         if fused:
@@ -218,10 +155,11 @@ def _filled(
 
     # Where `device_map` sends layers to disk, .bin weights are rewritten there. The folder lives as long as the model.
     spill = tempfile.TemporaryDirectory(prefix="octavo-offload-") if device_map is not None else None
-    with _quiet(bar=size > 1 << 30), _described_by(path, config):
+    with quiet(bar=size > 1 << 30), _described_by(path, config):
         model, report = architecture.from_pretrained(
             **source,
             config=config,
+            generation_config=GenerationConfig(),  # else its file is read, and not as ours (generation.py)
             dtype=dtype,
             device_map=device_map,
             offload_folder=spill.name if spill else None,
@@ -231,6 +169,12 @@ def _filled(
             output_loading_info=True,
         )
     model._octavo_offload = spill
+    if heads and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        warnings.warn(
+            f"config.json of {path} ties {', '.join(heads)} to the embedding, but the weights hold another one: it is "
+            "used. Set tie_word_embeddings to false there if that is right, or delete the tensor",
+            stacklevel=4,
+        )
     leftovers = {name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")} - idle
     shapes = {f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"]}
     for what, names in (
@@ -260,25 +204,8 @@ def _dummy(
         torch.manual_seed(0)
         if format is None:
             return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
-        with _quiet():
+        with quiet():
             return noise(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, chosen, format)
-
-
-def _generation_config(path: Path) -> GenerationConfig:
-    """generation_config.json, whose values Octavo uses have the types they should have."""
-    file = path / "generation_config.json"
-    found = read_json(file)
-    for name, types in _GENERATION.items():
-        value = found.get(name)
-        each, types = (value, (int,)) if isinstance(value, list) and list in types else ([value], types)
-        if any(
-            x is not None and (isinstance(x, bool) is not (bool in types) or not isinstance(x, types)) for x in each
-        ):
-            raise OctavoError(f"{file}: {name} is {str(value)[:40]!r}, which is not a value for it.")
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except Exception as error:  # it validates with exceptions of many kinds
-        raise OctavoError(f"{file} cannot be used: {one_line(error)}") from error
 
 
 def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
@@ -325,43 +252,9 @@ def _check_device(device: str, device_map: str | dict[str, Any] | None) -> None:
         if isinstance(device_map, str) and device_map not in ("auto", "balanced", "sequential"):
             raise OctavoError(f"The device map {device_map!r} is unknown: choose auto, balanced or sequential.")
         if importlib.util.find_spec("accelerate") is None:
-            raise OctavoError("A device map needs accelerate: pip install 'octavo[offload]'.")
+            raise OctavoError(f"A device map needs accelerate: {install('offload')}")
         return
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise OctavoError(f"The device {device!r} cannot be used here: {one_line(error)}") from error
-
-
-def _is_sentencepiece(path: Path, model_type: str, settings: dict[str, Any]) -> bool:
-    """Whether tokenizer.model is all there is to go by: in InternLM, and in old Llamas."""
-    if not (path / "tokenizer.model").is_file():
-        return False
-    llama = settings.get("tokenizer_class") in (None, "LlamaTokenizer", "LlamaTokenizerFast")
-    alone = "auto_map" not in settings and not (path / "tokenizer.json").is_file()
-    return model_type in internlm.MODEL_TYPES or (llama and alone)
-
-
-def _template(file: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a chat template that renders."""
-    try:
-        template = file.read_text(encoding="utf-8")
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], chat_template=template, tokenize=False)
-    except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
-        raise OctavoError(f"The chat template {file} cannot be used: {one_line(error)}") from error
-    return template
-
-
-@contextmanager
-def _quiet(bar: bool = False) -> Iterator[None]:
-    """transformers warns about what is an error here; say it once. Its progress `bar` is for what takes a while."""
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not bar:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,12 +16,14 @@ from transformers import PreTrainedModel
 from octavo import processor
 from octavo.devices import HOST, find_device
 from octavo.errors import OctavoError
-from octavo.models.bind import BoundModel, bind
-from octavo.models.files import resolve
+from octavo.models.bind import BoundModel, bind, short_context
+from octavo.models.files import config_json, resolve
 from octavo.models.fingerprint import fingerprint
-from octavo.models.load import eos_token_ids, load_model, load_tokenizer
+from octavo.models.generation import eos_token_ids, generation_settings
+from octavo.models.load import load_model
 from octavo.models.packed import packed_layers
 from octavo.models.prepack import prepack
+from octavo.models.tokenizer import load_tokenizer, warn_of_strangers
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
 from octavo.quant.format import KVFormat
 
@@ -57,7 +60,7 @@ class Model:
         device_map: str | None = None,
         load_format: str = "auto",
         model_format: str = "hf",
-        chat_template: Path | None = None,
+        chat_template: str | Path | None = None,
         context: int | None = None,
         plain_weights: bool = False,
         computing: torch.dtype | None = None,
@@ -65,29 +68,36 @@ class Model:
     ) -> Model:
         """Load and bind a directory, a Hub id, or the bundled model if None.
 
-        `context` is the longest session to be served: some RoPE variants depend on it. With `plain_weights` they stay
-        in the order of the files, to be rewritten. `computing` is the type of activations, by default `dtype` or, where
-        that is "auto", what suits the processor. `deterministic` makes the bits of a sum on a CPU independent of what
-        is computed together with it.
+        `context` is the longest session to be served: some RoPE variants depend on it. Longrope has factors for short
+        contexts and others for long ones; without `context` sessions end where the first do. With `plain_weights` they
+        stay in the order of the files, to be rewritten. `computing` is the type of activations, by default `dtype` or,
+        where that is "auto", what suits the processor. `deterministic` makes the bits of a sum on a CPU independent of
+        what is computed together with it.
         """
         name, path = locate(model)
         if device == "auto":
             device = str(find_device(device))
+        settings = generation_settings(path)
         hf = load_model(
             path, dtype=dtype, device=device, device_map=device_map, load_format=load_format, model_format=model_format
         )
         tokenizer = load_tokenizer(path, chat_template)
-        generation = hf.generation_config if (path / "generation_config.json").is_file() else None
-        eos = eos_token_ids(hf.config, generation, tokenizer)
-        asked = generation.to_diff_dict() if generation else {}
+        eos = eos_token_ids(config_json(path), settings, tokenizer)
+        if context is None and (context := short_context(hf.config)) is not None:
+            warnings.warn(
+                f"{name} has RoPE factors for contexts up to {context} tokens and others for longer ones: the first "
+                f"are used, and sessions end at {context}. A larger --session-len takes the others, at every length",
+                stacklevel=3,
+            )
         bound = bind(hf, context)
+        warn_of_strangers(tokenizer, bound.vocab_size, name)
         if computing is None and dtype != "auto":
             computing = bound.dtype
         if deterministic and device_map is not None:
             raise OctavoError("deterministic sums need weights on one device: leave the device map out")
         if device_map is None and not plain_weights:  # accelerate moves weights about, which must stay plain for it
             prepack(bound, computing, deterministic)
-        return cls(bound, tokenizer, path, name, eos, asked, load_format == "dummy")
+        return cls(bound, tokenizer, path, name, eos, settings, load_format == "dummy")
 
     @classmethod
     def of(
@@ -107,6 +117,11 @@ class Model:
         return SYNTHETIC if self.synthetic else fingerprint(self.path)
 
     @property
+    def argument(self) -> str:
+        """Its name as a shell takes it."""
+        return shlex.quote(self.name)
+
+    @property
     def weight_kind(self) -> str:
         """int4, or the model's own type: bf16, fp16 or fp32."""
         return "int4" if packed_layers(self.bound.hf) else str(self.bound.raw_format)
@@ -121,16 +136,22 @@ class Model:
 
     @property
     def work_dir(self) -> Path:
-        """Where artefacts go by default: the model's directory, or for a Hub id and the bundled model a cache."""
-        if self.path != BUNDLED and Path(self.name).is_dir() and Path(self.name).samefile(self.path):
-            return self.path
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cache / "octavo" / self.name.replace("/", "--")
+        """Where artefacts go by default: the model's directory, or a cache for a Hub id, the bundled model, and where
+        nothing can be written."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
+        if not self.is_directory:
+            return cache / self.name.replace("/", "--")
+        return self.path if os.access(self.path, os.W_OK) else cache / str(self.path.resolve())[1:].replace("/", "--")
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether the user named a directory."""
+        return self.path != BUNDLED and Path(self.name).is_dir() and Path(self.name).samefile(self.path)
 
     def calibration_file(self) -> Path | None:
-        """The calibration beside the model, in a directory named as the model is (`--work-dir $MODEL` of a Hub id), or
-        in the cache."""
-        places = (Path(self.name), self.work_dir, self.path)
+        """The calibration beside the model or in the cache; or in a directory that is named as a Hub id is
+        (`--work-dir $MODEL`)."""
+        places = [self.work_dir, self.path] if self.is_directory else [Path(self.name), self.work_dir, self.path]
         return next((place / FILE_NAME for place in places if (place / FILE_NAME).is_file()), None)
 
     def calibration(self, given: str | Path | Calibration | None, format: KVFormat) -> Calibration | None:
@@ -148,7 +169,7 @@ class Model:
                     return None
                 raise OctavoError(
                     f"{format} needs a calibration of {self.name} and none is in {self.work_dir}: run "
-                    f"`octavo calibrate {self.name}`, or use --kv kv8, which needs none"
+                    f"`octavo calibrate {self.argument}`, or use --kv kv8, which needs none"
                 )
             found = Calibration.load(file)
         shapes = [(shape.kv_heads, shape.k_dim, shape.v_dim) for shape in self.bound.shapes]

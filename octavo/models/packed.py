@@ -20,18 +20,30 @@ from octavo.weights.layouts import AWQ, Int4Weight
 from octavo.weights.linear import PackedLinear
 from octavo.weights.panels import PanelLinear
 
+GROUP_SIZES = (32, 64, 128)  # weights that share a scale: what kernels elsewhere take
+
 
 def with_packed_layers(architecture: type[PreTrainedModel], packs: Callable[[str], bool]) -> type[PreTrainedModel]:
-    """`architecture` with an empty PackedLinear in place of each linear layer whose name `packs`."""
+    """`architecture` with an empty PackedLinear in place of each linear layer whose name `packs`, unless its weight is
+    tied."""
 
     def build(model: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         architecture.__init__(model, config, *args, **kwargs)
+        tied = tied_layers(architecture, config)
         for name, layer in list(model.named_modules()):
-            if type(layer) is nn.Linear and packs(name):
+            if type(layer) is nn.Linear and name not in tied and packs(name):
                 own = PackedLinear(layer.in_features, layer.out_features, layer.bias is not None, layer.weight.dtype)
                 model.set_submodule(name, own.to(layer.weight.device))
 
     return type(architecture.__name__, (architecture,), {"__init__": build, "__module__": architecture.__module__})
+
+
+def tied_layers(architecture: type[PreTrainedModel], config: PreTrainedConfig) -> set[str]:
+    """Layers that a config says have the weight of another: the head of most small models."""
+    keys = getattr(architecture, "_tied_weights_keys", None)
+    if not config.tie_word_embeddings or not isinstance(keys, dict):
+        return set()
+    return {name.removesuffix(".weight") for name in keys}
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
@@ -63,6 +75,12 @@ def packable(model: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
         if isinstance(layer, nn.Linear) and layer is not head and users[id(layer.weight)] == 1
         and layer.in_features % group_size == 0 and layer.out_features % AWQ.multiple[0] == 0
     }  # fmt: skip
+
+
+def fitting_group(model: PreTrainedModel) -> int:
+    """The group size that packs the most weights of a model, the largest where several do."""
+    sizes = {group: sum(layer.weight.numel() for layer in packable(model, group).values()) for group in GROUP_SIZES}
+    return max(GROUP_SIZES, key=lambda group: (sizes[group], group))
 
 
 def fill(model: PreTrainedModel, packed: PackedLayers) -> None:

@@ -7,11 +7,12 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from octavo.serve.account import Account
 from octavo.serve.answers import Piece
-from octavo.serve.errors import ApiError
+from octavo.serve.errors import ApiError, body_for, refusal
 from octavo.serve.replies import Reply, dumps, event
 from octavo.serve.service import Service
 
@@ -22,14 +23,13 @@ class Answering(Response):
     def __init__(
         self,
         service: Service,
-        client: str,
+        account: Account,
         reply: Reply,
     ):
-        self.service, self.client = service, client
+        self.service, self.account = service, account
         self.reply, self.answers = reply, reply.answers
         self.stream = self.answers.asked.stream
         self.begun = False
-        self.start = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._stream(send) if self.stream else self._whole(scope, receive, send))
@@ -52,15 +52,15 @@ class Answering(Response):
                 await asyncio.gather(work, gone, return_exceptions=True)
 
     async def _batches(self) -> AsyncGenerator[list[Piece]]:
-        metrics = self.service.metrics
-        async with self.service.job(self.client, self.answers) as job:
-            first = True
+        account = self.account
+        account.id, account.n = self.answers.id, self.answers.asked.n
+        async with self.service.job(account.client, self.answers) as job:
+            account.answers = job.answers
             async for deltas in self.service.batches(job):
-                if first:
-                    metrics.first_token.observe(time.monotonic() - self.start)
-                    first = False
+                if account.first is None:
+                    account.begun, account.first = job.begun, time.monotonic()
                 yield [self.answers.take(delta) for delta in deltas]
-        metrics.duration.observe(time.monotonic() - self.start)
+        self.service.metrics.answered(account)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._batches()) as batches:
@@ -79,10 +79,11 @@ class Answering(Response):
         await self._send(send, self.reply.end(), more=False)
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        self.account.refused = error
         if not self.begun:
-            await JSONResponse(self.reply.error(error), error.status, error.headers)(scope, receive, send)
+            await refusal(scope, error)(scope, receive, send)
         elif self.stream:
-            await self._send(send, event(self.reply.error(error)), more=False)
+            await self._send(send, event(body_for(scope, error)), more=False)
 
     async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
         if not self.begun:

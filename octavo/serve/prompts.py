@@ -11,7 +11,7 @@ from octavo.engine.params import SamplingParams
 from octavo.llm import LLM
 from octavo.serve.asked import Asked, Conversation, Prompt
 from octavo.serve.calls import FreeReader, HeldReader, Syntax, held_grammar, syntax_of
-from octavo.text import Message, encode_chat
+from octavo.text import Message, encode_chat, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,10 @@ def _tokens(llm: LLM, functions: Functions, asked: Asked, prompt: Prompt) -> lis
         tools = [{"type": "function", "function": one} for one in prompt.functions]
         messages = functions.messages(prompt.messages)
         tokens = encode_chat(llm.tokenizer, messages, tools, prompt.reply, prompt.go_on, prompt.variables)
+    elif isinstance(prompt, str) and asked.special_tokens:
+        tokens = encode_prompt(llm.tokenizer, prompt)
     elif isinstance(prompt, str):
-        tokens = list(llm.tokenizer(prompt, add_special_tokens=asked.special_tokens)["input_ids"])
+        tokens = list(llm.tokenizer(prompt, add_special_tokens=False)["input_ids"])
     else:
         tokens = list(prompt)
     most = asked.longest_prompt

@@ -9,7 +9,6 @@ from typing import Any
 from octavo.engine.scoring import Scored
 from octavo.serve.answers import Answers, Choice, Piece
 from octavo.serve.calls import CallPiece
-from octavo.serve.errors import ApiError
 from octavo.serve.token_texts import ShownToken, chat_logprobs, text_logprobs
 
 DONE = b"data: [DONE]\n\n"
@@ -42,10 +41,6 @@ class Reply:
     def whole(self) -> dict[str, Any]:
         """The answers in one document."""
         raise NotImplementedError
-
-    def error(self, error: ApiError) -> dict[str, Any]:
-        """A refusal, or what went wrong within a stream."""
-        return error.body
 
 
 class OpenAIReply(Reply):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from octavo.completion import Answer, Delta
 from octavo.engine.scoring import Scored, score
 from octavo.errors import OctavoError
 from octavo.llm import LLM
+from octavo.models.generation import is_greedy
 from octavo.serve.answers import Answers
 from octavo.serve.asked import Asked, Conversation, Prompt
 from octavo.serve.errors import ApiError
@@ -37,18 +38,18 @@ class Service:
     def __init__(
         self,
         llm: LLM,
-        name: str,
+        names: Sequence[str],  # all that the model has in the API; answers bear the first
         limits: Limits,
         on_death: Callable[[], None] = lambda: None,
         sessions: SessionDir | None = None,
         grace: float = 30.0,  # seconds that the last sessions have to be saved
         ignore_unknown: bool = False,  # fields of requests
     ):
-        self.llm, self.name, self.limits, self.grace = llm, name, limits, grace
-        self.ignore_unknown = ignore_unknown
+        self.llm, self.names, self.limits, self.grace = llm, tuple(names), limits, grace
+        self.name, self.ignore_unknown = self.names[0], ignore_unknown
         self.created = int(time.time())
         self.worker, self.sessions = Worker(llm, on_death), sessions
-        self.metrics = Metrics(llm, self.worker)
+        self.metrics = Metrics(llm, self.worker, self.name, lambda: self.waiting)
         places = llm.engine.scheduler.max_batch_size
         self.capacity = places + limits.max_queue
         self.longest = max(llm.session_len, MAX_KEYS)  # list in a request
@@ -67,18 +68,24 @@ class Service:
         return sum(n for _, n in self.jobs.values())
 
     @property
+    def waiting(self) -> int:
+        """Of those, the ones that the engine has not taken up."""
+        return max(0, self.admitted - len(self.llm.engine.scheduler.running))
+
+    @property
     def defaults(self) -> dict[str, Any]:
         """Sampling parameters where a request sets none: the model's own, or as in OpenAI's API temperature 1."""
         chosen = self.llm.default_params
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         own = {name: getattr(chosen, name) for name in names}
-        return own if self.llm.model.generation.get("do_sample") else own | {"temperature": 1.0}
+        asked = self.llm.model.generation
+        return own if asked.get("do_sample") or is_greedy(asked) else own | {"temperature": 1.0}
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.name:
+        if name is not None and name not in self.names:
             raise ApiError(
                 404,
-                f"there is no model of that name: this server has {self.name}",
+                f"there is no model of that name: this server has {', '.join(self.names)}",
                 param="model",
                 code="model_not_found",
             )
@@ -103,6 +110,7 @@ class Service:
                 await asyncio.wait_for(saving, self.grace if self.worker.alive else 0)
             except TimeoutError:
                 logger.warning("the server ended before %d conversations were saved", len(self.sessions.fresh))
+            logger.info("conversations that are saved: %d", len(self.sessions.chains))
         self.worker.stop()
 
     async def read(self, client: str, size: int, function: Callable[[], T]) -> T:
@@ -213,6 +221,7 @@ class Service:
         for answer in job.answers if not job.error else ():
 
             def start(answer: Answer = answer) -> None:
+                job.begun = job.begun or time.monotonic()
                 self.worker.submit(job, answer)
 
             job.tickets.append(self.engine_queue.ask(client, start, priority))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
+from octavo.engine.reading import Reading
 from octavo.errors import Unsupported
 from octavo.models.bind import Attend, BoundModel, bind
+from octavo.models.model import BUNDLED, Model
 
 
 def run(bound: BoundModel, attend: Attend) -> Tensor:
@@ -101,12 +105,41 @@ def test_longrope_pinned_to_another_context_is_another_rope():
         "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.2, 2.4, 2.6],
     }  # fmt: skip
 
-    def pinned(context: int | None) -> str:
+    def pinned(context: int | None) -> BoundModel:
         return bind(
             Phi3ForCausalLM(Phi3Config(**SIZES, original_max_position_embeddings=64, rope_parameters=rope)), context
-        ).rotary
+        )
 
-    assert pinned(60) == pinned(64) != pinned(128) == pinned(None)
+    assert pinned(60).rotary == pinned(64).rotary != pinned(128).rotary == pinned(None).rotary
+    # Sessions cannot grow beyond what the factors are for.
+    assert (pinned(60).max_context, pinned(128).max_context, pinned(None).max_context) == (64, 256, 256)
+
+
+def test_a_longrope_model_takes_the_short_factors_unless_longer_sessions_are_asked_for(tmp_path: Path):
+    """Short prompts are then computed as transformers computes them; that sessions end earlier is said."""
+    rope = {
+        **THETA, "rope_type": "longrope", "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    }  # fmt: skip
+    shutil.copytree(BUNDLED, tmp_path / "phi", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = Phi3Config(
+        **SIZES | {"vocab_size": 4096, "initializer_range": 0.3},
+        eos_token_id=2,
+        original_max_position_embeddings=64,
+        rope_parameters=rope,
+    )
+    hf = Phi3ForCausalLM(config).eval()
+    hf.save_pretrained(tmp_path / "phi")
+    ids = torch.arange(20)
+    with pytest.warns(UserWarning, match="up to 64 tokens and others for longer ones: the first are used"):
+        short = Model.load(tmp_path / "phi", device="cpu", dtype="fp32").bound
+    long = Model.load(tmp_path / "phi", device="cpu", dtype="fp32", context=128).bound
+    with torch.inference_mode():
+        expected = hf(input_ids=ids[None]).logits[0].log_softmax(-1)
+    for bound, same in ((short, True), (long, False)):
+        found = torch.cat(list(Reading(bound).logits(ids.tolist())))
+        error = (found.log_softmax(-1) - expected).abs().max()
+        assert bool(error < 1e-4) is same
 
 
 @pytest.mark.parametrize("where", ["embed_tokens", "lm_head"])

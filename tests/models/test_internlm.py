@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 
 from octavo.errors import OctavoError, Unsupported
 from octavo.models import internlm
-from octavo.models.load import eos_token_ids, load_config, load_model, load_tokenizer
+from octavo.models.files import config_json
+from octavo.models.generation import eos_token_ids
+from octavo.models.load import load_config, load_model
+from octavo.models.tokenizer import load_tokenizer
 
 HIDDEN, FFN, LAYERS, HEADS, VOCAB = 32, 48, 2, 4, 40
 DIM = HIDDEN // HEADS
@@ -379,7 +382,7 @@ def test_v1_chat(tmp_path):
     expected = "<s><|System|>:the fox\n<|User|>:hello<eoh>\n"
     assert tokenizer.apply_chat_template(system, tokenize=False) == expected
     eoa = original.piece_to_id("<eoa>")
-    assert eos_token_ids(load_config(tmp_path), None, tokenizer) == {2, eoa}
+    assert eos_token_ids(config_json(tmp_path), {}, tokenizer) == {2, eoa}
     assert tokenizer.decode(original.encode("world<eoa>"), skip_special_tokens=True) == "world<eoa>"
 
 
@@ -414,7 +417,7 @@ def test_v2_chat(tmp_path):
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == ids
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode([*original.encode("hello"), end], skip_special_tokens=True) == "hello"
-    assert eos_token_ids(load_config(tmp_path), None, tokenizer) == {2, end}
+    assert eos_token_ids(config_json(tmp_path), {}, tokenizer) == {2, end}
     assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [start, end]
     assert len(tokenizer) >= original.get_piece_size()
 

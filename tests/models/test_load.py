@@ -10,14 +10,11 @@ import pytest
 import torch
 from huggingface_hub import errors as hub
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.files import resolve, weight_files
-from octavo.models.load import eos_token_ids, load_config, load_model, load_tokenizer
+from octavo.models.load import load_config, load_model
 
 IDS = torch.tensor([[1, 5, 9, 2, 7]])
 
@@ -203,6 +200,27 @@ def test_tied_embeddings_and_old_leftovers_are_no_alarm(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_said(tmp_path, llama):
+    """transformers takes it, and so do we, but not in silence."""
+    write(tmp_path, tiny(tie_word_embeddings=True), llama.state_dict(), "safetensors")
+    with pytest.warns(UserWarning, match="ties lm_head to the embedding, but the weights hold another"):
+        model = load_model(tmp_path)
+    torch.testing.assert_close(model(IDS).logits, llama(IDS).logits, rtol=0, atol=0)
+
+
+def test_shards_of_pickles_from_before_torch_wrote_archives_are_read(tmp_path, llama):
+    write(tmp_path, llama.config, llama.state_dict(), "bin", 2)
+    for file in weight_files(tmp_path):
+        torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
+    torch.testing.assert_close(load_model(tmp_path)(IDS).logits, llama(IDS).logits, rtol=0, atol=0)
+
+
+def test_a_byte_order_mark_and_a_path_in_any_script_change_nothing(tmp_path, llama):
+    path = write(tmp_path / "модель с пробелом", llama.config, llama.state_dict(), "safetensors")
+    (path / "config.json").write_bytes(b"\xef\xbb\xbf" + (path / "config.json").read_bytes())
+    torch.testing.assert_close(load_model(path)(IDS).logits, llama(IDS).logits, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_a_weight_that_does_not_fit_is_named(tmp_path, llama, kind):
     full = llama.state_dict()
@@ -311,62 +329,3 @@ def test_a_known_type_with_remote_code_loads_as_transformers_knows_it(tmp_path, 
     (tmp_path / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'boom')!r}).touch()")
     assert type(load_model(tmp_path)) is LlamaForCausalLM
     assert not (tmp_path / "boom").exists()
-
-
-# --- tokens ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def words(tmp_path) -> Path:
-    """A directory with a tokenizer of a few words."""
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "</s>", "hello", "world", "<|im_end|>"])}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(tiny().to_dict()))
-    return tmp_path
-
-
-def test_a_chat_template_file_replaces_the_models(words):
-    messages = [{"role": "user", "content": "hello"}]
-    assert load_tokenizer(words).apply_chat_template(messages, tokenize=False) == "hello"
-    file = words / "own.jinja"
-    file.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
-    assert load_tokenizer(words, file).apply_chat_template(messages, tokenize=False) == "[hello]"
-    for text in ("{% for m in %}", "{{ raise_exception('no') }}"):
-        file.write_text(text)
-        with pytest.raises(OctavoError, match=r"own\.jinja cannot be used"):
-            load_tokenizer(words, file)
-    with pytest.raises(OctavoError, match=r"absent\.jinja cannot be used"):
-        load_tokenizer(words, words / "absent.jinja")
-
-
-def test_a_missing_or_broken_tokenizer_is_an_error(words):
-    (words / "tokenizer.json").write_text("{")
-    with pytest.raises(OctavoError, match="cannot be read"):
-        load_tokenizer(words)
-    (words / "tokenizer.json").unlink()
-    with pytest.raises(OctavoError, match="holds no tokenizer"):
-        load_tokenizer(words)
-
-
-def test_the_tokens_that_end_an_answer(words):
-    tokenizer = load_tokenizer(words)
-    several = GenerationConfig(eos_token_id=[7, 8])
-    assert eos_token_ids(tiny(eos_token_id=3), several, tokenizer) == {7, 8, 4}
-    assert eos_token_ids(tiny(eos_token_id=3), GenerationConfig(eos_token_id=6), tokenizer) == {6, 4}
-    assert eos_token_ids(tiny(eos_token_id=[3, 5]), None, tokenizer) == {3, 5, 4}
-    assert eos_token_ids(tiny(eos_token_id=0), GenerationConfig(), tokenizer) == {0, 4}
-    assert eos_token_ids(tiny(eos_token_id=None), GenerationConfig(), tokenizer) == {1, 4}
-
-
-@pytest.mark.parametrize("load_format", ["auto", "dummy"])
-def test_the_generation_config_comes_along(tmp_path, llama, load_format):
-    write(tmp_path, llama.config, llama.state_dict(), "safetensors")
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9]}))
-    assert load_model(tmp_path, load_format=load_format).generation_config.eos_token_id == [2, 9]
-    (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(OctavoError, match=r"generation_config\.json cannot be read"):
-        load_model(tmp_path, load_format=load_format)

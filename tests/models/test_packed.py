@@ -140,6 +140,32 @@ def test_layers_left_in_16_bits_stay_as_they_are(tmp_path: Path):
     assert Geometry.trace(tmp_path).parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["awq", "gptq", "compressed symmetric"])
+def test_a_tied_model_whose_head_is_quantized_has_a_head_of_its_own(name: str, tmp_path: Path):
+    model = build("qwen2")
+    stored, meant = packed(dict(model.state_dict()), name, GROUP, ("_proj.weight", "lm_head.weight"))
+    said = described(name, GROUP) | {"lm_head": True, "ignore": []}
+    write(tmp_path, model.config.to_dict() | {"dtype": "float32", "quantization_config": said}, stored)
+    model.config.tie_word_embeddings = False
+    untied = type(model)(model.config).eval()
+    untied.load_state_dict(meant)
+    own = load_model(tmp_path)
+    close(own(IDS).logits, untied(IDS).logits)
+    assert "lm_head" in packed_layers(own)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize("name", ["gptq", "compressed"])
+def test_a_tied_head_that_only_the_config_calls_quantized_stays_tied(name: str, load_format: str, tmp_path: Path):
+    said = described(name, GROUP) | {"lm_head": True, "ignore": []}
+    expected = checkpoint(tmp_path, "qwen2", name, said=said)
+    own = load_model(tmp_path, load_format=load_format)
+    assert own.lm_head.weight is own.model.embed_tokens.weight
+    assert len(packed_layers(own)) == 14
+    if load_format == "auto":
+        close(own(IDS).logits, expected)
+
+
 def drop(name: str) -> Any:
     return lambda tensors: tensors.pop(name)
 
