@@ -36,7 +36,6 @@ FOR_ALL = (*UNIFORM, "k4v8")
 BITS = (4.5, 5.0, 5.5, 6.0, 6.125, 6.5, 7.0, 7.5)
 SEED = 7  # of the windows on which parts are measured; those of the calibration have 0
 KEPT = ("kl", "kl_error", "agreement", "tokens")
-COLOURS = ("c1", "c3")
 
 Document = dict[str, Any]
 
@@ -133,7 +132,8 @@ def draw(found: Document, path: Path) -> None:
         uniform = {name: points[name] for name in FOR_ALL}
         plot.plot(*zip(*uniform.values(), strict=True), "s", color=LIGHT["c3"], label="one format for all layers")
         for name, point in uniform.items():
-            plot.annotate(name, point, (6, 4), textcoords="offset points", color=LIGHT["c3"])
+            side = {"kv8": ((-6, 4), "right")}.get(name, ((6, 4), "left"))
+            plot.annotate(name, point, side[0], textcoords="offset points", color=LIGHT["c3"], ha=side[1])
         plot.set_yscale("log")
         plot.set_xlabel("bits a value, scales included")
         plot.set_title(model, loc="left", fontsize=11)
