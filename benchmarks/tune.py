@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,16 @@ def sensitivity(model: Model, calibration: Calibration, found: Document, args: a
     )
 
 
-def candidates(model: Model, calibration: Calibration, parts: Sensitivity) -> list[tuple[Candidate, float | None]]:
+def candidates(
+    model: Model, calibration: Calibration, parts: Sensitivity, sizes: Sequence[float]
+) -> list[tuple[Candidate, float | None]]:
     """What is compared, each with the KL that it is expected to have on the windows of the parts."""
     few = {part.side: sum(p.kl[FEW] for p in parts.parts if p.side == part.side) for part in parts.parts}
     several: list[tuple[Candidate, float | None]] = [
         (Candidate(name, KVFormat.parse(name), calibration), sum(few.values()) if name == "kv4" else None)
         for name in FOR_ALL
     ]
-    for bits in BITS:
+    for bits in sizes:
         chosen = choose(parts.parts, token_budget(parts, bits))
         expected = sum(part.kl[codec] for part, codec in zip(parts.parts, chosen, strict=True))
         formats = formats_of(model.bound, parts.parts, chosen)
@@ -79,7 +82,7 @@ def compared(model: Model, calibration: Calibration, parts: Sensitivity, found: 
     """Add the rows of a text that are missing, and keep them after every few."""
     how = {"model": model.path.name, "text": text, "window": args.window, "windows": args.windows}
     known = {row["name"] for row in found["rows"] if how.items() <= row.items()}
-    missing = [pair for pair in candidates(model, calibration, parts) if pair[0].name not in known]
+    missing = [pair for pair in candidates(model, calibration, parts, args.bits) if pair[0].name not in known]
     windows = consecutive_windows(load_texts(text, args.data, "test"), model.tokenizer, args.window, args.windows)
     for group in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
         with progress() as bar:
@@ -161,6 +164,8 @@ def main() -> None:
     cli.add_argument("--length", type=int, default=512, help="tokens in one of them")
     cli.add_argument("--window", type=int, default=1024)
     cli.add_argument("--windows", type=int, default=1, help="of each text")
+    cli.add_argument("--bits", type=float, nargs="+", default=BITS, help="sizes of tuned formats")
+    cli.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS)
     cli.add_argument("--out", type=Path, required=True)
     cli.add_argument("--plot", type=Path, help="an .svg file")
     args = cli.parse_args()
@@ -172,7 +177,7 @@ def main() -> None:
         model = Model.load(path, dtype="float32")
         calibration = calibrated(model, args.samples, args.seqlen, args.data, args.work_dir)
         parts = sensitivity(model, calibration, found, args)
-        for text in TEXTS:
+        for text in args.texts:
             compared(model, calibration, parts, found, text, args)
         del model, calibration
     print(table(found))
