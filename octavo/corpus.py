@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from octavo.errors import OctavoError, one_line
+from octavo.errors import OctavoError, install, one_line
 
 Split = Literal["calibration", "test"]
 
@@ -127,8 +127,9 @@ def _named(name: str, source: Source, data_dir: Path | None, split: Split) -> Te
     remedy = f"put {expected} into a directory and name that with --data-dir{_listing(data_dir)}"
     missing = [module for module in source.needs if find_spec(module) is None]
     if missing:
-        packages = " ".join("'octavo[datasets]'" if module == "datasets" else module for module in missing)
-        raise OctavoError(f"{name} comes from the Hub, which takes `pip install {packages}`; or {remedy}")
+        raise OctavoError(
+            f"{name} comes from the Hub, which takes {' and '.join(missing)} ({install('datasets')}); or {remedy}"
+        )
     return texts(title, _hub_rows(title, arguments, f"check the network, or {remedy}"))
 
 

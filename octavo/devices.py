@@ -6,7 +6,9 @@ multiply weights is weights/cpu.py's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import mmap
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -72,6 +74,15 @@ class Device:
         """Bytes in use by all processes by the driver's count, where there is a driver."""
         return None
 
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of zeros. On the host it is address space: the system gives a page of memory when it is first
+        written, and takes all of them back when the tensor is freed."""
+        size = math.prod(shape)
+        if not size:
+            return torch.zeros(*shape, dtype=dtype)
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize, **private), dtype=dtype).view(*shape)
+
     def pinned(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Memory of the host that the device copies from and to on its own."""
         return torch.empty(shape, dtype=dtype)
@@ -127,6 +138,10 @@ class Gpu(Device):
         torch.cuda.synchronize(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Taken at once: graphs of steps keep its address, and no other memory is free for it later."""
+        return torch.zeros(*shape, dtype=dtype, device=self.device)
 
     def pinned(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         with torch.cuda.device(self.device):  # else it is pinned for the current device, which may be another

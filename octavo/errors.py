@@ -1,5 +1,13 @@
 """What goes wrong by the user's hand: one sentence that names the thing and the remedy, shown without a traceback."""
 
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+
 
 class OctavoError(Exception):
     """Bad input. The command line prints the message alone and exits with status 2. `field` is the parameter of the
@@ -17,3 +25,16 @@ class Unsupported(OctavoError):
 def one_line(error: Exception) -> str:
     """The first line of what an error of another library says, or its name."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def install(extra: str) -> str:
+    """The command that adds an extra to this installation. No package index has Octavo: a checkout is installed anew
+    with it, an installed wheel gets the packages that it stands for."""
+    root = Path(__file__).parents[1]
+    pip = f"{shlex.quote(sys.executable)} -m pip install"
+    if (root / "pyproject.toml").is_file():
+        constraints, own = shlex.quote(str(root / "constraints.txt")), shlex.quote(f"{root}[{extra}]")
+        return f"{pip} --constraint {constraints} --editable {own}"
+    needed = (line.partition(";") for line in metadata.requires("octavo") or ())
+    packages = [package.strip() for package, _, when in needed if re.search(rf"extra\s*==\s*['\"]{extra}['\"]", when)]
+    return f"{pip} {shlex.join(packages)}"

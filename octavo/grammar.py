@@ -1,6 +1,6 @@
 """Answers that match a JSON schema: llguidance tells before every token which ones may come.
 
-It is an extra (`pip install 'octavo[serve]'`), imported when the first schema is asked for.
+It comes with the extra `serve` and is imported when the first schema is asked for.
 
 A schema is small and what it demands may be large. So it is measured before it is compiled (`schema_size.py`), and
 compiled on a thread with a deep stack, since the library follows references by recursion, within the library's own
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, install
 from octavo.schema_size import measure_schema
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class Grammars:
         try:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError:
-            raise OctavoError("json_schema needs llguidance: pip install 'octavo[serve]'", "json_schema") from None
+            raise OctavoError(f"json_schema needs llguidance: {install('serve')}", "json_schema") from None
 
         try:
             tokens = self._tokens  # made once; its time is not the schema's

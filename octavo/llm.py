@@ -25,7 +25,7 @@ from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
 from octavo.cache.size import CacheSize, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
-from octavo.calibrate import calibration_for
+from octavo.calibrate import calibration_for, warn_uncalibrated
 from octavo.completion import Answer, Completion, Delta, Outbox
 from octavo.devices import device_of
 from octavo.engine.engine import Engine
@@ -108,11 +108,7 @@ class LLM:
         self.format = bound.raw_format if kv is None else kv if isinstance(kv, KVFormat) else KVFormat.parse(kv)
         self.calibration = calibration_for(self.model, calibration, self.format)
         if self.calibration is None and self.format.takes_calibration:
-            warnings.warn(
-                f"{self.format} runs without a calibration: on models with key biases it then loses thirty times as "
-                f"much and more. `octavo calibrate {self.model.argument}` mends that",
-                stacklevel=2,
-            )
+            warn_uncalibrated(self.model, self.format)
         if (granularity, headroom) != (None, None) and self.calibration is None:
             raise OctavoError(f"granularity and headroom choose from a calibration; {self.format} has none here")
         if session_len is not None and session_len > bound.max_context:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from octavo.engine.reading import Reading
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import BoundModel
-from octavo.models.packed import packable
+from octavo.models.packed import GROUP_SIZES, packable
 from octavo.models.prepack import is_prepacked
 from octavo.weights.awq import TINY, round_to_nearest, search_scale, search_shrink
 from octavo.weights.layouts import AWQ, Int4Weight
@@ -29,7 +29,6 @@ from octavo.weights.scale_folding import Fold, absorb, find_folds
 
 Method = Literal["awq", "rtn"]
 METHODS: tuple[str, ...] = get_args(Method)
-GROUP_SIZES = (32, 64, 128)  # what kernels elsewhere take
 ROWS = 512  # of each input that are kept, from all windows alike
 TRIAL = 32  # tokens on which folds are tried
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
+import psutil
 import pytest
 
 from octavo import LLM, KVFormat, OctavoError, SamplingParams
@@ -459,15 +460,27 @@ def test_the_format_may_be_a_value_and_is_by_default_the_models_own(pamphlet: Mo
     assert mixed.cache.token_nbytes < llm.cache.token_nbytes / 4
 
 
-@pytest.mark.parametrize("memory", ["3MiB", "3072 kib", 3 << 20, "3145728"])
+@pytest.mark.parametrize("memory", ["3MiB", "3072 kib", 3 << 20, "3145728B"])
 def test_the_cache_takes_the_memory_that_was_asked_for_and_not_a_block_more(pamphlet: Model, memory: str | int):
     cache = LLM(pamphlet, kv="fp32", kv_cache_memory=memory).cache
     assert 3 << 20 >= cache.nbytes > (3 << 20) - cache.block_nbytes
     assert cache.nbytes == sum(store.codes.nbytes for store in cache.stores)
 
 
+def test_a_cache_takes_memory_as_it_is_written(pamphlet: Model):
+    """A short answer from a cache of half a GiB touches a few blocks of it."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    llm = LLM(pamphlet, kv="kv8", kv_cache_memory="512MiB")
+    for _ in range(3):  # what is over is found by the next one or used again
+        llm.generate(STORY, SHORT)
+    assert llm.cache.nbytes > 500 << 20
+    assert process.memory_info().rss - before < 64 << 20
+
+
 @pytest.mark.parametrize(
-    ("memory", "said"), [("4 apples", "4 apples"), ("1.2.3GiB", "1.2.3GiB"), ("10KiB", "not one block")]
+    ("memory", "said"),
+    [("4 apples", "4 apples"), ("3000", ".3000. has no unit"), ("1.2.3GiB", "1.2.3GiB"), ("10KiB", "not one block")],
 )
 def test_a_senseless_amount_of_memory_is_refused(pamphlet: Model, memory: str, said: str):
     with pytest.raises(OctavoError, match=said):

@@ -20,9 +20,14 @@ from octavo.devices import HOST, send
 class Cached(Protocol):
     """What a batch needs to know of a sequence."""
 
-    tokens: list[int]
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
+    @property
+    def tables(self) -> list[list[int]]:
+        """Its blocks in each group of layers, or one table for all of them."""
+
     num_cached: int  # tokens whose K and V are in the cache
-    tables: list[list[int]]  # its blocks in each group of layers, or in all of them
     first_page: int  # the raw page of page 0, where the format has edges
     ring: int  # the first of the raw pages of its own span
 

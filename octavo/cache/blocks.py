@@ -2,7 +2,8 @@
 
 A block holds the K and V of `block_size` consecutive tokens, in every layer. A full block is remembered by the hash of
 its whole prefix, so that a later sequence with the same beginning shares it instead of computing it. A freed block
-keeps its contents and its hash until it is taken for something else, least recently freed first; sequences free their
+keeps its contents and its hash until it is taken for something else: first those that nobody can find, so that memory
+is touched only where it is needed, then those that were never used, then the least recently freed; sequences free their
 blocks from the tail, so the beginning of a prefix outlives its end.
 
     free ∪ referenced = all blocks, disjoint        a block table is append-only: a block never moves
@@ -70,6 +71,17 @@ class BlockPool:
         block.references = 1
         return index
 
+    def share(self, table: Tokens[int]) -> None:
+        """Add a reference to each block of a table."""
+        for index in table:
+            self.blocks[index].references += 1
+            self.free.pop(index, None)
+
+    def grow(self, count: int) -> None:
+        """Have `count` more blocks, all free."""
+        self.free.update(dict.fromkeys(range(len(self.blocks), len(self.blocks) + count)))
+        self.blocks += [Block() for _ in range(count)]
+
     def prefix_blocks(self, tokens: Tokens[int]) -> int:
         """Most blocks that a hit on `tokens` can have: whole ones, and never that of the last token, whose logits are
         still to be computed; and a shared block is never written."""
@@ -87,11 +99,6 @@ class BlockPool:
         """The block that ends that prefix with the tokens `own`."""
         index = self.by_prefix.get(prefix)
         return index if index is not None and self.blocks[index].tokens == own else None
-
-    def hold(self, index: int) -> None:
-        """Share a block."""
-        self.blocks[index].references += 1
-        self.free.pop(index, None)
 
     def seal(self, index: int, parent: bytes | None, tokens: Tokens[int]) -> bytes:
         """Remember a block that has become full of `tokens`; returns the hash of the prefix it ends.
@@ -112,6 +119,8 @@ class BlockPool:
             block.references -= 1
             if block.references == 0:
                 self.free[index] = None
+                if block.prefix is None:
+                    self.free.move_to_end(index, last=False)
 
     def clear(self) -> None:
         """Forget every cached prefix, so that the next request is a cold one."""

@@ -44,7 +44,7 @@ class EdgePool:
         if first is None:
             first = self.take_first()
         else:
-            self.firsts.hold(self._index(first))
+            self.firsts.share([self._index(first)])
         return first, self.rings.take() * self.ring_pages
 
     def take_first(self) -> int:

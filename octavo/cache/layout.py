@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from octavo.devices import device_of
 from octavo.quant.format import Codec
 
 LANES = 16  # 32-bit lanes of the widest register that reads a row of V
@@ -82,7 +83,7 @@ class RowLayout:
         # Zeros, not empty: a raw row that was never written is masked by a weight of 0, and 0·NaN would be NaN.
         shape = torch.Size((num_blocks, heads, *self.shape))
         size = shape.numel()
-        return torch.zeros(size + self.slack // self.dtype.itemsize, dtype=self.dtype, device=device)[:size].view(shape)
+        return device_of(device).zeros([size + self.slack // self.dtype.itemsize], self.dtype)[:size].view(shape)
 
     def write_rows(self, memory: Tensor, slots: Tensor, rows: Tensor) -> None:
         """Put rows [tokens, heads, width] into the slots [tokens], int64; slot = block·block_size + place in it."""

@@ -100,8 +100,7 @@ class CachePool(BlockPool):
         """As `find`, with a reference on each block."""
         hit = self.find(tokens)
         for pool, table, behind in zip(self.groups, hit.tables, self.behinds(len(hit)), strict=True):
-            for index in table[behind:]:
-                pool.hold(index)
+            pool.share(table[behind:])
         return hit
 
     def unmatch(self, hit: Hit) -> None:

@@ -20,11 +20,14 @@ SPARE = 4  # beginnings of conversations that are kept beside the sequences that
 
 
 def parse_bytes(text: str) -> int:
-    """'4GiB', '512 MB', '1e9' → bytes."""
-    match = re.fullmatch(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[0-9]+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    """'4GiB', '512 MB', '1e9B' → bytes. A number needs a unit: who writes 80 means GiB, and would get bytes."""
+    match = re.fullmatch(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[0-9]+)?)\s*([kmgt]i?b?|b|)", text.strip().lower())
     if not match:
         raise OctavoError(f"{text!r} is not an amount of memory; write it like 4GiB or 512MB")
-    size = float(match[1]) * UNITS[match[2]]
+    number, unit = float(match[1]), match[2]
+    if number and not unit:
+        raise OctavoError(f"{text!r} has no unit; write {text.strip()}GiB, {text.strip()}MiB or {text.strip()}B")
+    size = number * UNITS[unit.removesuffix("b")]
     if size == float("inf"):
         raise OctavoError(f"{text!r} is more memory than there is")
     return int(size)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from octavo import __version__
 from octavo.cli.accuracy import accuracy
 from octavo.cli.calibrate import calibrate
 from octavo.cli.chat import chat
@@ -25,7 +28,6 @@ app = typer.Typer(
     "small bundled model `pamphlet`.",
     no_args_is_help=True,
     rich_markup_mode="markdown",  # rich would take "[default: …]" for markup and drop it
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(calibrate)
@@ -45,10 +47,29 @@ lite.command()(calibrate)
 lite.callback()(lambda: None)  # with a single command typer would drop its name
 app.add_typer(lite, name="lite", hidden=True)
 
+BARS_OF_OTHERS = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # but for the Hub's, when a model is fetched
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"octavo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """What comes before a verb."""
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Bad input is one line on stderr and status 2, an interrupt status 130."""
     argv = sys.argv[1:] if argv is None else argv
+    for name in BARS_OF_OTHERS:
+        os.environ.setdefault(name, "1")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     if argv[:2] == ["chat", "turbomind"]:  # as on LMDeploy's page, which names its engine here
         argv = ["chat", *argv[2:]]

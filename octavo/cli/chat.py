@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ COMMANDS = {
     "/help": "what can be typed here",
     "/system TEXT": "set the system prompt; `/system` shows it, `/system -` removes it",
     "/clear": "forget the conversation",
+    "/params": "the sampling parameters in force, and who has set them",
     "/stats": "what the conversation takes in the cache",
     "/save FILE": "write the conversation and its cache to a file",
     "/load FILE": "take up a saved conversation where it was",
@@ -53,16 +54,17 @@ def chat(
     defaults = llm.default_params
     if not llm.model.generation.get("max_new_tokens"):
         defaults = replace(defaults, max_tokens=llm.session_len)  # an answer ends where its model ends it
-    Chat(Conversation(llm, sampling.params(defaults), system), interactive).run()
+    Chat(Conversation(llm, sampling.params(defaults), system), interactive, sampling.given()).run()
 
 
 class Chat:
-    """Lines in, answers out. `interactive`: there is someone at a terminal."""
+    """Lines in, answers out. `interactive`: there is someone at a terminal. `given`: the sampling parameters that the
+    command line has set."""
 
-    def __init__(self, conversation: Conversation, interactive: bool = False):
+    def __init__(self, conversation: Conversation, interactive: bool = False, given: Collection[str] = ()):
         from rich.console import Console
 
-        self.conversation, self.interactive = conversation, interactive
+        self.conversation, self.interactive, self.given = conversation, interactive, given
         self.screen = Console(highlight=False, soft_wrap=not interactive)
         self.notes = Console(stderr=True, highlight=False, soft_wrap=not interactive)
 
@@ -131,6 +133,13 @@ class Chat:
         self.conversation.clear()
         kept = "; the system prompt stays" if self.conversation.system else ""
         self._note(f"the conversation is forgotten{kept}")
+
+    def _params(self, _: str) -> None:
+        from octavo.cli.parameters import in_force
+
+        for name, value, source in in_force(self.conversation.params, self.conversation.llm, self.given):
+            self.screen.print(f"  [bold]{name:<20}[/]{value:<12} ({source})")
+        self._note("all others are off")
 
     def _stats(self, _: str) -> None:
         from octavo.cli.stats import show

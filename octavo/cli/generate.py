@@ -31,7 +31,10 @@ WITHOUT_EFFECT = {"device", "device_map", "session_len", "max_batch_size", "cach
 def generate(
     options: ServeOptions,
     sampling: SamplingOptions,
-    prompt: Annotated[str | None, typer.Option(help="The text to continue; - reads it from stdin.")] = None,
+    text: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="The text to continue; - reads it from stdin.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The same; with it MODEL may be left out.")] = None,
     input: Annotated[
         str | None, typer.Option(help='Lines of {"prompt": …} or {"messages": …}, sampling fields beside; - is stdin.')
     ] = None,
@@ -43,21 +46,24 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")] = False,
 ) -> None:
     """Continue a prompt, or all prompts of a file at a time."""
+    if text is not None and prompt is not None:
+        raise OctavoError("PROMPT and --prompt are the same; give one")
+    prompt = text if prompt is None else prompt
     sampling.check()
     SamplingParams(logprobs=logprobs)  # refuses what it does not take before a model is loaded
     if logprobs is not None and not (as_json or input):
         raise OctavoError("--logprobs come as JSON: add --json")
     if input is not None and (prompt is not None or as_json):
-        other = "--prompt" if prompt is not None else "--json (its answers are JSON lines)"
+        other = "a prompt" if prompt is not None else "--json (its answers are JSON lines)"
         raise OctavoError(f"--input and {other} exclude each other")
     if input is None and output is not None:
-        raise OctavoError("--output is for the answers to an --input; redirect stdout for the one to a --prompt")
+        raise OctavoError("--output is for the answers to an --input; redirect stdout for the one to a prompt")
     if input is None:
         if prompt is None and options.model is not None and " " in options.model:
-            raise OctavoError(f"{options.model!r} is no model: a text to continue goes after --prompt")
-        text = _prompt(prompt)
+            raise OctavoError(f"{options.model!r} is no model: the prompt comes after MODEL, or goes after --prompt")
+        given = _prompt(prompt)
         llm = options.llm()
-        _one(llm, text, _params(llm, sampling, logprobs), chat, as_json)
+        _one(llm, given, _params(llm, sampling, logprobs), chat, as_json)
     else:
         _many(options, sampling, input, output, chat, logprobs)
 
@@ -212,7 +218,9 @@ def _params(llm: LLM, sampling: SamplingOptions, logprobs: int | None) -> Sampli
 
 def _prompt(given: str | None) -> str:
     if given is None and sys.stdin.isatty():
-        raise OctavoError("there is no prompt: give --prompt TEXT, pipe it in, or answer a file with --input")
+        raise OctavoError(
+            "there is no prompt: octavo generate MODEL PROMPT, or pipe it in, or answer a file with --input"
+        )
     if given is None or given == "-":
         given = sys.stdin.read().removesuffix("\n")
     if not given:

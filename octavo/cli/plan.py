@@ -40,7 +40,7 @@ def plan(
     from octavo.cli.tables.memory import fit_table
     from octavo.devices import device_of, find_device
     from octavo.measure.as_json import dumps
-    from octavo.measure.memory.costs import INT4_BITS
+    from octavo.measure.memory.costs import int4_bits
     from octavo.measure.memory.plan import check_picture, draw, fits
     from octavo.models.geometry import Geometry
 
@@ -69,7 +69,7 @@ def plan(
                     "reserve": whole - room,
                     "context": length,
                     "unit": "bytes",
-                    "int4_bits_per_weight": INT4_BITS,
+                    "int4_bits_per_weight": int4_bits(geometry.group),
                     "fits": [asdict(fit) for fit in found],
                     "plot": str(plot) if plot is not None else None,
                 }
@@ -80,7 +80,8 @@ def plan(
     out.print(f"{name}, {format_bytes(whole)}, {format_bytes(whole - room)} of it held back", markup=False)
     out.print(fit_table(found, length, format_bytes(room)))
     if geometry.linear and not geometry.packed:
-        out.print(f"int4 weights: linear layers in {INT4_BITS:.2f} bits a weight, groups of 128 with scale and zero.")
+        bits, group = int4_bits(geometry.group), geometry.group
+        out.print(f"int4 weights: linear layers in {bits:.2f} bits a weight, groups of {group} with scale and zero.")
     out.print(
         "Weights and KV cache alone: activations and the runtime come on top; --reserve holds memory back for them."
     )

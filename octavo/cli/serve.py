@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from octavo.cli.options import ServeOptions, option, takes
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, install, one_line
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
+
+
+class LogLevel(StrEnum):
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+class LogRequests(StrEnum):
+    line = "line"
+    none = "none"
+
+
+logger = logging.getLogger("octavo")
 
 
 def serving(help: str, *names: str, **more: Any) -> Any:
@@ -27,7 +44,12 @@ def serve(
     options: ServeOptions,
     host: Annotated[str, serving("Address to listen on; 0.0.0.0 for every one of this machine's.")] = "127.0.0.1",
     port: Annotated[int, serving("0 takes a free one.", min=0, max=65535)] = 8000,
-    served_model_name: Annotated[str | None, serving("The model's name in the API. [default: MODEL]")] = None,
+    uds: Annotated[Path | None, serving("A UNIX socket to listen on, in place of an address.", dir_okay=False)] = None,
+    ssl_certfile: Annotated[Path | None, serving("Serve HTTPS by this certificate and its chain (PEM).")] = None,
+    ssl_keyfile: Annotated[Path | None, serving("Its key, if that is a file of its own.")] = None,
+    served_model_name: Annotated[
+        list[str] | None, serving("The model's name in the API; may be repeated: each is served. [default: MODEL]")
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         serving(
@@ -54,6 +76,10 @@ def serve(
     session_dir_size: Annotated[
         str | None, serving("Bytes they may take; the least recently used are removed. [default: 10GiB]")
     ] = None,
+    log_level: Annotated[
+        LogLevel, serving("What is logged of: with debug, also why a request is refused, and where loading failed.")
+    ] = LogLevel.info,
+    log_requests: Annotated[LogRequests, serving("A line for each request, or none.")] = LogRequests.line,
     log_prompts: Annotated[bool, serving("Log errors with all they say, which may quote what clients sent.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Tell on stdout, as one line of JSON, what is served.")
@@ -69,28 +95,49 @@ def serve(
     try:
         from octavo.serve import logs
         from octavo.serve.limits import Limits
-        from octavo.serve.server import Server, bind, url
+        from octavo.serve.listening import Tls, bind, bind_unix, curl, listening, url
+        from octavo.serve.server import Server
         from octavo.serve.sessions import SessionDir
     except ImportError as error:
-        raise OctavoError(f"`octavo serve` needs {error.name}: pip install 'octavo[serve]'") from None
+        raise OctavoError(f"`octavo serve` needs {error.name}: {install('serve')}") from None
 
     if session_dir_size is not None and session_dir is None:
         raise OctavoError("--session-dir-size bounds what --session-dir keeps: give one")
     room = parse_bytes(session_dir_size or "10GiB")
-    logs.start(log_prompts)
-    with bind(host, port) as sock:
-        llm = options.llm()
+    if ssl_keyfile is not None and ssl_certfile is None:
+        raise OctavoError("--ssl-keyfile belongs to a certificate: give --ssl-certfile too")
+    logs.start(log_prompts, log_level.value, log_requests is LogRequests.line)
+    tls = Tls(ssl_certfile, ssl_keyfile) if ssl_certfile else None
+    if tls:
+        tls.check()
+    with listening(bind_unix(uds) if uds else bind(host, port)) as sock:
+        llm = _loaded(options)
         sessions = SessionDir(session_dir, room, llm) if session_dir else None
         limits = Limits(max_queue, timeout, max_body, max_connections, patience)
-        doors: dict[str, Any] = {"api_key": api_key or (), "cors_origins": tuple(cors_origin or ())}
-        server = Server(llm, sock, served_model_name, limits, grace=grace, sessions=sessions, **doors)
-        state = {"url": url(sock), "model": server.service.name, **_facts(llm)}
+        doors: dict[str, Any] = {"tls": tls, "api_key": api_key or (), "cors_origins": tuple(cors_origin or ())}
+        server = Server(llm, sock, served_model_name or (), limits, grace=grace, sessions=sessions, **doors)
+        state = {"url": url(sock, tls is not None), "model": server.service.name, **_facts(llm)}
         if as_json:
             print(json.dumps(state), flush=True)
         else:
             _banner(state)
+            chat = bool(getattr(llm.tokenizer, "chat_template", None))
+            print(curl(sock, tls is not None, bool(api_key), chat), file=sys.stderr, flush=True)
         gc.freeze()  # what is loaded stays: looking through all of it again and again would stop the server for a while
         server.run()
+
+
+def _loaded(options: ServeOptions) -> LLM:
+    """The model, or one line that says why there is none."""
+    try:
+        return options.llm()
+    except (OctavoError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        logger.debug("the model cannot be loaded", exc_info=error)
+        raise OctavoError(
+            f"the model cannot be loaded: {type(error).__name__}: {one_line(error)}; --log-level debug says where"
+        ) from error
 
 
 def _facts(llm: LLM) -> dict[str, Any]:

@@ -18,9 +18,7 @@ from octavo.devices import HOST, device_of
 from octavo.errors import OctavoError, one_line
 from octavo.models.bind import BoundModel, bind
 from octavo.models.load import load_model
-from octavo.models.packed import packable, packed_layers, parameters, weight_bytes
-
-GROUP = 128  # inputs that share a scale: what `octavo quantize` does unless told otherwise
+from octavo.models.packed import fitting_group, packable, packed_layers, parameters, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,10 @@ class Geometry:
     max_context: int
     weights: int  # bytes of all parameters, tied ones once
     parameters: int  # tied ones once, in whatever type
-    linear: int  # those of linear layers that `octavo quantize` packs in groups of GROUP, or that are packed
+    linear: int  # those of linear layers that `octavo quantize` packs in groups of `group`, or that are packed
     packed: int  # those of them that are in 4 bits already
     packed_bytes: int
+    group: int = 128  # inputs that share a scale
 
     @classmethod
     def trace(cls, path: Path, dtype: str = "auto", model_format: str = "hf") -> Geometry:
@@ -48,7 +47,8 @@ class Geometry:
         packed = sum(layer.in_features * layer.out_features for layer in layers)
         packed_bytes = sum(layer.nbytes for layer in layers)
         own, weights, count = hf.dtype, weight_bytes(hf), parameters(hf)
-        linear = packed + sum(layer.weight.numel() for layer in packable(hf, GROUP).values())
+        group = fitting_group(hf)
+        linear = packed + sum(layer.weight.numel() for layer in packable(hf, group).values())
         try:
             bound = bind(hf.to(torch.bfloat16))  # what experts' kernels want on the meta device; no shape depends on it
         except OctavoError:
@@ -56,7 +56,7 @@ class Geometry:
         except Exception as error:  # code that looks at values, which a meta tensor has none of
             bound = _with_values(path, dtype, weights, error)
         shapes = [replace(shape, dtype=own) for shape in bound.shapes]
-        return cls(shapes, own, bound.max_context, weights, count, linear, packed, packed_bytes)
+        return cls(shapes, own, bound.max_context, weights, count, linear, packed, packed_bytes, group)
 
 
 def _with_values(path: Path, dtype: str, weights: int, error: Exception) -> BoundModel:

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from octavo.devices import device_of
-from octavo.errors import OctavoError, Unsupported, one_line
+from octavo.errors import OctavoError, Unsupported, install, one_line
 from octavo.models import internlm
 from octavo.models.files import config_json, open_tensors, quantization, quiet, weight_files, without_marks
 from octavo.models.packed import fill, noise, tied_layers, with_packed_layers
@@ -252,7 +252,7 @@ def _check_device(device: str, device_map: str | dict[str, Any] | None) -> None:
         if isinstance(device_map, str) and device_map not in ("auto", "balanced", "sequential"):
             raise OctavoError(f"The device map {device_map!r} is unknown: choose auto, balanced or sequential.")
         if importlib.util.find_spec("accelerate") is None:
-            raise OctavoError("A device map needs accelerate: pip install 'octavo[offload]'.")
+            raise OctavoError(f"A device map needs accelerate: {install('offload')}")
         return
     try:
         torch.empty(0, device=device)

@@ -20,6 +20,8 @@ from octavo.weights.layouts import AWQ, Int4Weight
 from octavo.weights.linear import PackedLinear
 from octavo.weights.panels import PanelLinear
 
+GROUP_SIZES = (32, 64, 128)  # weights that share a scale: what kernels elsewhere take
+
 
 def with_packed_layers(architecture: type[PreTrainedModel], packs: Callable[[str], bool]) -> type[PreTrainedModel]:
     """`architecture` with an empty PackedLinear in place of each linear layer whose name `packs`, unless its weight is
@@ -73,6 +75,12 @@ def packable(model: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
         if isinstance(layer, nn.Linear) and layer is not head and users[id(layer.weight)] == 1
         and layer.in_features % group_size == 0 and layer.out_features % AWQ.multiple[0] == 0
     }  # fmt: skip
+
+
+def fitting_group(model: PreTrainedModel) -> int:
+    """The group size that packs the most weights of a model, the largest where several do."""
+    sizes = {group: sum(layer.weight.numel() for layer in packable(model, group).values()) for group in GROUP_SIZES}
+    return max(GROUP_SIZES, key=lambda group: (sizes[group], group))
 
 
 def fill(model: PreTrainedModel, packed: PackedLayers) -> None:

@@ -7,12 +7,13 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octavo.completion import Delta
 from octavo.engine.params import SamplingParams
-from octavo.serve.errors import ApiError
+from octavo.serve.account import Account
+from octavo.serve.errors import ApiError, refusal
 from octavo.serve.replies import DONE, Reply, dumps, event
 from octavo.serve.service import Service
 
@@ -23,17 +24,16 @@ class Answering(Response):
     def __init__(
         self,
         service: Service,
-        client: str,
+        account: Account,
         reply: Reply,
         prepare: Callable[[], list[tuple[list[int], SamplingParams]]],
         stream: bool | None,
         usage: bool,
     ):
-        self.service, self.client = service, client
+        self.service, self.account = service, account
         self.reply, self.prepare = reply, prepare
         self.stream, self.usage = bool(stream), usage
         self.begun = False
-        self.start = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._stream(send) if self.stream else self._whole(scope, receive, send))
@@ -56,17 +56,17 @@ class Answering(Response):
                 await asyncio.gather(work, gone, return_exceptions=True)
 
     async def _batches(self) -> AsyncGenerator[list[Delta]]:
-        metrics = self.service.metrics
-        async with self.service.job(self.client, len(self.reply.completions), self.prepare) as job:
-            first = True
+        account = self.account
+        account.id, account.n = self.reply.id, self.reply.n
+        async with self.service.job(account.client, len(self.reply.completions), self.prepare) as job:
+            account.answers = job.answers
             async for pieces in self.service.batches(job):
-                if first:
-                    metrics.first_token.observe(time.monotonic() - self.start)
-                    first = False
+                if account.first is None:
+                    account.begun, account.first = job.begun, time.monotonic()
                 for delta in pieces:
                     self.reply.take(delta)
                 yield pieces
-        metrics.duration.observe(time.monotonic() - self.start)
+        self.service.metrics.answered(account)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._batches()) as batches:
@@ -86,8 +86,9 @@ class Answering(Response):
         await self._send(send, end, more=False)
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        self.account.refused = error
         if not self.begun:
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+            await refusal(scope, error)(scope, receive, send)
         elif self.stream:
             await self._send(send, event(error.body), more=False)
 

@@ -1,12 +1,21 @@
-"""What a request can be answered with when it is not served, in OpenAI's form."""
+"""What a request can be answered with when it is not served, in OpenAI's form or Anthropic's."""
 
 from __future__ import annotations
 
 from typing import Any, Self
 
+from starlette.responses import JSONResponse
+from starlette.types import Scope
+
 from octavo.errors import OctavoError
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+ANTHROPIC_TYPES = {
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
+}  # else the same, or api_error
+ANTHROPIC = "/v1/messages"  # the routes below it answer in Anthropic's form
 NAMES = {"json_schema": "response_format"}  # where the API has another name for it than SamplingParams
 
 
@@ -34,3 +43,19 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        kind = ANTHROPIC_TYPES.get(self.status, kind)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+
+def body_for(scope: Scope, error: ApiError) -> dict[str, Any]:
+    """What is said of it, in the form of the API whose route was asked."""
+    return error.anthropic_body if scope["path"].startswith(ANTHROPIC) else error.body
+
+
+def refusal(scope: Scope, error: ApiError) -> JSONResponse:
+    """The answer that says so."""
+    return JSONResponse(body_for(scope, error), error.status, error.headers)

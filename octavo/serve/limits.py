@@ -42,6 +42,8 @@ def check_json(body: bytes, longest: int) -> None:
     except ValueError as error:
         why = f"is nested more than {MAX_DEPTH} deep" if "recursion" in str(error) else "is not JSON"
         raise ApiError(400, f"the body {why}") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body is not a JSON object")
     _measure(value, longest)
 
 

@@ -1,4 +1,5 @@
-"""The server's log: what goes wrong, at most one line of a kind a minute, short, and without what clients sent."""
+"""The server's log: a line for each request, and what goes wrong, at most one line of a kind a minute. Lines are short,
+and without what clients sent."""
 
 from __future__ import annotations
 
@@ -10,14 +11,15 @@ import traceback
 LONGEST = 2048  # bytes of a line
 PERIOD = 60.0  # seconds in which of one kind one line is written
 WARNINGS = "py.warnings"  # all of Python's, which one line of `logging` writes
+REQUESTS = "octavo.requests"  # a line of these is written for each
 KINDS = 256  # that are remembered
 # What these say comes from the system or from torch. Other errors may quote what they were given, a prompt among it.
 TELLING = (OSError, MemoryError, RuntimeError, AssertionError)
 
 
-def start(prompts: bool = False) -> None:
-    """Send all that is logged or warned of in this process to stderr, in this form. With `prompts`, errors are written
-    with all they say."""
+def start(prompts: bool = False, level: str = "info", requests: bool = True) -> None:
+    """Send all that is logged or warned of in this process to stderr, in this form: ours from `level` on, of the
+    libraries warnings alone. With `prompts`, errors are written with all they say; with `requests`, a line for each."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Line(prompts))
     handler.addFilter(Rarely())
@@ -26,6 +28,8 @@ def start(prompts: bool = False) -> None:
     for name in ("transformers", "uvicorn", "uvicorn.error"):  # they bring handlers of their own
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [], True
+    logging.getLogger("octavo").setLevel(level.upper())
+    logging.getLogger(REQUESTS).disabled = not requests
 
 
 class Line(logging.Formatter):
@@ -66,6 +70,8 @@ class Rarely(logging.Filter):
         self.left_out: dict[tuple[object, ...], int] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == REQUESTS:
+            return True
         error = type(record.exc_info[1]) if record.exc_info else None
         kind = (
             record.name,

@@ -8,6 +8,7 @@ from pydantic.json_schema import models_json_schema
 
 from octavo import __version__
 from octavo.serve.protocol import ChatRequest, CompletionRequest
+from octavo.serve.routes.tokens import DetokenizeRequest, TokenizeRequest
 
 ERROR = {
     "type": "object",
@@ -25,6 +26,7 @@ ERROR = {
     },
     "required": ["error"],
 }
+REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 KEY: list[dict[str, list[str]]] = [{}, {"key": []}]  # only a server with --api-key asks for it
 REFUSALS = {
     "400": "The request makes no sense, or asks for what is not supported: `param` names the field.",
@@ -42,7 +44,7 @@ REFUSALS = {
 
 def document() -> dict[str, Any]:
     _, schemas = models_json_schema(
-        [(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template="#/components/schemas/{model}"
+        [(request, "validation") for request in REQUESTS], ref_template="#/components/schemas/{model}"
     )
     return {
         "openapi": "3.1.0",
@@ -50,7 +52,9 @@ def document() -> dict[str, Any]:
         "paths": {
             "/v1/chat/completions": {"post": _post("ChatRequest", "Answer a conversation.")},
             "/v1/completions": {"post": _post("CompletionRequest", "Continue prompts.")},
-            "/v1/models": {"get": _get("The one model that is served.", "401")},
+            "/tokenize": {"post": _post("TokenizeRequest", "What a prompt is made into.", streams=False)},
+            "/detokenize": {"post": _post("DetokenizeRequest", "The text of tokens.", streams=False)},
+            "/v1/models": {"get": _get("The model, by each of its names, with its context length.", "401")},
             "/v1/models/{model}": {
                 "get": {
                     **_get("The model, if that is its name.", "401", "404"),
@@ -59,6 +63,8 @@ def document() -> dict[str, Any]:
             },
             "/cache": {"get": _get("The KV cache in numbers.", "401")},
             "/health": {"get": _health()},
+            "/ping": {"get": _health()},
+            "/version": {"get": _get("The release of Octavo.")},
             "/metrics": {"get": _get("For Prometheus.", "401", content="text/plain")},
         },
         "components": {
@@ -68,15 +74,17 @@ def document() -> dict[str, Any]:
     }
 
 
-def _post(request: str, summary: str) -> dict[str, Any]:
+def _post(request: str, summary: str, streams: bool = True) -> dict[str, Any]:
     body = {"application/json": {"schema": {"$ref": f"#/components/schemas/{request}"}}}
-    answer = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
+    answer = {"application/json": {"schema": {"type": "object"}}}
+    if streams:
+        answer["text/event-stream"] = {"schema": {"type": "string"}}
     return {
         "summary": summary,
         "security": KEY,
         "requestBody": {"required": True, "content": body},
         "responses": {
-            "200": {"description": "The answer, whole or streamed.", "content": answer},
+            "200": {"description": "The answer, whole or streamed." if streams else summary, "content": answer},
             **_refusals(*REFUSALS),
         },
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from types import FrameType
 
 import uvicorn
 
@@ -17,6 +18,7 @@ from octavo.llm import LLM
 from octavo.serve.app import create_app
 from octavo.serve.connections import BACKLOG, Connection, Connections
 from octavo.serve.limits import Limits
+from octavo.serve.listening import Tls, is_local
 from octavo.serve.service import Service
 from octavo.serve.sessions import SessionDir
 
@@ -33,9 +35,10 @@ class Server:
         self,
         llm: LLM,
         sock: socket.socket,
-        name: str | None = None,
+        names: Sequence[str] = (),
         limits: Limits | None = None,
         *,
+        tls: Tls | None = None,
         api_key: str | Sequence[str] = (),
         cors_origins: tuple[str, ...] = (),
         grace: float = 30.0,
@@ -46,9 +49,11 @@ class Server:
         with suppress(ImportError, ValueError):  # else the first JSON schema tells
             llm.grammars.prepare()
         self.connections = Connections(limits)
-        self.service = Service(llm, name or llm.model.name, limits, self._give_up, sessions, grace)
-        if not api_key and not _is_loopback(sock):
-            logger.warning("anyone who reaches %s can use the model: set --api-key", url(sock))
+        self.service = Service(llm, names or [llm.model.name], limits, self._give_up, sessions, grace)
+        if not api_key and not is_local(sock):
+            logger.warning("anyone who reaches %s can use the model: set --api-key", sock.getsockname()[0])
+        if tls:
+            tls.check()
         app = create_app(self.service, api_key, cors_origins)
         config = uvicorn.Config(
             app,
@@ -62,8 +67,10 @@ class Server:
             ws="none",
             backlog=BACKLOG,
             lifespan="on",
+            ssl_certfile=tls.certificate if tls else None,
+            ssl_keyfile=tls.key if tls else None,
         )
-        self.uvicorn = uvicorn.Server(config)
+        self.uvicorn = Draining(config)
         self.failed = False
 
     def run(self) -> None:
@@ -82,23 +89,16 @@ class Server:
         self.stop()
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address; port 0 takes a free one."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-    except (OSError, OverflowError) as error:
-        sock.close()
-        reason = getattr(error, "strerror", None) or error
-        raise OctavoError(f"{host}:{port} cannot be served: {reason}; choose another --host or --port") from None
-    return sock
+class Draining(uvicorn.Server):
+    """uvicorn's, which stops as we want it to: no new requests, then the answers' ends, then the lifespan's. This tells
+    of it, and does not raise the signal again: what is stopped has done its work."""
 
+    def handle_exit(self, sig: int, _: FrameType | None) -> None:
+        self.force_exit = self.should_exit and sig == signal.SIGINT  # the second Ctrl-C
+        self.should_exit = True
 
-def _is_loopback(sock: socket.socket) -> bool:
-    return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
-
-
-def url(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        grace = self.config.timeout_graceful_shutdown
+        logger.info("stopping: answers that are not complete (%d) have %g s", len(self.server_state.tasks), grace)
+        await super().shutdown(sockets)
+        logger.info("stopped")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -37,16 +37,17 @@ class Service:
     def __init__(
         self,
         llm: LLM,
-        name: str,
+        names: Sequence[str],  # all that the model has in the API; answers bear the first
         limits: Limits,
         on_death: Callable[[], None] = lambda: None,
         sessions: SessionDir | None = None,
         grace: float = 30.0,  # seconds that the last sessions have to be saved
     ):
-        self.llm, self.name, self.limits, self.grace = llm, name, limits, grace
+        self.llm, self.names, self.limits, self.grace = llm, tuple(names), limits, grace
+        self.name = self.names[0]
         self.created = int(time.time())
         self.worker, self.sessions = Worker(llm, on_death), sessions
-        self.metrics = Metrics(llm, self.worker)
+        self.metrics = Metrics(llm, self.worker, self.name, lambda: self.waiting)
         places = llm.engine.scheduler.max_batch_size
         self.capacity = places + limits.max_queue
         self.longest = max(llm.session_len, MAX_KEYS)  # list in a request
@@ -64,6 +65,11 @@ class Service:
         return sum(n for _, n in self.jobs.values())
 
     @property
+    def waiting(self) -> int:
+        """Of those, the ones that the engine has not taken up."""
+        return max(0, self.admitted - len(self.llm.engine.scheduler.running))
+
+    @property
     def defaults(self) -> dict[str, Any]:
         """Sampling parameters where a request sets none: the model's own, or as in OpenAI's API temperature 1."""
         chosen = self.llm.default_params
@@ -73,10 +79,10 @@ class Service:
         return own if asked.get("do_sample") or is_greedy(asked) else own | {"temperature": 1.0}
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.name:
+        if name is not None and name not in self.names:
             raise ApiError(
                 404,
-                f"there is no model of that name: this server has {self.name}",
+                f"there is no model of that name: this server has {', '.join(self.names)}",
                 param="model",
                 code="model_not_found",
             )
@@ -94,6 +100,7 @@ class Service:
                 await asyncio.wait_for(saving, self.grace if self.worker.alive else 0)
             except TimeoutError:
                 logger.warning("the server ended before %d conversations were saved", len(self.sessions.fresh))
+            logger.info("conversations that are saved: %d", len(self.sessions.chains))
         self.worker.stop()
 
     async def read(self, client: str, size: int, function: Callable[[], T]) -> T:
@@ -199,6 +206,7 @@ class Service:
         for answer in job.answers if not job.error else ():
 
             def start(answer: Answer = answer) -> None:
+                job.begun = job.begun or time.monotonic()
                 self.worker.submit(job, answer)
 
             job.tickets.append(self.engine_queue.ask(client, start))

@@ -37,6 +37,7 @@ class Job:
         self.answers: list[Answer] = []
         self.tickets: list[Ticket] = []  # of each answer, once it waits for the engine
         self.unfinished = -1  # answers; −1 before they wait for the engine
+        self.begun: float | None = None  # when the first got its place in the engine
         self.released = False
         self.pieces: list[Delta] = []  # on the loop's side
         self.error: Exception | None = None

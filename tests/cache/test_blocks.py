@@ -65,12 +65,20 @@ def test_taken_blocks_are_distinct_and_leave_the_free_list() -> None:
     pool.check()
 
 
-def test_blocks_are_reused_in_the_order_in_which_they_were_freed() -> None:
+def test_kept_blocks_are_reused_in_the_order_in_which_they_were_freed() -> None:
     pool = CachePool(4, SIZE)
-    a, b, c, d = (pool.take() for _ in range(4))
-    for index in (c, a, d, b):
-        pool.release([index])
-    assert [pool.take() for _ in range(4)] == [c, a, d, b]
+    tables = [fill(pool, [token] * SIZE) for token in range(4)]
+    for which in (2, 0, 3, 1):
+        pool.release(tables[which])
+    assert [pool.take() for _ in range(4)] == [tables[which][0] for which in (2, 0, 3, 1)]
+
+
+def test_blocks_that_nobody_can_find_come_first_then_those_that_were_never_used() -> None:
+    """So a cache takes no more memory than it needs."""
+    pool = CachePool(4, SIZE)
+    kept, unfinished = fill(pool, count(SIZE + 1))
+    pool.release([kept, unfinished])
+    assert [pool.take() for _ in range(4)] == [unfinished, 2, 3, kept]
 
 
 def test_a_table_is_freed_from_its_tail() -> None:
@@ -370,7 +378,9 @@ class PoolMachine(RuleBasedStateMachine):
         sequence = self.running.pop(which % len(self.running))
         self.pool.release(sequence.table)
         held = {block for other in self.running for block in other.table}
-        self.free += [block for block in reversed(sequence.table) if block not in held]
+        for block in reversed(sequence.table):
+            if block not in held:
+                self.free.insert(len(self.free) if block in self.shared.values() else 0, block)
 
     @rule()
     def clear(self) -> None:

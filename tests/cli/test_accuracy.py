@@ -13,6 +13,7 @@ import pytest
 
 from octavo.cli import main
 from octavo.cli.options import LoadOptions
+from octavo.errors import install
 from octavo.measure import tasks
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
@@ -147,7 +148,7 @@ def test_without_the_harness_it_says_what_to_install(
     error: Callable[..., str], raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "find_spec", lambda _: None)
-    assert "pip install 'octavo[tasks]'" in error("--tasks", "gsm8k", "--data-dir", raw)
+    assert install("tasks") in error("--tasks", "gsm8k", "--data-dir", raw)
 
 
 def test_documents_that_cannot_be_used_are_named(error: Callable[..., str], raw: Path) -> None:

@@ -100,19 +100,35 @@ def test_commands(pamphlet: Model, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     out, err = capsys.readouterr()
     assert out.splitlines()[:4] == ["a", "b", "c", "d"]
     assert [line.split()[0] for line in out.splitlines()[4:]] == [
-        "/help", "/system", "/clear", "/stats", "/save", "/load", "/quit",
+        "/help", "/system", "/clear", "/params", "/stats", "/save", "/load", "/quit",
     ]  # fmt: skip
     assert err.splitlines()[4:] == [
         "(system prompt: Be brief.)",
         "(the conversation is forgotten; the system prompt stays)",
         "(system prompt: Be brief.)",
         "(no system prompt)",
-        "error: there is no command /nix; there are /help, /system, /clear, /stats, /save, /load, /quit "
+        "error: there is no command /nix; there are /help, /system, /clear, /params, /stats, /save, /load, /quit "
         "(a message that begins with / takes a space before it)",
     ]
     # pamphlet's template knows no system role and shows it as a message of the user's.
     assert llm.prompts[1] == "<|user|>Be brief.<|end|><|user|>2<|end|><|assistant|>"
     assert llm.prompts[3].endswith("<|assistant|>c<|end|><|user|> /not a command<|end|><|assistant|>")
+
+
+def test_params_says_what_is_in_force_and_who_has_set_it(
+    pamphlet: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's generation config asks for 0.7 and 0.9, and nobody for a penalty."""
+    monkeypatch.setattr(LoadOptions, "load", lambda _: pamphlet)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/params\n"))
+    with pytest.raises(SystemExit):
+        main(["chat", "--session-len", "128", "--top-p", "0.8", "--stop", "END"])
+    assert [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()] == [
+        ["max_tokens", "256          (the model's generation config)"],
+        ["temperature", "0.7          (the model's generation config)"],
+        ["top_p", "0.8          (the command line)"],
+        ["stop", "END          (the command line)"],
+    ]
 
 
 def test_stats(

@@ -55,7 +55,7 @@ def texts(path: Path) -> dict[int, str]:
 
 
 def test_text_on_stdout_numbers_on_stderr(octavo: Run, llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
-    assert octavo("generate", *SHORT, "--prompt", "Once upon a time") == 0
+    assert octavo("generate", "pamphlet", "Once upon a time", *SHORT) == 0
     out, err = capsys.readouterr()
     assert out == llm.generate("Once upon a time", GREEDY)[0].text + "\n"
     *said, numbers = err.splitlines(keepends=True)  # what the processor computes in comes first
@@ -100,7 +100,8 @@ def test_the_prompt_may_come_from_a_pipe(
     [
         ([], "the prompt is empty"),
         (["--prompt", "x", "--logprobs", "1"], "add --json"),
-        (["--prompt", "x", "--input", "y"], "--input and --prompt exclude each other"),
+        (["pamphlet", "x", "--prompt", "x"], "PROMPT and --prompt are the same"),
+        (["--prompt", "x", "--input", "y"], "--input and a prompt exclude each other"),
         (["--json", "--input", "y"], "--input and --json"),
         (["--prompt", "x", "--output", "y"], "--output is for the answers to an --input"),
         (["--input", "no-such-file"], "no-such-file cannot be read: No such file"),

@@ -160,6 +160,7 @@ def test_a_plan_for_the_bundled_model_and_this_machine(octavo: Run) -> None:
         (["memory", "pamphlet", "--config", INTERNLM], "exclude each other"),
         (["memory", "--load-format", "bogus"], "load format 'bogus' is unknown"),
         (["plan", "--memory", "80 apples"], "not an amount of memory"),
+        (["plan", "--memory", "80"], "'80' has no unit; write 80GiB, 80MiB or 80B"),
         (["plan", "--memory", "1GiB", "--reserve", "1GiB"], "leaves nothing of 1.00 GiB"),
         (["plan", "--plot", "growth.jpg"], "ends with .png, .svg, .pdf"),
         (["plan", "--config", INTERNLM, "--memory", "1GiB", "--plot", "x.png"], "raise --memory"),

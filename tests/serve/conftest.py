@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from openai import OpenAI
 
 from octavo import LLM
 from octavo.models.model import Model
-from octavo.serve.server import Server, bind, url
+from octavo.serve.listening import bind, url
+from octavo.serve.server import Server
 
 
 @dataclass
@@ -47,14 +49,15 @@ def wait_until(condition: Any, seconds: float = 20) -> None:
 
 
 @contextmanager
-def serving(llm: LLM, **options: Any) -> Iterator[Running]:
-    with bind("127.0.0.1", 0) as sock:
-        server = Server(llm, sock, **options)
+def serving(llm: LLM, sock: socket.socket | None = None, **options: Any) -> Iterator[Running]:
+    with sock or bind("127.0.0.1", 0) as bound:
+        server = Server(llm, bound, **options)
+        address = url(bound)  # before it is closed
         thread = threading.Thread(target=server.run)
         thread.start()
         try:
             wait_until(lambda: server.uvicorn.started)
-            yield Running(server, url(sock))
+            yield Running(server, address)
         finally:
             server.stop()
             thread.join(30)

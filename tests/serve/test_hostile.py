@@ -21,8 +21,9 @@ from octavo.serve import logs
 from octavo.serve.connections import Connections
 from octavo.serve.fair_queue import FairQueue, Ticket
 from octavo.serve.limits import MAX_KEYS, Limits, check_json
+from octavo.serve.listening import bind
 from octavo.serve.protocol import ApiError, ChatRequest, CompletionRequest, parse
-from octavo.serve.server import Server, bind
+from octavo.serve.server import Server
 from tests.serve.conftest import Running, serving, small, wait_until
 
 HELLO = {"role": "user", "content": "a"}
@@ -36,6 +37,14 @@ def post(url: str, fields: Any, source: str = "127.0.0.1") -> httpx.Response:
 
 
 # --- bodies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", ['""', "null", "5", "[]", '[{"prompt": "a"}]', "", "{"])
+def test_a_body_that_is_no_json_object_is_refused(running: Running, body: str):
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{running.url}/v1/completions", content=body, headers=headers)
+    assert answer.status_code == 400
+    assert "JSON" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +83,7 @@ def test_the_check_of_a_list_ends_at_its_first_wrong_element(kind: Any, body: An
         parse(json.dumps(body).encode(), kind, 4096)
 
 
-@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 150 + b"]" * 150])
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 100_000, b'{"a":' + b"[" * 150 + b"]" * 150 + b"}"])
 def test_what_is_nested_deep_is_refused(body: bytes):
     with pytest.raises(ApiError, match="nested more than"):
         check_json(body, 4096)

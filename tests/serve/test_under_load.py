@@ -21,7 +21,8 @@ from openai import OpenAI
 from octavo.errors import OctavoError
 from octavo.models.model import Model
 from octavo.serve.limits import Limits
-from octavo.serve.server import Server, bind, url
+from octavo.serve.listening import bind, url
+from octavo.serve.server import Server
 from octavo.text import TextStream
 from tests.serve.conftest import Running, serving, small, wait_until
 

@@ -3,27 +3,75 @@
 from __future__ import annotations
 
 import math
-import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Column, Table
+from rich.text import Text, TextType
 
 LEFT = {"", "format", "weights", "kind", "KV", "tokens", "task", "dataset", "metric"}  # columns of words
+BETWEEN = 2  # characters from column to column
+LOOK: dict[str, Any] = {
+    "title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0),
+}  # fmt: skip
 
 
-def table(title: str, *columns: str) -> Table:
-    found = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+class Fitted(Table):
+    """A table that is shown in parts where it is wider than the terminal, each with the first `keys` columns, which say
+    what a row is about: no number is cut or broken."""
+
+    keys = 1
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for part in self._parts(options.max_width):
+            yield from Table.__rich_console__(part, console, options)
+
+    def _parts(self, width: int) -> Iterator[Table]:
+        keys, rest = self.columns[: self.keys], self.columns[self.keys :]
+        room = width - sum(map(_width, keys))
+        title = self.title
+        while rest:
+            count, taken = 0, 0
+            while count < len(rest) and (not count or taken + _width(rest[count]) <= room):
+                taken += _width(rest[count])
+                count += 1
+            yield self._of([*keys, *rest[:count]], title)
+            rest, title = rest[count:], None
+
+    def _of(self, columns: Sequence[Column], title: TextType | None) -> Table:
+        part = Table(title=title, **LOOK)
+        for column in columns:
+            part.add_column(column.header, justify=column.justify, min_width=_width(column) - BETWEEN)
+        for row, cells in zip(self.rows, zip(*(column.cells for column in columns), strict=True), strict=True):
+            part.add_row(*cells, style=row.style, end_section=row.end_section)
+        return part
+
+
+def _width(column: Column) -> int:
+    """The least that shows it, with what stands between columns: a cell whole, unless it is of words; of the header the
+    longest word."""
+    header = str(column.header).split()
+    cells = [Text.from_markup(str(cell)).plain for cell in column.cells]
+    if column.justify == "left":
+        cells = [word for cell in cells for word in cell.split()]
+    return max((cell_len(part) for part in (*header, *cells)), default=0) + BETWEEN
+
+
+def table(title: str, *columns: str, keys: int = 1) -> Table:
+    """Empty, with these columns; the first `keys` name a row."""
+    found = Fitted(title=title, **LOOK)
+    found.keys = keys
     for name in columns:
         found.add_column(name, justify="left" if name in LEFT else "right")
     return found
 
 
 def console() -> Console:
-    """On stdout; where that is no terminal, wide enough for the tables."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    """On stdout."""
+    return Console(highlight=False)
 
 
 def mib(n: int | None) -> str:

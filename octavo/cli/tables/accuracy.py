@@ -72,7 +72,7 @@ def scores(text: dict[str, Any], baseline: str) -> Table:
 def cache_alone(kv_loss: list[dict[str, Any]]) -> Table:
     """What the cache costs with each kind of weights."""
     title = f"The cache alone, from {kv_loss[0]['from']} with the same weights, nats a token"
-    found = table(title, "weights", "format", "change of loss", "KL")
+    found = table(title, "weights", "format", "change of loss", "KL", keys=2)
     for row in kv_loss:
         change = plus_minus(row["loss"], row["loss_error"], "+.5f", ".5f")
         found.add_row(row["weights"], row["format"], change, plus_minus(row["kl"], row["kl_error"], ".2e", ".0e"))
@@ -105,7 +105,7 @@ def benchmarks(tasks: dict[str, Any], baseline: str) -> Table:
     first = tasks["rows"][0]
     others = list(first["differences"])
     limited = f", the first {tasks['limit']} documents of each" if tasks["limit"] else ""
-    found = table(f"Benchmark tasks (measured{limited}), percent", "task", "dataset", "metric", "n")
+    found = table(f"Benchmark tasks (measured{limited}), percent", "task", "dataset", "metric", "n", keys=4)
     for name in (*others, baseline):
         found.add_column(name, justify="right")
     for name in others:

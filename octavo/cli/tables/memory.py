@@ -29,7 +29,7 @@ def cost_table(theory: Sequence[Cost], context: int, room: int) -> Table:
         "static part, MiB",
         "sessions",
     )
-    found = table(title, *rows)
+    found = table(title, *rows, keys=2 if several else 1)
     for cost in theory:
         ratio = f"{theory[0].session / cost.session:.2f}"
         kind = [cost.weights] if several else []
@@ -57,7 +57,7 @@ def point_table(found: Sequence[Point], context: int, measured: bool) -> Table:
     several = len({point.kind for point in found}) > 1
     if several:
         columns.insert(1, "kind")
-    rows = table(f"Memory in MiB, every session with {context:,} tokens", *columns)
+    rows = table(f"Memory in MiB, every session with {context:,} tokens", *columns, keys=3 if several else 2)
     baseline = found[0].kind, found[0].format
     for i, point in enumerate(found):
         of_cache, in_total = saved(point, found)
@@ -102,7 +102,7 @@ def notes(found: Sequence[Point], context: int, peak: str) -> list[str]:
 
 def fit_table(found: Sequence[Fit], context: int, room: str) -> Table:
     columns = ("weights", "KV", "MiB of weights", "MiB per session", "sessions", "times as many")
-    rows = table(f"Sessions of {context:,} tokens that fit in {room} (computed)", *columns)
+    rows = table(f"Sessions of {context:,} tokens that fit in {room} (computed)", *columns, keys=2)
     first = found[0].sessions
     for i, fit in enumerate(found):
         ratio = f"{fit.sessions / first:.2f}" if first else "–"

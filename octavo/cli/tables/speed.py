@@ -14,7 +14,7 @@ from octavo.measure.speed.throughput import Speed
 
 def ceiling_table(theory: Sequence[Ceiling]) -> Table:
     columns = ("batch", "context", "format", "weights", "cache", "tokens/s at most")
-    rows = table("What a decode step reads, and the ceiling this sets (computed)", *columns)
+    rows = table("What a decode step reads, and the ceiling this sets (computed)", *columns, keys=3)
     for row in theory:
         read = format_bytes(row.weight_bytes), format_bytes(row.cache_bytes)
         rows.add_row(f"{row.batch_size}", f"{row.context:,}", row.kv, *read, f"{row.decode:,.0f}")
@@ -26,7 +26,7 @@ def speed_table(found: Sequence[Speed]) -> Table:
         "batch", "context", "format", "prefill\ntokens/s", "ratio", "decode\ntokens/s", "ratio (range)", "of\nceiling",
         "first token, ms\np50 / p99", "per token, ms\np50 / p99",
     )  # fmt: skip
-    rows = table("Measured", *columns)
+    rows = table("Measured", *columns, keys=3)
     for row in found:
         ratio = row.decode_ratio
         spread = f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"

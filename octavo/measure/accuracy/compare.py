@@ -114,8 +114,8 @@ class _Run:
 
     def take(self, reference: Tensor, first: Tensor, own: Tensor, targets: Tensor) -> None:
         self.loss[-1].append(-own.gather(-1, targets[:, None])[:, 0])
-        self.kl[-1].append(_kl(reference, own))
-        self.kl_alone[-1].append(self.kl[-1][-1] if first is reference else _kl(first, own))
+        self.kl[-1].append(kl(reference, own))
+        self.kl_alone[-1].append(self.kl[-1][-1] if first is reference else kl(first, own))
         self.same[-1].append((reference.argmax(-1) == own.argmax(-1)).float())
 
     def score(self, baseline: _Run, first: _Run) -> Score:
@@ -152,7 +152,7 @@ class _Run:
         )
 
 
-def _kl(reference: Tensor, own: Tensor) -> Tensor:
+def kl(reference: Tensor, own: Tensor) -> Tensor:
     """Of each row, from log-probabilities [rows, vocabulary]."""
     return (reference.exp() * (reference - own)).sum(-1)
 

@@ -1,8 +1,9 @@
 """What weights and cache take, by kind of weights and cache format: computed from a model's geometry, nothing is run.
 
-What a 16-bit model would take with 4-bit weights is computed for what `octavo quantize` packs in groups of 128, each
-with a 16-bit scale and a zero; the other weights stay: embeddings, norms, the head, experts, layers that the groups do
-not divide. Activations, allocator and the process come on top: they are only ever measured (points.py).
+What a 16-bit model would take with 4-bit weights is computed for what `octavo quantize` packs in groups of 128, or of
+64 or 32 where those pack more, each with a 16-bit scale and a zero; the other weights stay: embeddings, norms, the
+head, experts, layers that the groups do not divide. Activations, allocator and the process come on top: they are only
+ever measured (points.py).
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from dataclasses import dataclass
 
 from octavo.cache.size import CacheSize
 from octavo.errors import OctavoError
-from octavo.models.geometry import GROUP, Geometry
+from octavo.models.geometry import Geometry
 from octavo.quant.format import RAW_NAMES, KVFormat
 
 INT4 = "int4"
-INT4_BITS = 4 + 16 / GROUP + 8 / GROUP  # of one weight in memory, its share of scale and zero included
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,18 @@ def baseline(geometry: Geometry) -> KVFormat:
     return KVFormat.parse(RAW_NAMES[str(geometry.dtype).removeprefix("torch.")])
 
 
+def int4_bits(group: int) -> float:
+    """Of one weight in memory, its share of a group's scale and zero included."""
+    return 4 + 16 / group + 8 / group
+
+
 def weight_kinds(geometry: Geometry) -> dict[str, int]:
     """Bytes of all weights by their kind: in the model's own type, and with linear layers in 4 bits if it has any."""
     size = geometry.dtype.itemsize
     plain = geometry.weights - geometry.packed_bytes + size * geometry.packed
     kinds = {str(baseline(geometry)): plain}
     if geometry.linear:
-        four = plain - size * geometry.linear + round(geometry.linear * INT4_BITS / 8)
+        four = plain - size * geometry.linear + round(geometry.linear * int4_bits(geometry.group) / 8)
         kinds[INT4] = geometry.weights if geometry.packed else four
     return kinds
 

@@ -3,8 +3,8 @@
     total = weights + sessions · (bytes of one session in the cache's format)
 
 Of a model with 16-bit weights, 4-bit ones are computed as `octavo quantize` makes them, in groups of 128, 4.19 bits a
-weight; embeddings, norms, the head and experts stay as they are. Activations and the runtime come on top: hold memory
-back for them.
+weight (of 64 or 32 where those pack more); embeddings, norms, the head and experts stay as they are. Activations and
+the runtime come on top: hold memory back for them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from octavo.errors import OctavoError
 from octavo.measure.memory.costs import costs, weight_kinds
+from octavo.measure.report.svg import require_matplotlib
 from octavo.models.geometry import Geometry
 from octavo.quant.format import KVFormat
 
@@ -96,10 +97,7 @@ def check_picture(path: Path) -> None:
     """Raise OctavoError for a file that no picture can be drawn to, before the work."""
     if path.suffix.lower() not in PICTURES:
         raise OctavoError(f"--plot {path}: a picture's name ends with {', '.join(PICTURES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise OctavoError("a picture needs matplotlib: pip install 'octavo[report]'") from None
+    require_matplotlib()
 
 
 def _line(axes: Axes, fit: Fit, colour: str, full: float, leftwards: bool) -> None:

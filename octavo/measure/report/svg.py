@@ -10,7 +10,7 @@ import io
 import re
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, install
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise OctavoError("the report's plots need matplotlib: pip install 'octavo[report]'") from None
+        raise OctavoError(f"plots need matplotlib: {install('report')}") from None
 
 
 def inline(figure: Figure, name: str, title: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, install
 
 ALL = "all"
 HERE = Path(__file__).parent
@@ -150,7 +150,7 @@ class Part:
 
 def require_harness() -> None:
     if find_spec("lm_eval") is None:
-        raise OctavoError("tasks are run by lm-evaluation-harness, which is not installed: pip install 'octavo[tasks]'")
+        raise OctavoError(f"tasks are run by lm-evaluation-harness, which is not installed: {install('tasks')}")
 
 
 def select(names: str, data_dir: Path | None) -> tuple[list[Part], dict[str, str]]:

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, install
 from octavo.measure.doctor import diagnose as doctor
 from octavo.measure.memory.plan import Fit
 from octavo.measure.report import page, plots, survey, svg
@@ -174,5 +174,5 @@ def test_where_nothing_can_be_written_fails_before_the_work(tmp_path: Path) -> N
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(OctavoError, match=r"pip install 'octavo\[report\]'"):
+    with pytest.raises(OctavoError, match=re.escape(install("report"))):
         page.require_directory(tmp_path)

@@ -1,0 +1,1 @@
+"""The routes beside chat and completions, a file for each kind."""
