@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, own_span, reaches
 from octavo.devices import Device
 from octavo.errors import OctavoError
-from octavo.quant.format import KVFormat
+from octavo.quant.format import KVFormat, by_layer
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 BLOCK_SIZE = Layout.block_size  # tokens, unless said otherwise
@@ -65,12 +65,12 @@ class CacheSize:
     def of(
         cls,
         shapes: Sequence[LayerShape],
-        formats: KVFormat | Sequence[KVFormat],
+        formats: KVFormat | Iterable[KVFormat],
         block_size: int = BLOCK_SIZE,
         step: int = CHUNK,
     ) -> CacheSize:
         """Of layers of these shapes; `formats` is one for each, or one for all."""
-        each = [formats] * len(shapes) if isinstance(formats, KVFormat) else formats
+        each = by_layer(formats, len(shapes))
         pairs = list(zip(shapes, each, strict=True))
         token = {
             reach: sum(shape.token_bytes(format) for shape, format in pairs if shape.reach == reach)

@@ -118,7 +118,7 @@ def test_a_saved_session_goes_on_as_the_one_that_stayed(
 
 
 def test_a_long_answer_takes_the_blocks_of_its_window_and_no_more(model: Model, words: list[int]):
-    check_long_answer(model, words, 1500)
+    check_long_answer(model, words, 600)
 
 
 @pytest.mark.slow
