@@ -7,15 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.cli.options import LoadOptions, option
+from octavo.cli.options import LoadOptions, check_format, option
 from octavo.errors import OctavoError
-from octavo.quant.format import KVFormat
+from octavo.quant.format import KVFormat, is_tuned
 
 if TYPE_CHECKING:
     from octavo.measure.candidate import Candidate
     from octavo.measure.memory.process import Source
     from octavo.models.geometry import Geometry
     from octavo.models.model import Model
+    from octavo.quant.format import Format
 
 DEFAULT = ("kv8", "k8v4", "kv4", "int8")  # beside the model's 16 bits
 COMPARED = "[default: the model's 16 bits, kv8, k8v4, and if it is calibrated kv4 and int8]"
@@ -29,7 +30,7 @@ def formats_option(help: str) -> Any:
 
 def _known(names: str | None) -> str | None:
     for name in names.split(",") if names is not None else ():
-        KVFormat.parse(name)
+        check_format(name)
     return names
 
 
@@ -46,7 +47,8 @@ def candidates(
 
     names = (str(model.bound.raw_format), *DEFAULT) if kv is None else kv.split(",")
     calibrated = kv is not None or model.calibration(calibration, KVFormat.parse(DEFAULT[0])) is not None
-    formats = [f for f in map(KVFormat.parse, names) if calibrated or not (f.needs_calibration or f.calibrates_first)]
+    formats = [model.format(name, calibration) for name in names]
+    formats = [f for f in formats if calibrated or not (f.needs_calibration or f.calibrates_first)]
     return [
         Candidate(str(f), f, calibration_with_bar(model, calibration, f), granularity, headroom)  # type: ignore[arg-type]  # checked
         for f in dict.fromkeys(formats)
@@ -59,13 +61,27 @@ def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:
     return own.load(model.bound.computes, say=False)
 
 
-def formats(geometry: Geometry, kv: str | None, default: Sequence[str] = ("int8",)) -> list[KVFormat]:
-    """Those of --kv, each once; or the model's own and those of `default`."""
+def formats(
+    geometry: Geometry, kv: str | None, place: tuple[str, Path], default: Sequence[str] = ("int8",)
+) -> list[Format]:
+    """Those of --kv, each once; or the model's own and those of `default`. `place` is the model's name and path."""
     from octavo.measure.memory.costs import baseline
 
     if kv is None:
         return [baseline(geometry), *(KVFormat.parse(name) for name in default)]
-    return list(dict.fromkeys(KVFormat.parse(name) for name in kv.split(",")))
+    return list(dict.fromkeys(_format(name, geometry, *place) for name in kv.split(",")))
+
+
+def _format(kv: str, geometry: Geometry, name: str, path: Path) -> Format:
+    from octavo.models.model import tuned_formats
+
+    if not is_tuned(kv):
+        return KVFormat.parse(kv)
+    if path.is_file():
+        raise OctavoError("--kv tuned is what was chosen for a model's weights: name MODEL in place of --config")
+    found = tuned_formats(name, path)
+    found.check(None, len(geometry.shapes))
+    return found.formats
 
 
 def kinds(geometry: Geometry, weights: str | None) -> list[str]:

@@ -15,7 +15,7 @@ import typer
 
 from octavo.engine.params import MAX_TOKENS, TABLE, Kind, Number, SamplingParams, Strings, Switch, TokenIds, allowed
 from octavo.errors import OctavoError
-from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, RAW_NAMES, KVFormat, validate_choice
+from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, RAW_NAMES, KVFormat, is_tuned, validate_choice
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,11 @@ def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         near = get_close_matches(value, choices, n=1)
         raise OctavoError(f"{flag} {value}: {f'did you mean {near[0]}? ' if near else ''}choose {', '.join(choices)}")
+
+
+def check_format(name: str) -> None:
+    if not is_tuned(name):
+        KVFormat.parse(name)
 
 
 def check_file(flag: str, path: Path) -> None:
@@ -188,7 +193,7 @@ class ServeOptions(LoadOptions):
     def check(self) -> None:
         super().check()
         if (name := self.format_name()) is not None:
-            KVFormat.parse(name)
+            check_format(name)
         check_calibration(self.calibration, self.granularity, self.headroom)
 
     def llm(self) -> LLM:
@@ -196,7 +201,7 @@ class ServeOptions(LoadOptions):
         from octavo.llm import LLM
 
         model, name = self.load(), self.format_name()
-        format = model.bound.raw_format if name is None else KVFormat.parse(name)
+        format = model.format(name, self.calibration)
         return LLM(
             model,
             format,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from octavo.models.model import Model
     from octavo.quant.calibration import Calibration
-    from octavo.quant.format import KVFormat
+    from octavo.quant.format import Format
 
 
 def say(line: str) -> None:
@@ -78,7 +78,7 @@ def telling(first: str) -> Iterator[Tell]:
         yield Tell(bars, first)
 
 
-def calibration_with_bar(model: Model, given: Path | None, format: KVFormat) -> Calibration | None:
+def calibration_with_bar(model: Model, given: Path | None, format: Format) -> Calibration | None:
     """`octavo.calibrate.calibration_for`, with a bar where it makes one."""
     from octavo.calibrate import calibration_for
 

@@ -6,7 +6,7 @@ cuts long prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,10 +32,12 @@ class Text:
     """A text as what a batch is built of."""
 
     tokens: list[int]
-    block_table: list[int]
+    tables: list[list[int]]
     first_page: int = -1
     ring: int = -1
     num_cached: int = 0
+    behind: list[int] = field(default_factory=list)
+    prefixes: list[bytes] = field(default_factory=list)
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Reading:
     """
 
     bound: BoundModel
-    formats: KVFormat | Sequence[KVFormat] | None = None
+    formats: KVFormat | Iterable[KVFormat] | None = None
     calibration: Calibration | None = None
     granularity: Granularity | None = None
     headroom: float | None = None
@@ -85,7 +87,7 @@ class Reading:
         for i, tokens in enumerate(texts):
             own = -(-len(tokens) // layout.block_size)
             table = list(range(blocks, blocks + own))
-            sequences.append(Text(list(tokens), table, len(texts) * ring_pages + i, i * ring_pages))
+            sequences.append(Text(list(tokens), [table], len(texts) * ring_pages + i, i * ring_pages))
             blocks += own
         cache = KVCache(plans, blocks, layout, len(texts) * (ring_pages + 1))
         try:

@@ -29,7 +29,7 @@ from octavo.measure.memory.fill import fill
 from octavo.models.load import load_model
 from octavo.models.model import Model
 from octavo.models.packed import weight_bytes
-from octavo.quant.format import KVFormat
+from octavo.quant.format import Format
 
 WARM_UP = 64  # tokens
 OVERHEAD = 1 << 30  # bytes beside weights and cache: Python, its libraries, activations
@@ -71,7 +71,7 @@ class Request:
     """How many sessions of the source's model to fill. `weights` and `cache` are bytes, as computed."""
 
     source: Source
-    format: KVFormat
+    format: Format
     batch: int
     context: int
     weights: int
@@ -163,14 +163,10 @@ def _fill_and_look(request: Request, device: Device, before: int) -> Filled:
         kv_cache_memory=request.cache,
         prefix_caching=False,
     )
-    blocks = llm.engine.pool.blocks_for(request.context)
-    sessions = [
-        Text(model.bound.random_tokens(request.context, seed=i), list(range(i * blocks, (i + 1) * blocks)))
-        for i in range(request.batch)
-    ]
-    if (edges := llm.engine.pool.edges) is not None:
-        for session in sessions:
-            session.first_page, session.ring = edges.take(session.tokens, hit=False)
+    pool = llm.engine.pool
+    sessions = [Text(model.bound.random_tokens(request.context, seed=i), []) for i in range(request.batch)]
+    for session in sessions:
+        pool.start(session, pool.match(session.tokens))
     by_model = fill(llm, sessions, request.source.fill_seconds)
     for store in llm.cache.stores:
         if store.written != request.batch * request.context * store.heads * store.dim:

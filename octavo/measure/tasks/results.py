@@ -19,6 +19,7 @@ from octavo.measure.candidate import Candidate
 from octavo.measure.tasks import Part
 from octavo.measure.tasks.data_files import digest
 from octavo.models.model import Model
+from octavo.quant.format import LayerFormats
 
 Item = dict[str, Any]  # a document's metrics, and the hash of its prompt
 
@@ -90,6 +91,7 @@ def key_of(model: Model, candidate: Candidate, part: Part, session_len: int | No
         "model": own.fingerprint,
         "dtype": str(own.bound.dtype)[6:],
         "kv": str(candidate.format),
+        **({"layers": list(map(str, candidate.format))} if isinstance(candidate.format, LayerFormats) else {}),
         "calibration": calibration,
         "granularity": candidate.granularity,
         "headroom": candidate.headroom,
