@@ -110,12 +110,13 @@ def accuracy(
     if baseline is not None:
         compared = beside(load_baseline(options, baseline, model), model, compared)
     context = min(model.bound.max_context, options.session_len or model.bound.max_context)
+    if source is not None:
+        size, asked = _fit(model, source.name, len(compared), (windows, window, answers), context, time)
+        read = consecutive_windows(source, model.tokenizer, size.length, size.count)
     found = about(model, compared)
     if not json:
         show_theory(found)
     if source is not None:
-        size, asked = _fit(model, source.name, len(compared), (windows, window, answers), context, time)
-        read = consecutive_windows(source, model.tokenizer, size.length, size.count)
         with telling("reading") as tell:
             found["text"] = on_text(model, compared, source.name, read, asked, tell)
         if not json:
@@ -150,7 +151,9 @@ def _text(text: str | None, data_dir: Path | None) -> Texts:
     from octavo.corpus import load_texts
     from octavo.models.locate import BUNDLED
 
-    return load_texts(str(BUNDLED / "evaluation.txt") if text is None else text, data_dir, "test")
+    texts = load_texts(str(BUNDLED / "evaluation.txt") if text is None else text, data_dir, "test")
+    next(iter(texts))  # refuses what cannot be read
+    return texts
 
 
 def _candidates(

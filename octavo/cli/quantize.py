@@ -9,7 +9,7 @@ import typer
 
 from octavo.cli.calibrate import SELF, draw_windows
 from octavo.cli.options import budget_option, check_model, tell_loading
-from octavo.cli.progress import progress
+from octavo.cli.progress import progress, say
 from octavo.errors import Unsupported
 from octavo.measure.budget import DEFAULT, Budget, Windows
 
@@ -27,7 +27,12 @@ def quantize(
         str | None, typer.Argument(help="A directory or a Hub id. [default: the bundled model]", show_default=False)
     ] = None,
     bits: Annotated[int, typer.Option(help="Of a weight: 4.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale and a zero: 32, 64 or 128.")] = 128,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Weights that share a scale and a zero: 32, 64 or 128. [default: the largest that fits the layers]"
+        ),
+    ] = None,
     method: Annotated[
         str, typer.Option(help="awq: scaled and clipped by what the inputs are. rtn: rounded only, to compare with.")
     ] = "awq",
@@ -87,16 +92,18 @@ def quantize(
     from octavo.models.locate import locate
     from octavo.models.model import Model
     from octavo.models.save import require_new, save_awq
+    from octavo.quantize import GROUP_SIZES, choose_group, validate
     from octavo.quantize import quantize as round_weights
-    from octavo.quantize import validate
 
-    validate(group_size, method)
+    validate(group_size or GROUP_SIZES[0], method)
     texts = load_texts(calib_dataset, data_dir) if calib_dataset not in (None, SELF) else None
     _, path = locate(model)
     require_16_bits(path)
     require_new(work_dir, path)
     cores.use()
     loaded = Model.load(model, dtype=dtype, device=device, chat_template=chat_template, plain_weights=True)
+    group_size = choose_group(loaded.bound.hf, group_size)
+    say(f"groups of {group_size} weights")
     given = calib_samples, calib_seqlen
     source, windows, _ = draw_windows(loaded, calib_dataset, texts, given, WANTED, LEAST, time, seed)
     with progress() as bar:

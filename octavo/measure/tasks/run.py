@@ -100,7 +100,7 @@ class _Asking:
                 begun = perf_counter()
                 title = f"{part.name} in {candidate.name}, {start + 1}–{stop} of {end}"
                 result.items[start:] = ask_chunk(llm, task, range(start, stop), title, self.progress)
-                result.seconds = round(result.seconds + perf_counter() - begun, 1)
+                result.seconds += perf_counter() - begun
                 self.results.save(result)
 
     def affordable(self, budget: Budget, say: Callable[[str], None]) -> dict[Part, int | None]:
