@@ -287,7 +287,7 @@ def test_a_device_map_spreads_the_model(tmp_path, llama, kind):
 def test_a_device_map_without_accelerate_says_what_to_install(tmp_path, llama, monkeypatch):
     write(tmp_path, llama.config, llama.state_dict(), "safetensors")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(OctavoError, match=r"octavo\[offload\]"):
+    with pytest.raises(OctavoError, match=r"\[offload\]"):
         load_model(tmp_path, device_map="auto")
 
 
