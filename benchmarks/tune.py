@@ -120,7 +120,8 @@ def table(found: Document) -> str:
 
 
 def draw(found: Document, path: Path) -> None:
-    """KL over bits, the mean of the texts: lines of tuned formats, points of one format for all layers."""
+    """KL over bits, the mean of the texts that all were measured on: a line of tuned formats, points of one format for
+    all layers."""
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(row["model"] for row in found["rows"]))
@@ -128,6 +129,8 @@ def draw(found: Document, path: Path) -> None:
     axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for plot, model in zip(axes, models, strict=True):
         own = [row for row in found["rows"] if row["model"] == model]
+        of_texts = {name: {row["text"] for row in _of(own, name)} for name in {row["name"] for row in own}}
+        own = [row for row in own if all(row["text"] in texts for texts in of_texts.values())]
         points = {name: _mean(_of(own, name)) for name in {row["name"] for row in own}}
         ends = [points[name] for name in ("kv4", "kv8")]
         tuned = sorted([point for name, point in points.items() if name.startswith("tuned")] + ends)
