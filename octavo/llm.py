@@ -25,7 +25,7 @@ from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
 from octavo.cache.size import CacheSize, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
-from octavo.calibrate import calibration_for
+from octavo.calibrate import calibration_for, warn_uncalibrated
 from octavo.completion import Answer, Completion, Delta, Outbox
 from octavo.devices import device_of
 from octavo.engine.engine import Engine
@@ -49,7 +49,7 @@ from octavo.interrupts import held
 from octavo.models.generation import is_greedy
 from octavo.models.model import Model
 from octavo.quant.calibration import SYNTHETIC, Calibration
-from octavo.quant.format import Granularity, KVFormat
+from octavo.quant.format import Format, Granularity
 from octavo.text import Message, TextStream, encode_chat, encode_prompt
 
 Params = SamplingParams | Rows[SamplingParams] | None
@@ -68,11 +68,11 @@ class LLM:
     """A model with a quantized KV cache.
 
     `model` is a directory, a Hub id, the bundled model if None, or a loaded `Model` (several LLMs may share one). `kv`
-    names the cache's format, by default the 16-bit type of the model. `int8` needs a calibration: the one beside the
-    model, or `calibration`, a file or directory; `granularity` and `headroom` override its defaults. `session_len` is
-    the longest session in tokens; the cache has `kv_cache_memory` bytes ("4GiB"), or what `max_batch_size` sessions
-    need within the share `cache_max_entry_count` of the free memory; on a GPU it takes that share of what is left once
-    the largest step has been tried.
+    names the cache's format, by default the 16-bit type of the model; "tuned" is what `octavo tune` has chosen for each
+    layer. `int8` needs a calibration: the one beside the model, or `calibration`, a file or directory; `granularity`
+    and `headroom` override its defaults. `session_len` is the longest session in tokens; the cache has
+    `kv_cache_memory` bytes ("4GiB"), or what `max_batch_size` sessions need within the share `cache_max_entry_count` of
+    the free memory; on a GPU it takes that share of what is left once the largest step has been tried.
 
     Any thread may call it: what several ask for at a time is computed in one batch. Once a step has failed, every call
     that waits and every later one raises EngineFailed. Ctrl-C ends the calls of the main thread and nothing else.
@@ -81,7 +81,7 @@ class LLM:
     def __init__(
         self,
         model: str | Path | Model | None = None,
-        kv: str | KVFormat | None = None,
+        kv: str | Format | None = None,
         *,
         calibration: str | Path | Calibration | None = None,
         granularity: Granularity | None = None,
@@ -105,14 +105,10 @@ class LLM:
         else:
             self.model = Model.load(model, context=session_len, **loading)
         bound = self.model.bound
-        self.format = bound.raw_format if kv is None else kv if isinstance(kv, KVFormat) else KVFormat.parse(kv)
+        self.format = self.model.format(kv, calibration)
         self.calibration = calibration_for(self.model, calibration, self.format)
         if self.calibration is None and self.format.takes_calibration:
-            warnings.warn(
-                f"{self.format} runs without a calibration: on models with key biases it then loses thirty times as "
-                f"much and more. `octavo calibrate {self.model.argument}` mends that",
-                stacklevel=2,
-            )
+            warn_uncalibrated(self.model, self.format)
         if (granularity, headroom) != (None, None) and self.calibration is None:
             raise OctavoError(f"granularity and headroom choose from a calibration; {self.format} has none here")
         if session_len is not None and session_len > bound.max_context:

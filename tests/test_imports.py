@@ -31,7 +31,7 @@ ORDER = (
     ("grammar",),
     ("completion", "inputs"),
     ("calibrate",),
-    ("llm",),
+    ("attachment", "llm"),
     ("corpus", "text_windows"),
     ("quantize",),
     ("serve",),
@@ -42,6 +42,7 @@ ORDER = (
 LEVEL = {part: level for level, group in enumerate(ORDER) for part in group}
 # What the package itself offers by name, and the part that it comes from.
 OFFERED = {
+    "attach": "attachment",
     "LLM": "llm",
     "SamplingParams": "engine",
     "KVFormat": "quant",

@@ -20,7 +20,9 @@ from octavo.devices import HOST, send
 class Cached(Protocol):
     """What a batch needs to know of a sequence."""
 
-    tokens: list[int]
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
     num_cached: int  # tokens whose K and V are in the cache
     block_table: list[int]
     first_page: int  # the raw page of page 0, where the format has edges

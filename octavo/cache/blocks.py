@@ -75,6 +75,16 @@ class BlockPool:
         block.references = 1
         return index
 
+    def share(self, table: Tokens[int]) -> None:
+        """Add a reference to each block of a table that someone holds."""
+        for index in table:
+            self.blocks[index].references += 1
+
+    def grow(self, count: int) -> None:
+        """Have `count` more blocks, all free."""
+        self.free.update(dict.fromkeys(range(len(self.blocks), len(self.blocks) + count)))
+        self.blocks += [Block() for _ in range(count)]
+
     def prefix_blocks(self, tokens: Tokens[int]) -> int:
         """Most blocks that a hit on `tokens` can have: whole ones, and never that of the last token, whose logits are
         still to be computed; and a shared block is never written. With edges whole spans."""

@@ -65,6 +65,33 @@ class RowStore:
             return codes, None
         return codes, token_scale(self.scale_layout.read_rows(self.scales, blocks)[..., 0], self.codec)
 
+    def decode(self, blocks: Tensor) -> Tensor:
+        """The float32 values [n·block_size, heads, dim] that the codes of blocks [n] stand for. Attention never needs
+        them."""
+        codes, scales = self.read(blocks)
+        if scales is not None:
+            codes = codes * scales[..., None]
+        return self.unfold(codes.transpose(0, 1)[:, :, None], torch.ones((), device=codes.device))[:, :, 0]
+
+    def take(self, source: RowStore, blocks: Tensor, num_blocks: int) -> None:
+        """Have memory of `num_blocks` blocks, at least n, that begins with the blocks [n] of `source`: a store of the
+        same layout and codec, or this one."""
+        pairs = [(source.codes, self.layout)]
+        if source.scales is not None:
+            pairs.append((source.scales, self.scale_layout))
+        with torch.inference_mode(False):  # a later step may be outside of it
+            memory = [layout.allocate(num_blocks, self.heads, old.device) for old, layout in pairs]
+        for new, (old, _) in zip(memory, pairs, strict=True):
+            new[: len(blocks)] = old[blocks.to(old.device)]
+        self.codes, self.scales = memory[0], memory[1] if len(memory) > 1 else None
+        self.native = None  # it points to the old memory
+
+    def copy_blocks(self, blocks: Tensor, to: Tensor) -> None:
+        """Have in the blocks `to` [n] what blocks [n] hold."""
+        for memory in (self.codes, self.scales):
+            if memory is not None:
+                memory[to.to(memory.device)] = memory[blocks.to(memory.device)]
+
     def fold(self, q: Tensor) -> Tensor:
         """q̃ = R(q ∘ c) for queries [tokens, heads, group, dim]: q̃·code is q·x up to a term equal for every key."""
         if self.static is not None:
@@ -155,6 +182,25 @@ class KVCache:
             shares = plan.shape.shares
             own = LayerCache(plan, num_blocks, self.layout, self.raw_pages) if shares is None else self.layers[shares]
             self.layers.append(own)
+
+    def take(self, source: KVCache, blocks: Tensor, num_blocks: int) -> None:
+        """Have `num_blocks` blocks, of which the first are the blocks [n] of `source`: a cache of the same plans and
+        layout, or this one. Store by store, so that no more than one is in memory twice."""
+        for mine, theirs in zip(self.stores, source.stores, strict=True):
+            mine.take(theirs, blocks, num_blocks)
+        self.num_blocks = num_blocks
+        self._forget_addresses()
+
+    def take_raw(self, source: KVCache, pages: Tensor, raw_pages: int) -> None:
+        """As `take`, of raw pages."""
+        for mine, theirs in zip(self.raw_stores, source.raw_stores, strict=True):
+            mine.take(theirs, pages, raw_pages)
+        self.raw_pages = raw_pages
+        self._forget_addresses()
+
+    def _forget_addresses(self) -> None:
+        for layer in self.layers:
+            layer.native.clear()
 
     @property
     def shapes(self) -> list[LayerShape]:

@@ -5,8 +5,9 @@
 // pass, how rows and columns are cut, and which thread computes what change nothing of that: a row's bits do not depend
 // on its company, and are the same with every instruction set that has fused multiply-adds.
 //
-// Few rows are bound by reading the weights, which are widened in registers. With more rows a tile of weights, CHAIN
-// inputs of some panels, is widened once into the nearest cache and multiplied by a block of rows there.
+// As many rows as there are registers for share one pass over the weights, which are widened in registers. More go in
+// groups over a tile of weights, CHAIN inputs of some panels: the first group reads it into the nearest cache. For many
+// groups it is widened once, into that cache. While a tile is multiplied, the next is fetched.
 #include "panels.h"
 
 #include <algorithm>
@@ -35,13 +36,14 @@ constexpr int ROWS = 3, REGISTERS = 4;
 constexpr int WIDE = PANEL / W;           // registers of a panel
 constexpr int COLUMNS = REGISTERS * W;    // of a tile
 constexpr int TOGETHER = COLUMNS / PANEL; // its panels
-constexpr int FEW = 12;                   // rows that are multiplied without a tile
+constexpr int DIRECT = 8;                 // groups of ROWS rows, at most, that widen weights each for itself
 constexpr int64_t BLOCK = 192;            // rows that meet a tile: BLOCK × CHAIN floats fit a core's second cache
 constexpr int64_t PIECES = 2;             // of work, at least, for each thread
 constexpr int64_t NARROWEST = 8, WIDEST = 128;  // tiles of a piece: each piece takes its inputs anew
 constexpr int64_t SMALL = 1 << 16;        // products: fewer are not worth waking a thread for
 constexpr int64_t NEXT = 4;               // rows of inputs that are fetched ahead
-constexpr int64_t AHEAD = 1024;           // bytes of weights that are fetched ahead
+constexpr int64_t AHEAD = 512;            // weights from what is read to what is fetched
+constexpr int64_t STRIDE = 16;            // inputs from one fetch to the next
 static_assert(COLUMNS % PANEL == 0);
 
 constexpr int floor_power_of_2(int n) { return n < 2 ? 1 : 2 * floor_power_of_2(n / 2); }
@@ -118,25 +120,31 @@ struct Rows {
     }
 };
 
+// Fetch `bytes` of memory that is read soon. A little at a time: more than a core can wait for would stall it.
+inline void fetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
+
 // One chain for R rows and C registers of columns: x [R, LINE], panels of w `apart` elements from one to the next.
-// c [R, row] becomes the sums, or has them added.
-template <int R, int C, int64_t AHEAD, class T>
-inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool first, float* c, int64_t row) {
+// c [R, row] becomes the sums, or has them added. Before input k of every STRIDE, ahead(k) fetches what is read later.
+template <int R, int C, class T, class Ahead>
+inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool first, float* c, int64_t row,
+                  Ahead ahead) {
     f32v sum[R][C] = {};
+    for (int64_t k = 0; k < n; k += STRIDE) {
+        ahead(k);
+        const int64_t steps = std::min(STRIDE, n - k);
 #pragma GCC unroll 2
-    for (int64_t k = 0; k < n; k++, x++, w += PANEL) {
-        f32v b[C];
+        for (int64_t i = 0; i < steps; i++, x++, w += PANEL) {
+            f32v b[C];
 #pragma GCC unroll 16
-        for (int j = 0; j < C; j++) {
-            const T* from = w + j / WIDE * apart + j % WIDE * W;
-            if (AHEAD && j % WIDE == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD);
-            b[j] = load_float(from);
-        }
+            for (int j = 0; j < C; j++) b[j] = load_float(w + j / WIDE * apart + j % WIDE * W);
 #pragma GCC unroll 32
-        for (int r = 0; r < R; r++) {
-            const f32v a = splat(x[r * LINE]);
+            for (int r = 0; r < R; r++) {
+                const f32v a = splat(x[r * LINE]);
 #pragma GCC unroll 16
-            for (int j = 0; j < C; j++) sum[r][j] = fma(a, b[j], sum[r][j]);
+                for (int j = 0; j < C; j++) sum[r][j] = fma(a, b[j], sum[r][j]);
+            }
         }
     }
 #pragma GCC unroll 32
@@ -148,61 +156,56 @@ inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool fir
         }
 }
 
-// A chain of a tile [TOGETHER, n, PANEL] for `height` ≤ ROWS rows.
-template <int R = ROWS>
-void tile_chain(int64_t height, const float* x, const float* tile, int64_t n, bool first, float* c) {
+// A chain of TOGETHER panels for `height` ≤ ROWS rows.
+template <int R = ROWS, class T, class Ahead>
+void group_chain(int64_t height, const float* x, const T* w, int64_t apart, int64_t n, bool first, float* c,
+                 Ahead ahead) {
     if constexpr (R > 1)
-        if (height < R) return tile_chain<R - 1>(height, x, tile, n, first, c);
+        if (height < R) return group_chain<R - 1>(height, x, w, apart, n, first, c, ahead);
     for (int i = 0; i < R * COLUMNS; i += 16) __builtin_prefetch(c + i, 1);
-    chain<R, REGISTERS, 0>(x, tile, n * PANEL, n, first, c, COLUMNS);
+    chain<R, REGISTERS>(x, w, apart, n, first, c, COLUMNS, ahead);
 }
 
 // Few rows: x [chains, R, LINE].
 template <int R, class T>
 void few(const Panels& m, const Rows& rows, const float* x, const Pool& pool) {
-    // As many registers of columns as there are accumulators for: some panels side by side, or a part of one.
-    constexpr int C = floor_power_of_2(std::min(ROWS * REGISTERS / R, 8));
-    constexpr int P = std::max(1, C / WIDE), PASSES = std::max(1, WIDE / C);
+    constexpr int SIDE = floor_power_of_2(std::min(ROWS * REGISTERS / R, 8)) / WIDE;  // panels there are registers for
     const int64_t panels = (m.out + PANEL - 1) / PANEL;
     const int64_t each = std::max<int64_t>(1, panels / (8 * pool.threads) / 4) * 4;
     const T* weight = static_cast<const T*>(m.weight);
     parallel(pool, (panels + each - 1) / each, R * m.in * m.out >= SMALL, [&](int64_t item) {
         const int64_t end = std::min(panels, (item + 1) * each);
         int64_t p = item * each;
-        const auto some = [&](auto registers, int64_t count, int passes) {
-            constexpr int c = decltype(registers)::value;
-            alignas(64) float sums[R * std::max(C * W, PANEL)];
-            for (int64_t k = 0; k < m.in; k += CHAIN)
-                for (int pass = 0; pass < passes; pass++)
-                    chain<R, c, AHEAD>(x + k / CHAIN * R * LINE, weight + (p * m.in + k) * PANEL + pass * c * W,
-                                       m.in * PANEL, std::min(CHAIN, m.in - k), k == 0, sums + pass * c * W,
-                                       count * PANEL);
-            rows.finish(m, sums, count * PANEL, 0, R, p * PANEL, count * PANEL);
-            p += count;
+        const auto side_by_side = [&](auto panels) {
+            constexpr int P = decltype(panels)::value;
+            alignas(64) float sums[R * P * PANEL];
+            for (int64_t k = 0; k < m.in; k += CHAIN) {
+                const T* w = weight + (p * m.in + k) * PANEL;
+                const auto ahead = [=](int64_t i) {
+                    for (int64_t j = 0; j < P; j++) fetch(w + (j * m.in + i) * PANEL + AHEAD, STRIDE * PANEL * sizeof(T));
+                };
+                chain<R, P * WIDE>(x + k / CHAIN * R * LINE, w, m.in * PANEL, std::min(CHAIN, m.in - k), k == 0, sums,
+                                   P * PANEL, ahead);
+            }
+            rows.finish(m, sums, P * PANEL, 0, R, p * PANEL, P * PANEL);
+            p += P;
         };
-        while (p + P <= end) some(std::integral_constant<int, C>{}, P, PASSES);
-        while (p < end) some(std::integral_constant<int, std::min(C, WIDE)>{}, 1, PASSES);
+        while (p + SIDE <= end) side_by_side(std::integral_constant<int, SIDE>{});
+        while (p < end) side_by_side(std::integral_constant<int, 1>{});
     });
 }
 
-template <class T, int R = FEW>
+template <class T, int R = ROWS>
 void few(const Panels& m, const Rows& rows, const float* x, const Pool& pool) {
     if constexpr (R > 1)
         if (rows.count < R) return few<T, R - 1>(m, rows, x, pool);
     few<R, T>(m, rows, x, pool);
 }
 
-// n inputs, from k, of the weights of tile `at`: the panel `t` of its TOGETHER.
+// The weights of tile `at` from input k on, in its first panel.
 template <class T>
-const T* weights_of(const Panels& m, int64_t at, int t, int64_t k) {
-    return static_cast<const T*>(m.weight) + ((at * TOGETHER + t) * m.in + k) * PANEL;
-}
-
-// Some of the cache lines of memory that is read soon: share `part` of `parts`.
-inline void fetch(const void* from, int64_t bytes, int64_t part, int64_t parts) {
-    const int64_t lines = (bytes + 63) / 64;
-    for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; i++)
-        __builtin_prefetch(static_cast<const char*>(from) + 64 * i, 0, 2);
+const T* weights_of(const Panels& m, int64_t at, int64_t k) {
+    return static_cast<const T*>(m.weight) + (at * TOGETHER * m.in + k) * PANEL;
 }
 
 // Many rows: a block of them and a range of tiles at a time.
@@ -218,6 +221,7 @@ void many(const Panels& m, const Rows& rows, const Pool& pool) {
         const int64_t block = item % blocks.count, range = item / blocks.count;
         const int64_t height = blocks.size(block), begin = ranges.first(range), end = ranges.first(range + 1);
         const Parts groups = Parts::of_at_most(height, ROWS);
+        const bool direct = groups.count <= DIRECT;
         float* tile = scratch.take(CHAIN * COLUMNS + height * (LINE + (end - begin) * COLUMNS));
         float* inputs = tile + CHAIN * COLUMNS;
         float* sums = inputs + height * LINE;  // [end − begin, height, COLUMNS]
@@ -226,17 +230,26 @@ void many(const Panels& m, const Rows& rows, const Pool& pool) {
             rows.take(blocks.first(block), height, k, n, inputs);
             float* c = sums;
             for (int64_t at = begin; at < end; at++, c += height * COLUMNS) {
-                for (int t = 0; t < TOGETHER && at * TOGETHER + t < panels; t++) {  // the rest is computed and not kept
-                    const T* from = weights_of<T>(m, at, t, k);
-                    for (int64_t i = 0; i < n * PANEL; i += W) store(tile + t * n * PANEL + i, load_float(from + i));
-                }
-                const bool last = at + 1 == end;
-                for (int64_t g = 0; g < groups.count; g++) {
+                const T* w = weights_of<T>(m, at, k);
+                const T* next = at + 1 < end ? weights_of<T>(m, at + 1, k) : weights_of<T>(m, begin, k + n);
+                // A panel that is not there is computed from another, and not kept.
+                const int64_t apart = (at + 1) * TOGETHER <= panels ? m.in * PANEL : 0;
+                if (!direct)
                     for (int t = 0; t < TOGETHER; t++)
-                        fetch(weights_of<T>(m, last ? begin : at + 1, t, last ? k + n : k),
-                              n * PANEL * int64_t(sizeof(T)), g, groups.count);
-                    const int64_t first = groups.first(g);
-                    tile_chain(groups.size(g), inputs + first * LINE, tile, n, k == 0, c + first * COLUMNS);
+                        for (int64_t i = 0; i < n * PANEL; i += W)
+                            store(tile + t * n * PANEL + i, load_float(w + t * apart + i));
+                for (int64_t g = 0; g < groups.count; g++) {
+                    const float* x = inputs + groups.first(g) * LINE;
+                    float* to = c + groups.first(g) * COLUMNS;
+                    // Each group fetches its share of the next tile.
+                    const T* share = next + g * n / groups.count * PANEL;
+                    const int64_t each = STRIDE * PANEL / groups.count;
+                    const auto ahead = [=](int64_t i) {
+                        for (int t = 0; t < TOGETHER; t++)
+                            fetch(share + t * m.in * PANEL + i / STRIDE * each, each * int64_t(sizeof(T)));
+                    };
+                    if (direct) group_chain(groups.size(g), x, w, apart, n, k == 0, to, ahead);
+                    else group_chain(groups.size(g), x, tile, n * PANEL, n, k == 0, to, ahead);
                 }
             }
         }
@@ -251,7 +264,7 @@ void multiply(const Panels& m, const void* x, int64_t count, int64_t stride, Flo
     const Rows rows{x, count, stride, type, bias, y};
     with_type(m.type, [&](auto weight) {
         using T = decltype(weight);
-        if (count > FEW) return many<T>(m, rows, pool);
+        if (count > ROWS) return many<T>(m, rows, pool);
         float* inputs = scratch.take((m.in + CHAIN - 1) / CHAIN * count * LINE);
         for (int64_t k = 0; k < m.in; k += CHAIN)
             rows.take(0, count, k, std::min(CHAIN, m.in - k), inputs + k / CHAIN * count * LINE);
