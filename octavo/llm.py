@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from contextlib import closing
 from dataclasses import dataclass
@@ -30,12 +30,13 @@ from octavo.completion import Answer, Completion, Delta, Outbox
 from octavo.devices import device_of
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
+from octavo.engine.reading import Reading
 from octavo.engine.scheduler import CHUNK
 from octavo.engine.sequence import FinishReason, Sequence
 from octavo.engine.turns import Turns
 from octavo.engine.warmup import LargestStep
 from octavo.errors import OctavoError
-from octavo.grammar import Grammars
+from octavo.grammars import Grammars
 from octavo.inputs import (
     Prompt,
     is_conversation,
@@ -139,6 +140,7 @@ class LLM:
         self.engine = Engine(
             bound, cache_of(blocks), max_batch_size, max_batch_tokens, self.session_len, prefix_caching
         )
+        self.reading = Reading(bound, self.format, self.calibration, granularity, headroom)
         self.grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
         self._answers: dict[Sequence, Answer] = {}
         self._turns = Turns(self._step)
@@ -276,14 +278,22 @@ class LLM:
             if strange := [token for token in ids if not 0 <= token < vocabulary]:
                 raise OctavoError(f"token {strange[0]} is not in the model's vocabulary of {vocabulary}", field)
         eos = frozenset() if params.ignore_eos else self.model.eos_ids
-        guide = self.grammars.guide(params.json_schema) if params.json_schema is not None else None
+        kind = params.constraint
+        guide = self.grammars.guide(kind, getattr(params, kind)) if kind else None
         return Sequence(tokens, params, eos | frozenset(params.stop_token_ids), guide)
 
-    def answer(self, prompt: str | Rows[int], params: SamplingParams, outbox: Outbox, index: int = 0) -> Answer:
-        """A request that is not yet in the engine; its pieces will go to `outbox`. Touches no engine: any thread may
-        call it."""
+    def answer(
+        self,
+        prompt: str | Rows[int],
+        params: SamplingParams,
+        outbox: Outbox,
+        index: int = 0,
+        marks: Mapping[int, str] | None = None,
+    ) -> Answer:
+        """A request that is not yet in the engine; its pieces will go to `outbox`. `marks` are special tokens that are
+        shown, with their texts. Touches no engine: any thread may call it."""
         sequence = self.sequence(prompt, params)
-        return Answer(index, sequence, TextStream(self.tokenizer, params, sequence.tokens), outbox)
+        return Answer(index, sequence, TextStream(self.tokenizer, params, sequence.tokens, marks), outbox)
 
     def submit(self, *answers: Answer) -> None:
         """Queue answers for the next steps; raises OctavoError, and queues none, if one of them can never fit."""
