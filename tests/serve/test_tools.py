@@ -13,11 +13,8 @@ from octavo.models.model import Model
 from octavo.serve.calls import CallPiece, FreeReader, plain
 from octavo.serve.replies import dumps
 from octavo.text import encode_chat, takes_tools
-from tests.serve.conftest import Running, serving, small
+from tests.serve.conftest import Running
 
-TEMPLATE = """{% if tools %}<|user|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|end|>{% endif %}
-{%- for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% for c in m.get('tool_calls', []) %}
-{{- c.function.name }}({{ c.function.arguments.city }}){% endfor %}<|end|>{% endfor %}<|assistant|>"""
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -33,15 +30,9 @@ WEATHER: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(pamphlet: Model):
-    import copy
-
-    model = copy.copy(pamphlet)
-    model.tokenizer = copy.deepcopy(pamphlet.tokenizer)
-    model.tokenizer.chat_template = TEMPLATE
-    with serving(small(model)) as running:
-        yield running
+@pytest.fixture
+def server(tooled: Running) -> Running:
+    return tooled
 
 
 def test_whether_a_template_takes_tools_is_read_from_it(server: Running, pamphlet: Model):
