@@ -116,5 +116,5 @@ def _block(part: str | Call) -> dict[str, Any]:
     return {"type": "tool_use", "id": part.id, "name": part.name, "input": input_of(part.arguments)}
 
 
-def _event(name: str, **more: Any) -> bytes:
+def _event(name: str, /, **more: Any) -> bytes:
     return event({"type": name, **more}, name)

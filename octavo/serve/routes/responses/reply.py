@@ -165,7 +165,7 @@ class ResponsesReply(Reply):
             events = self._event("response.function_call_arguments.done", **at, **done)
         return events + self._event("response.output_item.done", output_index=len(self.items) - 1, item=item)
 
-    def _event(self, name: str, **more: Any) -> bytes:
+    def _event(self, name: str, /, **more: Any) -> bytes:
         number, self.number = self.number, self.number + 1
         return event({"type": name, "sequence_number": number, **more}, name)
 
