@@ -55,6 +55,7 @@ from octavo.text import Message, TextStream, encode_chat, encode_prompt
 
 Params = SamplingParams | Rows[SamplingParams] | None
 T = TypeVar("T")
+OUTSIDE = 1e-3  # share of a layer's values beyond its format's range from which on a warning is due
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class LLM:
         self.reading = Reading(bound, self.format, self.calibration, granularity, headroom)
         self.grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
         self._answers: dict[Sequence, Answer] = {}
+        self._looked = False  # whether values outside the format's range have been looked for
         self._turns = Turns(self._step)
 
     def __reduce__(self) -> NoReturn:
@@ -347,7 +349,26 @@ class LLM:
             if sequence.finished:
                 answer.complete()
                 del self._answers[sequence]
+                self._warn_of_values_outside()
         return len(gained)
+
+    def _warn_of_values_outside(self) -> None:
+        """Once, after the first answer: where its format cannot hold the model's values, answers are wrong."""
+        if self._looked:
+            return
+        self._looked = True
+        shares = {
+            f"{side} of layer {i}": share
+            for i, kv in enumerate(self.cache.saturation())
+            for side, share in zip("KV", kv, strict=True)
+        }
+        where, worst = max(shares.items(), key=lambda item: item[1])
+        if worst > OUTSIDE:
+            warnings.warn(
+                f"{worst:.1%} of the values in {where} are larger than {self.format} can say here, so answers may be "
+                f"wrong: `octavo calibrate {self.model.argument}` on text like this one, or use --kv bf16",
+                stacklevel=2,
+            )
 
     def _conversation(self, conversation: Prompt | Rows[Message]) -> list[int]:
         """Its token ids."""
