@@ -41,7 +41,8 @@ def plan(
     from octavo.devices import device_of, find_device
     from octavo.measure.as_json import dumps
     from octavo.measure.memory.costs import int4_bits
-    from octavo.measure.memory.plan import check_picture, draw, fits
+    from octavo.measure.memory.plan import fits
+    from octavo.measure.report.picture import check_picture, draw_growth
     from octavo.models.geometry import Geometry
 
     if plot is not None:
@@ -57,7 +58,7 @@ def plan(
     found = fits(geometry, chosen, length, room)
     if plot is not None:
         drawn = {str(format) for format in chosen[:2]}
-        draw([fit for fit in found if fit.kv in drawn], room, length, name, plot)
+        draw_growth([fit for fit in found if fit.kv in drawn], room, length, name, plot)
     if json:
         print(
             dumps(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from openai import OpenAI
 
 from octavo import LLM
@@ -84,3 +85,25 @@ def running(shared: Running) -> Iterator[Running]:
 @pytest.fixture
 def client(running: Running) -> OpenAI:
     return running.client()
+
+
+@contextmanager
+def saying(llm: LLM, text: str) -> Iterator[None]:
+    """Within it the model wants to say `text`, token by token, and then to end; what its answer is held to still holds.
+    For one answer at a time. Special tokens may be written by their names."""
+    run = llm.engine.runner.run
+    ends = min(llm.model.eos_ids)
+    wanted = [*llm.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def wish(batch: Any) -> Any:
+        logits = run(batch)
+        if len(logits):
+            logits = torch.zeros(logits.shape)
+            logits[:, wanted.pop(0) if wanted else ends] = 50.0
+        return logits
+
+    llm.engine.runner.run = wish  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        llm.engine.runner.run = run  # type: ignore[method-assign]
