@@ -25,7 +25,7 @@ from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
 from octavo.cache.size import CacheSize, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
-from octavo.calibrate import calibration_for, warn_uncalibrated
+from octavo.calibrate import calibration_for, warn_outside, warn_uncalibrated
 from octavo.completion import Answer, Completion, Delta, Outbox
 from octavo.devices import device_of
 from octavo.engine.engine import Engine
@@ -55,7 +55,6 @@ from octavo.text import Message, TextStream, encode_chat, encode_prompt
 
 Params = SamplingParams | Rows[SamplingParams] | None
 T = TypeVar("T")
-OUTSIDE = 1e-3  # share of a layer's values beyond its format's range from which on a warning is due
 
 
 @dataclass(frozen=True)
@@ -349,26 +348,10 @@ class LLM:
             if sequence.finished:
                 answer.complete()
                 del self._answers[sequence]
-                self._warn_of_values_outside()
+                if not self._looked:  # once, after the first answer
+                    self._looked = True
+                    warn_outside(self.model, self.cache, self.format)
         return len(gained)
-
-    def _warn_of_values_outside(self) -> None:
-        """Once, after the first answer: where its format cannot hold the model's values, answers are wrong."""
-        if self._looked:
-            return
-        self._looked = True
-        shares = {
-            f"{side} of layer {i}": share
-            for i, kv in enumerate(self.cache.saturation())
-            for side, share in zip("KV", kv, strict=True)
-        }
-        where, worst = max(shares.items(), key=lambda item: item[1])
-        if worst > OUTSIDE:
-            warnings.warn(
-                f"{worst:.1%} of the values in {where} are larger than {self.format} can say here, so answers may be "
-                f"wrong: `octavo calibrate {self.model.argument}` on text like this one, or use --kv bf16",
-                stacklevel=2,
-            )
 
     def _conversation(self, conversation: Prompt | Rows[Message]) -> list[int]:
         """Its token ids."""

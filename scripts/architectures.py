@@ -42,9 +42,9 @@ off here; the refusals look at the model that is loaded, not at this list.
 """
 
 GIVEN = """\
-What can be given as MODEL, each tried as a tiny model on disk: it is loaded, a text is read through a cache of `fp32`, and
-the greedy tokens and the log-probabilities are compared with those of transformers' eager attention over the weights
-that the form stands for, in float32. Weights that stay in 4 bits are multiplied with inputs in 15 bits.
+What can be given as MODEL, each tried as a tiny model on disk: it is loaded, a text is read through a cache of `fp32`,
+and the greedy tokens and the log-probabilities are compared with those of transformers' eager attention over the
+weights that the form stands for, in float32. Weights that stay in 4 bits are multiplied with inputs in 15 bits.
 """
 
 FEATURES = """\

@@ -19,7 +19,7 @@ from octavo.models.bind import BoundModel
 from octavo.quant.codec import rotate
 
 TOKENS = 32  # that are looked at
-USUAL = (2.0**-3, 2.0**5)  # largest value of a typical row that needs no power of two
+USUAL = (2.0**-4, 2.0**5)  # largest value of a typical row that needs no power of two
 MOST = 2.0**8  # of any row
 STEP = 4  # exponents are multiples of it, so that another device's rounding gives the same
 

@@ -340,12 +340,14 @@ def test_sizes_in_4_bits_are_those_of_layers_that_can_be_packed(tmp_path: Path):
     config = LlamaConfig(**SIZES | {"hidden_size": 128, "intermediate_size": 192}).to_dict()
     geometry = Geometry.trace(write(tmp_path / "some", config, {}))
     attention, gate_and_up = 2 * 128 * 128 + 2 * 64 * 128, 2 * 192 * 128
-    assert geometry.linear == 2 * (attention + gate_and_up), "groups of 128 do not divide down_proj's 192 inputs"
+    assert geometry.linear == 2 * (attention + gate_and_up + 192 * 128)
+    assert geometry.group == 64, "groups of 128 do not divide down_proj's 192 inputs"
     assert "int4" in weight_kinds(geometry)
     sizes = SIZES | {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 8, "head_dim": 32}
     experts = Geometry.trace(write(tmp_path / "experts", Qwen3MoeConfig(**sizes).to_dict(), {}))
     assert experts.linear == 2 * attention
-    none = Geometry.trace(write(tmp_path / "none", LlamaConfig(**SIZES).to_dict(), {}))
+    uneven = LlamaConfig(**SIZES | {"hidden_size": 48, "intermediate_size": 80}).to_dict()
+    none = Geometry.trace(write(tmp_path / "none", uneven, {}))
     assert none.linear == 0
     assert list(weight_kinds(none)) == ["fp32"]
 
