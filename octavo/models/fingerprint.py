@@ -14,7 +14,7 @@ import torch
 
 from octavo.models.adapter import adapter_file
 from octavo.models.files import adapter_config, base_of, config_json, is_adapter, open_tensors, weight_files
-from octavo.models.gguf import is_gguf
+from octavo.models.locate import is_gguf
 
 # Bookkeeping: what wrote the file, where from, and what changes no weight and no result.
 _VOLATILE = frozenset(

@@ -24,10 +24,6 @@ from octavo.weights.linear import PackedLinear
 GROUP, MIDDLE = 32, 8  # of Q4_0: weights that share a scale, and the code of 0
 
 
-def is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf" and path.is_file()
-
-
 def read_config(path: Path) -> PreTrainedConfig:
     """The config that the file's metadata describe. Raises OctavoError for a file that transformers cannot read."""
     return _config(path, path.stat().st_mtime_ns)

@@ -42,7 +42,8 @@ from octavo.models.files import (
     weight_files,
     without_marks,
 )
-from octavo.models.gguf import is_gguf, read_config, read_model
+from octavo.models.gguf import read_config, read_model
+from octavo.models.locate import is_gguf
 from octavo.models.packed import fill, noise, tied_layers, with_packed_layers
 from octavo.weights.checkpoint import PackedLayers, WeightFormat, read_format
 

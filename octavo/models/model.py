@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import warnings
 from dataclasses import dataclass, field
@@ -17,10 +16,12 @@ from octavo import processor
 from octavo.devices import HOST, find_device
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel, bind
-from octavo.models.files import base_of, config_json, resolve
+from octavo.models.files import base_of, config_json
 from octavo.models.fingerprint import fingerprint
 from octavo.models.generation import eos_token_ids, generation_settings
 from octavo.models.load import load_model
+from octavo.models.locate import BUNDLED as BUNDLED
+from octavo.models.locate import find_artefact, is_directory, locate, work_dir
 from octavo.models.magnitude import TOKENS, fit_table
 from octavo.models.packed import packed_layers
 from octavo.models.prepack import prepack
@@ -35,37 +36,6 @@ SENTENCE = (  # any text, by which the size of K and V is seen
     "The old lighthouse keeper wrote down the weather every evening, and in forty years he never missed a day, "
     "although nobody had asked him to."
 )
-BUNDLED = Path(__file__).parent.parent / "data" / "pamphlet"
-
-
-def locate(model: str | Path | None) -> tuple[str, Path]:
-    """Name and directory of a model as the user wrote it: a directory, a Hub id, or the bundled model if None."""
-    name = str(model if model is not None else BUNDLED.name)
-    # A folder of that name may hold a calibration only: `--work-dir pamphlet`.
-    bundled = model is None or (name == BUNDLED.name and not (Path(name) / "config.json").is_file())
-    return name, BUNDLED if bundled else resolve(name)
-
-
-def is_directory(name: str, path: Path) -> bool:
-    """Whether the user named a directory."""
-    return path != BUNDLED and Path(name).is_dir() and Path(name).samefile(path)
-
-
-def work_dir(name: str, path: Path) -> Path:
-    """Where artefacts of a model go by default: its directory, or a cache for a Hub id, the bundled model, and where
-    nothing can be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
-    if not is_directory(name, path):
-        return cache / name.replace("/", "--")
-    return path if os.access(path, os.W_OK) else cache / str(path.resolve())[1:].replace("/", "--")
-
-
-def find_artefact(file: str, name: str, path: Path) -> Path | None:
-    """The artefact of that file name beside a model or in the cache; or in a directory that is named as a Hub id is
-    (`--work-dir $MODEL`)."""
-    places = [work_dir(name, path), path]
-    places = places if is_directory(name, path) else [Path(name), *places]
-    return next((place / file for place in places if (place / file).is_file()), None)
 
 
 def tuned_formats(name: str, path: Path, beside: str | Path | None = None) -> Tuned:

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from octavo.errors import OctavoError, Unsupported, one_line
 from octavo.models import internlm
 from octavo.models.files import BOM, base_of, config_json, quiet, read_json, without_marks
-from octavo.models.gguf import is_gguf, read_tokenizer
+from octavo.models.gguf import read_tokenizer
+from octavo.models.locate import is_gguf
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 
