@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from octavo.cli.candidates import formats_option
 from octavo.cli.memory import CONTEXT
-from octavo.cli.options import ShapeOptions, option, takes
+from octavo.cli.options import ShapeOptions, takes
 from octavo.errors import OctavoError
 
 
@@ -24,7 +25,7 @@ def plan(
     ] = None,
     kv: Annotated[
         str | None,
-        option("Formats to compare, the baseline first. [default: the model's own, kv8, k8v4, kv4, int8]"),
+        formats_option("Formats to compare, the baseline first. [default: the model's own, kv8, k8v4, kv4, int8]"),
     ] = None,
     reserve: Annotated[str, typer.Option(help="Held back for activations and the runtime, like 2GiB.")] = "0",
     plot: Annotated[
