@@ -26,7 +26,7 @@ ORDER = (
     ("attention",),
     ("processor", "weights"),
     ("models",),
-    ("engine",),
+    ("engine", "scales"),
     ("schema_size", "text"),
     ("grammar",),
     ("completion", "inputs"),

@@ -175,6 +175,9 @@ class Model:
         shapes = [(shape.kv_heads, shape.k_dim, shape.v_dim) for shape in self.bound.shapes]
         try:
             found.check(self.fingerprint, self.bound.rotary, shapes)
+            for codec in (format.k, format.v):
+                if codec.has_token_scale and found.ranges_alone:
+                    raise OctavoError(found.lacks(codec))
         except OctavoError as error:
             if given is not None or format.needs_calibration:
                 raise
