@@ -25,7 +25,7 @@ from octavo.models.bind import BoundModel
 from octavo.models.model import BUNDLED, Model
 from octavo.models.output import output_norms
 from octavo.quant.calibration import Calibration, Header, validate_choice
-from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Granularity, KVFormat
+from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Format, Granularity
 from octavo.quant.statistics import LayerStatistics
 from octavo.text import opening
 
@@ -103,7 +103,7 @@ def calibrate(
 def calibration_for(
     model: Model,
     given: str | Path | Calibration | None,
-    format: KVFormat,
+    format: Format,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration | None:
     """The calibration to serve `format` with, as `Model.calibration` finds it.
@@ -142,7 +142,7 @@ def calibration_for(
     return model.calibration(made, format)
 
 
-def warn_uncalibrated(model: Model, format: KVFormat, stacklevel: int = 3) -> None:
+def warn_uncalibrated(model: Model, format: Format, stacklevel: int = 3) -> None:
     """Say what serving `format` without a calibration costs."""
     warnings.warn(
         f"{format} runs without a calibration: on models with key biases it then loses thirty times as "

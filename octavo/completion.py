@@ -20,6 +20,7 @@ class Completion:
     cached_tokens: int  # of the prompt, found in the prefix cache
     sampled: list[Sampled]  # tokens with their log-probabilities, where asked for
     error: str | None = None  # why it ended, if the reason is "error"
+    stopped_by: str | int | None = None  # the stop string, or the one of `stop_token_ids`, that ended it
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,14 @@ class Answer:
             cached_tokens=sequence.prefix_hit,
             sampled=sequence.sampled,
             error=sequence.error,
+            stopped_by=self._stopped_by(),
         )
         self.outbox.append(Delta(self.index, rest, completion, self._sampled()))
+
+    def _stopped_by(self) -> str | int | None:
+        sequence = self.sequence
+        asked = sequence.finish_reason == "stop" and sequence.tokens[-1] in sequence.params.stop_token_ids
+        return sequence.tokens[-1] if asked else self.text.stopped_by
 
     def _ends_unseen(self) -> bool:
         """Whether the latest token ended the answer and is no part of its text."""

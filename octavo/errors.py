@@ -11,11 +11,11 @@ from pathlib import Path
 
 class OctavoError(Exception):
     """Bad input. The command line prints the message alone and exits with status 2. `field` is the parameter of the
-    request that is at fault, if it is one."""
+    request that is at fault, if it is one, and `code` names a fault that programs tell from others."""
 
-    def __init__(self, message: str, field: str | None = None):
+    def __init__(self, message: str, field: str | None = None, code: str | None = None):
         super().__init__(message)
-        self.field = field
+        self.field, self.code = field, code
 
 
 class Unsupported(OctavoError):

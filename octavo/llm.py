@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from contextlib import closing
 from dataclasses import dataclass
@@ -30,12 +30,13 @@ from octavo.completion import Answer, Completion, Delta, Outbox
 from octavo.devices import device_of
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
+from octavo.engine.reading import Reading
 from octavo.engine.scheduler import CHUNK
 from octavo.engine.sequence import FinishReason, Sequence
 from octavo.engine.turns import Turns
 from octavo.engine.warmup import LargestStep
 from octavo.errors import OctavoError
-from octavo.grammar import Grammars
+from octavo.grammars import Grammars
 from octavo.inputs import (
     Prompt,
     is_conversation,
@@ -49,7 +50,7 @@ from octavo.interrupts import held
 from octavo.models.generation import is_greedy
 from octavo.models.model import Model
 from octavo.quant.calibration import SYNTHETIC, Calibration
-from octavo.quant.format import Granularity, KVFormat
+from octavo.quant.format import Format, Granularity
 from octavo.text import Message, TextStream, encode_chat, encode_prompt
 
 Params = SamplingParams | Rows[SamplingParams] | None
@@ -68,11 +69,11 @@ class LLM:
     """A model with a quantized KV cache.
 
     `model` is a directory, a Hub id, the bundled model if None, or a loaded `Model` (several LLMs may share one). `kv`
-    names the cache's format, by default the 16-bit type of the model. `int8` needs a calibration: the one beside the
-    model, or `calibration`, a file or directory; `granularity` and `headroom` override its defaults. `session_len` is
-    the longest session in tokens; the cache has `kv_cache_memory` bytes ("4GiB"), or what `max_batch_size` sessions
-    need within the share `cache_max_entry_count` of the free memory; on a GPU it takes that share of what is left once
-    the largest step has been tried.
+    names the cache's format, by default the 16-bit type of the model; "tuned" is what `octavo tune` has chosen for each
+    layer. `int8` needs a calibration: the one beside the model, or `calibration`, a file or directory; `granularity`
+    and `headroom` override its defaults. `session_len` is the longest session in tokens; the cache has
+    `kv_cache_memory` bytes ("4GiB"), or what `max_batch_size` sessions need within the share `cache_max_entry_count` of
+    the free memory; on a GPU it takes that share of what is left once the largest step has been tried.
 
     Any thread may call it: what several ask for at a time is computed in one batch. Once a step has failed, every call
     that waits and every later one raises EngineFailed. Ctrl-C ends the calls of the main thread and nothing else.
@@ -81,7 +82,7 @@ class LLM:
     def __init__(
         self,
         model: str | Path | Model | None = None,
-        kv: str | KVFormat | None = None,
+        kv: str | Format | None = None,
         *,
         calibration: str | Path | Calibration | None = None,
         granularity: Granularity | None = None,
@@ -105,7 +106,7 @@ class LLM:
         else:
             self.model = Model.load(model, context=session_len, **loading)
         bound = self.model.bound
-        self.format = bound.raw_format if kv is None else kv if isinstance(kv, KVFormat) else KVFormat.parse(kv)
+        self.format = self.model.format(kv, calibration)
         self.calibration = calibration_for(self.model, calibration, self.format)
         if self.calibration is None and self.format.takes_calibration:
             warn_uncalibrated(self.model, self.format)
@@ -139,6 +140,7 @@ class LLM:
         self.engine = Engine(
             bound, cache_of(blocks), max_batch_size, max_batch_tokens, self.session_len, prefix_caching
         )
+        self.reading = Reading(bound, self.format, self.calibration, granularity, headroom)
         self.grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
         self._answers: dict[Sequence, Answer] = {}
         self._turns = Turns(self._step)
@@ -276,14 +278,22 @@ class LLM:
             if strange := [token for token in ids if not 0 <= token < vocabulary]:
                 raise OctavoError(f"token {strange[0]} is not in the model's vocabulary of {vocabulary}", field)
         eos = frozenset() if params.ignore_eos else self.model.eos_ids
-        guide = self.grammars.guide(params.json_schema) if params.json_schema is not None else None
+        kind = params.constraint
+        guide = self.grammars.guide(kind, getattr(params, kind)) if kind else None
         return Sequence(tokens, params, eos | frozenset(params.stop_token_ids), guide)
 
-    def answer(self, prompt: str | Rows[int], params: SamplingParams, outbox: Outbox, index: int = 0) -> Answer:
-        """A request that is not yet in the engine; its pieces will go to `outbox`. Touches no engine: any thread may
-        call it."""
+    def answer(
+        self,
+        prompt: str | Rows[int],
+        params: SamplingParams,
+        outbox: Outbox,
+        index: int = 0,
+        marks: Mapping[int, str] | None = None,
+    ) -> Answer:
+        """A request that is not yet in the engine; its pieces will go to `outbox`. `marks` are special tokens that are
+        shown, with their texts. Touches no engine: any thread may call it."""
         sequence = self.sequence(prompt, params)
-        return Answer(index, sequence, TextStream(self.tokenizer, params, sequence.tokens), outbox)
+        return Answer(index, sequence, TextStream(self.tokenizer, params, sequence.tokens, marks), outbox)
 
     def submit(self, *answers: Answer) -> None:
         """Queue answers for the next steps; raises OctavoError, and queues none, if one of them can never fit."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -36,13 +38,18 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_chat(
-    tokenizer: Any, messages: Rows[Message], tools: Rows[dict[str, Any]] = (), reply: bool = True
+    tokenizer: Any,
+    messages: Rows[Message],
+    tools: Rows[Mapping[str, Any]] = (),
+    reply: bool = True,
+    go_on: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a conversation by the model's chat template, with the prompt for the model's next turn if it is to
-    reply.
+    reply, or with the last message left open if it is to `go_on` with it.
 
     `tools` are JSON descriptions of functions the model may call; raises OctavoError where the template has no place
-    for them.
+    for them. `variables` are more that the template may read.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise OctavoError(
@@ -50,9 +57,17 @@ def encode_chat(
         )
     if tools and not takes_tools(tokenizer):
         raise OctavoError("the model's chat template has no place for tools; give one with --chat-template FILE")
+    own = inspect.signature(tokenizer.apply_chat_template).parameters
+    if taken := [name for name in variables or () if name in own]:
+        raise OctavoError(f"{taken[0]} is no variable of chat templates", "chat_template_kwargs")
     try:
         encoded = tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, add_generation_prompt=reply, return_dict=True
+            list(messages),
+            tools=list(tools) or None,
+            add_generation_prompt=reply,
+            continue_final_message=go_on,
+            return_dict=True,
+            **(variables or {}),
         )
     except Exception as error:  # a template is code of the model's: jinja's errors, and its own raise_exception
         raise OctavoError(f"the model's chat template refused the conversation: {error}") from None
@@ -79,14 +94,17 @@ class TextStream:
 
     Text is released once it can no longer change: not in the middle of a character, and not while it might be the
     beginning of a stop string. A stop string ends the stream. It is looked for in the text with all special tokens,
-    shown or not, and, as in vLLM, only where it ends beyond the first `min_tokens` tokens.
+    shown or not, and, as in vLLM, only where it ends beyond the first `min_tokens` tokens. `marks` are special tokens
+    whose text is shown though the others' is not.
     """
 
-    def __init__(self, tokenizer: Any, params: SamplingParams, prompt: Rows[int] = ()):
-        self.tokenizer, self.params = tokenizer, params
+    def __init__(
+        self, tokenizer: Any, params: SamplingParams, prompt: Rows[int] = (), marks: Mapping[int, str] | None = None
+    ):
+        self.tokenizer, self.params, self.marks = tokenizer, params, marks or {}
         self.count = 0  # tokens of the answer
         self.text = ""  # what has been released
-        self.stopped = False
+        self.stopped_by: str | None = None  # the stop string that ended it
         self.held = ""  # what has not, with the special tokens that are not shown
         self.hidden: list[tuple[int, int]] = []  # where these are in it
         # Tokens [context, read) set the scene for decoding those after them.
@@ -98,7 +116,9 @@ class TextStream:
         """Add a token; returns the text that became certain."""
         self.ids.append(token)
         self.count += 1
-        if name := self._hidden_name(token):
+        if mark := self.marks.get(token):
+            self._take(mark)
+        elif name := self._hidden_name(token):
             self.hidden.append((len(self.held), len(self.held) + len(name)))
             self._take(name)
         elif (new := self._new()) and not new.endswith(REPLACEMENT):
@@ -107,6 +127,10 @@ class TextStream:
         else:
             return ""
         return self._release(len(self.held) - self._uncertain())
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
 
     def flush(self) -> str:
         """The rest of the text, half characters and half stop strings included."""
@@ -148,10 +172,9 @@ class TextStream:
         if self.count <= self.params.min_tokens:
             return
         # What a stop string may begin with is held, so it begins there; it ends in the new text.
-        starts = [(self.held.find(stop, max(0, before - len(stop) + 1)), len(stop)) for stop in self.params.stop]
-        if found := [(at, at + length) for at, length in starts if at >= 0]:
-            start, end = min(found)
-            self.stopped = True
+        starts = [(self.held.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self.params.stop]
+        if found := [(at, at + len(stop), stop) for at, stop in starts if at >= 0]:
+            start, end, self.stopped_by = min(found)
             self.held = self.held[: end if self.params.include_stop_str_in_output else start]
             self.hidden = [(a, min(b, start)) for a, b in self.hidden if a < start]
 

@@ -13,7 +13,7 @@ Made from `octavo/engine/params.py` by `python scripts/parameters.py`. Names are
 `SamplingParams` in Python, of a line of `octavo generate --input`, and of a request over HTTP; on the command line
 `max_tokens` is `--max-tokens`, and what is true or false is turned on by `--ignore-eos` and off by `--no-ignore-eos`.
 What is not given is as the model's generation config asks, else as here. Over HTTP, chat has `logprobs` and
-`top_logprobs` in OpenAI's form, and `json_schema` is `response_format`.
+`top_logprobs` in OpenAI's form, and what answers match has several names ([the server](SERVE.md)).
 
 | parameter | it must be | default | not on | meaning |
 |---|---|---|---|---|

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from octavo import LLM, OctavoError, SamplingParams
-from octavo.grammar import Grammars
+from octavo.grammars import Grammars
 from octavo.models.model import Model
 from octavo.models.tokenizer import load_tokenizer
 from tests.models.test_internlm import TOKENIZER_V1, V1, tokenizer_files, vocabulary
@@ -82,10 +82,10 @@ def test_a_schema_that_json_cannot_write_is_refused(llm: LLM, schema: dict[str, 
 def test_a_schema_that_takes_too_long_to_compile_is_refused(pamphlet: Model, monkeypatch: pytest.MonkeyPatch):
     grammars = Grammars(pamphlet.tokenizer, pamphlet.bound.vocab_size, [0])
     grammars.prepare()
-    monkeypatch.setattr("octavo.grammar.COMPILE_SECONDS", 0)
+    monkeypatch.setattr("octavo.grammars.guides.COMPILE_SECONDS", 0)
     large = {"type": "object", "properties": {f"pet {i}": PET for i in range(200)}}
     with pytest.raises(OctavoError, match="compiling it takes more than 0 s"):
-        grammars.guide(large)
+        grammars.guide("json_schema", large)
 
 
 def test_answers_to_one_schema_go_their_own_ways(llm: LLM):
@@ -97,11 +97,11 @@ def test_answers_to_one_schema_go_their_own_ways(llm: LLM):
 def test_a_sentencepiece_tokenizer_is_kept_to_a_schema_too(tmp_path: Path):
     tokenizer = load_tokenizer(tokenizer_files(tmp_path, V1, vocabulary(), TOKENIZER_V1))
     size, end = len(tokenizer) + 3, tokenizer.eos_token_id
-    guide, random = Grammars(tokenizer, size, {end}).guide(PET), torch.Generator().manual_seed(0)
+    guide, random = Grammars(tokenizer, size, {end}).guide("json_schema", PET), torch.Generator().manual_seed(0)
     tokens: list[int] = []
     while end not in tokens:
         row = torch.zeros(size)
-        guide.restrict(row)
+        guide.restrict(row, 1000)
         tokens.append(int(row.softmax(-1).multinomial(1, generator=random)))
         guide.accept(tokens[-1])
     value = json.loads(tokenizer.decode(tokens, skip_special_tokens=True))
@@ -111,4 +111,4 @@ def test_a_sentencepiece_tokenizer_is_kept_to_a_schema_too(tmp_path: Path):
 
 def test_a_tokenizer_that_the_grammar_library_cannot_read_is_refused():
     with pytest.raises(OctavoError, match="fast tokenizers"):
-        Grammars(object(), 10, {1}).guide(PET)
+        Grammars(object(), 10, {1}).guide("json_schema", PET)

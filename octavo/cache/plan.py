@@ -5,7 +5,7 @@ Whatever needs to know one of them takes a `LayerPlan`: the cache, the choice of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 from octavo.errors import OctavoError
 from octavo.quant.calibration import Calibration
 from octavo.quant.codec import Static
-from octavo.quant.format import CODECS, RAW_NAMES, Codec, Granularity, KVFormat
+from octavo.quant.format import CODECS, RAW_NAMES, Codec, Granularity, KVFormat, by_layer
 
 CPU = torch.device("cpu")
 Side = Literal["k", "v"]
@@ -67,16 +67,14 @@ class LayerPlan:
 
 def plan_layers(
     shapes: Sequence[LayerShape],
-    formats: KVFormat | Sequence[KVFormat],
+    formats: KVFormat | Iterable[KVFormat],
     calibration: Calibration | None = None,
     granularity: Granularity | None = None,
     headroom: float | None = None,
 ) -> list[LayerPlan]:
     """The plans of all layers. `formats` is one for each layer, or one for all. Static formats take mu and c from
     `calibration`, which must have been checked against the model; token formats use it where there is one."""
-    each = [formats] * len(shapes) if isinstance(formats, KVFormat) else list(formats)
-    if len(each) != len(shapes):
-        raise ValueError(f"{len(each)} formats for {len(shapes)} layers")
+    each = by_layer(formats, len(shapes))
 
     def static(layer: int, side: Side, codec: Codec) -> Static | None:
         if calibration is None or codec.is_raw or shapes[layer].shares is not None:

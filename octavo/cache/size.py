@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, own_span
 from octavo.devices import Device
 from octavo.errors import OctavoError
-from octavo.quant.format import KVFormat
+from octavo.quant.format import KVFormat, by_layer
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 BLOCK_SIZE = Layout.block_size  # tokens, unless said otherwise
@@ -52,10 +52,10 @@ class CacheSize:
 
     @classmethod
     def of(
-        cls, shapes: Sequence[LayerShape], formats: KVFormat | Sequence[KVFormat], block_size: int = BLOCK_SIZE
+        cls, shapes: Sequence[LayerShape], formats: KVFormat | Iterable[KVFormat], block_size: int = BLOCK_SIZE
     ) -> CacheSize:
         """Of layers of these shapes; `formats` is one for each, or one for all."""
-        each = [formats] * len(shapes) if isinstance(formats, KVFormat) else formats
+        each = by_layer(formats, len(shapes))
         pairs = list(zip(shapes, each, strict=True))
         return cls(
             block_size,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from octavo.measure.memory.process import Source
     from octavo.models.geometry import Geometry
     from octavo.models.model import Model
-    from octavo.quant.format import KVFormat
+    from octavo.quant.format import Format
 
 DEFAULT = ("kv8", "k8v4", "kv4", "int8")  # beside the model's 16 bits
 COMPARED = "[default: the model's 16 bits, kv8, k8v4, and if it is calibrated kv4 and int8]"
@@ -36,7 +36,8 @@ def candidates(
 
     names = (str(model.bound.raw_format), *DEFAULT) if kv is None else kv.split(",")
     calibrated = kv is not None or model.calibration(calibration, KVFormat.parse(DEFAULT[0])) is not None
-    formats = [f for f in map(KVFormat.parse, names) if calibrated or not (f.needs_calibration or f.calibrates_first)]
+    formats = [model.format(name, calibration) for name in names]
+    formats = [f for f in formats if calibrated or not (f.needs_calibration or f.calibrates_first)]
     return [
         Candidate(str(f), f, calibration_with_bar(model, calibration, f), granularity, headroom)  # type: ignore[arg-type]  # checked
         for f in dict.fromkeys(formats)
@@ -49,14 +50,29 @@ def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:
     return own.load(model.bound.computes, say=False)
 
 
-def formats(geometry: Geometry, kv: str | None, default: Sequence[str] = ("int8",)) -> list[KVFormat]:
-    """Those of --kv, each once; or the model's own and those of `default`."""
+def formats(
+    geometry: Geometry, kv: str | None, place: tuple[str, Path], default: Sequence[str] = ("int8",)
+) -> list[Format]:
+    """Those of --kv, each once; or the model's own and those of `default`. `place` is the model's name and path."""
     from octavo.measure.memory.costs import baseline
     from octavo.quant.format import KVFormat
 
     if kv is None:
         return [baseline(geometry), *(KVFormat.parse(name) for name in default)]
-    return list(dict.fromkeys(KVFormat.parse(name) for name in kv.split(",")))
+    return list(dict.fromkeys(_format(name, geometry, *place) for name in kv.split(",")))
+
+
+def _format(kv: str, geometry: Geometry, name: str, path: Path) -> Format:
+    from octavo.models.model import tuned_formats
+    from octavo.quant.format import KVFormat, is_tuned
+
+    if not is_tuned(kv):
+        return KVFormat.parse(kv)
+    if path.is_file():
+        raise OctavoError("--kv tuned is what was chosen for a model's weights: name MODEL in place of --config")
+    found = tuned_formats(name, path)
+    found.check(None, len(geometry.shapes))
+    return found.formats
 
 
 def kinds(geometry: Geometry, weights: str | None) -> list[str]:

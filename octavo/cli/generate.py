@@ -117,8 +117,13 @@ def _many(
     options: ServeOptions, sampling: SamplingOptions, input: str, path: Path | None, chat: bool, logprobs: int | None
 ) -> None:
     from octavo.cli.jsonl import Output, read_lines
+    from octavo.models.model import locate, tuned_formats
+    from octavo.quant.format import is_tuned
 
     shaping = {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}
+    if is_tuned(options.format_name() or ""):
+        place = locate(options.model)
+        shaping["formats"] = tuned_formats(*place, options.calibration).header.formats
     shaping |= {"kv": options.format_name(), "quant_policy": None, "chat": chat, "logprobs": logprobs}
     try:
         if input == "-":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -61,7 +60,7 @@ def memory(
     length = min(CONTEXT, geometry.max_context) if context is None else context
     room = device_of(where).memory()
     chosen = kinds(geometry, weights)
-    theory = costs(geometry, formats(geometry, kv), length, room, chosen)
+    theory = costs(geometry, formats(geometry, kv, (name, path)), length, room, chosen)
     about, out = machine.describe(where), console()
     if not json:
         out.print(f"{name} on {machine.sentence(about)}", markup=False)
@@ -92,7 +91,7 @@ def memory(
                 "unit": "bytes",
                 "weights": {"how": "computed", "bytes": geometry.weights},
                 "memory": {"how": "measured", "bytes": room},
-                "theory": [{"how": "computed", **asdict(row)} for row in theory],
+                "theory": [{"how": "computed", **row.document()} for row in theory],
                 "points": rows,
             }
         )

@@ -14,7 +14,7 @@ import typer
 
 from octavo.engine.params import MAX_TOKENS, TABLE, Kind, Number, SamplingParams, Strings, Switch, TokenIds, allowed
 from octavo.errors import OctavoError
-from octavo.quant.format import RAW_NAMES, KVFormat
+from octavo.quant.format import RAW_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ class ServeOptions(LoadOptions):
         from octavo.llm import LLM
 
         model, name = self.load(), self.format_name()
-        format = model.bound.raw_format if name is None else KVFormat.parse(name)
+        format = model.format(name, self.calibration)
         return LLM(
             model,
             format,

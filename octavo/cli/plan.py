@@ -53,7 +53,7 @@ def plan(
     name, path = options.locate()
     geometry = Geometry.trace(path, options.dtype, options.model_format)
     length = min(CONTEXT, geometry.max_context) if context is None else context
-    chosen = formats(geometry, kv, DEFAULT)
+    chosen = formats(geometry, kv, (name, path), DEFAULT)
     found = fits(geometry, chosen, length, room)
     if plot is not None:
         drawn = {str(format) for format in chosen[:2]}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from octavo.models.model import Model
     from octavo.quant.calibration import Calibration
-    from octavo.quant.format import KVFormat
+    from octavo.quant.format import Format
 
 
 def progress() -> Any:
@@ -40,7 +40,7 @@ def telling(first: str) -> Iterator[Callable[[str, int, int], None]]:
         yield tell
 
 
-def calibration_with_bar(model: Model, given: Path | None, format: KVFormat) -> Calibration | None:
+def calibration_with_bar(model: Model, given: Path | None, format: Format) -> Calibration | None:
     """`octavo.calibrate.calibration_for`, with a bar where it makes one."""
     from octavo.calibrate import calibration_for
 

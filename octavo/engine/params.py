@@ -2,7 +2,7 @@
 
 `SamplingParams` is the table. The annotation of each field is its `Rule`: which values it takes, what it means and
 where it may be given. From it come the checks of `SamplingParams` itself, the options of `octavo generate` and
-`octavo chat` (cli/options.py), the lines of an --input file (cli/jsonl.py), the HTTP model (serve/protocol.py) and
+`octavo chat` (cli/options.py), the lines of an --input file (cli/jsonl.py), the HTTP model (serve/requests/) and
 docs/PARAMETERS.md (scripts/parameters.py).
 
 It is a dataclass and no pydantic model: pydantic comes with the extra `serve`, and the command line starts without it.
@@ -26,6 +26,9 @@ MAX_TOKENS = (1 << 31) - 1
 MAX_LOGPROBS = 100
 MAX_STOPS, MAX_STOP = 64, 1024  # stop strings, and characters of one: every token is compared with all of them
 MAX_IDS = 1024
+MAX_CHOICES = 500
+MAX_GRAMMAR = 1 << 18  # characters
+CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")  # what answers may be made to match, one of them
 
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -44,24 +47,21 @@ class Kind(Protocol):
 
 @dataclass(frozen=True)
 class Number:
-    """A number, bounds included, but for `low` if it is `above` it. NaN, and True or False, are no numbers."""
+    """A number, bounds included. NaN, and True or False, are no numbers."""
 
     low: float
     high: float
     whole: bool = False
-    above: bool = False
 
     @property
     def expected(self) -> str:
         kind = "whole number" if self.whole else "number"
-        if self.above:
-            return f"a {kind} above {_shown(self.low)} and at most {_shown(self.high)}"
         return f"a {kind} from {_shown(self.low)} to {_shown(self.high)}"
 
     def read(self, value: Any) -> Any:
         if not _is_number(value, Integral if self.whole else Real):
             raise ValueError
-        if not self.low <= value <= self.high or (self.above and value == self.low):
+        if not self.low <= value <= self.high:
             raise ValueError
         return int(value) if self.whole else float(value)
 
@@ -94,6 +94,22 @@ class Strings:
         if not all(is_text(one) and 1 <= len(one) <= self.length for one in strings):
             raise ValueError
         return strings
+
+
+@dataclass(frozen=True)
+class Text:
+    """One string."""
+
+    length: int
+
+    @property
+    def expected(self) -> str:
+        return f"a string of 1 to {self.length} characters"
+
+    def read(self, value: Any) -> str:
+        if not is_text(value) or not 1 <= len(value) <= self.length:
+            raise ValueError
+        return value
 
 
 @dataclass(frozen=True)
@@ -172,7 +188,7 @@ class SamplingParams:
         int, Rule(Number(-1, MAX_TOKENS, whole=True), "Draw from the k most likely tokens; 0 and -1 are off.")
     ] = 0
     top_p: Annotated[
-        float, Rule(Number(0, 1, above=True), "Draw from the most likely tokens that hold this share; 1 is off.")
+        float, Rule(Number(0, 1), "Draw from the most likely tokens that hold this share; 1 is off, 0 is greedy.")
     ] = 1.0
     min_p: Annotated[
         float, Rule(Number(0, 1), "Least probability, as a share of the most likely token's; 0 is off.")
@@ -213,6 +229,22 @@ class SamplingParams:
         Mapping[str, Any] | None,
         Rule(Schema(), "The answer is JSON that matches it (over HTTP: response_format).", ("Python", "JSON lines")),
     ] = field(default=None, hash=False)
+    regex: Annotated[
+        str | None,
+        Rule(Text(MAX_GRAMMAR), "The answer matches this regular expression, all of it.", ("Python", "JSON lines")),
+    ] = None
+    choice: Annotated[
+        tuple[str, ...] | None,
+        Rule(Strings(MAX_CHOICES), "The answer is one of these strings.", ("Python", "JSON lines")),
+    ] = None
+    grammar: Annotated[
+        str | None,
+        Rule(
+            Text(MAX_GRAMMAR),
+            "The answer matches this grammar, in Lark's form (llguidance's) or GBNF (llama.cpp's).",
+            ("Python", "JSON lines"),
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         for name, rule in TABLE.items():
@@ -225,15 +257,27 @@ class SamplingParams:
                 raise OctavoError(f"{name} is {brief(value)}; it must be {rule.kind.expected}", name) from None
             object.__setattr__(self, name, value)
         object.__setattr__(self, "top_k", max(self.top_k, 0))
+        if self.top_p == 0:
+            object.__setattr__(self, "top_p", 1.0)
+            object.__setattr__(self, "temperature", 0.0)
         if self.seed is not None:
             object.__setattr__(self, "seed", self.seed % (1 << 64))
         if self.min_tokens > self.max_tokens:
             raise OctavoError(
                 f"min_tokens is {self.min_tokens}; it must be at most max_tokens, {self.max_tokens}", "min_tokens"
             )
-        if self.json_schema is not None and (self.ignore_eos or self.min_tokens):
-            other = "ignore_eos" if self.ignore_eos else "min_tokens"
-            raise OctavoError(f"json_schema and {other} exclude each other: JSON has an end", "json_schema")
+        if constraint := self.constraint:
+            others = [name for name in CONSTRAINTS if name != constraint and getattr(self, name) is not None]
+            if others:
+                raise OctavoError(f"{constraint} and {others[0]} exclude each other: give one of them", constraint)
+            if self.ignore_eos or self.min_tokens:
+                other = "ignore_eos" if self.ignore_eos else "min_tokens"
+                raise OctavoError(f"{constraint} and {other} exclude each other: it has an end", constraint)
+
+    @property
+    def constraint(self) -> str | None:
+        """The name of what the answer is to match, if there is such."""
+        return next((name for name in CONSTRAINTS if getattr(self, name) is not None), None)
 
 
 def _rule(annotation: Any) -> Rule:

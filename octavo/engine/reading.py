@@ -6,7 +6,7 @@ cuts long prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,7 +47,7 @@ class Reading:
     """
 
     bound: BoundModel
-    formats: KVFormat | Sequence[KVFormat] | None = None
+    formats: KVFormat | Iterable[KVFormat] | None = None
     calibration: Calibration | None = None
     granularity: Granularity | None = None
     headroom: float | None = None

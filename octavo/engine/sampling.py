@@ -77,7 +77,7 @@ def choose(logits: Tensor, sequences: Rows[Sequence], ahead: bool = False) -> Ch
     logprobs = top = None
     if most := [n for n in wanted if n is not None]:
         logprobs = logits.log_softmax(-1)
-        top = _best(logits, min(max(most), logits.shape[-1]))
+        top = likeliest(logits, min(max(most), logits.shape[-1]))
     failed = {}
     for i, (row, sequence) in enumerate(zip(logits, sequences, strict=True)):
         try:
@@ -116,7 +116,7 @@ def _adjust(row: Tensor, sequence: Sequence, ahead: bool) -> None:
     if sequence.answered + ahead < params.min_tokens and sequence.stop_ids:
         row[send(torch.tensor(sorted(sequence.stop_ids)), row.device)] = -torch.inf
     if sequence.guide:
-        sequence.guide.restrict(row)
+        sequence.guide.restrict(row, sequence.max_len - len(sequence.tokens))
 
 
 def _draw(logits: Tensor, sequences: Rows[Sequence], ahead: bool) -> Tensor:
@@ -132,7 +132,7 @@ def _draw(logits: Tensor, sequences: Rows[Sequence], ahead: bool) -> Tensor:
     weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()  # the best token's is 1
     kept = max(p.top_k or vocabulary for p in params)
     if kept < vocabulary or any(p.top_k or p.top_p < 1 or p.min_p for p in params):
-        index = _best(logits, min(kept, vocabulary))
+        index = likeliest(logits, min(kept, vocabulary))
         best = weights.gather(-1, index)
         best.masked_fill_(torch.arange(best.shape[-1], device=best.device) >= top_k, 0)
         sums = best.cumsum(-1)  # in order, so that zeros behind a row's own cut change nothing
@@ -141,7 +141,7 @@ def _draw(logits: Tensor, sequences: Rows[Sequence], ahead: bool) -> Tensor:
     return (weights / _race(sequences, vocabulary, ahead, logits.device)).argmax(-1)
 
 
-def _best(x: Tensor, k: int) -> Tensor:
+def likeliest(x: Tensor, k: int) -> Tensor:
     """Columns [rows, k] of the k largest of each row, best first; of equal ones, which `topk` returns as it comes, the
     lowest."""
     columns = x.shape[-1]

@@ -39,14 +39,15 @@ class Scheduler:
     def expect_room(self, sequence: Sequence) -> None:
         """Raise OctavoError if a sequence can never fit."""
         if sequence.num_prompt == 0:
-            raise OctavoError("the prompt is empty: it has no token to start from")
+            raise OctavoError("the prompt is empty: it has no token to start from", "prompt", "empty_prompt")
         if sequence.num_prompt >= self.max_context:
             limit = (
                 f"the KV cache holds {self.max_context} tokens (enlarge it with --kv-cache-memory)"
                 if self.cache_limited
                 else f"a session holds {self.max_context} (--session-len, or the model's own context)"
             )
-            raise OctavoError(f"the prompt has {sequence.num_prompt} tokens and the answer needs room too, but {limit}")
+            message = f"the prompt has {sequence.num_prompt} tokens and the answer needs room too, but {limit}"
+            raise OctavoError(message, "prompt", "context_length_exceeded")
 
     def schedule(self) -> Work:
         """The next step's work. Takes blocks and, if they run out, preempts."""
@@ -124,7 +125,7 @@ class Scheduler:
             if sequence.guide:
                 sequence.guide.accept(result.token)
             if result.token in sequence.stop_ids:
-                self.finish(sequence, "stop")
+                self.finish(sequence, "length" if sequence.guide and sequence.guide.cut else "stop")
             elif len(sequence.tokens) >= sequence.max_len:
                 self.finish(sequence, "length")
         return gained

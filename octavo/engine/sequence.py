@@ -19,8 +19,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class Guide(Protocol):
     """What an answer may go on with, by a grammar of its own."""
 
-    def restrict(self, row: Tensor) -> None:
-        """Set the logits [vocabulary] of all tokens that must not come next to -inf."""
+    cut: bool  # whether it led to an end because tokens ran out
+
+    def restrict(self, row: Tensor, room: int, /) -> None:
+        """Set the logits [vocabulary] of all tokens that must not come next to -inf; `room` tokens may still come."""
 
     def accept(self, token: int) -> None:
         """The token that was chosen."""

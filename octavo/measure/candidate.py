@@ -14,7 +14,7 @@ from octavo.llm import LLM
 from octavo.measure.memory.costs import INT4
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import Granularity, KVFormat
+from octavo.quant.format import Format, Granularity
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Candidate:
     """A way to store the cache, with a name for the table."""
 
     name: str
-    format: KVFormat
+    format: Format
     calibration: Calibration | None = None
     granularity: Granularity | None = None
     headroom: float | None = None

@@ -1,13 +1,18 @@
-"""Modules of a model that one native pass computes: RMS norms, and the gate of an MLP.
+"""Modules of a model that one native pass computes: RMS norms, the gate of an MLP, and RoPE in attention.
 
 Between its products a model's own code makes a pass over memory for every operation, in float32 on a CPU a seventh of
 the time. No module is known by its class: one that looks the part is asked for random rows, and taken over if its
 answer is that of the formula. In another type than float32 a module goes on as before.
+
+RoPE is no module but a function of the model's file, which attention finds by its name. A module that takes part gets
+its own forward with another function under that name; the file, and other models made from it, stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +22,7 @@ from torch import Tensor, nn
 from octavo.weights import cpu
 
 Undo = Callable[[], None]
+ROTATION = "apply_rotary_pos_emb"  # in every file of transformers
 SAME = 1e-4  # relative, of all rows: 4-bit layers round their inputs, and so differ a little where those do
 
 
@@ -52,6 +58,8 @@ def fuse(model: nn.Module) -> Iterator[Undo]:
             yield _become(module, FusedNorm, scale=norm[0], epsilon=norm[1])
         elif _is_gated(module):
             yield _become(module, FusedGate)
+        elif (rotating := _rotating(type(module))) is not None:  # type: ignore[arg-type]
+            yield _become(module, rotating)
 
 
 def _norm(module: nn.Module) -> tuple[Tensor, float] | None:
@@ -73,6 +81,42 @@ def _is_gated(module: nn.Module) -> bool:
         return False
     x = _rows(size)
     return _answers(module, x, lambda: FusedGate.forward(module, x))  # type: ignore[arg-type]
+
+
+@lru_cache
+def _rotating(attention: type[nn.Module]) -> type[nn.Module] | None:
+    """A class with the forward of an attention whose rotation of Q and K is that of `rotated`; None if it has none."""
+    forward = attention.forward
+    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+        return None
+    own = forward.__globals__.get(ROTATION)
+    if own is None or ROTATION not in forward.__code__.co_names:
+        return None
+    q, k, (cos, sin) = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(2, 1, 3, 16)
+    try:
+        with torch.inference_mode():
+            if not all(map(torch.equal, own(q, k, cos, sin), _rotated(q, k, cos, sin))):
+                return None
+    except Exception:  # whatever a function of that name does that is something else
+        return None
+
+    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        plain = not args and not kwargs and q.dtype == k.dtype == cos.dtype == torch.float32
+        rows = (1, *q.shape[2:])
+        if plain and len(q) == len(k) == 1 and cos.shape == sin.shape == rows == (1, *k.shape[2:]):
+            return _rotated(q, k, cos, sin)
+        return own(q, k, cos, sin, *args, **kwargs)
+
+    names = {**forward.__globals__, ROTATION: rotated}
+    same = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    same.__kwdefaults__ = forward.__kwdefaults__
+    return type("FusedRotation", (nn.Module,), {"forward": same, "__module__": __name__})
+
+
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k [1, heads, T, dim] by cos and sin [1, T, dim]: the same numbers as torch's own operations."""
+    q, k = (cpu.rotate(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k))
+    return q, k
 
 
 def _rows(size: int) -> Tensor:

@@ -24,8 +24,10 @@ from octavo.models.load import load_model
 from octavo.models.packed import packed_layers
 from octavo.models.prepack import prepack
 from octavo.models.tokenizer import load_tokenizer, warn_of_strangers
+from octavo.quant import tuned
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
-from octavo.quant.format import KVFormat
+from octavo.quant.format import Format, KVFormat, is_tuned
+from octavo.quant.tuned import Tuned
 
 BUNDLED = Path(__file__).parent.parent / "data" / "pamphlet"
 
@@ -36,6 +38,41 @@ def locate(model: str | Path | None) -> tuple[str, Path]:
     # A folder of that name may hold a calibration only: `--work-dir pamphlet`.
     bundled = model is None or (name == BUNDLED.name and not (Path(name) / "config.json").is_file())
     return name, BUNDLED if bundled else resolve(name)
+
+
+def is_directory(name: str, path: Path) -> bool:
+    """Whether the user named a directory."""
+    return path != BUNDLED and Path(name).is_dir() and Path(name).samefile(path)
+
+
+def work_dir(name: str, path: Path) -> Path:
+    """Where artefacts of a model go by default: its directory, or a cache for a Hub id, the bundled model, and where
+    nothing can be written."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
+    if not is_directory(name, path):
+        return cache / name.replace("/", "--")
+    return path if os.access(path, os.W_OK) else cache / str(path.resolve())[1:].replace("/", "--")
+
+
+def find_artefact(file: str, name: str, path: Path) -> Path | None:
+    """The artefact of that file name beside a model or in the cache; or in a directory that is named as a Hub id is
+    (`--work-dir $MODEL`)."""
+    places = [work_dir(name, path), path]
+    places = places if is_directory(name, path) else [Path(name), *places]
+    return next((place / file for place in places if (place / file).is_file()), None)
+
+
+def tuned_formats(name: str, path: Path, beside: str | Path | None = None) -> Tuned:
+    """What `octavo tune` has chosen for a model: it lies beside the calibration, which may be named."""
+    if beside is None:
+        file = find_artefact(tuned.FILE_NAME, name, path)
+    else:
+        file = (Path(beside) if Path(beside).is_dir() else Path(beside).parent) / tuned.FILE_NAME
+    if file is None or not file.is_file():
+        raise OctavoError(
+            f"no formats were tuned for {name}{f' in {file.parent}' if file else ''}: run `octavo tune {name}`"
+        )
+    return Tuned.load(file)
 
 
 @dataclass
@@ -136,25 +173,32 @@ class Model:
 
     @property
     def work_dir(self) -> Path:
-        """Where artefacts go by default: the model's directory, or a cache for a Hub id, the bundled model, and where
-        nothing can be written."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
-        if not self.is_directory:
-            return cache / self.name.replace("/", "--")
-        return self.path if os.access(self.path, os.W_OK) else cache / str(self.path.resolve())[1:].replace("/", "--")
+        """Where artefacts go by default."""
+        return work_dir(self.name, self.path)
 
     @property
     def is_directory(self) -> bool:
         """Whether the user named a directory."""
-        return self.path != BUNDLED and Path(self.name).is_dir() and Path(self.name).samefile(self.path)
+        return is_directory(self.name, self.path)
 
     def calibration_file(self) -> Path | None:
-        """The calibration beside the model or in the cache; or in a directory that is named as a Hub id is
-        (`--work-dir $MODEL`)."""
-        places = [self.work_dir, self.path] if self.is_directory else [Path(self.name), self.work_dir, self.path]
-        return next((place / FILE_NAME for place in places if (place / FILE_NAME).is_file()), None)
+        return find_artefact(FILE_NAME, self.name, self.path)
 
-    def calibration(self, given: str | Path | Calibration | None, format: KVFormat) -> Calibration | None:
+    def format(self, kv: str | Format | None, given: str | Path | Calibration | None = None) -> Format:
+        """The format that is named: the model's own if None; for "tuned" what `octavo tune` has chosen, which is looked
+        for beside the calibration that is `given`, or where calibrations are found."""
+        if kv is None:
+            return self.bound.raw_format
+        if not isinstance(kv, str):
+            return kv
+        if not is_tuned(kv):
+            return KVFormat.parse(kv)
+        beside = None if isinstance(given, Calibration) else given
+        found = tuned_formats(self.name, self.path, beside)
+        found.check(None if self.synthetic else self.fingerprint, len(self.bound.shapes))
+        return found.formats
+
+    def calibration(self, given: str | Path | Calibration | None, format: Format) -> Calibration | None:
         """The calibration to serve `format` with, checked against the weights: `given`, or the file that is found."""
         if not format.takes_calibration:
             return None

@@ -1,7 +1,7 @@
 """The formats a K or V row can be stored in, as values that parse from and print as a name.
 
 A `Codec` says what one row of one side becomes; a `KVFormat` is one codec for K and one for V. Variation is data: no
-class per combination. The names:
+class per combination. `LayerFormats` are formats that were chosen layer by layer. The names:
 
     kv8  k8v4  kv4  k4v8 …  token codecs with edges: what to serve with. Digits are bits of K and V (16 is bf16), and
                             kv8 is short for int8-token+edges
@@ -13,11 +13,13 @@ class per combination. The names:
     int8/int4-token         K and V named apart
     int8+edges              the edges of the context raw beside the codes (see KVFormat); +edges128 and +edges256 for
                             longer own spans
+    tuned                   what `octavo tune` has chosen for a model, layer by layer
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -155,3 +157,57 @@ class KVFormat:
             return short if self.edges == SPAN else f"{short}+edges{self.edges}"
         edges = "" if not self.edges else "+edges" if self.edges == SPAN else f"+edges{self.edges}"
         return (k if k == v else f"{k}/{v}") + edges
+
+
+TUNED = "tuned"
+
+
+@dataclass(frozen=True)
+class LayerFormats:
+    """A format for each layer of one model, with one span of edges for all. Asked what a format is asked, it answers
+    for all layers."""
+
+    layers: tuple[KVFormat, ...]
+    name: str = TUNED
+
+    def __iter__(self) -> Iterator[KVFormat]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return any(format.needs_calibration for format in self)
+
+    @property
+    def calibrates_first(self) -> bool:
+        return not self.needs_calibration and any(format.calibrates_first for format in self)
+
+    @property
+    def takes_calibration(self) -> bool:
+        return any(format.takes_calibration for format in self)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Format = KVFormat | LayerFormats
+
+
+def by_layer(formats: KVFormat | Iterable[KVFormat], layers: int) -> list[KVFormat]:
+    """The format of each of so many layers."""
+    each = [formats] * layers if isinstance(formats, KVFormat) else list(formats)
+    if len(each) != layers:
+        raise ValueError(f"{len(each)} formats for {layers} layers")
+    return each
+
+
+def check_name(name: str) -> None:
+    """Raise OctavoError for what no format is named."""
+    if not is_tuned(name):
+        KVFormat.parse(name)
+
+
+def is_tuned(name: str) -> bool:
+    return name.strip().lower() == TUNED

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from octavo.completion import Delta
-from octavo.engine.params import SamplingParams
 from octavo.serve.account import Account
-from octavo.serve.errors import ApiError, refusal
-from octavo.serve.replies import DONE, Reply, dumps, event
+from octavo.serve.answers import Piece
+from octavo.serve.errors import ApiError, body_for, refusal
+from octavo.serve.replies import Reply, dumps, event
 from octavo.serve.service import Service
 
 
@@ -26,13 +25,10 @@ class Answering(Response):
         service: Service,
         account: Account,
         reply: Reply,
-        prepare: Callable[[], list[tuple[list[int], SamplingParams]]],
-        stream: bool | None,
-        usage: bool,
     ):
         self.service, self.account = service, account
-        self.reply, self.prepare = reply, prepare
-        self.stream, self.usage = bool(stream), usage
+        self.reply, self.answers = reply, reply.answers
+        self.stream = self.answers.asked.stream
         self.begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,17 +51,15 @@ class Answering(Response):
             with suppress(asyncio.CancelledError):  # the loop ends too
                 await asyncio.gather(work, gone, return_exceptions=True)
 
-    async def _batches(self) -> AsyncGenerator[list[Delta]]:
+    async def _batches(self) -> AsyncGenerator[list[Piece]]:
         account = self.account
-        account.id, account.n = self.reply.id, self.reply.n
-        async with self.service.job(account.client, len(self.reply.completions), self.prepare) as job:
+        account.id, account.n = self.answers.id, self.answers.asked.n
+        async with self.service.job(account.client, self.answers) as job:
             account.answers = job.answers
-            async for pieces in self.service.batches(job):
+            async for deltas in self.service.batches(job):
                 if account.first is None:
                     account.begun, account.first = job.begun, time.monotonic()
-                for delta in pieces:
-                    self.reply.take(delta)
-                yield pieces
+                yield [self.answers.take(delta) for delta in deltas]
         self.service.metrics.answered(account)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,17 +74,16 @@ class Answering(Response):
         """The head waits for the first piece: until then a refusal still has its own status."""
         async with aclosing(self._batches()) as batches:
             async for pieces in batches:
-                events = [event(self.reply.chunk(delta, self.usage)) for delta in pieces]
-                await self._send(send, b"".join(events))
-        end = event(self.reply.usage_chunk()) + DONE if self.usage else DONE
-        await self._send(send, end, more=False)
+                if events := b"".join(map(self.reply.piece, pieces)):
+                    await self._send(send, events)
+        await self._send(send, self.reply.end(), more=False)
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         self.account.refused = error
         if not self.begun:
             await refusal(scope, error)(scope, receive, send)
         elif self.stream:
-            await self._send(send, event(error.body), more=False)
+            await self._send(send, event(body_for(scope, error)), more=False)
 
     async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
         if not self.begun:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from octavo.serve.account import LEFT, Account
 from octavo.serve.errors import ApiError
 from octavo.serve.limits import SMALL
-from octavo.serve.protocol import parse
+from octavo.serve.requests import parse
 from octavo.serve.service import Service
 
 R = TypeVar("R", bound=BaseModel)
@@ -31,7 +31,7 @@ def answered_by(
         return await service.read(
             account.client,
             SMALL + len(body) if beside else len(body),
-            lambda: answer(service, account, parse(body, kind, service.longest)),
+            lambda: answer(service, account, parse(body, kind, service.longest, service.ignore_unknown)),
         )
 
     return endpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 from starlette.responses import JSONResponse
@@ -16,7 +17,6 @@ ANTHROPIC_TYPES = {
     504: "timeout_error",
 }  # else the same, or api_error
 ANTHROPIC = "/v1/messages"  # the routes below it answer in Anthropic's form
-NAMES = {"json_schema": "response_format"}  # where the API has another name for it than SamplingParams
 
 
 class ApiError(Exception):
@@ -35,9 +35,10 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
     @classmethod
-    def of(cls, error: OctavoError) -> Self:
-        """Bad input, with the name that its field has in the API."""
-        return cls(400, str(error), param=NAMES.get(error.field or "", error.field))
+    def of(cls, error: OctavoError, names: Mapping[str, str] | None = None) -> Self:
+        """Bad input. `names` are those that the request has for fields of SamplingParams."""
+        field = error.field or ""
+        return cls(400, str(error), param=(names or {}).get(field, field) or None, code=error.code or "invalid_value")
 
     @property
     def body(self) -> dict[str, Any]:

@@ -18,8 +18,8 @@ KEPT = 30.0  # seconds that a place is kept for a client
 class Ticket:
     """One that waits for a place, or has it."""
 
-    def __init__(self, queue: FairQueue, client: str, start: Callable[[], None]):
-        self.queue, self.client, self.start = queue, client, start
+    def __init__(self, queue: FairQueue, client: str, start: Callable[[], None], priority: int):
+        self.queue, self.client, self.start, self.priority = queue, client, start, priority
         self.begun = self.over = False
 
     def leave(self) -> None:
@@ -30,8 +30,8 @@ class Ticket:
 
 
 class FairQueue:
-    """`places` that are given out one by one. Of one client's tickets the first come is the first served; between
-    clients the one that holds the fewest places is next. Belongs to the event loop."""
+    """`places` that are given out one by one. Of one client's tickets the lowest priority number is next, and of these
+    the first come; between clients the one that holds the fewest places is next. Belongs to the event loop."""
 
     def __init__(self, places: int):
         self.places = self.free = places
@@ -39,10 +39,14 @@ class FairQueue:
         self.left: dict[str, float] = {}  # when those who hold no place any more gave back their last
         self.lines: dict[str, deque[Ticket]] = {}  # of every client that waits; the one served longest ago is first
 
-    def ask(self, client: str, start: Callable[[], None]) -> Ticket:
+    def ask(self, client: str, start: Callable[[], None], priority: int = 0) -> Ticket:
         """Have `start` called once there is a place, which may be at once."""
-        ticket = Ticket(self, client, start)
-        self.lines.setdefault(client, deque()).append(ticket)
+        ticket = Ticket(self, client, start, priority)
+        line = self.lines.setdefault(client, deque())
+        at = len(line)
+        while at and line[at - 1].priority > priority:
+            at -= 1
+        line.insert(at, ticket)
         self._give()
         return ticket
 

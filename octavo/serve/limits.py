@@ -31,9 +31,9 @@ class Limits:
     patience: float = 30.0  # seconds in which a client must send its request, or read something of its answer
 
 
-def check_json(body: bytes, longest: int) -> None:
-    """Raise ApiError 400 for a body that is not JSON, is nested too deep, or has a list of more than `longest` elements
-    or another part too large for any request."""
+def check_json(body: bytes, longest: int) -> Any:
+    """The value in a body; raises ApiError 400 for one that is not JSON, is nested too deep, or has a list of more than
+    `longest` elements or another part too large for any request."""
     for signs in (b"[{", b":"):  # in strings too: so many are no text that a model is sent
         if sum(body.count(bytes([sign])) for sign in signs) > MAX_PARTS:
             raise ApiError(400, f"the body has more than {MAX_PARTS} of {signs.decode()}")
@@ -41,10 +41,11 @@ def check_json(body: bytes, longest: int) -> None:
         value = from_json(body, cache_strings="none")
     except ValueError as error:
         why = f"is nested more than {MAX_DEPTH} deep" if "recursion" in str(error) else "is not JSON"
-        raise ApiError(400, f"the body {why}") from None
+        raise ApiError(400, f"the body {why}", code="invalid_json") from None
     if not isinstance(value, dict):
-        raise ApiError(400, "the body is not a JSON object")
+        raise ApiError(400, "the body is not a JSON object", code="invalid_json")
     _measure(value, longest)
+    return value
 
 
 def _measure(value: Any, longest: int) -> None:

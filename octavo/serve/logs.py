@@ -80,6 +80,7 @@ class Rarely(logging.Filter):
             record.lineno,
             error,
             record.name == WARNINGS and record.args,
+            getattr(record, "kind", None),
         )
         now = time.monotonic()
         if now - self.written.get(kind, -PERIOD) < PERIOD:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from octavo import __version__
-from octavo.serve.protocol import ChatRequest, CompletionRequest
+from octavo.serve.requests import ChatRequest, CompletionRequest
 from octavo.serve.routes.tokens import DetokenizeRequest, TokenizeRequest
 
 ERROR = {

@@ -1,17 +1,15 @@
-"""What is answered: pieces of answers in OpenAI's form, streamed or whole."""
+"""How answers are written: a `Reply` for each route, of which these are OpenAI's two of completions."""
 
 from __future__ import annotations
 
 import json
-import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from octavo.completion import Completion, Delta
-from octavo.engine.sequence import Sampled
-from octavo.serve.tools import Call, ToolText
-from octavo.text import REPLACEMENT
+from octavo.engine.scoring import Scored
+from octavo.serve.answers import Answers, Choice, Piece
+from octavo.serve.calls import CallPiece
+from octavo.serve.token_texts import ShownToken, chat_logprobs, text_logprobs
 
 DONE = b"data: [DONE]\n\n"
 
@@ -21,165 +19,178 @@ def dumps(value: Any) -> bytes:
     return text.encode("utf-8", "replace")  # in a call's arguments a model may have written half a surrogate pair
 
 
-def event(value: Any) -> bytes:
+def event(value: Any, name: str | None = None) -> bytes:
     """One server-sent event."""
-    return b"data: " + dumps(value) + b"\n\n"
+    return (f"event: {name}\n".encode() if name else b"") + b"data: " + dumps(value) + b"\n\n"
 
 
 class Reply:
-    """One request's answer: `n` choices for each prompt, of which `take` gets the pieces and `whole` the sum."""
+    """The form of one route: of a stream, `piece` after `piece` and then `end`; else `whole`."""
 
-    prefix: str
+    def __init__(self, model: str, answers: Answers):
+        self.model, self.answers = model, answers
+
+    def piece(self, piece: Piece) -> bytes:
+        """Events of a stream, in which a piece is told; none if there is nothing to tell."""
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        """The last events of a stream."""
+        raise NotImplementedError
+
+    def whole(self) -> dict[str, Any]:
+        """The answers in one document."""
+        raise NotImplementedError
+
+
+class OpenAIReply(Reply):
+    """What chat and completions have in common."""
+
     object: str
     chunk_object: str
 
-    def __init__(self, model: str, prompts: int, n: int, text_of: Callable[[int], str]):
-        self.id, self.model, self.created = f"{self.prefix}-{uuid.uuid4().hex}", model, int(time.time())
-        self.n, self.text_of = n, text_of
-        choices = prompts * n
-        self.completions: list[Completion | None] = [None] * choices
-        self.sampled: list[list[Sampled]] = [[] for _ in range(choices)]
-        self.begun = [False] * choices  # whose first piece is streamed
+    def __init__(self, model: str, answers: Answers, token_ids: bool = False):
+        super().__init__(model, answers)
+        self.token_ids = token_ids  # they are told too, as in vLLM
 
-    def chunk(self, delta: Delta, usage: bool) -> dict[str, Any]:
-        """A piece as it is streamed."""
-        more = {"usage": None} if usage else {}
-        return {**self._head(self.chunk_object), "choices": [self._choice(delta)], **more}
+    def piece(self, piece: Piece) -> bytes:
+        choice = self.choice(piece)
+        if choice is None:
+            return b""
+        more = self._prompt(piece.index) if piece.first else {}
+        if self.answers.asked.usage:
+            more["usage"] = self._running_usage() if self.answers.asked.running_usage else None
+        return event({**self._head(self.chunk_object), "choices": [choice | self._ids(piece.token_ids)], **more})
 
-    def usage_chunk(self) -> dict[str, Any]:
-        """The last piece of a stream whose request asked for it."""
-        return {**self._head(self.chunk_object), "choices": [], "usage": self.usage()}
-
-    def take(self, delta: Delta) -> None:
-        self.sampled[delta.index] += delta.sampled
-        if delta.completion:
-            self.completions[delta.index] = delta.completion
+    def end(self) -> bytes:
+        if not self.answers.asked.usage:
+            return DONE
+        return event({**self._head(self.chunk_object), "choices": [], "usage": self._usage()}) + DONE
 
     def whole(self) -> dict[str, Any]:
-        """All choices."""
-        choices = [self._whole(i, c) for i, c in enumerate(self.completions) if c]
-        return {**self._head(self.object), "choices": choices, "usage": self.usage()}
+        choices = [self.whole_choice(i, one) | self._ids(one.token_ids) for i, one in enumerate(self.answers.choices)]
+        return {**self._head(self.object), "choices": choices, "usage": self._usage(), **self._prompt(0)}
 
-    def usage(self) -> dict[str, Any]:
-        """Tokens; a prompt counts once, however many answers it has."""
-        done = [completion for completion in self.completions if completion]
-        prompt = sum(completion.prompt_tokens for completion in done[:: self.n])
-        generated = sum(len(completion.token_ids) for completion in done)
-        cached = sum(completion.cached_tokens for completion in done[:: self.n])
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": generated,
-            "total_tokens": prompt + generated,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
+    def choice(self, piece: Piece) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        raise NotImplementedError
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {"id": self.answers.id, "object": kind, "created": self.answers.created, "model": self.model}
 
-    def _choice(self, delta: Delta) -> dict[str, Any]:
-        raise NotImplementedError
+    def _ids(self, ids: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": list(ids)} if self.token_ids else {}
 
-    def _whole(self, index: int, completion: Completion) -> dict[str, Any]:
-        raise NotImplementedError
+    def _prompt(self, index: int) -> dict[str, Any]:
+        """What is told of the prompt of an answer, where it was asked for."""
+        told: dict[str, Any] = {}
+        at = index // self.answers.asked.n
+        if self.token_ids:
+            told["prompt_token_ids"] = self.answers.prompts[at]
+        if self.answers.asked.prompt_logprobs is not None:
+            told["prompt_logprobs"] = [self._scored(one) for one in self.answers.prompt_tokens[at]]
+        return told
+
+    def _scored(self, scored: Scored | None) -> dict[str, Any] | None:
+        """The log-probabilities at one place of a prompt, in vLLM's form."""
+        if scored is None:
+            return None
+        ranked = {scored.token: (scored.logprob, scored.rank)}
+        ranked |= {token: (logprob, rank) for rank, (token, logprob) in enumerate(scored.top.items(), 1)}
+        texts = {token: self.answers.bytes_of(token).decode("utf-8", "replace") for token in ranked}
+        return {
+            str(token): {"logprob": logprob, "rank": rank, "decoded_token": texts[token]}
+            for token, (logprob, rank) in ranked.items()
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self.answers.usage
+        return {
+            "prompt_tokens": usage.prompt,
+            "completion_tokens": usage.generated,
+            "total_tokens": usage.prompt + usage.generated,
+            "prompt_tokens_details": {"cached_tokens": usage.cached},
+        }
+
+    def _running_usage(self) -> dict[str, Any]:
+        prompt = sum(map(len, self.answers.prompts))
+        generated = sum(len(choice.token_ids) for choice in self.answers.choices)
+        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
-class ChatReply(Reply):
-    """`tools` are the names of the functions whose calls are looked for; None: none."""
+class ChatReply(OpenAIReply):
+    object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    def choice(self, piece: Piece) -> dict[str, Any] | None:
+        if piece.empty:
+            return None
+        said: dict[str, Any] = {"role": "assistant"} if piece.first else {}
+        if (text := piece.text) or not (piece.reason or piece.calls):
+            said["content"] = text
+        if calls := piece.calls:
+            said["tool_calls"] = [_streamed(call) for call in calls]
+        return {
+            "index": piece.index,
+            "delta": said,
+            "logprobs": self._logprobs(piece.tokens),
+            "finish_reason": piece.reason,
+        }
 
-    def __init__(self, *args: Any, logprobs: bool = False, tools: Sequence[str] | None = None):
-        super().__init__(*args)
-        self.logprobs = logprobs
-        self.texts = [ToolText(tools) for _ in self.completions] if tools is not None else None
-
-    def _choice(self, delta: Delta) -> dict[str, Any]:
-        shown = self.texts[delta.index] if self.texts else None
-        text, calls, reason = _parts(shown, delta.text, delta.completion)
-        said: dict[str, Any] = {"content": text} if text or not reason else {}
-        if not self.begun[delta.index]:
-            self.begun[delta.index] = True
-            said = {"role": "assistant", **said}
-        if calls:
-            said["tool_calls"] = [{"index": i, **_call(call)} for i, call in enumerate(calls)]
-        logprobs = self._logprobs(delta.sampled) if self.logprobs else None
-        return {"index": delta.index, "delta": said, "logprobs": logprobs, "finish_reason": reason}
-
-    def _whole(self, index: int, completion: Completion) -> dict[str, Any]:
-        shown = ToolText(self.texts[index].names) if self.texts else None
-        text, calls, reason = _parts(shown, completion.text, completion)
+    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        text, calls = choice.text, choice.calls
         message: dict[str, Any] = {"role": "assistant", "content": (text or None) if calls else text, "refusal": None}
         if calls:
-            message["tool_calls"] = [_call(call) for call in calls]
-        logprobs = self._logprobs(self.sampled[index]) if self.logprobs else None
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in calls
+            ]
+        logprobs = self._logprobs(choice.tokens)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
 
-    def _logprobs(self, sampled: Sequence[Sampled]) -> dict[str, Any]:
-        def named(token: int, logprob: float | None) -> dict[str, Any]:
-            text = self.text_of(token)
-            whole = REPLACEMENT not in text  # else a part of a character
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
-
-        content = [
-            {**named(one.token, one.logprob), "top_logprobs": [named(*other) for other in one.top.items()]}
-            for one in sampled
-        ]
-        return {"content": content, "refusal": None}
+    def _logprobs(self, tokens: Sequence[ShownToken]) -> dict[str, Any] | None:
+        if self.answers.asked.sampling.get("logprobs") is None:
+            return None
+        return {"content": chat_logprobs(self.answers.bytes_of, tokens), "refusal": None}
 
 
-def _parts(shown: ToolText | None, text: str, ended: Completion | None) -> tuple[str, list[Call], str | None]:
-    """What a piece of an answer shows, and, if it is the last, the calls and the reason of the end."""
-    reason: str | None = ended.finish_reason if ended else None
-    if shown is None:
-        return text, [], reason
-    text = shown.push(text)
-    if ended is None:
-        return text, [], None
-    rest, calls = shown.finish()
-    return text + rest, calls, "tool_calls" if calls and reason == "stop" else reason
+def _streamed(call: CallPiece) -> dict[str, Any]:
+    function = {"arguments": call.arguments}
+    if call.id is None:
+        return {"index": call.number, "function": function}
+    return {"index": call.number, "id": call.id, "type": "function", "function": {"name": call.name, **function}}
 
 
-def _call(call: Call) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
-
-
-class TextReply(Reply):
+class TextReply(OpenAIReply):
     """`echoes` are the prompts' texts where the answers begin with them."""
 
-    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+    object, chunk_object = "text_completion", "text_completion"
 
-    def __init__(self, *args: Any, logprobs: bool = False, echoes: Sequence[str] | None = None):
-        super().__init__(*args)
-        self.logprobs, self.echoes = logprobs, echoes
-        self.offsets = [0] * len(self.completions)
+    def __init__(self, model: str, answers: Answers, token_ids: bool = False, echoes: Sequence[str] | None = None):
+        super().__init__(model, answers, token_ids)
+        self.echoes = echoes
 
-    def _choice(self, delta: Delta) -> dict[str, Any]:
-        echo = "" if self.begun[delta.index] or self.echoes is None else self.echoes[delta.index]
-        self.begun[delta.index] = True
-        reason = delta.completion.finish_reason if delta.completion else None
-        logprobs = self._logprobs(delta.index, delta.sampled) if self.logprobs else None
-        return {"index": delta.index, "text": echo + delta.text, "logprobs": logprobs, "finish_reason": reason}
+    def choice(self, piece: Piece) -> dict[str, Any] | None:
+        if piece.empty:
+            return None
+        text = self._echo(piece.index) + piece.text if piece.first else piece.text
+        logprobs = self._logprobs(piece.index, piece.tokens, piece.first)
+        return {"index": piece.index, "text": text, "logprobs": logprobs, "finish_reason": piece.reason}
 
-    def _whole(self, index: int, completion: Completion) -> dict[str, Any]:
-        echo = self.echoes[index] if self.echoes is not None else ""
-        logprobs = self._logprobs(index, self.sampled[index]) if self.logprobs else None
-        return {
-            "index": index,
-            "text": echo + completion.text,
-            "logprobs": logprobs,
-            "finish_reason": completion.finish_reason,
-        }
+    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        text, logprobs = self._echo(index) + choice.text, self._logprobs(index, choice.tokens, True)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.reason}
 
-    def _logprobs(self, index: int, sampled: Sequence[Sampled]) -> dict[str, Any]:
-        texts = [self.text_of(one.token) for one in sampled]
-        offsets = []
-        for text in texts:
-            offsets.append(self.offsets[index])
-            self.offsets[index] += len(text)
-        return {
-            "tokens": texts,
-            "token_logprobs": [one.logprob for one in sampled],
-            "top_logprobs": [{self.text_of(t): p for t, p in one.top.items()} for one in sampled],
-            "text_offset": offsets,
-        }
+    def _echo(self, index: int) -> str:
+        return self.echoes[index // self.answers.asked.n] if self.echoes is not None else ""
+
+    def _logprobs(self, index: int, tokens: Sequence[ShownToken], first: bool) -> dict[str, Any] | None:
+        if self.answers.asked.sampling.get("logprobs") is None:
+            return None
+        prompt: Sequence[Scored | None] = ()
+        ids: Sequence[int] = ()
+        if first and self.echoes is not None:
+            at = index // self.answers.asked.n
+            prompt, ids = self.answers.prompt_tokens[at], self.answers.prompts[at]
+        return text_logprobs(self.answers.bytes_of, tokens, len(self._echo(index)), list(zip(ids, prompt, strict=True)))

@@ -8,25 +8,26 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from octavo.completion import Answer, Delta
-from octavo.engine.params import SamplingParams
+from octavo.engine.scoring import Scored, score
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.models.generation import is_greedy
+from octavo.serve.answers import Answers
+from octavo.serve.asked import Asked, Conversation, Prompt
 from octavo.serve.errors import ApiError
 from octavo.serve.fair_queue import FairQueue
 from octavo.serve.limits import MAX_KEYS, SMALL, Limits
 from octavo.serve.metrics import Metrics
+from octavo.serve.prompts import Functions, questions
 from octavo.serve.sessions import SessionDir
 from octavo.serve.worker import EngineFailure, Job, Worker
+from octavo.token_bytes import TokenBytes
 
 logger = logging.getLogger("octavo")
 T = TypeVar("T")
-Prepare = Callable[[], list[tuple[list[int], SamplingParams]]]  # the prompts of a request, one for each answer
-TOO_LONG = "context_length_exceeded"
 CLOSE = {"Connection": "close"}
 LATE = 1.0  # seconds after the deadline that the engine has to end an answer
 
@@ -42,9 +43,10 @@ class Service:
         on_death: Callable[[], None] = lambda: None,
         sessions: SessionDir | None = None,
         grace: float = 30.0,  # seconds that the last sessions have to be saved
+        ignore_unknown: bool = False,  # fields of requests
     ):
         self.llm, self.names, self.limits, self.grace = llm, tuple(names), limits, grace
-        self.name = self.names[0]
+        self.name, self.ignore_unknown = self.names[0], ignore_unknown
         self.created = int(time.time())
         self.worker, self.sessions = Worker(llm, on_death), sessions
         self.metrics = Metrics(llm, self.worker, self.name, lambda: self.waiting)
@@ -52,6 +54,7 @@ class Service:
         self.capacity = places + limits.max_queue
         self.longest = max(llm.session_len, MAX_KEYS)  # list in a request
         self.longest_token = max(map(len, llm.tokenizer.get_vocab()), default=1)
+        self.functions, self.bytes_of = Functions(llm), TokenBytes(llm.tokenizer)
         self.jobs: dict[Job, tuple[str, int]] = {}  # whose client and answers, promised and not yet complete
         # Beside the loop and the engine: large bodies one at a time, then prompts made into tokens and schemas into
         # grammars.
@@ -87,6 +90,13 @@ class Service:
                 code="model_not_found",
             )
 
+    def answers(self, asked: Asked, prefix: str) -> Answers:
+        """The answers to a request, of which nothing has come yet."""
+        self.check_count(asked.choices)
+        first = asked.prompts[0]
+        reader = self.functions.reader(first) if isinstance(first, Conversation) else None
+        return Answers(asked, self.bytes_of, prefix, reader)
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The engine's thread, and what is saved beside it."""
@@ -111,24 +121,27 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(self.reading, function)
 
     @asynccontextmanager
-    async def job(self, client: str, n: int, prepare: Prepare) -> AsyncIterator[Job]:
-        """The answers of a request of `n` answers, on their way. Whoever leaves early aborts what is unfinished."""
-        job = self._admit(client, n)
+    async def job(self, client: str, answers: Answers) -> AsyncIterator[Job]:
+        """The answers to a request, on their way. Whoever leaves early aborts what is unfinished."""
+        asked = answers.asked
+        job = self._admit(client, asked.choices)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.limits.timeout
         try:
             try:
                 async with asyncio.timeout_at(deadline):
                     async with self.prepare_queue.place(client):
-                        job.answers = await loop.run_in_executor(self.preparing, self._answers, job, prepare)
+                        job.answers = await loop.run_in_executor(self.preparing, self._answers, job, asked)
+                    answers.prompts = [answer.sequence.tokens[:] for answer in job.answers[:: asked.n]]
                     if self.sessions:
-                        for prompt in {tuple(answer.sequence.tokens) for answer in job.answers}:
-                            await self.sessions.restore(self.worker, prompt)
+                        for tokens in {tuple(answer.sequence.tokens) for answer in job.answers}:
+                            await self.sessions.restore(self.worker, tokens)
+                    if asked.prompt_logprobs is not None:
+                        for prompt in answers.prompts:
+                            answers.prompt_tokens.append(await self._scored(prompt, asked.prompt_logprobs))
             except TimeoutError:
                 raise _late() from None
-            except OctavoError as error:
-                raise ApiError.of(error) from None
-            self._queue(client, job)
+            self._queue(client, job, asked.priority)
             timer = loop.call_at(deadline, self._end, job)
             try:
                 yield job
@@ -158,24 +171,26 @@ class Service:
         except EngineFailure:
             raise ApiError(500, "the engine failed in a step of this answer; try again") from None
 
+    async def _scored(self, prompt: list[int], most: int) -> list[Scored | None]:
+        """The log-probabilities of a prompt's tokens; the first has none. Between its parts the engine steps."""
+        parts, found = score(self.llm.reading, prompt, most), list[Scored | None]([None])
+        while (part := await self.worker.call(lambda _: next(parts, None))) is not None:
+            found += part
+        return found
+
     def check_count(self, n: int) -> None:
         """Refuse a request of more answers than can ever be admitted, before anything is made for each."""
         if n > self.capacity:
             raise ApiError(400, f"{n} answers are more than this server takes at a time, {self.capacity}", param="n")
 
-    def check_calls(self, schema: Mapping[str, Any]) -> None:
-        """Refuse demanded calls whose schema cannot be followed: it is the tools that are at fault."""
-        try:
-            self.llm.grammars.guide(schema)
-        except OctavoError as error:
-            raise ApiError(400, str(error), param="tools") from None
-
-    def check_length(self, text: str) -> None:
+    def check_length(self, prompt: Prompt) -> None:
         """Refuse a text that must have more tokens than a session holds, before it is made into tokens."""
+        text = prompt.text if isinstance(prompt, Conversation) else prompt if isinstance(prompt, str) else ""
         fewest = len(text) // self.longest_token
         if fewest > self.llm.session_len:
             held = f"a session holds {self.llm.session_len} (--session-len, or the model's own context)"
-            raise ApiError(400, f"the prompt has {fewest} tokens or more, but {held}", code=TOO_LONG)
+            message = f"the prompt has {fewest} tokens or more, but {held}"
+            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
 
     def _admit(self, client: str, n: int) -> Job:
         """Promise `n` answers. Where that is more than may wait, the client with the most makes room: its newest
@@ -201,7 +216,7 @@ class Service:
         for ticket in job.tickets:
             ticket.leave()
 
-    def _queue(self, client: str, job: Job) -> None:
+    def _queue(self, client: str, job: Job, priority: int) -> None:
         job.unfinished = len(job.answers)
         for answer in job.answers if not job.error else ():
 
@@ -209,7 +224,7 @@ class Service:
                 job.begun = job.begun or time.monotonic()
                 self.worker.submit(job, answer)
 
-            job.tickets.append(self.engine_queue.ask(client, start))
+            job.tickets.append(self.engine_queue.ask(client, start, priority))
 
     def _end(self, job: Job) -> None:
         """The deadline: answers end with what they have, which may be nothing."""
@@ -230,21 +245,19 @@ class Service:
         if not job.complete:
             job.fail(_late())
 
-    def _answers(self, job: Job, prepare: Prepare) -> list[Answer]:
-        answers = [self.llm.answer(tokens, params, job, i) for i, (tokens, params) in enumerate(prepare())]
-        for answer in answers:
-            try:
-                self.llm.engine.scheduler.expect_room(answer.sequence)
-            except OctavoError as error:
-                raise ApiError(400, str(error), code=TOO_LONG) from None
+    def _answers(self, job: Job, asked: Asked) -> list[Answer]:
+        names: Mapping[str, str] = asked.names
+        try:
+            for prompt in asked.prompts:
+                self.check_length(prompt)
+            answers = []
+            for i, one in enumerate(questions(self.llm, self.functions, asked, self.defaults)):
+                names = one.names
+                answers.append(self.llm.answer(one.tokens, one.params, job, i, one.marks))
+                self.llm.engine.scheduler.expect_room(answers[-1].sequence)
+        except OctavoError as error:
+            raise ApiError.of(error, names) from None
         return answers
-
-
-def several(tokens: list[int], params: SamplingParams, n: int) -> list[tuple[list[int], SamplingParams]]:
-    """`n` answers to one prompt; a seed gives each its own."""
-    if params.seed is None:
-        return [(tokens, params)] * n
-    return [(tokens, replace(params, seed=(params.seed + i) % (1 << 64))) for i in range(n)]
 
 
 def _full() -> ApiError:

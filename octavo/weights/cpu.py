@@ -110,6 +110,20 @@ def silu_gate_(gate: Tensor, up: Tensor) -> Tensor:
     return gate
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of x [rows, heads, dim] by cos and sin [rows, dim], whose rows are contiguous, all float32:
+    x ∘ cos + (−second half of x, first half) ∘ sin, contiguous."""
+    rows, heads, dim = x.shape
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _native.rotate(
+        x.data_ptr(), heads, x.stride(1), x.stride(0), rows, dim, cos.data_ptr(), cos.stride(0), sin.data_ptr(),
+        sin.stride(0), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
 def peak(seconds: float) -> float:
     """Floating-point operations per second of a loop of multiply-adds on all threads, which takes about that long: the
     yardstick of benchmarks/products_cpu.py."""

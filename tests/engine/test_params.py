@@ -14,7 +14,7 @@ from octavo.cli import app
 from octavo.engine.params import DEFAULTS, MAX_LOGPROBS, TABLE, SamplingParams, allowed
 from octavo.errors import OctavoError
 from octavo.serve.errors import ApiError
-from octavo.serve.protocol import ChatRequest, CompletionRequest, parse
+from octavo.serve.requests import ChatRequest, CompletionRequest, parse
 from scripts.parameters import PAGE, page
 
 WRONG: list[tuple[str, Any]] = [
@@ -30,7 +30,7 @@ WRONG: list[tuple[str, Any]] = [
     ("temperature", "hot"),
     ("top_k", -2),
     ("top_k", 1.5),
-    ("top_p", 0.0),
+    ("top_p", -0.1),
     ("top_p", 1.01),
     ("top_p", math.nan),
     ("min_p", -0.1),
@@ -62,6 +62,9 @@ WRONG: list[tuple[str, Any]] = [
     ("logprobs", -1),
     ("logprobs", MAX_LOGPROBS + 1),
     ("json_schema", 1),
+    ("regex", ""),
+    ("choice", [1]),
+    ("grammar", 5),
 ]
 
 
@@ -100,6 +103,8 @@ def test_parameters_that_contradict_each_other_are_refused():
     for other in ({"ignore_eos": True}, {"min_tokens": 1}):
         with pytest.raises(OctavoError, match=f"json_schema and {next(iter(other))} exclude each other"):
             SamplingParams(json_schema={}, **other)
+    with pytest.raises(OctavoError, match="json_schema and regex exclude each other"):
+        SamplingParams(json_schema={}, regex="a")
 
 
 def test_every_parameter_has_a_rule_and_every_default_keeps_its_own():
@@ -114,9 +119,9 @@ def test_requests_over_http_have_the_tables_fields_with_its_bounds():
         assert set(allowed("HTTP")) <= set(properties)
         assert properties["min_p"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 1}
     asked = {"prompt": "x", "seed": -1, "logit_bias": {"5": 1}, "stop": "a", "stop_token_ids": 5, "min_tokens": 2}
-    params = parse(json.dumps(asked).encode(), CompletionRequest, 10_000).params({})
+    sampling = parse(json.dumps(asked).encode(), CompletionRequest, 10_000).asked().sampling
     del asked["prompt"]
-    assert params == SamplingParams(**asked, max_tokens=16)
+    assert SamplingParams(**sampling) == SamplingParams(**asked, max_tokens=16)
 
 
 @pytest.mark.parametrize(("verb", "without"), [("generate", set()), ("chat", {"logprobs"})])

@@ -458,10 +458,12 @@ def test_a_bias_is_added_to_its_tokens_and_log_probabilities_stay_the_models_own
 class Evens:
     """A guide that allows even tokens and fails after `last` of them."""
 
+    cut = False
+
     def __init__(self, last: int = 100):
         self.last, self.taken = last, list[int]()
 
-    def restrict(self, row: Tensor) -> None:
+    def restrict(self, row: Tensor, _: int) -> None:
         if len(self.taken) >= self.last:
             raise OctavoError("no further")
         row[1::2] = -torch.inf

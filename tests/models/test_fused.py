@@ -1,4 +1,4 @@
-"""Norms and gates of a model in one native pass each: what they compute, and which modules are left alone."""
+"""Norms, gates and RoPE of a model in one native pass each: what they compute, and which modules are left alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.cohere.modeling_cohere import CohereConfig, CohereForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaMLP, GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+)
+from transformers.models.phi.modeling_phi import PhiConfig, PhiForCausalLM
 
 from octavo.models.fused import FusedGate, FusedNorm, fuse
 from octavo.weights import cpu
@@ -132,3 +142,45 @@ def test_in_another_type_a_module_goes_on_as_before() -> None:
     x = torch.randn(5, 32).bfloat16()
     for module in model:
         assert module(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dim", [16, 20, 64, 96])
+def test_rope_has_the_bits_of_torchs_own_operations(dim: int) -> None:
+    q, k = torch.randn(1, 37, 9, dim).transpose(1, 2), torch.randn(1, 3, 37, dim)
+    cos, sin = torch.randn(2, 1, 37, dim)
+    for x, expected in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+        rows = cpu.rotate(x[0].transpose(0, 1), cos[0], sin[0])
+        assert torch.equal(rows.transpose(0, 1)[None], expected)
+
+
+def test_rope_takes_rows_of_any_strides() -> None:
+    x, (cos, sin) = torch.randn(16, 5, 7), torch.randn(2, 7, 16)
+    rows = x.permute(2, 1, 0)
+    assert torch.equal(cpu.rotate(rows, cos, sin), cpu.rotate(rows.contiguous(), cos, sin))
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("model", "rotates"),
+    [
+        (LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=128, num_key_value_heads=2)), True),
+        (PhiForCausalLM(PhiConfig(**SIZES, vocab_size=128, partial_rotary_factor=0.5)), True),  # of half the channels
+        (CohereForCausalLM(CohereConfig(**SIZES, vocab_size=128)), False),  # rotates pairs of neighbours
+    ],
+    ids=["llama", "phi", "cohere"],
+)
+def test_a_model_with_fused_modules_computes_the_same(model: PreTrainedModel, rotates: bool) -> None:
+    model.eval().requires_grad_(False)
+    ids = torch.arange(20)[None]
+    before = model(ids).logits
+    undo = list(fuse(model))
+    taken = {type(module).__mro__[1].__name__ for module in model.modules()}
+    assert ("FusedRotation" in taken) == rotates
+    assert torch.allclose(model(ids).logits, before, rtol=1e-4, atol=1e-5)
+    assert model(ids.expand(2, -1)).logits.shape[0] == 2  # by the model's own code
+    assert not any(issubclass(cls, nn.Module) and "Fused" in cls.__name__ for cls in LlamaAttention.__mro__)
+    for back in undo:
+        back()
+    assert torch.equal(model(ids).logits, before)

@@ -171,12 +171,12 @@ def test_the_models_are_one(client: OpenAI):
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"store": True}, "store"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"functions": []}, "functions"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
-    ({"top_p": 0}, "top_p"),
+    ({"top_p": -0.1}, "top_p"),
+    ({"best_of": 2}, "best_of"),
     ({"n": 0}, "n"),
     ({"n": 1.5}, "n"),
     ({"stop": ""}, "stop"),
@@ -191,11 +191,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "user"}]}, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": "a", "name": "me"}]}, "messages.0.name"),
+    ({"messages": [{"role": "user", "content": "a", "nam": "me"}]}, "messages.0.nam"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}}, "schema"),
-    ({"tool_choice": "auto"}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
     ({"messages": [{"role": "assistant", "content": "a", "refusal": "no"}]}, "messages.0.refusal"),
     ({"tools": [TOOL]}, "no place for tools"),

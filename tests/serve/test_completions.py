@@ -90,7 +90,6 @@ def test_sampling_is_that_of_the_models_generation_config_unless_asked(running: 
         ({"prompt": None}, "prompt"),
         ({"suffix": "end"}, "suffix"),
         ({"best_of": 2}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
         ({"logprobs": 101}, "logprobs"),
         ({"stop_token_ids": [9999]}, "token 9999"),
     ],

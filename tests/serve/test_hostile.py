@@ -15,14 +15,15 @@ import torch
 from openai import AuthenticationError
 
 from octavo.errors import OctavoError
+from octavo.grammars.size import MAX_REPETITIONS, measure_schema, regex_size
 from octavo.models.model import Model
-from octavo.schema_size import MAX_REPETITIONS, measure_schema, regex_size
 from octavo.serve import logs
 from octavo.serve.connections import Connections
+from octavo.serve.errors import ApiError
 from octavo.serve.fair_queue import FairQueue, Ticket
 from octavo.serve.limits import MAX_KEYS, Limits, check_json
 from octavo.serve.listening import bind
-from octavo.serve.protocol import ApiError, ChatRequest, CompletionRequest, parse
+from octavo.serve.requests import ChatRequest, CompletionRequest, parse
 from octavo.serve.server import Server
 from tests.serve.conftest import Running, serving, small, wait_until
 
@@ -173,14 +174,14 @@ def test_a_patterns_size_is_its_characters_as_often_as_they_are_repeated(pattern
 
 def test_references_in_a_long_chain_within_the_limits_are_compiled(running: Running):
     chain = {f"d{i}": {"properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(1200)}
-    running.llm.grammars.guide({"$defs": {**chain, "d1200": {}}, "$ref": "#/$defs/d0"})
+    running.llm.grammars.guide("json_schema", {"$defs": {**chain, "d1200": {}}, "$ref": "#/$defs/d0"})
 
 
 def test_a_schema_whose_tokens_take_too_long_ends_its_answers(running: Running):
-    guide = running.llm.grammars.guide({"type": "object", "title": "slow"})
+    guide = running.llm.grammars.guide("json_schema", {"type": "object", "title": "slow"})
     guide.clock.add(100)
     with pytest.raises(OctavoError, match="ms a token"):
-        guide.restrict(torch.zeros(running.llm.model.bound.vocab_size))
+        guide.restrict(torch.zeros(running.llm.model.bound.vocab_size), 100)
 
 
 # --- connections -----------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 
 from octavo import LLM, OctavoError
 from octavo.models.model import Model
+from octavo.serve.calls import CallPiece, FreeReader, plain
 from octavo.serve.replies import dumps
-from octavo.serve.tools import Call, ToolText
 from octavo.text import encode_chat, takes_tools
 from tests.serve.conftest import Running, serving, small
 
@@ -31,40 +31,6 @@ WEATHER: dict[str, Any] = {
         },
     },
 }
-CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
-CALLED = Call("weather", '{"city": "Rome"}')
-
-
-@pytest.mark.parametrize(
-    ("said", "text", "calls"),
-    [
-        ("It is sunny.", "It is sunny.", []),
-        (f"<tool_call>\n{CALL}\n</tool_call>", "", [CALLED]),
-        (f"<tool_call>{CALL}</tool_call>\n<tool_call>\n{CALL}\n</tool_call>", "", [CALLED, CALLED]),
-        (f"I will look. <tool_call>{CALL}</tool_call>", "I will look. ", [CALLED]),
-        (f"<tool_call>{CALL}", "", [CALLED]),  # the closing tag was what ended the answer
-        (CALL.replace("arguments", "parameters"), "", [CALLED]),
-        (f"[{CALL}, {CALL}]", "", [CALLED, CALLED]),
-        ('{"name": "weather"}', "", [Call("weather", "{}")]),
-        ('{"name": "another", "arguments": {}}', '{"name": "another", "arguments": {}}', []),
-        ('{"an": "object"}', '{"an": "object"}', []),
-        ("[]", "[]", []),
-        ("{not JSON", "{not JSON", []),
-        ("<tool_call>not JSON</tool_call>", "<tool_call>not JSON</tool_call>", []),
-        ("a < b and <tool", "a < b and <tool", []),
-    ],
-)
-def test_calls_are_found_however_the_answer_is_cut(said: str, text: str, calls: list[Call]):
-    for size in (1, 3, len(said)):
-        shown = ToolText(["weather"])
-        pieces = [shown.push(said[i : i + size]) for i in range(0, len(said), size)]
-        rest, found = shown.finish()
-        assert ("".join(pieces) + rest, found) == (text, calls)
-
-
-def test_text_without_calls_is_not_held_back():
-    shown = ToolText(["weather"])
-    assert shown.push("It is ") + shown.push("sunny <b") == "It is sunny <b"
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +95,10 @@ def test_a_demanded_call_is_made_whole_and_streamed(server: Running, choice: Any
         assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
         lines = chat(server, tool_choice=choice, seed=seed, stream=True).text.split("\n\n")
         pieces = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
-        [streamed] = [piece["delta"]["tool_calls"] for piece in pieces if "tool_calls" in piece["delta"]]
-        assert streamed[0]["index"] == 0
-        assert streamed[0]["function"] == call["function"]
+        streamed = [one for piece in pieces for one in piece["delta"].get("tool_calls", [])]
+        assert [one["index"] for one in streamed] == [0] * len(streamed)
+        assert streamed[0]["function"]["name"] == "weather"
+        assert "".join(one["function"]["arguments"] for one in streamed) == call["function"]["arguments"]
         assert pieces[-1]["finish_reason"] == "tool_calls"
 
 
@@ -170,15 +137,7 @@ def test_parameters_that_cannot_be_followed_are_the_tools_fault(server: Running)
 
 
 def test_half_a_surrogate_pair_in_a_call_ends_no_reply():
-    shown = ToolText(["weather"])
-    shown.push(CALL.replace("Rome", "\\ud83d"))
-    _, [call] = shown.finish()
+    reader = FreeReader(plain.SYNTAX, ["weather"])
+    [call] = reader.push('{"name": "weather", "arguments": {"city": "\\ud83d"}}')
+    assert isinstance(call, CallPiece)
     assert json.loads(json.loads(dumps(call.arguments))) == {"city": "?"}
-
-
-def test_strict_arguments_are_promised_only_where_they_can_be_kept(server: Running):
-    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
-    chat(server, tools=[strict], tool_choice="required")
-    asked = {"messages": [{"role": "user", "content": "a"}], "tools": [strict]}
-    refused = httpx.post(f"{server.url}/v1/chat/completions", json=asked)
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")

@@ -167,12 +167,12 @@ def test_unknown_paths_and_methods_are_refused_in_the_same_form(running: Running
 
 
 def test_a_request_whose_sampling_fails_costs_the_others_nothing(running: Running, monkeypatch: pytest.MonkeyPatch):
-    from octavo.grammar import JSONGuide
+    from octavo.grammars.guides import GrammarGuide
 
     def fail(*_: Any) -> None:
         raise RuntimeError("no grammar")
 
-    monkeypatch.setattr(JSONGuide, "restrict", fail)
+    monkeypatch.setattr(GrammarGuide, "restrict", fail)
     other = Behind(running.url, max_tokens=100)
     wait_until(lambda: running.llm.engine.scheduler.running)
     chat: Any = {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from octavo.cache.size import CacheSize
 from octavo.measure.accuracy.compare import Score, compare
 from octavo.measure.accuracy.greedy import compare_answers
 from octavo.measure.candidate import Candidate
@@ -19,8 +20,7 @@ Progress = Callable[[str, int, int], None]  # what is being done, how much is do
 
 def about(model: Model, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """The model, the machine, and what the formats take in theory: computed from the model's geometry."""
-    shapes = model.bound.shapes
-    bytes_ = [sum(shape.token_bytes(candidate.format) for shape in shapes) for candidate in candidates]
+    bytes_ = [CacheSize.of(model.bound.shapes, candidate.format).token for candidate in candidates]
     return {
         "command": "accuracy",
         "model": model.name,

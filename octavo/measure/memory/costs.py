@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from octavo.cache.size import CacheSize
 from octavo.errors import OctavoError
 from octavo.models.geometry import Geometry
-from octavo.quant.format import RAW_NAMES, KVFormat
+from octavo.quant.format import RAW_NAMES, Format, KVFormat, by_layer
 
 INT4 = "int4"
 
@@ -25,15 +26,23 @@ class Cost:
 
     weights: str  # their kind
     weight_bytes: int
-    format: str
+    kv: Format
     token: int  # bytes of one token in all layers
     session: int  # bytes of a session filled to the context; its last block counts whole
     static: int  # bytes once, whatever the number of sessions
     sessions: int  # that fit beside the weights
     spare: int = 0  # bytes of the raw pages that are there whatever the number of sessions
 
+    @property
+    def format(self) -> str:
+        return str(self.kv)
+
     def cache(self, sessions: int) -> int:
         return sessions * self.session + self.spare
+
+    def document(self) -> dict[str, Any]:
+        """The numbers, ready for JSON."""
+        return {"format": self.format} | {name: value for name, value in vars(self).items() if name != "kv"}
 
 
 def baseline(geometry: Geometry) -> KVFormat:
@@ -63,7 +72,7 @@ def own_kind(geometry: Geometry) -> str:
 
 
 def costs(
-    geometry: Geometry, formats: Sequence[KVFormat], context: int, memory: int, kinds: Sequence[str] | None = None
+    geometry: Geometry, formats: Sequence[Format], context: int, memory: int, kinds: Sequence[str] | None = None
 ) -> list[Cost]:
     """For each kind of weights (the model's own if None), what each format costs, and how many sessions of `context`
     tokens `memory` bytes hold beside the weights."""
@@ -76,11 +85,12 @@ def costs(
             session, spare = size.session(context), size.cache(0, 0)
             fit = max(0, (memory - weights[kind] - spare) // session)
             static = _static(geometry, format)
-            found.append(Cost(kind, weights[kind], str(format), size.token, session, static, fit, spare))
+            found.append(Cost(kind, weights[kind], format, size.token, session, static, fit, spare))
     return found
 
 
-def _static(geometry: Geometry, format: KVFormat) -> int:
+def _static(geometry: Geometry, format: Format) -> int:
     """mu, c and 1/c in float32, of the sides that need a calibration."""
-    sides = [(s, codec, dim) for s in geometry.shapes for codec, dim in ((format.k, s.k_dim), (format.v, s.v_dim))]
+    layers = zip(geometry.shapes, by_layer(format, len(geometry.shapes)), strict=True)
+    sides = [(s, codec, dim) for s, own in layers for codec, dim in ((own.k, s.k_dim), (own.v, s.v_dim))]
     return sum(12 * s.kv_heads * dim for s, codec, dim in sides if s.shares is None and codec.needs_calibration)

@@ -18,7 +18,7 @@ from octavo.errors import OctavoError
 from octavo.measure.memory.costs import costs, weight_kinds
 from octavo.measure.report.svg import require_matplotlib
 from octavo.models.geometry import Geometry
-from octavo.quant.format import KVFormat
+from octavo.quant.format import Format
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ class Fit:
         return self.weight_bytes + self.spare_bytes + sessions * self.session_bytes
 
 
-def fits(geometry: Geometry, formats: Sequence[KVFormat], context: int, memory: int) -> list[Fit]:
+def fits(geometry: Geometry, formats: Sequence[Format], context: int, memory: int) -> list[Fit]:
     """For each kind of weights, each format: sessions of `context` tokens in `memory` bytes."""
     return [
         Fit(cost.weights, cost.format, cost.weight_bytes, cost.session, cost.sessions, cost.spare)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from octavo.measure.memory.costs import Cost
 from octavo.measure.memory.process import CannotMeasure, Filled, Request, Source, measure
-from octavo.quant.format import KVFormat
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def _point(cost: Cost, batch: int, context: int, sources: Mapping[str, Source]) 
     if source is None:
         reason = f"there are no {cost.weights} weights" if sources else "there are no weights: a config alone was given"
     else:
-        request = Request(source, KVFormat.parse(cost.format), batch, context, weights, cache)
+        request = Request(source, cost.kv, batch, context, weights, cache)
         try:
             filled = measure(request)
             return Point(

@@ -29,7 +29,7 @@ from octavo.measure.memory.fill import fill
 from octavo.models.load import load_model
 from octavo.models.model import Model
 from octavo.models.packed import weight_bytes
-from octavo.quant.format import KVFormat
+from octavo.quant.format import Format
 
 WARM_UP = 64  # tokens
 OVERHEAD = 1 << 30  # bytes beside weights and cache: Python, its libraries, activations
@@ -71,7 +71,7 @@ class Request:
     """How many sessions of the source's model to fill. `weights` and `cache` are bytes, as computed."""
 
     source: Source
-    format: KVFormat
+    format: Format
     batch: int
     context: int
     weights: int

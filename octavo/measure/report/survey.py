@@ -88,9 +88,10 @@ class Survey:
     def document(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
         found = {name: value for name, value in vars(self).items() if name not in ("calibration", "diagnosis")}
-        plain = {name: [asdict(row) for row in found[name]] for name in ("scores", "costs", "theory", "speed")}
+        plain = {name: [asdict(row) for row in found[name]] for name in ("scores", "theory", "speed")}
         for score in plain["scores"]:
             del score["kl_by_position"], score["cache_alone"]  # kl_by_bin is the same, and short; the weights are
+        plain["costs"] = [cost.document() for cost in self.costs]
         plain["corners"] = [corner.document() for corner in self.corners]
         about = {"calibration": asdict(self.calibration.header), "diagnosis": self.diagnosis.document()}
         return {"command": "report", **found, **plain, **about}

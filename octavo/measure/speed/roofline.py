@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from octavo.cache.plan import LayerShape
 from octavo.devices import device_of
 from octavo.measure.candidate import Candidate
 from octavo.models.bind import BoundModel
 from octavo.models.packed import weight_bytes
-from octavo.quant.format import KVFormat
+from octavo.quant.format import Format, by_layer
 
 READ_BYTES = 1 << 30  # of the streaming read: several times any cache
 
@@ -54,14 +53,17 @@ def read_bytes(bound: BoundModel) -> int:
     return weight_bytes(bound.hf) - (0 if tied else inputs.weight.nbytes)
 
 
-def cache_bytes(bound: BoundModel, format: KVFormat, context: int) -> int:
+def cache_bytes(bound: BoundModel, format: Format, context: int) -> int:
     """What a decode step reads of one session's codes and token scales; a layer with a window reads that far back."""
 
-    def of_layer(shape: LayerShape, window: int | None) -> int:
-        owner = shape if shape.shares is None else bound.shapes[shape.shares]
-        return owner.token_bytes(format) * min(context, window or context)
+    each = by_layer(format, len(bound.shapes))
 
-    return sum(of_layer(layer.shape, layer.window) for layer in bound.layers)
+    def of_layer(layer: int, window: int | None) -> int:
+        shared = bound.shapes[layer].shares
+        owner = layer if shared is None else shared
+        return bound.shapes[owner].token_bytes(each[owner]) * min(context, window or context)
+
+    return sum(of_layer(i, layer.window) for i, layer in enumerate(bound.layers))
 
 
 def ceilings(

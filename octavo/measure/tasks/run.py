@@ -27,6 +27,7 @@ from octavo.measure.candidate import Candidate
 from octavo.measure.tasks import HERE, Benchmark, Part, by_benchmark, require_harness
 from octavo.measure.tasks.data_files import digest
 from octavo.models.model import Model
+from octavo.quant.format import LayerFormats
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -154,6 +155,7 @@ def _key(model: Model, candidate: Candidate, part: Part, limit: int | None, sess
         "model": own.fingerprint,
         "dtype": str(own.bound.dtype)[6:],
         "kv": str(candidate.format),
+        **({"layers": list(map(str, candidate.format))} if isinstance(candidate.format, LayerFormats) else {}),
         "calibration": calibration,
         "granularity": candidate.granularity,
         "headroom": candidate.headroom,

@@ -12,7 +12,9 @@ from octavo.errors import OctavoError
 from octavo.serve.account import Account
 from octavo.serve.bodies import answered_by
 from octavo.serve.errors import ApiError
-from octavo.serve.protocol import ChatMessage, Int31, Strict, Tool
+from octavo.serve.requests.messages import ChatMessage
+from octavo.serve.requests.strict import Int31, Strict
+from octavo.serve.requests.tools import Tool
 from octavo.serve.service import Service
 from octavo.text import encode_chat, token_text
 

@@ -116,9 +116,27 @@ void silu_gate(float* gate, const float* up, int64_t count, const Pool& pool) {
     });
 }
 
+void rotate(const Heads& x, int64_t rows, int64_t dim, const float* cos, int64_t cos_stride, const float* sin,
+            int64_t sin_stride, float* y, const Pool& pool) {
+    const int64_t half = dim / 2;
+    in_pieces(rows, x.count * dim, pool, [&](int64_t from, int64_t to) {
+        for (int64_t r = from; r < to; r++)
+            for (int64_t h = 0; h < x.count; h++) {
+                const float *in = x.first + r * x.row_stride + h * x.stride, *c = cos + r * cos_stride;
+                const float* s = sin + r * sin_stride;
+                float* out = y + (r * x.count + h) * dim;
+                each_vector(half, [&](int64_t i, int n) {  // products are rounded, as torch's are
+                    const f32v a = load_some(in + i, n), b = load_some(in + half + i, n);
+                    store_some(out + i, a * load_some(c + i, n) - b * load_some(s + i, n), n);
+                    store_some(out + half + i, b * load_some(c + half + i, n) + a * load_some(s + half + i, n), n);
+                });
+            }
+    });
+}
+
 }  // namespace
 
 extern const ElementwiseKernels elementwise;
-const ElementwiseKernels elementwise = {activate, rms_norm, silu_gate};
+const ElementwiseKernels elementwise = {activate, rms_norm, silu_gate, rotate};
 
 }  // namespace octavo::weights::ISA

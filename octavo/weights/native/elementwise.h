@@ -9,6 +9,12 @@ namespace octavo::weights {
 
 enum class Function : int { SILU, GELU, GELU_TANH };
 
+// Numbers of `count` heads of every row, in floats from one to the next.
+struct Heads {
+    const float* first;
+    int64_t count, stride, row_stride;
+};
+
 struct ElementwiseKernels {
     // y [count] = f(x) of numbers of one type.
     void (*activate)(Function, const void* x, int64_t count, Float, void* y, const Pool&);
@@ -17,6 +23,9 @@ struct ElementwiseKernels {
                      float* y, const Pool&);
     // gate [count] = silu(gate) ∘ up.
     void (*silu_gate)(float* gate, const float* up, int64_t count, const Pool&);
+    // y [rows, heads, dim] = x ∘ cos + (−second half of x, first half) ∘ sin, with cos and sin [rows, dim].
+    void (*rotate)(const Heads& x, int64_t rows, int64_t dim, const float* cos, int64_t cos_stride, const float* sin,
+                   int64_t sin_stride, float* y, const Pool&);
 };
 
 }  // namespace octavo::weights

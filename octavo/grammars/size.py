@@ -61,6 +61,63 @@ def measure_schema(schema: Mapping[str, Any]) -> None:
     _expect(product <= MAX_MULTIPLE * 100, f"its multipleOf have more states together than {MAX_MULTIPLE * 100}")
 
 
+def least_size(schema: Any) -> int:
+    """Characters that the shortest value of a schema may take, or of any part of it: an upper bound, as far as one can
+    be told without solving the schema."""
+    largest, depth, known, seen = 0, 0, dict[str, int](), dict[int, int]()
+
+    def least(part: Any) -> int:
+        nonlocal depth
+        if not isinstance(part, Mapping) or depth > MAX_DEPTH:
+            return 2
+        if id(part) not in seen:
+            depth += 1
+            seen[id(part)] = _least(part)
+            depth -= 1
+        return seen[id(part)]
+
+    def _least(part: Mapping[str, Any]) -> int:
+        nonlocal largest
+        if isinstance(reference := part.get("$ref"), str):
+            if reference not in known:
+                known[reference] = 0  # what refers to itself need not
+                known[reference] = least(_resolve(schema, reference))
+            return known[reference]
+        size = _constant(part) + len(str(part.get("pattern", ""))) + 40 * ("format" in part)
+        size += _count(part.get("minLength")) + 8 * _count(part.get("minProperties"))
+        size += _count(part.get("minItems")) * (2 + least(part.get("items", {})))
+        size += sum(2 + least(one) for one in _listed(part.get("prefixItems")))
+        size += sum(least(one) for one in _listed(part.get("allOf")))
+        size += max((least(one) for key in ("anyOf", "oneOf") for one in _listed(part.get(key))), default=0)
+        required, properties = _listed(part.get("required")), part.get("properties")
+        properties = properties if isinstance(properties, Mapping) else {}
+        size += sum(len(str(name)) + 6 + least(properties.get(name, {})) for name in required)
+        largest = max(largest, size, *(least(one) for one in properties.values()), 0)
+        return 2 + size
+
+    return max(least(schema), largest) + 8
+
+
+def _constant(part: Mapping[str, Any]) -> int:
+    given = [part["const"]] if "const" in part else _listed(part.get("enum"))
+    numbers = [part[key] for key in ("minimum", "maximum", "exclusiveMinimum", "multipleOf") if key in part]
+    return max((len(str(value)) + 2 for value in (*given, *numbers)), default=0)
+
+
+def _resolve(schema: Any, reference: str) -> Any:
+    for name in reference.removeprefix("#").split("/")[1:]:
+        schema = schema.get(name) if isinstance(schema, Mapping) else None
+    return schema
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _count(value: Any) -> int:
+    return int(value) if isinstance(value, int | float) and 0 < value < 1 << 31 else 0
+
+
 def regex_size(pattern: str) -> int:
     """Characters and classes of a pattern, each as often as its `{n}` repeat it: about what compiling it costs.
     Raises OctavoError where its groups are nested too deep."""

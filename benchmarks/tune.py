@@ -1,0 +1,184 @@
+"""What formats that are tuned layer by layer lose beside one format for all layers: KL over bits, as a picture.
+
+Models in float32, calibrated on PTB; what each part of the cache loses is measured on other windows of PTB, formats are
+chosen for several sizes, and all are measured by `octavo accuracy`'s own code on WikiText-2 and C4, which neither has
+seen. Whatever is done is kept in --out, and the same command goes on where it was interrupted.
+
+    python benchmarks/tune.py MODEL … --data ../shared/data/text --out benchmarks/results/tune.json --plot docs/tune.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from formats import AT_ONCE, BASELINE, calibrated, keep
+from machine import describe
+
+from octavo import KVFormat
+from octavo.cache.size import CacheSize
+from octavo.cli.progress import progress
+from octavo.corpus import load_texts
+from octavo.measure.accuracy.compare import compare
+from octavo.measure.candidate import Candidate
+from octavo.measure.report.svg import LIGHT, standalone
+from octavo.measure.tune.choice import choose, formats_of, token_budget
+from octavo.measure.tune.sensitivity import FEW, UNIFORM, Sensitivity, measure, parts_of, readings
+from octavo.models.model import Model
+from octavo.quant.calibration import Calibration
+from octavo.text_windows import consecutive_windows, token_windows
+
+TEXTS = ("wikitext2", "c4")
+FOR_ALL = (*UNIFORM, "k4v8")
+BITS = (4.5, 5.0, 5.5, 6.0, 6.125, 6.5, 7.0, 7.5)
+SEED = 7  # of the windows on which parts are measured; those of the calibration have 0
+KEPT = ("kl", "kl_error", "agreement", "tokens")
+COLOURS = ("c1", "c3")
+
+Document = dict[str, Any]
+
+
+def sensitivity(model: Model, calibration: Calibration, found: Document, args: argparse.Namespace) -> Sensitivity:
+    """What each part loses, kept between runs."""
+    name = model.path.name
+    if name not in found["parts"]:
+        windows = token_windows(load_texts("ptb", args.data), model.tokenizer, args.parts, args.length, seed=SEED)
+        with progress() as bar:
+            task = bar.add_task(f"{name}: parts", total=len(windows) * readings(model.bound))
+            measured = measure(model.bound, calibration, windows, lambda _: True, lambda: bar.advance(task))
+        found["parts"][name] = {
+            "windows": measured.windows, "length": measured.length, "uniform": measured.uniform,
+            "kl": [[part.layer, part.side, part.kl[FEW]] for part in measured.parts],
+        }  # fmt: skip
+        keep(args.out, found)
+    kept = found["parts"][name]
+    few = {(layer, side): kl for layer, side, kl in kept["kl"]}
+    return Sensitivity(
+        parts_of(model.bound, few, kept["uniform"]["kv8"]), kept["uniform"], kept["windows"], kept["length"]
+    )
+
+
+def candidates(model: Model, calibration: Calibration, parts: Sensitivity) -> list[tuple[Candidate, float | None]]:
+    """What is compared, each with the KL that it is expected to have on the windows of the parts."""
+    few = {part.side: sum(p.kl[FEW] for p in parts.parts if p.side == part.side) for part in parts.parts}
+    several: list[tuple[Candidate, float | None]] = [
+        (Candidate(name, KVFormat.parse(name), calibration), sum(few.values()) if name == "kv4" else None)
+        for name in FOR_ALL
+    ]
+    for bits in BITS:
+        chosen = choose(parts.parts, token_budget(parts, bits))
+        expected = sum(part.kl[codec] for part, codec in zip(parts.parts, chosen, strict=True))
+        formats = formats_of(model.bound, parts.parts, chosen)
+        several.append((Candidate(f"tuned, {bits:g} bits", formats, calibration), expected))
+    return several
+
+
+def compared(model: Model, calibration: Calibration, parts: Sensitivity, found: Document, text: str, args: Any) -> None:
+    """Add the rows of a text that are missing, and keep them after every few."""
+    how = {"model": model.path.name, "text": text, "window": args.window, "windows": args.windows}
+    known = {row["name"] for row in found["rows"] if how.items() <= row.items()}
+    missing = [pair for pair in candidates(model, calibration, parts) if pair[0].name not in known]
+    windows = consecutive_windows(load_texts(text, args.data, "test"), model.tokenizer, args.window, args.windows)
+    for group in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
+        with progress() as bar:
+            task = bar.add_task(f"{model.path.name} on {text}: {group[0][0].name} …", total=len(windows))
+            scores = compare(
+                model, BASELINE, [candidate for candidate, _ in group], windows,
+                lambda done, bar=bar, task=task: bar.update(task, completed=done),
+            )  # fmt: skip
+        for (candidate, expected), score in zip(group, scores[1:], strict=True):
+            row = how | {"name": candidate.name, "bits": bits(model, candidate), "expected_on_parts": expected}
+            found["rows"].append(row | {key: value for key, value in asdict(score).items() if key in KEPT})
+        keep(args.out, found | describe())
+
+
+def bits(model: Model, candidate: Candidate) -> float:
+    """Of a value, scales included."""
+    shapes = [shape for shape in model.bound.shapes if shape.shares is None]
+    values = sum(shape.kv_heads * (shape.k_dim + shape.v_dim) for shape in shapes)
+    return 8 * CacheSize.of(model.bound.shapes, candidate.format).token / values
+
+
+def table(found: Document) -> str:
+    """Markdown: bits and mean KL over the texts."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in found["rows"]):
+        own = [row for row in found["rows"] if row["model"] == model]
+        lines += [f"| {model} | bits a value | " + " | ".join(TEXTS) + " |", "|---|" + "---:|" * (1 + len(TEXTS))]
+        for name in sorted({row["name"] for row in own}, key=lambda name: -_of(own, name)[0]["bits"]):
+            rows = _of(own, name)
+            kl = {row["text"]: row["kl"] for row in rows}
+            cells = " | ".join(f"{kl[text]:.2e}" if text in kl else "" for text in TEXTS)
+            lines.append(f"| {name} | {rows[0]['bits']:.2f} | {cells} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(found: Document, path: Path) -> None:
+    """KL over bits, the mean of the texts: lines of tuned formats, points of one format for all layers."""
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["model"] for row in found["rows"]))
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for plot, model in zip(axes, models, strict=True):
+        own = [row for row in found["rows"] if row["model"] == model]
+        points = {name: _mean(_of(own, name)) for name in {row["name"] for row in own}}
+        ends = [points[name] for name in ("kv4", "kv8")]
+        tuned = sorted([point for name, point in points.items() if name.startswith("tuned")] + ends)
+        plot.plot(*zip(*tuned, strict=True), "o-", color=LIGHT["c1"], markersize=3.5, label="tuned, layer by layer")
+        uniform = {name: points[name] for name in FOR_ALL}
+        plot.plot(*zip(*uniform.values(), strict=True), "s", color=LIGHT["c3"], label="one format for all layers")
+        for name, point in uniform.items():
+            plot.annotate(name, point, (6, 4), textcoords="offset points", color=LIGHT["c3"])
+        plot.set_yscale("log")
+        plot.set_xlabel("bits a value, scales included")
+        plot.set_title(model, loc="left", fontsize=11)
+    axes[0].set_ylabel("KL from the unquantized cache, nats a token")
+    axes[0].legend(frameon=False, loc="lower left")
+    path.write_text(standalone(figure, "tune"))
+
+
+def _of(rows: list[Document], name: str) -> list[Document]:
+    return [row for row in rows if row["name"] == name]
+
+
+def _mean(rows: list[Document]) -> tuple[float, float]:
+    return rows[0]["bits"], sum(row["kl"] for row in rows) / len(rows)
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("models", nargs="*", type=Path)
+    cli.add_argument("--data", type=Path, help="folder of ptb.*.txt, wikitext2.*.txt, c4_sample.jsonl")
+    cli.add_argument("--work-dir", type=Path, default=Path("benchmarks/work"), help="where calibrations are kept")
+    cli.add_argument("--samples", type=int, default=8, help="calibration windows")
+    cli.add_argument("--seqlen", type=int, default=512, help="tokens in one of them")
+    cli.add_argument("--parts", type=int, default=2, help="windows on which each part is measured")
+    cli.add_argument("--length", type=int, default=512, help="tokens in one of them")
+    cli.add_argument("--window", type=int, default=1024)
+    cli.add_argument("--windows", type=int, default=1, help="of each text")
+    cli.add_argument("--out", type=Path, required=True)
+    cli.add_argument("--plot", type=Path, help="an .svg file")
+    args = cli.parse_args()
+
+    found: Document = {"benchmark": "tune", "parts": {}, "rows": []}
+    if args.out.is_file():
+        found |= json.loads(args.out.read_text())
+    for path in args.models:
+        model = Model.load(path, dtype="float32")
+        calibration = calibrated(model, args.samples, args.seqlen, args.data, args.work_dir)
+        parts = sensitivity(model, calibration, found, args)
+        for text in TEXTS:
+            compared(model, calibration, parts, found, text, args)
+        del model, calibration
+    print(table(found))
+    if args.plot is not None:
+        draw(found, args.plot)
+
+
+if __name__ == "__main__":
+    main()

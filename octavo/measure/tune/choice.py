@@ -1,0 +1,75 @@
+"""Which codec each layer's K and V get: the least loss within so many bytes, if losses add up.
+
+They do nearly: each is small, they come from independent rounding, and the divergence is quadratic in their sum. With
+that the choice is a knapsack, and dynamic programming over its bytes finds the best one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from octavo.cache.size import CacheSize, format_bytes
+from octavo.errors import OctavoError
+from octavo.measure.tune.sensitivity import Part, Sensitivity
+from octavo.models.bind import BoundModel
+from octavo.quant.format import SPAN, Codec, KVFormat, LayerFormats
+
+
+def choose(parts: Sequence[Part], budget: int) -> list[Codec]:
+    """A codec for each part: the least total KL of all choices of at most `budget` bytes a token, exactly."""
+    least = sum(min(part.nbytes.values()) for part in parts)
+    if least > budget:
+        values = sum(part.values for part in parts)
+        raise OctavoError(
+            f"{8 * budget / values:.2f} bits a value are too few: with 4 bits everywhere and a scale for each row "
+            f"it is {8 * least / values:.2f}"
+        )
+    extra = [{codec: size - min(part.nbytes.values()) for codec, size in part.nbytes.items()} for part in parts]
+    room = min(budget - least, sum(max(sizes.values()) for sizes in extra))
+    unit = math.gcd(*(size for sizes in extra for size in sizes.values())) or 1
+    best = torch.zeros(room // unit + 1, dtype=torch.float64)  # the least loss so far, with at most so many units
+    chosen: list[torch.Tensor] = []  # for each part, which of its codecs that takes
+    for part, sizes in zip(parts, extra, strict=True):
+        losses = torch.full((len(sizes), len(best)), math.inf, dtype=torch.float64)
+        for i, (codec, size) in enumerate(sizes.items()):
+            taken = size // unit
+            if taken < len(best):
+                losses[i, taken:] = best[: len(best) - taken] + part.kl[codec]
+        best, which = losses.min(0)
+        chosen.append(which)
+    left, found = len(best) - 1, []
+    for sizes, which in zip(reversed(extra), reversed(chosen), strict=True):
+        codec = list(sizes)[int(which[left])]
+        found.append(codec)
+        left -= sizes[codec] // unit
+    return found[::-1]
+
+
+def formats_of(bound: BoundModel, parts: Sequence[Part], codecs: Sequence[Codec]) -> LayerFormats:
+    """The layers' formats with these codecs for the parts. A layer that shares another's cache has its format."""
+    chosen = {(part.layer, part.side): codec for part, codec in zip(parts, codecs, strict=True)}
+    owners = (i if shape.shares is None else shape.shares for i, shape in enumerate(bound.shapes))
+    pairs = [(chosen[owner, "k"], chosen[owner, "v"]) for owner in owners]
+    return LayerFormats(tuple(KVFormat(k, v, 0 if k.is_raw and v.is_raw else SPAN) for k, v in pairs))
+
+
+def token_budget(sensitivity: Sensitivity, bits: float) -> int:
+    """Bytes of a token at so many bits a value, scales included."""
+    return int(bits * sensitivity.values / 8)
+
+
+def token_room(bound: BoundModel, memory: int, sessions: int, context: int) -> int:
+    """Bytes that a token's codes may take where `sessions` of `context` tokens are to fit into `memory`, raw pages and
+    whole blocks included."""
+    size = CacheSize.of(bound.shapes, KVFormat.parse("kv4"))
+    fixed, blocks = size.cache(0, sessions), sessions * size.blocks(context)
+    room = (memory - fixed) // (blocks * size.block_size)
+    if room < size.token:
+        raise OctavoError(
+            f"{sessions} sessions of {context:,} tokens take {format_bytes(size.cache(blocks, sessions))} with 4 bits "
+            f"everywhere, which is more than --memory {format_bytes(memory)}: fewer, shorter, or more memory"
+        )
+    return room

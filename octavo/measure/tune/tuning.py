@@ -1,0 +1,92 @@
+"""What `octavo tune` does: measure each part of the cache alone, choose, and measure the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from octavo.measure.tune.choice import choose, formats_of
+from octavo.measure.tune.sensitivity import FEW, SIDES, UNIFORM, Sensitivity, losses
+from octavo.models.bind import BoundModel
+from octavo.quant.calibration import Calibration
+from octavo.quant.format import KVFormat, LayerFormats
+from octavo.quant.tuned import Header, Tuned
+
+
+@dataclass(frozen=True)
+class Row:
+    """Formats of all layers, and what they lose: mean KL, nats a token, measured, and expected if losses add up."""
+
+    name: str
+    bits: float  # of a value, scales included
+    kl: float
+    expected: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was chosen, and how it compares with one format for all layers over the same windows."""
+
+    formats: LayerFormats
+    sensitivity: Sensitivity
+    rows: list[Row]  # by bits, the chosen ones among them
+    text: str
+
+    @property
+    def chosen(self) -> Row:
+        return next(row for row in self.rows if row.name == self.formats.name)
+
+    def artefact(self, fingerprint: str) -> Tuned:
+        found, row = self.sensitivity, self.chosen
+        kl = torch.full((len(self.formats), 2), torch.nan)
+        for part in found.parts:
+            kl[part.layer, SIDES.index(part.side)] = part.kl[FEW]
+        names = [str(format) for format in self.formats]
+        header = Header(fingerprint, names, row.bits, row.kl, row.expected, self.text, found.windows, found.length)
+        return Tuned(header, kl)
+
+    def document(self) -> dict[str, Any]:
+        """The numbers, ready for JSON."""
+        found = self.sensitivity
+        return {
+            "text": self.text,
+            "windows": found.windows,
+            "window": found.length,
+            "rows": [vars(row) for row in self.rows],
+            "layers": [str(format) for format in self.formats],
+            "kl_of_4_bits": [
+                {"layer": part.layer, "side": part.side, "kl": part.kl[FEW]} for part in found.parts
+            ],
+        }  # fmt: skip
+
+
+def tune(
+    bound: BoundModel,
+    calibration: Calibration | None,
+    sensitivity: Sensitivity,
+    budget: int,
+    windows: Sequence[Sequence[int]],
+    text: str,
+    progress: Callable[[], None],
+) -> Tuning:
+    """The formats that lose least within `budget` bytes a token, measured once over `windows`, those of `sensitivity`,
+    which are of `text`."""
+    formats = formats_of(bound, sensitivity.parts, choose(sensitivity.parts, budget))
+    found = [next(losses(bound, calibration, window, [formats], progress)) for window in windows]
+    measured = sensitivity.uniform | {formats.name: sum(found) / len(found)}
+    each = {name: [KVFormat.parse(name)] * len(formats) for name in UNIFORM} | {formats.name: list(formats)}
+    rows = []
+    for name, own in each.items():
+        bits, expected = _sums(sensitivity, own)
+        rows.append(Row(name, bits, measured[name], expected))
+    return Tuning(formats, sensitivity, sorted(rows, key=lambda row: -row.bits), text)
+
+
+def _sums(sensitivity: Sensitivity, formats: Sequence[KVFormat]) -> tuple[float, float]:
+    """Bits of a value, and the expected KL, of these formats of the layers."""
+    parts = [(part, getattr(formats[part.layer], part.side)) for part in sensitivity.parts]
+    size = sum(part.nbytes[own] for part, own in parts)
+    return 8 * size / sensitivity.values, sum(part.kl[own] for part, own in parts)

@@ -1,0 +1,13 @@
+"""Calls of functions: how models write them, how they are read as they come, how answers are held to their schemas.
+
+Every family of chat templates has a syntax of its own, in a file of its own; `syntax_of` tells it by the template.
+"""
+
+from __future__ import annotations
+
+from octavo.serve.calls.families import plain, syntax_of
+from octavo.serve.calls.held import held_grammar
+from octavo.serve.calls.reader import CallPiece, FreeReader, HeldReader, Reader
+from octavo.serve.calls.syntax import Syntax
+
+__all__ = ["CallPiece", "FreeReader", "HeldReader", "Reader", "Syntax", "held_grammar", "plain", "syntax_of"]

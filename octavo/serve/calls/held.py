@@ -1,0 +1,61 @@
+"""Answers that are held to calls: a grammar in Lark's form, made of a family's syntax and the functions' parameters.
+
+With `must`, the answer is calls and nothing else. Without, it is free text, and a call is held to its function's schema
+from its beginning on (vLLM and others call that a structural tag). Functions that are not `strict` are then held to any
+JSON object.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from octavo.grammars.sources import json_rule, literal
+from octavo.serve.calls.syntax import Syntax
+
+MOST_CALLS = 32  # in one answer; models that know no end would never stop calling
+ANY: dict[str, Any] = {"type": "object"}
+
+
+def held_grammar(
+    syntax: Syntax, functions: Sequence[Mapping[str, Any]], added: Mapping[str, int], *, must: bool, parallel: bool
+) -> str:
+    """The grammar. `added` are the tokenizer's own tokens for whole texts, such as `<tool_call>`."""
+
+    def text(*parts: str) -> str:
+        return _text("".join(parts), added)
+
+    begin, more = text(syntax.begin), parallel and syntax.joint is not None
+    block = "call"
+    if parallel and syntax.separator is not None:
+        block = f"call ({text(syntax.separator)} call){{0,{MOST_CALLS - 1}}}"
+    names = [f"{text(one['name'], syntax.between)} arguments_{i}" for i, one in enumerate(functions)]
+    rules = [
+        f"inside: {text(syntax.opening)} {block} {text(syntax.closing, syntax.end)}",
+        f"call: {text(syntax.before)} name {text(syntax.after)}",
+        f"name: {' | '.join(names)}",
+        *(f"arguments_{i}: {json_rule(_arguments(one, must))}" for i, one in enumerate(functions)),
+    ]
+    if must:
+        first = "" if syntax.bare else begin
+        following = f"({text(syntax.joint or '')} {begin} inside){{0,{MOST_CALLS - 1}}}" if more else ""
+        return "\n".join([f"start: {first} inside {following}", *rules])
+    if syntax.bare:
+        start = f"start: inside | {begin} inside | FREE?" if begin else "start: inside | FREE?"
+        return "\n".join([start, *rules, r"FREE: /[^{\[ \t\r\n](.|\n)*/"])
+    head = f"head: TEXT {begin} | spelled" if syntax.begin in added or syntax.marks else "head: spelled"
+    start = f"start: (head inside){{0,{MOST_CALLS if more else 1}}} TEXT"
+    spelled = f"spelled[lazy]: /(.|\\n)*{re.escape(syntax.begin).replace('/', '[/]')}/"
+    return "\n".join([start, head, *rules, spelled, r"TEXT: /(.|\n)*/"])
+
+
+def _arguments(function: Mapping[str, Any], must: bool) -> Mapping[str, Any]:
+    return (function.get("parameters") or ANY) if must or function.get("strict") else ANY
+
+
+def _text(text: str, added: Mapping[str, int]) -> str:
+    """A text as a part of the grammar: tokens that stand for whole texts are no letters to it."""
+    own = sorted((one for one in added if one and one in text), key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, own))})", text) if own else [text]
+    return " ".join(f"<[{added[part]}]>" if part in added else literal(part) for part in parts if part)

@@ -1,0 +1,106 @@
+"""From what was asked to what the model is given: token ids, sampling parameters, and the tokens that are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from octavo.engine.params import SamplingParams
+from octavo.llm import LLM
+from octavo.serve.asked import Asked, Conversation, Prompt
+from octavo.serve.calls import FreeReader, HeldReader, Syntax, held_grammar, syntax_of
+from octavo.text import Message, encode_chat, encode_prompt
+
+
+@dataclass(frozen=True)
+class Question:
+    """One answer's request to the engine."""
+
+    tokens: list[int]
+    params: SamplingParams
+    marks: Mapping[int, str] = field(default_factory=dict)  # special tokens that are shown, with their texts
+    names: Mapping[str, str] = field(default_factory=dict)  # the request's own names of parameters
+
+
+class Functions:
+    """How the model that is served calls functions."""
+
+    def __init__(self, llm: LLM):
+        template = llm.tokenizer.get_chat_template(tools=[{}]) if llm.tokenizer.chat_template else ""
+        self.syntax: Syntax = syntax_of(template)
+        special = set(llm.tokenizer.all_special_ids)
+        self.added = {str(token): id for id, token in llm.tokenizer.added_tokens_decoder.items()}
+        marks = {self.added[mark]: mark for mark in self.syntax.marks if mark in self.added}
+        self.marks = {id: mark for id, mark in marks.items() if id in special}
+
+    def reader(self, conversation: Conversation) -> partial[FreeReader] | partial[HeldReader] | None:
+        """What makes readers of answers; None where no function may be called."""
+        if not conversation.functions:
+            return None
+        if _holds(conversation):
+            return partial(HeldReader, self.syntax)
+        return partial(FreeReader, self.syntax, [function["name"] for function in conversation.functions])
+
+    def held(self, conversation: Conversation) -> str | None:
+        """The grammar of answers, where they are held to one."""
+        if not _holds(conversation):
+            return None
+        only, parallel = conversation.only, conversation.parallel and conversation.only is None
+        functions = [one for one in conversation.functions if only in (None, one["name"])]
+        return held_grammar(self.syntax, functions, self.added, must=conversation.must_call, parallel=parallel)
+
+    def messages(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages with what templates read beyond OpenAI's form: ids of calls as they take them, and the name of the
+        function whose result a message is."""
+        names: dict[str, str] = {}
+        known = self.syntax.known_id
+        told = []
+        for message in messages:
+            if calls := message.get("tool_calls"):
+                names |= {call["id"]: call["function"]["name"] for call in calls}
+                message = {**message, "tool_calls": [{**call, "id": known(call["id"])} for call in calls]}
+            if (id := message.get("tool_call_id")) is not None:
+                message = {"name": names.get(id), **message, "tool_call_id": known(id)}
+            told.append({name: value for name, value in message.items() if value is not None})
+        return told
+
+
+def _holds(conversation: Conversation) -> bool:
+    return conversation.must_call or any(function.get("strict") for function in conversation.functions)
+
+
+def questions(llm: LLM, functions: Functions, asked: Asked, defaults: Mapping[str, Any]) -> list[Question]:
+    """What the engine is asked for each answer; raises OctavoError for what cannot be served."""
+    found = []
+    for prompt in asked.prompts:
+        sampling, names = dict(asked.sampling), dict(asked.names)
+        marks: Mapping[int, str] = {}
+        if isinstance(prompt, Conversation) and prompt.functions:
+            marks = functions.marks
+            if (grammar := functions.held(prompt)) is not None:
+                sampling["grammar"], names["grammar"] = grammar, "tools"
+        params = SamplingParams(**{**defaults, **sampling})
+        tokens = _tokens(llm, functions, asked, prompt)
+        for i in range(asked.n):  # a seed gives each answer its own
+            own = params if params.seed is None else replace(params, seed=(params.seed + i) % (1 << 64))
+            found.append(Question(tokens, own, marks, names))
+    return found
+
+
+def _tokens(llm: LLM, functions: Functions, asked: Asked, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, Conversation):
+        tools = [{"type": "function", "function": one} for one in prompt.functions]
+        messages = functions.messages(prompt.messages)
+        tokens = encode_chat(llm.tokenizer, messages, tools, prompt.reply, prompt.go_on, prompt.variables)
+    elif isinstance(prompt, str) and asked.special_tokens:
+        tokens = encode_prompt(llm.tokenizer, prompt)
+    elif isinstance(prompt, str):
+        tokens = list(llm.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    else:
+        tokens = list(prompt)
+    most = asked.longest_prompt
+    if most is None or most == 0:
+        return tokens
+    return tokens[-(llm.engine.scheduler.max_context - 1 if most == -1 else most) :]

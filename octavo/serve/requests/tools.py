@@ -1,0 +1,66 @@
+"""The functions that a model may call, and which it must."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from octavo.serve.requests.strict import Name, Schema, Strict
+
+
+class Function(Strict):
+    name: Name
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class Tools(Strict):
+    """The fields of a chat request that are about calls."""
+
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _tools_that_are_chosen(self) -> Self:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(names) != len(set(names)):
+            raise ValueError("tools: two have the same name")
+        if self.tool_choice not in (None, "none", "auto") and not names:
+            raise ValueError("tool_choice: there are no tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError("tool_choice: there is no tool of that name")
+        return self
+
+    @property
+    def callable(self) -> list[dict[str, Any]]:
+        """The functions that an answer may call."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.function.model_dump(exclude_none=True) for tool in self.tools or ()]
+
+    def choice(self) -> dict[str, Any]:
+        """The fields of Conversation that are about calls."""
+        named = isinstance(self.tool_choice, NamedTool)
+        return {
+            "functions": self.callable,
+            "must_call": named or self.tool_choice == "required",
+            "only": self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None,
+            "parallel": self.parallel_tool_calls is not False,
+        }
