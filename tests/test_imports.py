@@ -33,6 +33,7 @@ ORDER = (
     ("completion", "inputs"),
     ("calibrate",),
     ("attachment", "llm"),
+    ("llm_plugin", "plain_sessions"),
     ("corpus", "text_windows"),
     ("quantize",),
     ("serve",),
