@@ -48,7 +48,7 @@ COMPUTED = torch.float32 if cpu.exact else torch.bfloat16
 
 class Sequence:
     def __init__(self, number: int, tokens: int, new: int, blocks: list[int], span: int):
-        self.tokens, self.num_cached, self.block_table = [0] * tokens, tokens - new, blocks
+        self.tokens, self.num_cached, self.tables = [0] * tokens, tokens - new, [blocks]
         self.first_page = number * (1 + span // BLOCK)
         self.ring = self.first_page + 1
 

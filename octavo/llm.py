@@ -128,10 +128,11 @@ class LLM:
         plans = plan_layers(bound.shapes, self.format, self.calibration, granularity, headroom)
         layout = backend_for(plans).layout
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
-        cost = CacheSize.of(bound.shapes, [plan.format for plan in plans], layout.block_size)
+        in_step = max(max_batch_tokens, max_batch_size)
+        cost = CacheSize.of(bound.shapes, [plan.format for plan in plans], layout.block_size, in_step)
 
         def cache_of(blocks: int) -> KVCache:
-            return KVCache(plans, blocks, layout, cost.raw_pages(max_batch_size))
+            return KVCache(plans, cost.pools(blocks, max_batch_size), layout, cost.raw_pages(max_batch_size))
 
         step, device = 0, device_of(bound.device)
         if device.asynchronous:

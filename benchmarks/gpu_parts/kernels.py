@@ -29,7 +29,7 @@ CASES = [(64, 8192, 32, 8), (64, 8192, 32, 32), (8, 8192, 32, 8), (1, 32768, 32,
 
 class Session:
     def __init__(self, tokens: int, new: int, blocks: list[int], pages: list[int]):
-        self.tokens, self.num_cached, self.block_table = [0] * tokens, tokens - new, blocks
+        self.tokens, self.num_cached, self.tables = [0] * tokens, tokens - new, [blocks]
         self.first_page, self.ring = pages[:2]
 
 

@@ -40,6 +40,11 @@ class Row:
         self.block_table: list[int] = []
 
     @property
+    def tables(self) -> list[list[int]]:
+        """One for all layers: what lies behind a window stays."""
+        return [self.block_table]
+
+    @property
     def tokens(self) -> Sequence[int]:
         """As many as there are once the step is done. Which they are only the model knows."""
         return range(self.num_cached + self.num_new)

@@ -23,8 +23,11 @@ class Cached(Protocol):
     @property
     def tokens(self) -> Sequence[int]: ...
 
+    @property
+    def tables(self) -> list[list[int]]:
+        """Its blocks in each group of layers, or one table for all of them."""
+
     num_cached: int  # tokens whose K and V are in the cache
-    block_table: list[int]
     first_page: int  # the raw page of page 0, where the format has edges
     ring: int  # the first of the raw pages of its own span
 
@@ -39,8 +42,9 @@ class Batch:
 
     ids: Tensor  # [T]
     positions: Tensor  # [T]
+    # Of group 0:
     slots: Tensor  # [T] where each row's K and V go: block·block_size + place, or −1: nowhere
-    block_table: Tensor  # [B, most blocks]; beyond a sequence's own, any block, never visible
+    block_table: Tensor  # [B, most blocks]; beyond a sequence's own, and behind a window, any block, never visible
     q_start: Tensor  # [B + 1] each sequence's first row, and T
     kv_len: Tensor  # [B] tokens each sequence can see once the new ones are written; 0 for a padded row
     q_lens: list[int]  # new tokens of each sequence
@@ -50,7 +54,8 @@ class Batch:
     raw_slots: Tensor | None = None  # [T] raw page·block_size + place; −1: the row is at no edge once the step is done
     first: Tensor | None = None  # [B] raw page of page 0
     ring: Tensor | None = None  # [B] first of span/block_size raw pages in a row: row t beyond page 0 is at t mod span
-    plan: dict[Any, Any] = field(default_factory=dict)  # what an attention implementation keeps for all layers
+    plan: dict[Any, Any] = field(default_factory=dict)  # what an attention implementation keeps for a group's layers
+    others: list[Batch] = field(default_factory=list)  # the step as the other groups have it: their slots and tables
 
     @classmethod
     def build(
@@ -69,21 +74,18 @@ class Batch:
         else:
             kv_lens = [len(sequence.tokens) + 1 for sequence, _ in work]
             ids = newest
-        widest = max(len(sequence.block_table) for sequence, _ in work)
-        blocks = array("q")  # from a list of lists torch takes twenty times as long
-        for sequence, _ in work:
-            own = sequence.block_table
-            blocks.extend(own + own[-1:] * (widest - len(own)))
-        table = torch.frombuffer(blocks, dtype=torch.int64).view(len(work), widest)
-
         lens, kv_len = torch.tensor(q_lens), torch.tensor(kv_lens)
         ends = lens.cumsum(0)
         row = torch.repeat_interleave(lens)  # which sequence each row is of
         positions = torch.arange(len(row)) + (kv_len - ends)[row]
-        slots = table[row, positions // block_size] * block_size + positions % block_size
+        slots, table = [], []
+        for group in range(len(work[0][0].tables)):
+            table.append(_table([sequence.tables[group] for sequence, _ in work]))
+            slots.append(table[-1][row, positions // block_size] * block_size + positions % block_size)
         due = [end >= len(sequence.tokens) for (sequence, _), end in zip(work, kv_lens, strict=True)]
         q_start = torch.cat([ends.new_zeros(1), ends])
-        batch = cls(ids, positions, slots, table, q_start, kv_len, q_lens, kv_lens, ends[torch.tensor(due)] - 1)
+        logits_at = ends[torch.tensor(due)] - 1
+        batch = cls(ids, positions, slots[0], table[0], q_start, kv_len, q_lens, kv_lens, logits_at)
         if span:
             batch.first = torch.tensor([sequence.first_page for sequence, _ in work])
             batch.ring = torch.tensor([sequence.ring for sequence, _ in work])
@@ -91,7 +93,15 @@ class Batch:
             at_ring = batch.ring[row] * block_size + positions % span
             at_edge = torch.where(positions >= begins[row], at_ring, -1)
             batch.raw_slots = torch.where(positions < block_size, batch.first[row] * block_size + positions, at_edge)
+        batch.others = [
+            replace(batch, slots=own, block_table=other, plan={})
+            for own, other in zip(slots[1:], table[1:], strict=True)
+        ]
         return batch
+
+    def of(self, group: int) -> Batch:
+        """The step as the layers of a group have it. Where it was built of one table, all groups have that."""
+        return self.others[group - 1] if group and self.others else self
 
     def at(self, offset: int) -> Batch:
         """The same step with its rows placed `offset` positions later, as calibration places its windows."""
@@ -103,8 +113,20 @@ class Batch:
         if not tensors:
             return self
         if device not in self.plan:
-            self.plan[device] = replace(self, **_moved(tensors, device), plan={})
+            moved = replace(self, **_moved(tensors, device), plan={})
+            own = [_moved({"slots": other.slots, "block_table": other.block_table}, device) for other in self.others]
+            moved.others = [replace(moved, **tensors, plan={}, others=[]) for tensors in own]
+            self.plan[device] = moved
         return self.plan[device]
+
+
+def _table(blocks: list[list[int]]) -> Tensor:
+    """Tables of different lengths as one tensor, [tables, longest]."""
+    widest = max(map(len, blocks))
+    flat = array("q")  # from a list of lists torch takes twenty times as long
+    for own in blocks:
+        flat.extend(own + own[-1:] * (widest - len(own)))
+    return torch.frombuffer(flat, dtype=torch.int64).view(len(blocks), widest)
 
 
 def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:

@@ -7,14 +7,6 @@ is touched only where it is needed, then those that were never used, then the le
 blocks from the tail, so the beginning of a prefix outlives its end.
 
     free ∪ referenced = all blocks, disjoint        a block table is append-only: a block never moves
-
-Where a format has edges, queries read the rows of page 0 and of their own span raw, and the codes of all pages between.
-These rows lie in raw pages, each as large as a block. A running sequence has
-
-    first   page 0, shared with every sequence of the same first block: a prefix hit needs both
-    ring    span/block_size pages in a row: row t beyond page 0 lies at t mod span, until the next span overwrites it
-
-so a hit is cut to whole spans, and a sequence that stops running gives both back.
 """
 
 from __future__ import annotations
@@ -42,9 +34,9 @@ def prefix_hash(parent: bytes | None, tokens: Tokens[int]) -> bytes:
 class BlockPool:
     """Hands out, shares and takes back `num_blocks` blocks of `block_size` tokens."""
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True, edges: EdgePool | None = None):
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True, reach: int | None = None):
         self.block_size = block_size
-        self.edges = edges  # of the raw pages, where the cache has some
+        self.reach = reach  # no query sees more than this many last tokens, its own included; None: all
         self.prefix_caching = prefix_caching
         self.blocks = [Block() for _ in range(num_blocks)]
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # oldest first
@@ -67,6 +59,10 @@ class BlockPool:
         """Blocks that `tokens` tokens need."""
         return -(-tokens // self.block_size)
 
+    def behind(self, tokens: int) -> int:
+        """Leading blocks that no query sees any more once so many tokens are stored."""
+        return 0 if self.reach is None else max(0, tokens - self.reach + 1) // self.block_size
+
     def take(self) -> int:
         """A block of one's own; what it held is forgotten. The caller has looked at `len(pool.free)`."""
         index, _ = self.free.popitem(last=False)
@@ -76,9 +72,10 @@ class BlockPool:
         return index
 
     def share(self, table: Tokens[int]) -> None:
-        """Add a reference to each block of a table that someone holds."""
+        """Add a reference to each block of a table."""
         for index in table:
             self.blocks[index].references += 1
+            self.free.pop(index, None)
 
     def grow(self, count: int) -> None:
         """Have `count` more blocks, all free."""
@@ -87,9 +84,8 @@ class BlockPool:
 
     def prefix_blocks(self, tokens: Tokens[int]) -> int:
         """Most blocks that a hit on `tokens` can have: whole ones, and never that of the last token, whose logits are
-        still to be computed; and a shared block is never written. With edges whole spans."""
-        whole = 1 if self.edges is None else self.edges.ring_pages
-        return max(0, len(tokens) - 1) // self.block_size // whole * whole
+        still to be computed; and a shared block is never written."""
+        return max(0, len(tokens) - 1) // self.block_size
 
     def prefixes(self, tokens: Tokens[int]) -> Iterator[tuple[bytes, tuple[int, ...]]]:
         """Of each block that a hit on `tokens` can have, the hash of the prefix that it ends, and its own tokens."""
@@ -99,27 +95,10 @@ class BlockPool:
             parent = prefix_hash(parent, own)
             yield parent, own
 
-    def find(self, tokens: Tokens[int]) -> list[tuple[int, bytes]]:
-        """Blocks that hold the longest cached prefix of `tokens`, each with its hash. With edges it is whole spans, and
-        its first page is there."""
-        found: list[tuple[int, bytes]] = []
-        for prefix, own in self.prefixes(tokens):
-            index = self.by_prefix.get(prefix)
-            if index is None or self.blocks[index].tokens != own:
-                break
-            found.append((index, prefix))
-        if self.edges is None:
-            return found
-        whole = len(found) // self.edges.ring_pages * self.edges.ring_pages
-        return found[:whole] if self.edges.find(tokens) is not None else []
-
-    def match(self, tokens: Tokens[int]) -> list[tuple[int, bytes]]:
-        """As `find`, with a reference on each block."""
-        found = self.find(tokens)
-        for index, _ in found:
-            self.blocks[index].references += 1
-            self.free.pop(index, None)
-        return found
+    def lookup(self, prefix: bytes, own: tuple[int, ...]) -> int | None:
+        """The block that ends that prefix with the tokens `own`."""
+        index = self.by_prefix.get(prefix)
+        return index if index is not None and self.blocks[index].tokens == own else None
 
     def seal(self, index: int, parent: bytes | None, tokens: Tokens[int]) -> bytes:
         """Remember a block that has become full of `tokens`; returns the hash of the prefix it ends.
@@ -147,8 +126,6 @@ class BlockPool:
         """Forget every cached prefix, so that the next request is a cold one."""
         for index in list(self.by_prefix.values()):
             self._forget(index)
-        if self.edges is not None:
-            self.edges.firsts.clear()
 
     def check(self) -> None:
         """Raise AssertionError unless every block is either free or referenced and every hash leads to its block."""
@@ -162,60 +139,3 @@ class BlockPool:
         if block.prefix is not None:
             del self.by_prefix[block.prefix]
         block.prefix, block.tokens = None, ()
-
-
-class EdgePool:
-    """The raw pages of a cache: `sessions` rings, and first pages of what is left of `pages`."""
-
-    def __init__(self, span: int, block_size: int, pages: int, sessions: int, prefix_caching: bool = True):
-        self.block_size, self.ring_pages = block_size, span // block_size
-        self.rings = BlockPool(sessions, span, prefix_caching=False)
-        self.firsts = BlockPool(max(0, pages - sessions * self.ring_pages), block_size, prefix_caching)
-        if len(self.firsts) < sessions:
-            raise ValueError(f"{pages} raw pages are too few for {sessions} sequences")
-
-    @property
-    def used(self) -> int:
-        """Raw pages that running sequences hold; one that several share counts once."""
-        return self.rings.used * self.ring_pages + self.firsts.used
-
-    def find(self, tokens: Tokens[int]) -> int | None:
-        """The cached first page of `tokens`."""
-        found = self.firsts.find(tokens[: self.block_size + 1])
-        return self._page(found[0][0]) if found else None
-
-    def take(self, tokens: Tokens[int], hit: bool) -> tuple[int, int]:
-        """First page and ring for a sequence that starts: with a hit the cached first page, else one of its own. There
-        is one for each of `sessions` sequences."""
-        hits = self.firsts.match(tokens[: self.block_size + 1]) if hit else []
-        first = self._page(hits[0][0]) if hits else self.take_first()
-        return first, self.rings.take() * self.ring_pages
-
-    def take_first(self) -> int:
-        """A first page of one's own; what it held is forgotten. The caller has looked at `firsts.free`."""
-        return self._page(self.firsts.take())
-
-    def seal(self, first: int, tokens: Tokens[int]) -> None:
-        """Remember a first page that has become full of `tokens`."""
-        self.firsts.seal(self._index(first), None, tokens)
-
-    def release(self, first: int, ring: int | None) -> None:
-        """Give back what `take` gave, or `take_first`."""
-        self.firsts.release([self._index(first)])
-        if ring is not None:
-            self.rings.release([ring // self.ring_pages])
-
-    def check(self, held: Tokens[tuple[int, int]]) -> None:
-        """Raise AssertionError unless the pools are whole and `held`, the first pages and rings of those who run, are
-        all that is referenced."""
-        for pool in (self.firsts, self.rings):
-            pool.check()
-            assert sum(block.references for block in pool.blocks) == len(held), "a raw page leaked"
-        assert all(self.firsts.blocks[self._index(first)].references for first, _ in held), "a first page was lost"
-        assert len({ring for _, ring in held}) == len(held), "two sequences share a ring"
-
-    def _page(self, first: int) -> int:
-        return len(self.rings) * self.ring_pages + first
-
-    def _index(self, page: int) -> int:
-        return page - len(self.rings) * self.ring_pages

@@ -30,6 +30,7 @@ class LayerShape:
     device: torch.device = CPU
     shares: int | None = None  # reads the cache of that earlier layer and writes none of its own
     dtype: torch.dtype = torch.float32  # of the model's own K and V
+    reach: int | None = None  # no query sees more than this many last rows, its own included; None: all
 
     @property
     def raw_codec(self) -> Codec:
@@ -63,6 +64,13 @@ class LayerPlan:
         """K, then V: its codec, its dim and its static part."""
         yield "k", self.format.k, self.shape.k_dim, self.k
         yield "v", self.format.v, self.shape.v_dim, self.v
+
+
+def reaches(shapes: Sequence[LayerShape]) -> list[int | None]:
+    """The reaches of the layers that have a cache of their own, the widest first. Layers of one reach are a group with
+    block tables of its own: what lies behind its reach is freed."""
+    found = {shape.reach for shape in shapes if shape.shares is None}
+    return sorted(found, key=lambda reach: -float("inf") if reach is None else -reach)
 
 
 def plan_layers(

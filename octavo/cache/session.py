@@ -2,9 +2,10 @@
 
 The file is an artefact (octavo/artefact.py). Its tensors are the rows of whole blocks, `layers.{i}.{k,v}.codes` [heads,
 tokens, width] and, in token formats, `….scales` [heads, tokens], and with edges the raw rows of page 0,
-`layers.{i}.first.{k,v}.codes`; in no layout of a device's or kernel's: what one wrote another reads. Its header holds
-the tokens and what the codes mean. It comes first in the file, so that an incomplete file still has the tokens, from
-which codes can be computed again; damaged codes are never used.
+`layers.{i}.first.{k,v}.codes`; in no layout of a device's or kernel's: what one wrote another reads. `rows` [1] is how
+many tokens they are of; a layer with a sliding window has the last ones, as far as a query after them sees. The header
+holds the tokens and what the codes mean. It comes first in the file, so that an incomplete file still has the tokens,
+from which codes can be computed again; damaged codes are never used.
 
 The last, partly filled block is left out: its tokens, fewer than a block has, are computed again with what follows.
 """
@@ -23,19 +24,27 @@ from torch import Tensor
 
 from octavo import artefact
 from octavo.artefact import Artefact, Damaged
-from octavo.cache.blocks import BlockPool
 from octavo.cache.layout import RowLayout
 from octavo.cache.plan import CPU
+from octavo.cache.pool import CachePool
 from octavo.cache.store import KVCache, RowStore
 from octavo.errors import OctavoError
 
-VERSION = 2
+VERSION = 3
 
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 FIRST = ".first."  # in the names of page 0's raw rows
+ROWS = "rows"
 
 Codes = dict[str, Tensor]  # rows, by the names above
-Copies = list[tuple[Tensor, Tensor | None]]  # codes and scales of some blocks of every store, in its own layout
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The first `count` blocks of a prefix, of layers with a window the last of them, and its first raw page."""
+
+    count: int
+    stores: list[tuple[Tensor, Tensor | None]]  # codes and scales of every store, in its own layout
 
 
 @dataclass(frozen=True)
@@ -130,19 +139,19 @@ class SavedSession:
         """The rows, for a cache that they are of. Raises Damaged unless they are what was written and what such a cache
         holds, OctavoError where the file cannot be read."""
         codes = self.file.tensors()
-        expected = _kinds(cache)
+        count = codes.get(ROWS, torch.empty(0))
+        if count.dtype != torch.int64 or count.shape != (1,) or not 0 <= int(count) <= len(self.tokens):
+            raise Damaged(f"{self.path}: it does not say of how many of its tokens it holds rows")
+        expected = _kinds(cache, int(count))
         if codes.keys() != expected.keys():
             strange = sorted(codes.keys() ^ expected.keys())[0]
             raise Damaged(f"{self.path}: the tensor {strange} is {'missing' if strange in expected else 'unknown'}")
         for name, tensor in codes.items():
-            dtype, heads, width = expected[name]
-            count = rows(codes) if FIRST not in name else min(rows(codes), cache.layout.block_size)
-            if tensor.dtype != dtype or tensor.shape != (heads, count, *width):
+            dtype, shape = expected[name]
+            if tensor.dtype != dtype or tensor.shape != shape:
                 raise Damaged(f"{self.path}: the tensor {name} does not have the shape or type of this cache's rows")
             if dtype.is_floating_point and not torch.isfinite(tensor).all():
                 raise Damaged(f"{self.path}: the tensor {name} holds values that are not finite")
-        if rows(codes) > len(self.tokens):
-            raise Damaged(f"{self.path}: it holds more rows than tokens")
         return codes
 
 
@@ -152,55 +161,70 @@ def save(path: Path, tokens: Tokens[int], codes: Codes, identity: Identity, abou
     return artefact.write(path, header, codes, private=True)
 
 
-def copy_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int]) -> Copies:
+def copy_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int]) -> Copies:
     """A copy of the blocks that hold the longest cached prefix of `tokens`, and of its first raw page."""
-    blocks = [index for index, _ in pool.find(tokens)]
-    first = pool.edges.find(tokens) if pool.edges is not None and blocks else None
-    copies: Copies = []
-    for name, store in _stores(cache):
-        pages = blocks if FIRST not in name else [] if first is None else [first]
+    hit = pool.find(tokens)
+    first = pool.edges.find(tokens) if pool.edges is not None and hit else None
+    seen = [table[behind:] for table, behind in zip(hit.tables, pool.behinds(len(hit)), strict=True)]
+    copies = []
+    for name, group, store in _stores(cache):
+        pages = seen[group] if FIRST not in name else [] if first is None else [first]
         here = torch.tensor(pages, dtype=torch.int64, device=store.codes.device)
         copies.append((store.codes[here], store.scales[here] if store.scales is not None else None))
-    return copies
+    return Copies(len(hit), copies)
 
 
-def paste_prefix(cache: KVCache, pool: BlockPool, tokens: Tokens[int], copies: Copies) -> None:
+def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: Copies) -> None:
     """Put copies of the first blocks of `tokens` into free blocks, and of page 0's raw rows into a free raw page, where
     sequences find them as if one had computed them.
 
-    What is cached already stays as it is. If too few blocks are free, the end is left out.
+    What is cached already stays as it is. If too few blocks are free, the end is left out. Of layers with a window
+    there are copies of the last blocks alone: where these cannot be put at the prefix's end, nothing is.
     """
-    hits, size, edges = pool.match(tokens), pool.block_size, pool.edges
-    whole = min(len(copies[0][0]), pool.prefix_blocks(tokens))
-    if whole and edges is not None and not hits and not edges.firsts.free:
-        return  # nobody could start on the blocks
-    first = edges.take_first() if whole and edges is not None and not hits else None
-    new = [pool.take() for _ in range(min(whole - len(hits), len(pool.free)))]
-    part = slice(len(hits), len(hits) + len(new))
+    hit, size, edges = pool.match(tokens), pool.block_size, pool.edges
+    whole = min(copies.count, pool.prefix_blocks(tokens))
+    if pool.reach is None:
+        whole = min(whole, len(hit) + len(pool.free))
+    starts = pool.behinds(copies.count)  # of each group: the first block that is copied, and those to be put
+    parts = [range(max(len(hit), behind), whole) for behind in pool.behinds(whole)]
+    begins = edges is not None and not hit
+    if (
+        whole <= len(hit)
+        or any(part.start < start for part, start in zip(parts, starts, strict=True))
+        or any(len(part) > len(group.free) for part, group in zip(parts, pool.groups, strict=True))
+        or (begins and edges is not None and not edges.firsts.free)  # nobody could start on the blocks
+    ):
+        pool.unmatch(hit)
+        return
+    first = edges.take_first() if begins and edges is not None else None
+    new = [[group.take() for _ in part] for group, part in zip(pool.groups, parts, strict=True)]
     try:
-        for (name, store), (codes, scales) in zip(_stores(cache), copies, strict=True):
-            pages, of = new, part
+        for (name, group, store), (codes, scales) in zip(_stores(cache), copies.stores, strict=True):
+            pages, of = new[group], slice(parts[group].start - starts[group], parts[group].stop - starts[group])
             if FIRST in name:
                 pages, of = ([], slice(0)) if first is None else ([first], slice(1))
             here = torch.tensor(pages, dtype=torch.int64, device=store.codes.device)
             store.codes[here] = codes[of].to(here.device)
             if store.scales is not None and scales is not None:
                 store.scales[here] = scales[of].to(here.device)
-        parent = hits[-1][1] if hits else None
-        for i, index in enumerate(new, len(hits)):
-            parent = pool.seal(index, parent, tokens[i * size : (i + 1) * size])
-        if edges is not None and first is not None and new:
+        prefixes = [prefix for prefix, _ in pool.prefixes(tokens)]
+        for own, part, pages in zip(pool.groups, parts, new, strict=True):
+            for i, index in zip(part, pages, strict=True):
+                own.seal(index, prefixes[i - 1] if i else None, tokens[i * size : (i + 1) * size])
+        if edges is not None and first is not None:
             edges.seal(first, tokens[:size])
     finally:
-        pool.release([*(index for index, _ in hits), *new])
+        pool.unmatch(hit)
+        for own, pages in zip(pool.groups, new, strict=True):
+            own.release(pages)
         if edges is not None and first is not None:
             edges.release(first, None)
 
 
 def to_rows(cache: KVCache, copies: Copies) -> Codes:
     """Blocks as rows, on the CPU. Any thread may do it: nothing of the cache is read but its layouts."""
-    codes = {}
-    for (name, store), (blocks, scales) in zip(_stores(cache), copies, strict=True):
+    codes = {ROWS: torch.tensor([copies.count * cache.layout.block_size])}
+    for (name, _, store), (blocks, scales) in zip(_stores(cache), copies.stores, strict=True):
         every = torch.arange(len(blocks), device=blocks.device)
         codes[f"{name}.codes"] = store.layout.read_rows(blocks, every).cpu().contiguous()
         if scales is not None:
@@ -210,43 +234,49 @@ def to_rows(cache: KVCache, copies: Copies) -> Codes:
 
 def to_blocks(cache: KVCache, codes: Codes) -> Copies:
     """Rows as blocks of this cache, whole ones, on the CPU. Any thread may do it."""
-    longest = rows(codes)
+    size, longest = cache.layout.block_size, rows(codes)
 
     def laid_out(layout: RowLayout, rows: Tensor) -> Tensor:
-        count = min(longest, rows.shape[1]) // layout.block_size
+        count = min(longest, rows.shape[1]) // size
         slots = torch.arange(count * layout.block_size)
         blocks = layout.allocate(count, rows.shape[0], CPU)
         layout.write_rows(blocks, slots, rows[:, : len(slots)].transpose(0, 1))
         return blocks
 
-    copies: Copies = []
-    for name, store in _stores(cache):
+    copies = []
+    for name, _, store in _stores(cache):
         blocks, scales = laid_out(store.layout, codes[f"{name}.codes"]), None
         if store.scales is not None:
             scales = laid_out(store.scale_layout, codes[f"{name}.scales"][..., None])
         copies.append((blocks, scales))
-    return copies
+    return Copies(longest // size, copies)
 
 
 def rows(codes: Codes) -> int:
     """Tokens that the codes are of."""
-    return min((tensor.shape[1] for name, tensor in codes.items() if FIRST not in name), default=0)
+    return int(codes[ROWS])
 
 
-def _stores(cache: KVCache) -> Iterator[tuple[str, RowStore]]:
-    """Every store once, by the name that its tensors bear. Of the raw ones a session has the first page."""
+def _stores(cache: KVCache) -> Iterator[tuple[str, int, RowStore]]:
+    """Every store once: the name that its tensors bear, its group, and it. Of the raw ones a session has the first
+    page."""
     for i, layer in cache.owners:
-        yield f"layers.{i}.k", layer.k
-        yield f"layers.{i}.v", layer.v
+        group = cache.group_of[i]
+        yield f"layers.{i}.k", group, layer.k
+        yield f"layers.{i}.v", group, layer.v
         for side, store in zip("kv", layer.raw or (), strict=False):
-            yield f"layers.{i}{FIRST}{side}", store
+            yield f"layers.{i}{FIRST}{side}", group, store
 
 
-def _kinds(cache: KVCache) -> dict[str, tuple[torch.dtype, int, tuple[int, ...]]]:
-    """Of each tensor of a session of this cache: dtype, heads, and what comes after heads and tokens in its shape."""
-    kinds: dict[str, tuple[torch.dtype, int, tuple[int, ...]]] = {}
-    for name, store in _stores(cache):
-        kinds[f"{name}.codes"] = store.codes.dtype, store.heads, (store.codec.width(store.dim),)
+def _kinds(cache: KVCache, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Of each tensor of a session of this cache that has `count` rows: dtype and shape."""
+    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {ROWS: (torch.int64, (1,))}
+    size = cache.layout.block_size
+    for name, group, store in _stores(cache):
+        reach = cache.reaches[group]
+        behind = 0 if reach is None else max(0, count - reach + 1) // size * size
+        held = min(count, size) if FIRST in name else count - behind
+        kinds[f"{name}.codes"] = store.codes.dtype, (store.heads, held, store.codec.width(store.dim))
         if store.scales is not None:
-            kinds[f"{name}.scales"] = store.scales.dtype, store.heads, ()
+            kinds[f"{name}.scales"] = store.scales.dtype, (store.heads, held)
     return kinds

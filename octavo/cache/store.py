@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from octavo.cache.layout import Layout
-from octavo.cache.plan import LayerPlan, LayerShape, Side, own_span
+from octavo.cache.plan import LayerPlan, LayerShape, Side, own_span, reaches
 from octavo.cache.size import CacheSize
 from octavo.quant.codec import Static, centered, encode, rotate, token_scale
 from octavo.quant.format import Codec, KVFormat
@@ -108,6 +108,10 @@ class RowStore:
         return out * self.static.c[:, None] + weight * self.static.mu[:, None]
 
     @property
+    def num_blocks(self) -> int:
+        return len(self.codes)
+
+    @property
     def scale_nbytes(self) -> int:
         return self.scales.nbytes if self.scales is not None else 0
 
@@ -170,25 +174,38 @@ class Memory:
 
 
 class KVCache:
-    """The cache of a whole model, made from its layers' plans: `num_blocks` blocks in every layer, and `raw_pages` raw
-    pages in those with edges (`CacheSize` says how many)."""
+    """The cache of a whole model, made from its layers' plans: so many blocks in every layer, or in those of each group
+    (`reaches`), and `raw_pages` raw pages in those with edges (`CacheSize` says how many)."""
 
-    def __init__(self, plans: Sequence[LayerPlan], num_blocks: int, layout: Layout | None = None, raw_pages: int = 0):
-        self.plans, self.num_blocks, self.layout = list(plans), num_blocks, layout or Layout()
+    def __init__(
+        self, plans: Sequence[LayerPlan], blocks: int | Sequence[int], layout: Layout | None = None, raw_pages: int = 0
+    ):
+        self.plans, self.layout = list(plans), layout or Layout()
+        self.reaches = reaches([plan.shape for plan in self.plans])
+        self.blocks = [blocks] * len(self.reaches) if isinstance(blocks, int) else list(blocks)  # of each group
+        self.group_of: list[int] = []  # by layer
         self.span = own_span([plan.format for plan in self.plans], self.layout.block_size)
         self.raw_pages = raw_pages if self.span else 0
         self.layers: list[LayerCache] = []
         for plan in self.plans:
             shares = plan.shape.shares
-            own = LayerCache(plan, num_blocks, self.layout, self.raw_pages) if shares is None else self.layers[shares]
+            group = self.reaches.index(plan.shape.reach) if shares is None else self.group_of[shares]
+            count = self.blocks[group]
+            own = LayerCache(plan, count, self.layout, self.raw_pages) if shares is None else self.layers[shares]
             self.layers.append(own)
+            self.group_of.append(group)
+
+    @property
+    def num_blocks(self) -> int:
+        """Of group 0, which keeps most."""
+        return self.blocks[0]
 
     def take(self, source: KVCache, blocks: Tensor, num_blocks: int) -> None:
         """Have `num_blocks` blocks, of which the first are the blocks [n] of `source`: a cache of the same plans and
         layout, or this one. Store by store, so that no more than one is in memory twice."""
         for mine, theirs in zip(self.stores, source.stores, strict=True):
             mine.take(theirs, blocks, num_blocks)
-        self.num_blocks = num_blocks
+        self.blocks = [num_blocks] * len(self.blocks)
         self._forget_addresses()
 
     def take_raw(self, source: KVCache, pages: Tensor, raw_pages: int) -> None:
@@ -241,7 +258,8 @@ class KVCache:
 
     @property
     def block_nbytes(self) -> int:
-        return sum(store.codes.nbytes + store.scale_nbytes for store in self.stores) // self.num_blocks
+        """Bytes of a block in all groups."""
+        return sum((store.codes.nbytes + store.scale_nbytes) // store.num_blocks for store in self.stores)
 
     @property
     def token_nbytes(self) -> int:
@@ -249,8 +267,8 @@ class KVCache:
 
     def memory(self) -> Memory:
         """The tensors' bytes: codes, scales, padding of odd 4-bit rows and of layouts, static parts, raw pages."""
-        rows = self.num_blocks * self.layout.block_size
-        codes = sum(rows * store.heads * store.dim * store.codec.bits // 8 for store in self.stores)
+        size = self.layout.block_size
+        codes = sum(store.num_blocks * size * store.heads * store.dim * store.codec.bits // 8 for store in self.stores)
         scales = sum(store.scale_nbytes for store in self.stores)
         return Memory(
             codes=codes,

@@ -18,7 +18,7 @@ def show(conversation: Conversation, console: Console) -> None:
     from octavo.cache.size import format_bytes
 
     llm, here = conversation.llm, conversation.footprint()
-    size, cache, whole_16 = here.size, llm.cache, llm.cache.num_blocks * here.size_16.block
+    size, cache, whole_16 = here.size, llm.cache, here.size_16.of_blocks(llm.cache.blocks)
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from octavo.cache.batch import Batch
-from octavo.cache.blocks import BlockPool, EdgePool
+from octavo.cache.blocks import BlockPool
+from octavo.cache.edges import EdgePool
+from octavo.cache.pool import CachePool
 from octavo.cache.store import KVCache
 from octavo.devices import device_of
 from octavo.engine.runner import Runner
@@ -54,7 +56,9 @@ class Engine:
         size, edges = cache.layout.block_size, None
         if cache.span:
             edges = EdgePool(cache.span, size, cache.raw_pages, max_batch_size, prefix_caching)
-        self.pool = BlockPool(cache.num_blocks, size, prefix_caching, edges)
+        narrower = [BlockPool(blocks, size, prefix_caching, reach)
+                    for blocks, reach in zip(cache.blocks[1:], cache.reaches[1:], strict=True)]  # fmt: skip
+        self.pool = CachePool(cache.num_blocks, size, prefix_caching, edges, cache.reaches[0], narrower)
         context = min(model.max_context, max_context or model.max_context)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens, context)
         asynchronous = device_of(model.device).asynchronous

@@ -10,6 +10,7 @@ Only `capture` needs a GPU. On a CPU the same buffers are run as they are, which
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -34,54 +35,67 @@ class NotCapturable(Exception):
 
 
 class StepBuffers:
-    """Memory of one decode step of up to `rows` sequences with tables of up to `width` blocks. It never moves."""
+    """Memory of one decode step of up to `rows` sequences with tables of up to `width` blocks, for each of `groups`
+    groups of layers. It never moves."""
 
-    def __init__(self, rows: int, width: int, block_size: int, device: torch.device, edges: bool = False):
-        self.rows, self.width, self.block_size = rows, width, block_size
-        self.names = ("ids", "positions", "slots", "kv_len", *(("raw_slots", "first", "ring") if edges else ()))
-        self.memory = torch.zeros(rows * (len(self.names) + width), dtype=torch.int64, device=device)
+    def __init__(
+        self, rows: int, width: int, block_size: int, device: torch.device, edges: bool = False, groups: int = 1
+    ):
+        self.rows, self.width, self.block_size, self.groups = rows, width, block_size, groups
+        of_rows = ("ids", "positions", "kv_len", *(("raw_slots", "first", "ring") if edges else ()))
+        self.names = (*of_rows, *(f"slots {group}" for group in range(groups)))
+        self.memory = torch.zeros(rows * (len(self.names) + groups * width), dtype=torch.int64, device=device)
         self.places = torch.arange(rows + 1, device=device)
 
     def load(self, batch: Batch, size: int) -> None:
         """Copy a decode step in, padded to `size` rows: everything of the host in one copy, for which the device's
         queue does not stop."""
-        n, used = len(batch.q_lens), len(self.names) * self.rows + size * self.width
+        n, used = len(batch.q_lens), len(self.names) * self.rows + self.groups * size * self.width
         host = device_of(self.memory.device).pinned(torch.Size([used]), torch.int64).zero_()
-        columns, table = self._parts(host)
+        columns, tables = self._parts(host, size)
         sampled = batch.ids.device != HOST  # by the step before, and never seen by the host
         for name, column in columns.items():
             if "slots" in name:
                 column.fill_(-1)
+            field, _, of = name.partition(" ")
             if name != "ids" or not sampled:
-                column[:n] = getattr(batch, name)
-        table[:n, : batch.block_table.shape[1]] = batch.block_table
+                column[:n] = getattr(batch.of(int(of or 0)), field)
+        for group, table in enumerate(tables):
+            own = batch.of(group).block_table
+            table[:n, : own.shape[1]] = own
         self.memory[:used].copy_(host, non_blocking=True)
         if sampled:
             self.memory[:n] = batch.ids
 
     def batch(self, size: int) -> Batch:
         """The step of `size` rows that lies here. Its lengths on the host are the longest that can."""
-        columns, table = self._parts(self.memory)
-        return Batch(
+        columns, tables = self._parts(self.memory, size)
+        slots = [columns.pop(f"slots {group}")[:size] for group in range(self.groups)]
+        batch = Batch(
             **{name: column[:size] for name, column in columns.items()},  # type: ignore[arg-type]
-            block_table=table[:size],
+            slots=slots[0],
+            block_table=tables[0],
             q_start=self.places[: size + 1],
             q_lens=[1] * size,
             kv_lens=[self.width * self.block_size] * size,
             logits_at=self.places[:size],
         )
+        batch.others = [replace(batch, slots=own, block_table=table, plan={})
+                        for own, table in zip(slots[1:], tables[1:], strict=True)]  # fmt: skip
+        return batch
 
     def clear(self) -> None:
         """A step of padded rows alone."""
         self.memory.zero_()
-        for name, column in self._parts(self.memory)[0].items():
+        for name, column in self._parts(self.memory, self.rows)[0].items():
             if "slots" in name:
                 column.fill_(-1)
 
-    def _parts(self, memory: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """What a batch has by row, each [rows], and the block table [·, width]."""
+    def _parts(self, memory: Tensor, size: int) -> tuple[dict[str, Tensor], Tensor]:
+        """What a batch has by row, each [rows], and the block tables [groups, size, width]."""
         columns = memory[: len(self.names) * self.rows].view(len(self.names), self.rows)
-        return dict(zip(self.names, columns, strict=True)), memory[columns.numel() :].view(-1, self.width)
+        tables = memory[columns.numel() :][: self.groups * size * self.width]
+        return dict(zip(self.names, columns, strict=True)), tables.view(self.groups, size, self.width)
 
 
 class DecodeGraphs:

@@ -32,10 +32,12 @@ class Text:
     """A text as what a batch is built of."""
 
     tokens: list[int]
-    block_table: list[int]
+    tables: list[list[int]]
     first_page: int = -1
     ring: int = -1
     num_cached: int = 0
+    behind: list[int] = field(default_factory=list)
+    prefixes: list[bytes] = field(default_factory=list)
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Reading:
         for i, tokens in enumerate(texts):
             own = -(-len(tokens) // layout.block_size)
             table = list(range(blocks, blocks + own))
-            sequences.append(Text(list(tokens), table, len(texts) * ring_pages + i, i * ring_pages))
+            sequences.append(Text(list(tokens), [table], len(texts) * ring_pages + i, i * ring_pages))
             blocks += own
         cache = KVCache(plans, blocks, layout, len(texts) * (ring_pages + 1))
         try:

@@ -49,9 +49,10 @@ class Runner:
         device, size = self.model.device, self.cache.layout.block_size
         if how is None:
             self._check_capturable()
-        # No table is longer than the cache, whatever the model's context.
-        width = min(-(-max_context // size), self.cache.num_blocks)
-        buffers = StepBuffers(max_batch_size, width, size, device, self.cache.span > 0)
+        width = -(-max_context // size)
+        if self.cache.reaches[0] is None:  # no table is longer than the cache, whatever the model's context
+            width = min(width, self.cache.num_blocks)
+        buffers = StepBuffers(max_batch_size, width, size, device, self.cache.span > 0, len(self.cache.blocks))
         return DecodeGraphs(self._forward, buffers, how or cuda_capture(device), rows)
 
     def _check_capturable(self) -> None:
@@ -62,9 +63,9 @@ class Runner:
             raise NotCapturable("attention runs on plain torch, which looks at lengths on the host")
 
     def _forward(self, batch: Batch) -> Tensor:
-        specs, caches = self.model.layers, self.cache.layers
+        specs, caches, groups = self.model.layers, self.cache.layers, self.cache.group_of
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(specs[layer], caches[layer], q, k, v, batch)
+            return attend(specs[layer], caches[layer], q, k, v, batch.of(groups[layer]))
 
         return self.model.forward(batch.ids, batch.positions, batch.logits_at, attention)

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 from collections import deque
 
-from octavo.cache.blocks import BlockPool
+from octavo.cache.pool import CachePool, Hit
+from octavo.cache.size import CHUNK
 from octavo.engine.sequence import FinishReason, Sampled, Sequence
 from octavo.errors import OctavoError
 
-Work = list[tuple[Sequence, int]]
+__all__ = ["CHUNK", "Scheduler", "Work"]
 
-CHUNK = 1024  # tokens of a step unless said otherwise, and so of a chunk of a long prompt
+Work = list[tuple[Sequence, int]]
 
 
 class Scheduler:
     """Decides in `schedule`, changes sequences in `commit`."""
 
-    def __init__(self, pool: BlockPool, max_batch_size: int, max_batch_tokens: int, max_context: int):
+    def __init__(self, pool: CachePool, max_batch_size: int, max_batch_tokens: int, max_context: int):
         self.pool = pool
         self.max_batch_size = max_batch_size  # sequences in a step
         self.max_batch_tokens = max(max_batch_tokens, max_batch_size)  # tokens in a step
-        self.max_context = min(max_context, len(pool) * pool.block_size)
+        self.max_context = min(max_context, max_context if pool.capacity is None else pool.capacity)
         self.cache_limited = self.max_context < max_context
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
@@ -58,7 +59,7 @@ class Scheduler:
             if preempted and sequence not in self.running:  # by an older one in this very step
                 continue
             tokens = min(sequence.pending, budget)
-            while not self._reserve(sequence, tokens):
+            while not self.pool.reserve(sequence, tokens):
                 preempted = True
                 self._preempt(self.running[-1])
                 if sequence not in self.running:
@@ -74,7 +75,7 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(sequence)
             tokens = min(sequence.pending, budget)
-            self._reserve(sequence, tokens)
+            self.pool.reserve(sequence, tokens)
             work.append((sequence, tokens))
             budget -= tokens
         return work
@@ -86,18 +87,18 @@ class Scheduler:
         room = len(self.running) < self.max_batch_size
         if len(work) < len(self.running) or (room and self.waiting and self._may_start(self.waiting[0])):
             return None
-        needed = 0
+        needed = [0] * len(self.pool.groups)
         for sequence, tokens in work:
             length = len(sequence.tokens) + 1  # once `work` is committed
             if sequence.finished or tokens < sequence.pending or length >= sequence.max_len:
                 return None
             if sequence.looks_back:
                 return None
-            needed += self.pool.blocks_for(length) - len(sequence.block_table)
-        if needed > len(self.pool.free):
+            needed = [a + b for a, b in zip(needed, self.pool.lacking(sequence, length), strict=True)]
+        if self._too_few(needed):
             return None
         for sequence, _ in work:
-            self._reserve(sequence, sequence.pending + 1)
+            self.pool.reserve(sequence, sequence.pending + 1)
         return [(sequence, 1) for sequence, _ in work]
 
     def commit(self, work: Work, sampled: list[Sampled]) -> list[Sequence]:
@@ -111,7 +112,7 @@ class Scheduler:
                 next(results)  # only a decode step is launched before the one before it is committed
                 continue
             sequence.num_cached += tokens
-            self._seal(sequence)
+            self.pool.seal_full(sequence)
             if sequence.pending:
                 continue
             result = next(results)
@@ -137,56 +138,47 @@ class Scheduler:
         sequence.finish_reason = reason
         if sequence in self.running:
             self.running.remove(sequence)
-            self._free(sequence)
+            self.pool.free_all(sequence)
         else:
             self.waiting.remove(sequence)
 
     def check(self) -> None:
         """The pool is whole, and the references are exactly those of the running sequences' block tables."""
-        self.pool.check()
-        held = sum(len(sequence.block_table) for sequence in self.running)
-        assert held == sum(block.references for block in self.pool.blocks), "a block leaked"
-        assert all(not sequence.block_table for sequence in self.waiting), "a waiting sequence holds blocks"
-        if self.pool.edges is not None:
-            self.pool.edges.check([(sequence.first_page, sequence.ring) for sequence in self.running])
-
-    def _reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Extend the block table for `tokens` more tokens, if there are blocks enough."""
-        needed = self.pool.blocks_for(sequence.num_cached + tokens) - len(sequence.block_table)
-        if needed > len(self.pool.free):
-            return False
-        sequence.block_table += [self.pool.take() for _ in range(needed)]
-        return True
+        self.pool.check_held(self.running)
+        assert not any(sequence.tables for sequence in self.waiting), "a waiting sequence holds blocks"
 
     def _admit(self, sequence: Sequence) -> bool:
         """Start a waiting sequence on its cached prefix, if it can start now."""
-        hits = self._prefix(sequence)
-        if hits is None:
+        hit = self._prefix(sequence)
+        if hit is None:
             return False
-        sequence.block_table = [block for block, _ in hits]
-        sequence.prefixes = [prefix for _, prefix in hits]
-        sequence.num_cached = len(hits) * self.pool.block_size
-        if self.pool.edges is not None:
-            sequence.first_page, sequence.ring = self.pool.edges.take(sequence.tokens, bool(hits))
+        self.pool.start(sequence, hit)
         if not sequence.preemptions:
             sequence.prefix_hit = sequence.num_cached
         return True
 
     def _may_start(self, sequence: Sequence) -> bool:
         """Whether `_admit` would start it."""
-        hits = self._prefix(sequence)
-        self.pool.release([block for block, _ in hits or ()])
-        return hits is not None
+        hit = self._prefix(sequence)
+        if hit is not None:
+            self.pool.unmatch(hit)
+        return hit is not None
 
-    def _prefix(self, sequence: Sequence) -> list[tuple[int, bytes]] | None:
-        """Take the cached blocks, with their hashes, that a waiting sequence starts on; None if it must wait: there is
-        no room for all its tokens, or somebody who runs is about to compute more of its prefix."""
-        hits = self.pool.match(sequence.tokens)
-        needed = self.pool.blocks_for(len(sequence.tokens)) - len(hits)
-        if needed > len(self.pool.free) or self._comes(sequence, len(hits)):
-            self.pool.release([block for block, _ in hits])
+    def _prefix(self, sequence: Sequence) -> Hit | None:
+        """Take the cached blocks that a waiting sequence starts on; None if it must wait: there is no room for all its
+        tokens, or somebody who runs is about to compute more of its prefix."""
+        hit = self.pool.match(sequence.tokens)
+        missing = self.pool.blocks_for(len(sequence.tokens)) - len(hit)
+        step = self.pool.blocks_for(self.max_batch_tokens) + 1
+        # Where blocks behind a window are given back, those of a step are enough.
+        needed = [missing if pool.reach is None else min(missing, step) for pool in self.pool.groups]
+        if self._too_few(needed) or self._comes(sequence, len(hit)):
+            self.pool.unmatch(hit)
             return None
-        return hits
+        return hit
+
+    def _too_few(self, needed: list[int]) -> bool:
+        return any(count > len(pool.free) for count, pool in zip(needed, self.pool.groups, strict=True))
 
     def _comes(self, sequence: Sequence, hits: int) -> bool:
         """Whether a running sequence is computing the block that comes after the `hits` found: to wait for it, a step
@@ -199,26 +191,8 @@ class Scheduler:
             for other in self.running
         )
 
-    def _seal(self, sequence: Sequence) -> None:
-        """Make blocks that have become full findable."""
-        size = self.pool.block_size
-        while (len(sequence.prefixes) + 1) * size <= sequence.num_cached:
-            i = len(sequence.prefixes)
-            parent = sequence.prefixes[-1] if i else None
-            own = sequence.tokens[i * size : (i + 1) * size]
-            sequence.prefixes.append(self.pool.seal(sequence.block_table[i], parent, own))
-            if self.pool.edges is not None and i == 0:
-                self.pool.edges.seal(sequence.first_page, own)
-
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._free(sequence)
+        self.pool.free_all(sequence)
         sequence.preemptions += 1
         self.waiting.appendleft(sequence)
-
-    def _free(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.block_table)
-        if self.pool.edges is not None:
-            self.pool.edges.release(sequence.first_page, sequence.ring)
-        sequence.first_page = sequence.ring = -1
-        sequence.block_table, sequence.prefixes, sequence.num_cached = [], [], 0

@@ -72,7 +72,9 @@ class Sequence:
 
     max_len: int = 0  # most tokens, prompt included; set when it is added
     num_cached: int = 0  # tokens whose K and V are in the cache
-    block_table: list[int] = field(default_factory=list)
+    # While it runs, of each group of layers (cache/pool.py):
+    tables: list[list[int]] = field(default_factory=list)  # its blocks
+    behind: list[int] = field(default_factory=list)  # leading blocks that no query sees any more, and that it gave back
     first_page: int = -1  # raw page of page 0, and the first of its ring, while it runs on a cache with edges
     ring: int = -1
     prefixes: list[bytes] = field(default_factory=list)  # hash of the prefix that each full block ends

@@ -85,7 +85,7 @@ def run_step(lengths: list[int], model: BoundModel, cache: KVCache) -> list[Samp
     work = []
     for length in lengths:
         sequence = Sequence([0] * length, params)
-        sequence.block_table = [0] * -(-length // size)
+        sequence.tables = [[0] * -(-length // size)] * len(cache.blocks)
         sequence.first_page = sequence.ring = 0
         work.append((sequence, length))
     logits = Runner(model, cache).run(Batch.build(work, size, span=cache.span))

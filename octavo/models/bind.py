@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from octavo.attention import AttentionSpec
 from octavo.cache.plan import LayerShape
 from octavo.errors import Unsupported, one_line
 from octavo.interrupts import let_through
+from octavo.models.rope import pin_rope, short_context
 from octavo.quant.format import RAW_NAMES, KVFormat
 
 NAME = "octavo"
@@ -149,7 +149,7 @@ def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
     if not hf._can_set_attn_implementation():
         raise Unsupported(f"{name} does not send its attention through transformers' AttentionInterface")
     max_context = getattr(config, "max_position_embeddings", None) or UNLIMITED
-    _pin_rope(hf, context or max_context)
+    pin_rope(hf, context or max_context)
     if (short := short_context(hf.config)) is not None and (context or max_context) <= short:
         max_context = min(short, max_context)
 
@@ -166,18 +166,17 @@ def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
             f"only {len(trace.specs)} of the {expected} layers of {name} reach the attention function; "
             "the others keep a state that is not a KV cache"
         )
-    bound.layers = trace.specs
+    bound.layers = [replace(spec, shape=replace(spec.shape, reach=reach))
+                    for spec, reach in zip(trace.specs, _reaches(trace.specs, max_context), strict=True)]  # fmt: skip
     return bound
 
 
-def short_context(config: PreTrainedConfig) -> int | None:
-    """The longest context of a model's first RoPE factors, where it has others for longer ones (`longrope`)."""
-    config = config.get_text_config()
-    found = getattr(config, "rope_parameters", None) or {}
-    rope = [part for part in (found, *found.values()) if isinstance(part, dict) and part.get("rope_type") == "longrope"]
-    if not rope:
-        return None
-    return rope[0].get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+def _reaches(layers: list[AttentionSpec], context: int) -> list[int | None]:
+    """Of each layer's cache, which several layers may read, how many last rows a query sees at most; None: all."""
+    owner = [i if layer.shape.shares is None else layer.shape.shares for i, layer in enumerate(layers)]
+    seen = [layer.window if layer.window is not None and layer.window < context else None for layer in layers]
+    readers = [[window for window, other in zip(seen, owner, strict=True) if other == own] for own in owner]
+    return [None if None in windows else max(window for window in windows if window) for windows in readers]
 
 
 def attention_modules(hf: PreTrainedModel) -> dict[int, nn.Module]:
@@ -358,32 +357,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
     # By storage, not by address: tensors on the meta device have none.
     same_place = a.untyped_storage() is b.untyped_storage() and a.storage_offset() == b.storage_offset()
     return same_place and a.shape == b.shape and a.stride() == b.stride()
-
-
-def _pin_rope(hf: PreTrainedModel, context: int) -> None:
-    """Make RoPE depend on the position alone. transformers' `dynamic` and `longrope` look at the longest position of
-    the whole packed step, so a long neighbour would change a short sequence's frequencies.
-
-    Up to max_position_embeddings, which caps the context, `dynamic` equals plain RoPE; `longrope` takes the factors
-    that belong to `context`.
-    """
-    for module in hf.modules():
-        types = getattr(module, "rope_type", None)
-        if isinstance(types, str) and types in ("dynamic", "longrope"):
-            module.rope_type = _pinned(module, types, "", None, context)
-        elif isinstance(types, dict):
-            module.rope_type = {
-                layer_type: _pinned(module, kind, f"{layer_type}_", layer_type, context)
-                for layer_type, kind in types.items()
-            }
-
-
-def _pinned(module: nn.Module, kind: str, prefix: str, layer_type: str | None, context: int) -> str:
-    if kind == "longrope":
-        inv_freq = getattr(module, f"{prefix}inv_freq")
-        pinned, _ = ROPE_INIT_FUNCTIONS[kind](module.config, inv_freq.device, seq_len=context, layer_type=layer_type)
-        inv_freq.copy_(pinned)
-    return "default" if kind in ("dynamic", "longrope") else kind
 
 
 @contextmanager

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from octavo import processor
 from octavo.devices import HOST, find_device
 from octavo.errors import OctavoError
-from octavo.models.bind import BoundModel, bind, short_context
+from octavo.models.bind import BoundModel, bind
 from octavo.models.files import config_json, resolve
 from octavo.models.fingerprint import fingerprint
 from octavo.models.generation import eos_token_ids, generation_settings
 from octavo.models.load import load_model
 from octavo.models.packed import packed_layers
 from octavo.models.prepack import prepack
+from octavo.models.rope import short_context
 from octavo.models.tokenizer import load_tokenizer, warn_of_strangers
 from octavo.quant import tuned
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration

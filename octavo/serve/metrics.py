@@ -121,28 +121,28 @@ def cache_state(
 ) -> dict[str, Any]:
     """The cache in numbers; on the engine's thread, since it walks through the blocks."""
     cache, pool, scheduler, edges = llm.cache, llm.engine.pool, llm.engine.scheduler, llm.engine.pool.edges
-    size, block_16 = cache.size, CacheSize.of(cache.shapes, KVFormat.parse("bf16"), pool.block_size).block
-    used, kept = pool.used, pool.kept
+    size, size_16 = cache.size, CacheSize.of(cache.shapes, KVFormat.parse("bf16"), pool.block_size)
+    used, kept = [group.used for group in pool.groups], [group.kept for group in pool.groups]
     raw_used, raw_kept = (edges.used, edges.firsts.kept) if edges else (0, 0)
     return {
         "model": model,
         "format": str(llm.format),
         "block_size": pool.block_size,
         "block_bytes": size.block,
-        "block_bytes_16_bits": block_16,
+        "block_bytes_16_bits": size_16.block,
         "blocks_total": len(pool),
-        "blocks_used": used,
-        "blocks_cached": kept,
+        "blocks_used": used[0],
+        "blocks_cached": kept[0],
         "raw_page_bytes": size.raw_page,
         "raw_pages_total": cache.raw_pages,
         "raw_pages_used": raw_used,
         "raw_pages_cached": raw_kept,
         "raw_pages_per_session": size.ring + 1 if size.ring else 0,
         "bytes_allocated": cache.nbytes,
-        "bytes_used": used * size.block + raw_used * size.raw_page,
-        "bytes_used_16_bits": used * block_16,
-        "bytes_cached": kept * size.block + raw_kept * size.raw_page,
-        "bytes_cached_16_bits": kept * block_16,
+        "bytes_used": size.of_blocks(used) + raw_used * size.raw_page,
+        "bytes_used_16_bits": size_16.of_blocks(used),
+        "bytes_cached": size.of_blocks(kept) + raw_kept * size.raw_page,
+        "bytes_cached_16_bits": size_16.of_blocks(kept),
         "sessions_running": len(scheduler.running),
         "sessions_waiting": waiting,
         "sessions_saved": len(sessions.chains) if sessions else None,

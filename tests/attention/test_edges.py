@@ -36,6 +36,10 @@ class Sequence:
     ring: int
     num_cached: int = 0
 
+    @property
+    def tables(self) -> list[list[int]]:
+        return [self.block_table]
+
 
 class Layer:
     """One layer with a cache, and rows of a sequence of `length` tokens, of values that `dtype` holds."""

@@ -42,6 +42,10 @@ class Sequence:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
+    @property
+    def tables(self) -> list[list[int]]:
+        return [self.block_table]
+
 
 @dataclass(frozen=True)
 class Case:

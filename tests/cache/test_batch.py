@@ -17,6 +17,10 @@ class Sequence:
     num_cached: int
     block_table: list[int]
 
+    @property
+    def tables(self) -> list[list[int]]:
+        return [self.block_table]
+
 
 def test_chunks_and_decodes_share_a_step() -> None:
     work = [

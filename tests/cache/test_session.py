@@ -13,9 +13,9 @@ import torch
 from octavo import artefact
 from octavo.artefact import Damaged
 from octavo.cache import session
-from octavo.cache.blocks import BlockPool
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, plan_layers
+from octavo.cache.pool import CachePool
 from octavo.cache.session import Codes, Identity, SavedSession
 from octavo.cache.store import KVCache
 from octavo.errors import OctavoError
@@ -27,13 +27,13 @@ TOKENS = [(7 * i) % 50 for i in range(45)]  # five blocks of eight and five toke
 IDENTITY = Identity("sha256:1", "float32", [[2, 16, 16]], ["int8-token"], "0")
 
 
-def cache(order: Any = "rows", blocks: int = 12, formats: list[str] | str = MIXED) -> tuple[KVCache, BlockPool]:
+def cache(order: Any = "rows", blocks: int = 12, formats: list[str] | str = MIXED) -> tuple[KVCache, CachePool]:
     names = [formats] * len(SHAPES) if isinstance(formats, str) else formats
     made = KVCache(plan_layers(SHAPES, [KVFormat.parse(name) for name in names]), blocks, Layout(8, order))
-    return made, BlockPool(blocks, 8)
+    return made, CachePool(blocks, 8)
 
 
-def fill(kv: KVCache, pool: BlockPool, tokens: list[int] = TOKENS, seed: int = 0) -> None:
+def fill(kv: KVCache, pool: CachePool, tokens: list[int] = TOKENS, seed: int = 0) -> None:
     """As a sequence does that computes all but its last token and ends."""
     generator = torch.Generator().manual_seed(seed)
     table = [pool.take() for _ in range(pool.blocks_for(len(tokens)))]
@@ -49,12 +49,17 @@ def fill(kv: KVCache, pool: BlockPool, tokens: list[int] = TOKENS, seed: int = 0
     pool.check()
 
 
-def read(kv: KVCache, pool: BlockPool, tokens: list[int]) -> Codes:
+def read(kv: KVCache, pool: CachePool, tokens: list[int]) -> Codes:
     return session.to_rows(kv, session.copy_prefix(kv, pool, tokens))
 
 
-def write(kv: KVCache, pool: BlockPool, tokens: list[int], codes: Codes) -> None:
+def write(kv: KVCache, pool: CachePool, tokens: list[int], codes: Codes) -> None:
     session.paste_prefix(kv, pool, tokens, session.to_blocks(kv, codes))
+
+
+def cut(codes: Codes, rows: int) -> Codes:
+    """The first rows of a session."""
+    return {name: torch.tensor([rows]) if name == "rows" else x[:, :rows] for name, x in codes.items()}
 
 
 def equal(a: Codes, b: Codes) -> bool:
@@ -98,9 +103,8 @@ def test_what_is_cached_already_is_kept_and_only_the_rest_written():
     own = read(other, there, TOKENS)
     write(other, there, TOKENS, codes)
     now = read(other, there, TOKENS)
-    for name, rows in now.items():
-        assert torch.equal(rows[:, :16], own[name])
-        assert torch.equal(rows[:, 16:], codes[name][:, 16:])
+    assert equal(cut(now, 16), own)
+    assert all(torch.equal(x[:, 16:], codes[name][:, 16:]) for name, x in now.items() if name != "rows")
 
 
 def test_a_cache_that_is_too_small_takes_the_beginning():
@@ -112,17 +116,17 @@ def test_a_cache_that_is_too_small_takes_the_beginning():
     write(other, there, TOKENS, codes)
     there.check()
     assert len(there.find(TOKENS)) == 3
-    assert equal(read(other, there, TOKENS), {name: rows[:, :24] for name, rows in codes.items()})
+    assert equal(read(other, there, TOKENS), cut(codes, 24))
     there.release([held])
 
 
 def test_of_a_cold_conversation_nothing_is_read_and_nothing_written(tmp_path: Path):
     kv, pool = cache("tiles")
     codes = read(kv, pool, TOKENS)
-    assert {rows.shape[1] for rows in codes.values()} == {0}
+    assert {rows.shape[1] for name, rows in codes.items() if name != "rows"} == {0}
     session.save(tmp_path / "s", TOKENS, codes, IDENTITY)
     write(kv, pool, TOKENS, SavedSession.open(tmp_path / "s").codes(kv))
-    assert pool.find(TOKENS) == []
+    assert not pool.find(TOKENS)
 
 
 def test_blocks_of_another_size_take_the_same_rows():
@@ -131,10 +135,10 @@ def test_blocks_of_another_size_take_the_same_rows():
     codes = read(kv, pool, TOKENS)
     other, there = (
         KVCache(plan_layers(SHAPES, [KVFormat.parse(name) for name in MIXED]), 4, Layout(16)),
-        BlockPool(4, 16),
+        CachePool(4, 16),
     )
     write(other, there, TOKENS, codes)
-    assert equal(read(other, there, TOKENS), {name: rows[:, :32] for name, rows in codes.items()})
+    assert equal(read(other, there, TOKENS), cut(codes, 32))
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -248,7 +252,11 @@ def test_tokens_outside_the_vocabulary_are_refused(file: Path):
         (lambda codes: {"layers.0.k.codes": codes["layers.0.k.codes"].float()}, "shape or type"),
         (lambda codes: {"layers.0.k.scales": codes["layers.0.k.scales"][None]}, "shape or type"),
         (lambda codes: {"layers.3.v.codes": codes["layers.3.v.codes"] * float("nan")}, "not finite"),
-        (lambda codes: {name: torch.cat([rows, rows], 1) for name, rows in codes.items()}, "more rows than tokens"),
+        (lambda codes: {"layers.0.k.codes": torch.cat([codes["layers.0.k.codes"]] * 2, 1)}, "does not have the shape"),
+        (lambda _: {"rows": torch.tensor([80])}, "of how many of its tokens"),
+        (lambda _: {"rows": torch.tensor([-8])}, "of how many of its tokens"),
+        (lambda _: {"rows": torch.tensor([40.0])}, "of how many of its tokens"),
+        (lambda _: {"rows": torch.tensor([32])}, "does not have the shape"),
     ],
 )
 def test_rows_that_this_cache_could_not_have_written_are_refused(change: Any, reason: str, tmp_path: Path):

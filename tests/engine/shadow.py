@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 
 from octavo.cache.blocks import BlockPool
+from octavo.cache.pool import CachePool
 from octavo.engine.params import SamplingParams
 from octavo.engine.scheduler import Scheduler, Work
 from octavo.engine.sequence import Sampled, Sequence
@@ -30,9 +31,13 @@ class Shadow(Scheduler):
         budget: int = 16,
         context: int = 1000,
         hits: bool = True,
+        reach: int | None = None,
+        windows: tuple[int, ...] = (),
     ):
-        super().__init__(BlockPool(blocks, block_size, hits), batch, budget, context)
-        self.slots: dict[int, tuple[int, ...]] = {}
+        """`reach` of group 0, and of further groups."""
+        narrower = [BlockPool(blocks, block_size, hits, window) for window in windows]
+        super().__init__(CachePool(blocks, block_size, hits, None, reach, narrower), batch, budget, context)
+        self.slots: dict[tuple[int, int], tuple[int, ...]] = {}  # by group and slot
         self.order: list[Sequence] = []  # by their first tokens
         self.unique = 99  # the token that prompts without content were last made of
 
@@ -53,14 +58,16 @@ class Shadow(Scheduler):
         work = self.schedule()
         self.check()
         self._check_work(work, running)
-        for sequence, n in work:
-            for i in range(sequence.num_cached, sequence.num_cached + n):
-                self.slots[self._slot(sequence, i)] = tuple(sequence.tokens[: i + 1])
-        for sequence, n in work:
-            for i in range(sequence.num_cached + n):
-                assert self.slots[self._slot(sequence, i)] == tuple(sequence.tokens[: i + 1]), (
-                    f"position {i} is another's"
-                )
+        for group, pool in enumerate(self.pool.groups):
+            for sequence, n in work:
+                for i in range(sequence.num_cached, sequence.num_cached + n):
+                    self.slots[self._slot(sequence, group, i)] = tuple(sequence.tokens[: i + 1])
+            for sequence, n in work:
+                oldest = 0 if pool.reach is None else max(0, sequence.num_cached - pool.reach + 1)
+                for i in range(oldest, sequence.num_cached + n):
+                    assert self.slots[self._slot(sequence, group, i)] == tuple(sequence.tokens[: i + 1]), (
+                        f"position {i} is another's"
+                    )
         due = [sequence for sequence, n in work if n == sequence.pending]
         self.order += [sequence for sequence in due if not sequence.output]
         gained = self.commit(work, [Sampled(next_token(s.tokens) if token is None else token) for s in due])
@@ -77,9 +84,9 @@ class Shadow(Scheduler):
             self.step()
         raise AssertionError(f"not done after {limit} steps")
 
-    def _slot(self, sequence: Sequence, position: int) -> int:
+    def _slot(self, sequence: Sequence, group: int, position: int) -> tuple[int, int]:
         size = self.pool.block_size
-        return sequence.block_table[position // size] * size + position % size
+        return group, sequence.tables[group][position // size] * size + position % size
 
     def _check_work(self, work: Work, before: list[Sequence]) -> None:
         assert work, "a step without work"
@@ -93,10 +100,11 @@ class Shadow(Scheduler):
             assert 1 <= n <= sequence.pending
             assert sequence in self.running
             end = sequence.num_cached + n
-            assert len(sequence.block_table) == -(-end // size) or sequence in before, "blocks ahead of need"
-            assert len(sequence.block_table) * size >= end, "no room for what is computed"
-            for block in sequence.block_table[sequence.num_cached // size :]:
-                assert self.pool.blocks[block].references == 1, "a shared block is written"
+            for pool, table in zip(self.pool.groups, sequence.tables, strict=True):
+                assert len(table) == -(-end // size) or sequence in before, "blocks ahead of need"
+                assert len(table) * size >= end, "no room for what is computed"
+                for block in table[sequence.num_cached // size :]:
+                    assert pool.blocks[block].references == 1, "a shared block is written"
 
 
 def alone(prompt: list[int], max_len: int, stop_ids: frozenset[int] = frozenset()) -> list[int]:

@@ -30,6 +30,10 @@ class Session:
     num_cached: int
     block_table: list[int]
 
+    @property
+    def tables(self) -> list[list[int]]:
+        return [self.block_table]
+
 
 def sessions(count: int) -> list[Session]:
     """Of different lengths, each in three blocks of its own, the last token of each to be computed."""

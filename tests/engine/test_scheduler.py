@@ -122,7 +122,7 @@ def test_a_shared_prefix_counts_once_so_that_sharers_fit_where_strangers_would_n
     b = s.request([1] * 25)
     assert s.step() == [(a, 1), (b, 1)]
     assert b.prefix_hit == 24
-    assert a.block_table[:6] == b.block_table[:6]
+    assert a.tables[0][:6] == b.tables[0][:6]
 
 
 def test_a_hit_never_covers_the_last_token():
@@ -159,8 +159,8 @@ def test_a_block_that_is_not_full_is_never_shared():
     b = s.request([1] * 7)
     s.step()
     assert b.prefix_hit == 4
-    assert a.block_table[0] == b.block_table[0]
-    assert a.block_table[1] != b.block_table[1]
+    assert a.tables[0][0] == b.tables[0][0]
+    assert a.tables[0][1] != b.tables[0][1]
 
 
 def test_cold_copies_wait_for_the_first_to_compute_their_common_blocks():
@@ -169,7 +169,7 @@ def test_cold_copies_wait_for_the_first_to_compute_their_common_blocks():
     assert s.step() == [(a, 8)]
     assert s.step() == [(a, 8)]
     assert s.step() == [(a, 1), (b, 1), (c, 1)]
-    assert b.block_table[:4] == a.block_table[:4] == c.block_table[:4]
+    assert b.tables[0][:4] == a.tables[0][:4] == c.tables[0][:4]
     assert (a.prefix_hit, b.prefix_hit, c.prefix_hit) == (0, 16, 16)
     s.run()
     assert a.output == b.output == c.output
@@ -197,7 +197,7 @@ def test_the_latest_comer_is_preempted_and_returns_first_in_line():
         assert [w for w, _ in s.step()] in ([a, b], [a])
     assert a.preemptions == 0
     assert list(s.waiting) == [b, c]
-    assert b.block_table == []
+    assert b.tables == []
     assert b.num_cached == 0
     s.run()
     assert s.order == [a, b, c]
@@ -307,7 +307,7 @@ def test_an_aborted_sequence_frees_its_blocks_at_once():
     s.finish(a, "abort")
     s.check()
     assert a.finish_reason == "abort"
-    assert a.block_table == []
+    assert a.tables == []
     assert len(s.pool.free) == len(s.pool) - 2
     assert s.step() == [(b, 1)]
 

@@ -87,7 +87,7 @@ def test_no_kernel_is_compiled_after_the_warm_up(format: str, kv_heads: int, mon
     def step(lengths: list[int]) -> None:
         work = [(Sequence([0] * n), n) for n in lengths]
         for sequence, n in work:
-            sequence.block_table, sequence.first_page, sequence.ring = [0] * -(-n // 64), 0, 1
+            sequence.tables, sequence.first_page, sequence.ring = [[0] * -(-n // 64)], 0, 1
         rows = sum(lengths)
         q, k, v = (
             torch.zeros(n, rows, 64, dtype=torch.bfloat16).transpose(0, 1) for n in (4 * kv_heads, kv_heads, kv_heads)

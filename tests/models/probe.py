@@ -39,6 +39,10 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     num_cached: int = 0
 
+    @property
+    def tables(self) -> list[list[int]]:
+        return [self.block_table]
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -22,28 +22,35 @@ ROWS = 128  # random rows written at a time, so few that they need no memory to 
 def fill(llm: LLM, sessions: list[Text], seconds: float) -> int:
     """Fill all sessions, each with blocks of its own, to their last token, at first by the model and after `seconds` by
     random rows; then decode that token in one step of all. Returns the number of tokens that the model wrote."""
-    runner, size = llm.engine.runner, llm.engine.pool.block_size
+    runner, pool, size = llm.engine.runner, llm.engine.pool, llm.engine.pool.block_size
     deadline, by_model = time.monotonic() + seconds, 0
     for session in sessions:
         rest = len(session.tokens) - 1
         while session.num_cached < rest and time.monotonic() < deadline:
             n = min(CHUNK, rest - session.num_cached)
+            pool.reserve(session, n)
             runner.run(Batch.build([(session, n)], size, span=llm.cache.span))
             session.num_cached += n
             by_model += n
-        table = torch.tensor(session.block_table)
         for places in torch.arange(session.num_cached, rest).split(ROWS):
-            _write_random_rows(llm, table[places // size] * size + places % size)
-        session.num_cached = rest
+            pool.reserve(session, len(places))
+            tables = [torch.tensor(table) for table in session.tables]
+            _write_random_rows(llm, [table[places // size] * size + places % size for table in tables])
+            session.num_cached += len(places)
+        pool.reserve(session, 1)
     runner.run(Batch.build([(session, 1) for session in sessions], size, span=llm.cache.span))
     return by_model + len(sessions)
 
 
-def _write_random_rows(llm: LLM, slots: torch.Tensor) -> None:
-    """K and V rows of every layer into slots [tokens]."""
-    for store in llm.cache.stores:
-        rows = _random_rows(store.heads, store.dim, llm.model.bound.dtype, store.codes.device)
-        store.write(rows[: len(slots)], slots.to(rows.device))
+def _write_random_rows(llm: LLM, slots: list[torch.Tensor]) -> None:
+    """K and V rows of every layer into slots [tokens], those of its group."""
+    for layer, own in llm.cache.owners:
+        for store in (own.k, own.v):
+            rows, to = (
+                _random_rows(store.heads, store.dim, llm.model.bound.dtype, store.codes.device),
+                slots[llm.cache.group_of[layer]],
+            )
+            store.write(rows[: len(to)], to.to(rows.device))
 
 
 @cache

@@ -35,7 +35,7 @@ class Footprint:
     @property
     def last_block(self) -> int:
         """Tokens in the last block."""
-        return self.tokens - max(0, self.blocks - 1) * self.size.block_size
+        return (self.tokens - 1) % self.size.block_size + 1 if self.tokens else 0
 
     @property
     def nbytes(self) -> int:

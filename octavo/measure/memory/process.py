@@ -163,14 +163,10 @@ def _fill_and_look(request: Request, device: Device, before: int) -> Filled:
         kv_cache_memory=request.cache,
         prefix_caching=False,
     )
-    blocks = llm.engine.pool.blocks_for(request.context)
-    sessions = [
-        Text(model.bound.random_tokens(request.context, seed=i), list(range(i * blocks, (i + 1) * blocks)))
-        for i in range(request.batch)
-    ]
-    if (edges := llm.engine.pool.edges) is not None:
-        for session in sessions:
-            session.first_page, session.ring = edges.take(session.tokens, hit=False)
+    pool = llm.engine.pool
+    sessions = [Text(model.bound.random_tokens(request.context, seed=i), []) for i in range(request.batch)]
+    for session in sessions:
+        pool.start(session, pool.match(session.tokens))
     by_model = fill(llm, sessions, request.source.fill_seconds)
     for store in llm.cache.stores:
         if store.written != request.batch * request.context * store.heads * store.dim:

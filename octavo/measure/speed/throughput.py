@@ -146,8 +146,8 @@ def measure(
 def _prepare(model: Model, candidate: Candidate, batch_size: int, context: int) -> LLM:
     """An LLM whose cache holds all sessions, every page of it touched, and the first call behind it."""
     bound = (candidate.model or model).bound
-    size = CacheSize.of(bound.shapes, candidate.format)
-    blocks = batch_size * size.blocks(context)
+    size = CacheSize.of(bound.shapes, candidate.format, step=step_tokens(batch_size))
+    blocks = batch_size * -(-context // size.block_size)
     needed = size.cache(blocks, batch_size)
     llm = candidate.llm(
         model,
@@ -158,7 +158,7 @@ def _prepare(model: Model, candidate: Candidate, batch_size: int, context: int) 
         kv_cache_memory=needed if device_of(bound.device).dedicated else None,
         prefix_caching=False,
     )
-    if llm.cache.num_blocks < blocks:
+    if llm.cache.num_blocks < size.pools(blocks, batch_size)[0]:
         wanted, allowed = format_bytes(needed), format_bytes(llm.cache.nbytes)
         raise OctavoError(
             f"{batch_size} sessions of {context} tokens take {wanted} in {candidate.name}, and {allowed} may be taken: "

@@ -46,7 +46,8 @@ class _Text:
     first_page: int = -1
     ring: int = -1
     num_cached: int = 0
-    block_table: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=list)
+    behind: list[int] = field(default_factory=list)
     prefixes: list[bytes] = field(default_factory=list)
     logprob: float = 0.0
     greedy: bool = True
@@ -114,26 +115,20 @@ def _run(engine: Engine, texts: list[_Text]) -> None:
     pool = engine.pool
     try:
         for text in texts:
-            hits = pool.match(text.tokens[: text.first + 1])
-            text.block_table, text.prefixes = [block for block, _ in hits], [prefix for _, prefix in hits]
-            text.num_cached = len(hits) * pool.block_size
-            if pool.edges is not None:
-                text.first_page, text.ring = pool.edges.take(text.tokens, bool(hits))
-        for text in texts:  # once every hit is held
-            missing = pool.blocks_for(len(text.tokens)) - len(text.block_table)
-            text.block_table += [pool.take() for _ in range(missing)]
+            pool.start(text, pool.match(text.tokens[: text.first + 1]))
         while any(text.pending for text in texts):
             work, budget = [], engine.scheduler.max_batch_tokens
             for text in texts:
                 if rows := min(text.pending, budget):
+                    if not pool.reserve(text, rows):
+                        raise AssertionError("a step's texts fit into the cache")
                     work.append((text, rows))
                     budget -= rows
             _forward(engine, work)
     finally:
         for text in texts:
-            pool.release(text.block_table)
-            if pool.edges is not None:
-                pool.edges.release(text.first_page, text.ring)
+            if text.tables:
+                pool.free_all(text)
 
 
 def _forward(engine: Engine, work: list[tuple[_Text, int]]) -> None:
@@ -161,11 +156,4 @@ def _forward(engine: Engine, work: list[tuple[_Text, int]]) -> None:
         text.greedy &= bool(best[done : done + count].all())
         done += count
         text.num_cached += computed
-        size = engine.pool.block_size
-        while (len(text.prefixes) + 1) * size <= text.num_cached:
-            i = len(text.prefixes)
-            own = text.tokens[i * size : (i + 1) * size]
-            parent = text.prefixes[-1] if i else None
-            text.prefixes.append(engine.pool.seal(text.block_table[i], parent, own))
-            if engine.pool.edges is not None and i == 0:
-                engine.pool.edges.seal(text.first_page, own)
+        engine.pool.seal_full(text)

@@ -169,12 +169,15 @@ def test_what_does_not_fit_is_computed_and_says_why(internlm: Geometry) -> None:
 @pytest.mark.parametrize(("seconds", "by_model"), [(0.0, 3), (1e9, 3 * 200)])
 def test_every_slot_of_every_session_is_written(pamphlet: Model, seconds: float, by_model: int) -> None:
     llm = LLM(pamphlet, "int8-token", session_len=256, max_batch_size=3, prefix_caching=False)
-    sessions = [Text(list(range(i, i + 200)), list(range(4 * i, 4 * i + 4))) for i in range(3)]
+    sessions = [Text(list(range(i, i + 200)), []) for i in range(3)]
+    for session in sessions:
+        llm.engine.pool.start(session, llm.engine.pool.match(session.tokens))
     assert fill(llm, sessions, seconds) == by_model
     assert [store.written for store in llm.cache.stores] == [
         3 * 200 * store.heads * store.dim for store in llm.cache.stores
     ]
-    slots = torch.arange(3 * 256).view(3, 256)[:, :200].flatten()
+    blocks = torch.tensor([session.tables[0] for session in sessions])
+    slots = (blocks[..., None] * 64 + torch.arange(64)).flatten(1)[:, :200].flatten()
     for store in llm.cache.stores:
         assert store.scales is not None
         written = store.scales.transpose(1, 2).flatten(0, 1)[slots]  # [tokens, heads, 1]; an index of 0 is a tiny row

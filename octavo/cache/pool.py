@@ -1,0 +1,178 @@
+"""What running sequences hold of a cache: blocks for every group of layers, and raw pages at the edges.
+
+Layers whose queries see equally far back are a group. It has blocks and block tables of its own, and blocks that lie
+behind its reach are given back while the sequence runs:
+
+    group 0, the widest reach      [ 0 | 1 | 2 | 3 | 4 | 5 | 6 ]
+    a group of a sliding window    [ · | · | · | · | 4 | 5 | 6 ]      · given back, maybe another sequence's by now
+
+A prefix is found where every group still has the blocks that a query at its end sees, so in a group with a window its
+last blocks are enough. Pure Python, no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from octavo.cache.blocks import BlockPool
+from octavo.cache.edges import EdgePool
+
+GONE = 0  # in a table: a block that nobody sees. Kernels may look it up, so it is a block that there is
+
+
+class Holder(Protocol):
+    """A sequence, as far as it holds parts of a cache."""
+
+    tokens: list[int]
+    num_cached: int  # tokens whose K and V are in the cache
+    tables: list[list[int]]  # of each group: the blocks of its tokens, in their order
+    behind: list[int]  # of each group: leading blocks that have been given back
+    prefixes: list[bytes]  # hash of the prefix that each full block ends
+    first_page: int  # the raw page of page 0, where the format has edges
+    ring: int  # the first of the raw pages of its own span
+
+
+@dataclass(frozen=True)
+class Hit:
+    """Whole blocks of a prompt that are cached."""
+
+    prefixes: list[bytes]  # the hash of the prefix that each of them ends
+    tables: list[list[int]]  # of each group, GONE where no query at their end sees a block
+
+    def __len__(self) -> int:
+        return len(self.prefixes)
+
+
+class CachePool(BlockPool):
+    """The blocks of group 0, those of the `narrower` groups, and the raw pages of a cache."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        prefix_caching: bool = True,
+        edges: EdgePool | None = None,
+        reach: int | None = None,
+        narrower: Sequence[BlockPool] = (),
+    ):
+        super().__init__(num_blocks, block_size, prefix_caching, reach)
+        self.edges = edges
+        self.groups: list[BlockPool] = [self, *narrower]
+
+    @property
+    def capacity(self) -> int | None:
+        """The longest sequence in tokens; None where any fits, since no group keeps all of it."""
+        return None if self.reach is not None else len(self) * self.block_size
+
+    def prefix_blocks(self, tokens: Sequence[int]) -> int:
+        """As for a pool, with edges whole spans."""
+        return super().prefix_blocks(tokens) // self._whole * self._whole
+
+    def find(self, tokens: Sequence[int]) -> Hit:
+        """The longest cached prefix of `tokens`. With edges it is whole spans, and its first page is there."""
+        prefixes: list[bytes] = []
+        found: list[list[int | None]] = [[] for _ in self.groups]
+        for prefix, own in self.prefixes(tokens) if self.by_prefix else ():
+            blocks = [pool.lookup(prefix, own) for pool in self.groups]
+            if any(block is None and pool.reach is None for block, pool in zip(blocks, self.groups, strict=True)):
+                break
+            prefixes.append(prefix)
+            for table, block in zip(found, blocks, strict=True):
+                table.append(block)
+        count = len(prefixes) // self._whole * self._whole
+        if self.edges is not None and count and self.edges.find(tokens) is None:
+            count = 0
+        while any(None in table[pool.behind(count * self.block_size) : count]
+                  for table, pool in zip(found, self.groups, strict=True)):  # fmt: skip
+            count -= self._whole
+        tables = []
+        for table, behind in zip(found, self.behinds(count), strict=True):
+            tables.append([GONE] * behind + [block for block in table[behind:count] if block is not None])
+        return Hit(prefixes[:count], tables)
+
+    def behinds(self, count: int) -> list[int]:
+        """Of each group, how many of the first `count` blocks no query after them sees."""
+        return [pool.behind(count * self.block_size) for pool in self.groups]
+
+    def match(self, tokens: Sequence[int]) -> Hit:
+        """As `find`, with a reference on each block."""
+        hit = self.find(tokens)
+        for pool, table, behind in zip(self.groups, hit.tables, self.behinds(len(hit)), strict=True):
+            pool.share(table[behind:])
+        return hit
+
+    def unmatch(self, hit: Hit) -> None:
+        """Give back what `match` took."""
+        for pool, table, behind in zip(self.groups, hit.tables, self.behinds(len(hit)), strict=True):
+            pool.release(table[behind:])
+
+    def start(self, holder: Holder, hit: Hit) -> None:
+        """Let a sequence that holds nothing start on a hit, whose references become its own."""
+        holder.tables, holder.behind = hit.tables, self.behinds(len(hit))
+        holder.prefixes, holder.num_cached = hit.prefixes, len(hit) * self.block_size
+        if self.edges is not None:
+            holder.first_page, holder.ring = self.edges.take(holder.tokens, bool(hit))
+
+    def lacking(self, holder: Holder, tokens: int) -> list[int]:
+        """Blocks of each group that a sequence needs more for its first `tokens` tokens."""
+        return [self.blocks_for(tokens) - len(table) for table in holder.tables]
+
+    def reserve(self, holder: Holder, tokens: int) -> bool:
+        """Give back what lies behind, and extend the block tables for `tokens` more tokens, if there are blocks enough;
+        else take none."""
+        for i, pool in enumerate(self.groups):
+            table, behind = holder.tables[i], holder.behind[i]
+            holder.behind[i] = max(behind, min(pool.behind(holder.num_cached), len(table)))
+            pool.release(table[behind : holder.behind[i]])
+            table[behind : holder.behind[i]] = [GONE] * (holder.behind[i] - behind)
+        needed = self.lacking(holder, holder.num_cached + tokens)
+        if any(count > len(pool.free) for count, pool in zip(needed, self.groups, strict=True)):
+            return False
+        for count, pool, table in zip(needed, self.groups, holder.tables, strict=True):
+            table += [pool.take() for _ in range(count)]
+        return True
+
+    def seal_full(self, holder: Holder) -> None:
+        """Make a sequence's blocks that have become full findable."""
+        size = self.block_size
+        while (len(holder.prefixes) + 1) * size <= holder.num_cached:
+            i = len(holder.prefixes)
+            parent, own = holder.prefixes[-1] if i else None, holder.tokens[i * size : (i + 1) * size]
+            for pool, table, behind in zip(self.groups, holder.tables, holder.behind, strict=True):
+                if i >= behind:
+                    prefix = pool.seal(table[i], parent, own)
+            holder.prefixes.append(prefix)
+            if self.edges is not None and i == 0:
+                self.edges.seal(holder.first_page, own)
+
+    def free_all(self, holder: Holder) -> None:
+        """Take back all that a sequence holds."""
+        for pool, table, behind in zip(self.groups, holder.tables, holder.behind, strict=True):
+            pool.release(table[behind:])
+        if self.edges is not None:
+            self.edges.release(holder.first_page, holder.ring)
+        holder.first_page = holder.ring = -1
+        holder.tables, holder.behind, holder.prefixes, holder.num_cached = [], [], [], 0
+
+    def clear(self) -> None:
+        """Forget every cached prefix, so that the next request is a cold one."""
+        for pool in self.groups:
+            BlockPool.clear(pool)
+        if self.edges is not None:
+            self.edges.firsts.clear()
+
+    def check_held(self, holders: Sequence[Holder]) -> None:
+        """Raise AssertionError unless all pools are whole and the references are exactly those of `holders`."""
+        for i, pool in enumerate(self.groups):
+            pool.check()
+            held = sum(len(holder.tables[i]) - holder.behind[i] for holder in holders)
+            assert held == sum(block.references for block in pool.blocks), f"a block of group {i} leaked"
+        if self.edges is not None:
+            self.edges.check([(holder.first_page, holder.ring) for holder in holders])
+
+    @property
+    def _whole(self) -> int:
+        """Blocks that a hit consists of multiples of."""
+        return 1 if self.edges is None else self.edges.ring_pages
