@@ -34,7 +34,10 @@ def test_rows_that_were_not_changed_get_their_codes_again(
     assert import_session(llm, tmp_path / "plain.safetensors", tmp_path / "again") == 192
     before = SavedSession.open(tmp_path / "saved").codes(llm.cache)
     after = SavedSession.open(tmp_path / "again").codes(llm.cache)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    for name in before:
+        read = slice(64 if kv == "kv8" and ".first." not in name else 0, None)  # with edges page 0 is read raw
+        assert torch.equal(before[name][:, read] if before[name].dim() > 1 else before[name],
+                           after[name][:, read] if after[name].dim() > 1 else after[name]), name  # fmt: skip
 
     expected = llm.generate(text_ids[:200], SamplingParams(max_tokens=6))[0].token_ids
     other = new(pamphlet, kv, calibration)
@@ -71,7 +74,7 @@ def test_what_is_no_such_file_is_refused_and_nothing_is_written(
     llm.save(tmp_path / "saved", text_ids[:140])
     export_session(llm, tmp_path / "saved", tmp_path / "plain")
     rows = load_file(tmp_path / "plain")
-    about = {"format": "octavo kv rows", "version": "1", "tokens": json.dumps(text_ids[:140])}
+    about = {"format": "octavo kv rows", "version": "1", "tokens": json.dumps(text_ids[:140]), "rows": "128"}
 
     def refused(match: str, changed: dict[str, torch.Tensor], about: dict[str, str] = about) -> None:
         save_file({name: x.contiguous() for name, x in changed.items()}, tmp_path / "bad", about)
@@ -84,7 +87,8 @@ def test_what_is_no_such_file_is_refused_and_nothing_is_written(
     refused("layers.0.k holds values that are not finite", rows | {"layers.0.k": rows["layers.0.k"] * torch.inf})
     refused("layers.0.v is of shape", rows | {"layers.0.v": rows["layers.0.v"][..., :8]})
     refused("not ids of this model", rows, about | {"tokens": "[-1]"})
-    refused("fewer than a block", rows, about | {"tokens": "[1, 2]"})
+    refused("has 2 tokens, and rows of 128", rows, about | {"tokens": "[1, 2]"})
+    refused("fewer than a block", {name: x[:, :50] for name, x in rows.items()}, about | {"rows": "50"})
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(OctavoError, match="cannot be read"):
         import_session(llm, tmp_path / "text", tmp_path / "out")

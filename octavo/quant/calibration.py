@@ -21,7 +21,7 @@ from octavo.artefact import Artefact
 from octavo.errors import OctavoError
 from octavo.quant.codec import Static
 from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Codec, Granularity
-from octavo.quant.statistics import attention_static, range_static
+from octavo.quant.statistics import attention_static, float_static, range_static
 
 FILE_NAME = "kv_calibration.safetensors"
 VERSION = 2
@@ -74,7 +74,8 @@ class Calibration:
         granularity = self.header.granularity if granularity is None else granularity
         headroom = self.header.headroom if headroom is None else headroom
         validate_choice(granularity, headroom)
-        return range_static(statistics["min"], statistics["max"], granularity, headroom)
+        choose = float_static if codec.kind == "float" else range_static
+        return choose(statistics["min"], statistics["max"], granularity, headroom)
 
     @property
     def ranges_alone(self) -> bool:
