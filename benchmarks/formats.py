@@ -93,10 +93,12 @@ def measure(model: Model, calibration: Calibration, rows: list[Row], args: argpa
         for group in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
             with progress() as bar:
                 title = f"{model.path.name} on {text}: {', '.join(c.name for c in group)}"
-                task = bar.add_task(title, total=len(windows))
-                scores = compare(
-                    model, BASELINE, group, windows, lambda done, bar=bar, task=task: bar.update(task, completed=done)
-                )
+                task = bar.add_task(title, total=None)
+
+                def tell(done: int, total: int, bar: Any = bar, task: Any = task) -> None:
+                    bar.update(task, completed=done, total=total)
+
+                scores = compare(model, BASELINE, group, windows, tell)
             where = describe()
             for candidate, score in zip((BASELINE, *group), scores, strict=True):
                 found = {key: value for key, value in asdict(score).items() if key in KEPT}

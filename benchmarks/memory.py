@@ -23,9 +23,10 @@ from octavo.cli.tables import mib
 from octavo.cli.tables.memory import notes
 from octavo.devices import device_of
 from octavo.measure.memory.costs import Cost, costs, own_kind
-from octavo.measure.memory.plan import draw, fits
+from octavo.measure.memory.plan import fits
 from octavo.measure.memory.points import Point, points, saved
 from octavo.measure.memory.process import Source
+from octavo.measure.report.picture import draw_growth
 from octavo.models.geometry import Geometry
 from octavo.models.model import BUNDLED
 from octavo.quant.format import KVFormat
@@ -87,7 +88,7 @@ def main() -> None:
     geometry = Geometry.trace(CONFIG)
     formats = [KVFormat.parse(name) for name in ("fp16", "int8")]
     theory = costs(geometry, formats, CONTEXT, 80 << 30)
-    draw(
+    draw_growth(
         fits(geometry, formats, CONTEXT, 80 << 30), 80 << 30, CONTEXT, CONFIG.stem, ROOT / "docs" / "memory-growth.svg"
     )
     with tempfile.TemporaryDirectory() as directory:
@@ -114,7 +115,8 @@ differences of totals and of caches. *Rest*: what the page had beside these. No 
 
 ![Memory over sessions: fp16, 4-bit weights, int8 KV cache, both](memory-growth.svg)
 
-    octavo plan --config benchmarks/geometries/internlm-chat-7b.json --memory 80GiB --plot docs/memory-growth.svg
+    octavo plan --config benchmarks/geometries/internlm-chat-7b.json --memory 80GiB --kv fp16,int8 \\
+        --plot docs/memory-growth.svg
 
 ## {args.layers} of its 32 layers, measured
 

@@ -3,6 +3,7 @@
 Calibrates on text that the model writes, then runs `octavo accuracy --tasks all` and adds the commit to its document.
 
     python benchmarks/tasks.py --data ../shared/data/eval --limit 20 --out benchmarks/results/tasks-pamphlet.json
+    python benchmarks/tasks.py --model DIR --kv bf16,int8,kv8,k8v4,kv4 --data … --budget 4h --results KEPT --out …
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def main() -> None:
     cli.add_argument("--kv", default="fp16,int8")
     cli.add_argument("--data", type=Path, required=True, help="folder of the tasks' raw files")
     cli.add_argument("--limit", type=int, help="documents of each task")
+    cli.add_argument("--budget", default="none", help="time for all, of which each task gets its share, if no --limit")
+    cli.add_argument("--tasks", default="all")
     cli.add_argument("--max-batch-size", type=int, default=16)
     cli.add_argument("--calibration", type=Path, help="a calibration that is there already")
     cli.add_argument("--results", type=Path, help="where results are kept, so that a run can go on")
@@ -47,11 +50,11 @@ def main() -> None:
         calibration = args.calibration or Path(directory)
         if args.calibration is None:
             run("calibrate", args.model, "--calib-samples", 16, "--calib-seqlen", 512, "--work-dir", calibration)
-        limit = ["--limit", args.limit] if args.limit else []
+        limit = ["--limit", args.limit] if args.limit else ["--budget", args.budget]
         kept = args.results or calibration / "results"
         options = ["--kv", args.kv, "--calibration", calibration, "--max-batch-size", args.max_batch_size]
         options += ["--data-dir", args.data, "--results", kept, *limit]
-        document = json.loads(run("accuracy", args.model, "--tasks", "all", *options, "--json"))
+        document = json.loads(run("accuracy", args.model, "--tasks", args.tasks, *options, "--json"))
     del document["tasks"]["results"]  # a path of this machine, as are the reasons for what was skipped
     document["tasks"]["skipped"] = list(document["tasks"]["skipped"])
     document = {"benchmark": "tasks", "commit": describe()["commit"], **document}

@@ -24,8 +24,8 @@ from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
 from octavo.models.model import BUNDLED, Model
 from octavo.models.output import output_norms
-from octavo.quant.calibration import Calibration, Header, validate_choice
-from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Format, Granularity
+from octavo.quant.calibration import Calibration, Header
+from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Format, Granularity, validate_choice
 from octavo.quant.statistics import LayerStatistics
 from octavo.text import opening
 

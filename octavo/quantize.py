@@ -120,6 +120,22 @@ def quantizable(hf: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
     raise Unsupported(f"groups of {group_size} divide no layer's inputs ({', '.join(map(str, sizes))}): {remedy}")
 
 
+def choose_group(hf: PreTrainedModel, asked: int | None) -> int:
+    """The group size that packs most weights, or the one `asked` for. Raises Unsupported where that packs fewer, with
+    the ones that pack most."""
+    packed = {size: sum(layer.weight.numel() for layer in packable(hf, size).values()) for size in GROUP_SIZES}
+    best = [size for size in GROUP_SIZES if packed[size] == max(packed.values())]
+    if asked is None:
+        return best[-1]
+    if packed[asked] < packed[best[0]]:
+        left = {layer.in_features for name, layer in packable(hf, best[0]).items() if name not in packable(hf, asked)}
+        raise Unsupported(
+            f"groups of {asked} do not divide the inputs of every linear layer ({', '.join(map(str, sorted(left)))}): "
+            f"choose {' or '.join(map(str, best))}"
+        )
+    return asked
+
+
 def _scale(
     hf: nn.Module,
     folds: list[Fold],

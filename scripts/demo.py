@@ -1,15 +1,16 @@
-"""The main job on the bundled model: calibrate, compare what the cache costs, generate, and measure what int8 changes.
+"""The main job on the bundled model: calibrate, compare what the cache costs, generate, and measure what 8 bits change.
 
 make demo
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from octavo import LLM, KVFormat, SamplingParams
-from octavo.cache.size import format_bytes
+from octavo.cache.size import CacheSize, format_bytes
 from octavo.cli import main
 from octavo.cli.progress import progress
 from octavo.corpus import load_texts
@@ -22,6 +23,7 @@ from octavo.text_windows import consecutive_windows
 WORK_DIR = Path("demo")
 PROMPTS = ("Once upon a time there was a little fox who", "The old printer took the sheet from the press and")
 WINDOW = 512
+FORMATS = ("kv8", "kv4", "int8")
 
 console = Console()
 
@@ -37,17 +39,16 @@ def calibrate() -> None:
             raise
 
 
-def memory(baseline: LLM, int8: LLM) -> Table:
-    """Bytes of one full session in each format, read from the caches' tensors."""
-    table = Table(title=f"KV cache of one session of {baseline.session_len} tokens (from the tensors' own sizes)")
-    for name in ("format", "per token", "per session", "sessions in 1 GiB", "padding", "static, once"):
+def memory(model: Model, formats: Sequence[KVFormat], tokens: int) -> Table:
+    """Bytes of one full session in each format."""
+    table = Table(title=f"KV cache of one session of {tokens} tokens")
+    for name in ("format", "per token", "first page and own span in 16 bits", "per session", "sessions in 1 GiB"):
         table.add_column(name, justify="left" if name == "format" else "right")
-    for llm in (baseline, int8):
-        session = llm.cache.token_nbytes * llm.session_len
-        memory = llm.cache.memory()
-        apart = (format_bytes(memory.padding), format_bytes(memory.static))
+    for format in formats:
+        size = CacheSize.of(model.bound.shapes, format)
+        session, raw = size.session(tokens), size.raw_page * (size.ring + 1) if size.ring else 0
         table.add_row(
-            str(llm.format), f"{llm.cache.token_nbytes} B", format_bytes(session), f"{2**30 / session:.0f}", *apart
+            str(format), f"{size.token} B", format_bytes(raw), format_bytes(session), f"{2**30 / session:.0f}"
         )
     return table
 
@@ -71,21 +72,21 @@ def accuracy(scores: list[Score]) -> Table:
 def demo() -> None:
     calibrate()
     model = Model.load()
-    baseline, int8 = LLM(model), LLM(model, kv="int8", calibration=WORK_DIR)
+    baseline, kv8 = LLM(model), LLM(model, kv="kv8", calibration=WORK_DIR)
 
     console.rule("2. Memory: what does a session cost?")
-    console.print(memory(baseline, int8))
+    console.print(memory(model, [baseline.format, *map(KVFormat.parse, FORMATS)], baseline.session_len))
 
     console.rule("3. Generate: the same prompts with both caches, greedy")
     params = SamplingParams(max_tokens=60)
     for prompt, *answers in zip(
-        PROMPTS, *(llm.generate(list(PROMPTS), params) for llm in (baseline, int8)), strict=True
+        PROMPTS, *(llm.generate(list(PROMPTS), params) for llm in (baseline, kv8)), strict=True
     ):
-        for llm, answer in zip((baseline, int8), answers, strict=True):
+        for llm, answer in zip((baseline, kv8), answers, strict=True):
             console.print(f"[bold]{llm.format!s:>6}[/bold]  [dim]{prompt}[/dim]{answer.text}", highlight=False)
         console.print()
 
-    console.rule("4. Accuracy: what does int8 change?")
+    console.rule("4. Accuracy: what do 8 bits change?")
     text = load_texts(str(BUNDLED / "evaluation.txt"))
     windows = consecutive_windows(text, model.tokenizer, WINDOW)
     with progress() as bar:
@@ -93,7 +94,7 @@ def demo() -> None:
         scores = compare(
             model,
             Candidate(str(baseline.format), baseline.format),
-            [Candidate("int8", int8.format, int8.calibration), Candidate("int8-token", KVFormat.parse("int8-token"))],
+            [Candidate(name, KVFormat.parse(name), kv8.calibration) for name in FORMATS],
             windows,
             progress=lambda done: bar.update(task, completed=done),
         )
@@ -105,7 +106,7 @@ def demo() -> None:
         write_report(model, WORK_DIR / "report", calibration=WORK_DIR)
         bar.update(task, total=1, completed=1)
     console.print(
-        f"open {WORK_DIR / 'report' / 'report.html'}\n\nNext: .venv/bin/octavo chat --kv int8 --calibration {WORK_DIR}",
+        f"open {WORK_DIR / 'report' / 'report.html'}\n\nNext: .venv/bin/octavo chat --kv kv8 --calibration {WORK_DIR}",
         soft_wrap=True,
     )
 

@@ -211,6 +211,7 @@ class TestCommand:
         out = capsys.readouterr().out
         assert "Ranges of K and V" in out
         assert "4 windows of 128 tokens of text.txt" in out
+        assert out.splitlines()[-1] == f"next: octavo chat pamphlet --kv kv8 --calibration {tmp_path}"
         header = Calibration.load(tmp_path).header
         assert (header.samples, header.seqlen, header.granularity) == (4, 128, "channel")
 

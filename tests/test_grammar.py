@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,3 +113,98 @@ def test_a_sentencepiece_tokenizer_is_kept_to_a_schema_too(tmp_path: Path):
 def test_a_tokenizer_that_the_grammar_library_cannot_read_is_refused():
     with pytest.raises(OctavoError, match="fast tokenizers"):
         Grammars(object(), 10, {1}).guide("json_schema", PET)
+
+
+NODE = {
+    "type": "object",
+    "properties": {"v": {"type": "string"}, "c": {"type": "array", "items": {"$ref": "#/$defs/n"}}},
+}
+UNBOUNDED: dict[str, dict[str, Any]] = {
+    "a string": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+    "an array": {"type": "array", "items": {"type": "integer"}},
+    "any object": {"type": "object"},
+    "a tree": {"$defs": {"n": {**NODE, "required": ["v", "c"], "additionalProperties": False}}, "$ref": "#/$defs/n"},
+    "an object that is large once it is begun": {
+        "type": "object",
+        "properties": {"big": {"type": "object", "required": [f"key {i}" for i in range(9)]}, "s": {"maxLength": 5}},
+        "required": ["s"],
+    },
+    "patterns and least lengths": {
+        "type": "object",
+        "properties": {
+            "day": {"type": "string", "format": "date"},
+            "code": {"type": "string", "pattern": "^[A-Z]{3}-[0-9]{4}$"},
+            "text": {"type": "string", "minLength": 20},
+            "list": {"type": "array", "items": {"enum": ["alpha", "beta"]}, "minItems": 2},
+        },
+        "required": ["day", "code", "text", "list"],
+    },
+}
+
+
+@pytest.mark.parametrize("schema", UNBOUNDED.values(), ids=UNBOUNDED)
+def test_an_answer_that_would_not_end_is_ended_as_its_schema_demands(pamphlet: Model, schema: dict[str, Any]):
+    """Whatever tokens a model prefers, here at random, and however few it has: the document is whole, and matches."""
+    grammars = Grammars(pamphlet.tokenizer, pamphlet.bound.vocab_size, pamphlet.eos_ids)
+    random, cut = torch.Generator().manual_seed(0), 0
+    guide = grammars.guide("json_schema", schema)
+    least = len(guide.closing.way(guide.matcher, 1000) or ())
+    for spare in range(0, 60, 6):
+        guide, tokens = grammars.guide("json_schema", schema), list[int]()
+        for room in range(least + spare, 0, -1):
+            row = torch.randn(pamphlet.bound.vocab_size, generator=random) * 4
+            guide.restrict(row, room)
+            token = int(row.softmax(-1).multinomial(1, generator=random))
+            if token in pamphlet.eos_ids:
+                break
+            tokens.append(token)
+            guide.accept(token)
+        assert guide.matcher.is_accepting(), pamphlet.tokenizer.decode(tokens)
+        json.loads(pamphlet.tokenizer.decode(tokens))
+        cut += guide.cut
+    assert cut > 2
+
+
+def test_an_end_that_tokens_forced_is_told_as_one(llm: LLM):
+    params = [
+        SamplingParams(max_tokens=n, temperature=1.5, top_k=50, seed=n, json_schema=UNBOUNDED["a string"])
+        for n in (8, 14, 25, 40)
+    ]
+    answers = llm.generate(["Once upon a time"] * len(params), params)
+    assert {answer.finish_reason for answer in answers} == {"length"}
+    assert all(json.loads(answer.text)["name"] for answer in answers[1:])
+    [whole] = llm.generate("A", SamplingParams(max_tokens=60, json_schema={"enum": [1]}))
+    assert (whole.text, whole.finish_reason) == ("1", "stop")
+
+
+def test_lengths_that_a_schema_sets_are_kept(llm: LLM):
+    schema = {
+        "type": "object",
+        "properties": {
+            "a": {"type": "string", "maxLength": 4},
+            "b": {"type": "array", "items": {"type": "string", "maxLength": 3}, "maxItems": 2},
+        },
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    params = [SamplingParams(max_tokens=200, temperature=1.5, seed=i, json_schema=schema) for i in range(4)]
+    for answer in llm.generate(["Once upon a time"] * 4, params):
+        value = json.loads(answer.text)
+        assert len(value["a"]) <= 4
+        assert len(value["b"]) <= 2
+        assert all(len(one) <= 3 for one in value["b"])
+        assert answer.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("constraint", "expected"),
+    [
+        ({"regex": "(ab){2}c?"}, {"abab", "ababc"}),
+        ({"choice": ["yes", "no"]}, {"yes", "no"}),
+        ({"grammar": 'start: "x" | "yy"'}, {"x", "yy"}),
+    ],
+    ids=str,
+)
+def test_answers_may_match_expressions_choices_and_grammars(llm: LLM, constraint: Any, expected: set[str]):
+    params = [SamplingParams(max_tokens=40, temperature=1.5, seed=i, **constraint) for i in range(6)]
+    assert {answer.text for answer in llm.generate(["A"] * 6, params)} <= expected

@@ -23,7 +23,7 @@ from octavo.models.load import load_model
 from octavo.models.model import BUNDLED, Model
 from octavo.models.save import save_awq
 from octavo.models.tokenizer import load_tokenizer
-from octavo.quantize import quantize
+from octavo.quantize import choose_group, quantize
 from octavo.weights import awq, cpu
 from octavo.weights.linear import PackedLinear
 from tests.models.test_internlm import TOKENIZER_V1, V2, checkpoint_v2, vocabulary, write
@@ -241,6 +241,13 @@ def test_weights_in_the_processor_s_order_are_refused_with_the_way_out() -> None
 def test_groups_that_divide_no_layer_are_refused_with_those_that_do() -> None:
     with pytest.raises(Unsupported, match=r"groups of 128 divide no layer's inputs \(64, 96\): choose 32 or 64"):
         quantize(bind(tiny()), windows())
+
+
+def test_the_group_that_fits_the_layers_is_chosen_and_one_that_does_not_is_answered_with_it() -> None:
+    hf = tiny(hidden_size=192, intermediate_size=256)  # 192 is 3 × 64
+    assert [choose_group(hf, asked) for asked in (None, 32, 64)] == [64, 32, 64]
+    with pytest.raises(Unsupported, match=r"groups of 128 do not divide .* \(192\): choose 32 or 64"):
+        choose_group(hf, 128)
 
 
 def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

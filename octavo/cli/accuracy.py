@@ -9,18 +9,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from octavo.cli.candidates import BASELINE, COMPARED, candidates, load_baseline
-from octavo.cli.options import LoadOptions, option, takes
+from octavo.cli.candidates import BASELINE, COMPARED, candidates, formats_option, load_baseline
+from octavo.cli.options import LoadOptions, budget_option, check_calibration, option, takes
 from octavo.errors import OctavoError
+from octavo.measure.accuracy.sizes import ANSWERS, WANTED
+from octavo.measure.budget import DEFAULT, Budget, Windows
 
 if TYPE_CHECKING:
     from octavo.corpus import Texts
     from octavo.measure.candidate import Candidate
     from octavo.models.model import Model
-
-WINDOW, WINDOWS = 1024, 16
 
 
 def about_text(help: str, *names: str, **more: Any) -> Any:
@@ -36,7 +37,7 @@ def accuracy(
     options: LoadOptions,
     kv: Annotated[
         str | None,
-        option(
+        formats_option(
             "Formats to compare, as in fp16,kv8; the first is the baseline, beside a single one the model's 16 bits. "
             + COMPARED
         ),
@@ -55,8 +56,21 @@ def accuracy(
             "A .txt or .jsonl file, or ptb, c4, wikitext2, pileval. [default: evaluation.txt of the bundled model]"
         ),
     ] = None,
-    windows: Annotated[int | None, about_text(f"At most so many windows of it. [default: {WINDOWS}]", min=1)] = None,
-    window: Annotated[int | None, about_text(f"Tokens in a window. [default: {WINDOW}]", min=2)] = None,
+    windows: Annotated[
+        int | None,
+        about_text(f"At most so many windows of it. [default: {WANTED.count}, or what --budget allows]", min=1),
+    ] = None,
+    window: Annotated[
+        int | None, about_text(f"Tokens in a window. [default: {WANTED.length}, or what --budget allows]", min=2)
+    ] = None,
+    answers: Annotated[
+        int | None,
+        about_text(
+            f"Beginnings of windows that are answered, to see where answers part. [default: {ANSWERS.count}, or what "
+            "--budget allows]",
+            min=0,
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         about_tasks(
@@ -64,44 +78,53 @@ def accuracy(
             "bbh/word_sorting, …"
         ),
     ] = None,
-    limit: Annotated[int | None, about_tasks("Only the first so many documents, of bbh of each subset.", min=1)] = None,
+    limit: Annotated[
+        int | None,
+        about_tasks("The first so many documents, of bbh of each subset. [default: what --budget allows]", min=1),
+    ] = None,
     max_batch_size: Annotated[int | None, about_tasks("Documents at a time. [default: 16]", min=1)] = None,
     results: Annotated[
         Path | None,
         about_tasks("Where results are kept, so that a run can go on. [default: beside the calibration]"),
     ] = None,
+    budget: Annotated[str, budget_option("--windows, --window and --answers, or --limit")] = DEFAULT,
     json: Annotated[bool, option("One JSON document on stdout.", "--json")] = False,
 ) -> None:
     """Measure what a KV cache format of MODEL costs in accuracy."""
+    reads = text is not None or tasks is None
+    _refuse({"--limit": limit, "--max-batch-size": max_batch_size, "--results": results}, tasks is not None, "--tasks")
+    _refuse({"--windows": windows, "--window": window, "--answers": answers}, reads, "--text")
+    check_calibration(calibration, granularity, headroom)
+    time = Budget.parse(budget)
+    parts, skipped = _parts(tasks, data_dir) if tasks is not None else ([], {})
+    source = _text(text, data_dir) if reads else None
+    model = options.load()
     from octavo.cli.progress import telling
     from octavo.cli.tables.accuracy import show_tasks, show_text, show_theory
     from octavo.measure.accuracy.results import about, on_text
     from octavo.measure.as_json import dumps
     from octavo.measure.candidate import beside
+    from octavo.text_windows import consecutive_windows
 
-    reads = text is not None or tasks is None
-    _refuse({"--limit": limit, "--max-batch-size": max_batch_size, "--results": results}, tasks is not None, "--tasks")
-    _refuse({"--windows": windows, "--window": window}, reads, "--text")
-    parts, skipped = _parts(tasks, data_dir) if tasks is not None else ([], {})
-    source = _text(text, data_dir) if reads else None
-    model = options.load()
     compared = _candidates(model, kv, calibration, granularity, headroom)
     if baseline is not None:
         compared = beside(load_baseline(options, baseline, model), model, compared)
     context = min(model.bound.max_context, options.session_len or model.bound.max_context)
-    read = _windows(model, source, windows or WINDOWS, window, context) if source is not None else []
+    if source is not None:
+        size, asked = _fit(model, source.name, len(compared), (windows, window, answers), context, time)
+        read = consecutive_windows(source, model.tokenizer, size.length, size.count)
     found = about(model, compared)
     if not json:
         show_theory(found)
     if source is not None:
         with telling("reading") as tell:
-            found["text"] = on_text(model, compared, source.name, read, context, tell)
+            found["text"] = on_text(model, compared, source.name, read, asked, tell)
         if not json:
             show_text(found)
     if parts:
         where = results or model.work_dir / "accuracy"
         sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16}
-        found["tasks"] = _on_tasks(model, compared, parts, where, sizes) | {"skipped": skipped}
+        found["tasks"] = _on_tasks(model, compared, parts, where, time, sizes) | {"skipped": skipped}
         if not json:
             show_tasks(found)
     if json:
@@ -126,9 +149,11 @@ def _parts(tasks: str, data_dir: Path | None) -> tuple[list[Any], dict[str, str]
 
 def _text(text: str | None, data_dir: Path | None) -> Texts:
     from octavo.corpus import load_texts
-    from octavo.models.model import BUNDLED
+    from octavo.models.locate import BUNDLED
 
-    return load_texts(str(BUNDLED / "evaluation.txt") if text is None else text, data_dir, "test")
+    texts = load_texts(str(BUNDLED / "evaluation.txt") if text is None else text, data_dir, "test")
+    next(iter(texts))  # refuses what cannot be read
+    return texts
 
 
 def _candidates(
@@ -136,9 +161,7 @@ def _candidates(
 ) -> list[Candidate]:
     """The formats to compare, the baseline first; beside a single one the model's 16 bits."""
     from octavo.measure.candidate import Candidate
-    from octavo.quant.calibration import validate_choice
 
-    validate_choice(granularity or "channel", 1.0 if headroom is None else headroom)
     found = candidates(model, kv, calibration, granularity, headroom)
     raw = model.bound.raw_format
     if len(found) == 1 and found[0].format != raw:
@@ -146,14 +169,32 @@ def _candidates(
     return found
 
 
-def _windows(model: Model, source: Texts, count: int, length: int | None, context: int) -> list[list[int]]:
-    from octavo.text_windows import consecutive_windows
+def _fit(
+    model: Model,
+    name: str,
+    formats: int,
+    given: tuple[int | None, int | None, int | None],
+    context: int,
+    budget: Budget,
+) -> tuple[Windows, Windows]:
+    """The windows to read and the answers to write. Says how many, and how long they take."""
+    from octavo.cli.progress import say
+    from octavo.measure.accuracy.sizes import choose
+    from octavo.measure.pace import Pace
 
+    length = given[1]
     if length is not None and length > context:
         raise OctavoError(
             f"a window of {length} tokens is longer than {model.name}'s sessions of {context}: lower --window"
         )
-    return consecutive_windows(source, model.tokenizer, length or min(WINDOW, context), count)
+    start = perf_counter()
+    say("measuring a few steps")
+    pace = Pace.measure(model.bound, length or min(WANTED.length, context))
+    read, write = choose(pace, budget.less(perf_counter() - start), formats, given, context)
+    say(f"{name}: {read.of(formats)}")
+    if write.size.count:
+        say(f"greedy answers: {write.of(formats)}")
+    return read.size, write.size
 
 
 def _on_tasks(
@@ -161,15 +202,20 @@ def _on_tasks(
     candidates: Sequence[Candidate],
     parts: Sequence[Any],
     directory: Path,
+    budget: Budget,
     sizes: dict[str, Any],
 ) -> dict[str, Any]:
     from octavo.cli.progress import telling
-    from octavo.measure.tasks.run import Results, run
+    from octavo.measure.tasks.results import Results
+    from octavo.measure.tasks.run import run
 
     try:
         with telling("loading tasks") as tell:
-            rows = run(model, candidates, parts, Results(directory), progress=tell, **sizes)
+            rows = run(
+                model, candidates, parts, Results(directory), budget=budget, progress=tell, say=tell.say, **sizes
+            )
     except KeyboardInterrupt:
         print(f"interrupted: what is done is kept in {directory}; the same command goes on", file=sys.stderr)
         raise
-    return {"how": "measured", **sizes, "results": str(directory), "rows": [asdict(row) for row in rows]}
+    found = [asdict(row) | {"solved": row.solved} for row in rows]
+    return {"how": "measured", **sizes, "results": str(directory), "rows": found}

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.options import LoadOptions, takes
-from octavo.cli.progress import progress
+from octavo.cli.options import LoadOptions, budget_option, takes
+from octavo.cli.progress import progress, say
 from octavo.errors import OctavoError
-from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM
+from octavo.measure.budget import DEFAULT, Budget, Windows
+from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, validate_choice
 
 if TYPE_CHECKING:
     from octavo.corpus import Texts
     from octavo.models.model import Model
+    from octavo.quant.calibration import Calibration
 
 SELF = "self"
+WANTED, LEAST = Windows(16, 512), Windows(4, 256)  # docs/FORMATS.md: what more would gain
+WIDTH = 16  # windows that the model writes at a time
 
 
 @takes(LoadOptions)
@@ -29,10 +35,13 @@ def calibrate(
             help="ptb, c4, wikitext2, pileval, a .txt or .jsonl file, or self: the model writes. [default: self]"
         ),
     ] = None,
-    calib_samples: Annotated[int, typer.Option(help="Windows of text.", min=1)] = 128,
-    calib_seqlen: Annotated[
-        int | None, typer.Option(help="Tokens in a window. [default: 2048, or the model's context]", min=2)
+    calib_samples: Annotated[
+        int | None, typer.Option(help=f"Windows of text. [default: {WANTED.count}, or what --budget allows]", min=1)
     ] = None,
+    calib_seqlen: Annotated[
+        int | None, typer.Option(help=f"Tokens in a window. [default: {WANTED.length}, or what --budget allows]", min=2)
+    ] = None,
+    budget: Annotated[str, budget_option("--calib-samples or --calib-seqlen")] = DEFAULT,
     work_dir: Annotated[
         Path | None, typer.Option(help="Where the calibration is saved. [default: the model's directory, or a cache]")
     ] = None,
@@ -47,15 +56,11 @@ def calibrate(
     ] = DEFAULT_HEADROOM,
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
 ) -> None:
-    """Calibrate MODEL for the int8 KV cache."""
-    from rich.console import Console
-
-    from octavo.calibrate import calibrate as observe
-    from octavo.cli.tables.calibrate import range_table
+    """Calibrate MODEL: see what its K and V are like, once. `int8` needs that, the other formats lose less with it."""
     from octavo.corpus import load_texts
-    from octavo.quant.calibration import validate_choice
 
     validate_choice(granularity, headroom)
+    time = Budget.parse(budget)
     texts = load_texts(calib_dataset, data_dir) if calib_dataset not in (None, SELF) else None
     model = options.load()
     if model.synthetic and work_dir is None:
@@ -67,9 +72,13 @@ def calibrate(
             stacklevel=2,
         )
     _require_writable(directory)
-    source, windows = draw_windows(model, calib_dataset, texts, calib_samples, calib_seqlen, seed)
+    source, windows, seconds = draw_windows(
+        model, calib_dataset, texts, (calib_samples, calib_seqlen), WANTED, LEAST, time, seed
+    )
+    from octavo.calibrate import calibrate as observe
+
     with progress() as bar:
-        task = bar.add_task("observing K and V", total=len(windows))
+        task = bar.add_task("observing K and V", total=len(windows), seconds=seconds)
         calibration = observe(
             model,
             windows,
@@ -80,40 +89,77 @@ def calibrate(
             progress=lambda done: bar.update(task, completed=done),
         )
     path = calibration.save(directory)
-    console = Console()
+    _show(options, calibration, path, work_dir)
+
+
+def _show(options: LoadOptions, calibration: Calibration, path: Path, work_dir: Path | None) -> None:
+    """What was seen, where it is kept, and what to do with it."""
+    from rich.console import Console
+
+    from octavo.cli.tables.calibrate import range_table
+
+    console, header = Console(highlight=False, soft_wrap=True), calibration.header
     console.print(range_table(calibration))
-    header = calibration.header
     console.print(
         f"{header.samples} windows of {header.seqlen} tokens of {header.dataset}, at positions "
         f"{header.positions[0]} to {header.positions[1]}"
     )
-    console.print(f"saved to {path}", soft_wrap=True)
+    console.print(f"saved to {path}")
+    words = ["octavo", "chat", *([options.model] if options.model else []), "--kv", "kv8"]
+    words += ["--model-format", options.model_format] if options.model_format != "hf" else []
+    words += ["--calibration", str(work_dir)] if work_dir is not None else []
+    console.print(f"next: {shlex.join(words)}", markup=False)
 
 
 def draw_windows(
-    model: Model, dataset: str | None, texts: Texts | None, count: int, length: int | None, seed: int
-) -> tuple[str, list[list[int]]]:
-    """Name of what was read, and the windows to observe: of `texts`, or of the model's own if None."""
+    model: Model,
+    dataset: str | None,
+    texts: Texts | None,
+    given: tuple[int | None, int | None],
+    wanted: Windows,
+    least: Windows,
+    budget: Budget,
+    seed: int,
+) -> tuple[str, list[list[int]], float]:
+    """Name of what was read, the windows to observe, and the seconds that this will take: of `texts`, or of the model's
+    own if None. Their count and length are those `given`, or what the budget allows between `wanted` and `least`."""
     from octavo.llm import LLM
-    from octavo.text_windows import self_windows, token_windows
+    from octavo.measure.pace import Pace
+    from octavo.text_windows import CHAT_SHARE, self_windows, token_windows
 
-    length = min(2048, model.bound.max_context) if length is None else length
-    if length > model.bound.max_context:
-        raise OctavoError(f"--calib-seqlen {length} is beyond the model's context of {model.bound.max_context}")
+    count, length = given
+    context = model.bound.max_context
+    if length is not None and length > context:
+        raise OctavoError(f"--calib-seqlen {length} is beyond the model's context of {context}")
+    wanted = Windows(count or wanted.count, length or min(wanted.length, context))
+    least = wanted if count or length else least
     if model.synthetic:
         if dataset is not None:
             raise OctavoError("--load-format dummy observes one random batch: leave --calib-dataset out")
         words = "synthetic: one random batch, for weights that are random too"
-        return words, model.bound.random_tokens(1, length, seed=seed)
-    if texts is None:
-        with progress() as bar:
-            task = bar.add_task("sampling text from the model", total=count * length)
-            llm = LLM(model, session_len=min(length + 1, model.bound.max_context), max_batch_size=16)
-            windows = self_windows(
-                llm, count, length, seed=seed, progress=lambda done, _: bar.update(task, completed=done)
-            )
-        return "self: text sampled from the model", windows
-    return texts.name, list(token_windows(texts, model.tokenizer, count, length, seed=seed))
+        return words, model.bound.random_tokens(1, wanted.length, seed=seed), 0.0
+    start = perf_counter()
+    say("measuring a few steps")
+    pace = Pace.measure(model.bound, wanted.length)
+    chats = CHAT_SHARE if model.tokenizer.chat_template else 0
+
+    def writing(size: Windows) -> float:
+        """Of sampling the windows from the model, in two turns: texts, then answers in chats."""
+        turns = (round(size.count * (1 - chats)), round(size.count * chats))
+        full = sum(n // WIDTH * pace.write(WIDTH, size.length) + pace.write(n % WIDTH, size.length) * (n % WIDTH > 0)
+                   for n in turns)  # fmt: skip
+        return full if texts is None else 0.0
+
+    fit = budget.less(perf_counter() - start).fit(wanted, least, lambda size: pace.read(size.tokens) + writing(size))
+    count, length, seconds = fit.size.count, fit.size.length, pace.read(fit.size.tokens)
+    say(f"{'text that the model writes' if texts is None else texts.name}: {fit}")
+    if texts is not None:
+        return texts.name, list(token_windows(texts, model.tokenizer, count, length, seed=seed)), seconds
+    with progress() as bar:
+        task = bar.add_task("sampling text from the model", total=count * length, seconds=writing(fit.size))
+        llm = LLM(model, session_len=min(length + 1, context), max_batch_size=WIDTH)
+        windows = self_windows(llm, count, length, seed=seed, progress=lambda done, _: bar.update(task, completed=done))
+    return "self: text sampled from the model", windows, seconds
 
 
 def _require_writable(directory: Path) -> None:

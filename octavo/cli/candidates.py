@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from octavo.cli.options import LoadOptions, option
+from octavo.cli.options import LoadOptions, check_format, option
 from octavo.errors import OctavoError
+from octavo.quant.format import KVFormat, is_tuned
 
 if TYPE_CHECKING:
     from octavo.measure.candidate import Candidate
@@ -22,6 +23,17 @@ COMPARED = "[default: the model's 16 bits, kv8, k8v4, and if it is calibrated kv
 BASELINE = option("The same model with 16-bit weights: MODEL with 4-bit ones is compared with it, in every format.")
 
 
+def formats_option(help: str) -> Any:
+    """--kv of a verb that compares: names with commas between, which are known before torch is imported."""
+    return option(help, callback=_known)
+
+
+def _known(names: str | None) -> str | None:
+    for name in names.split(",") if names is not None else ():
+        check_format(name)
+    return names
+
+
 def candidates(
     model: Model,
     kv: str | None,
@@ -32,7 +44,6 @@ def candidates(
     """The formats to compare, the baseline first, each known and calibrated if it has to be."""
     from octavo.cli.progress import calibration_with_bar
     from octavo.measure.candidate import Candidate
-    from octavo.quant.format import KVFormat
 
     names = (str(model.bound.raw_format), *DEFAULT) if kv is None else kv.split(",")
     calibrated = kv is not None or model.calibration(calibration, KVFormat.parse(DEFAULT[0])) is not None
@@ -55,7 +66,6 @@ def formats(
 ) -> list[Format]:
     """Those of --kv, each once; or the model's own and those of `default`. `place` is the model's name and path."""
     from octavo.measure.memory.costs import baseline
-    from octavo.quant.format import KVFormat
 
     if kv is None:
         return [baseline(geometry), *(KVFormat.parse(name) for name in default)]
@@ -64,7 +74,6 @@ def formats(
 
 def _format(kv: str, geometry: Geometry, name: str, path: Path) -> Format:
     from octavo.models.model import tuned_formats
-    from octavo.quant.format import KVFormat, is_tuned
 
     if not is_tuned(kv):
         return KVFormat.parse(kv)
@@ -93,7 +102,7 @@ def baseline_source(model: str, geometry: Geometry, own: Source) -> dict[str, So
     """Where the 16-bit weights are measured. Raises OctavoError if they are another model's."""
     from octavo.measure.memory.costs import own_kind
     from octavo.models.geometry import Geometry
-    from octavo.models.model import locate
+    from octavo.models.locate import locate
 
     _, path = locate(model)
     dtype = str(geometry.dtype).removeprefix("torch.")  # checkpoints in 4 bits are fp16, their 16-bit models often bf16

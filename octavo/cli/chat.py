@@ -48,7 +48,6 @@ def chat(
     """Talk to a model in the terminal, or pipe in a message per line."""
     from octavo.cli.conversation import Conversation
 
-    sampling.check()
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     llm = options.llm()
     defaults = llm.default_params

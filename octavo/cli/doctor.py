@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
-from octavo.cli.options import LoadOptions, takes
+from octavo.cli.options import LoadOptions, budget_option, takes
+from octavo.corpus import load_texts
 from octavo.errors import Unsupported
+from octavo.measure.budget import DEFAULT, Budget
 
 
 @takes(LoadOptions)
@@ -21,26 +23,31 @@ def doctor(
             show_default=False,
         ),
     ] = None,
+    budget: Annotated[str, budget_option()] = DEFAULT,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Examine MODEL: does it work, and which cache formats suit it? Status 0: it is healthy; 1: it is refused, or
     something is advised against."""
-    from octavo.cli.progress import progress
-    from octavo.cli.tables.doctor import show
-    from octavo.measure.as_json import dumps
-    from octavo.measure.doctor.diagnose import diagnose
-    from octavo.measure.doctor.diagnosis import Diagnosis
-    from octavo.measure.machine import describe
-
+    time = Budget.parse(budget)
+    if text not in (None, "self"):
+        load_texts(str(text))  # refuses what is not there before the model is loaded
     try:
         model = options.load(say=False)  # it is in the table
     except Unsupported as refusal:
+        from octavo.measure.doctor.diagnosis import Diagnosis
+
         found, machine = Diagnosis.refused(options.model or "pamphlet", str(refusal)), None
     else:
-        with progress() as bar:
-            task = bar.add_task("examining", total=100)
-            found = diagnose(model, text, lambda share: bar.update(task, completed=round(100 * share)))
+        from octavo.cli.progress import telling
+        from octavo.measure.doctor.diagnose import diagnose
+        from octavo.measure.machine import describe
+
+        with telling("measuring a few steps") as tell:
+            found = diagnose(model, text, time, tell, tell.say)
         machine = describe(model.bound.device)
+    from octavo.cli.tables.doctor import show
+    from octavo.measure.as_json import dumps
+
     if json:
         print(dumps({"command": "doctor", "machine": machine, **found.document()}))
     else:

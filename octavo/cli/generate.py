@@ -49,7 +49,6 @@ def generate(
     if text is not None and prompt is not None:
         raise OctavoError("PROMPT and --prompt are the same; give one")
     prompt = text if prompt is None else prompt
-    sampling.check()
     SamplingParams(logprobs=logprobs)  # refuses what it does not take before a model is loaded
     if logprobs is not None and not (as_json or input):
         raise OctavoError("--logprobs come as JSON: add --json")
@@ -59,8 +58,6 @@ def generate(
     if input is None and output is not None:
         raise OctavoError("--output is for the answers to an --input; redirect stdout for the one to a prompt")
     if input is None:
-        if prompt is None and options.model is not None and " " in options.model:
-            raise OctavoError(f"{options.model!r} is no model: the prompt comes after MODEL, or goes after --prompt")
         given = _prompt(prompt)
         llm = options.llm()
         _one(llm, given, _params(llm, sampling, logprobs), chat, as_json)

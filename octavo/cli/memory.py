@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from octavo.cli.candidates import formats_option
 from octavo.cli.options import ShapeOptions, numbers, option, takes
 
 CONTEXT = 2048
@@ -20,7 +21,9 @@ def memory(
     ] = None,
     kv: Annotated[
         str | None,
-        option("Formats to compare, as in fp16,int8; the first is the baseline. [default: the model's own, int8]"),
+        formats_option(
+            "Formats to compare, as in fp16,int8; the first is the baseline. [default: the model's own, int8]"
+        ),
     ] = None,
     weights: Annotated[
         str | None,

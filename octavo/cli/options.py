@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, make_dataclass, replace
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -14,7 +15,7 @@ import typer
 
 from octavo.engine.params import MAX_TOKENS, TABLE, Kind, Number, SamplingParams, Strings, Switch, TokenIds, allowed
 from octavo.errors import OctavoError
-from octavo.quant.format import RAW_NAMES
+from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, RAW_NAMES, KVFormat, is_tuned, validate_choice
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +27,58 @@ if TYPE_CHECKING:
 QUANT_POLICY = {0: None, 4: "int8", 8: "int8"}
 
 
+def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = get_close_matches(value, choices, n=1)
+        raise OctavoError(f"{flag} {value}: {f'did you mean {near[0]}? ' if near else ''}choose {', '.join(choices)}")
+
+
+def check_format(name: str) -> None:
+    if not is_tuned(name):
+        KVFormat.parse(name)
+
+
+def check_file(flag: str, path: Path) -> None:
+    if not path.is_file():
+        raise OctavoError(f"{flag} {path}: there is no such file")
+
+
+def check_model(model: str | None) -> None:
+    """Raise OctavoError for a name that is neither a model's directory nor can be a Hub id's."""
+    from octavo.models.locate import find_here, is_bundled
+
+    if is_bundled(model):
+        return
+    if " " in str(model) and not Path(str(model)).exists():
+        raise OctavoError(f"{model!r} is no model: the prompt comes after MODEL, or goes after --prompt")
+    find_here(str(model))
+
+
+def check_calibration(file: Path | None, granularity: str | None, headroom: float | None) -> None:
+    if file is not None and not file.exists():
+        raise OctavoError(f"there is no calibration at {file}; make it with `octavo calibrate`")
+    validate_choice(granularity or DEFAULT_GRANULARITY, DEFAULT_HEADROOM if headroom is None else headroom)
+
+
+def tell_loading(model: str | None) -> None:
+    """The first line of a command, while torch is still imported."""
+    from octavo.models.locate import BUNDLED, find_here, is_bundled
+
+    path = BUNDLED if is_bundled(model) else find_here(str(model))
+    files = [] if path is None else [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    size = sum(file.stat().st_size for file in files) / 2**20
+    weights = "from the Hub" if path is None else f"{size:,.0f} MiB of weights"
+    print(f"loading {model or BUNDLED.name}: {weights}", file=sys.stderr, flush=True)
+
+
 def option(help: str, *names: str, panel: str = "Model and cache", **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def budget_option(counts: str = "") -> Any:
+    """--budget of a verb that measures; `counts` are the options that leave it nothing to choose."""
+    told = "Time for the work, like 90s, 2m or 1h30m: as much is measured as fits; none: as much as is of use."
+    return typer.Option("--budget", help=f"{told} {counts} override it." if counts else told)
 
 
 def numbers(text: str, name: str) -> list[int]:
@@ -59,8 +110,17 @@ class LoadOptions:
         bool, option("On a CPU: the same bits whatever is computed together.", "--deterministic")
     ] = False
 
+    def check(self) -> None:
+        """Raise OctavoError for what names no model, file or choice: without torch, before a weight is read."""
+        check_model(self.model)
+        check_choice("--dtype", self.dtype, ("auto", *RAW_NAMES.values(), *RAW_NAMES))
+        check_choice("--load-format", self.load_format, ("auto", "dummy"))
+        if self.chat_template is not None:
+            check_file("--chat-template", self.chat_template)
+
     def load(self, computing: torch.dtype | None = None, say: bool = True) -> Model:
-        """`computing` as in Model.load. Of a CPU it says in a line what computes here, and in what."""
+        """`computing` as in Model.load. Says at once what is loaded, and then of a CPU what computes, and in what."""
+        tell_loading(self.model)
         from octavo import cores
         from octavo.models.model import Model
 
@@ -93,16 +153,22 @@ class ShapeOptions:
     model_format: Annotated[str, option("How the weights are stored: hf, awq.")] = "hf"
     dtype: Annotated[str, option("auto, bf16, fp16 or fp32.")] = "auto"
 
+    def check(self) -> None:
+        """Raise OctavoError for what names no model or no type, before torch is imported."""
+        check_choice("--dtype", self.dtype, ("auto", *RAW_NAMES.values(), *RAW_NAMES))
+        if self.config is None:
+            check_model(self.model)
+        elif self.model is not None:
+            raise OctavoError(f"MODEL {self.model} and --config {self.config} exclude each other")
+        elif not self.config.is_file():
+            raise OctavoError(f"--config {self.config}: there is no such file; name a model's config.json")
+
     def locate(self) -> tuple[str, Path]:
         """Name and path of what describes the model: a directory, or the config alone."""
-        from octavo.models.model import locate
+        from octavo.models.locate import locate
 
         if self.config is None:
             return locate(self.model)
-        if self.model is not None:
-            raise OctavoError(f"MODEL {self.model} and --config {self.config} exclude each other")
-        if not self.config.is_file():
-            raise OctavoError(f"--config {self.config}: there is no such file; name a model's config.json")
         return self.config.stem if self.config.stem != "config" else self.config.resolve().parent.name, self.config
 
 
@@ -123,6 +189,12 @@ class ServeOptions(LoadOptions):
         float | None, option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]")
     ] = None
     kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB.")] = None
+
+    def check(self) -> None:
+        super().check()
+        if (name := self.format_name()) is not None:
+            check_format(name)
+        check_calibration(self.calibration, self.granularity, self.headroom)
 
     def llm(self) -> LLM:
         from octavo.cli.progress import calibration_with_bar
@@ -219,7 +291,7 @@ class SamplingOptions(_Table):
 
 def takes(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: a command `f(a, b, …own)` takes the fields of the dataclasses `kinds` (A, B) as arguments and options
-    of its own, and gets an A and a B."""
+    of its own, and gets an A and a B, each of which has checked itself if it can."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[len(kinds) :]
@@ -234,6 +306,9 @@ def takes(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
         @wraps(command)
         def run(**values: Any) -> None:
             chosen = [kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for kind in kinds]
+            for part in chosen:
+                if hasattr(part, "check"):
+                    part.check()
             command(*chosen, **values)
 
         merged = [*shared, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]

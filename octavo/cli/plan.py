@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from octavo.cli.candidates import formats_option
 from octavo.cli.memory import CONTEXT
-from octavo.cli.options import ShapeOptions, option, takes
+from octavo.cli.options import ShapeOptions, takes
 from octavo.errors import OctavoError
 
 
@@ -24,7 +25,7 @@ def plan(
     ] = None,
     kv: Annotated[
         str | None,
-        option("Formats to compare, the baseline first. [default: the model's own, kv8, k8v4, kv4, int8]"),
+        formats_option("Formats to compare, the baseline first. [default: the model's own, kv8, k8v4, kv4, int8]"),
     ] = None,
     reserve: Annotated[str, typer.Option(help="Held back for activations and the runtime, like 2GiB.")] = "0",
     plot: Annotated[
@@ -41,7 +42,8 @@ def plan(
     from octavo.devices import device_of, find_device
     from octavo.measure.as_json import dumps
     from octavo.measure.memory.costs import int4_bits
-    from octavo.measure.memory.plan import check_picture, draw, fits
+    from octavo.measure.memory.plan import fits
+    from octavo.measure.report.picture import check_picture, draw_growth
     from octavo.models.geometry import Geometry
 
     if plot is not None:
@@ -57,7 +59,7 @@ def plan(
     found = fits(geometry, chosen, length, room)
     if plot is not None:
         drawn = {str(format) for format in chosen[:2]}
-        draw([fit for fit in found if fit.kv in drawn], room, length, name, plot)
+        draw_growth([fit for fit in found if fit.kv in drawn], room, length, name, plot)
     if json:
         print(
             dumps(

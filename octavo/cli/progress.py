@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,30 +14,68 @@ if TYPE_CHECKING:
     from octavo.quant.format import Format
 
 
+def say(line: str) -> None:
+    """What a command is about to do, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def progress() -> Any:
-    """A progress bar on stderr that leaves nothing behind but its last line."""
+    """Progress bars on stderr, each of which leaves its last line. A task's field `seconds` is what it was estimated to
+    take: it stands there as the time left until the work itself tells."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.text import Text
+
+    class TimeLeft(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            elapsed = task.finished_time if task.finished_time is not None else task.elapsed or 0.0
+            left = task.time_remaining
+            if left is None and task.fields.get("seconds") is not None:
+                left = max(0.0, task.fields["seconds"] - elapsed)
+            if task.finished or left is None:
+                return Text(f"{_clock(elapsed)} passed", style="progress.elapsed")
+            return Text(f"{_clock(left)} left", style="progress.remaining")
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TimeLeft(),
         console=Console(file=sys.stderr),
+        speed_estimate_period=60,
     )
 
 
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+class Tell:
+    """A bar for each thing that is done: called with what, how much of it, and of how much, 0 if that is not known."""
+
+    def __init__(self, bars: Any, first: str):
+        self.bars = bars
+        self.tasks = {first: bars.add_task(first, total=None)}  # so that something is there at once
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self.tasks:
+            for name, task in list(self.tasks.items()):
+                if self.bars.tasks[self.bars.task_ids.index(task)].total is None:  # nothing to be seen of it
+                    self.bars.remove_task(self.tasks.pop(name))
+            self.tasks[what] = self.bars.add_task(what, total=None)
+        self.bars.update(self.tasks[what], completed=done, total=total or None)
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the bars."""
+        self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
-def telling(first: str) -> Iterator[Callable[[str, int, int], None]]:
-    """The same as a function of (what is being done, how much of it, of how much; 0 if that is not known)."""
-    with progress() as bar:
-        task = bar.add_task(first, total=None)
-
-        def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total or None)
-
-        yield tell
+def telling(first: str) -> Iterator[Tell]:
+    """Bars on stderr for a work of several parts, the first of which is `first`."""
+    with progress() as bars:
+        yield Tell(bars, first)
 
 
 def calibration_with_bar(model: Model, given: Path | None, format: Format) -> Calibration | None:

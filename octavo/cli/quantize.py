@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from octavo.cli.calibrate import SELF, draw_windows
-from octavo.cli.progress import progress
+from octavo.cli.options import budget_option, check_model, tell_loading
+from octavo.cli.progress import progress, say
 from octavo.errors import Unsupported
+from octavo.measure.budget import DEFAULT, Budget, Windows
 
 if TYPE_CHECKING:
     from octavo.quantize import Quantized
 
 TEXTS = "Texts that tell which weights matter"
 LOADING = "Loading"
+WANTED, LEAST = Windows(128, 512), Windows(16, 256)
 
 
 def quantize(
@@ -24,7 +27,12 @@ def quantize(
         str | None, typer.Argument(help="A directory or a Hub id. [default: the bundled model]", show_default=False)
     ] = None,
     bits: Annotated[int, typer.Option(help="Of a weight: 4.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale and a zero: 32, 64 or 128.")] = 128,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Weights that share a scale and a zero: 32, 64 or 128. [default: the largest that fits the layers]"
+        ),
+    ] = None,
     method: Annotated[
         str, typer.Option(help="awq: scaled and clipped by what the inputs are. rtn: rounded only, to compare with.")
     ] = "awq",
@@ -35,11 +43,21 @@ def quantize(
             rich_help_panel=TEXTS,
         ),
     ] = None,
-    calib_samples: Annotated[int, typer.Option(help="Windows of text.", min=1, rich_help_panel=TEXTS)] = 128,
+    calib_samples: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Windows of text. [default: {WANTED.count}, or what --budget allows]", min=1, rich_help_panel=TEXTS
+        ),
+    ] = None,
     calib_seqlen: Annotated[
         int | None,
-        typer.Option(help="Tokens in a window. [default: 512, or the model's context]", min=2, rich_help_panel=TEXTS),
+        typer.Option(
+            help=f"Tokens in a window. [default: {WANTED.length}, or what --budget allows]",
+            min=2,
+            rich_help_panel=TEXTS,
+        ),
     ] = None,
+    budget: Annotated[str, budget_option("--calib-samples or --calib-seqlen")] = DEFAULT,
     data_dir: Annotated[
         Path | None,
         typer.Option(help="Where files of the named data sets are looked for first.", rich_help_panel=TEXTS),
@@ -61,27 +79,33 @@ def quantize(
     their 16 bits, and so do layers that the groups do not divide. For the int8 KV cache calibrate the result,
     not MODEL: `octavo calibrate DIR`.
     """
+    if bits != 4:
+        raise Unsupported(f"weights are quantized to 4 bits only, not to {bits}")
+    time = Budget.parse(budget)
+    check_model(model)
+    tell_loading(model)
     from rich.console import Console
 
     from octavo import cores
     from octavo.cli.tables.quantize import error_table
     from octavo.corpus import load_texts
-    from octavo.models.model import Model, locate
+    from octavo.models.locate import locate
+    from octavo.models.model import Model
     from octavo.models.save import require_new, save_awq
+    from octavo.quantize import GROUP_SIZES, choose_group, validate
     from octavo.quantize import quantize as round_weights
-    from octavo.quantize import validate
 
-    if bits != 4:
-        raise Unsupported(f"weights are quantized to 4 bits only, not to {bits}")
-    validate(group_size, method)
+    validate(group_size or GROUP_SIZES[0], method)
     texts = load_texts(calib_dataset, data_dir) if calib_dataset not in (None, SELF) else None
     _, path = locate(model)
     require_16_bits(path)
     require_new(work_dir, path)
     cores.use()
     loaded = Model.load(model, dtype=dtype, device=device, chat_template=chat_template, plain_weights=True)
-    length = min(512, loaded.bound.max_context) if calib_seqlen is None else calib_seqlen
-    source, windows = draw_windows(loaded, calib_dataset, texts, calib_samples, length, seed)
+    group_size = choose_group(loaded.bound.hf, group_size)
+    say(f"groups of {group_size} weights")
+    given = calib_samples, calib_seqlen
+    source, windows, _ = draw_windows(loaded, calib_dataset, texts, given, WANTED, LEAST, time, seed)
     with progress() as bar:
         tasks: dict[str, Any] = {}
 

@@ -76,6 +76,9 @@ def serve(
     session_dir_size: Annotated[
         str | None, serving("Bytes they may take; the least recently used are removed. [default: 10GiB]")
     ] = None,
+    ignore_unknown_fields: Annotated[
+        bool, serving("Leave out fields of requests that are not known, in place of refusing them.")
+    ] = False,
     log_level: Annotated[
         LogLevel, serving("What is logged of: with debug, also why a request is refused, and where loading failed.")
     ] = LogLevel.info,
@@ -115,6 +118,7 @@ def serve(
         sessions = SessionDir(session_dir, room, llm) if session_dir else None
         limits = Limits(max_queue, timeout, max_body, max_connections, patience)
         doors: dict[str, Any] = {"tls": tls, "api_key": api_key or (), "cors_origins": tuple(cors_origin or ())}
+        doors["ignore_unknown"] = ignore_unknown_fields
         server = Server(llm, sock, served_model_name or (), limits, grace=grace, sessions=sessions, **doors)
         state = {"url": url(sock, tls is not None), "model": server.service.name, **_facts(llm)}
         if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from octavo.cli.candidates import BASELINE, COMPARED, candidates, load_baseline
+from octavo.cli.candidates import BASELINE, COMPARED, candidates, formats_option, load_baseline
 from octavo.cli.options import LoadOptions, numbers, option, takes
 
 
@@ -16,7 +16,7 @@ def speed(
     options: LoadOptions,
     kv: Annotated[
         str | None,
-        option(f"Formats to compare, as in bf16,kv8; the first is the baseline. {COMPARED}"),
+        formats_option(f"Formats to compare, as in bf16,kv8; the first is the baseline. {COMPARED}"),
     ] = None,
     calibration: Annotated[
         Path | None,

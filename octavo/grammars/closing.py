@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-OUTSIDE = (b"}", b"]", b'"', b"0")  # of a string: brackets close, and the least values are "" and 0
+OUTSIDE = (b"}", b"]", b'"', b",", b"0")  # of a string: what ends a value comes before what begins one
 WITHIN = (b'"', b"x")
 LONGEST = 4096  # tokens of a way that is worth looking for
 
@@ -28,12 +28,20 @@ class Closing:
         """Tokens after which the answer may end; None if there are more than `most`. `matcher` stays where it is."""
         return self._way(matcher.deep_copy(), min(most, LONGEST))
 
-    def ends(self, matcher: Any, token: int, most: int) -> bool:
-        """Whether there is an end within `most` tokens after this one."""
+    def ends(self, matcher: Any, token: int, way: list[int], most: int) -> bool:
+        """Whether there is an end within `most` tokens after this one. `way` was one before it, and mostly still is:
+        within a string, and for the token that it begins with."""
         after = matcher.deep_copy()
         if after.try_consume_tokens([token]) != 1:
             return False
-        return after.is_stopped() or self._way(after, most) is not None
+        if after.is_stopped():
+            return True
+        known = way[1:] if way[:1] == [token] else way
+        if len(known) <= most:
+            ahead = after.deep_copy()
+            if ahead.try_consume_tokens(known) == len(known) and ahead.is_accepting():
+                return True
+        return self._way(after, most) is not None
 
     def _way(self, matcher: Any, most: int) -> list[int] | None:
         way: list[int] = []

@@ -111,7 +111,7 @@ class GrammarGuide:
             return
         best = row.topk(min(CANDIDATES, len(row)))
         tried = best.indices[best.values > -torch.inf].tolist()
-        kept = [token for token in tried if self.closing.ends(self.matcher, token, room - 1)]
+        kept = [token for token in tried if self.closing.ends(self.matcher, token, way, room - 1)]
         self.cut |= tried[:1] != kept[:1]
         if len(kept) == len(tried) and spare > CANDIDATES:
             return

@@ -4,7 +4,6 @@ Pickles are read with `weights_only=True`, and what is incomplete or corrupted i
 """
 
 import json
-import re
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -12,60 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from octavo.errors import OctavoError, one_line
 
 BOM = "\ufeff"  # a byte-order mark, which some editors put before a text
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-
-
-def resolve(model: str | Path) -> Path:
-    """The directory of a model: itself where it holds a config.json, else a Hub id's snapshot, fetched if need be.
-
-    A directory without config.json may still be a Hub id: `--work-dir internlm/internlm-chat-7b` makes one that holds
-    a calibration only.
-    """
-    path = Path(model).expanduser()
-    if (path / "config.json").is_file():
-        return path
-    if path.is_file():
-        raise OctavoError(f"{model} is a file: name the directory that holds config.json and the weights.")
-    if not _HUB_ID.fullmatch(str(model)):
-        if path.is_dir():
-            raise OctavoError(f"The directory {model} has no config.json: name one that holds a Hugging Face model.")
-        raise OctavoError(f"There is no directory {model}: name one that holds a Hugging Face model, or a Hub id.")
-    return _download(str(model))
-
-
-def _download(repo: str) -> Path:
-    """A Hub snapshot without code and without a second copy of the weights."""
-    # Subfolders and consolidated files hold the weights again, in other formats.
-    doubles = ["*/*", "consolidated*"]
-    files = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
-    try:
-        path = Path(huggingface_hub.snapshot_download(repo, allow_patterns=files, ignore_patterns=doubles))
-        if not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-            huggingface_hub.snapshot_download(repo, allow_patterns=["pytorch_model*.bin"], ignore_patterns=doubles)
-    except hub.GatedRepoError as error:
-        raise OctavoError(f"{repo} is gated: accept its terms on the Hub, then run `hf auth login`.") from error
-    except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-        raise OctavoError(
-            f"Neither a directory with a config.json nor a model on the Hub is named {repo}: check the name, "
-            "or run `hf auth login` if the model is private."
-        ) from error
-    except Exception as error:  # the many ways a network fails
-        raise OctavoError(
-            f"No directory {repo} with a config.json is here and the Hub cannot be reached for it: "
-            "check the network, or name a local directory."
-        ) from error
-    if not (path / "config.json").is_file():
-        raise OctavoError(f"{repo} on the Hub has no config.json: name a repository in the transformers format.")
-    return path
 
 
 def weight_files(path: Path) -> list[Path]:

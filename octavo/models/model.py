@@ -17,10 +17,12 @@ from octavo import processor
 from octavo.devices import HOST, find_device
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel, bind
-from octavo.models.files import config_json, resolve
+from octavo.models.files import config_json
 from octavo.models.fingerprint import fingerprint
 from octavo.models.generation import eos_token_ids, generation_settings
 from octavo.models.load import load_model
+from octavo.models.locate import BUNDLED as BUNDLED
+from octavo.models.locate import locate
 from octavo.models.packed import packed_layers
 from octavo.models.prepack import prepack
 from octavo.models.rope import short_context
@@ -29,16 +31,6 @@ from octavo.quant import tuned
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
 from octavo.quant.format import Format, KVFormat, by_layer, is_tuned
 from octavo.quant.tuned import Tuned
-
-BUNDLED = Path(__file__).parent.parent / "data" / "pamphlet"
-
-
-def locate(model: str | Path | None) -> tuple[str, Path]:
-    """Name and directory of a model as the user wrote it: a directory, a Hub id, or the bundled model if None."""
-    name = str(model if model is not None else BUNDLED.name)
-    # A folder of that name may hold a calibration only: `--work-dir pamphlet`.
-    bundled = model is None or (name == BUNDLED.name and not (Path(name) / "config.json").is_file())
-    return name, BUNDLED if bundled else resolve(name)
 
 
 def is_directory(name: str, path: Path) -> bool:

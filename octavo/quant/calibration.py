@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ from octavo import artefact
 from octavo.artefact import Artefact
 from octavo.errors import OctavoError
 from octavo.quant.codec import Static
-from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Codec, Granularity
+from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Codec, Granularity, validate_choice
 from octavo.quant.statistics import attention_static, float_static, range_static
 
 FILE_NAME = "kv_calibration.safetensors"
@@ -142,13 +142,6 @@ class Calibration:
             return cls(header, _layers(path, file.tensors()))
         except OctavoError as error:
             raise OctavoError(f"{error}; make the calibration again with `octavo calibrate`") from None
-
-
-def validate_choice(granularity: str, headroom: float) -> None:
-    if granularity not in get_args(Granularity):
-        raise OctavoError(f"granularity {granularity!r} is none of {', '.join(get_args(Granularity))}")
-    if not 0.1 <= headroom <= 100:
-        raise OctavoError(f"a headroom of {headroom} makes no sense: 1.0 is the calibrated range")
 
 
 def _layers(path: Path, tensors: dict[str, Tensor]) -> list[dict[str, Side]]:

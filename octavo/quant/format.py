@@ -22,7 +22,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from difflib import get_close_matches
+from typing import Literal, get_args
 
 from octavo.errors import OctavoError
 
@@ -34,6 +35,13 @@ FP8_NUMBER = 5
 # How static scales are chosen from calibrated ranges unless said otherwise: docs/FORMATS.md has the numbers behind it.
 DEFAULT_GRANULARITY: Granularity = "channel"
 DEFAULT_HEADROOM = 1.4
+
+
+def validate_choice(granularity: str, headroom: float) -> None:
+    if granularity not in get_args(Granularity):
+        raise OctavoError(f"granularity {granularity!r} is none of {', '.join(get_args(Granularity))}")
+    if not 0.1 <= headroom <= 100:
+        raise OctavoError(f"a headroom of {headroom} makes no sense: 1.0 is the calibrated range")
 
 
 @dataclass(frozen=True)
@@ -125,8 +133,10 @@ class KVFormat:
         try:
             format = cls(CODECS[k], CODECS[v], EDGES[edges] if plus else SPAN if short else 0)
         except KeyError as missing:
+            near = get_close_matches(str(missing.args[0]), ["kv8", "k8v4", "kv4", *CODECS, *EDGES], n=1)
+            hint = f"did you mean {near[0]}? The" if near else "the"
             raise OctavoError(
-                f"there is no KV format {missing} in {name!r}; the formats are kv8, k8v4, kv4, {', '.join(CODECS)}, "
+                f"there is no KV format {missing} in {name!r}; {hint} formats are kv8, k8v4, kv4, {', '.join(CODECS)}, "
                 "K/V pairs such as int8/int4-token, and any of them with +edges, +edges128 or +edges256"
             ) from None
         if format.edges and not format.takes_calibration:

@@ -113,7 +113,7 @@ class Answers:
     ):
         self.asked = asked
         self.bytes_of = bytes_of
-        self.id, self.created = f"{prefix}-{asked.id or uuid.uuid4().hex}", int(time.time())
+        self.id, self.created = f"{prefix}{asked.id or uuid.uuid4().hex}", int(time.time())
         count = asked.choices
         self.choices = [Choice() for _ in range(count)]
         self.prompts: list[list[int]] = []  # the token ids of each, once they are known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,8 +11,10 @@ from typing import Any
 from octavo.engine.params import SamplingParams
 from octavo.llm import LLM
 from octavo.serve.asked import Asked, Conversation, Prompt
-from octavo.serve.calls import FreeReader, HeldReader, Syntax, held_grammar, syntax_of
-from octavo.text import Message, encode_chat, encode_prompt
+from octavo.serve.calls import FreeReader, HeldReader, Syntax, held_grammar, plain, syntax_of
+from octavo.text import Message, encode_chat, encode_prompt, takes_tools
+
+logger = logging.getLogger("octavo")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Functions:
     def __init__(self, llm: LLM):
         template = llm.tokenizer.get_chat_template(tools=[{}]) if llm.tokenizer.chat_template else ""
         self.syntax: Syntax = syntax_of(template)
+        if self.syntax is plain.SYNTAX and template and takes_tools(llm.tokenizer):
+            logger.warning("the chat template's form of calls is not known: an answer that is JSON is read as one")
         special = set(llm.tokenizer.all_special_ids)
         self.added = {str(token): id for id, token in llm.tokenizer.added_tokens_decoder.items()}
         marks = {self.added[mark]: mark for mark in self.syntax.marks if mark in self.added}
@@ -68,7 +73,10 @@ class Functions:
 
 
 def _holds(conversation: Conversation) -> bool:
-    return conversation.must_call or any(function.get("strict") for function in conversation.functions)
+    """Whether answers are held to a grammar: what is neither demanded nor promised is read as it comes, which is
+    faster."""
+    promised = not conversation.parallel or any(function.get("strict") for function in conversation.functions)
+    return bool(conversation.functions) and (conversation.must_call or promised)
 
 
 def questions(llm: LLM, functions: Functions, asked: Asked, defaults: Mapping[str, Any]) -> list[Question]:
@@ -82,16 +90,18 @@ def questions(llm: LLM, functions: Functions, asked: Asked, defaults: Mapping[st
             if (grammar := functions.held(prompt)) is not None:
                 sampling["grammar"], names["grammar"] = grammar, "tools"
         params = SamplingParams(**{**defaults, **sampling})
-        tokens = _tokens(llm, functions, asked, prompt)
+        tokens = tokens_of(llm, functions, asked, prompt)
         for i in range(asked.n):  # a seed gives each answer its own
             own = params if params.seed is None else replace(params, seed=(params.seed + i) % (1 << 64))
             found.append(Question(tokens, own, marks, names))
     return found
 
 
-def _tokens(llm: LLM, functions: Functions, asked: Asked, prompt: Prompt) -> list[int]:
+def tokens_of(llm: LLM, functions: Functions, asked: Asked, prompt: Prompt) -> list[int]:
+    """What the model is given of a prompt."""
     if isinstance(prompt, Conversation):
-        tools = [{"type": "function", "function": one} for one in prompt.functions]
+        told = [{name: value for name, value in one.items() if name != "strict"} for one in prompt.functions]
+        tools = [{"type": "function", "function": one} for one in told]
         messages = functions.messages(prompt.messages)
         tokens = encode_chat(llm.tokenizer, messages, tools, prompt.reply, prompt.go_on, prompt.variables)
     elif isinstance(prompt, str) and asked.special_tokens:

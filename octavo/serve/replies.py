@@ -9,6 +9,7 @@ from typing import Any
 from octavo.engine.scoring import Scored
 from octavo.serve.answers import Answers, Choice, Piece
 from octavo.serve.calls import CallPiece
+from octavo.serve.errors import ApiError
 from octavo.serve.token_texts import ShownToken, chat_logprobs, text_logprobs
 
 DONE = b"data: [DONE]\n\n"
@@ -37,6 +38,10 @@ class Reply:
     def end(self) -> bytes:
         """The last events of a stream."""
         raise NotImplementedError
+
+    def broken(self, error: ApiError) -> bytes:
+        """The last events of a stream that is broken off."""
+        return event(error.body)
 
     def whole(self) -> dict[str, Any]:
         """The answers in one document."""

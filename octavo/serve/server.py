@@ -43,13 +43,14 @@ class Server:
         cors_origins: tuple[str, ...] = (),
         grace: float = 30.0,
         sessions: SessionDir | None = None,
+        ignore_unknown: bool = False,
     ):
         self.sock = sock
         limits = limits or Limits()
         with suppress(ImportError, ValueError):  # else the first JSON schema tells
             llm.grammars.prepare()
         self.connections = Connections(limits)
-        self.service = Service(llm, names or [llm.model.name], limits, self._give_up, sessions, grace)
+        self.service = Service(llm, names or [llm.model.name], limits, self._give_up, sessions, grace, ignore_unknown)
         if not api_key and not is_local(sock):
             logger.warning("anyone who reaches %s can use the model: set --api-key", sock.getsockname()[0])
         if tls:

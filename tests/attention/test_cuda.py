@@ -138,13 +138,13 @@ def assert_close(out: Tensor, expected: np.ndarray) -> None:
     assert (error <= CLOSE[out.dtype] * np.linalg.norm(expected, axis=-1) + 1e-6).all(), error.max()
 
 
-def interpret(file: str) -> None:
+def interpret(file: str, *options: str) -> None:
     """Run the tests of a file in Triton's interpreter, unless its kernels run here."""
     if AVAILABLE:
         pytest.skip("the kernels are tested directly")
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, file],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},  # its products are too small to share
         capture_output=True,
         text=True,

@@ -33,10 +33,15 @@ def check(layer: Layer, *cuts: list[int], cache: KVCache | None = None) -> KVCac
     return cache
 
 
-CASES: list[tuple[str, int, int, dict[str, Any]]] = [
-    ("int8-token", 64, 64, {}),
+def slow(*values: Any) -> Any:
+    """A parameter that is left out of make test: seconds each in the interpreter."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+CASES: list[Any] = [
+    slow("int8-token", 64, 64, {}),
     ("int8-token", 64, 16, {"window": 20, "softcap": 2.0, "sinks": True, "dtype": BF16}),
-    ("int4-token", 32, 16, {"window": 50, "sinks": True}),
+    slow("int4-token", 32, 16, {"window": 50, "sinks": True}),
     ("int8-token/int4-token", 64, 32, {"softcap": 3.0, "dtype": FP16}),
     ("int8", 32, 32, {"window": 100, "dtype": BF16}),
     ("int8/bf16", 64, 64, {"dtype": BF16}),
@@ -48,6 +53,11 @@ def test_the_kernels_in_tritons_interpreter() -> None:
     interpret(__file__)
 
 
+@pytest.mark.slow
+def test_the_slow_cases_in_tritons_interpreter() -> None:
+    interpret(__file__, "-m", "slow", "-k", "not interpreter")
+
+
 @kernels
 @pytest.mark.parametrize(("name", "span", "size", "more"), CASES, ids=str)
 def test_a_query_reads_page_0_and_its_own_span_raw_and_codes_between(
@@ -57,13 +67,13 @@ def test_a_query_reads_page_0_and_its_own_span_raw_and_codes_between(
 
 
 @kernels
-@pytest.mark.parametrize("span", [128, 256])
+@pytest.mark.parametrize("span", [128, slow(256)])
 def test_an_own_span_may_be_several_pages(span: int) -> None:
     check(paged("int8-token", span, length=span + 60), [span - 10, 1, 69])
 
 
 @kernels
-@pytest.mark.parametrize("cut", [1, 15, 17, 31, 64, 128, 149])
+@pytest.mark.parametrize("cut", [slow(1), slow(15), 17, slow(31), 64, slow(128), slow(149)])
 def test_a_chunk_that_ends_anywhere_answers_by_the_rule_and_leaves_the_same_rows(cut: int) -> None:
     """Codes, scales and raw rows are those that the reference writes."""
     layer = paged("int4-token", 32, 16)

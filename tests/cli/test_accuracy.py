@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from octavo.cli import main
 from octavo.cli.options import LoadOptions
 from octavo.errors import install
 from octavo.measure import tasks
+from octavo.measure.budget import Windows
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from tests.measure.tasks.raw_files import write_raw_files
@@ -28,7 +30,7 @@ Run = Callable[..., int]
 def octavo(pamphlet: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs `octavo accuracy` on the bundled model that is loaded already; returns the exit status."""
     monkeypatch.setattr(LoadOptions, "load", lambda _: pamphlet)
-    monkeypatch.setattr("octavo.measure.accuracy.results.ANSWER", 16)
+    monkeypatch.setattr("octavo.measure.accuracy.sizes.ANSWERS", Windows(16, 16))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*argv: object) -> int:
@@ -41,15 +43,15 @@ def octavo(pamphlet: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @pytest.fixture
 def error(octavo: Run, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The one line that a bad command line is answered by."""
+    """The last line, with which a bad command line is answered."""
 
     def run(*argv: object) -> str:
         assert octavo(*argv) == 2
         out, err = capsys.readouterr()
         assert not out
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        return err
+        lines = err.splitlines()
+        assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True]
+        return lines[-1]
 
     return run
 
@@ -83,7 +85,9 @@ def test_theory_comes_first_then_what_was_measured(octavo: Run, capsys: pytest.C
     places = [out.index(text) for text in order]
     assert places == sorted(places)
     assert "nan" not in out
-    assert "answering 2 prompts" in err
+    assert "2 windows of 96 tokens in 3 formats, about" in err
+    assert "greedy answers: 2 answers of 16 tokens in 3 formats" in err
+    assert "-:--" not in err
 
 
 def test_the_document_holds_every_number(octavo: Run, calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,10 +120,9 @@ def test_a_single_window_has_no_standard_error(octavo: Run, capsys: pytest.Captu
 def test_bad_texts_and_windows_are_one_line(error: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Only a few words.")
     (tmp_path / "latin.txt").write_bytes("Übermaß".encode("latin-1"))
-    assert "has 6 tokens and one window needs 1,024" in error("--text", tmp_path / "short.txt")
+    assert "has 6 tokens and one window needs 96" in error("--text", tmp_path / "short.txt", *SMALL)
     assert "is not UTF-8 text" in error("--text", tmp_path / "latin.txt")
     assert "sets known by name are ptb, c4" in error("--text", "nothing.txt")
-    assert "longer than pamphlet's sessions of 2048" in error("--window", "4096")
     assert "there is no KV format 'int7'" in error("--kv", "fp16,int7")
     assert "int8 needs a calibration of pamphlet" in error("--kv", "fp16,int8")
     assert "--limit goes with --tasks" in error("--limit", "3")
@@ -171,22 +174,23 @@ def test_results_are_kept_and_a_second_run_takes_them(
     pytest.importorskip("lm_eval")
     from octavo.measure.tasks import run as benchmark
 
-    ran: list[tuple[str, str]] = []
-    really = benchmark.run_task
+    ran: list[str] = []
+    really = benchmark.ask_chunk
 
-    def evaluate(llm: Any, task: Any, key: dict[str, Any], *rest: Any) -> benchmark.Result:
-        ran.append((key["task"], key["kv"]))
+    def ask(llm: Any, task: Any, documents: range, title: str, progress: Any) -> list[dict[str, Any]]:
+        ran.append(title)
         if len(ran) == 3:
             raise KeyboardInterrupt
-        return really(llm, task, key, *rest)
+        return really(llm, task, documents, title, progress)
 
-    monkeypatch.setattr(benchmark, "run_task", evaluate)
+    monkeypatch.setattr(benchmark, "ask_chunk", ask)
     same = ["--tasks", "winogrande,crows_pairs", "--data-dir", raw, "--kv", "fp32,int4-token"]
     same += ["--limit", "3", "--results", tmp_path / "kept", "--json"]
+    names = [f"{task} in {kv}, 1–3 of 3" for task in ("winogrande", "crows_pairs") for kv in ("fp32", "int4-token")]
     assert octavo(*same) == 130
-    assert ran == [("winogrande", "fp32"), ("crows_pairs", "fp32"), ("winogrande", "int4-token")]
+    assert ran == names[:3]
     assert octavo(*same) == 0
-    assert ran[3:] == [("winogrande", "int4-token"), ("crows_pairs", "int4-token")]
+    assert ran[3:] == names[2:]
     first = json.loads(capsys.readouterr().out)["tasks"]
     assert octavo(*same) == 0
     assert len(ran) == 5
@@ -205,7 +209,35 @@ def test_results_are_kept_and_a_second_run_takes_them(
         '9,"The cat is old.","The dog is old.",stereo,age\n'
     )
     assert octavo(*same) == 0
-    assert ran[5:] == [("winogrande", "fp32"), ("crows_pairs", "fp32"), ("crows_pairs", "int4-token")]
+    assert ran[5:] == [names[0], *names[2:]]
+
+
+def test_more_documents_are_added_to_those_that_were_asked_and_answers_are_the_same(
+    octavo: Run, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    from octavo.measure.tasks import run as benchmark
+
+    monkeypatch.setattr(benchmark, "CHUNK", 2)
+    same = ["--tasks", "winogrande", "--data-dir", raw, "--kv", "fp32,int4-token", "--json"]
+    assert octavo(*same, "--limit", "1", "--results", tmp_path / "grown") == 0
+    assert json.loads(capsys.readouterr().out)["tasks"]["rows"][0]["items"] == 1
+    found = []
+    for directory in ("grown", "whole"):
+        assert octavo(*same, "--limit", "3", "--results", tmp_path / directory) == 0
+        found.append(json.loads(capsys.readouterr().out)["tasks"]["rows"])
+    assert found[0] == found[1]
+
+
+def test_a_budget_chooses_how_many_documents_each_task_gets_and_says_so(
+    octavo: Run, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    same = ["--tasks", "winogrande,crows_pairs", "--data-dir", raw, "--kv", "fp32,int4-token"]
+    assert octavo(*same, "--budget", "10m", "--results", tmp_path / "kept") == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"winogrande: (\d+) of \1 documents, about", err), "so few that all are asked"
+    assert "crows_pairs: " in err
 
 
 def test_all_runs_what_it_finds_and_names_the_rest(
@@ -218,10 +250,12 @@ def test_all_runs_what_it_finds_and_names_the_rest(
         (raw / file).unlink()
     assert octavo("--tasks", "all", "--data-dir", raw, "--kv", "int8-token", "--results", tmp_path / "kept") == 0
     out, err = capsys.readouterr()
-    head = next(line.split() for line in out.splitlines() if "dataset" in line)
-    assert head == ["task", "dataset", "metric", "n", "int8-token", "fp32", "diff"]
-    rows = [line.split() for line in out.splitlines() if " ± " in line]
-    assert [row[1] for row in rows] == ["winogrande", "openbookqa", "eprstmt", "crows_pairs"]
+    first, second = (part.splitlines() for part in out.split("dataset")[1:])  # in 80 columns the table has two parts
+    assert first[0].split() == ["metric", "n", "fp32", "solved"]
+    assert second[0].split() == ["metric", "n", "int8-token", "−", "fp32"]
+    for part in (first, second):
+        rows = [line.split() for line in part if " ± " in line]
+        assert [row[1] for row in rows[:4]] == ["winogrande", "openbookqa", "eprstmt", "crows_pairs"]
     assert out.count("not run: ") == 4
     assert "not run: bbh reads bbh/snarks.json" in out
     assert "crows_pairs in int8-token" in err

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from octavo.cli import main
+from octavo.measure.budget import Windows
 from octavo.models.model import BUNDLED
 from octavo.quant.calibration import Calibration
 from tests.weights.rounding import described, packed, write
@@ -56,7 +57,7 @@ def test_the_page_s_last_line(octavo: Run, awq: Path, calibration: Calibration, 
 
 
 def test_accuracy_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("octavo.measure.accuracy.results.ANSWER", 4)
+    monkeypatch.setattr("octavo.measure.accuracy.sizes.ANSWERS", Windows(2, 4))
     for model in (awq, "pamphlet"):
         assert octavo("calibrate", model, *SMALL)[0] == 0
     asked = ["--baseline", "pamphlet", "--kv", "bf16,int8", "--windows", "1", "--window", "64", "--json"]
@@ -101,7 +102,7 @@ def test_memory_of_all_four(octavo: Run, awq: Path):
 def test_the_report_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
     sizes: dict[str, dict[str, Any]] = {
-        "doctor.diagnose": {"LENGTH": 64, "CALIBRATED": 2, "MEASURED": 2},
+        "doctor.diagnose": {"WANTED": Windows(2, 64), "LEAST": Windows(2, 64), "CALIBRATED": 2},
         "report.survey": {"WINDOW": 256, "WINDOWS": 2, "SAMPLES": 2, "SEQLEN": 64, "BATCH_SIZES": (1,), "CONTEXT": 64,
                           "TOKENS": 2, "ROUNDS": 1},
         "speed.roofline": {"READ_BYTES": 1 << 20},
@@ -136,7 +137,7 @@ def test_the_baseline_takes_the_type_of_the_four_bit_model(awq: Path):
 def test_token_formats_calibrated_with_one_kind_of_weights_are_told(
     octavo: Run, awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("octavo.measure.accuracy.results.ANSWER", 4)
+    monkeypatch.setattr("octavo.measure.accuracy.sizes.ANSWERS", Windows(2, 4))
     own = tmp_path / "calibration"
     assert octavo("calibrate", awq, *SMALL, "--work-dir", own)[0] == 0
     asked = ["--kv", "bf16,int8-token", "--windows", "1", "--window", "64", "--calibration", own, "--json"]

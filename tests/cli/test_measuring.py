@@ -10,6 +10,7 @@ import pytest
 from transformers import BloomConfig
 
 from octavo.cli import main
+from octavo.measure.budget import Windows
 from octavo.measure.doctor import diagnose as doctor
 from octavo.measure.speed import roofline
 from octavo.models.model import BUNDLED
@@ -18,7 +19,7 @@ from octavo.models.model import BUNDLED
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "READ_BYTES", 1 << 20)
-    for name, value in {"LENGTH": 64, "CALIBRATED": 2, "MEASURED": 2}.items():
+    for name, value in {"WANTED": Windows(2, 64), "LEAST": Windows(2, 64), "CALIBRATED": 2}.items():
         monkeypatch.setattr(doctor, name, value)
 
 
@@ -48,7 +49,7 @@ SPEED = (
 def test_speed_prints_theory_before_measurement(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*SPEED) == 0
     out, err = capsys.readouterr()
-    assert re.match(r"CPU: .+, .+; weights fp32, computing float32\n", err)
+    assert re.match(r"loading pamphlet: 19 MiB of weights\nCPU: .+, .+; weights fp32, computing float32\n", err)
     assert 0 < out.index("streaming read") < out.index("(computed)") < out.index("Measured")
     assert "int8-token" in out
 

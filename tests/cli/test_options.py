@@ -131,3 +131,26 @@ def test_the_command_line_comes_up_without_torch() -> None:
         "import sys, octavo.cli; print([m for m in ('torch', 'transformers', 'prompt_toolkit') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("chat ./nowhere", "There is no directory ./nowhere"),
+        ("chat --kv kv9", "did you mean kv8?"),
+        ("accuracy --kv bf16,int8_token", "did you mean int8-token?"),
+        ("speed --kv k8v", "did you mean k8v4?"),
+        ("doctor --dtype fb16", "--dtype fb16: did you mean fp16?"),
+        ("doctor --budget soon", "--budget soon: write a time like 90s"),
+        ("calibrate --calib-dataset nothing.txt", "no set of texts named nothing.txt"),
+        ("serve --calibration nowhere", "there is no calibration at nowhere"),
+        ("generate --prompt x --headroom 0", "a headroom of 0.0 makes no sense"),
+        ("chat --chat-template none.jinja", "--chat-template none.jinja: there is no such file"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_torch_is_imported(line: str, message: str) -> None:
+    code = f"import sys; from octavo.cli import main\ntry: main({line.split()})\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (2, "False"), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr

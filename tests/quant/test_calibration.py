@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from octavo import artefact
 from octavo.artefact import Artefact
 from octavo.errors import OctavoError
-from octavo.quant.calibration import FILE_NAME, Calibration, Header, Side, validate_choice
-from octavo.quant.format import CODECS
+from octavo.quant.calibration import FILE_NAME, Calibration, Header, Side
+from octavo.quant.format import CODECS, validate_choice
 from octavo.quant.statistics import Statistics, attention_static, range_static
 
 FINGERPRINT = "sha256:" + "0f" * 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 import threading
 import time
@@ -11,12 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from openai import OpenAI
 
 from octavo import LLM
 from octavo.models.model import Model
 from octavo.serve.listening import bind, url
 from octavo.serve.server import Server
+
+TOOLED = """{% if tools %}<|user|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|end|>{% endif %}
+{%- for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% for c in m.get('tool_calls', []) %}
+{{- c.function.name }}({{ c.function.arguments.city }}){% endfor %}<|end|>{% endfor %}<|assistant|>"""
 
 
 @dataclass
@@ -74,6 +80,16 @@ def shared(pamphlet: Model) -> Iterator[Running]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def tooled(pamphlet: Model) -> Iterator[Running]:
+    """A server whose model's template takes tools."""
+    model = copy.copy(pamphlet)
+    model.tokenizer = copy.deepcopy(pamphlet.tokenizer)
+    model.tokenizer.chat_template = TOOLED
+    with serving(small(model, session_len=1024)) as running:
+        yield running
+
+
 @pytest.fixture
 def running(shared: Running) -> Iterator[Running]:
     """The server that most tests share; each leaves it as it found it."""
@@ -84,3 +100,25 @@ def running(shared: Running) -> Iterator[Running]:
 @pytest.fixture
 def client(running: Running) -> OpenAI:
     return running.client()
+
+
+@contextmanager
+def saying(llm: LLM, text: str) -> Iterator[None]:
+    """Within it the model wants to say `text`, token by token, and then to end; what its answer is held to still holds.
+    For one answer at a time. Special tokens may be written by their names."""
+    run = llm.engine.runner.run
+    ends = min(llm.model.eos_ids)
+    wanted = [*llm.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def wish(batch: Any) -> Any:
+        logits = run(batch)
+        if len(logits):
+            logits = torch.zeros(logits.shape)
+            logits[:, wanted.pop(0) if wanted else ends] = 50.0
+        return logits
+
+    llm.engine.runner.run = wish  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        llm.engine.runner.run = run  # type: ignore[method-assign]

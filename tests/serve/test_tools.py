@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx2 as httpx
@@ -11,13 +13,13 @@ import pytest
 from octavo import LLM, OctavoError
 from octavo.models.model import Model
 from octavo.serve.calls import CallPiece, FreeReader, plain
+from octavo.serve.prompts import Functions
 from octavo.serve.replies import dumps
 from octavo.text import encode_chat, takes_tools
-from tests.serve.conftest import Running, serving, small
+from tests.serve.calls.published import FAMILIES
+from tests.serve.calls.test_families import called
+from tests.serve.conftest import Running, saying
 
-TEMPLATE = """{% if tools %}<|user|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|end|>{% endif %}
-{%- for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% for c in m.get('tool_calls', []) %}
-{{- c.function.name }}({{ c.function.arguments.city }}){% endfor %}<|end|>{% endfor %}<|assistant|>"""
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -33,15 +35,9 @@ WEATHER: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(pamphlet: Model):
-    import copy
-
-    model = copy.copy(pamphlet)
-    model.tokenizer = copy.deepcopy(pamphlet.tokenizer)
-    model.tokenizer.chat_template = TEMPLATE
-    with serving(small(model)) as running:
-        yield running
+@pytest.fixture
+def server(tooled: Running) -> Running:
+    return tooled
 
 
 def test_whether_a_template_takes_tools_is_read_from_it(server: Running, pamphlet: Model):
@@ -141,3 +137,96 @@ def test_half_a_surrogate_pair_in_a_call_ends_no_reply():
     [call] = reader.push('{"name": "weather", "arguments": {"city": "\\ud83d"}}')
     assert isinstance(call, CallPiece)
     assert json.loads(json.loads(dumps(call.arguments))) == {"city": "?"}
+
+
+STRICT = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
+ROME = {"name": "weather", "arguments": '{"city": "Rome"}'}
+
+
+@contextmanager
+def template(server: Running, text: str) -> Iterator[None]:
+    """Within it the model that is served has another chat template."""
+    service, tokenizer = server.server.service, server.llm.tokenizer
+    before, functions = tokenizer.chat_template, service.functions
+    tokenizer.chat_template = text
+    service.functions = Functions(server.llm)
+    try:
+        yield
+    finally:
+        tokenizer.chat_template, service.functions = before, functions
+
+
+def answered(server: Running, said: str, **fields: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The choice that comes of what the model wants to say, whole, and its pieces when it is streamed."""
+    with saying(server.llm, said):
+        whole = chat(server, temperature=0, max_tokens=200, **fields).json()["choices"][0]
+    with saying(server.llm, said):
+        text = chat(server, temperature=0, max_tokens=200, stream=True, **fields).text
+    pieces = [json.loads(line[6:])["choices"][0] for line in text.split("\n\n") if line.startswith("data: {")]
+    return whole, pieces
+
+
+def put_together(pieces: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """Text and calls of a stream, as OpenAI's clients put them together."""
+    calls: list[dict[str, Any]] = []
+    for one in (one for piece in pieces for one in piece["delta"].get("tool_calls", [])):
+        if one["index"] == len(calls):
+            assert one["type"] == "function"
+            calls.append({"id": one["id"], **one["function"]})
+        else:
+            assert one.keys() == {"index", "function"}
+            calls[one["index"]]["arguments"] += one["function"]["arguments"]
+    return "".join(piece["delta"].get("content") or "" for piece in pieces), calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calls_are_read_by_the_templates_family_whole_and_streamed(server: Running, family: str):
+    """Through HTTP: a call as the family's own template writes it, and history with a call and its result."""
+    call = {"id": "call_1", "type": "function", "function": ROME}
+    messages = [
+        {"role": "user", "content": "How is it in Rome?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "Sunny"},
+        {"role": "user", "content": "And now?", "name": "Ada"},
+    ]
+    with template(server, FAMILIES[family]):
+        written = called(server.llm.tokenizer, FAMILIES[family], [{"city": "Rome"}])
+        whole, pieces = answered(server, written, messages=messages)
+        functions = [call["function"] for call in whole["message"]["tool_calls"]]
+        assert (whole["finish_reason"], functions, whole["message"]["content"]) == ("tool_calls", [ROME], None)
+        text, [streamed] = put_together(pieces)
+        assert (text, streamed["arguments"], pieces[-1]["finish_reason"]) == ("", ROME["arguments"], "tool_calls")
+
+
+@pytest.mark.parametrize("family", ["Hermes", "Llama 3", "Mistral", "InternLM", "plain JSON"])
+def test_strict_arguments_are_held_to_their_schema_once_a_call_has_begun(server: Running, family: str):
+    """With tool_choice auto: what the model would say of another city, it cannot; text before is its own."""
+    with template(server, FAMILIES[family]):
+        written = called(server.llm.tokenizer, FAMILIES[family], [{"city": "Oslo"}])
+        whole, pieces = answered(server, written, tools=[STRICT, CLOCK])
+        arguments = [call["function"]["arguments"] for call in whole["message"]["tool_calls"]]
+        assert {json.loads(one).get("city", "Rome") for one in arguments} <= {"Paris", "Rome"}
+        assert [call["arguments"] for call in put_together(pieces)[1]] == arguments
+        whole, pieces = answered(server, "It is sunny. {x}", tools=[STRICT, CLOCK])
+        assert (whole["message"]["content"], whole["finish_reason"]) == ("It is sunny. {x}", "stop")
+        assert put_together(pieces) == ("It is sunny. {x}", [])
+
+
+def test_one_answer_holds_several_calls_unless_the_request_forbids_it(server: Running):
+    with template(server, FAMILIES["Hermes"]):
+        written = called(server.llm.tokenizer, FAMILIES["Hermes"], [{"city": "Rome"}, {"city": "Paris"}], "Wait.")
+        for choice in ("auto", "required"):
+            whole, pieces = answered(server, written if choice == "auto" else written[6:], tool_choice=choice)
+            assert len(whole["message"]["tool_calls"]) == 2
+            assert [call["name"] for call in put_together(pieces)[1]] == ["weather", "weather"]
+            whole, pieces = answered(server, written, tool_choice=choice, parallel_tool_calls=False)
+            assert len(whole["message"]["tool_calls"]) == len(put_together(pieces)[1]) == 1
+
+
+def test_a_template_whose_form_of_calls_is_unknown_is_told_of(server: Running, caplog: pytest.LogCaptureFixture):
+    with template(server, FAMILIES["plain JSON"]):
+        assert "form of calls is not known" in caplog.text
+    caplog.clear()
+    with template(server, FAMILIES["Hermes"]):
+        assert "form of calls" not in caplog.text

@@ -27,12 +27,15 @@ def show_text(document: dict[str, Any]) -> None:
         )
     if len(text["scores"]) > 1:
         console.print(positions(text))
+    if "greedy" in text and len(text["scores"]) > 1:
         console.print(answers(text["greedy"], baseline))
 
 
 def show_tasks(document: dict[str, Any]) -> None:
     console, tasks = Console(highlight=False, soft_wrap=True), document["tasks"]
     console.print(benchmarks(tasks, document["baseline"]))
+    if any(row["solved"] is False for row in tasks["rows"]):
+        console.print("solved: no means that the score is within two standard errors of guessing: the row tells little")
     if any(error == 0 for row in tasks["rows"] for error in row["difference_errors"].values()):
         console.print("± 0.00: no item of n changed, so that of all items hardly more than 3/n would")
     for reason in tasks["skipped"].values():
@@ -93,30 +96,34 @@ def answers(greedy: dict[str, Any], baseline: str) -> Table:
         f"Greedy answers beside {baseline}'s: {greedy['prompts']} prompts of {greedy['prompt_tokens']} tokens of the "
         f"text, answers of {greedy['answer_tokens']}"
     )
-    found = table(title, "format", "equal tokens, median", "quartiles", "equal to the end")
+    found = table(title, "format", "part", "after tokens, median", "quartiles")
     for row in greedy["rows"]:
         least = "≥ " if row["median"] == greedy["answer_tokens"] else ""
         low, high = row["quartiles"]
-        found.add_row(row["name"], f"{least}{row['median']:g}", f"{low:g}–{high:g}", str(row["equal"]))
+        parted = 1 - row["equal"] / greedy["prompts"]
+        found.add_row(row["name"], f"{parted:.0%}", f"{least}{row['median']:g}", f"{low:g}–{high:g}")
     return found
 
 
 def benchmarks(tasks: dict[str, Any], baseline: str) -> Table:
-    first = tasks["rows"][0]
-    others = list(first["differences"])
-    limited = f", the first {tasks['limit']} documents of each" if tasks["limit"] else ""
-    found = table(f"Benchmark tasks (measured{limited}), percent", "task", "dataset", "metric", "n", keys=4)
-    for name in (*others, baseline):
+    others = list(tasks["rows"][0]["differences"])
+    title = "Benchmark tasks (measured), percent, and paired differences from it"
+    found = table(title, "task", "dataset", "metric", "n", keys=4)
+    for name in (baseline, "solved", *(f"{name} − {baseline}" for name in others)):
         found.add_column(name, justify="right")
-    for name in others:
-        found.add_column(f"{name} − {baseline}" if len(others) > 1 else "diff", justify="right")
     for column in found.columns[1:]:  # where the terminal is narrow, the first column gives way
         column.no_wrap = True
     for row in tasks["rows"]:
         metric = row["metric"] + ("" if row["higher_is_better"] else " ↓")
-        own = (f"{row['scores'][name]:.2f}" for name in (*others, baseline))
+        score = plus_minus(row["scores"][baseline], row["errors"][baseline], ".2f")
         changes = (
             plus_minus(row["differences"][name], row["difference_errors"][name], "+.2f", ".2f") for name in others
         )
-        found.add_row(row["kind"], row["name"], metric, str(row["items"]), *own, *changes)
+        found.add_row(row["kind"], row["name"], metric, str(row["items"]), score, _solved(row), *changes)
     return found
+
+
+def _solved(row: dict[str, Any]) -> str:
+    if row["solved"] is None:
+        return "–"
+    return "yes" if row["solved"] else f"no, {row['guess']:g} by guessing"

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from octavo.cli.tables import table
-from octavo.measure.doctor.diagnosis import Diagnosis
+from octavo.cli.tables import plus_minus, table
+from octavo.measure.doctor.diagnosis import GOOD, USABLE, Diagnosis
 
 MARKS = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "warning": "[bold red]✗[/]"}
 COLOURS = {"good": "green", "usable": "yellow", "poor": "red"}
@@ -24,11 +24,13 @@ def show(found: Diagnosis) -> None:
     if found.accepted:
         console.print()
         console.print(_formats(found))
-        console.print(_layers(found))
+        if found.layers:
+            console.print(_layers(found))
         console.print(
             f"Measured on {found.text}: calibrated on {found.calibrated}, then {found.measured} of the rest, in "
             f"{found.seconds:.0f} s. KL is the divergence from the 16-bit cache, nats per token; with the last bit of "
-            f"16 bits flipped it is {found.rounding:.1e}. Bytes are those of a token's codes over 16 bits; "
+            f"16 bits flipped it is {found.rounding:.1e}. With two standard errors, good is up to {GOOD:g} and usable "
+            f"up to {USABLE:g}. Bytes are those of a token's codes over 16 bits; "
             "kv8, k8v4 and kv4 also keep 128 rows a session in 16 bits."
         )
     verdict = "[bold green]healthy[/]" if found.healthy else "[bold red]read the lines marked ✗[/]"
@@ -61,11 +63,11 @@ def _anatomy(found: Diagnosis) -> list[str]:
 
 
 def _formats(found: Diagnosis) -> Table:
-    rows = table("Formats, against the 16-bit cache", "format", "bytes", "KL", "99 %", "same top token", "")
+    rows = table("Formats, against the 16-bit cache", "format", "bytes", "KL ± error", "same top token", "is")
     for score in found.formats:
         grade = found.grade(score)
         size = f"{found.sizes[score.name]:.2f}"
-        cells = size, f"{score.kl:.1e} ± {score.kl_error:.0e}", f"{score.kl_p99:.1e}", f"{score.agreement:.1%}"
+        cells = size, plus_minus(score.kl, score.kl_error, ".1e", ".0e"), f"{score.agreement:.1%}"
         rows.add_row(score.name, *cells, f"[{COLOURS[grade]}]{grade}[/]")
     return rows
 

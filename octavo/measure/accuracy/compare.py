@@ -68,12 +68,14 @@ def compare(
     baseline: Candidate,
     candidates: Sequence[Candidate],
     windows: Sequence[Sequence[int]],
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
-    """Scores of the baseline and of each candidate, in that order, over `windows` of token ids of one length."""
+    """Scores of the baseline and of each candidate, in that order, over `windows` of token ids of one length.
+    `progress` is called with the number of tokens read, in all formats, and of all that will be."""
     runs = [_Run(model, candidate) for candidate in (baseline, *candidates)]
     firsts = [next(run for run in runs if run.bound is own.bound) for own in runs]  # with the same weights
-    for done, window in enumerate(windows):
+    done, total = 0, len(runs) * sum(len(window) - 1 for window in windows)
+    for window in windows:
         for run in runs:
             run.start(window)
         for targets in torch.tensor(window[1:]).split(LOGIT_ROWS):
@@ -82,10 +84,11 @@ def compare(
                 own = next(run.logits).log_softmax(-1).cpu()
                 references.setdefault(first, own)
                 run.take(references[runs[0]], references[first], own, targets)
+                done += len(targets)
+                if progress is not None:
+                    progress(done, total)
         for run in runs:
             run.logits.close()
-        if progress is not None:
-            progress(done + 1)
     return [run.score(runs[0], first) for run, first in zip(runs, firsts, strict=True)]
 
 

@@ -16,7 +16,7 @@ from octavo.measure.candidate import Candidate
 from octavo.models.model import Model
 
 Tokens = Sequence[int]
-Progress = Callable[[str, int], None]  # whose answers are being written, and how many of all are done
+Progress = Callable[[str, int, int], None]  # whose answers are being written, tokens of all that are, and of all
 
 
 @dataclass
@@ -39,9 +39,9 @@ def compare_answers(
     progress: Progress | None = None,
 ) -> list[Agreement]:
     """How far the greedy answers to `prompts`, `tokens` tokens each whatever they are, agree with the baseline's."""
-    done = 0
+    each = len(prompts) * tokens
     answers: dict[str, list[list[int]]] = {}
-    for candidate in (baseline, *candidates):
+    for before, candidate in enumerate((baseline, *candidates)):
         llm = candidate.llm(
             model,
             session_len=max(map(len, prompts)) + tokens,
@@ -49,15 +49,16 @@ def compare_answers(
             prefix_caching=False,
         )
         params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-        completed = {}
+        completed, written = {}, [0] * len(prompts)
         for delta in llm.generate([list(prompt) for prompt in prompts], params, stream=True):
+            written[delta.index] += len(delta.sampled)
             if delta.completion is not None:
                 if delta.completion.error:
                     raise OctavoError(delta.completion.error)
                 completed[delta.index] = delta.completion.token_ids
-                done += 1
-                if progress is not None:
-                    progress(candidate.name, done)
+                written[delta.index] = tokens
+            if progress is not None:
+                progress(candidate.name, before * each + sum(written), (1 + len(candidates)) * each)
         answers[candidate.name] = [completed[i] for i in range(len(prompts))]
     return [
         agreement(candidate.name, answers[candidate.name], answers[baseline.name], tokens) for candidate in candidates

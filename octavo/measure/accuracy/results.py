@@ -9,11 +9,11 @@ from typing import Any
 from octavo.cache.size import CacheSize
 from octavo.measure.accuracy.compare import Score, compare
 from octavo.measure.accuracy.greedy import compare_answers
+from octavo.measure.accuracy.sizes import prompt_length
+from octavo.measure.budget import Windows
 from octavo.measure.candidate import Candidate
 from octavo.measure.machine import describe
 from octavo.models.model import Model
-
-PROMPT, ANSWER, PROMPTS = 256, 256, 16  # tokens, tokens, and how many, to see how far greedy answers agree
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much is done, of how much
 
@@ -40,41 +40,43 @@ def on_text(
     candidates: Sequence[Candidate],
     name: str,
     windows: Sequence[Sequence[int]],
-    context: int,
+    answers: Windows,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Every format over `windows` of the text `name`, and its greedy answers to the windows' beginnings."""
+    """Every format over `windows` of the text `name`, and its greedy `answers` to the beginnings of as many windows."""
     baseline, *others = candidates
-    title = f"reading {len(windows)} windows of {name}"
-    progress(title, 0, len(windows))
-    scores = compare(model, baseline, others, windows, lambda done: progress(title, done, len(windows)))
+    title = f"reading {name}"
+    progress(title, 0, 0)
+    scores = compare(model, baseline, others, windows, lambda done, total: progress(title, done, total))
     rows = [asdict(score) for score in scores]
     for row in rows:
         del row["kl_by_position"], row["cache_alone"]
-    prompts = [window[: min(PROMPT, -(-len(window) // 2))] for window in windows[:PROMPTS]]
-    tokens = min(ANSWER, context - len(prompts[0]))
-    answers = compare_answers(
-        model,
-        baseline,
-        others,
-        prompts,
-        tokens,
-        lambda kv, done: progress(f"answering {len(prompts)} prompts in {kv}", done, len(prompts) * len(candidates)),
-    )
-    return {
+    found: dict[str, Any] = {
         "how": "measured",
         "name": name,
         "windows": len(windows),
         "window": len(windows[0]),
         "scores": rows,
         "kv_loss": _kv_loss(model, candidates, scores),
-        "greedy": {
-            "prompts": len(prompts),
-            "prompt_tokens": len(prompts[0]),
-            "answer_tokens": tokens,
-            "rows": [asdict(row) for row in answers],
-        },
     }
+    if not answers.count:
+        return found
+    prompts = [window[: prompt_length(len(window))] for window in windows[: answers.count]]
+    agreements = compare_answers(
+        model,
+        baseline,
+        others,
+        prompts,
+        answers.length,
+        lambda _, done, total: progress("writing answers", done, total),
+    )
+    found["greedy"] = {
+        "prompts": len(prompts),
+        "prompt_tokens": len(prompts[0]),
+        "answer_tokens": answers.length,
+        "rows": [asdict(row) for row in agreements],
+    }
+    return found
 
 
 def _kv_loss(model: Model, candidates: Sequence[Candidate], scores: Sequence[Score]) -> list[dict[str, Any]]:

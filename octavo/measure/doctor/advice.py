@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from octavo.measure.doctor.diagnosis import Diagnosis, Finding
 
+SERVED = ("kv8", "k8v4", "kv4", "int8")  # what is advised, in this order
 WIDE = 8  # a channel that many times as wide as the median is an outlier; models without any stay at 3
 
 
@@ -85,56 +84,38 @@ def _outliers(found: Diagnosis) -> Finding:
 
 
 def _formats(found: Diagnosis) -> list[Finding]:
-    """Which formats are advised: the calibrated ones, what the lack of a calibration costs, and int8."""
-    scores = {score.name: score for score in found.formats}
-    grades = {name: found.grade(score) for name, score in scores.items()}
-
-    def kl(name: str) -> str:
-        return f"KL {scores[name].kl:.1e}"
-
-    def numbers(name: str) -> str:
-        changed = f", {1 - scores[name].agreement:.1%} of the most likely tokens change"
-        return f"--kv {name} ({found.sizes[name]:.2f} of the bytes, {kl(name)}{changed})"
-
-    serves = [name for name in ("kv8", "k8v4", "kv4") if grades[name] != "poor"]
-    if serves:
-        advice = f"where memory allows {numbers(serves[0])}"
-        for name in serves[1:]:
-            advice += f", next {numbers(name)}"
-        if grades[serves[0]] != "good":
-            advice += ". They show in careful tests: measure your own task first"
-        formats = Finding("ok" if grades[serves[0]] == "good" else "note", "formats", advice)
+    """What the rows of the table come to: which formats are fit, and what a calibration gains."""
+    grades = found.grades
+    rows = {grade: [name for name in SERVED if grades[name] == grade] for grade in ("good", "usable", "poor")}
+    said = [f"{grade}: {', '.join(names)}" for grade, names in rows.items() if names]
+    told = "; ".join(said)
+    if rows["good"]:
+        verdict = Finding("ok", "formats", f"{told}: serve with --kv {rows['good'][0]}{_smallest(found, rows)}")
+    elif rows["usable"]:
+        advice = f"--kv {rows['usable'][0]} loses least; it shows in careful tests: measure your own task first"
+        verdict = Finding("note", "formats", f"{told}: {advice}")
     else:
-        formats = Finding(
-            "warning", "formats", f"no format is close to the 16-bit cache here: {', '.join(map(numbers, scores))}. "
-            "Stay with 16 bits, or calibrate on more text of your own and measure with `octavo accuracy`"
-        )  # fmt: skip
-    return [formats, _calibration(found, grades, kl), _static(found, grades, kl)]
+        advice = "stay with 16 bits, or calibrate on more text of your own and measure with `octavo accuracy`"
+        verdict = Finding("warning", "formats", f"{told}: {advice}")
+    return [verdict, _calibration(found)]
 
 
-def _calibration(found: Diagnosis, grades: dict[str, str], kl: Callable[[str], str]) -> Finding:
-    """What kv8 and k8v4 lose without one; kv4 makes itself a short one."""
-    bare = "kv8, uncalibrated"
-    losses = {score.name: score.kl for score in found.formats}
-    times = losses[bare] / max(losses["kv8"], 1e-12)
-    numbers = f"kv8 {kl(bare)}, k8v4 {kl('k8v4, uncalibrated')}"
-    command = f"`octavo calibrate {found.model}`"
-    if grades[bare] == "good":
-        gain = f"; {command} makes kv8's {times:.0f} times smaller" if times > 2 else f"; {command} changes little"
-        return Finding("ok", "calibration", f"kv8 can be served without one ({numbers}){gain}")
-    if grades["kv8"] == "good":
-        text = f"do not serve kv8 or k8v4 without one ({numbers}: kv8 loses {times:.0f} times as much). Run {command}"
-        return Finding("warning", "calibration", text)
-    return Finding("note", "calibration", f"without one {numbers}; {command} makes one")
+def _smallest(found: Diagnosis, rows: dict[str, list[str]]) -> str:
+    """What to serve with where memory is scarce, if that is another format than the first."""
+    least = min(rows["good"] + rows["usable"], key=lambda name: found.sizes[name])
+    if least == rows["good"][0]:
+        return ""
+    return f"; where memory is scarce with {least} ({found.sizes[least]:.2f} of the bytes)"
 
 
-def _static(found: Diagnosis, grades: dict[str, str], kl: Callable[[str], str]) -> Finding:
-    """int8, of a static scale, with the calibration that it cannot do without."""
-    numbers = f"{kl('int8')}, one range a layer: {kl('int8, tensor × 1.0')}"
-    exact = f"int8 takes exactly {found.sizes['int8']:.2f} of the bytes, and no raw rows"
-    if grades["int8"] == "poor":
-        return Finding("note", "int8", f"not on this model: {numbers}")
-    return Finding("ok" if grades["int8"] == "good" else "note", "int8", f"{exact}, once calibrated ({numbers})")
+def _calibration(found: Diagnosis) -> Finding:
+    """What kv8 loses without one; formats with 4-bit keys make themselves a short one, and int8 cannot do without."""
+    bare, own = "kv8, uncalibrated", {score.name: score.kl for score in found.formats}
+    times = own[bare] / max(own["kv8"], 1e-12)
+    numbers = f"kv8 loses {times:.1f} times as much and is {found.grades[bare]}"
+    if found.grades[bare] == found.grades["kv8"]:
+        return Finding("ok", "calibration", f"kv8 can be served without one: {numbers}")
+    return Finding("note", "calibration", f"run `octavo calibrate {found.model}` first; without it {numbers}")
 
 
 def _relative(errors: tuple[float, float]) -> str:

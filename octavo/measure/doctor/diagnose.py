@@ -1,21 +1,21 @@
-"""Will this model work, and will its cache quantize well? Everything here is measured on the model itself, in a minute.
+"""Will this model work, and will its cache quantize well? Everything here is measured on the model itself, in a time
+that the user gives.
 
     anatomy      geometry, positions, key offsets and wide channels      inspection.py
     self-check   packed = alone = transformers                           selfcheck.py
     formats      KL of every format on text, whole and layer by layer    here, through accuracy.py
     findings     what follows from it, in words                          advice.py
 
-The text is split: calibrated formats are calibrated on its first part, and all are measured on the rest. On a large
-model windows are shorter, so that it takes about a minute; but not shorter than SHORTEST, since edges keep the first
-and the last 64 rows of a window in 16 bits, and what a format loses shows in the rows between.
+The text is split: calibrated formats are calibrated on its first part, and all are measured on the rest. A slow model
+sees fewer windows and shorter ones, but none shorter than LEAST: edges keep the first and the last 64 rows of a window
+in 16 bits, and what a format loses shows in the rows between. Layers are tried with the time that is left.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -27,11 +27,13 @@ from octavo.engine.reading import Reading
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.measure.accuracy.compare import compare
+from octavo.measure.budget import NO_LIMIT, Budget, Windows, duration
 from octavo.measure.candidate import Candidate
 from octavo.measure.doctor.advice import findings
 from octavo.measure.doctor.diagnosis import Diagnosis
 from octavo.measure.doctor.inspection import examine, keys, widths
 from octavo.measure.doctor.selfcheck import self_check
+from octavo.measure.pace import Pace
 from octavo.models.bind import BoundModel
 from octavo.models.model import BUNDLED, Model
 from octavo.quant.calibration import Calibration
@@ -40,65 +42,101 @@ from octavo.text_windows import consecutive_windows, self_windows, token_windows
 
 SELF = "self"
 PROSE = BUNDLED / "evaluation.txt"  # English, written for this project
-CALIBRATED, MEASURED, LENGTH = 8, 2, 512  # windows of LENGTH tokens
-SHORTEST, LAYER_TOKENS = 256, 128  # of a window, and of the piece of one that layers are tried on
+WANTED, LEAST = Windows(8, 512), Windows(4, 256)  # that formats are measured on
+CALIBRATED = 8  # windows of the same length
+LAYER_TOKENS, FEWEST = 128, 32  # of the piece of a window that layers are tried on
 CHARS = 400_000  # of a text that are looked at
-SECONDS = 40.0  # what comparing the formats may take, about; and trying the layers half of that
 LAST_BIT = "16 bits, last bit flipped"
-CANDIDATES: tuple[
-    tuple[str, str, bool, dict[str, Any]], ...
-] = (  # name, format, whether the doctor's own calibration is used, granularity and headroom if not its own
-    ("kv8", "kv8", True, {}),
-    ("k8v4", "k8v4", True, {}),
-    ("kv4", "kv4", True, {}),
-    ("kv8, uncalibrated", "kv8", False, {}),
-    ("k8v4, uncalibrated", "k8v4", False, {}),
-    ("int8", "int8", True, {}),
-    ("int8, tensor × 1.0", "int8", True, {"granularity": "tensor", "headroom": 1.0}),
+CANDIDATES = (  # name, format, whether the doctor's own calibration is used
+    ("kv8", "kv8", True),
+    ("kv8, uncalibrated", "kv8", False),
+    ("k8v4", "k8v4", True),
+    ("kv4", "kv4", True),
+    ("int8", "int8", True),
 )
 # Codes alone; token formats without the calibration, which hides what is special in a layer.
 LAYER_FORMATS = ("int8", "int8-token", "int4-token")
 
+Progress = Callable[[str, int, int], None]
 
-def diagnose(model: Model, text: str | None = None, progress: Callable[[float], None] | None = None) -> Diagnosis:
+
+def diagnose(
+    model: Model,
+    text: str | None = None,
+    budget: Budget = NO_LIMIT,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Diagnosis:
     """Examine a loaded model. `text` is a .txt or .jsonl file or a named set, `self` for text that the model writes, or
-    None for a bundled English text; `progress` is called with the share of the work that is done."""
-    start, bound = time.perf_counter(), model.bound
-    report = progress or (lambda _: None)
+    None for a bundled English text. `progress` is called with what is done, how much of it, and of how much; `say` with
+    what will be measured, and what was left out to fit the budget."""
+    start, bound = perf_counter(), model.bound
+    tell, say = progress or (lambda *_: None), say or (lambda _: None)
     found = Diagnosis(model.name, True, weights=model.weight_kind, processor=model.processor, anatomy=examine(bound))
+    tell("checking that sequences do not mix", 0, 0)
     found.self_check = self_check(bound)
-    report(0.1)
-    length = min(LENGTH, bound.max_context)
-    found.text, calibration_windows, windows = _windows(model, text, length)
-    begin = time.perf_counter()
-    found.keys = keys(bound, calibration_windows[0])
-    one = time.perf_counter() - begin  # forward of `length` tokens
-    forwards = CALIBRATED + MEASURED * (len(CANDIDATES) + 2)
-    whole, length = length, affordable(length, one * forwards, SECONDS, SHORTEST)
-    calibration_windows, windows = [w[:length] for w in calibration_windows], [w[:length] for w in windows]
-    report(0.2)
-    calibration = calibrate(model, calibration_windows, dataset=found.text)
-    found.widths = widths(calibration)
-    found.calibrated, found.measured = (f"{len(w)} windows of {length} tokens" for w in (calibration_windows, windows))
-    report(0.3)
+    pace = Pace.measure(bound, WANTED.length)
+    forwards = len(CANDIDATES) + 2
 
+    def seconds(size: Windows) -> float:
+        written = pace.write(CALIBRATED + size.count, size.length) if text == SELF else 0.0
+        return written + pace.read(CALIBRATED * size.length) + forwards * pace.read(size.tokens, logits=True)
+
+    wanted = Windows(WANTED.count, min(WANTED.length, bound.max_context))
+    fit = budget.less(perf_counter() - start).fit(wanted, LEAST, seconds)
+    say(f"measuring on {fit.of(forwards)}")
+    found.text, calibration_windows, windows = _windows(model, text, fit.size)
+    found.keys = keys(bound, calibration_windows[0])
+
+    def calibrated(done: int) -> None:
+        tell("calibrating", done, len(calibration_windows))
+
+    calibration = calibrate(model, calibration_windows, dataset=found.text, progress=calibrated)
+    found.widths = widths(calibration)
+    found.calibrated, found.measured = (
+        f"{len(w)} windows of {fit.size.length} tokens" for w in (calibration_windows, windows)
+    )
     raw, sixteen = bound.raw_format, CacheSize.of(bound.shapes, KVFormat.parse("bf16"))
     candidates = [Candidate(LAST_BIT, raw, simulate=flip_last_bit)]
-    for name, kv, own, choice in CANDIDATES:
+    for name, kv, own in CANDIDATES:
         format = KVFormat.parse(kv)
-        candidates.append(Candidate(name, format, calibration if own else None, **choice))
+        candidates.append(Candidate(name, format, calibration if own else None))
         found.sizes[name] = CacheSize.of(bound.shapes, format).token / sixteen.token
     scores = compare(
-        model, Candidate(str(raw), raw), candidates, windows, lambda done: report(0.3 + 0.4 * done / len(windows))
+        model,
+        Candidate(str(raw), raw),
+        candidates,
+        windows,
+        lambda done, total: tell("comparing formats", done, total),
     )
     found.rounding, found.formats = scores[1].kl, scores[2:]
-    piece = min(length, LAYER_TOKENS)
-    trials = one * piece / whole * (1 + len(LAYER_FORMATS) * len(bound.layers))
-    window = windows[0][: affordable(piece, trials, SECONDS / 2, 32)]
-    found.layers = sensitivity(bound, calibration, window, lambda share: report(0.7 + 0.3 * share))
+    found.layers = _layers(bound, calibration, windows[0], pace, budget.less(perf_counter() - start), tell, say)
     found.findings = findings(found)
-    found.seconds = time.perf_counter() - start
+    found.seconds = perf_counter() - start
     return found
+
+
+def _layers(
+    bound: BoundModel,
+    calibration: Calibration,
+    window: Sequence[int],
+    pace: Pace,
+    budget: Budget,
+    tell: Progress,
+    say: Callable[[str], None],
+) -> dict[str, list[float]]:
+    """The layers one by one, on as much of the window as the time that is left allows; nothing where it is not worth
+    while."""
+    trials = len(LAYER_FORMATS) * sum(shape.shares is None for shape in bound.shapes)
+    fit = budget.fit(
+        Windows(1, min(len(window), LAYER_TOKENS)),
+        Windows(1, FEWEST),
+        lambda size: (1 + trials) * pace.read(size.tokens, logits=True),
+    )
+    if not budget.holds(fit.seconds):
+        say(f"layers are not tried one by one: that takes {duration(fit.seconds)} more; give a longer --budget")
+        return {}
+    return sensitivity(bound, calibration, window[: fit.size.length], lambda done: tell("trying layers", done, trials))
 
 
 def flip_last_bit(x: Tensor) -> Tensor:
@@ -108,7 +146,7 @@ def flip_last_bit(x: Tensor) -> Tensor:
 
 
 def sensitivity(
-    bound: BoundModel, calibration: Calibration, window: Sequence[int], progress: Callable[[float], None]
+    bound: BoundModel, calibration: Calibration, window: Sequence[int], progress: Callable[[int], None]
 ) -> dict[str, list[float]]:
     """Mean KL, nats, over `window` with a single layer in each of LAYER_FORMATS and the others unquantized."""
     raw = bound.raw_format
@@ -116,7 +154,8 @@ def sensitivity(
     reference = _log_probabilities(Reading(bound), window)
     probabilities = reference.exp()
     found: dict[str, list[float]] = {}
-    for nth, name in enumerate(LAYER_FORMATS):
+    done = 0
+    for name in LAYER_FORMATS:
         format = KVFormat.parse(name)
         kl = []
         for layer in owners:
@@ -124,7 +163,7 @@ def sensitivity(
             reading = Reading(bound, formats, calibration if format.needs_calibration else None)
             own = _log_probabilities(reading, window)
             kl.append((probabilities * (reference - own)).sum(-1).mean().item())
-            progress((nth + (len(kl) / len(owners))) / len(LAYER_FORMATS))
+            progress(done := done + 1)
         found[name] = kl
     return found
 
@@ -133,17 +172,10 @@ def _log_probabilities(reading: Reading, window: Sequence[int]) -> Tensor:
     return torch.cat([logits.log_softmax(-1) for logits in reading.logits(window)])
 
 
-def affordable(length: int, seconds: float, limit: float, shortest: int) -> int:
-    """The longest windows, not below `shortest`, for which the work takes at most `limit` seconds, if it takes
-    `seconds` with windows of `length` tokens."""
-    while seconds > limit and length >= 2 * shortest:
-        seconds, length = seconds / 2, length // 2
-    return length
-
-
-def _windows(model: Model, text: str | None, length: int) -> tuple[str, list[list[int]], list[list[int]]]:
+def _windows(model: Model, text: str | None, size: Windows) -> tuple[str, list[list[int]], list[list[int]]]:
     """The text's name, windows to calibrate on and windows to measure on: of its first part and of the rest."""
-    count = CALIBRATED + MEASURED
+    measured, length = size.count, size.length
+    count = CALIBRATED + measured
     if model.synthetic:
         ids = model.bound.random_tokens(count, length)
         return "random tokens, since the weights are random too", ids[:CALIBRATED], ids[CALIBRATED:]
@@ -162,5 +194,5 @@ def _windows(model: Model, text: str | None, length: int) -> tuple[str, list[lis
     return (
         Path(texts.name).name,
         token_windows([whole[:cut]], model.tokenizer, CALIBRATED, length),
-        consecutive_windows([whole[cut:]], model.tokenizer, length, MEASURED),
+        consecutive_windows([whole[cut:]], model.tokenizer, length, measured),
     )

@@ -55,7 +55,7 @@ def measure_corners(
     """
     first, *others = compared
     scores = compare(
-        model, first, others, windows, lambda done: progress("comparing the corners", 0.5 * done / len(windows))
+        model, first, others, windows, lambda done, total: progress("comparing the corners", 0.5 * done / total)
     )
     sizes = [size for size in BATCH_SIZES if prompt_length(size, context, tokens) > 0]
     theory = ceilings(model.bound, compared, sizes, [context], tokens, rate)

@@ -115,7 +115,7 @@ def gather(
         tell(what, without_corners * share)
 
     progress("examining the model", 0)
-    diagnosis = diagnose(model, text, lambda share: progress("examining the model", 0.2 * share))
+    diagnosis = diagnose(model, text, progress=lambda what, *_: progress(what, 0.1))
 
     raw = bound.raw_format
     formats = [raw, *map(KVFormat.parse, FORMATS)]
@@ -132,8 +132,8 @@ def gather(
     window = min(WINDOW, bound.max_context)
     windows = consecutive_windows([whole[cut:]], model.tokenizer, window, WINDOWS)
 
-    def comparing(done: int) -> None:
-        progress("comparing formats", 0.25 + 0.25 * done / len(windows))
+    def comparing(done: int, total: int) -> None:
+        progress("comparing formats", 0.25 + 0.25 * done / total)
 
     candidates = [Candidate(str(f), f, model.calibration(calibration, f)) for f in formats]
     scores = compare(model, candidates[0], candidates[1:], windows, comparing)

@@ -32,6 +32,7 @@ class Benchmark:
     definition: str = ""  # its name there, where that is another
     subsets: tuple[str, ...] = ()
     higher_is_better: bool = True
+    guess: float | None = 0.0  # the score of who guesses, percent; None where nothing is right or wrong
     on_hub: bool = True
     remedy: str = ""  # where a file is found that people tend to lack
 
@@ -58,6 +59,7 @@ BENCHMARKS = {
             {"validation": "winogrande/dev.jsonl"},
             ("sentence", "option1", "option2", "answer"),
             "winogrande",
+            guess=50.0,
         ),
         Benchmark(
             "nq_open",
@@ -87,6 +89,7 @@ BENCHMARKS = {
             "bbh/cot_fewshot",
             "bbh_cot_fewshot_{subset}",
             BBH,
+            guess=25.7,  # of the 27 subsets, as their paper gives it
         ),
         Benchmark(
             "openbookqa",
@@ -96,6 +99,7 @@ BENCHMARKS = {
             {"test": "openbookqa/test.jsonl"},
             ("question", "answerKey"),
             "openbookqa",
+            guess=25.0,
         ),
         Benchmark(
             "openbookqa_fact",
@@ -104,6 +108,7 @@ BENCHMARKS = {
             "accuracy",
             {"test": "openbookqa/test_complete.jsonl"},
             ("question", "answerKey", "fact1"),
+            guess=25.0,
             remedy="it is Data/Additional/test_complete.jsonl of OpenBookQA-V1-Sep2018.zip, by AI2",
         ),
         Benchmark(
@@ -113,6 +118,7 @@ BENCHMARKS = {
             "accuracy",
             {"validation": "eprstmt/dev_few_all.json"},
             ("sentence", "label"),
+            guess=50.0,
             on_hub=False,
             remedy="it is datasets/eprstmt/dev_few_all.json of github.com/CLUEbenchmark/FewCLUE",
         ),
@@ -126,6 +132,7 @@ BENCHMARKS = {
             "crows_pairs",
             "crows_pairs_english",
             higher_is_better=False,
+            guess=None,  # 50 is the best that there is
         ),
     )
 }

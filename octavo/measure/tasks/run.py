@@ -1,21 +1,15 @@
-"""Benchmark tasks in several cache formats: run by lm-evaluation-harness, compared item by item.
+"""Benchmark tasks in several cache formats: run by lm-evaluation-harness, compared item by item (rows.py).
 
-Both formats answer the same items, so the error of their difference is that of the items' differences: far smaller than
-the errors of the two scores. Each task's result in each format is a file in a results directory, under a key that holds
-all that shapes it; what is there is not run again, so an interrupted run goes on where it was.
+What was asked is kept (results.py) after every CHUNK documents: an interrupted run goes on where it was, and one with
+more documents adds to one with fewer. Without a number of documents a few of each task are asked first, in the baseline
+alone, and from what they take each benchmark gets as many as an equal share of the time allows.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
@@ -23,78 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError
 from octavo.llm import LLM
+from octavo.measure.budget import NO_LIMIT, Budget, duration
 from octavo.measure.candidate import Candidate
-from octavo.measure.tasks import HERE, Benchmark, Part, by_benchmark, require_harness
-from octavo.measure.tasks.data_files import digest
+from octavo.measure.tasks import HERE, Part, by_benchmark, require_harness
+from octavo.measure.tasks.data_files import load
+from octavo.measure.tasks.results import Item, Results, key_of
+from octavo.measure.tasks.rows import Row, row
 from octavo.models.model import Model
-from octavo.quant.format import LayerFormats
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-Item = dict[str, Any]  # a document's metrics, and the hash of its prompt
+CHUNK = 32  # documents that are asked together: few-shot examples are drawn anew for each chunk
+PILOT, LEAST = 2, 8  # documents of a part that are timed first, and of a benchmark that say anything
+
 Progress = Callable[[str, int, int], None]  # what is running, requests done, of how many
-
-
-@dataclass
-class Result:
-    """A part in one format."""
-
-    key: dict[str, Any]  # all that shapes it
-    items: list[Item]  # by document
-    seconds: float
-
-
-@dataclass
-class Row:
-    """A benchmark in all formats; scores and differences are percentages, ± their standard errors."""
-
-    name: str
-    kind: str
-    metric: str
-    higher_is_better: bool
-    items: int
-    scores: dict[str, float]  # by format, the baseline first
-    errors: dict[str, float]
-    differences: dict[str, float]  # from the baseline, by the other formats
-    difference_errors: dict[str, float]  # paired
-
-
-class Results:
-    """A directory of results."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / ".octavo-probe").touch()
-            (directory / ".octavo-probe").unlink()
-        except OSError as error:
-            raise OctavoError(
-                f"nothing can be written in {directory} ({error.strerror}): name another --results"
-            ) from None
-
-    def path(self, key: dict[str, Any]) -> Path:
-        mark = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
-        return self.directory / f"{key['task']}-{key['kv']}-{mark}.json".replace("/", "_")
-
-    def load(self, key: dict[str, Any]) -> Result | None:
-        """None where there is none of that very key, or what is there is incomplete."""
-        try:
-            found = Result(**json.loads(self.path(key).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
-        return found if found.key == key else None
-
-    def save(self, result: Result) -> None:
-        """Whole or not at all."""
-        path = self.path(result.key)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps(asdict(result)), encoding="utf-8")
-            part.replace(path)
-        except OSError as error:
-            raise OctavoError(f"{path} cannot be written: {error.strerror}; the same command goes on later") from None
 
 
 def run(
@@ -104,75 +41,94 @@ def run(
     results: Results,
     *,
     limit: int | None = None,
+    budget: Budget = NO_LIMIT,
     session_len: int | None = None,
     max_batch_size: int = 16,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """The benchmarks of `parts`, the first `limit` documents of each, in every format; the first is the baseline."""
+    """The benchmarks of `parts` in every format, the first of which is the baseline: the first `limit` documents of
+    each part, or as many as the budget allows. `say` is told how many these are, and what they take."""
     require_harness()
-    keys = {(c.name, part): _key(model, c, part, limit, session_len) for c in candidates for part in parts}
-    found = {which: result for which, key in keys.items() if (result := results.load(key)) is not None}
-    missing = [part for part in parts if any((c.name, part) not in found for c in candidates)]
-    tasks = load_tasks(missing) if missing else {}
-    for candidate in candidates:
-        todo = [part for part in parts if (candidate.name, part) not in found]
-        if not todo:
-            continue
-        llm = candidate.llm(
-            model,
-            session_len=session_len,
-            max_batch_size=max_batch_size,
-        )
-        for part in todo:
-            which = candidate.name, part
-            result = run_task(
-                llm, tasks[part.definition], keys[which], limit, f"{part.name} in {candidate.name}", progress
-            )
-            results.save(result)
-            found[which] = result
-    return [
-        _row(
-            parts[0].benchmark,
-            [c.name for c in candidates],
-            {c.name: [found[c.name, p] for p in parts] for c in candidates},
-        )
-        for parts in by_benchmark(parts).values()
-    ]
+    asking = _Asking(model, candidates, parts, results, session_len, max_batch_size, progress)
+    limits: dict[Part, int | None] = dict.fromkeys(parts, limit)
+    if limit is None and budget.seconds is not None:
+        limits = asking.affordable(budget, say)
+    rows = []
+    for own in by_benchmark(parts).values():
+        for candidate in candidates:
+            asking.ask(candidate, own, limits)
+        found = {c.name: [asking.kept[c.name, part] for part in own] for c in candidates}
+        rows.append(row(own[0].benchmark, [c.name for c in candidates], found))
+    return rows
 
 
-def _key(model: Model, candidate: Candidate, part: Part, limit: int | None, session_len: int | None) -> dict[str, Any]:
-    from octavo import __version__
+class _Asking:
+    """What was asked so far, and the means to ask more."""
 
-    own = candidate.model or model
-    calibration = None
-    if candidate.calibration is not None:
-        total = hashlib.sha256(json.dumps(asdict(candidate.calibration.header), sort_keys=True).encode())
-        for layer in candidate.calibration.layers:
-            for side in ("k", "v"):
-                total.update(layer[side]["min"].numpy().tobytes() + layer[side]["max"].numpy().tobytes())
-        calibration = total.hexdigest()[:16]
-    return {
-        "model": own.fingerprint,
-        "dtype": str(own.bound.dtype)[6:],
-        "kv": str(candidate.format),
-        **({"layers": list(map(str, candidate.format))} if isinstance(candidate.format, LayerFormats) else {}),
-        "calibration": calibration,
-        "granularity": candidate.granularity,
-        "headroom": candidate.headroom,
-        "task": part.name,
-        "documents": digest(part),
-        "limit": limit,
-        "session_len": min(own.bound.max_context, session_len or own.bound.max_context),
-        "octavo": __version__,
-        "lm_eval": version("lm_eval"),
-    }
+    def __init__(
+        self,
+        model: Model,
+        candidates: Sequence[Candidate],
+        parts: Sequence[Part],
+        results: Results,
+        session_len: int | None,
+        max_batch_size: int,
+        progress: Progress | None,
+    ):
+        self.model, self.candidates, self.parts, self.results = model, candidates, parts, results
+        self.sizes = {"session_len": session_len, "max_batch_size": max_batch_size}
+        self.progress = progress
+        self.tasks: dict[str, Task] = {}
+        self.kept = {
+            (c.name, part): results.load(key_of(model, c, part, session_len)) for c in candidates for part in parts
+        }
+
+    def ask(self, candidate: Candidate, parts: Sequence[Part], limits: dict[Part, int | None]) -> None:
+        """Ask what is missing of the first documents of `parts`."""
+        missing = [part for part in parts if not self.kept[candidate.name, part].holds(limits[part])]
+        if not missing:
+            return
+        self.tasks = self.tasks or load_tasks(self.parts)
+        llm = candidate.llm(self.model, **self.sizes)
+        for part in missing:
+            task, result = self.tasks[part.definition], self.kept[candidate.name, part]
+            result.documents = len(task.eval_docs)
+            end = min(limits[part] or result.documents, result.documents)
+            for start in range(len(result.items) // CHUNK * CHUNK, end, CHUNK):
+                stop = min(end, start + CHUNK)
+                begun = perf_counter()
+                title = f"{part.name} in {candidate.name}, {start + 1}–{stop} of {end}"
+                result.items[start:] = ask_chunk(llm, task, range(start, stop), title, self.progress)
+                result.seconds += perf_counter() - begun
+                self.results.save(result)
+
+    def affordable(self, budget: Budget, say: Callable[[str], None]) -> dict[Part, int | None]:
+        """How many documents of each part an equal share of the time allows, and what was asked before."""
+        begun, baseline = perf_counter(), self.candidates[0]
+        for own in by_benchmark(self.parts).values():
+            self.ask(baseline, own, dict.fromkeys(own, PILOT))
+        groups = by_benchmark(self.parts)
+        share = budget.less(perf_counter() - begun).part(1 / len(groups))
+        limits: dict[Part, int | None] = {}
+        for name, own in groups.items():
+            timed = [self.kept[baseline.name, part] for part in own]
+            each = len(self.candidates) * sum(result.seconds / max(1, len(result.items)) for result in timed)
+            before = min(len(self.kept[c.name, part].items) for c in self.candidates for part in own)
+            assert share.seconds is not None
+            most = max(result.documents or 0 for result in timed)
+            count = min(most, max(before + int(share.seconds / each), -(-LEAST // len(own))))
+            limits |= dict.fromkeys(own, count)
+            seconds = max(0, count - before) * each
+            many = f" of each of {len(own)} parts" if len(own) > 1 else ""
+            least = "; fewer would say nothing" if not share.holds(seconds) else ""
+            say(f"{name}: {count} of {most} documents{many}, about {duration(seconds)}{least}")
+        return limits
 
 
 def load_tasks(parts: Sequence[Part]) -> dict[str, Task]:
     """The harness's tasks by their names there, with documents from the parts' files."""
     import lm_eval.tasks
-
-    from octavo.measure.tasks.data_files import load
 
     root = Path(lm_eval.tasks.__file__).parent
     folders = sorted({root / part.benchmark.harness if part.benchmark.harness else HERE for part in parts})
@@ -202,9 +158,8 @@ def load_tasks(parts: Sequence[Part]) -> dict[str, Task]:
             ) from error
 
 
-def run_task(
-    llm: LLM, task: Task, key: dict[str, Any], limit: int | None, title: str, progress: Progress | None
-) -> Result:
+def ask_chunk(llm: LLM, task: Task, documents: range, title: str, progress: Progress | None) -> list[Item]:
+    """What a format answers to these documents, which begin at a whole chunk."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
 
@@ -215,15 +170,14 @@ def run_task(
             progress(title, done, total)
 
     tell(0, 0)
-    start = perf_counter()
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
-    task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same examples in every format
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED + documents.start)  # the same examples in every format
     with quiet():
         found = evaluate(
             OctavoLM(llm, progress=tell),
             {"tasks": {task.task_name: task}},
-            limit=limit,
+            samples={task.task_name: list(documents)},
             bootstrap_iters=0,
             log_samples=True,
         )
@@ -231,45 +185,7 @@ def run_task(
     for sample in found["samples"][task.task_name]:
         item = items.setdefault(sample["doc_id"], {"prompt": sample["prompt_hash"]})
         item |= {f"{metric},{sample['filter']}": float(sample[metric]) for metric in sample["metrics"]}
-    return Result(key, [items[i] for i in sorted(items)], round(perf_counter() - start, 1))
-
-
-def _row(benchmark: Benchmark, names: Sequence[str], results: dict[str, list[Result]]) -> Row:
-    values: dict[str, list[float]] = {}
-    prompts: dict[str, list[str]] = {}
-    for name in names:
-        items = [item for result in results[name] for item in result.items]
-        values[name] = [100 * item[benchmark.metric] for item in items]
-        prompts[name] = [item["prompt"] for item in items]
-    base, *others = names
-    if any(prompts[name] != prompts[base] for name in others):
-        raise OctavoError(
-            f"the formats were asked other questions in {benchmark.name}: remove its files from --results"
-        )
-    changes = {name: [own - old for own, old in zip(values[name], values[base], strict=True)] for name in others}
-    return Row(
-        name=benchmark.name,
-        kind=benchmark.kind,
-        metric=benchmark.label,
-        higher_is_better=benchmark.higher_is_better,
-        items=len(values[base]),
-        scores={name: _mean(values[name]) for name in names},
-        errors={name: _error(values[name]) for name in names},
-        differences={name: _mean(changes[name]) for name in others},
-        difference_errors={name: _error(changes[name]) for name in others},
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _error(values: Sequence[float]) -> float:
-    """Standard error of the mean."""
-    if len(values) < 2:
-        return math.nan
-    mean = _mean(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    return [items[i] for i in sorted(items)]
 
 
 @contextmanager

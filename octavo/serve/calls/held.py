@@ -45,7 +45,7 @@ def held_grammar(
         start = f"start: inside | {begin} inside | FREE?" if begin else "start: inside | FREE?"
         return "\n".join([start, *rules, r"FREE: /[^{\[ \t\r\n](.|\n)*/"])
     head = f"head: TEXT {begin} | spelled" if syntax.begin in added or syntax.marks else "head: spelled"
-    start = f"start: (head inside){{0,{MOST_CALLS if more else 1}}} TEXT"
+    start = f"start: (head inside){{0,{MOST_CALLS}}} TEXT" if more else "start: head inside | TEXT"
     spelled = f"spelled[lazy]: /(.|\\n)*{re.escape(syntax.begin).replace('/', '[/]')}/"
     return "\n".join([start, head, *rules, spelled, r"TEXT: /(.|\n)*/"])
 

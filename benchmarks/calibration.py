@@ -1,0 +1,101 @@
+"""How little calibration is enough: KL divergence of each format by what it was calibrated on.
+
+One calibration for each of TRIALS (text, windows, tokens in each) and model, measured by the code of `octavo accuracy`
+on the same windows of WikiText-2, in float32. Rows are kept in --out after each trial; the same command goes on.
+
+    python benchmarks/calibration.py MODEL … --data ../shared/data/text --out benchmarks/results/calibration.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import describe
+
+from octavo import LLM, KVFormat
+from octavo.calibrate import PROSE, calibrate
+from octavo.cli.progress import telling
+from octavo.corpus import load_texts
+from octavo.measure.accuracy.compare import compare
+from octavo.measure.candidate import Candidate
+from octavo.models.model import Model
+from octavo.text_windows import consecutive_windows, self_windows, token_windows
+
+TRIALS = (
+    ("none", 0, 0),
+    ("ptb", 8, 512),
+    ("prose", 8, 512),
+    ("ptb", 2, 512),
+    ("c4", 8, 512),
+    ("prose", 8, 256),
+    ("ptb", 16, 512),
+    ("self", 8, 512),
+    ("ptb", 4, 512),
+    ("ptb", 32, 512),
+    ("ptb", 16, 256),
+    ("ptb", 4, 1024),
+    ("prose", 16, 512),
+)  # in the order of their worth, since time may end
+BASELINE = Candidate("fp32", KVFormat.parse("fp32"))
+
+
+def windows_of(model: Model, text: str, count: int, length: int, data: Path) -> list[list[int]]:
+    if text == "self":
+        return self_windows(LLM(model, session_len=length + 1, max_batch_size=count), count, length)
+    texts = load_texts(str(PROSE) if text == "prose" else text, data)
+    return token_windows(texts, model.tokenizer, count, length)
+
+
+def trial(
+    model: Model, text: str, count: int, length: int, formats: list[str], read: list[list[int]], data: Path, tell: Any
+) -> list[dict[str, Any]]:
+    """One row for each format that can be served with this calibration."""
+    start = time.perf_counter()
+    own = None
+    if count:
+        windows = windows_of(model, text, count, length, data)
+        own = calibrate(model, windows, dataset=text, progress=lambda done: tell("calibrating", done, count))
+    seconds = time.perf_counter() - start
+    served = [name for name in formats if own is not None or not KVFormat.parse(name).needs_calibration]
+    candidates = [Candidate(name, KVFormat.parse(name), own) for name in served]
+    scores = compare(model, BASELINE, candidates, read, lambda *step: tell("comparing", *step))[1:]
+    same = {"model": model.path.name, "text": text, "windows": count, "length": length}
+    return [
+        same | {"name": score.name, "kl": score.kl, "kl_error": score.kl_error, "tokens": score.tokens,
+                "seconds": round(seconds, 1)}
+        for score in scores
+    ]  # fmt: skip
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("models", nargs="+")
+    cli.add_argument("--data", type=Path, required=True)
+    cli.add_argument("--formats", default="kv8,k8v4,kv4,int8")
+    cli.add_argument("--windows", type=int, default=4, help="windows that are measured on")
+    cli.add_argument("--window", type=int, default=512)
+    cli.add_argument("--trials", type=int, default=len(TRIALS), help="only the first so many")
+    cli.add_argument("--out", type=Path, required=True)
+    args = cli.parse_args()
+
+    rows: list[dict[str, Any]] = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
+    for name in args.models:
+        model = Model.load(name, dtype="fp32")
+        texts = load_texts("wikitext2", args.data, "test")
+        read = consecutive_windows(texts, model.tokenizer, args.window, args.windows)
+        for text, count, length in TRIALS[: args.trials]:
+            same = {"model": model.path.name, "text": text, "windows": count, "length": length}
+            if any(same.items() <= row.items() for row in rows):
+                continue
+            with telling(f"{model.path.name}: {text} {count} × {length}") as tell:
+                rows += trial(model, text, count, length, args.formats.split(","), read, args.data, tell)
+            document = {"benchmark": "calibration", **describe(), "measured": f"{args.windows} × {args.window}"}
+            args.out.write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Results of tasks, kept in a directory: one file for each part and format, under a key that holds all that shapes it.
+
+A file grows with the documents that were asked, from the first on, and is never begun anew: an interrupted run goes on,
+and a larger one adds to a smaller one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import OctavoError
+from octavo.measure.candidate import Candidate
+from octavo.measure.tasks import Part
+from octavo.measure.tasks.data_files import digest
+from octavo.models.model import Model
+from octavo.quant.format import LayerFormats
+
+Item = dict[str, Any]  # a document's metrics, and the hash of its prompt
+
+
+@dataclass
+class Result:
+    """A part in one format."""
+
+    key: dict[str, Any]  # all that shapes it
+    items: list[Item]  # by document
+    seconds: float
+    documents: int | None = None  # that there are; None before any was asked
+
+    def holds(self, count: int | None) -> bool:
+        """Whether the first `count` documents were asked, or all of them."""
+        return self.documents is not None and len(self.items) >= min(count or self.documents, self.documents)
+
+
+class Results:
+    """A directory of results."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / ".octavo-probe").touch()
+            (directory / ".octavo-probe").unlink()
+        except OSError as error:
+            raise OctavoError(
+                f"nothing can be written in {directory} ({error.strerror}): name another --results"
+            ) from None
+
+    def path(self, key: dict[str, Any]) -> Path:
+        mark = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return self.directory / f"{key['task']}-{key['kv']}-{mark}.json".replace("/", "_")
+
+    def load(self, key: dict[str, Any]) -> Result:
+        """Without items where there is none of that very key, or what is there is incomplete."""
+        try:
+            found = Result(**json.loads(self.path(key).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return Result(key, [], 0.0)
+        return found if found.key == key else Result(key, [], 0.0)
+
+    def save(self, result: Result) -> None:
+        """Whole or not at all."""
+        path = self.path(result.key)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_text(json.dumps(asdict(result)), encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            raise OctavoError(f"{path} cannot be written: {error.strerror}; the same command goes on later") from None
+
+
+def key_of(model: Model, candidate: Candidate, part: Part, session_len: int | None) -> dict[str, Any]:
+    """All that shapes a result, but for the number of documents."""
+    from octavo import __version__
+
+    own = candidate.model or model
+    calibration = None
+    if candidate.calibration is not None:
+        total = hashlib.sha256(json.dumps(asdict(candidate.calibration.header), sort_keys=True).encode())
+        for layer in candidate.calibration.layers:
+            for side in ("k", "v"):
+                total.update(layer[side]["min"].numpy().tobytes() + layer[side]["max"].numpy().tobytes())
+        calibration = total.hexdigest()[:16]
+    return {
+        "model": own.fingerprint,
+        "dtype": str(own.bound.dtype)[6:],
+        "kv": str(candidate.format),
+        **({"layers": list(map(str, candidate.format))} if isinstance(candidate.format, LayerFormats) else {}),
+        "calibration": calibration,
+        "granularity": candidate.granularity,
+        "headroom": candidate.headroom,
+        "task": part.name,
+        "documents": digest(part),
+        "session_len": min(own.bound.max_context, session_len or own.bound.max_context),
+        "octavo": __version__,
+        "lm_eval": version("lm_eval"),
+    }

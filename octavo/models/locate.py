@@ -1,0 +1,75 @@
+"""From a model as the user wrote it to its directory, without torch: what is named wrongly is said at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from octavo.errors import OctavoError
+
+BUNDLED = Path(__file__).parent.parent / "data" / "pamphlet"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+
+def locate(model: str | Path | None) -> tuple[str, Path]:
+    """Name and directory of a model as the user wrote it: a directory, a Hub id, or the bundled model if None."""
+    name = str(model if model is not None else BUNDLED.name)
+    return name, BUNDLED if is_bundled(model) else resolve(name)
+
+
+def is_bundled(model: str | Path | None) -> bool:
+    # A folder of that name may hold a calibration only: `--work-dir pamphlet`.
+    name = str(model)
+    return model is None or (name == BUNDLED.name and not (Path(name) / "config.json").is_file())
+
+
+def resolve(model: str | Path) -> Path:
+    """The directory of a model: itself where it holds a config.json, else a Hub id's snapshot, fetched if need be."""
+    return find_here(model) or _download(str(model))
+
+
+def find_here(model: str | Path) -> Path | None:
+    """The directory of a model that is here, or None for what can only be a Hub id; OctavoError for what is neither.
+
+    A directory without config.json may still be a Hub id: `--work-dir internlm/internlm-chat-7b` makes one that holds
+    a calibration only.
+    """
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.is_file():
+        raise OctavoError(f"{model} is a file: name the directory that holds config.json and the weights.")
+    if not _HUB_ID.fullmatch(str(model)):
+        if path.is_dir():
+            raise OctavoError(f"The directory {model} has no config.json: name one that holds a Hugging Face model.")
+        raise OctavoError(f"There is no directory {model}: name one that holds a Hugging Face model, or a Hub id.")
+    return None
+
+
+def _download(repo: str) -> Path:
+    """A Hub snapshot without code and without a second copy of the weights."""
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+
+    # Subfolders and consolidated files hold the weights again, in other formats.
+    doubles = ["*/*", "consolidated*"]
+    files = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+    try:
+        path = Path(huggingface_hub.snapshot_download(repo, allow_patterns=files, ignore_patterns=doubles))
+        if not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+            huggingface_hub.snapshot_download(repo, allow_patterns=["pytorch_model*.bin"], ignore_patterns=doubles)
+    except hub.GatedRepoError as error:
+        raise OctavoError(f"{repo} is gated: accept its terms on the Hub, then run `hf auth login`.") from error
+    except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
+        raise OctavoError(
+            f"Neither a directory with a config.json nor a model on the Hub is named {repo}: check the name, "
+            "or run `hf auth login` if the model is private."
+        ) from error
+    except Exception as error:  # the many ways a network fails
+        raise OctavoError(
+            f"No directory {repo} with a config.json is here and the Hub cannot be reached for it: "
+            "check the network, or name a local directory."
+        ) from error
+    if not (path / "config.json").is_file():
+        raise OctavoError(f"{repo} on the Hub has no config.json: name a repository in the transformers format.")
+    return path

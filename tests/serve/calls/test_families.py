@@ -1,0 +1,180 @@
+"""Each family's syntax is that of its own template: what it writes of a call is read as one, and answers are held to
+it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from octavo.grammars import Grammars
+from octavo.models.model import Model
+from octavo.serve.calls import CallPiece, FreeReader, HeldReader, Reader, held_grammar, syntax_of
+from octavo.serve.calls.families import gemma, hermes, llama, mistral, plain
+from tests.serve.calls.published import FAMILIES
+
+CITIES: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+FUNCTIONS: list[dict[str, Any]] = [
+    {"name": "weather", "strict": True, "parameters": CITIES},
+    {"name": "clock", "parameters": {"type": "object"}},
+]
+ROME = {"city": "Rome"}
+CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
+Found = tuple[str, list[tuple[str, Any]]]
+
+
+def read(reader: Reader, text: str, size: int) -> Found:
+    """Text and calls that a reader finds in an answer that comes in pieces of `size`."""
+    parts = [part for i in range(0, len(text), size) for part in reader.push(text[i : i + size])] + reader.finish()
+    calls: dict[int, list[str]] = {}
+    for part in parts:
+        if isinstance(part, CallPiece):
+            calls.setdefault(part.number, [part.name or "", ""])[1] += part.arguments
+    shown = "".join(part for part in parts if isinstance(part, str))
+    return shown, [(name, json.loads(arguments)) for name, arguments in calls.values()]
+
+
+def called(tokenizer: Any, template: str, arguments: Sequence[Any], said: str = "") -> str:
+    """What a template makes of an assistant's message with calls of `weather`, without what frames a message."""
+    calls = [{"id": "abcdefgh1", "function": {"name": "weather", "arguments": one}} for one in arguments]
+
+    def render(message: dict[str, Any]) -> str:
+        told = [{"role": "user", "content": "?"}, {"role": "assistant", **message}]
+        return tokenizer.apply_chat_template(told, chat_template=template, tokenize=False)
+
+    whole, plain = render({"content": said, "tool_calls": calls}), render({"content": "~"})
+    start, end = plain.rsplit("~", 1)
+    while not whole.startswith(start):  # a template may write another space before a call
+        start = start[:-1]
+    while not whole.endswith(end):
+        end = end[1:]
+    return whole[len(start) : len(whole) - len(end)].strip()
+
+
+@pytest.mark.parametrize(("family", "template"), FAMILIES.items(), ids=FAMILIES)
+def test_a_call_as_the_template_writes_it_is_read_and_held_to(pamphlet: Model, family: str, template: str):
+    tokenizer = copy.deepcopy(pamphlet.tokenizer)
+    syntax = syntax_of(template)
+    assert syntax.family == family
+    written = called(tokenizer, template, [ROME])
+    for size in (1, 5, len(written)):
+        assert read(FreeReader(syntax, ["weather"]), written, size) == ("", [("weather", ROME)])
+    if family in ("Gemma 4", "Mistral"):
+        return  # held to JSON without the template's own quotes, or without the id that it adds
+    grammars = Grammars(tokenizer, pamphlet.bound.vocab_size, pamphlet.eos_ids)
+    for must in (True, False):
+        grammar = held_grammar(syntax, FUNCTIONS, {}, must=must, parallel=False)
+        assert _takes(grammars, grammar, written)
+        assert not _takes(grammars, grammar, written.replace("Rome", "Oslo"))
+        assert _takes(grammars, grammar, "It is sunny.") is not must
+    for size in (1, 5, len(written)):
+        assert read(HeldReader(syntax), written, size) == ("", [("weather", ROME)])
+
+
+def _takes(grammars: Grammars, grammar: str, text: str) -> bool:
+    """Whether an answer that is held to the grammar may be this text."""
+    guide = grammars.guide("grammar", grammar)
+    tokens = grammars.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return guide.matcher.try_consume_tokens(tokens) == len(tokens) and guide.matcher.is_accepting()
+
+
+@pytest.mark.parametrize("family", ["Hermes", "Mistral", "Mistral (tokenizer version 11)", "InternLM", "Gemma 4"])
+def test_several_calls_and_text_before_them_are_read_in_their_order(pamphlet: Model, family: str):
+    written = called(pamphlet.tokenizer, FAMILIES[family], [ROME, {"city": "Paris"}], "I look.")
+    text = "" if family == "Mistral" else "I look."  # its template leaves the text out
+    for size in (1, 5, len(written)):
+        found = read(FreeReader(syntax_of(FAMILIES[family]), ["weather"]), written, size)
+        assert found == (text, [("weather", ROME), ("weather", {"city": "Paris"})])
+
+
+HERMES: list[tuple[str, Found | None]] = [
+    ("It is sunny.", ("It is sunny.", [])),
+    (f"<tool_call>{CALL}</tool_call>\n<tool_call>\n{CALL}\n</tool_call>", ("", [("weather", ROME)] * 2)),
+    (f"<tool_call>{CALL}", ("", [("weather", ROME)])),  # the closing tag was what ended the answer
+    (f"<tool_call>{CALL}\n{CALL}</tool_call>", ("", [("weather", ROME)] * 2)),
+    (f"[{CALL}, {CALL}]", ("", [("weather", ROME)] * 2)),  # without tags
+    (
+        f"<tool_call>{CALL.replace('Rome', 'a </tool_call> b')}</tool_call>",
+        ("", [("weather", {"city": "a </tool_call> b"})]),
+    ),
+    (f"Write `<tool_call>` first. <tool_call>{CALL}</tool_call>", ("Write `<tool_call>` first.", [("weather", ROME)])),
+    ("Tags: <tool_call>x</tool_call>.", ("Tags: <tool_call>x</tool_call>.", [])),
+    (
+        '<tool_call>\n{\n  "name": "weather",\n  "arguments": {\n    "city": "Ro\nme"\n  }\n}\n</tool_call>',
+        ("", [("weather", {"city": "Ro\nme"})]),
+    ),
+    (
+        '<tool_call>{"name": "weather", "arguments": "{\\"city\\": \\"Rome\\"}"}</tool_call>',
+        ("", [("weather", ROME)]),
+    ),
+    ('<tool_call>{"name": "weather"}</tool_call>', ("", [("weather", {})])),
+    (
+        f'<tool_call>{{"name": "other", "arguments": {{}}}}</tool_call>\n<tool_call>{CALL}</tool_call>',
+        ('<tool_call>{"name": "other", "arguments": {}}</tool_call>', [("weather", ROME)]),
+    ),
+    (
+        f'[{CALL}, {{"name": "other", "arguments": {{}}}}]',
+        ('{"name": "other", "arguments": {}}', [("weather", ROME)]),
+    ),
+    *(
+        (f'<tool_call>{{"name": "weather", "arguments": {{"a": {bad}}}}}', None)
+        for bad in ("NaN", "-Infinity", "1e999")
+    ),
+    ('{"an": "object"}', ('{"an": "object"}', [])),
+    ("[]", ("[]", [])),
+    ("{not JSON", ("{not JSON", [])),
+    ("a < b and <tool", ("a < b and <tool", [])),
+    (f"<tool_call>{CALL[:30]}", (f"<tool_call>{CALL[:30]}", [])),
+]
+
+
+@pytest.mark.parametrize(("said", "found"), HERMES, ids=[said[:40] for said, _ in HERMES])
+def test_what_is_a_call_is_read_as_json_and_what_is_none_is_text(said: str, found: Found | None):
+    for size in (1, 3, len(said)):
+        assert read(FreeReader(hermes.SYNTAX, ["weather"]), said, size) == (found or (said, []))
+
+
+def test_text_without_calls_is_not_held_back():
+    reader = FreeReader(hermes.SYNTAX, ["weather"])
+    assert reader.push("It is ") + reader.push("sunny <b") == ["It is", " sunny <b"]
+
+
+@pytest.mark.parametrize(
+    ("syntax", "said"),
+    [
+        (llama.SYNTAX, '{"name": "weather", "parameters": {"city": "Rome"}}; {"name": "weather", "parameters": {}}'),
+        (llama.SYNTAX, '<|python_tag|>{"name": "weather", "parameters": {"city": "Rome"}}{"name": "weather"}'),
+        (mistral.NAMED, '[TOOL_CALLS]weather[CALL_ID]abc[ARGS]{"city": "Rome"}[TOOL_CALLS]weather{}'),
+        (gemma.FUNCTION_GEMMA, "<start_function_call>call:weather{city:<escape>Rome<escape>}<end_function_call>"
+                               "<start_function_call>call:weather{}<end_function_call>"),
+        (plain.SYNTAX, f'[{CALL}, {{"name": "weather", "arguments": {{}}}}]'),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else value.family,
+)  # fmt: skip
+def test_other_ways_that_models_of_a_family_write_calls_are_read(syntax: Any, said: str):
+    for size in (1, 7, len(said)):
+        assert read(FreeReader(syntax, ["weather"]), said, size) == ("", [("weather", ROME), ("weather", {})])
+
+
+def test_arguments_of_held_calls_are_passed_on_as_they_come():
+    reader, text = HeldReader(hermes.SYNTAX), f"<tool_call>\n{CALL}\n</tool_call>"
+    pieces = [part for sign in text for part in reader.push(sign) if isinstance(part, CallPiece)]
+    assert (pieces[0].name, pieces[0].arguments) == ("weather", "")
+    assert "".join(piece.arguments for piece in pieces) == '{"city": "Rome"}'
+    assert len(pieces) > 10
+
+
+def test_mistrals_ids_are_those_that_its_template_takes():
+    assert len(mistral.LIST.new_id()) == 9
+    known = mistral.LIST.known_id
+    assert known("abcdefgh1") == "abcdefgh1"
+    assert len(known("call_0123456789abcdef")) == 9
+    assert known("call_1") == known("call_1") != known("call_2")
