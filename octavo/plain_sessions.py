@@ -31,8 +31,8 @@ from octavo.errors import OctavoError, one_line
 from octavo.llm import LLM
 from octavo.quant.codec import Rows, decode, encode
 
-# A decoded row's largest value lies at the end of its scale's range, and by rounding beyond it. A little less is within;
-# no code changes by so little.
+# A decoded row's largest value lies at the end of its scale's range, and by rounding beyond it. A little less is
+# within, and no code changes by so little.
 WITHIN = 1 - 1e-4
 FORMAT = "octavo kv rows"
 VERSION = "1"
