@@ -25,7 +25,7 @@ from octavo.calibrate import calibration_for, warn_uncalibrated
 from octavo.errors import OctavoError
 from octavo.models.tokenizer import load_tokenizer
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import Format, Granularity
+from octavo.quant.format import Format, Granularity, check_name
 
 __all__ = ["CodedCache", "DecodedCache", "attach"]
 
@@ -50,6 +50,8 @@ def attach(
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise OctavoError(f"attach takes a loaded transformers model, not {type(model).__name__}")
+    if isinstance(kv, str):
+        check_name(kv)
     hook = Hook.of(model)
     hook.users += 1  # until the cache is made: what goes wrong now leaves nothing behind
     try:

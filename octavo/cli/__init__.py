@@ -22,6 +22,7 @@ from octavo.cli.report import report
 from octavo.cli.scales import app as scales
 from octavo.cli.serve import serve
 from octavo.cli.speed import speed
+from octavo.cli.tune import tune
 from octavo.errors import OctavoError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command()(calibrate)
 app.command()(quantize)
+app.command()(tune)
 app.command()(chat)
 app.command()(generate)
 app.command()(serve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -73,3 +74,25 @@ def _download(repo: str) -> Path:
     if not (path / "config.json").is_file():
         raise OctavoError(f"{repo} on the Hub has no config.json: name a repository in the transformers format.")
     return path
+
+
+def is_directory(name: str, path: Path) -> bool:
+    """Whether the user named a directory."""
+    return path != BUNDLED and Path(name).is_dir() and Path(name).samefile(path)
+
+
+def work_dir(name: str, path: Path) -> Path:
+    """Where artefacts of a model go by default: its directory, or a cache for a Hub id, the bundled model, and where
+    nothing can be written."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
+    if not is_directory(name, path):
+        return cache / name.replace("/", "--")
+    return path if os.access(path, os.W_OK) else cache / str(path.resolve())[1:].replace("/", "--")
+
+
+def find_artefact(file: str, name: str, path: Path) -> Path | None:
+    """The artefact of that file name beside a model or in the cache; or in a directory that is named as a Hub id is
+    (`--work-dir $MODEL`)."""
+    places = [work_dir(name, path), path]
+    places = places if is_directory(name, path) else [Path(name), *places]
+    return next((place / file for place in places if (place / file).is_file()), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import warnings
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from octavo.models.fingerprint import fingerprint
 from octavo.models.generation import eos_token_ids, generation_settings
 from octavo.models.load import load_model
 from octavo.models.locate import BUNDLED as BUNDLED
-from octavo.models.locate import locate
+from octavo.models.locate import find_artefact, is_directory, locate, work_dir
 from octavo.models.packed import packed_layers
 from octavo.models.prepack import prepack
 from octavo.models.rope import short_context
@@ -31,28 +30,6 @@ from octavo.quant import tuned
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
 from octavo.quant.format import Format, KVFormat, by_layer, is_tuned
 from octavo.quant.tuned import Tuned
-
-
-def is_directory(name: str, path: Path) -> bool:
-    """Whether the user named a directory."""
-    return path != BUNDLED and Path(name).is_dir() and Path(name).samefile(path)
-
-
-def work_dir(name: str, path: Path) -> Path:
-    """Where artefacts of a model go by default: its directory, or a cache for a Hub id, the bundled model, and where
-    nothing can be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
-    if not is_directory(name, path):
-        return cache / name.replace("/", "--")
-    return path if os.access(path, os.W_OK) else cache / str(path.resolve())[1:].replace("/", "--")
-
-
-def find_artefact(file: str, name: str, path: Path) -> Path | None:
-    """The artefact of that file name beside a model or in the cache; or in a directory that is named as a Hub id is
-    (`--work-dir $MODEL`)."""
-    places = [work_dir(name, path), path]
-    places = places if is_directory(name, path) else [Path(name), *places]
-    return next((place / file for place in places if (place / file).is_file()), None)
 
 
 def tuned_formats(name: str, path: Path, beside: str | Path | None = None) -> Tuned:
