@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import octavo
 from octavo.cli import main
 from octavo.errors import OctavoError
-from octavo.models.model import Model
+from octavo.models.model import BUNDLED, Model
 from octavo.quant.calibration import Calibration
 from octavo.scales import FORMATS, export_scales, import_scales, read_scales
 from tests.conftest import observe
@@ -35,6 +37,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).float().save_pretrained(path)
+    for file in BUNDLED.glob("tokenizer*"):
+        shutil.copyfile(file, path / file.name)
     return path
 
 
@@ -242,7 +246,9 @@ def test_what_cannot_be_a_models_scales_is_one_sentence_and_nothing_is_kept(
         import_scales(path, "vllm", model)
     with pytest.raises(SystemExit):
         main(["scales", "import", str(path), str(directory), "--as", "vllm", "--work-dir", str(tmp_path / "out")])
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(message, error)
     assert not (tmp_path / "out").exists()
 
 
@@ -254,3 +260,25 @@ def test_a_file_of_another_kind_is_one_sentence(name: str, model: Model, tmp_pat
         with pytest.raises(OctavoError) as refusal:
             import_scales(path, name, model)
         assert "\n" not in str(refusal.value)
+
+
+def test_the_commands_import_export_and_show(
+    calibration: Calibration, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """PATH, then MODEL; a calibration that is there is not replaced unasked."""
+    calibration.save(tmp_path)
+    scales, name = str(tmp_path / "scales.json"), str(directory)
+    main_ends(["scales", "export", scales, name, "--as", "onnxruntime-genai", "--calibration", str(tmp_path)])
+    assert "kv_cache_scale_file" in capsys.readouterr().out
+    main_ends(["scales", "import", scales, name, "--as", "onnxruntime-genai", "--work-dir", str(tmp_path)], 2)
+    assert "--replace" in capsys.readouterr().err
+    main_ends(["scales", "import", scales, name, "--as", "onnxruntime-genai", "--work-dir", str(tmp_path / "new")])
+    assert Calibration.load(tmp_path / "new").header.granularity == "channel"
+    main_ends(["scales", "show", scales, "--as", "onnxruntime-genai"])
+    assert "Scales" in capsys.readouterr().out
+
+
+def main_ends(words: list[str], status: int = 0) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == status
