@@ -8,6 +8,7 @@ from pathlib import Path
 
 from octavo.errors import OctavoError
 
+ADAPTER = "adapter_config.json"  # of a LoRA adapter
 BUNDLED = Path(__file__).parent.parent / "data" / "pamphlet"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -25,8 +26,13 @@ def is_bundled(model: str | Path | None) -> bool:
 
 
 def resolve(model: str | Path) -> Path:
-    """The directory of a model: itself where it holds a config.json, else a Hub id's snapshot, fetched if need be."""
+    """The directory of a model: itself where it holds a config.json or a LoRA adapter, else a Hub id's snapshot,
+    fetched if need be; or a GGUF file."""
     return find_here(model) or _download(str(model))
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def find_here(model: str | Path) -> Path | None:
@@ -36,10 +42,10 @@ def find_here(model: str | Path) -> Path | None:
     a calibration only.
     """
     path = Path(model).expanduser()
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / ADAPTER).is_file() or is_gguf(path):
         return path
     if path.is_file():
-        raise OctavoError(f"{model} is a file: name the directory that holds config.json and the weights.")
+        raise OctavoError(f"{model} is a file: name the directory that holds config.json and the weights, or a .gguf.")
     if not _HUB_ID.fullmatch(str(model)):
         if path.is_dir():
             raise OctavoError(f"The directory {model} has no config.json: name one that holds a Hugging Face model.")
