@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, one_line
 from octavo.grammars.size import MAX_REPETITIONS, least_size, measure_schema, regex_size
 
 # One way to write a value, that of json.dumps: small models that may put white space between two tokens never stop.
@@ -44,7 +44,11 @@ def source(kind: str, value: Any) -> str:
         raise refused(kind, f"it repeats something more than {MAX_REPETITIONS} times")
     for schema in _embedded(value):
         measure_schema(schema)
-    return LLMatcher.grammar_from_lark(gbnf_to_lark.any_to_lark(value))
+    try:
+        lark = gbnf_to_lark.any_to_lark(value)
+    except gbnf_to_lark.GbnfToLarkError as error:
+        raise refused(kind, one_line(error)) from None
+    return LLMatcher.grammar_from_lark(lark)
 
 
 def growth(kind: str, value: Any) -> int:

@@ -12,8 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 from octavo.serve.account import Account
 from octavo.serve.answers import Piece
-from octavo.serve.errors import ApiError, body_for, refusal
-from octavo.serve.replies import Reply, dumps, event
+from octavo.serve.errors import ApiError, refusal
+from octavo.serve.replies import Reply, dumps
 from octavo.serve.service import Service
 
 
@@ -83,7 +83,7 @@ class Answering(Response):
         if not self.begun:
             await refusal(scope, error)(scope, receive, send)
         elif self.stream:
-            await self._send(send, event(body_for(scope, error)), more=False)
+            await self._send(send, self.reply.broken(error), more=False)
 
     async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
         if not self.begun:

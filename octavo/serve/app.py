@@ -1,4 +1,4 @@
-"""The routes. Every refusal, whoever makes it, has OpenAI's form."""
+"""The app: all routes together, and what is answered when one fails."""
 
 from __future__ import annotations
 
@@ -14,14 +14,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from octavo.serve import page
-from octavo.serve.account import Account
-from octavo.serve.answering import Answering
-from octavo.serve.bodies import answered_by
 from octavo.serve.errors import ApiError, refusal
 from octavo.serve.gate import Gate
-from octavo.serve.replies import ChatReply, TextReply
-from octavo.serve.requests import ChatRequest, CompletionRequest
-from octavo.serve.routes import models, state, tokens
+from octavo.serve.routes import completions, messages, models, responses, state, tokens
 from octavo.serve.service import Service
 
 
@@ -35,8 +30,9 @@ def create_app(service: Service, api_key: str | Sequence[str] = (), cors_origins
             yield
 
     routes: list[Route] = [
-        Route("/v1/chat/completions", answered_by(service, ChatRequest, _chat), methods=["POST"]),
-        Route("/v1/completions", answered_by(service, CompletionRequest, _completions), methods=["POST"]),
+        *completions.routes(service),
+        *messages.routes(service),
+        *responses.routes(service),
         *models.routes(service),
         *state.routes(service),
         *tokens.routes(service),
@@ -50,21 +46,6 @@ def create_app(service: Service, api_key: str | Sequence[str] = (), cors_origins
         )
     refusals = {ApiError: _refuse, HTTPException: _refuse_http, Exception: _fail}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=refusals, lifespan=lifespan)
-
-
-def _chat(service: Service, account: Account, request: ChatRequest) -> Response:
-    service.check_model(request.model)
-    answers = service.answers(request.asked(), "chatcmpl")
-    return Answering(service, account, ChatReply(service.name, answers, bool(request.return_token_ids)))
-
-
-def _completions(service: Service, account: Account, request: CompletionRequest) -> Response:
-    service.check_model(request.model)
-    answers = service.answers(request.asked(), "cmpl")
-    echoes = None
-    if request.echo:
-        echoes = [one if isinstance(one, str) else service.llm.tokenizer.decode(one) for one in request.prompts]
-    return Answering(service, account, TextReply(service.name, answers, bool(request.return_token_ids), echoes))
 
 
 def _refuse(request: Request, error: Exception) -> Response:

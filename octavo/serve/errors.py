@@ -11,11 +11,7 @@ from starlette.types import Scope
 from octavo.errors import OctavoError
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-ANTHROPIC_TYPES = {
-    413: "request_too_large",
-    503: "overloaded_error",
-    504: "timeout_error",
-}  # else the same, or api_error
+ANTHROPIC_TYPES = {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}  # where they differ
 ANTHROPIC = "/v1/messages"  # the routes below it answer in Anthropic's form
 
 
@@ -52,11 +48,7 @@ class ApiError(Exception):
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
 
-def body_for(scope: Scope, error: ApiError) -> dict[str, Any]:
-    """What is said of it, in the form of the API whose route was asked."""
-    return error.anthropic_body if scope["path"].startswith(ANTHROPIC) else error.body
-
-
 def refusal(scope: Scope, error: ApiError) -> JSONResponse:
-    """The answer that says so."""
-    return JSONResponse(body_for(scope, error), error.status, error.headers)
+    """The answer that says so, in the form of the API whose route was asked."""
+    body = error.anthropic_body if scope["path"].startswith(ANTHROPIC) else error.body
+    return JSONResponse(body, error.status, error.headers)

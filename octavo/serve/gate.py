@@ -13,7 +13,7 @@ from octavo.serve.account import Account
 from octavo.serve.errors import ApiError, refusal
 from octavo.serve.service import Service
 
-GUARDED = ("/v1/", "/tokenize", "/detokenize", "/metrics", "/cache")  # the page that asks for the key is not
+GUARDED = ("/tokenize", "/detokenize", "/metrics", "/cache")  # and all under /v1; the page that asks for the key is not
 
 
 class Gate:
@@ -55,7 +55,7 @@ class Gate:
     def _client(self, scope: Scope) -> str | None:
         """Who asks: where there are several keys the key's number, else the address. None: it may not."""
         address = (scope.get("client") or ("local",))[0]  # a UNIX socket has no address
-        if not self.keys or not scope["path"].startswith(GUARDED):
+        if not self.keys or not (scope["path"] in GUARDED or scope["path"].startswith("/v1/")):
             return _network(address)
         headers = dict(scope["headers"])
         bearer = headers.get(b"authorization", b"").removeprefix(b"Bearer ")

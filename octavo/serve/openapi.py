@@ -8,6 +8,8 @@ from pydantic.json_schema import models_json_schema
 
 from octavo import __version__
 from octavo.serve.requests import ChatRequest, CompletionRequest
+from octavo.serve.requests.anthropic import CountRequest, MessagesRequest
+from octavo.serve.requests.responses import ResponsesRequest
 from octavo.serve.routes.tokens import DetokenizeRequest, TokenizeRequest
 
 ERROR = {
@@ -26,12 +28,27 @@ ERROR = {
     },
     "required": ["error"],
 }
-REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+ANTHROPIC_ERROR = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            "required": ["type", "message"],
+        },
+    },
+    "required": ["type", "error"],
+}
+REQUESTS = (
+    *(ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest),
+    *(MessagesRequest, CountRequest, ResponsesRequest),
+)
 KEY: list[dict[str, list[str]]] = [{}, {"key": []}]  # only a server with --api-key asks for it
 REFUSALS = {
     "400": "The request makes no sense, or asks for what is not supported: `param` names the field.",
     "401": "The key is missing or wrong.",
-    "404": "There is no model of that name.",
+    "404": "There is nothing of that name.",
     "411": "The body came in chunks, without its Content-Length.",
     "413": "The body is too large.",
     "415": "The body is not called JSON.",
@@ -52,15 +69,21 @@ def document() -> dict[str, Any]:
         "paths": {
             "/v1/chat/completions": {"post": _post("ChatRequest", "Answer a conversation.")},
             "/v1/completions": {"post": _post("CompletionRequest", "Continue prompts.")},
+            "/v1/messages": {
+                "post": _post("MessagesRequest", "Answer a conversation, in Anthropic's form.", error="AnthropicError")
+            },
+            "/v1/messages/count_tokens": {
+                "post": _post("CountRequest", "The tokens of a prompt.", streams=False, error="AnthropicError")
+            },
+            "/v1/responses": {"post": _post("ResponsesRequest", "Answer a conversation that may be kept here.")},
+            "/v1/responses/{id}": {
+                "get": _by("id", _get("A response that is kept.", "401", "404")),
+                "delete": _by("id", _get("It is kept no longer.", "401", "404")),
+            },
             "/tokenize": {"post": _post("TokenizeRequest", "What a prompt is made into.", streams=False)},
             "/detokenize": {"post": _post("DetokenizeRequest", "The text of tokens.", streams=False)},
             "/v1/models": {"get": _get("The model, by each of its names, with its context length.", "401")},
-            "/v1/models/{model}": {
-                "get": {
-                    **_get("The model, if that is its name.", "401", "404"),
-                    "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
-                }
-            },
+            "/v1/models/{model}": {"get": _by("model", _get("The model, if that is its name.", "401", "404"))},
             "/cache": {"get": _get("The KV cache in numbers.", "401")},
             "/health": {"get": _health()},
             "/ping": {"get": _health()},
@@ -68,13 +91,13 @@ def document() -> dict[str, Any]:
             "/metrics": {"get": _get("For Prometheus.", "401", content="text/plain")},
         },
         "components": {
-            "schemas": {**schemas["$defs"], "Error": ERROR},
+            "schemas": {**schemas["$defs"], "Error": ERROR, "AnthropicError": ANTHROPIC_ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "The key of --api-key."}},
         },
     }
 
 
-def _post(request: str, summary: str, streams: bool = True) -> dict[str, Any]:
+def _post(request: str, summary: str, streams: bool = True, error: str = "Error") -> dict[str, Any]:
     body = {"application/json": {"schema": {"$ref": f"#/components/schemas/{request}"}}}
     answer = {"application/json": {"schema": {"type": "object"}}}
     if streams:
@@ -85,7 +108,7 @@ def _post(request: str, summary: str, streams: bool = True) -> dict[str, Any]:
         "requestBody": {"required": True, "content": body},
         "responses": {
             "200": {"description": "The answer, whole or streamed." if streams else summary, "content": answer},
-            **_refusals(*REFUSALS),
+            **_refusals(*REFUSALS, error=error),
         },
     }
 
@@ -103,6 +126,11 @@ def _health() -> dict[str, Any]:
     return {**described, "responses": {**described["responses"], "503": failed}}
 
 
-def _refusals(*statuses: str) -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+def _by(name: str, described: dict[str, Any]) -> dict[str, Any]:
+    """Of one that the path names."""
+    return {**described, "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]}
+
+
+def _refusals(*statuses: str, error: str = "Error") -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{error}"}}}
     return {status: {"description": REFUSALS[status], "content": content} for status in statuses}

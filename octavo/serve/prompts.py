@@ -44,9 +44,8 @@ class Functions:
         """What makes readers of answers; None where no function may be called."""
         if not conversation.functions:
             return None
-        if _holds(conversation):
-            return partial(HeldReader, self.syntax)
-        return partial(FreeReader, self.syntax, [function["name"] for function in conversation.functions])
+        names = [function["name"] for function in conversation.functions]
+        return partial(HeldReader if _holds(conversation) else FreeReader, self.syntax, names)
 
     def held(self, conversation: Conversation) -> str | None:
         """The grammar of answers, where they are held to one."""
@@ -90,14 +89,15 @@ def questions(llm: LLM, functions: Functions, asked: Asked, defaults: Mapping[st
             if (grammar := functions.held(prompt)) is not None:
                 sampling["grammar"], names["grammar"] = grammar, "tools"
         params = SamplingParams(**{**defaults, **sampling})
-        tokens = _tokens(llm, functions, asked, prompt)
+        tokens = tokens_of(llm, functions, asked, prompt)
         for i in range(asked.n):  # a seed gives each answer its own
             own = params if params.seed is None else replace(params, seed=(params.seed + i) % (1 << 64))
             found.append(Question(tokens, own, marks, names))
     return found
 
 
-def _tokens(llm: LLM, functions: Functions, asked: Asked, prompt: Prompt) -> list[int]:
+def tokens_of(llm: LLM, functions: Functions, asked: Asked, prompt: Prompt) -> list[int]:
+    """What the model is given of a prompt."""
     if isinstance(prompt, Conversation):
         told = [{name: value for name, value in one.items() if name != "strict"} for one in prompt.functions]
         tools = [{"type": "function", "function": one} for one in told]

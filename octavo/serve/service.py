@@ -21,7 +21,7 @@ from octavo.serve.errors import ApiError
 from octavo.serve.fair_queue import FairQueue
 from octavo.serve.limits import MAX_KEYS, SMALL, Limits
 from octavo.serve.metrics import Metrics
-from octavo.serve.prompts import Functions, questions
+from octavo.serve.prompts import Functions, questions, tokens_of
 from octavo.serve.sessions import SessionDir
 from octavo.serve.worker import EngineFailure, Job, Worker
 from octavo.token_bytes import TokenBytes
@@ -81,7 +81,8 @@ class Service:
         asked = self.llm.model.generation
         return own if asked.get("do_sample") or is_greedy(asked) else own | {"temperature": 1.0}
 
-    def check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> str:
+        """The name that an answer bears: the one that was asked for, if the model has it."""
         if name is not None and name not in self.names:
             raise ApiError(
                 404,
@@ -89,6 +90,7 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+        return name or self.name
 
     def answers(self, asked: Asked, prefix: str) -> Answers:
         """The answers to a request, of which nothing has come yet."""
@@ -96,6 +98,13 @@ class Service:
         first = asked.prompts[0]
         reader = self.functions.reader(first) if isinstance(first, Conversation) else None
         return Answers(asked, self.bytes_of, prefix, reader)
+
+    def tokens(self, asked: Asked) -> list[int]:
+        """The token ids of a request's first prompt."""
+        try:
+            return tokens_of(self.llm, self.functions, asked, asked.prompts[0])
+        except OctavoError as error:
+            raise ApiError.of(error, asked.names) from None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 import threading
 import time
@@ -18,6 +19,10 @@ from octavo import LLM
 from octavo.models.model import Model
 from octavo.serve.listening import bind, url
 from octavo.serve.server import Server
+
+TOOLED = """{% if tools %}<|user|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|end|>{% endif %}
+{%- for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% for c in m.get('tool_calls', []) %}
+{{- c.function.name }}({{ c.function.arguments.city }}){% endfor %}<|end|>{% endfor %}<|assistant|>"""
 
 
 @dataclass
@@ -72,6 +77,16 @@ def small(model: Model, **more: Any) -> LLM:
 @pytest.fixture(scope="session")
 def shared(pamphlet: Model) -> Iterator[Running]:
     with serving(small(pamphlet)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def tooled(pamphlet: Model) -> Iterator[Running]:
+    """A server whose model's template takes tools."""
+    model = copy.copy(pamphlet)
+    model.tokenizer = copy.deepcopy(pamphlet.tokenizer)
+    model.tokenizer.chat_template = TOOLED
+    with serving(small(model, session_len=1024)) as running:
         yield running
 
 

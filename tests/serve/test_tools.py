@@ -18,11 +18,8 @@ from octavo.serve.replies import dumps
 from octavo.text import encode_chat, takes_tools
 from tests.serve.calls.published import FAMILIES
 from tests.serve.calls.test_families import called
-from tests.serve.conftest import Running, saying, serving, small
+from tests.serve.conftest import Running, saying
 
-TEMPLATE = """{% if tools %}<|user|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|end|>{% endif %}
-{%- for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% for c in m.get('tool_calls', []) %}
-{{- c.function.name }}({{ c.function.arguments.city }}){% endfor %}<|end|>{% endfor %}<|assistant|>"""
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -38,15 +35,9 @@ WEATHER: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(pamphlet: Model):
-    import copy
-
-    model = copy.copy(pamphlet)
-    model.tokenizer = copy.deepcopy(pamphlet.tokenizer)
-    model.tokenizer.chat_template = TEMPLATE
-    with serving(small(model, session_len=1024)) as running:
-        yield running
+@pytest.fixture
+def server(tooled: Running) -> Running:
+    return tooled
 
 
 def test_whether_a_template_takes_tools_is_read_from_it(server: Running, pamphlet: Model):

@@ -1,4 +1,9 @@
-"""The page at /: a chat, and beside it the cache. Three files that load nothing but each other; no build step."""
+"""The page at /: a chat, and beside it the cache. Its files load nothing but each other; no build step.
+
+app.js       what happens            chats.js  conversations kept    server.js  what is asked
+text.js      Markdown                cache.js  the cache drawn       settings.js, theme.js
+vendor/      Markdown's parser and the sanitizer
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,12 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-FILES = ("index.html", "style.css", "app.js", "icon.svg")
+HERE = Path(__file__).parent
+FILES = [
+    str(file.relative_to(HERE))
+    for pattern in ("index.html", "style.css", "icon.svg", "*.js", "vendor/*.js")
+    for file in sorted(HERE.glob(pattern))
+]
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -24,4 +34,4 @@ def routes() -> list[Route]:
 
 async def _file(request: Request) -> Response:
     name = request.url.path.removeprefix("/") or "index.html"
-    return FileResponse(Path(__file__).parent / name, headers=HEADERS)
+    return FileResponse(HERE / name, headers=HEADERS)

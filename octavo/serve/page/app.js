@@ -1,4 +1,10 @@
-// A chat with the model of this server, and its cache beside it. Plain DOM: what the model writes is only ever text.
+// A chat with the model of this server, and its cache beside it. Plain DOM, no build step.
+
+import * as chats from "./chats.js";
+import { count, paint, remember } from "./cache.js";
+import { headers, sampling, start as startSettings } from "./settings.js";
+import { get, stream } from "./server.js";
+import { button, copy, element, render } from "./text.js";
 
 const $ = (id) => document.getElementById(id);
 const OPENINGS = [
@@ -6,219 +12,266 @@ const OPENINGS = [
   "What does a printer do with a sheet of paper?",
   "Write a short poem about remembering.",
 ];
-const SVG = "http://www.w3.org/2000/svg";
+const message = $("message");
+const scroll = $("scroll");
 
-// ---- state -----------------------------------------------------------------------------------------------------------
-
-let turns = load(); // [{role, content, note?, error?}]
-let answering = null; // AbortController of the answer that is being written
+let chat = chats.load(sessionStorage.getItem("octavo.current")) ?? chats.create();
 let model = null;
 let cache = null; // the latest of /cache
-const rates = [];
+const growing = new Map(); // conversation → {turn, controller} of the answer that is being written
+const articles = new WeakMap(); // turn → its article, where it is shown
 
-function load() {
+function keep(changed) {
+  if (changed.deleted) return;
   try {
-    const kept = JSON.parse(localStorage.getItem("octavo.chat"));
-    return Array.isArray(kept) ? kept.filter((turn) => turn?.role && typeof turn.content === "string") : [];
-  } catch {
-    return [];
+    chats.save(changed);
+    if (changed === chat) sessionStorage.setItem("octavo.current", chat.id);
+  } catch { // the storage is full, or there is none: it lives as long as the page
+    $("complaint").textContent = "The browser keeps nothing more: delete old conversations, or lose this one.";
   }
+  listChats();
 }
 
-function keep() {
-  try {
-    localStorage.setItem("octavo.chat", JSON.stringify(turns));
-  } catch {
-    // private windows may have no storage: the conversation lives as long as the page
-  }
-}
-
-function headers() {
-  const key = $("key").value.trim();
-  return key ? { Authorization: `Bearer ${key}` } : {};
-}
-
-// ---- text ------------------------------------------------------------------------------------------------------------
-
-function element(name, className, text) {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
-// Paragraphs, fenced code and `code`; everything else as it was written.
-function render(into, text) {
-  into.replaceChildren();
-  const parts = text.split(/^```[^\n]*\n?/m);
-  parts.forEach((part, i) => {
-    if (i % 2) {
-      const pre = element("pre");
-      pre.append(element("code", "", part.replace(/\n$/, "")));
-      into.append(pre);
-      return;
-    }
-    for (const paragraph of part.split(/\n{2,}/)) {
-      if (!paragraph.trim()) continue;
-      const p = element("p");
-      paragraph.replace(/^\n+|\n+$/g, "").split(/`([^`\n]+)`/).forEach((piece, j) => {
-        if (piece) p.append(j % 2 ? element("code", "", piece) : piece);
-      });
-      into.append(p);
-    }
-  });
-}
+// ---- the conversation ------------------------------------------------------------------------------------------------
 
 function show(turn) {
   const article = element("article", `turn ${turn.role}`);
-  article.append(element("h3", "", turn.role === "user" ? "You" : model || "Octavo"), element("div", "text"));
+  article.append(element("h2", "", turn.role === "user" ? "You" : model || "Octavo"), element("div", "text"));
+  articles.set(turn, article);
   $("turns").append(article);
-  update(article, turn);
+  update(turn);
   return article;
 }
 
-function update(article, turn) {
-  render(article.querySelector(".text"), turn.content);
+function update(turn) {
+  const article = articles.get(turn);
+  if (!article?.isConnected) return;
+  const answer = growing.get(chat)?.turn === turn;
+  article.classList.toggle("growing", answer);
+  render(article.querySelector(".text"), turn.content, turn.role === "user");
   article.querySelectorAll("footer, .error").forEach((old) => old.remove());
   if (turn.error) article.append(element("p", "error", turn.error));
-  if (turn.note) article.append(element("footer", "", turn.note));
+  if (!answer) article.append(footer(turn));
+}
+
+function footer(turn) {
+  const made = element("footer");
+  const actions = element("span", "actions");
+  const copied = button("Copy", null, () => copy(turn.content, copied));
+  actions.append(copied);
+  if (turn.role === "user") actions.append(button("Edit", null, () => edit(turn)));
+  else actions.append(button("Regenerate", null, () => again(turn)));
+  if (turn.note) made.append(element("span", "note", turn.note));
+  made.append(actions);
+  return made;
 }
 
 function showAll() {
   $("turns").replaceChildren();
-  turns.forEach(show);
-  $("empty").hidden = turns.length > 0;
+  chat.turns.forEach(show);
+  $("empty").hidden = chat.turns.length > 0;
+  $("system-note").hidden = !chat.system;
+  $("system-note").textContent = chat.system;
+  $("complaint").textContent = "";
   toEnd();
+  busy();
+  paintCache();
 }
 
-const scroll = $("scroll");
 const atEnd = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
 const toEnd = () => (scroll.scrollTop = scroll.scrollHeight);
 
 // ---- asking ----------------------------------------------------------------------------------------------------------
 
 async function ask(text) {
-  const mine = turns; // "New chat" puts another in its place
+  const mine = chat; // another may be opened before the answer's end
   const question = { role: "user", content: text };
   const turn = { role: "assistant", content: "" };
-  const messages = [...mine, question].map(({ role, content }) => ({ role, content }));
-  mine.push(question, turn);
+  const system = mine.system ? [{ role: "system", content: mine.system }] : [];
+  const messages = [...system, ...mine.turns, question].map(({ role, content }) => ({ role, content }));
+  mine.turns.push(question, turn);
+  const controller = new AbortController();
+  growing.set(mine, { turn, controller });
   $("empty").hidden = true;
   $("complaint").textContent = "";
-  const asked = show(question);
-  const article = show(turn);
-  article.classList.add("growing");
+  show(question);
+  show(turn);
   toEnd();
-  const controller = new AbortController();
-  busy(controller);
+  busy();
 
-  let usage = null;
-  let reason = null;
-  let frame = 0;
-  const paint = () => {
-    frame = 0;
-    const follow = atEnd();
-    update(article, turn);
-    if (follow) toEnd();
-  };
-  try {
-    const body = { messages, stream: true, stream_options: { include_usage: true } };
-    for await (const chunk of stream("/v1/chat/completions", body, controller.signal)) {
-      const choice = chunk.choices?.[0];
-      turn.content += choice?.delta?.content ?? "";
-      reason = choice?.finish_reason ?? reason;
-      usage = chunk.usage ?? usage;
-      frame ||= requestAnimationFrame(paint);
-    }
-    turn.note = note(usage, reason);
-    turn.tokens = usage.total_tokens;
-  } catch (error) {
-    if (error.name === "AbortError") turn.note = "stopped";
-    else turn.error = error.message;
-  }
-  cancelAnimationFrame(frame);
-  busy(null);
-  article.classList.remove("growing");
-  if (turns !== mine) return;
-  if (turn.content || reason) {
-    paint();
-    $("announce").textContent = turn.error ?? turn.content;
+  const heard = await listen(turn, messages, controller, mine);
+  growing.delete(mine);
+  if (turn.content || heard) {
+    update(turn);
+    keep(mine);
+    if (mine === chat) $("announce").textContent = turn.error ?? turn.content;
   } else { // no answer began: the message goes back to where it was written
-    mine.splice(-2);
-    asked.remove();
-    article.remove();
-    $("empty").hidden = mine.length > 0;
-    $("complaint").textContent = turn.error ?? "";
-    message.value ||= text;
-    grow();
+    mine.turns.splice(-2);
+    if (mine === chat) {
+      showAll();
+      $("complaint").textContent = turn.error ?? "";
+      message.value ||= text;
+      grow();
+    }
   }
-  keep();
+  busy();
   poll();
 }
 
-function note(usage, reason) {
+// Fills `turn` with the answer as it comes; whether one came to its end.
+async function listen(turn, messages, controller, mine) {
+  let usage, reason, first, frame;
+  const paintTurn = () => {
+    frame = 0;
+    const follow = mine === chat && atEnd();
+    update(turn);
+    if (follow) toEnd();
+  };
+  try {
+    const body = { ...sampling(), messages, stream: true, stream_options: { include_usage: true } };
+    for await (const chunk of stream("/v1/chat/completions", body, headers(), controller.signal)) {
+      const choice = chunk.choices?.[0];
+      if (choice?.delta?.content) {
+        turn.content += choice.delta.content;
+        if (!first) keep(mine);
+        first ??= performance.now();
+      }
+      reason = choice?.finish_reason ?? reason;
+      usage = chunk.usage ?? usage;
+      frame ||= requestAnimationFrame(paintTurn);
+    }
+    turn.note = note(usage, reason, (performance.now() - first) / 1000);
+    turn.tokens = usage?.total_tokens;
+  } catch (error) {
+    if (error.name === "AbortError") turn.note = "stopped";
+    else turn.error = error.message;
+    if (error.status === 401) askForKey();
+  }
+  cancelAnimationFrame(frame);
+  return Boolean(reason);
+}
+
+function note(usage, reason, seconds) {
   if (!usage) return "";
   const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
   const parts = [`${count(usage.completion_tokens)} tokens`];
+  if (usage.completion_tokens > 1 && seconds > 0) {
+    parts.push(`${((usage.completion_tokens - 1) / seconds).toPrecision(3)} tokens/s`);
+  }
   if (cached) parts.push(`${count(cached)} of ${count(usage.prompt_tokens)} prompt tokens were in the cache`);
   if (reason === "length") parts.push("cut off: it may not be longer");
   return parts.join(" · ");
 }
 
-// Server-sent events of a POST, parsed from JSON; throws what the server said was wrong.
-async function* stream(url, body, signal) {
-  let response;
-  try {
-    response = await fetch(url, {
-      method: "POST",
-      headers: { "Content-Type": "application/json", ...headers() },
-      body: JSON.stringify(body),
-      signal,
-    });
-  } catch (error) {
-    throw error.name === "AbortError" ? error : new Error("The server does not answer.");
-  }
-  if (!response.ok) {
-    if (response.status === 401) askForKey();
-    throw new Error(await complaint(response));
-  }
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("The answer was broken off.");
-    const events = (rest + value).split(/\r?\n\r?\n/);
-    rest = events.pop();
-    for (const event of events) {
-      const data = event.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim());
-      if (!data.length) continue;
-      if (data[0] === "[DONE]") return;
-      const chunk = JSON.parse(data.join("\n"));
-      if (chunk.error) throw new Error(chunk.error.message);
-      yield chunk;
+// Write a question anew: what came after it goes.
+function edit(turn) {
+  if (growing.has(chat)) return;
+  const article = articles.get(turn);
+  const form = element("form", "edit");
+  const field = element("textarea");
+  field.ariaLabel = "Edit the message";
+  field.value = turn.content;
+  const send = element("button", "primary", "Send");
+  const cancel = button("Cancel", null, () => update(turn));
+  form.append(field, send, cancel);
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const text = field.value.trim();
+    if (text) askFrom(turn, text);
+  });
+  form.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      form.requestSubmit();
+    } else if (event.key === "Escape") {
+      event.stopPropagation();
+      update(turn);
     }
-  }
+  });
+  const text = article.querySelector(".text");
+  text.replaceChildren(form);
+  article.querySelector("footer")?.remove();
+  field.style.height = `${field.scrollHeight + 2}px`;
+  field.focus();
 }
 
-async function complaint(response) {
-  try {
-    return (await response.json()).error.message;
-  } catch {
-    return `The server answers ${response.status}.`;
-  }
+// Another answer to the question before it.
+function again(turn) {
+  const question = chat.turns[chat.turns.indexOf(turn) - 1];
+  if (question && !growing.has(chat)) askFrom(question, question.content);
 }
 
-function busy(controller) {
-  answering = controller;
-  $("send").hidden = Boolean(controller);
-  $("stop").hidden = !controller;
-  $("turns").ariaBusy = String(Boolean(controller));
+function askFrom(turn, text) {
+  chat.turns.splice(chat.turns.indexOf(turn));
+  showAll();
+  ask(text);
+  message.focus();
+}
+
+function busy() {
+  const answering = growing.has(chat);
+  $("send").hidden = answering;
+  $("stop").hidden = !answering;
+  $("turns").ariaBusy = String(answering);
   if (document.activeElement === document.body) message.focus();
 }
 
-// ---- keys and buttons ------------------------------------------------------------------------------------------------
+// ---- the list of conversations ---------------------------------------------------------------------------------------
 
-const message = $("message");
+function listChats() {
+  const items = chats.list().map((kept) => {
+    const item = element("li");
+    const title = kept.title || "Untitled";
+    const open = button(title, null, () => openChat(chats.load(kept.id)));
+    Object.assign(open, { className: "open", title });
+    if (kept.id === chat.id) open.setAttribute("aria-current", "true");
+    const gone = button("×", `Delete ${title}`, () => deleteChat(kept));
+    gone.className = "delete";
+    item.append(open, gone);
+    return item;
+  });
+  $("chat-list").replaceChildren(...items);
+  $("no-chats").hidden = items.length > 0;
+}
+
+function openChat(opened) {
+  const same = [...growing.keys()].find((one) => one.id === opened?.id); // it goes on where it is
+  chat = same ?? opened ?? chats.create();
+  sessionStorage.setItem("octavo.current", chat.id);
+  foldList(false);
+  showAll();
+  listChats();
+  message.focus();
+}
+
+function deleteChat(kept) {
+  if (!confirm(`Delete “${kept.title || "Untitled"}”?`)) return;
+  for (const [one, { controller }] of growing) {
+    if (one.id === kept.id) {
+      one.deleted = true;
+      controller.abort();
+    }
+  }
+  chats.remove(kept.id);
+  if (kept.id === chat.id) openChat(null);
+  else listChats();
+}
+
+function foldList(open) {
+  $("chats").classList.toggle("open", open);
+  $("open-chats").ariaExpanded = String(open);
+  if (open) $("chat-list").querySelector("button")?.focus();
+}
+
+chats.onChange((id) => {
+  if (id === chat.id && !growing.has(chat) && chats.load(id)) {
+    chat = chats.load(id);
+    showAll();
+  }
+  listChats();
+});
+
+// ---- keys and buttons ------------------------------------------------------------------------------------------------
 
 function grow() {
   message.style.height = "auto";
@@ -227,7 +280,7 @@ function grow() {
 
 function submit() {
   const text = message.value.trim();
-  if (!text || answering) return;
+  if (!text || growing.has(chat)) return;
   message.value = "";
   grow();
   ask(text);
@@ -242,32 +295,39 @@ message.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
     submit();
+  } else if (event.key === "ArrowUp" && !message.value) {
+    const last = chat.turns.findLast((turn) => turn.role === "user");
+    if (last) {
+      event.preventDefault();
+      edit(last);
+    }
   }
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") answering?.abort();
+  if (event.key !== "Escape" || $("settings").open) return;
+  if ($("chats").classList.contains("open")) {
+    foldList(false);
+    $("open-chats").focus();
+  } else growing.get(chat)?.controller.abort();
 });
 $("stop").addEventListener("click", () => {
-  answering?.abort();
+  growing.get(chat)?.controller.abort();
   message.focus();
 });
-$("new").addEventListener("click", () => {
-  answering?.abort();
-  turns = [];
-  keep();
-  showAll();
-  paintCache();
-  message.focus();
+$("new").addEventListener("click", () => openChat(null));
+$("open-chats").addEventListener("click", () => foldList(!$("chats").classList.contains("open")));
+document.addEventListener("click", (event) => { // beside the list
+  const open = $("chats").classList.contains("open");
+  if (open && !event.target.closest("#chats, #open-chats") && event.target.isConnected) foldList(false);
 });
 for (const opening of OPENINGS) {
-  const button = element("button", "", opening);
-  button.type = "button";
-  button.addEventListener("click", () => {
-    if (!answering) ask(opening);
-    message.focus();
-  });
   const item = element("li");
-  item.append(button);
+  item.append(
+    button(opening, null, () => {
+      if (!growing.has(chat)) ask(opening);
+      message.focus();
+    }),
+  );
   $("openings").append(item);
 }
 
@@ -283,105 +343,25 @@ function askForKey() {
   $("key").focus();
 }
 
+startSettings(
+  () => chat,
+  (system) => {
+    chat.system = system;
+    localStorage.setItem("octavo.system", system); // new conversations begin with it
+    if (chat.turns.length) keep(chat);
+    showAll();
+  },
+);
+
 // ---- the cache -------------------------------------------------------------------------------------------------------
 
-const count = (n) => n.toLocaleString("en");
-
-function bytes(n) {
-  for (const unit of ["B", "KiB", "MiB", "GiB", "TiB"]) {
-    if (n < 1000 || unit === "TiB") return `${unit === "B" ? n : n.toPrecision(3)} ${unit}`;
-    n /= 1024;
-  }
-}
-
-// An octavo: four leaves by two, each of equal cells; a cell stands for as many blocks as make them fit.
-const LEAVES = 8;
-const MOST = 64; // cells of a leaf
-let drawn = 0;
-
-function drawSheet(total) {
-  if (drawn === total) return;
-  drawn = total;
-  const sheet = $("sheet");
-  const perLeaf = Math.min(MOST, Math.ceil(total / LEAVES));
-  const columns = Math.ceil(Math.sqrt(perLeaf));
-  const rows = Math.ceil(perLeaf / columns);
-  const [cell, gap, margin] = [7, 2, 8];
-  const width = columns * (cell + gap) - gap + 2 * margin;
-  const height = rows * (cell + gap) - gap + 2 * margin;
-  sheet.setAttribute("viewBox", `0 0 ${4 * width} ${2 * height}`);
-  sheet.replaceChildren();
-  const draw = (name, attributes) => {
-    const made = document.createElementNS(SVG, name);
-    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-    sheet.append(made);
-  };
-  const cells = Math.min(total, perLeaf * LEAVES);
-  for (let i = 0; i < cells; i++) {
-    const leaf = Math.floor(i / perLeaf);
-    const place = i % perLeaf;
-    draw("rect", {
-      x: (leaf % 4) * width + margin + (place % columns) * (cell + gap),
-      y: Math.floor(leaf / 4) * height + margin + Math.floor(place / columns) * (cell + gap),
-      width: cell,
-      height: cell,
-    });
-  }
-  for (const x of [1, 2, 3]) draw("line", { class: "fold", x1: x * width, x2: x * width, y1: 0, y2: 2 * height });
-  draw("line", { class: "fold", x1: 0, x2: 4 * width, y1: height, y2: height });
-}
-
 function paintCache() {
-  const now = cache;
-  if (!now) return;
-  drawSheet(now.blocks_total);
-  const held = now.blocks_used + now.blocks_cached;
-  const free = now.blocks_total - held;
-  const cells = $("sheet").querySelectorAll("rect");
-  const cellsOf = (blocks) => Math.ceil((blocks / now.blocks_total) * cells.length);
-  const used = cellsOf(now.blocks_used);
-  const full = Math.max(used, cellsOf(held));
-  cells.forEach((cell, i) => cell.setAttribute("class", i < used ? "used" : i < full ? "kept" : ""));
-  const told = `${count(now.blocks_used)} of ${count(now.blocks_total)} blocks in use, ${count(now.blocks_cached)} kept`;
-  $("sheet").setAttribute("aria-label", told);
-  $("used").textContent = count(now.blocks_used);
-  $("kept").textContent = count(now.blocks_cached);
-  $("free").textContent = count(free);
-
-  const here = now.bytes_used + now.bytes_cached;
-  const here16 = now.bytes_used_16_bits + now.bytes_cached_16_bits;
-  const ratio = here ? here16 / here : now.block_bytes_16_bits / now.block_bytes;
-  const widest = Math.max(here, here16, 1);
-  $("format").textContent = now.format;
-  $("ratio").textContent = `${ratio.toFixed(2)}× smaller`;
-  $("ratio").hidden = ratio <= 1;
-  $("bytes-now").textContent = bytes(here);
-  $("bytes-16").textContent = bytes(here16);
-  $("bar-now").style.width = `${(100 * here) / widest}%`;
-  $("bar-16").style.width = `${(100 * here16) / widest}%`;
-
-  const rate = now.tokens_per_second;
-  $("speed").textContent = rate < 10 ? rate.toFixed(1) : count(Math.round(rate));
-  const most = Math.max(...rates, 1);
-  const points = rates.map((r, i) => `${60 - rates.length + i + 1} ${(15 - (14 * r) / most).toFixed(2)}`);
-  $("trace").firstElementChild.setAttribute("d", points.length > 1 ? `M${points.join("L")}` : "");
-
-  const waiting = now.sessions_waiting ? `, ${count(now.sessions_waiting)} waiting` : "";
-  $("sessions").textContent = `${count(now.sessions_running)} running${waiting}`;
-  const [hit, asked] = [now.prefix_hit_tokens, now.prefix_query_tokens];
-  $("hits").textContent = asked ? `${count(hit)} tokens (${Math.round((100 * hit) / asked)} %)` : "none yet";
-  const tokens = turns.findLast((turn) => turn.tokens)?.tokens ?? 0;
-  const mine = Math.ceil(tokens / now.block_size) * now.block_bytes + now.raw_pages_per_session * now.raw_page_bytes;
-  $("here").textContent = tokens ? `${count(tokens)} tokens, ${bytes(mine)}` : answering ? "growing" : "empty";
-  $("saved-row").hidden = now.sessions_saved === null;
-  if (now.sessions_saved !== null) {
-    $("saved").textContent = `${count(now.sessions_saved)} chat${now.sessions_saved === 1 ? "" : "s"}, ${bytes(now.sessions_saved_bytes)}`;
-  }
-  $("brief").textContent = `${count(held)} of ${count(now.blocks_total)} blocks · ${bytes(here)}`;
-  if (model !== now.model) {
-    model = now.model;
+  if (!cache) return;
+  paint(cache, chat.turns.findLast((turn) => turn.tokens)?.tokens ?? 0, growing.has(chat));
+  if (model !== cache.model) {
+    model = cache.model;
     document.title = `${model} · Octavo`;
-    for (const name of document.querySelectorAll(".turn.assistant h3")) name.textContent = model;
+    for (const name of document.querySelectorAll(".turn.assistant > h2")) name.textContent = model;
   }
   $("model").textContent = model;
 }
@@ -392,11 +372,8 @@ async function poll() {
   if (polling || document.hidden) return;
   polling = true;
   try {
-    const response = await fetch("/cache", { headers: headers(), signal: AbortSignal.timeout(5000) });
-    if (!response.ok) throw new Error(await complaint(response));
-    cache = await response.json();
-    rates.push(cache.tokens_per_second);
-    if (rates.length > 60) rates.shift();
+    cache = await get("/cache", headers());
+    remember(cache.tokens_per_second);
     $("trouble").textContent = "";
     paintCache();
   } catch (error) {
@@ -412,9 +389,10 @@ narrow.addEventListener("change", fold);
 fold();
 setInterval(poll, 1000);
 document.addEventListener("visibilitychange", poll);
-addEventListener("pagehide", keep); // an answer that is being written, too
+addEventListener("pagehide", () => { // answers that are being written, too
+  for (const [one, { turn }] of growing) if (turn.content) keep(one);
+});
 poll();
-if (turns.at(-1)?.role === "assistant" && !turns.at(-1).content) turns.pop();
-if (turns.at(-1)?.role === "user") message.value = turns.pop().content; // it was never answered
 showAll();
+listChats();
 grow();

@@ -14,7 +14,7 @@ from octavo.serve.requests.sampling import WITHOUT_EFFECT, without_effect
 
 logger = logging.getLogger("octavo")
 R = TypeVar("R", bound=BaseModel)
-TAGS = ("str", "int", "constrained-str", "NamedTool")
+TAGS = ("str", "int", "constrained-str", "NamedTool", "MessageItem", "CallItem", "OutputItem", "ReasoningItem")
 CODES = {
     "extra_forbidden": "unknown_parameter",
     "missing": "missing_required_parameter",

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 from pydantic import model_validator
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from octavo.errors import OctavoError
 from octavo.serve.account import Account
+from octavo.serve.asked import Asked, Conversation
 from octavo.serve.bodies import answered_by
 from octavo.serve.errors import ApiError
 from octavo.serve.requests.messages import ChatMessage
 from octavo.serve.requests.strict import Int31, Strict
 from octavo.serve.requests.tools import Tool
 from octavo.serve.service import Service
-from octavo.text import encode_chat, token_text
+from octavo.text import token_text
 
 
 class TokenizeRequest(Strict):
@@ -40,12 +40,13 @@ class TokenizeRequest(Strict):
             raise ValueError("add_special_tokens: is for prompt; the chat template of messages has its own")
         return self
 
-    def tokens(self, tokenizer: Any) -> list[int]:
+    def asked(self) -> Asked:
+        """The request that has this prompt."""
         if self.messages is None:
-            return list(tokenizer(self.prompt, add_special_tokens=self.add_special_tokens is not False)["input_ids"])
-        tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+            return Asked([self.prompt or ""], {}, special_tokens=self.add_special_tokens is not False)
+        functions = [tool.function.model_dump(exclude_none=True) for tool in self.tools or ()]
         messages = [message.plain() for message in self.messages]
-        return encode_chat(tokenizer, messages, tools, self.add_generation_prompt is not False)
+        return Asked([Conversation(messages, functions, reply=self.add_generation_prompt is not False)], {})
 
 
 class DetokenizeRequest(Strict):
@@ -64,12 +65,8 @@ def routes(service: Service) -> list[Route]:
 
 def _tokenize(service: Service, _: Account, request: TokenizeRequest) -> Response:
     service.check_model(request.model)
-    tokenizer = service.llm.tokenizer
-    try:
-        tokens = request.tokens(tokenizer)
-    except OctavoError as error:
-        raise ApiError.of(error) from None
-    texts = [token_text(tokenizer, token) for token in tokens] if request.return_token_strs else None
+    tokens = service.tokens(request.asked())
+    texts = [token_text(service.llm.tokenizer, token) for token in tokens] if request.return_token_strs else None
     size = {"count": len(tokens), "max_model_len": service.llm.session_len}
     return JSONResponse({**size, "tokens": tokens, "token_strs": texts})
 

@@ -1,0 +1,272 @@
+"""`POST /v1/responses`, as OpenAI's API of responses has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
+
+from octavo.engine.params import MAX_TOKENS, TABLE
+from octavo.serve.asked import Asked, Conversation
+from octavo.serve.requests.sampling import http
+from octavo.serve.requests.strict import Name, Schema, Strict, read_json
+from octavo.text import Message
+
+Status = Literal["in_progress", "completed", "incomplete"] | None
+Nothing = Annotated[list[JsonValue], Field(max_length=0)] | None
+
+
+class Part(Strict):
+    type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
+    text: str
+    annotations: Nothing = None
+    logprobs: list[JsonValue] | None = None
+
+
+class MessageItem(Strict):
+    type: Literal["message"] | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    id: str | None = None
+    status: Status = None
+    phase: str | None = None
+
+
+class CallItem(Strict):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: Status = None
+
+    @model_validator(mode="after")
+    def _arguments_are_an_object(self) -> Self:
+        if not isinstance(read_json(self.arguments or "{}"), dict):
+            raise ValueError("arguments: not a JSON object")
+        return self
+
+
+class OutputItem(Strict):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[Part]
+    id: str | None = None
+    status: Status = None
+
+
+class ReasoningItem(Strict):
+    type: Literal["reasoning"]
+    id: str | None = None
+    summary: list[Part] | None = None
+    content: list[Part] | None = None
+    encrypted_content: str | None = None
+    status: Status = None
+
+
+ITEMS = {
+    "message": "MessageItem",
+    "function_call": "CallItem",
+    "function_call_output": "OutputItem",
+    "reasoning": "ReasoningItem",
+}
+
+
+def _kind(item: Any) -> str | None:
+    """The model that reads an item; one without a type is a message."""
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
+    return ITEMS.get(kind) if isinstance(kind, str) else None
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("MessageItem")]
+    | Annotated[CallItem, Tag("CallItem")]
+    | Annotated[OutputItem, Tag("OutputItem")]
+    | Annotated[ReasoningItem, Tag("ReasoningItem")],
+    Discriminator(_kind),
+]
+
+
+class FunctionTool(Strict):
+    type: Literal["function"]
+    name: Name
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    name: str
+
+
+class TextFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    name: Name | None = None
+    description: str | None = None
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _schema_of_schemas(self) -> Self:
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise ValueError("schema: belongs to the type json_schema, and it alone")
+        return self
+
+
+class TextOptions(Strict):
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class Reasoning(Strict):
+    effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
+class StreamOptions(Strict):
+    include_obfuscation: bool | None = None
+
+
+class ResponsesRequest(Strict):
+    model: str | None = None
+    input: str | list[Item]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    max_output_tokens: http(TABLE["max_tokens"].kind) | None = None  # type: ignore[valid-type]
+    temperature: http(TABLE["temperature"].kind) | None = None  # type: ignore[valid-type]
+    top_p: http(TABLE["top_p"].kind) | None = None  # type: ignore[valid-type]
+    top_k: http(TABLE["top_k"].kind) | None = None  # type: ignore[valid-type]
+    min_p: http(TABLE["min_p"].kind) | None = None  # type: ignore[valid-type]
+    seed: http(TABLE["seed"].kind) | None = None  # type: ignore[valid-type]
+    stream: bool | None = None
+    store: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    background: Literal[False] | None = None
+    include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    # Without effect, as on the other routes.
+    reasoning: Reasoning | None = None
+    stream_options: StreamOptions | None = None
+    max_tool_calls: int | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        names = [tool.name for tool in self.tools or ()]
+        if len(names) != len(set(names)):
+            raise ValueError("tools: two have the same name")
+        if self.tool_choice not in (None, "none", "auto") and not names:
+            raise ValueError("tool_choice: there are no tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
+            raise ValueError("tool_choice: there is no tool of that name")
+        if self.answer_schema is not None and self.callable:
+            raise ValueError("text: a format excludes calls of tools, unless tool_choice is none")
+        if not self.input:
+            raise ValueError("input: is empty")
+        return self
+
+    @property
+    def callable(self) -> list[FunctionTool]:
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def answer_schema(self) -> Schema | None:
+        """The JSON schema that answers match."""
+        format = self.text.format if self.text else None
+        if format is None or format.type == "text":
+            return None
+        return format.schema_ or {"type": "object"}
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.top_logprobs is not None or "message.output_text.logprobs" in (self.include or ())
+
+    def messages(self) -> list[Message]:
+        """The input as messages of a chat template."""
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        found: list[Message] = []
+        for item in self.input:
+            _add(found, item)
+        return found
+
+    def asked(self, before: Sequence[Message]) -> Asked:
+        """What the request asks for, in the conversation that was `before` it."""
+        instructions = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        conversation = Conversation(
+            _one_system([*instructions, *before, *self.messages()]),
+            [tool.model_dump(exclude_none=True, exclude={"type"}) for tool in self.callable],
+            must_call=self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool),
+            only=self.tool_choice.name if isinstance(self.tool_choice, NamedTool) else None,
+            parallel=self.parallel_tool_calls is not False,
+            variables={"reasoning_effort": self.reasoning.effort} if self.reasoning and self.reasoning.effort else {},
+        )
+        sampling: dict[str, Any] = {
+            name: value
+            for name in ("temperature", "top_p", "top_k", "min_p", "seed")
+            if (value := getattr(self, name)) is not None
+        }
+        sampling["max_tokens"] = self.max_output_tokens or MAX_TOKENS
+        if self.answer_schema is not None:
+            sampling["json_schema"] = self.answer_schema
+        if self.wants_logprobs:
+            sampling["logprobs"] = self.top_logprobs or 0
+        longest = -1 if self.truncation == "auto" else None
+        names = {"max_tokens": "max_output_tokens", "json_schema": "text"}
+        return Asked([conversation], sampling, stream=bool(self.stream), longest_prompt=longest, names=names)
+
+
+def _add(found: list[Message], item: Item) -> None:
+    """Add an item. Calls, and the thoughts before them, belong to the message of the model that they came with."""
+    match item:
+        case MessageItem():
+            role = "system" if item.role == "developer" else item.role
+            if role == "assistant" and found and found[-1]["role"] == role and not found[-1].get("tool_calls"):
+                found[-1]["content"] += _text(item.content)
+            else:
+                found.append({"role": role, "content": _text(item.content)})
+        case CallItem():
+            function = {"name": item.name, "arguments": read_json(item.arguments or "{}")}
+            last = _assistant(found)
+            last.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
+        case OutputItem():
+            found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+        case ReasoningItem():
+            if thought := _text(item.content or ()):
+                _assistant(found)["reasoning_content"] = thought
+
+
+def _assistant(found: list[Message]) -> Message:
+    """The model's message that is last, or a new one."""
+    if not found or found[-1]["role"] != "assistant":
+        found.append({"role": "assistant", "content": ""})
+    return found[-1]
+
+
+def _text(content: str | Sequence[Part]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _one_system(messages: list[Message]) -> list[Message]:
+    """System messages at the beginning, as one: templates take no two."""
+    said = []
+    for message in messages:
+        if message["role"] != "system":
+            break
+        said.append(message["content"])
+    if len(said) < 2:
+        return messages
+    return [{"role": "system", "content": "\n\n".join(said)}, *messages[len(said) :]]
