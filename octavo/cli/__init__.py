@@ -25,8 +25,8 @@ from octavo.cli.tune import tune
 from octavo.errors import OctavoError
 
 app = typer.Typer(
-    help="Calibrated int8 KV caches for Hugging Face language models. MODEL is a directory or a Hub id; with none, the "
-    "small bundled model `pamphlet`.",
+    help="Calibrated int8 KV caches for Hugging Face language models. MODEL is a directory, Hub id or .gguf file; with "
+    "none, the small bundled model `pamphlet`.",
     no_args_is_help=True,
     rich_markup_mode="markdown",  # rich would take "[default: …]" for markup and drop it
     pretty_exceptions_enable=False,

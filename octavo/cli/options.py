@@ -108,7 +108,8 @@ class LoadOptions:
     """How the model is loaded."""
 
     model: Annotated[
-        str | None, typer.Argument(help="A directory or a Hub id. [default: the bundled model]", show_default=False)
+        str | None,
+        typer.Argument(help="A directory, Hub id or .gguf file. [default: the bundled model]", show_default=False),
     ] = None
     model_format: Annotated[str, option("How the weights are stored: hf, awq.")] = "hf"
     dtype: Annotated[str, option("auto, bf16, fp16 or fp32.")] = "auto"
@@ -158,7 +159,8 @@ class ShapeOptions:
     """A model whose sizes are asked for: its config is enough."""
 
     model: Annotated[
-        str | None, typer.Argument(help="A directory or a Hub id. [default: the bundled model]", show_default=False)
+        str | None,
+        typer.Argument(help="A directory, Hub id or .gguf file. [default: the bundled model]", show_default=False),
     ] = None
     config: Annotated[Path | None, option("A config.json in place of MODEL; no weights are needed.")] = None
     model_format: Annotated[str, option("How the weights are stored: hf, awq.")] = "hf"
