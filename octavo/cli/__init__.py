@@ -19,6 +19,7 @@ from octavo.cli.memory import memory
 from octavo.cli.plan import plan
 from octavo.cli.quantize import quantize
 from octavo.cli.report import report
+from octavo.cli.scales import app as scales
 from octavo.cli.serve import serve
 from octavo.cli.speed import speed
 from octavo.cli.tune import tune
@@ -43,6 +44,8 @@ app.command()(speed)
 app.command()(report)
 app.command()(memory)
 app.command()(plan)
+
+app.add_typer(scales, name="scales")
 
 lite = typer.Typer(help="The verb of LMDeploy's page: `octavo lite calibrate …`.", no_args_is_help=True)
 lite.command()(calibrate)

@@ -309,7 +309,8 @@ class SamplingOptions(_Table):
 
 def takes(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: a command `f(a, b, …own)` takes the fields of the dataclasses `kinds` (A, B) as arguments and options
-    of its own, and gets an A and a B, each of which has checked itself if it can."""
+    of its own, and gets an A and a B, each of which has checked itself if it can. Its own required arguments come
+    first, then theirs."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[len(kinds) :]
@@ -329,7 +330,9 @@ def takes(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
                     part.check()
             command(*chosen, **values)
 
-        merged = [*shared, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        required = [p for p in own if p.default is inspect.Parameter.empty]
+        merged = [*required, *shared, *(p for p in own if p not in required)]
         run.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in merged}
         return run
