@@ -88,7 +88,7 @@ def compared(model: Model, calibration: Calibration, parts: Sensitivity, found: 
     windows = consecutive_windows(load_texts(text, args.data, "test"), model.tokenizer, args.window, args.windows)
     for group in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
         with progress() as bar:
-            task = bar.add_task(f"{model.path.name} on {text}: {group[0][0].name} …", total=len(windows))
+            task = bar.add_task(f"{model.path.name} on {text}: {group[0][0].name} …", total=None)
             scores = compare(
                 model, BASELINE, [candidate for candidate, _ in group], windows,
                 lambda done, total, bar=bar, task=task: bar.update(task, completed=done, total=total),
