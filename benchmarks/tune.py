@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ FOR_ALL = (*UNIFORM, "k4v8")
 BITS = (4.5, 5.0, 5.5, 6.0, 6.125, 6.5, 7.0, 7.5)
 SEED = 7  # of the windows on which parts are measured; those of the calibration have 0
 KEPT = ("kl", "kl_error", "agreement", "tokens")
-COLOURS = ("c1", "c3")
 
 Document = dict[str, Any]
 
@@ -61,14 +61,16 @@ def sensitivity(model: Model, calibration: Calibration, found: Document, args: a
     )
 
 
-def candidates(model: Model, calibration: Calibration, parts: Sensitivity) -> list[tuple[Candidate, float | None]]:
+def candidates(
+    model: Model, calibration: Calibration, parts: Sensitivity, sizes: Sequence[float]
+) -> list[tuple[Candidate, float | None]]:
     """What is compared, each with the KL that it is expected to have on the windows of the parts."""
     few = {part.side: sum(p.kl[FEW] for p in parts.parts if p.side == part.side) for part in parts.parts}
     several: list[tuple[Candidate, float | None]] = [
         (Candidate(name, KVFormat.parse(name), calibration), sum(few.values()) if name == "kv4" else None)
         for name in FOR_ALL
     ]
-    for bits in BITS:
+    for bits in sizes:
         chosen = choose(parts.parts, token_budget(parts, bits))
         expected = sum(part.kl[codec] for part, codec in zip(parts.parts, chosen, strict=True))
         formats = formats_of(model.bound, parts.parts, chosen)
@@ -80,7 +82,7 @@ def compared(model: Model, calibration: Calibration, parts: Sensitivity, found: 
     """Add the rows of a text that are missing, and keep them after every few."""
     how = {"model": model.path.name, "text": text, "window": args.window, "windows": args.windows}
     known = {row["name"] for row in found["rows"] if how.items() <= row.items()}
-    missing = [pair for pair in candidates(model, calibration, parts) if pair[0].name not in known]
+    missing = [pair for pair in candidates(model, calibration, parts, args.bits) if pair[0].name not in known]
     windows = consecutive_windows(load_texts(text, args.data, "test"), model.tokenizer, args.window, args.windows)
     for group in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
         with progress() as bar:
@@ -118,7 +120,8 @@ def table(found: Document) -> str:
 
 
 def draw(found: Document, path: Path) -> None:
-    """KL over bits, the mean of the texts: lines of tuned formats, points of one format for all layers."""
+    """KL over bits, the mean of the texts that all were measured on: a line of tuned formats, points of one format for
+    all layers."""
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(row["model"] for row in found["rows"]))
@@ -126,6 +129,8 @@ def draw(found: Document, path: Path) -> None:
     axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for plot, model in zip(axes, models, strict=True):
         own = [row for row in found["rows"] if row["model"] == model]
+        of_texts = {name: {row["text"] for row in _of(own, name)} for name in {row["name"] for row in own}}
+        own = [row for row in own if all(row["text"] in texts for texts in of_texts.values())]
         points = {name: _mean(_of(own, name)) for name in {row["name"] for row in own}}
         ends = [points[name] for name in ("kv4", "kv8")]
         tuned = sorted([point for name, point in points.items() if name.startswith("tuned")] + ends)
@@ -133,7 +138,8 @@ def draw(found: Document, path: Path) -> None:
         uniform = {name: points[name] for name in FOR_ALL}
         plot.plot(*zip(*uniform.values(), strict=True), "s", color=LIGHT["c3"], label="one format for all layers")
         for name, point in uniform.items():
-            plot.annotate(name, point, (6, 4), textcoords="offset points", color=LIGHT["c3"])
+            side = {"kv8": ((-6, 4), "right")}.get(name, ((6, 4), "left"))
+            plot.annotate(name, point, side[0], textcoords="offset points", color=LIGHT["c3"], ha=side[1])
         plot.set_yscale("log")
         plot.set_xlabel("bits a value, scales included")
         plot.set_title(model, loc="left", fontsize=11)
@@ -161,6 +167,8 @@ def main() -> None:
     cli.add_argument("--length", type=int, default=512, help="tokens in one of them")
     cli.add_argument("--window", type=int, default=1024)
     cli.add_argument("--windows", type=int, default=1, help="of each text")
+    cli.add_argument("--bits", type=float, nargs="+", default=BITS, help="sizes of tuned formats")
+    cli.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS)
     cli.add_argument("--out", type=Path, required=True)
     cli.add_argument("--plot", type=Path, help="an .svg file")
     args = cli.parse_args()
@@ -172,7 +180,7 @@ def main() -> None:
         model = Model.load(path, dtype="float32")
         calibration = calibrated(model, args.samples, args.seqlen, args.data, args.work_dir)
         parts = sensitivity(model, calibration, found, args)
-        for text in TEXTS:
+        for text in args.texts:
             compared(model, calibration, parts, found, text, args)
         del model, calibration
     print(table(found))

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from octavo.cache.store import KVCache
 from octavo.engine.reading import Reading
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
@@ -35,6 +36,7 @@ FARTHEST = 1 << 17  # where windows end for a model that names no context of its
 SHORT = (8, 256)  # windows and tokens in each, of a calibration that is made before serving
 PATIENCE = 60.0  # seconds that it may take
 PROSE = BUNDLED / "evaluation.txt"
+OUTSIDE = 1e-3  # share of a layer's values beyond its format's range from which on a warning is due
 SCORES_DIFFER = 0.05  # relative; bf16 rounding moves scores by about 1 %, a scale or a learned position by more
 
 
@@ -208,3 +210,19 @@ def shift_invariant(bound: BoundModel, offset: int) -> bool:
         (moved - placed).norm() <= SCORES_DIFFER * placed.norm()
         for placed, moved in zip(scores[0], scores[offset], strict=True)
     )
+
+
+def warn_outside(model: Model, cache: KVCache, format: Format) -> None:
+    """Warn where a cache's format cannot hold the values that the model has written: answers are then wrong."""
+    shares = {
+        f"{side} of layer {i}": share
+        for i, kv in enumerate(cache.saturation())
+        for side, share in zip("KV", kv, strict=True)
+    }
+    where, worst = max(shares.items(), key=lambda item: item[1])
+    if worst > OUTSIDE:
+        warnings.warn(
+            f"{worst:.1%} of the values in {where} are larger than {format} can say here, so answers may be wrong: "
+            f"`octavo calibrate {model.argument}` on text like this one, or use --kv bf16",
+            stacklevel=3,
+        )

@@ -8,6 +8,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+LISTED = "docs/ARCHITECTURES.md lists what is served."
+
 
 class OctavoError(Exception):
     """Bad input. The command line prints the message alone and exits with status 2. `field` is the parameter of the

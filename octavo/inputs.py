@@ -104,7 +104,10 @@ def _part(given: Any, name: str) -> str:
     """The text of a content part; a string is one too."""
     if isinstance(given, str):
         return given
-    if not isinstance(given, Mapping) or given.get("type") != "text" or not isinstance(given.get("text"), str):
+    kind = given.get("type") if isinstance(given, Mapping) else None
+    if isinstance(kind, str) and any(word in kind for word in ("image", "audio", "video", "file")):
+        raise OctavoError(f"{name} is of type {kind!r}: Octavo serves text alone, of models that read more too", name)
+    if not isinstance(given, Mapping) or kind != "text" or not isinstance(given.get("text"), str):
         raise OctavoError(f'{name} is {brief(given)}; it must be a part like {{"type": "text", "text": "…"}}', name)
     return given["text"]
 

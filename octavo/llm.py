@@ -25,7 +25,7 @@ from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
 from octavo.cache.size import CacheSize, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
-from octavo.calibrate import calibration_for, warn_uncalibrated
+from octavo.calibrate import calibration_for, warn_outside, warn_uncalibrated
 from octavo.completion import Answer, Completion, Delta, Outbox
 from octavo.devices import device_of
 from octavo.engine.engine import Engine
@@ -144,6 +144,7 @@ class LLM:
         self.reading = Reading(bound, self.format, self.calibration, granularity, headroom)
         self.grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
         self._answers: dict[Sequence, Answer] = {}
+        self._looked = False  # whether values outside the format's range have been looked for
         self._turns = Turns(self._step)
 
     def __reduce__(self) -> NoReturn:
@@ -347,6 +348,9 @@ class LLM:
             if sequence.finished:
                 answer.complete()
                 del self._answers[sequence]
+                if not self._looked:  # once, after the first answer
+                    self._looked = True
+                    warn_outside(self.model, self.cache, self.format)
         return len(gained)
 
     def _conversation(self, conversation: Prompt | Rows[Message]) -> list[int]:

@@ -97,7 +97,7 @@ def test_a_conversation_and_a_list_of_conversations_are_told_apart_and_parts_bec
         ([{"role": "user", "content": 5}], r"messages\[0\]\['content'\] is 5"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-            r"messages\[0\]\['content'\]\[0\] is {.*image_url.*}; it must be a part like",
+            r"messages\[0\]\['content'\]\[0\] is of type 'image_url': Octavo serves text alone",
         ),
     ],
 )

@@ -25,14 +25,14 @@ from octavo.calibrate import calibration_for, warn_uncalibrated
 from octavo.errors import OctavoError
 from octavo.models.tokenizer import load_tokenizer
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import Granularity, KVFormat
+from octavo.quant.format import Format, Granularity, check_name
 
 __all__ = ["CodedCache", "DecodedCache", "attach"]
 
 
 def attach(
     model: Any,
-    kv: str | KVFormat = "kv8",
+    kv: str | Format = "kv8",
     *,
     calibration: str | Path | Calibration | None = None,
     granularity: Granularity | None = None,
@@ -50,10 +50,12 @@ def attach(
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise OctavoError(f"attach takes a loaded transformers model, not {type(model).__name__}")
-    format = kv if isinstance(kv, KVFormat) else KVFormat.parse(kv)
+    if isinstance(kv, str):
+        check_name(kv)
     hook = Hook.of(model)
     hook.users += 1  # until the cache is made: what goes wrong now leaves nothing behind
     try:
+        format = hook.model.format(kv, calibration)
         plans = _plans(hook, format, calibration, granularity, headroom)
         with torch.inference_mode(False):  # a forward may be within it and the next one not
             return CodedCache(hook, format, Sequences(plans, backend_for(plans).layout)).attach()
@@ -63,7 +65,7 @@ def attach(
 
 def _plans(
     hook: Hook,
-    format: KVFormat,
+    format: Format,
     given: str | Path | Calibration | None,
     granularity: Granularity | None,
     headroom: float | None,

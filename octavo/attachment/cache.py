@@ -15,7 +15,7 @@ from octavo.attachment.sequences import Sequences
 from octavo.attention import attend
 from octavo.cache.batch import Batch
 from octavo.errors import OctavoError
-from octavo.quant.format import KVFormat
+from octavo.quant.format import Format
 
 
 class CodedLayer(CacheLayerMixin):
@@ -57,7 +57,7 @@ class CodedCache(Cache):
     answers. Rows that the attention mask hides are not stored.
     """
 
-    def __init__(self, hook: Hook, format: KVFormat, sequences: Sequences):
+    def __init__(self, hook: Hook, format: Format, sequences: Sequences):
         super().__init__(layers=[CodedLayer(self) for _ in hook.bound.layers])
         self.hook, self.format = hook, format
         self.sequences = sequences

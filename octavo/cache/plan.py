@@ -30,12 +30,19 @@ class LayerShape:
     device: torch.device = CPU
     shares: int | None = None  # reads the cache of that earlier layer and writes none of its own
     dtype: torch.dtype = torch.float32  # of the model's own K and V
+    exponents: tuple[int, int] = (0, 0)  # powers of two that K and V are divided by where no calibration scales them
     reach: int | None = None  # no query sees more than this many last rows, its own included; None: all
 
     @property
     def raw_codec(self) -> Codec:
         """That keeps rows as the model computes them."""
         return CODECS[RAW_NAMES[str(self.dtype).removeprefix("torch.")]]
+
+    def power_of_two(self, side: Side) -> Static | None:
+        """The static part of one side that is a power of two alone; None if that is 1."""
+        exponent = self.exponents[0 if side == "k" else 1]
+        like = torch.zeros(self.kv_heads, self.k_dim if side == "k" else self.v_dim)
+        return Static(like, torch.full_like(like, 2.0**exponent)) if exponent else None
 
     def token_bytes(self, format: KVFormat) -> int:
         return 0 if self.shares is not None else format.token_bytes(self.kv_heads, self.k_dim, self.v_dim)
@@ -81,12 +88,15 @@ def plan_layers(
     headroom: float | None = None,
 ) -> list[LayerPlan]:
     """The plans of all layers. `formats` is one for each layer, or one for all. Static formats take mu and c from
-    `calibration`, which must have been checked against the model; token formats use it where there is one."""
+    `calibration`, which must have been checked against the model; token formats use it where there is one, else the
+    shape's powers of two."""
     each = by_layer(formats, len(shapes))
 
     def static(layer: int, side: Side, codec: Codec) -> Static | None:
-        if calibration is None or codec.is_raw or shapes[layer].shares is not None:
+        if codec.is_raw or shapes[layer].shares is not None:
             return None
+        if calibration is None:
+            return shapes[layer].power_of_two(side) if codec.has_token_scale else None
         return calibration.static(layer, side, codec, granularity, headroom)
 
     return [

@@ -21,6 +21,7 @@ from octavo.cli.quantize import quantize
 from octavo.cli.report import report
 from octavo.cli.serve import serve
 from octavo.cli.speed import speed
+from octavo.cli.tune import tune
 from octavo.errors import OctavoError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command()(calibrate)
 app.command()(quantize)
+app.command()(tune)
 app.command()(chat)
 app.command()(generate)
 app.command()(serve)

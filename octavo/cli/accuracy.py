@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from octavo.cli.candidates import BASELINE, COMPARED, candidates, formats_option, load_baseline
 from octavo.cli.options import LoadOptions, budget_option, check_calibration, option, takes
 from octavo.errors import OctavoError
-from octavo.measure.accuracy.sizes import ANSWERS, WANTED
+from octavo.measure.accuracy.sizes import ANSWERS, LEAST, WANTED
 from octavo.measure.budget import DEFAULT, Budget, Windows
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def accuracy(
     time = Budget.parse(budget)
     parts, skipped = _parts(tasks, data_dir) if tasks is not None else ([], {})
     source = _text(text, data_dir) if reads else None
-    model = options.load()
+    model, begun = options.load(), perf_counter()
     from octavo.cli.progress import telling
     from octavo.cli.tables.accuracy import show_tasks, show_text, show_theory
     from octavo.measure.accuracy.results import about, on_text
@@ -110,6 +110,11 @@ def accuracy(
     if baseline is not None:
         compared = beside(load_baseline(options, baseline, model), model, compared)
     context = min(model.bound.max_context, options.session_len or model.bound.max_context)
+
+    def over(done: int) -> bool:
+        """Whether the budget ends the reading of windows that were not asked for by number."""
+        return (windows, window) == (None, None) and done >= LEAST.count and time.over(begun)
+
     if source is not None:
         size, asked = _fit(model, source.name, len(compared), (windows, window, answers), context, time)
         read = consecutive_windows(source, model.tokenizer, size.length, size.count)
@@ -118,7 +123,7 @@ def accuracy(
         show_theory(found)
     if source is not None:
         with telling("reading") as tell:
-            found["text"] = on_text(model, compared, source.name, read, asked, tell)
+            found["text"] = on_text(model, compared, source.name, read, asked, tell, over)
         if not json:
             show_text(found)
     if parts:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.cli.options import LoadOptions, check_format, option
+from octavo.cli.options import LoadOptions, complete, option
 from octavo.errors import OctavoError
-from octavo.quant.format import KVFormat, is_tuned
+from octavo.quant.format import KVFormat, check_name, is_tuned
 
 if TYPE_CHECKING:
     from octavo.measure.candidate import Candidate
@@ -25,12 +25,12 @@ BASELINE = option("The same model with 16-bit weights: MODEL with 4-bit ones is 
 
 def formats_option(help: str) -> Any:
     """--kv of a verb that compares: names with commas between, which are known before torch is imported."""
-    return option(help, callback=_known)
+    return option(help, callback=_known, autocompletion=complete)
 
 
 def _known(names: str | None) -> str | None:
     for name in names.split(",") if names is not None else ():
-        check_format(name)
+        check_name(name)
     return names
 
 

@@ -114,7 +114,8 @@ def _many(
     options: ServeOptions, sampling: SamplingOptions, input: str, path: Path | None, chat: bool, logprobs: int | None
 ) -> None:
     from octavo.cli.jsonl import Output, read_lines
-    from octavo.models.model import locate, tuned_formats
+    from octavo.models.locate import locate
+    from octavo.models.model import tuned_formats
     from octavo.quant.format import is_tuned
 
     shaping = {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}

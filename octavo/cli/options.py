@@ -15,7 +15,16 @@ import typer
 
 from octavo.engine.params import MAX_TOKENS, TABLE, Kind, Number, SamplingParams, Strings, Switch, TokenIds, allowed
 from octavo.errors import OctavoError
-from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, RAW_NAMES, KVFormat, is_tuned, validate_choice
+from octavo.quant.format import (
+    CODECS,
+    DEFAULT_GRANULARITY,
+    DEFAULT_HEADROOM,
+    NAMES,
+    RAW_NAMES,
+    TUNED,
+    check_name,
+    validate_choice,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +40,6 @@ def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         near = get_close_matches(value, choices, n=1)
         raise OctavoError(f"{flag} {value}: {f'did you mean {near[0]}? ' if near else ''}choose {', '.join(choices)}")
-
-
-def check_format(name: str) -> None:
-    if not is_tuned(name):
-        KVFormat.parse(name)
 
 
 def check_file(flag: str, path: Path) -> None:
@@ -73,6 +77,13 @@ def tell_loading(model: str | None) -> None:
 
 def option(help: str, *names: str, panel: str = "Model and cache", **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def complete(incomplete: str) -> list[str]:
+    """Formats that --kv may go on with, for the shell; of several with commas between, the last."""
+    known, _, last = incomplete.rpartition(",")
+    names = (*NAMES, TUNED, *CODECS)
+    return [f"{known},{name}" if known else name for name in names if name.startswith(last)]
 
 
 def budget_option(counts: str = "") -> Any:
@@ -176,7 +187,12 @@ class ShapeOptions:
 class ServeOptions(LoadOptions):
     """How it is served."""
 
-    kv: Annotated[str | None, option("KV cache format: kv8, k8v4, kv4, int8, … [default: the model's 16 bits]")] = None
+    kv: Annotated[
+        str | None,
+        option(
+            "KV cache format: kv8, k8v4, kv4, tuned, int8, … [default: the model's 16 bits]", autocompletion=complete
+        ),
+    ] = None
     quant_policy: Annotated[int | None, option("0: 16 bits, 4 or 8: int8, as on LMDeploy's page.")] = None
     calibration: Annotated[
         Path | None,
@@ -193,7 +209,7 @@ class ServeOptions(LoadOptions):
     def check(self) -> None:
         super().check()
         if (name := self.format_name()) is not None:
-            check_format(name)
+            check_name(name)
         check_calibration(self.calibration, self.granularity, self.headroom)
 
     def llm(self) -> LLM:

@@ -139,9 +139,12 @@ def quantize(
 
 
 def require_16_bits(path: Path) -> None:
-    """Raises Unsupported for a model whose weights are quantized already."""
-    from octavo.models.files import quantization
+    """Raises Unsupported for a model whose weights are quantized already, or are no directory of their own."""
+    from octavo.models.files import is_adapter, quantization
+    from octavo.models.locate import is_gguf
 
+    if is_gguf(path) or is_adapter(path):
+        raise Unsupported(f"{path} is no Hugging Face directory with weights of its own: name one to quantize")
     found, _ = quantization(path)
     if found is not None:
         raise Unsupported(

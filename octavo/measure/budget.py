@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 
 from octavo.errors import OctavoError
 
@@ -82,6 +83,11 @@ class Budget:
 
     def holds(self, seconds: float) -> bool:
         return self.seconds is None or seconds <= self.seconds
+
+    def over(self, begun: float) -> bool:
+        """Whether it is spent by work that began at that reading of `perf_counter`: an estimate cannot know what else
+        will run."""
+        return not self.holds(perf_counter() - begun)
 
     def fit(self, wanted: Windows, least: Windows, seconds: Callable[[Windows], float], thing: str = "window") -> Fit:
         """The largest size from `wanted` down to `least`: rather fewer windows than shorter ones."""

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from octavo.attention import AttentionSpec
 from octavo.cache.plan import LayerShape
-from octavo.errors import Unsupported, one_line
+from octavo.errors import LISTED, Unsupported, one_line
 from octavo.interrupts import let_through
 from octavo.models.rope import pin_rope, short_context
 from octavo.quant.format import RAW_NAMES, KVFormat
@@ -135,6 +135,13 @@ def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
     `context` is the longest sequence to be served, the model's own limit by default: RoPE variants that change their
     frequencies with the length are pinned to it, so that a sequence's neighbours never change its answer.
     """
+    try:
+        return _bind(hf, context)
+    except Unsupported as refusal:
+        raise Unsupported(f"{refusal}. {LISTED}") from refusal.__cause__
+
+
+def _bind(hf: PreTrainedModel, context: int | None) -> BoundModel:
     config = hf.config.get_text_config()
     name = hf.config.model_type
     if getattr(hf.config, "is_encoder_decoder", False):

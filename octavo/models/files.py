@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from octavo.errors import OctavoError, one_line
+from octavo.models.gguf import read_config
+from octavo.models.locate import ADAPTER, is_gguf, resolve
 
 BOM = "\ufeff"  # a byte-order mark, which some editors put before a text
 
@@ -82,13 +84,39 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def config_json(path: Path) -> dict[str, Any]:
-    """Of a model's directory, or of a config file alone."""
+    """Of a model's directory, of a config file alone, or as a GGUF file describes it."""
+    if is_gguf(path):
+        return read_config(path).to_dict()
+    path = base_of(path)
     return read_json(path if path.is_file() else path / "config.json")
+
+
+def adapter_config(path: Path) -> dict[str, Any]:
+    return read_json(path / ADAPTER)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds a LoRA adapter and no model of its own."""
+    return (path / ADAPTER).is_file() and not (path / "config.json").is_file()
+
+
+def base_of(path: Path) -> Path:
+    """The model's own directory: that of an adapter's base, or the path itself."""
+    if not is_adapter(path):
+        return path
+    base = adapter_config(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise OctavoError(f"{path / ADAPTER} does not name its base model (base_model_name_or_path): add it there.")
+    beside = path / base
+    return resolve(beside if (beside / "config.json").is_file() else base)
 
 
 def quantization(path: Path) -> tuple[dict[str, Any] | None, Path]:
     """What is said of quantized weights, and where: in config.json, or beside it as AutoAWQ and AutoGPTQ once did."""
+    path = base_of(path)
     config = path if path.is_file() else path / "config.json"
+    if is_gguf(path):
+        return None, config
     found = config_json(path).get("quantization_config")
     if found is not None or path.is_file():
         return found, config

@@ -19,8 +19,8 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,9 +28,22 @@ from transformers import (
 )
 
 from octavo.devices import device_of
-from octavo.errors import OctavoError, Unsupported, install, one_line
+from octavo.errors import LISTED, OctavoError, Unsupported, install, one_line
 from octavo.models import internlm
-from octavo.models.files import config_json, open_tensors, quantization, quiet, weight_files, without_marks
+from octavo.models.adapter import merge
+from octavo.models.experts import layer_name
+from octavo.models.files import (
+    base_of,
+    config_json,
+    is_adapter,
+    open_tensors,
+    quantization,
+    quiet,
+    weight_files,
+    without_marks,
+)
+from octavo.models.gguf import read_config, read_model
+from octavo.models.locate import is_gguf
 from octavo.models.packed import fill, noise, tied_layers, with_packed_layers
 from octavo.weights.checkpoint import PackedLayers, WeightFormat, read_format
 
@@ -56,6 +69,9 @@ _LARGEST = {
 
 def load_config(path: Path) -> PreTrainedConfig:
     """The model's config, InternLM's as the Llama it is. Raises Unsupported for a model that needs its own code."""
+    if is_gguf(path):
+        return read_config(path)
+    path = base_of(path)
     raw = config_json(path)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str | None):
@@ -68,7 +84,7 @@ def load_config(path: Path) -> PreTrainedConfig:
             )
         raise Unsupported(
             f"The model type {model_type!r} of {path} is unknown to transformers {__version__}: "
-            "use a newer transformers, or another model."
+            f"use a newer transformers, or another model. {LISTED}"
         )
     _check_sizes(path, raw)
     try:
@@ -106,8 +122,7 @@ def load_model(
         raise OctavoError(f"The dtype {dtype!r} is unknown: choose auto, {', '.join(_DTYPES)}.")
     format = _weight_format(path, model_format)
     config = load_config(path)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise Unsupported(f"{path} ({config.model_type}) is not a causal language model: name one that writes text.")
+    architecture_of(config, path)
     _check_device(device, device_map)
 
     torch_dtype = _DTYPES.get(dtype, "auto")
@@ -116,9 +131,24 @@ def load_model(
             raise Unsupported("Dummy weights live on one device: leave the device map out.")
         model = _dummy(path, config, torch_dtype, torch.device(device), format)
     else:
-        model = _filled(path, config, torch_dtype, device_map, format)
+        model = _filled(base_of(path), config, torch_dtype, device_map, format)
+        if is_adapter(path):
+            if format is not None or device_map is not None:
+                raise Unsupported(f"{path} is a LoRA adapter: its base must have 16-bit weights on one device.")
+            merge(model, path)
     model.eval().requires_grad_(False)
     return model if device_map is not None else model.to(device)
+
+
+def architecture_of(config: PreTrainedConfig, path: Path) -> type[PreTrainedModel]:
+    """The class that writes text: a language model, or a model that reads images too and has one inside. Raises
+    Unsupported for others."""
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise Unsupported(
+        f"{path} ({config.model_type}) is not a causal language model: name one that writes text. {LISTED}"
+    )
 
 
 def _filled(
@@ -129,10 +159,15 @@ def _filled(
     format: WeightFormat | None,
 ) -> PreTrainedModel:
     """The model with the checkpoint's weights, every one of them. Raises OctavoError naming those that do not fit."""
+    architecture: Any = architecture_of(config, path)
+    if is_gguf(path):
+        if device_map is not None:
+            raise Unsupported("The weights of a GGUF file live on one device: leave the device map out.")
+        with quiet():
+            return read_model(path, architecture, config, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
     # Opened before the model is built: an incomplete file is named at once, and by its name.
     tensors = {name: tensor for file in weight_files(path) for name, tensor in open_tensors(file).items()}
     size = sum(tensor.nbytes for tensor in tensors.values())
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     heads = {name for name in tied_layers(architecture, config) if f"{name}.weight" in tensors}
     source: dict[str, Any] = {"pretrained_model_name_or_path": path}
     packed = PackedLayers.take(format, tensors) if format is not None else None
@@ -147,6 +182,7 @@ def _filled(
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         if device_map is not None:
             raise Unsupported("4-bit weights live on one device: leave the device map out.")
+        packed.rename(lambda layer: {layer_name(layer): None})
         if fused:
             packed.rename(partial(internlm.llama_layers, config=config))
         architecture = with_packed_layers(architecture, partial(packed.packs, plain=set(tensors)))
@@ -203,9 +239,9 @@ def _dummy(
     ):  # made where it lives: billions of numbers are drawn
         torch.manual_seed(0)
         if format is None:
-            return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
+            return architecture_of(config, path)._from_config(config, dtype=chosen)
         with quiet():
-            return noise(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, chosen, format)
+            return noise(architecture_of(config, path), config, chosen, format)
 
 
 def _check_sizes(path: Path, raw: dict[str, Any]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from octavo.errors import OctavoError
 
+ADAPTER = "adapter_config.json"  # of a LoRA adapter
 BUNDLED = Path(__file__).parent.parent / "data" / "pamphlet"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -24,8 +26,13 @@ def is_bundled(model: str | Path | None) -> bool:
 
 
 def resolve(model: str | Path) -> Path:
-    """The directory of a model: itself where it holds a config.json, else a Hub id's snapshot, fetched if need be."""
+    """The directory of a model: itself where it holds a config.json or a LoRA adapter, else a Hub id's snapshot,
+    fetched if need be; or a GGUF file."""
     return find_here(model) or _download(str(model))
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def find_here(model: str | Path) -> Path | None:
@@ -35,10 +42,10 @@ def find_here(model: str | Path) -> Path | None:
     a calibration only.
     """
     path = Path(model).expanduser()
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / ADAPTER).is_file() or is_gguf(path):
         return path
     if path.is_file():
-        raise OctavoError(f"{model} is a file: name the directory that holds config.json and the weights.")
+        raise OctavoError(f"{model} is a file: name the directory that holds config.json and the weights, or a .gguf.")
     if not _HUB_ID.fullmatch(str(model)):
         if path.is_dir():
             raise OctavoError(f"The directory {model} has no config.json: name one that holds a Hugging Face model.")
@@ -73,3 +80,25 @@ def _download(repo: str) -> Path:
     if not (path / "config.json").is_file():
         raise OctavoError(f"{repo} on the Hub has no config.json: name a repository in the transformers format.")
     return path
+
+
+def is_directory(name: str, path: Path) -> bool:
+    """Whether the user named a directory."""
+    return path != BUNDLED and Path(name).is_dir() and Path(name).samefile(path)
+
+
+def work_dir(name: str, path: Path) -> Path:
+    """Where artefacts of a model go by default: its directory, or a cache for a Hub id, the bundled model, and where
+    nothing can be written."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
+    if not is_directory(name, path):
+        return cache / name.replace("/", "--")
+    return path if os.access(path, os.W_OK) else cache / str(path.resolve())[1:].replace("/", "--")
+
+
+def find_artefact(file: str, name: str, path: Path) -> Path | None:
+    """The artefact of that file name beside a model or in the cache; or in a directory that is named as a Hub id is
+    (`--work-dir $MODEL`)."""
+    places = [work_dir(name, path), path]
+    places = places if is_directory(name, path) else [Path(name), *places]
+    return next((place / file for place in places if (place / file).is_file()), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import warnings
 from dataclasses import dataclass, field
@@ -17,12 +16,13 @@ from octavo import processor
 from octavo.devices import HOST, find_device
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel, bind
-from octavo.models.files import config_json
+from octavo.models.files import base_of, config_json
 from octavo.models.fingerprint import fingerprint
 from octavo.models.generation import eos_token_ids, generation_settings
 from octavo.models.load import load_model
 from octavo.models.locate import BUNDLED as BUNDLED
-from octavo.models.locate import locate
+from octavo.models.locate import find_artefact, is_directory, locate, work_dir
+from octavo.models.magnitude import TOKENS, fit_table
 from octavo.models.packed import packed_layers
 from octavo.models.prepack import prepack
 from octavo.models.rope import short_context
@@ -32,27 +32,10 @@ from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
 from octavo.quant.format import Format, KVFormat, is_tuned
 from octavo.quant.tuned import Tuned
 
-
-def is_directory(name: str, path: Path) -> bool:
-    """Whether the user named a directory."""
-    return path != BUNDLED and Path(name).is_dir() and Path(name).samefile(path)
-
-
-def work_dir(name: str, path: Path) -> Path:
-    """Where artefacts of a model go by default: its directory, or a cache for a Hub id, the bundled model, and where
-    nothing can be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
-    if not is_directory(name, path):
-        return cache / name.replace("/", "--")
-    return path if os.access(path, os.W_OK) else cache / str(path.resolve())[1:].replace("/", "--")
-
-
-def find_artefact(file: str, name: str, path: Path) -> Path | None:
-    """The artefact of that file name beside a model or in the cache; or in a directory that is named as a Hub id is
-    (`--work-dir $MODEL`)."""
-    places = [work_dir(name, path), path]
-    places = places if is_directory(name, path) else [Path(name), *places]
-    return next((place / file for place in places if (place / file).is_file()), None)
+SENTENCE = (  # any text, by which the size of K and V is seen
+    "The old lighthouse keeper wrote down the weather every evening, and in forty years he never missed a day, "
+    "although nobody had asked him to."
+)
 
 
 def tuned_formats(name: str, path: Path, beside: str | Path | None = None) -> Tuned:
@@ -107,7 +90,7 @@ class Model:
         name, path = locate(model)
         if device == "auto":
             device = str(find_device(device))
-        settings = generation_settings(path)
+        settings = generation_settings(base_of(path))
         hf = load_model(
             path, dtype=dtype, device=device, device_map=device_map, load_format=load_format, model_format=model_format
         )
@@ -127,6 +110,8 @@ class Model:
             raise OctavoError("deterministic sums need weights on one device: leave the device map out")
         if device_map is None and not plain_weights:  # accelerate moves weights about, which must stay plain for it
             prepack(bound, computing, deterministic)
+        known = [token for token in tokenizer(SENTENCE)["input_ids"] if token < bound.vocab_size]
+        fit_table(bound, known or bound.random_tokens(TOKENS))
         return cls(bound, tokenizer, path, name, eos, settings, load_format == "dummy")
 
     @classmethod
@@ -139,6 +124,7 @@ class Model:
         """
         bound = bind(hf, context)
         prepack(bound, computing)
+        fit_table(bound, bound.random_tokens(TOKENS))
         return cls(bound, None, path, path.name, frozenset(), synthetic=True)
 
     @cached_property

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from octavo.errors import OctavoError, Unsupported
+from octavo.models.experts import PackedExperts, is_experts
 from octavo.weights.checkpoint import PackedLayers, WeightFormat
 from octavo.weights.layouts import AWQ, Int4Weight
 from octavo.weights.linear import PackedLinear
@@ -24,13 +25,15 @@ GROUP_SIZES = (32, 64, 128)  # weights that share a scale: what kernels elsewher
 
 
 def with_packed_layers(architecture: type[PreTrainedModel], packs: Callable[[str], bool]) -> type[PreTrainedModel]:
-    """`architecture` with an empty PackedLinear in place of each linear layer whose name `packs`, unless its weight is
-    tied."""
+    """`architecture` with an empty PackedLinear in place of each linear layer, experts' too, whose name `packs`, unless
+    its weight is tied."""
 
     def build(model: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         architecture.__init__(model, config, *args, **kwargs)
         tied = tied_layers(architecture, config)
         for name, layer in list(model.named_modules()):
+            if is_experts(layer, config.model_type) and packs(f"{name}.0.down_proj"):
+                model.set_submodule(name, PackedExperts(layer))
             if type(layer) is nn.Linear and name not in tied and packs(name):
                 own = PackedLinear(layer.in_features, layer.out_features, layer.bias is not None, layer.weight.dtype)
                 model.set_submodule(name, own.to(layer.weight.device))

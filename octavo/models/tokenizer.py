@@ -10,14 +10,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from octavo.errors import OctavoError, Unsupported, one_line
 from octavo.models import internlm
-from octavo.models.files import BOM, config_json, quiet, read_json, without_marks
+from octavo.models.files import BOM, base_of, config_json, quiet, read_json, without_marks
+from octavo.models.gguf import read_tokenizer
+from octavo.models.locate import is_gguf
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 
 
 def load_tokenizer(path: Path, chat_template: str | Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in `path`. A Jinja file `chat_template` replaces the template the model brings."""
-    if not any(next(path.glob(pattern), None) for pattern in _VOCABULARIES):
+    if is_gguf(path):
+        with quiet():
+            return _with_template(read_tokenizer(path), chat_template)
+    if not _has_vocabulary(path):
+        path = base_of(path)
+    if not _has_vocabulary(path):
         raise OctavoError(f"{path} holds no tokenizer: add the model's tokenizer.json or tokenizer.model.")
     model_type = config_json(path).get("model_type", "")
     settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
@@ -38,6 +45,10 @@ def load_tokenizer(path: Path, chat_template: str | Path | None = None) -> PreTr
         raise OctavoError(
             f"The tokenizer in {path} cannot be read ({one_line(error)}): download its files again."
         ) from error
+    return _with_template(tokenizer, chat_template)
+
+
+def _with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | Path | None) -> PreTrainedTokenizerBase:
     own = tokenizer.chat_template
     if isinstance(own, str):
         tokenizer.chat_template = own.removeprefix(BOM)
@@ -57,6 +68,10 @@ def warn_of_strangers(tokenizer: PreTrainedTokenizerBase, vocab_size: int, name:
             f"{strangers[first]!r} ({first}){more}. A prompt that holds one is refused",
             stacklevel=3,
         )
+
+
+def _has_vocabulary(path: Path) -> bool:
+    return any(next(path.glob(pattern), None) for pattern in _VOCABULARIES)
 
 
 def _is_sentencepiece(path: Path, model_type: str, settings: dict[str, Any]) -> bool:

@@ -94,6 +94,8 @@ CODECS = {
     "int4-token": Codec("token", 4, rotated=True, dtype="uint8"),
     "int4-token-unrotated": Codec("token", 4, dtype="uint8"),
 }
+TUNED = "tuned"  # formats chosen layer by layer, which a model's own artefact holds
+NAMES = ("kv8", "k8v4", "kv4")  # what to serve with
 DIGITS = {"16": "bf16", "8": "int8-token", "4": "int4-token"}  # of short names
 SPAN = 64  # rows of a query's own span unless said otherwise
 EDGES = {"edges": SPAN, "edges128": 128, "edges256": 256}
@@ -130,11 +132,12 @@ class KVFormat:
         try:
             format = cls(CODECS[k], CODECS[v], EDGES[edges] if plus else SPAN if short else 0)
         except KeyError as missing:
-            near = get_close_matches(str(missing.args[0]), ["kv8", "k8v4", "kv4", *CODECS, *EDGES], n=1)
+            near = get_close_matches(str(missing.args[0]), [*NAMES, TUNED, *CODECS, *EDGES], n=1)
             hint = f"did you mean {near[0]}? The" if near else "the"
             raise OctavoError(
-                f"there is no KV format {missing} in {name!r}; {hint} formats are kv8, k8v4, kv4, {', '.join(CODECS)}, "
-                "K/V pairs such as int8/int4-token, and any of them with +edges, +edges128 or +edges256"
+                f"there is no KV format {missing} in {name!r}; {hint} formats are "
+                f"{', '.join((*NAMES, TUNED, *CODECS))}, K/V pairs such as int8/int4-token, and any of them with "
+                "+edges, +edges128 or +edges256"
             ) from None
         if format.edges and not format.takes_calibration:
             raise OctavoError(f"{name!r}: where every row is raw there are no edges; name {format.k} alone")
@@ -167,9 +170,6 @@ class KVFormat:
             return short if self.edges == SPAN else f"{short}+edges{self.edges}"
         edges = "" if not self.edges else "+edges" if self.edges == SPAN else f"+edges{self.edges}"
         return (k if k == v else f"{k}/{v}") + edges
-
-
-TUNED = "tuned"
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,8 @@ class Functions:
         """What makes readers of answers; None where no function may be called."""
         if not conversation.functions:
             return None
-        if _holds(conversation):
-            return partial(HeldReader, self.syntax)
-        return partial(FreeReader, self.syntax, [function["name"] for function in conversation.functions])
+        names = [function["name"] for function in conversation.functions]
+        return partial(HeldReader if _holds(conversation) else FreeReader, self.syntax, names)
 
     def held(self, conversation: Conversation) -> str | None:
         """The grammar of answers, where they are held to one."""

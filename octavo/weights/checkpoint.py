@@ -16,7 +16,7 @@ from torch import Tensor
 from octavo.errors import OctavoError, Unsupported
 from octavo.weights.layouts import AWQ, COMPRESSED, COMPRESSED_SYMMETRIC, GPTQ, GPTQ_V2, Int4Weight, WeightLayout
 
-_ORDER = {"g_idx", "weight_g_idx"}  # which group a column belongs to: only columns in order are supported
+_ORDER = {"g_idx", "weight_g_idx"}  # which group a column belongs to: columns in the order of their importance
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 _TYPES = {"scales": _FLOATS, "weight_scale": _FLOATS, "weight_shape": {torch.int32, torch.int64}}
 
@@ -42,7 +42,7 @@ class WeightFormat:
 
 def read_format(found: dict[str, Any], where: str) -> WeightFormat:
     """What a `quantization_config` describes. Raises Unsupported, naming what was found in `where`, if it is not 4-bit
-    AWQ (gemm), GPTQ without reordered columns, or compressed-tensors `pack-quantized`."""
+    AWQ (gemm), GPTQ, or compressed-tensors `pack-quantized`."""
     method = found.get("quant_method", "gptq" if "desc_act" in found else "awq")
     readers = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}
     if method not in readers:
@@ -64,7 +64,6 @@ def _awq(found: dict[str, Any], where: str) -> WeightFormat:
 def _gptq(found: dict[str, Any], where: str) -> WeightFormat:
     version = str(found.get("checkpoint_format") or "gptq").lower()
     _refuse(where, "gptq", "checkpoint_format", version, "gptq", "gptq_v2")
-    _refuse(where, "gptq", "desc_act", bool(found.get("desc_act")), False)
     group = _sizes(where, "gptq", found.get("bits"), found.get("group_size"))
     kept = () if found.get("lm_head") else ("lm_head",)
     return WeightFormat("gptq", GPTQ if version == "gptq" else GPTQ_V2, group, kept)
@@ -84,7 +83,7 @@ def _compressed(found: dict[str, Any], where: str) -> WeightFormat:
     weights = groups[0].get("weights") or {}
     _refuse(where, name, "type", weights.get("type", "int"), "int")
     _refuse(where, name, "strategy", weights.get("strategy", "group"), "group", "channel")
-    _refuse(where, name, "actorder", weights.get("actorder"), None, False, "static", "weight")
+    _refuse(where, name, "actorder", weights.get("actorder"), None, False, "static", "weight", "group")
     whole = weights.get("strategy") == "channel"
     group = _sizes(where, name, weights.get("num_bits"), -1 if whole else weights.get("group_size"))
     layout = COMPRESSED_SYMMETRIC if weights.get("symmetric", True) else COMPRESSED
@@ -159,17 +158,24 @@ class PackedLayers:
                     f"The tensor {layer}.{name} is {tensor.dtype} {tuple(tensor.shape)} instead of {shape}, in groups "
                     f"of {group}: fetch config.json and the weights again."
                 )
-        self._check(layer, found, out, columns, group)
+        groups = self._check(layer, found, out, columns, group)
         weight = self.format.layout.unpack(found)
+        if groups is not None:
+            weight = weight.sorted_by(groups)
         if not weight.scales.isfinite().all():
             raise OctavoError(f"The scales of {layer} are not all finite: fetch the weights again.")
         return weight
 
-    def _check(self, layer: str, found: Mapping[str, Tensor], out: int, columns: int, group: int) -> None:
-        """What shapes do not tell."""
+    def _check(self, layer: str, found: Mapping[str, Tensor], out: int, columns: int, group: int) -> Tensor | None:
+        """What shapes do not tell; the group of each column, if they are in no order."""
         shape = found.get("weight_shape")
         if shape is not None and shape.tolist() != [out, columns]:
             raise OctavoError(f"The tensor {layer}.weight_shape says {shape.tolist()}, which the packed one is not.")
+        in_order = torch.arange(columns) // group
         for name in _ORDER & found.keys():
-            if not torch.equal(found[name].long(), torch.arange(columns) // group):
-                raise Unsupported(f"{layer}.{name} reorders the columns (desc_act), which is not supported.")
+            groups = found[name].long()
+            if groups.shape != (columns,) or not torch.equal(groups.sort().values, in_order):
+                raise OctavoError(f"The tensor {layer}.{name} does not put {group} columns into each group.")
+            if not torch.equal(groups, in_order):
+                return groups
+        return None

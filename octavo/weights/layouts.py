@@ -31,6 +31,7 @@ class Int4Weight:
     codes: Tensor  # uint8 [out, in], 0 … 15
     zeros: Tensor  # uint8 [out, in/group_size], 0 … 15
     scales: Tensor  # floating [out, in/group_size], in the checkpoint's own type
+    order: Tensor | None = None  # int64 [in]: which input each column is of; None: in their own order
 
     @property
     def group_size(self) -> int:
@@ -38,12 +39,18 @@ class Int4Weight:
 
     def rows(self, chosen: Tensor) -> Int4Weight:
         """Some of its outputs."""
-        return Int4Weight(self.codes[chosen], self.zeros[chosen], self.scales[chosen])
+        return Int4Weight(self.codes[chosen], self.zeros[chosen], self.scales[chosen], self.order)
+
+    def sorted_by(self, groups: Tensor) -> Int4Weight:
+        """The weight whose column i, as it lies here, belongs to group groups[i]: its columns group by group."""
+        order = groups.argsort(stable=True)
+        return Int4Weight(self.codes[:, order], self.zeros, self.scales, order)
 
     def dequantize(self) -> Tensor:
-        """float32 [out, in]."""
+        """float32 [out, in], inputs in their own order."""
         groups = self.codes.float().unflatten(1, (-1, self.group_size))
-        return ((groups - self.zeros.float()[..., None]) * self.scales.float()[..., None]).flatten(1)
+        columns = ((groups - self.zeros.float()[..., None]) * self.scales.float()[..., None]).flatten(1)
+        return columns if self.order is None else columns[:, self.order.argsort()]
 
 
 @dataclass(frozen=True)

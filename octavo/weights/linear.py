@@ -46,7 +46,8 @@ class PackedLinear(nn.Module):
         self.codes: Tensor
         self.scales: Tensor
         self.zeros: Tensor
-        for name in ("codes", "scales", "zeros"):
+        self.order: Tensor | None  # [in] which input each column is of; None: in their own order
+        for name in ("codes", "scales", "zeros", "order"):
             self.register_buffer(name, None, persistent=False)
 
     @property
@@ -57,12 +58,14 @@ class PackedLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Of the packed weight."""
-        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
+        order = 0 if self.order is None else self.order.nbytes
+        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes + order
 
     def fill(self, weight: Int4Weight) -> None:
         """Take a weight, packed anew. Raises Unsupported for a group size that the tiles do not have."""
         group = math.gcd(weight.group_size, 128)
         codes, zeros, scales = weight.codes, weight.zeros, weight.scales
+        self.order = weight.order
         if group < TILE:
             if scales.shape[1] > 1:
                 raise Unsupported(f"groups of {weight.group_size} weights are not supported: only multiples of 16 are")
@@ -75,7 +78,7 @@ class PackedLinear(nn.Module):
         )
 
     def decode(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Rows of the weight as numbers: [end − first, in]; `first` is a multiple of 16."""
+        """Rows of the weight as numbers: [end − first, in], columns as they lie; `first` is a multiple of 16."""
         if _by_kernels(self.codes.device):
             whole = torch.empty(end - first, 8 * self.codes.shape[1], dtype=dtype)
             return cpu.decode(self._matrix(), first, whole)[:, : self.in_features]
@@ -89,6 +92,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] of x's type."""
         rows = x.reshape(-1, self.in_features)
+        if self.order is not None:
+            rows = rows[:, self.order]
         sliced = not self.exact and len(rows) >= MANY and x.dtype == torch.bfloat16 and _has_amx()
         packed = not sliced and _by_kernels(x.device)
         return (self._packed(rows) if packed else self._sliced(rows)).unflatten(0, x.shape[:-1])

@@ -153,7 +153,7 @@ def test_a_plan_for_the_bundled_model_and_this_machine(octavo: Run) -> None:
         (["memory", "--kv", "fp16,int9"], "there is no KV format 'int9'"),
         (["memory", "--context", "4096"], "the model's own reaches from 2 to 2048"),
         (["memory", "--device", "gpu"], "there is no device 'gpu'"),
-        (["memory", "--dtype", "int8"], "The dtype 'int8' is unknown"),
+        (["memory", "--dtype", "int8"], "--dtype int8: choose auto"),
         (["memory", "--model-format", "awq"], "are not quantized: leave --model-format out"),
         (["plan", "--model-format", "gguf"], "choose hf or awq"),
         (["memory", "--config", "nowhere.json"], "there is no such file"),

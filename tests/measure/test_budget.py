@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import pytest
 
 from octavo.errors import OctavoError
@@ -47,6 +49,15 @@ def test_no_less_is_measured_than_says_something() -> None:
     assert str(fit).endswith("to fit --budget 1s; no fewer would do")
     asked = Budget.parse("1s").fit(Windows(8, 256), Windows(8, 256), tokens)
     assert str(asked).endswith("beyond --budget 1s"), "what the user asks for is done, and said"
+
+
+def test_a_budget_is_over_when_its_time_has_passed() -> None:
+    begun = perf_counter() - 60
+    assert [budget.over(begun) for budget in (Budget.parse("59s"), Budget.parse("2m"), NO_LIMIT)] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_durations_are_as_exact_as_estimates() -> None:

@@ -19,7 +19,7 @@ from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
-from octavo.errors import Unsupported
+from octavo.errors import LISTED, Unsupported
 from octavo.models.bind import BoundModel, bind
 from octavo.quant.format import KVFormat
 from tests.models import zoo
@@ -59,7 +59,7 @@ def probe(name: str) -> Outcome:
     try:
         bound = bind(zoo.build(name))
     except Unsupported as refusal:
-        return Outcome(name, "refused", reason=str(refusal))
+        return Outcome(name, "refused", reason=str(refusal).removesuffix(f". {LISTED}"))
     error = largest_error(name, bound)
     return Outcome(name, "exact" if error < TOLERANCE else "wrong", error=error, features=features(bound.layers))
 

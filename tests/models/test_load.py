@@ -106,11 +106,11 @@ def test_no_code_and_one_copy_of_the_weights_are_fetched(tmp_path, monkeypatch):
 
 def test_what_cannot_be_resolved_says_why(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.onnx").touch()
     with pytest.raises(OctavoError, match=r"empty has no config\.json"):
         resolve(tmp_path / "empty")
     with pytest.raises(OctavoError, match="is a file"):
-        resolve(tmp_path / "model.gguf")
+        resolve(tmp_path / "model.onnx")
     with pytest.raises(OctavoError, match="no directory"):
         resolve(tmp_path / "nowhere")
     for error, message in (

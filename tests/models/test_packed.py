@@ -9,15 +9,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+)
 
 from octavo.errors import OctavoError, Unsupported
 from octavo.measure.memory.costs import weight_kinds
 from octavo.models.geometry import Geometry
 from octavo.models.load import load_model
 from octavo.models.packed import packed_layers
+from octavo.weights.layouts import Int4Weight
 from tests.models import test_internlm as internlm
-from tests.weights.rounding import LAYOUTS, described, packed, write
+from tests.weights.rounding import LAYOUTS, described, packed, rounded, write
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 30, 11]])
 SIZES: dict[str, Any] = {
@@ -140,6 +150,73 @@ def test_layers_left_in_16_bits_stay_as_they_are(tmp_path: Path):
     assert Geometry.trace(tmp_path).parameters == sum(p.numel() for p in model.parameters())
 
 
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "compressed symmetric"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_with_packed_experts_is_the_one_its_weights_stand_for(kind: str, name: str, tmp_path: Path):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**SIZES | MIXTURES[kind] | {"intermediate_size": 32})
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    tensors = {}
+    for key, tensor in model.state_dict().items():
+        block, _, last = key.rpartition(".")
+        if tensor.dim() < 3:
+            tensors[key] = tensor
+        for expert, matrix in enumerate(tensor if tensor.dim() == 3 else ()):
+            parts = (
+                dict(zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True)) if "up" in last else {last: matrix}
+            )
+            tensors |= {f"{block}.{expert}.{part}.weight": x for part, x in parts.items()}
+    stored, meant = packed(tensors, name, GROUP)
+    if kind == "mixtral":
+        names = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+        for ours, theirs in names.items():
+            stored = {
+                key.replace(ours, theirs) if ".mlp." in key or "moe" in key else key: x for key, x in stored.items()
+            }
+    write(tmp_path, config.to_dict() | {"dtype": "float32", "quantization_config": described(name, GROUP)}, stored)
+    for key, tensor in model.state_dict().items():
+        block, _, last = key.rpartition(".")
+        if tensor.dim() < 3:
+            tensor.copy_(meant[key])
+        for expert, matrix in enumerate(tensor if tensor.dim() == 3 else ()):
+            parts = ["gate_proj", "up_proj"] if "up" in last else [last]
+            matrix.copy_(torch.cat([meant[f"{block}.{expert}.{part}.weight"] for part in parts]))
+    own = load_model(tmp_path)
+    close(own(IDS).logits, model(IDS).logits)
+    assert len(packed_layers(own)) == 2 * (4 + 3 * 4)
+
+
+def test_columns_in_the_order_of_their_importance_are_sorted_once(tmp_path: Path):
+    """GPTQ with desc_act: the columns of a group lie anywhere."""
+    model = build("llama")
+    generator = torch.Generator().manual_seed(0)
+    stored: dict[str, Tensor] = {}
+    for name, tensor in dict(model.state_dict()).items():
+        order = torch.randperm(tensor.shape[-1], generator=generator)
+        columns = tensor[:, order].contiguous() if name.endswith("_proj.weight") else tensor
+        ours, meant = packed({name: columns}, "gptq", GROUP)
+        if name.endswith("_proj.weight"):
+            layer, place = name.removesuffix(".weight"), order.argsort()
+            model.state_dict()[name].copy_(meant[name][:, place])
+            groups = (place // GROUP).int()
+            # qweight [in/8, out]: eight columns of a word, in the order of the inputs
+            weight = rounded(columns, GROUP)
+            unsorted = Int4Weight(weight.codes[:, place], weight.zeros, weight.scales)
+            ours = {f"{layer}.{last}": value for last, value in LAYOUTS["gptq"].pack(unsorted).items()}
+            ours[f"{layer}.g_idx"] = groups
+        stored |= ours
+    said = described("gptq", GROUP) | {"desc_act": True}
+    write(tmp_path, model.config.to_dict() | {"dtype": "float32", "quantization_config": said}, stored)
+    close(load_model(tmp_path)(IDS).logits, model(IDS).logits)
+
+
 @pytest.mark.parametrize("name", ["awq", "gptq", "compressed symmetric"])
 def test_a_tied_model_whose_head_is_quantized_has_a_head_of_its_own(name: str, tmp_path: Path):
     model = build("qwen2")
@@ -190,7 +267,7 @@ AT = "model.layers.1.self_attn.k_proj"
         ("awq", put("model.layers.9.mlp.up_proj.qweight", torch.ones(1)), "model.layers.9.mlp.up_proj is quantized"),
         ("awq", put("extra", torch.ones(1)), "unknown to the model, extra"),
         ("awq", drop("model.norm.weight"), r"lack model\.norm\.weight"),
-        ("gptq", put(f"{AT}.g_idx", torch.arange(64) % 2), f"{AT}.g_idx reorders"),
+        ("gptq", put(f"{AT}.g_idx", torch.arange(64) // 16), f"{AT}.g_idx does not put 32 columns into each group"),
         ("gptq", put("model.layers.0.mlp.up_proj.bias", torch.ones(96)), r"unknown to the model, \S+up_proj.bias"),
         ("compressed", put(f"{AT}.weight_shape", torch.tensor([1, 2])), f"{AT}.weight_shape says"),
     ],
@@ -214,7 +291,6 @@ def test_a_group_size_that_does_not_divide_is_named(tmp_path: Path):
         (described("awq", 32) | {"version": "gemv"}, "version gemv"),
         (described("awq", 32) | {"bits": 8}, "bits 8"),
         (described("awq", 32) | {"group_size": 24}, "groups of 24"),
-        (described("gptq", 32) | {"desc_act": True}, "desc_act True"),
         (described("gptq", 32) | {"checkpoint_format": "marlin"}, "checkpoint_format marlin"),
         (described("compressed", 32) | {"format": "int-quantized"}, "format int-quantized"),
         (described("compressed", 32) | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
@@ -264,12 +340,14 @@ def test_sizes_in_4_bits_are_those_of_layers_that_can_be_packed(tmp_path: Path):
     config = LlamaConfig(**SIZES | {"hidden_size": 128, "intermediate_size": 192}).to_dict()
     geometry = Geometry.trace(write(tmp_path / "some", config, {}))
     attention, gate_and_up = 2 * 128 * 128 + 2 * 64 * 128, 2 * 192 * 128
-    assert geometry.linear == 2 * (attention + gate_and_up), "groups of 128 do not divide down_proj's 192 inputs"
+    assert geometry.linear == 2 * (attention + gate_and_up + 192 * 128)
+    assert geometry.group == 64, "groups of 128 do not divide down_proj's 192 inputs"
     assert "int4" in weight_kinds(geometry)
     sizes = SIZES | {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 8, "head_dim": 32}
     experts = Geometry.trace(write(tmp_path / "experts", Qwen3MoeConfig(**sizes).to_dict(), {}))
     assert experts.linear == 2 * attention
-    none = Geometry.trace(write(tmp_path / "none", LlamaConfig(**SIZES).to_dict(), {}))
+    uneven = LlamaConfig(**SIZES | {"hidden_size": 48, "intermediate_size": 80}).to_dict()
+    none = Geometry.trace(write(tmp_path / "none", uneven, {}))
     assert none.linear == 0
     assert list(weight_kinds(none)) == ["fp32"]
 

@@ -15,9 +15,10 @@ GROUP = 10  # layers side by side
 def show(found: Tuning) -> None:
     out, sensitivity, chosen = console(), found.sensitivity, found.chosen
     out.print(_rows(found))
+    count = f"{sensitivity.windows} window{'s' * (sensitivity.windows > 1)}"
     ratio = chosen.kl / chosen.expected if chosen.expected else 1.0
     out.print(
-        f"Measured on {sensitivity.windows} windows of {sensitivity.length} tokens of {found.text}: KL from the "
+        f"Measured on {count} of {sensitivity.length} tokens of {found.text}: KL from the "
         "unquantized cache, nats a token. `sum of parts` is what it would be if what each layer's K and V lose alone "
         f"added up; the choice loses {ratio:.2f} times that.\n",
         markup=False,

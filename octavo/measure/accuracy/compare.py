@@ -69,13 +69,15 @@ def compare(
     candidates: Sequence[Candidate],
     windows: Sequence[Sequence[int]],
     progress: Callable[[int, int], None] | None = None,
+    enough: Callable[[int], bool] = lambda _: False,
 ) -> list[Score]:
     """Scores of the baseline and of each candidate, in that order, over `windows` of token ids of one length.
-    `progress` is called with the number of tokens read, in all formats, and of all that will be."""
+    `progress` is called with the number of tokens read, in all formats, and of all that will be; after each window
+    `enough` is asked, with the number of windows read, whether to stop there."""
     runs = [_Run(model, candidate) for candidate in (baseline, *candidates)]
     firsts = [next(run for run in runs if run.bound is own.bound) for own in runs]  # with the same weights
     done, total = 0, len(runs) * sum(len(window) - 1 for window in windows)
-    for window in windows:
+    for nth, window in enumerate(windows, 1):
         for run in runs:
             run.start(window)
         for targets in torch.tensor(window[1:]).split(LOGIT_ROWS):
@@ -89,6 +91,8 @@ def compare(
                     progress(done, total)
         for run in runs:
             run.logits.close()
+        if enough(nth):
+            break
     return [run.score(runs[0], first) for run, first in zip(runs, firsts, strict=True)]
 
 

@@ -42,19 +42,21 @@ def on_text(
     windows: Sequence[Sequence[int]],
     answers: Windows,
     progress: Progress,
+    enough: Callable[[int], bool] = lambda _: False,
 ) -> dict[str, Any]:
-    """Every format over `windows` of the text `name`, and its greedy `answers` to the beginnings of as many windows."""
+    """Every format over `windows` of the text `name`, until they are `enough`, and its greedy `answers` to the
+    beginnings of as many windows."""
     baseline, *others = candidates
     title = f"reading {name}"
     progress(title, 0, 0)
-    scores = compare(model, baseline, others, windows, lambda done, total: progress(title, done, total))
+    scores = compare(model, baseline, others, windows, lambda done, total: progress(title, done, total), enough)
     rows = [asdict(score) for score in scores]
     for row in rows:
         del row["kl_by_position"], row["cache_alone"]
     found: dict[str, Any] = {
         "how": "measured",
         "name": name,
-        "windows": len(windows),
+        "windows": scores[0].tokens // (len(windows[0]) - 1),
         "window": len(windows[0]),
         "scores": rows,
         "kv_loss": _kv_loss(model, candidates, scores),

@@ -93,9 +93,7 @@ def diagnose(
 
     calibration = calibrate(model, calibration_windows, dataset=found.text, progress=calibrated)
     found.widths = widths(calibration)
-    found.calibrated, found.measured = (
-        f"{len(w)} windows of {fit.size.length} tokens" for w in (calibration_windows, windows)
-    )
+    found.calibrated = f"{len(calibration_windows)} windows of {fit.size.length} tokens"
     raw, sixteen = bound.raw_format, CacheSize.of(bound.shapes, KVFormat.parse("bf16"))
     candidates = [Candidate(LAST_BIT, raw, simulate=flip_last_bit)]
     for name, kv, own in CANDIDATES:
@@ -108,8 +106,10 @@ def diagnose(
         candidates,
         windows,
         lambda done, total: tell("comparing formats", done, total),
+        lambda done: done >= LEAST.count and budget.over(start),
     )
     found.rounding, found.formats = scores[1].kl, scores[2:]
+    found.measured = f"{scores[0].tokens // (fit.size.length - 1)} windows of {fit.size.length} tokens"
     found.layers = _layers(bound, calibration, windows[0], pace, budget.less(perf_counter() - start), tell, say)
     found.findings = findings(found)
     found.seconds = perf_counter() - start

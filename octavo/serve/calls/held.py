@@ -45,9 +45,23 @@ def held_grammar(
         start = f"start: inside | {begin} inside | FREE?" if begin else "start: inside | FREE?"
         return "\n".join([start, *rules, r"FREE: /[^{\[ \t\r\n](.|\n)*/"])
     head = f"head: TEXT {begin} | spelled" if syntax.begin in added or syntax.marks else "head: spelled"
-    start = f"start: (head inside){{0,{MOST_CALLS}}} TEXT" if more else "start: head inside | TEXT"
+    unframed = [] if syntax.head else _unframed(functions)
+    one = "head inside | unframed" if unframed else "head inside"
+    start = f"start: ({one}){{0,{MOST_CALLS}}} TEXT" if more else f"start: {one} | TEXT"
     spelled = f"spelled[lazy]: /(.|\\n)*{re.escape(syntax.begin).replace('/', '[/]')}/"
-    return "\n".join([start, head, *rules, spelled, r"TEXT: /(.|\n)*/"])
+    return "\n".join([start, head, *rules, *unframed, spelled, r"TEXT: /(.|\n)*/"])
+
+
+def _unframed(functions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Calls that small models write without their frame, or in a fence of code: held from the arguments on."""
+    lines = [
+        f"unframed: ({' | '.join(f'name_{i} SPACE? arguments_{i}' for i in range(len(functions)))}) UNFRAMED_END FENCE?"
+    ]
+    for i, one in enumerate(functions):
+        name = re.escape(one["name"])
+        opening = rf'\s*(```(json)?\s*)?\{{\s*"name":\s*"{name}",\s*"(arguments|parameters)":'
+        lines.append(f"name_{i}[lazy]: /{opening}/")
+    return [*lines, r"SPACE: /[ \n]+/", r"UNFRAMED_END: /\s*\}/", r"FENCE: /\s*```/"]
 
 
 def _arguments(function: Mapping[str, Any], must: bool) -> Mapping[str, Any]:

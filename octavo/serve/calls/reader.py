@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from octavo.serve.calls.syntax import Syntax
 
 LONGEST_HEAD = 256  # characters that a name and what stands around it may have
+FENCE = re.compile(r"```\w*\s*")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class _Text:
 class FreeReader(_Text):
     """Reads what a model wrote freely. A call is passed on once it is whole, so what looked like one and was none is
     text: JSON that is broken off, NaN, a function that nobody gave. `begin` is not needed at the answer's beginning:
-    small models forget it."""
+    small models forget it, or write a fence of code in its place."""
 
     def __init__(self, syntax: Syntax, names: Collection[str]):
         super().__init__(syntax)
@@ -119,7 +120,8 @@ class FreeReader(_Text):
     def finish(self) -> list[Part]:
         parts: list[Part] = []
         rest = self.held.strip()
-        if self.number and (not rest or (self.state == self._after and self.syntax.end.startswith(rest))):
+        cut_off = self.state == self._after and (self.syntax.end.startswith(rest) or "```".startswith(rest))
+        if self.number and (not rest or cut_off):
             self.held = ""
         self._show(parts, len(self.held))
         return parts
@@ -131,9 +133,15 @@ class FreeReader(_Text):
         said = self.held.lstrip()
         if not said or (self.syntax.begin and self.syntax.begin.startswith(said)):
             return False
-        if said.startswith(("{", "[")) and not (self.syntax.begin and said.startswith(self.syntax.begin)):
+        if self.syntax.begin and said.startswith(self.syntax.begin):
+            return self._expect(0, self._prose)
+        fence = FENCE.match(said)
+        inside = said[fence.end() :] if fence else said
+        if "```".startswith(said) or not inside:
+            return False
+        if inside.startswith(("{", "[")):
             self.held = said
-            return self._expect(0, self._value)
+            return self._expect(len(said) - len(inside), self._value)
         return self._expect(0, self._prose)
 
     def _prose(self, parts: list[Part]) -> bool:
@@ -166,8 +174,11 @@ class FreeReader(_Text):
         if end and rest.startswith(end):
             self.held = rest[len(end) :]
             return self._expect(0, self._prose)
-        if not rest or (end and end.startswith(rest)):
+        if not rest or (end and end.startswith(rest)) or "```".startswith(rest):
             return False
+        if rest.startswith("```"):
+            self.held = rest[3:]
+            return self._expect(0, self._prose)
         if rest[0] in ";,":
             rest = rest[1:].lstrip()
             if not rest:
@@ -239,11 +250,19 @@ def _named(value: Any, names: Collection[str]) -> tuple[str | None, str]:
         return None, ""
 
 
-class HeldReader(_Text):
-    """Reads what a grammar held to the syntax: arguments are passed on as they come."""
+UNFRAMED = re.compile(
+    r'\s*(?:```(?:json)?\s*)?\{\s*"name":\s*"([\w.-]+)",\s*"(?:arguments|parameters)":\s*(?=\{)',
+)
 
-    def __init__(self, syntax: Syntax):
+
+class HeldReader(_Text):
+    """Reads what a grammar held to the syntax: arguments are passed on as they come. Calls without their frame are read
+    where the grammar holds them too: at the answer's beginning, and after another call."""
+
+    def __init__(self, syntax: Syntax, names: Collection[str]):
         super().__init__(syntax)
+        self.names = names
+        self.unframed = False  # the call that is read
         self.call = re.compile(rf"{re.escape(syntax.before)}([\w.-]+){re.escape(syntax.between)}(?=\{{)")
         self.arguments: Span | None = None
         self.inside = False  # of a block
@@ -258,7 +277,7 @@ class HeldReader(_Text):
     def finish(self) -> list[Part]:
         parts: list[Part] = []
         if not self.inside:  # else what was cut off is the frame of a call
-            self._show(parts, len(self.held) if self.held.strip() or not self.number else 0)
+            self._show(parts, len(self.held) if self.held.strip(" \n`") or not self.number else 0)
         return parts
 
     def _step(self, parts: list[Part]) -> bool:
@@ -267,24 +286,46 @@ class HeldReader(_Text):
         if not self.inside:
             if self.syntax.bare and not self.shown and self.held.lstrip()[:1] in ("", self.syntax.before[0]):
                 self.inside = bool(self.held.strip())
+            elif self._may_be_unframed():
+                return self._find_unframed(parts)
             elif (inside := self._find_begin(parts)) is not None:
                 self.inside, self.held = True, self.held[inside:]
             return self.inside
+        if self.unframed:
+            return self._end_unframed()
         if found := self.call.search(self.held):
             self.held = self.held[found.end() :]
             parts.append(self._call(found[1], ""))
             self.arguments = Span(0, self.syntax.quote)
             return True
         end = self.syntax.end
-        if (
-            self.number
-            and end
-            and self.held.lstrip().startswith(self.syntax.after.lstrip() + self.syntax.closing + end)
-        ):
+        if self.number and end and self.held.lstrip().startswith(self.syntax.after + self.syntax.closing + end):
             self.held = self.held[self.held.index(end) + len(end) :]
             self.inside = False
             return True
         return False
+
+    def _may_be_unframed(self) -> bool:
+        here = not self.shown and self.syntax.head is None and not self.syntax.bare
+        return here and len(self.held) < LONGEST_HEAD and self.held.lstrip()[:1] in ("{", "`")
+
+    def _find_unframed(self, parts: list[Part]) -> bool:
+        found = UNFRAMED.match(self.held)
+        if found is None or found[1] not in self.names:
+            return False
+        self.held = self.held[found.end() :]
+        parts.append(self._call(found[1], ""))
+        self.arguments, self.inside, self.unframed = Span(0), True, True
+        return True
+
+    def _end_unframed(self) -> bool:
+        rest = self.held.lstrip()
+        after = rest[1:].lstrip()
+        if not rest.startswith("}") or (len(after) < 3 and "```".startswith(after)):
+            return False
+        self.held = after.removeprefix("```")
+        self.inside = self.unframed = False
+        return True
 
     def _argue(self, parts: list[Part], span: Span) -> bool:
         end = span.end(self.held)

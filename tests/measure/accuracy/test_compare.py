@@ -32,6 +32,12 @@ def test_the_baseline_scores_as_transformers_does_and_diverges_from_nothing(
     assert (score.kl, score.kl_max, score.agreement, score.tokens) == (0, 0, 1, 3 * 299)
 
 
+def test_it_stops_after_the_windows_that_are_enough(model: Model, windows: list[list[int]]) -> None:
+    baseline, seen = Candidate("fp32", KVFormat.parse("fp32")), list[int]()
+    [score] = compare(model, baseline, [], windows, enough=lambda done: seen.append(done) or done == 2)
+    assert (seen, score.tokens) == ([1, 2], 2 * 299)
+
+
 def test_divergence_is_that_of_the_distributions_and_grows_with_fewer_bits(
     model: Model, windows: list[list[int]]
 ) -> None:

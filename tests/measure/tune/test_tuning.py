@@ -60,6 +60,13 @@ def test_the_chosen_formats_lose_less_than_their_share_of_bits(tuned: Tuning) ->
     assert own.kl < (1 - share) * few.kl + share * more.kl
 
 
+def test_the_document_tells_what_each_layer_got_and_lost(tuned: Tuning) -> None:
+    found = json.loads(json.dumps(tuned.document()))
+    assert found["layers"] == [str(format) for format in tuned.formats]
+    assert len(found["kl_of_4_bits"]) == 2 * len(found["layers"])
+    assert [row["name"] for row in found["rows"]] == ["kv8", "k8v4", "tuned", "kv4"]
+
+
 def test_8_bits_lose_in_proportion_to_4(found: Sensitivity) -> None:
     assert sum(part.kl[MORE] for part in found.parts) == pytest.approx(found.uniform["kv8"])
     ratios = [part.kl[FEW] / part.kl[MORE] for part in found.parts]
@@ -160,3 +167,33 @@ def test_verbs_take_tuned_for_a_format(
     assert [fit["kv"] for fit in fits[:3]] == ["kv8", "tuned", "kv4"]
     assert sessions == sorted(sessions)
     assert len(set(sessions)) == 3
+
+
+def test_the_verb_chooses_saves_and_says_how_to_serve(
+    octavo: Callable[..., str], pamphlet: Model, calibration: Calibration, tmp_path: Path
+) -> None:
+    calibration.save(tmp_path)
+    size = ("--memory", "32MiB", "--sessions", 16, "--context", 1024)
+    out = octavo("tune", *size, "--windows", 1, "--window", 256, "--work-dir", tmp_path)
+    assert f"octavo chat pamphlet --kv tuned --calibration {tmp_path}" in out
+    llm = LLM(pamphlet, "tuned", calibration=tmp_path, session_len=1024, max_batch_size=16)
+    assert 0.95 * (32 << 20) < llm.cache.nbytes <= 32 << 20
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ([], "Give --bits 5, or --memory 4GiB"),
+        (["--bits", "5", "--memory", "4GiB"], "Give --bits 5, or"),
+        (["--memory", "4"], "'4' has no unit"),
+        (["--bits", "5", "--budget", "soon"], "--budget soon"),
+        (["--bits", "5", "--work-dir", "nowhere"], "there is no calibration at nowhere"),
+    ],
+)
+def test_a_size_that_says_nothing_is_refused_before_a_model_is_loaded(
+    argv: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["tune", *argv])
+    assert exit.value.code == 2
+    assert reason in capsys.readouterr().err

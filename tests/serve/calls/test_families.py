@@ -76,7 +76,7 @@ def test_a_call_as_the_template_writes_it_is_read_and_held_to(pamphlet: Model, f
         assert not _takes(grammars, grammar, written.replace("Rome", "Oslo"))
         assert _takes(grammars, grammar, "It is sunny.") is not must
     for size in (1, 5, len(written)):
-        assert read(HeldReader(syntax), written, size) == ("", [("weather", ROME)])
+        assert read(HeldReader(syntax, ["weather"]), written, size) == ("", [("weather", ROME)])
 
 
 def _takes(grammars: Grammars, grammar: str, text: str) -> bool:
@@ -128,6 +128,9 @@ HERMES: list[tuple[str, Found | None]] = [
         (f'<tool_call>{{"name": "weather", "arguments": {{"a": {bad}}}}}', None)
         for bad in ("NaN", "-Infinity", "1e999")
     ),
+    (f"```json\n{CALL}\n```", ("", [("weather", ROME)])),  # as Qwen's small models write it
+    ('```json\n{"an": "object"}\n```', ('```json\n{"an": "object"}\n```', [])),
+    ("```python\nprint()\n```", ("```python\nprint()\n```", [])),
     ('{"an": "object"}', ('{"an": "object"}', [])),
     ("[]", ("[]", [])),
     ("{not JSON", ("{not JSON", [])),
@@ -164,8 +167,32 @@ def test_other_ways_that_models_of_a_family_write_calls_are_read(syntax: Any, sa
         assert read(FreeReader(syntax, ["weather"]), said, size) == ("", [("weather", ROME), ("weather", {})])
 
 
+UNFRAMED = [
+    CALL,
+    f"{CALL}\n{CALL}",
+    f"```json\n{CALL}\n```",
+    '```\n{\n  "name": "weather",\n  "parameters": {"city": "Rome"}\n}',
+]
+
+
+@pytest.mark.parametrize("said", UNFRAMED, ids=[said[:30] for said in UNFRAMED])
+def test_calls_without_their_frame_are_held_to_their_schema_too(pamphlet: Model, said: str):
+    grammars = Grammars(pamphlet.tokenizer, pamphlet.bound.vocab_size, pamphlet.eos_ids)
+    grammar = held_grammar(hermes.SYNTAX, FUNCTIONS, {}, must=False, parallel=True)
+    assert _takes(grammars, grammar, said)
+    assert not _takes(grammars, grammar, said.replace("Rome", "Oslo"))
+    for other in ('{"name": "Rome"}', "```json\n[1]\n```", '{"name": "other", "arguments": {"a": 1}}'):
+        assert _takes(grammars, grammar, other)
+        assert read(HeldReader(hermes.SYNTAX, ["weather"]), other, 3) == (other, [])
+    for size in (1, 5, len(said)):
+        assert read(HeldReader(hermes.SYNTAX, ["weather"]), said, size) == (
+            "",
+            [("weather", ROME)] * said.count("Rome"),
+        )
+
+
 def test_arguments_of_held_calls_are_passed_on_as_they_come():
-    reader, text = HeldReader(hermes.SYNTAX), f"<tool_call>\n{CALL}\n</tool_call>"
+    reader, text = HeldReader(hermes.SYNTAX, ["weather"]), f"<tool_call>\n{CALL}\n</tool_call>"
     pieces = [part for sign in text for part in reader.push(sign) if isinstance(part, CallPiece)]
     assert (pieces[0].name, pieces[0].arguments) == ("weather", "")
     assert "".join(piece.arguments for piece in pieces) == '{"city": "Rome"}'

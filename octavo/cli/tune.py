@@ -1,0 +1,140 @@
+"""`octavo tune`: a format for each layer, chosen by what each layer's K and V are measured to lose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from octavo.cli.options import LoadOptions, budget_option, check_calibration, option, takes
+from octavo.errors import OctavoError
+from octavo.measure.budget import DEFAULT, Budget, Windows
+
+if TYPE_CHECKING:
+    from octavo.models.model import Model
+
+WANTED, LEAST = Windows(4, 512), Windows(1, 256)
+LAST = 2  # readings of each window that the check of the choice takes
+
+
+def measuring(help: str, *names: str, **more: object) -> object:
+    return option(help, *names, panel="Measuring", **more)
+
+
+@takes(LoadOptions)
+def tune(
+    options: LoadOptions,
+    bits: Annotated[
+        float | None, typer.Option(help="Bits of a value on average, scales included: from 4.1 to 16.", min=1, max=32)
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="In place of --bits: what the KV cache may take, like 4GiB, …")
+    ] = None,
+    sessions: Annotated[int, typer.Option(help="… for so many sessions at a time …", min=1)] = 16,
+    context: Annotated[
+        int | None, typer.Option(help="… of so many tokens. [default: the model's context]", min=2)
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        option("File or directory of the calibration; the formats go beside it.", "--calibration", "--work-dir"),
+    ] = None,
+    text: Annotated[
+        str | None,
+        measuring("A .txt or .jsonl file, or ptb, c4, wikitext2, pileval. [default: a bundled English prose]"),
+    ] = None,
+    data_dir: Annotated[Path | None, measuring("Where files of the named text are.")] = None,
+    windows: Annotated[
+        int | None, measuring(f"Windows of it. [default: {WANTED.count}, or what --budget allows]", min=1)
+    ] = None,
+    window: Annotated[
+        int | None,
+        measuring(f"Tokens in a window. [default: {WANTED.length}, or what --budget allows]", min=LEAST.length),
+    ] = None,
+    budget: Annotated[str, budget_option("--windows and --window")] = DEFAULT,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Choose a KV cache format for each layer of MODEL, for --kv tuned.
+
+    K and V of each layer are stored in 4 bits one at a time, and what that changes at the model's output is measured.
+    Then 4, 8 and 16 bits are given out so that least is lost within the size that is asked for.
+    """
+    from octavo.cache.size import parse_bytes
+
+    if (bits is None) == (memory is None):
+        raise OctavoError("how large may it be? Give --bits 5, or --memory 4GiB with --sessions and --context")
+    room, time = parse_bytes(memory) if memory is not None else None, Budget.parse(budget)
+    check_calibration(calibration, None, None)
+    import torch
+
+    model = options.load(torch.float32)  # in bf16 rounding would hide what one side loses
+    from octavo.cli.progress import calibration_with_bar, telling
+    from octavo.cli.tables.tune import show
+    from octavo.measure.as_json import dumps
+    from octavo.measure.tune.choice import token_budget, token_room
+    from octavo.measure.tune.sensitivity import measure, readings
+    from octavo.measure.tune.tuning import tune as choose
+    from octavo.quant.format import KVFormat
+
+    bound, where = model.bound, _directory(model, calibration)
+    if room is not None:
+        room = token_room(bound, room, sessions, context or bound.max_context)
+    known = calibration_with_bar(model, calibration, KVFormat.parse("kv4"))
+    name, pieces = _windows(model, text, data_dir, windows, window, time)
+    start, work, done = perf_counter(), len(pieces) * (readings(bound) + LAST), 0
+    with telling("measuring") as tell:
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            tell("storing one side of one layer in 4 bits", done, work)
+
+        def go_on(taken: int) -> bool:
+            return windows is not None or time.holds((perf_counter() - start) * (taken + 1) / taken)
+
+        found = measure(bound, known, pieces, go_on, step)
+        pieces = pieces[: found.windows]
+        size = room if room is not None else token_budget(found, bits or 0.0)
+        chosen = choose(bound, known, found, size, pieces, name, step)
+        tell("storing one side of one layer in 4 bits", work, work)
+    path = chosen.artefact(model.fingerprint).save(where)
+    if json:
+        print(dumps({"command": "tune", "model": model.name, **chosen.document(), "saved": str(path)}))
+        return
+    show(chosen)
+    beside = f" --calibration {calibration}" if calibration is not None else ""
+    print(f"saved to {path}\nnext: octavo chat {model.name} --kv tuned{beside}")
+
+
+def _directory(model: Model, given: Path | None) -> Path:
+    """Where the formats are saved."""
+    if model.synthetic:
+        raise OctavoError("--load-format dummy: random weights have no layers to tell apart")
+    if given is None:
+        return model.work_dir
+    return given if given.is_dir() else given.parent
+
+
+def _windows(
+    model: Model, text: str | None, data_dir: Path | None, count: int | None, length: int | None, budget: Budget
+) -> tuple[str, list[list[int]]]:
+    """The text's name, and windows of it: those asked for, or what the budget allows. Says how long it takes."""
+    from octavo.cli.progress import say
+    from octavo.corpus import load_texts
+    from octavo.measure.pace import Pace
+    from octavo.measure.tune.sensitivity import readings
+    from octavo.models.locate import BUNDLED
+    from octavo.text_windows import token_windows
+
+    texts = load_texts(str(BUNDLED / "evaluation.txt") if text is None else text, data_dir)
+    bound, work = model.bound, readings(model.bound) + LAST
+    longest = min(WANTED.length, bound.max_context)
+    wanted = Windows(count or WANTED.count, length or longest)
+    if wanted.length > bound.max_context:
+        raise OctavoError(f"a window of {wanted.length} tokens is longer than the model's context, {bound.max_context}")
+    least = Windows(count or LEAST.count, length or min(LEAST.length, longest))
+    pace = Pace.measure(bound, wanted.length)
+    fit = budget.fit(wanted, least, lambda size: pace.read(size.tokens, logits=True) * work)
+    say(f"{work} readings of {fit}")
+    return texts.name, list(token_windows(texts, model.tokenizer, fit.size.count, fit.size.length))
