@@ -38,9 +38,7 @@ async def main() -> None:
         model = kind(model=name, openai_client=client)
         settings = ModelSettings(tool_choice="required", max_tokens=300, parallel_tool_calls=False)
         agent = Agent("Reporter", instructions="Be terse.", model=model, tools=[weather], model_settings=settings)
-        if (
-            kind is OpenAIChatCompletionsModel
-        ):  # words about the result; of a response that is cut off the SDK takes none
+        if kind is OpenAIChatCompletionsModel:  # it takes words that are cut off, the other does not
             assert isinstance((await Runner.run(agent, "How is the weather in Rome?", max_turns=6)).final_output, str)
         called.clear()
         agent.tool_use_behavior = "stop_on_first_tool"

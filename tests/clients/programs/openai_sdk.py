@@ -31,14 +31,18 @@ assert parsed.choices[0].message.parsed.city in ("Rome", "Paris")
 function = {"name": "weather", "parameters": {**Weather.model_json_schema(), "additionalProperties": False}}
 tools = [{"type": "function", "function": {**function, "strict": True}}]
 said = (
-    client.chat.completions.create(model=model, messages=messages, tools=tools, tool_choice="required")
+    client.chat.completions.create(
+        model=model, messages=messages, tools=tools, tool_choice="required", parallel_tool_calls=False
+    )
     .choices[0]
     .message
 )
 assert all(Weather.model_validate_json(call.function.arguments) for call in said.tool_calls)
 results = [{"role": "tool", "tool_call_id": call.id, "content": "Sunny"} for call in said.tool_calls]
 client.chat.completions.create(model=model, messages=[*messages, said, *results], tools=tools, max_tokens=16)
-with client.chat.completions.stream(model=model, messages=messages, tools=tools, tool_choice="required") as stream:
+with client.chat.completions.stream(
+    model=model, messages=messages, tools=tools, tool_choice="required", parallel_tool_calls=False
+) as stream:
     streamed = stream.get_final_completion().choices[0].message.tool_calls
 assert all(call.function.name == "weather" for call in streamed)
 
@@ -53,6 +57,10 @@ with client.responses.stream(model=model, input="How is the weather?", max_outpu
     assert "".join(e.delta for e in stream if e.type == "response.output_text.delta") == first.output_text
 assert client.responses.parse(model=model, input="Weather?", text_format=Weather).output_parsed.city
 called = client.responses.create(
-    model=model, input="Weather?", tools=[{"type": "function", **function}], tool_choice="required"
+    model=model,
+    input="Weather?",
+    tools=[{"type": "function", **function}],
+    tool_choice="required",
+    parallel_tool_calls=False,
 )
 assert called.output[0].type == "function_call"
