@@ -62,13 +62,13 @@ def sensitivity(model: Model, calibration: Calibration, found: Document, args: a
 
 
 def candidates(
-    model: Model, calibration: Calibration, parts: Sensitivity, sizes: Sequence[float]
+    model: Model, calibration: Calibration, parts: Sensitivity, uniform: Sequence[str], sizes: Sequence[float]
 ) -> list[tuple[Candidate, float | None]]:
     """What is compared, each with the KL that it is expected to have on the windows of the parts."""
     few = {part.side: sum(p.kl[FEW] for p in parts.parts if p.side == part.side) for part in parts.parts}
     several: list[tuple[Candidate, float | None]] = [
         (Candidate(name, KVFormat.parse(name), calibration), sum(few.values()) if name == "kv4" else None)
-        for name in FOR_ALL
+        for name in uniform
     ]
     for bits in sizes:
         chosen = choose(parts.parts, token_budget(parts, bits))
@@ -82,14 +82,16 @@ def compared(model: Model, calibration: Calibration, parts: Sensitivity, found: 
     """Add the rows of a text that are missing, and keep them after every few."""
     how = {"model": model.path.name, "text": text, "window": args.window, "windows": args.windows}
     known = {row["name"] for row in found["rows"] if how.items() <= row.items()}
-    missing = [pair for pair in candidates(model, calibration, parts, args.bits) if pair[0].name not in known]
+    missing = [
+        pair for pair in candidates(model, calibration, parts, args.uniform, args.bits) if pair[0].name not in known
+    ]
     windows = consecutive_windows(load_texts(text, args.data, "test"), model.tokenizer, args.window, args.windows)
     for group in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
         with progress() as bar:
-            task = bar.add_task(f"{model.path.name} on {text}: {group[0][0].name} …", total=len(windows))
+            task = bar.add_task(f"{model.path.name} on {text}: {group[0][0].name} …", total=None)
             scores = compare(
                 model, BASELINE, [candidate for candidate, _ in group], windows,
-                lambda done, bar=bar, task=task: bar.update(task, completed=done),
+                lambda done, total, bar=bar, task=task: bar.update(task, completed=done, total=total),
             )  # fmt: skip
         for (candidate, expected), score in zip(group, scores[1:], strict=True):
             row = how | {"name": candidate.name, "bits": bits(model, candidate), "expected_on_parts": expected}
@@ -132,10 +134,10 @@ def draw(found: Document, path: Path) -> None:
         of_texts = {name: {row["text"] for row in _of(own, name)} for name in {row["name"] for row in own}}
         own = [row for row in own if all(row["text"] in texts for texts in of_texts.values())]
         points = {name: _mean(_of(own, name)) for name in {row["name"] for row in own}}
-        ends = [points[name] for name in ("kv4", "kv8")]
+        ends = [points[name] for name in ("kv4", "kv8") if name in points]
         tuned = sorted([point for name, point in points.items() if name.startswith("tuned")] + ends)
         plot.plot(*zip(*tuned, strict=True), "o-", color=LIGHT["c1"], markersize=3.5, label="tuned, layer by layer")
-        uniform = {name: points[name] for name in FOR_ALL}
+        uniform = {name: points[name] for name in FOR_ALL if name in points}
         plot.plot(*zip(*uniform.values(), strict=True), "s", color=LIGHT["c3"], label="one format for all layers")
         for name, point in uniform.items():
             side = {"kv8": ((-6, 4), "right")}.get(name, ((6, 4), "left"))
@@ -167,6 +169,7 @@ def main() -> None:
     cli.add_argument("--length", type=int, default=512, help="tokens in one of them")
     cli.add_argument("--window", type=int, default=1024)
     cli.add_argument("--windows", type=int, default=1, help="of each text")
+    cli.add_argument("--uniform", nargs="*", choices=FOR_ALL, default=FOR_ALL, help="formats for all layers")
     cli.add_argument("--bits", type=float, nargs="+", default=BITS, help="sizes of tuned formats")
     cli.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS)
     cli.add_argument("--out", type=Path, required=True)

@@ -90,13 +90,13 @@ def demo() -> None:
     text = load_texts(str(BUNDLED / "evaluation.txt"))
     windows = consecutive_windows(text, model.tokenizer, WINDOW)
     with progress() as bar:
-        task = bar.add_task("measuring", total=len(windows))
+        task = bar.add_task("measuring", total=None)
         scores = compare(
             model,
             Candidate(str(baseline.format), baseline.format),
             [Candidate(name, KVFormat.parse(name), kv8.calibration) for name in FORMATS],
             windows,
-            progress=lambda done: bar.update(task, completed=done),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     console.print(accuracy(scores))
 

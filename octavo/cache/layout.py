@@ -40,7 +40,8 @@ class Layout:
         """The layout of one side's rows of `dim` values in that codec."""
         of_bytes, of_raw = ORDERS.get((self.order, side), ("rows", "rows"))
         slack = SLACK if (self.order, side) == ("tiles", "v") and codec.width(dim) % LANES else 0
-        order = of_raw if codec.is_raw else of_bytes
+        # The CPU kernels read fp8 as they read numbers of two bytes.
+        order = of_raw if codec.is_raw or (self.order == "tiles" and codec.kind == "float") else of_bytes
         return RowLayout(order, self.block_size, codec.width(dim), getattr(torch, codec.dtype), slack)
 
     @property

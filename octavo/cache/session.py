@@ -142,7 +142,7 @@ class SavedSession:
         count = codes.get(ROWS, torch.empty(0))
         if count.dtype != torch.int64 or count.shape != (1,) or not 0 <= int(count) <= len(self.tokens):
             raise Damaged(f"{self.path}: it does not say of how many of its tokens it holds rows")
-        expected = _kinds(cache, int(count))
+        expected = kinds(cache, int(count))
         if codes.keys() != expected.keys():
             strange = sorted(codes.keys() ^ expected.keys())[0]
             raise Damaged(f"{self.path}: the tensor {strange} is {'missing' if strange in expected else 'unknown'}")
@@ -268,15 +268,15 @@ def _stores(cache: KVCache) -> Iterator[tuple[str, int, RowStore]]:
             yield f"layers.{i}{FIRST}{side}", group, store
 
 
-def _kinds(cache: KVCache, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def kinds(cache: KVCache, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Of each tensor of a session of this cache that has `count` rows: dtype and shape."""
-    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {ROWS: (torch.int64, (1,))}
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {ROWS: (torch.int64, (1,))}
     size = cache.layout.block_size
     for name, group, store in _stores(cache):
         reach = cache.reaches[group]
         behind = 0 if reach is None else max(0, count - reach + 1) // size * size
         held = min(count, size) if FIRST in name else count - behind
-        kinds[f"{name}.codes"] = store.codes.dtype, (store.heads, held, store.codec.width(store.dim))
+        found[f"{name}.codes"] = store.codes.dtype, (store.heads, held, store.codec.width(store.dim))
         if store.scales is not None:
-            kinds[f"{name}.scales"] = store.scales.dtype, (store.heads, held)
-    return kinds
+            found[f"{name}.scales"] = store.scales.dtype, (store.heads, held)
+    return found

@@ -19,14 +19,15 @@ from octavo.cli.memory import memory
 from octavo.cli.plan import plan
 from octavo.cli.quantize import quantize
 from octavo.cli.report import report
+from octavo.cli.scales import app as scales
 from octavo.cli.serve import serve
 from octavo.cli.speed import speed
 from octavo.cli.tune import tune
 from octavo.errors import OctavoError
 
 app = typer.Typer(
-    help="Calibrated int8 KV caches for Hugging Face language models. MODEL is a directory or a Hub id; with none, the "
-    "small bundled model `pamphlet`.",
+    help="Calibrated int8 KV caches for Hugging Face language models. MODEL is a directory, Hub id or .gguf file; with "
+    "none, the small bundled model `pamphlet`.",
     no_args_is_help=True,
     rich_markup_mode="markdown",  # rich would take "[default: …]" for markup and drop it
     pretty_exceptions_enable=False,
@@ -43,6 +44,8 @@ app.command()(speed)
 app.command()(report)
 app.command()(memory)
 app.command()(plan)
+
+app.add_typer(scales, name="scales")
 
 lite = typer.Typer(help="The verb of LMDeploy's page: `octavo lite calibrate …`.", no_args_is_help=True)
 lite.command()(calibrate)

@@ -108,7 +108,8 @@ class LoadOptions:
     """How the model is loaded."""
 
     model: Annotated[
-        str | None, typer.Argument(help="A directory or a Hub id. [default: the bundled model]", show_default=False)
+        str | None,
+        typer.Argument(help="A directory, Hub id or .gguf file. [default: the bundled model]", show_default=False),
     ] = None
     model_format: Annotated[str, option("How the weights are stored: hf, awq.")] = "hf"
     dtype: Annotated[str, option("auto, bf16, fp16 or fp32.")] = "auto"
@@ -158,7 +159,8 @@ class ShapeOptions:
     """A model whose sizes are asked for: its config is enough."""
 
     model: Annotated[
-        str | None, typer.Argument(help="A directory or a Hub id. [default: the bundled model]", show_default=False)
+        str | None,
+        typer.Argument(help="A directory, Hub id or .gguf file. [default: the bundled model]", show_default=False),
     ] = None
     config: Annotated[Path | None, option("A config.json in place of MODEL; no weights are needed.")] = None
     model_format: Annotated[str, option("How the weights are stored: hf, awq.")] = "hf"
@@ -307,7 +309,8 @@ class SamplingOptions(_Table):
 
 def takes(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: a command `f(a, b, …own)` takes the fields of the dataclasses `kinds` (A, B) as arguments and options
-    of its own, and gets an A and a B, each of which has checked itself if it can."""
+    of its own, and gets an A and a B, each of which has checked itself if it can. Its own required arguments come
+    first, then theirs."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[len(kinds) :]
@@ -327,7 +330,9 @@ def takes(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
                     part.check()
             command(*chosen, **values)
 
-        merged = [*shared, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        required = [p for p in own if p.default is inspect.Parameter.empty]
+        merged = [*required, *shared, *(p for p in own if p not in required)]
         run.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in merged}
         return run

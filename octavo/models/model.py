@@ -29,7 +29,7 @@ from octavo.models.rope import short_context
 from octavo.models.tokenizer import load_tokenizer, warn_of_strangers
 from octavo.quant import tuned
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
-from octavo.quant.format import Format, KVFormat, is_tuned
+from octavo.quant.format import Format, KVFormat, by_layer, is_tuned
 from octavo.quant.tuned import Tuned
 
 SENTENCE = (  # any text, by which the size of K and V is seen
@@ -198,6 +198,9 @@ class Model:
         shapes = [(shape.kv_heads, shape.k_dim, shape.v_dim) for shape in self.bound.shapes]
         try:
             found.check(self.fingerprint, self.bound.rotary, shapes)
+            codecs = [codec for one in by_layer(format, len(shapes)) for codec in (one.k, one.v)]
+            if found.ranges_alone and (token := next((codec for codec in codecs if codec.has_token_scale), None)):
+                raise OctavoError(found.lacks(token))
         except OctavoError as error:
             if given is not None or format.needs_calibration:
                 raise

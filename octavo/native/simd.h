@@ -138,6 +138,7 @@ inline u8v splat4(const void* p) {
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
+struct fp8 { uint8_t bits; };  // e4m3: the largest is 448, there is no infinity, and we store no NaN
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
@@ -158,6 +159,13 @@ inline float to_float(fp16 x) {
         f *= 0x1p112f;
     }
     return sign ? -f : f;
+}
+inline float to_float(fp8 x) {
+    const uint32_t bits = uint32_t(x.bits & 0x7f) << 20;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    f *= 0x1p120f;  // an exponent shift that normal and subnormal numbers share
+    return x.bits & 0x80 ? -f : f;
 }
 inline void from_float(float x, float& out) { out = x; }
 inline void from_float(float x, bf16& out) {
@@ -186,6 +194,26 @@ inline void from_float(float x, fp16& out) {
     out.bits = sign | uint16_t((bits - 0x38000000u) >> 13);
 }
 
+inline void from_float(float x, fp8& out) {  // what is beyond the largest becomes it, and so does a NaN
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint8_t sign = bits >> 24 & 0x80;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) { out.bits = 0x7e; return; }
+    if (bits >= 0x43e00000u) { out.bits = sign | 0x7e; return; }  // 448
+    if (bits < 0x3c800000u) {  // below 2⁻⁶, in steps of 2⁻⁹: let a float addition do the rounding
+        float f;
+        std::memcpy(&f, &bits, 4);
+        f += 16384.0f;
+        uint32_t rounded;
+        std::memcpy(&rounded, &f, 4);
+        out.bits = sign | uint8_t(rounded - 0x46800000u);
+        return;
+    }
+    bits += 0x7ffffu + (bits >> 20 & 1);  // to even
+    out.bits = sign | uint8_t((bits >> 20) - (120 << 3));
+}
+
 inline f32v load_float(const float* p) { return load<f32v>(p); }
 inline f32v load_float(const bf16* p) {
 #if defined(__AVX512F__)
@@ -206,6 +234,19 @@ inline f32v load_float(const fp16* p) {
     for (int i = 0; i < W; i++) v[i] = to_float(p[i]);
     return v;
 #endif
+}
+
+inline f32v load_float(const fp8* p) {
+#if defined(__AVX512F__)
+    const i32v code = (i32v)_mm512_cvtepu8_epi32(load<__m128i>(p));
+#elif defined(__AVX2__)
+    const i32v code = (i32v)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+    i32v code;
+    for (int i = 0; i < W; i++) code[i] = p[i].bits;
+#endif
+    const f32v size = (f32v)((code & 0x7f) << 20) * 0x1p120f;
+    return (f32v)((i32v)size | (code & 0x80) << 24);
 }
 
 constexpr float MAGIC = 0x1.8p23f;  // added to |x| < 2²²: rounds to an integer, half to even, and holds it in the low bits

@@ -21,13 +21,14 @@ from octavo.artefact import Artefact
 from octavo.errors import OctavoError
 from octavo.quant.codec import Static
 from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Codec, Granularity, validate_choice
-from octavo.quant.statistics import attention_static, range_static
+from octavo.quant.statistics import attention_static, float_static, range_static
 
 FILE_NAME = "kv_calibration.safetensors"
 VERSION = 2
 SYNTHETIC = "synthetic"  # the fingerprint of `--load-format dummy`
 
-NEEDED = {"min", "max", "mean", "std", "reader"}  # statistics that a static part is made from
+RANGES = {"min", "max"}  # statistics that every calibration has
+ATTENTION = {"mean", "std", "reader"}  # those that the static part of token codecs is made from
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Side = dict[str, Tensor]  # statistic → [kv_heads, dim]
 
@@ -67,11 +68,26 @@ class Calibration:
         granularity and headroom, by default the header's."""
         statistics = self.layers[layer][side]
         if codec.kind == "token":
+            if self.ranges_alone:
+                raise OctavoError(self.lacks(codec))
             return attention_static(statistics["mean"], statistics["std"], statistics["reader"])
         granularity = self.header.granularity if granularity is None else granularity
         headroom = self.header.headroom if headroom is None else headroom
         validate_choice(granularity, headroom)
-        return range_static(statistics["min"], statistics["max"], granularity, headroom)
+        choose = float_static if codec.kind == "float" else range_static
+        return choose(statistics["min"], statistics["max"], granularity, headroom)
+
+    @property
+    def ranges_alone(self) -> bool:
+        """Whether it says how far K and V reach and not what reads them: another project's scales."""
+        return any(not side.keys() >= ATTENTION for sides in self.layers for side in sides.values())
+
+    def lacks(self, codec: Codec) -> str:
+        """What is missing for a token codec."""
+        return (
+            f"the calibration ({self.header.dataset}) has ranges of K and V and not the queries that read them, which "
+            f"{codec} is made from: run `octavo calibrate`, or serve int8 or fp8"
+        )
 
     def check(self, fingerprint: str, rotary: str, shapes: list[tuple[int, int, int]]) -> None:
         """Refuse other weights, other RoPE settings and other geometry; `shapes` is (kv_heads, k_dim, v_dim) of each
@@ -141,13 +157,13 @@ def _layers(path: Path, tensors: dict[str, Tensor]) -> list[dict[str, Side]]:
             ranges = layers.get(i, {}).get(side, {})
             shapes = {(t.dim(), t.shape) for t in ranges.values()}
             if (
-                not ranges.keys() >= NEEDED
+                not ranges.keys() >= RANGES
                 or len(shapes) > 1
                 or ranges["min"].dim() != 2
                 or not all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in ranges.values())
                 or (ranges["min"] > ranges["max"]).any()
-                or (ranges["std"] < 0).any()
-                or (ranges["reader"] < 0).any()
+                or (0 < len(ranges.keys() & ATTENTION) < len(ATTENTION))
+                or any((ranges[name] < 0).any() for name in ("std", "reader") if name in ranges)
             ):
                 raise OctavoError(f"{path}: the {side.upper()} statistics of layer {i} are missing or not valid")
     return [layers[i] for i in range(len(layers))]

@@ -30,6 +30,7 @@ TOKEN_SCALE = {bits: (ABSMAX / levels).float() for bits, levels in LEVELS.items(
 TOKEN_RECIPROCAL = {bits: (levels / ABSMAX).float() for bits, levels in LEVELS.items()}
 TOKEN_LIMIT = {bits: TOKEN_SCALE[bits] * levels for bits, levels in LEVELS.items()}  # in float32, as kernels have it
 MID_RISE = 7.5
+FP8_LARGEST = 448.0  # of float8_e4m3fn; its last step is 32
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def encode(x: Tensor, codec: Codec, static: Static | None = None) -> Rows:
     """Encode rows `x` [..., kv_heads, dim] of any float dtype.
 
     Saturation is counted per value. Static: |y| > 128.5, which is more than one step beyond the calibrated range (its
-    own end is y = ±127.5). Token: beyond the last entry of the scale table.
+    own end is y = ±127.5). Float: |y| > 464, half a step beyond the largest. Token: beyond the last entry of the
+    scale table.
     """
     if codec.is_raw:
         return Rows(x.to(getattr(torch, codec.dtype)))
@@ -103,6 +105,9 @@ def encode(x: Tensor, codec: Codec, static: Static | None = None) -> Rows:
         y = (y - static.mu) * static.reciprocal
     if codec.rotated:
         y = rotate(y)
+    if codec.kind == "float":
+        bits = y.nan_to_num(FP8_LARGEST).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
+        return Rows(bits, None, (y.abs() > FP8_LARGEST + 16).sum())
     if not codec.has_token_scale:
         return Rows(y.round().clamp(-128, 127).to(torch.int8), None, (y.abs() > 128.5).sum())
     levels = LEVELS[codec.bits]
@@ -120,7 +125,7 @@ def centered(codes: Tensor, codec: Codec, dim: int) -> Tensor:
     """The codes as float32 numbers that only a scale separates from y: [..., dim]. Attention computes on these."""
     if codec.bits == 4:
         return unpack(codes, dim).float() - MID_RISE
-    return codes.float()
+    return (codes.view(torch.float8_e4m3fn) if codec.kind == "float" else codes).float()
 
 
 def token_scale(scales: Tensor, codec: Codec) -> Tensor:

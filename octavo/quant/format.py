@@ -7,6 +7,7 @@ class per combination. `LayerFormats` are formats that were chosen layer by laye
                             kv8 is short for int8-token+edges
     bf16 fp16 fp32          raw: the codes are the values (the baseline, through the same engine)
     int8                    8 bits, static scale from calibration, no bytes beside the codes
+    fp8                     8 bits of float8_e4m3fn, times a static scale where there is a calibration
     int8-token              8 bits and one byte of logarithmic scale per token and head
     int4-token              4 bits and the same byte
     int8-token-unrotated    int4-token-unrotated      without the rotation that token codecs have
@@ -26,9 +27,10 @@ from typing import Literal, get_args
 
 from octavo.errors import OctavoError
 
-Kind = Literal["raw", "static", "token"]
+Kind = Literal["raw", "static", "token", "float"]
 Granularity = Literal["tensor", "head", "channel"]
 KERNEL_NUMBERS = {"bfloat16": 0, "float16": 1, "float32": 2, "int8": 3, "uint8": 4}  # attention/native/kernel.h: Code
+FP8_NUMBER = 5
 
 # How static scales are chosen from calibrated ranges unless said otherwise: docs/FORMATS.md has the numbers behind it.
 DEFAULT_GRANULARITY: Granularity = "channel"
@@ -67,7 +69,7 @@ class Codec:
     @property
     def kernel_number(self) -> int:
         """The native kernels' number of the code."""
-        return KERNEL_NUMBERS[self.dtype]
+        return FP8_NUMBER if self.kind == "float" else KERNEL_NUMBERS[self.dtype]
 
     def width(self, dim: int) -> int:
         """Stored elements of one row of `dim` values; an odd row of 4-bit codes is padded to a whole byte."""
@@ -89,6 +91,7 @@ CODECS = {
     "fp16": Codec("raw", 16, dtype="float16"),
     "fp32": Codec("raw", 32, dtype="float32"),
     "int8": Codec("static", 8),
+    "fp8": Codec("float", 8, dtype="uint8"),  # the bits: torch computes little with its own type
     "int8-token": Codec("token", 8, rotated=True),
     "int8-token-unrotated": Codec("token", 8),
     "int4-token": Codec("token", 4, rotated=True, dtype="uint8"),

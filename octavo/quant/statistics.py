@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from octavo.quant.codec import Static
+from octavo.quant.codec import FP8_LARGEST, Static
 from octavo.quant.format import Granularity
 
 QUANTILES = {"q01": 0.01, "q50": 0.50, "q99": 0.99}
@@ -116,6 +116,21 @@ def range_static(low: Tensor, high: Tensor, granularity: Granularity, headroom: 
     c = headroom * (high - low) / 255
     # Below 1e-30 the reciprocal could leave float32.
     return Static(mu=((low + high) / 2).contiguous(), c=torch.where(c > 1e-30, c, 1.0).contiguous())
+
+
+def float_static(low: Tensor, high: Tensor, granularity: Granularity, headroom: float) -> Static:
+    """The static part of fp8 from calibrated ranges `low`, `high` [kv_heads, dim], as other engines have it.
+
+        mu = 0        c = headroom·max(|min|, |max|)/448
+
+    over the layer, each KV head or each channel.
+    """
+    over = {"tensor": (0, 1), "head": (1,), "channel": ()}[granularity]
+    largest = torch.maximum(low.abs(), high.abs())
+    if over:
+        largest = largest.amax(over, keepdim=True).expand(low.shape)
+    c = headroom * largest / FP8_LARGEST
+    return Static(mu=torch.zeros_like(low), c=torch.where(c > 1e-30, c, 1.0).contiguous())
 
 
 def attention_static(mean: Tensor, std: Tensor, reader: Tensor) -> Static:

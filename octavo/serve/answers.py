@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Literal
 
 from octavo.completion import Completion, Delta
@@ -40,7 +41,7 @@ class Usage:
     cached: int  # of the prompt, found in the prefix cache
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Piece:
     """What came of one answer, in its order: text to show and pieces of calls."""
 
@@ -48,7 +49,7 @@ class Piece:
     first: bool  # nothing came before
     parts: Sequence[str | CallPiece]
     tokens: Sequence[ShownToken]  # where log-probabilities were asked for
-    token_ids: Sequence[int]  # where they were asked for
+    token_ids: Sequence[int]
     reason: Reason | None = None  # why it ended, with the last piece
 
     @property
@@ -68,40 +69,49 @@ class Piece:
     @property
     def empty(self) -> bool:
         """Whether it tells nothing: its text may yet be part of a call."""
-        return not (self.first or self.parts or self.tokens or self.token_ids or self.reason)
+        return not (self.first or self.parts or self.tokens or self.reason)
 
 
 @dataclass
 class Choice:
-    """An answer as far as it has come: text and calls in their order."""
+    """An answer as far as it has come."""
 
-    parts: list[str | Call] = field(default_factory=list)
+    pieces: list[str | CallPiece] = field(default_factory=list)
     tokens: list[ShownToken] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     reason: Reason | None = None
     completion: Completion | None = None  # the engine's, once it has ended
 
     @property
+    def parts(self) -> list[str | Call]:
+        """Text and calls in their order."""
+        parts: list[str | Call] = []
+        for called, group in groupby(self.pieces, lambda piece: piece.number if isinstance(piece, CallPiece) else None):
+            if called is None:
+                parts.append("".join(text for text in group if isinstance(text, str)))
+                continue
+            first, *rest = (piece for piece in group if isinstance(piece, CallPiece))
+            arguments = first.arguments + "".join(piece.arguments for piece in rest)
+            parts.append(Call(first.id or "", first.name or "", arguments))
+        return parts
+
+    @property
     def text(self) -> str:
-        return "".join(part for part in self.parts if isinstance(part, str))
+        return "".join(piece for piece in self.pieces if isinstance(piece, str))
 
     @property
     def calls(self) -> list[Call]:
         return [part for part in self.parts if isinstance(part, Call)]
 
+    @property
+    def called(self) -> bool:
+        """Whether it has a call."""
+        return any(isinstance(piece, CallPiece) for piece in self.pieces)
+
     def add(self, piece: Piece) -> None:
-        for part in piece.parts:
-            last = self.parts[-1] if self.parts else None
-            if isinstance(part, CallPiece) and part.id is not None and part.name is not None:
-                self.parts.append(Call(part.id, part.name, part.arguments))
-            elif isinstance(part, CallPiece):
-                assert isinstance(last, Call)
-                self.parts[-1] = Call(last.id, last.name, last.arguments + part.arguments)
-            elif isinstance(last, str):
-                self.parts[-1] = last + part
-            else:
-                self.parts.append(part)
-        self.tokens += piece.tokens
+        self.pieces += piece.parts
+        if piece.tokens:
+            self.tokens += piece.tokens
         self.token_ids += piece.token_ids
         self.reason = piece.reason
 
@@ -138,17 +148,16 @@ class Answers:
             parts = self._readers[i].push(delta.text)
             if ended:
                 parts += self._readers[i].finish()
-        tokens = self._texts[i].take(delta.sampled, delta.text, ended) if self._texts else []
+        tokens = self._texts[i].take(delta.sampled, delta.text, ended) if self._texts else ()
         choice = self.choices[i]
-        reason: Reason | None = None
+        piece = Piece(i, not self._begun[i], parts, tokens, [one.token for one in delta.sampled])
+        choice.add(piece)
         if ended:
             choice.completion = ended
             assert ended.finish_reason != "error"  # it is no answer (service.py)
-            called = any(isinstance(part, CallPiece) for part in parts) or bool(choice.calls)
-            reason = "tool_calls" if called and ended.finish_reason == "stop" else ended.finish_reason
-        piece = Piece(i, not self._begun[i], parts, tokens, [one.token for one in delta.sampled], reason)
+            called = choice.called and ended.finish_reason == "stop"
+            piece.reason = choice.reason = "tool_calls" if called else ended.finish_reason
         self._begun[i] = True
-        choice.add(piece)
         return piece
 
     @property

@@ -57,15 +57,18 @@ class OpenAIReply(Reply):
     def __init__(self, model: str, answers: Answers, token_ids: bool = False):
         super().__init__(model, answers)
         self.token_ids = token_ids  # they are told too, as in vLLM
+        self._opening = b"data: " + dumps(self._head(self.chunk_object))[:-1] + b","  # of every piece
 
     def piece(self, piece: Piece) -> bytes:
-        choice = self.choice(piece)
-        if choice is None:
+        if piece.empty and not (self.token_ids and piece.token_ids):
             return b""
-        more = self._prompt(piece.index) if piece.first else {}
+        choice = self.choice(piece)
+        if self.token_ids:
+            choice |= self._ids(piece.token_ids)
+        more = {"choices": [choice], **(self._prompt(piece.index) if piece.first else {})}
         if self.answers.asked.usage:
             more["usage"] = self._running_usage() if self.answers.asked.running_usage else None
-        return event({**self._head(self.chunk_object), "choices": [choice | self._ids(piece.token_ids)], **more})
+        return self._opening + dumps(more)[1:] + b"\n\n"
 
     def end(self) -> bytes:
         if not self.answers.asked.usage:
@@ -76,7 +79,7 @@ class OpenAIReply(Reply):
         choices = [self.whole_choice(i, one) | self._ids(one.token_ids) for i, one in enumerate(self.answers.choices)]
         return {**self._head(self.object), "choices": choices, "usage": self._usage(), **self._prompt(0)}
 
-    def choice(self, piece: Piece) -> dict[str, Any] | None:
+    def choice(self, piece: Piece) -> dict[str, Any]:
         raise NotImplementedError
 
     def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
@@ -128,13 +131,12 @@ class OpenAIReply(Reply):
 class ChatReply(OpenAIReply):
     object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-    def choice(self, piece: Piece) -> dict[str, Any] | None:
-        if piece.empty:
-            return None
+    def choice(self, piece: Piece) -> dict[str, Any]:
         said: dict[str, Any] = {"role": "assistant"} if piece.first else {}
-        if (text := piece.text) or not (piece.reason or piece.calls):
+        text, calls = piece.text, piece.calls
+        if text or not (piece.reason or calls):
             said["content"] = text
-        if calls := piece.calls:
+        if calls:
             said["tool_calls"] = [_streamed(call) for call in calls]
         return {
             "index": piece.index,
@@ -144,7 +146,7 @@ class ChatReply(OpenAIReply):
         }
 
     def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        text, calls = choice.text, choice.calls
+        text, calls = choice.text, choice.calls if choice.called else []
         message: dict[str, Any] = {"role": "assistant", "content": (text or None) if calls else text, "refusal": None}
         if calls:
             message["tool_calls"] = [
@@ -176,9 +178,7 @@ class TextReply(OpenAIReply):
         super().__init__(model, answers, token_ids)
         self.echoes = echoes
 
-    def choice(self, piece: Piece) -> dict[str, Any] | None:
-        if piece.empty:
-            return None
+    def choice(self, piece: Piece) -> dict[str, Any]:
         text = self._echo(piece.index) + piece.text if piece.first else piece.text
         logprobs = self._logprobs(piece.index, piece.tokens, piece.first)
         return {"index": piece.index, "text": text, "logprobs": logprobs, "finish_reason": piece.reason}

@@ -52,6 +52,9 @@ CASES = [
     Case("int8", 96, 128, 4, 1, 64),
     Case("int8", 128, 128, 2, 4, 64),
     Case("int8", 256, 256, 1, 3, 64),
+    Case("fp8", 80, 40, 2, 3, 64),
+    Case("fp8", 64, 64, 1, 1, 64, calibrated=False, window=50),
+    Case("fp8/int8-token", 64, 64, 1, 4, 64, softcap=5.0, sinks=True, place=2.0),
     Case("int8-token", 64, 64, 2, 4, 64),
     Case("int8-token", 96, 96, 3, 1, 64, calibrated=False),
     Case("int8-token-unrotated", 80, 80, 2, 3, 64),
@@ -244,6 +247,7 @@ class Alone:
         Case("int4-token", 64, 128, 1, 7, 64),
         Case("int8-token/int4-token", 96, 96, 2, 2, 64, window=700, softcap=20.0, sinks=True),
         Case("kv8", 64, 64, 1, 3, 64),
+        Case("fp8+edges", 64, 64, 1, 3, 64),
         Case("int8+edges256", 64, 64, 1, 1, 64),
         Case("k8v4+edges128", 96, 40, 1, 4, 64, window=300, softcap=20.0, sinks=True),
     ],
@@ -406,7 +410,7 @@ def test_no_native_kernel_reads_beyond_its_memory_in_random_shapes() -> None:
     for _ in range(60):
         k_dim, v_dim = (8 * int(n) for n in random.integers(1, 33, 2))
         name = random.choice(
-            ["bf16", "fp16", "fp32", "int8-token", "int4-token", "int8-token/int4-token", "int8-token-unrotated"]
+            ["bf16", "fp16", "fp32", "fp8", "int8-token", "int4-token", "int8-token/int4-token", "int8-token-unrotated"]
         )
         kv_heads, group, blocks = (int(n) for n in random.integers(1, 5, 3))
         shape = LayerShape(kv_heads, k_dim, v_dim)

@@ -67,6 +67,7 @@ CASES = [
     (Case("int8", 80, 96, 1, 4, 64, softcap=5.0, place=2.0), BF16),
     (Case("int8", 128, 128, 1, 8, 64, window=64), FP16),
     (Case("int8", 256, 256, 1, 1, 64, sinks=True, place=3.0), FP32),
+    (Case("fp8", 80, 64, 1, 3, 64, window=70), BF16),
     (Case("int8-token", 96, 80, 1, 3, 64, window=50, sinks=True, calibrated=False), FP32),
     (Case("int8-token", 64, 64, 1, 1, 64, softcap=20.0), FP16),
     (Case("int8-token-unrotated", 80, 80, 1, 1, 64), FP32),

@@ -203,6 +203,8 @@ FORMATS = [
     Case("int8", 96, 96, 4, 1),
     Case("int8", 128, 128, 2, 4),
     Case("int8", 256, 256, 1, 3),
+    Case("fp8", 80, 80, 2, 3),
+    Case("fp8/int8", 64, 64, 1, 4),
     Case("int8-token", 64, 64, 2, 4),
     Case("int8-token", 96, 96, 3, 1, calibrated=False),
     Case("int8-token", 256, 256, 1, 1),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from octavo.quant.codec import Rows, Static, centered, decode, encode, pack, rotate, token_scale, unpack
 from octavo.quant.format import CODECS, Codec, Granularity
-from octavo.quant.statistics import range_static
+from octavo.quant.statistics import float_static, range_static
 
 Array = NDArray[np.floating]
 
@@ -665,3 +665,29 @@ def test_a_row_has_the_same_codes_alone_and_among_others(name: str) -> None:
     whole = encode(x, codec, static)
     alone = torch.cat([encode(row[None], codec, static).codes for row in x])
     assert torch.equal(whole.codes, alone)
+
+
+class TestFp8:
+    """float8_e4m3fn, as other engines have it."""
+
+    codec = CODECS["fp8"]
+
+    def test_every_code_comes_back(self):
+        numbers = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+        numbers = numbers[numbers.isfinite()]
+        rows = encode(numbers.view(1, 1, -1), self.codec)
+        assert torch.equal(decode(rows, self.codec, len(numbers))[0, 0], numbers)
+        assert rows.saturated == 0
+
+    def test_what_lies_beyond_the_largest_becomes_it_and_is_counted(self):
+        x = torch.tensor([[[449.0, -460.0, 465.0, -1e9, torch.inf]]])
+        rows = encode(x, self.codec)
+        assert decode(rows, self.codec, 5).flatten().tolist() == [448, -448, 448, -448, 448]
+        assert rows.saturated == 3
+
+    def test_the_calibrated_scale_is_absmax_over_448(self):
+        low, high = torch.tensor([[-3.0, -1.0], [0.0, -8.0]]), torch.tensor([[1.0, 2.0], [4.0, 7.0]])
+        for granularity, largest in (("tensor", [8, 8, 8, 8]), ("head", [3, 3, 8, 8]), ("channel", [3, 2, 4, 8])):
+            static = float_static(low, high, granularity, 1.0)
+            torch.testing.assert_close(static.c.flatten() * 448, torch.tensor(largest, dtype=torch.float32))
+            assert not static.mu.any()

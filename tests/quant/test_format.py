@@ -16,6 +16,7 @@ NAMES = [
     "fp16",
     "fp32",
     "int8",
+    "fp8",
     "int8-token",
     "int8-token-unrotated",
     "int4-token",
@@ -94,7 +95,7 @@ def test_case_and_spaces_around_a_name_do_not_matter() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "", " ", "/", "int8/", "/int8", "int8/int8/int8", "int9", "int8-", "int8-tokens", "int4", "int8 token", "fp8",
+        "", " ", "/", "int8/", "/int8", "int8/int8/int8", "int9", "int8-", "int8-tokens", "int4", "int8 token", "fp4",
         "8", "k8", "kv", "kv16", "k16v16", "kv8+", "kv8+edge", "int8+edges64",
         "k8v", "v8k4", "k8v5", "k32v8", "k8v4v4", "xk8v4", "k8v4/int8", "int8 / int8", "none",
     ],

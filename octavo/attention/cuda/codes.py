@@ -18,6 +18,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_8BIT = tl.constexpr(-6 - math.log2(127))  # log2 of TOKEN_SCALE[bits][e] is this + (e + 1)/16
 LOG2_4BIT = tl.constexpr(-6 - math.log2(8))
+FP8 = tl.constexpr(-8)  # in the place of a number of bits: float8_e4m3fn, in uint8
 ROUND = tl.constexpr(1.5 * 2**23)  # added and taken away again rounds |y| < 2²² to the nearest integer, ties to even
 
 
@@ -100,6 +101,24 @@ def high_nibbles(codes):
     if INTERPRETED:
         return (codes >> 4).to(tl.int8)
     return tl.inline_asm_elementwise(HIGH_NIBBLES, "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4)
+
+
+@triton.jit
+def fp8_numbers(codes):
+    """float8_e4m3fn as float16, exactly: its exponent has another offset, and a place less."""
+    codes = codes.to(tl.int16)
+    return (((codes & 128) << 8) | ((codes & 127) << 7)).to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
+def fp8_bits(y):
+    """float32 as float8_e4m3fn, ties to even; what is beyond the largest becomes it."""
+    size = tl.minimum(tl.abs(y), 448.0)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000  # below 2⁻⁶, in steps of 2⁻⁹
+    sign = (y.to(tl.int32, bitcast=True) >> 24) & 128
+    return tl.where(size < 0.015625, small, normal) | sign
 
 
 @triton.jit

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from octavo.attention.backend import AttentionSpec
+from octavo.attention.cuda.codes import FP8
 from octavo.attention.cuda.combine import combine
 from octavo.attention.cuda.scan import LIFT, scan
 from octavo.attention.cuda.step import Step
@@ -141,7 +142,8 @@ class Layer:
                 f"{name}_STATIC": store.static is not None,
             }  # fmt: skip
             self.scan |= {
-                f"{name}_DIM": dim, f"{name}_PADDED": _padded(codec.width(dim)), f"{name}_BITS": codec.bits,
+                f"{name}_DIM": dim, f"{name}_PADDED": _padded(codec.width(dim)),
+                f"{name}_BITS": FP8.value if codec.kind == "float" else codec.bits,
                 f"{name}_TOKEN": codec.has_token_scale, f"{name}_RAW_PADDED": _padded(dim),
             }  # fmt: skip
         self.combine: dict[str, Any] = {
@@ -175,7 +177,7 @@ class Layer:
         [T, heads]."""
         K, V = self.k, self.v
         tokens, heads = q.shape[:2]
-        if K.codec.is_raw:
+        if K.codec.kind in ("raw", "float"):
             dtype = K.codes.dtype if K.codes.dtype == q.dtype else torch.float32
             folded = q.new_empty(tokens, heads, 1, K.dim, dtype=dtype)
         else:

@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 
 from octavo.attention.cuda.codes import (
+    FP8,
     dot,
     dot_bytes,
+    fp8_numbers,
     high_nibbles,
     high_numbers,
     log2_scale,
@@ -96,6 +98,8 @@ def read(
                 product += dot_bytes(q_low, low_) + dot_bytes(p_low, high)
                 score = product.to(tl.float32) - middle[:, None]
             else:
+                if K_BITS == FP8:
+                    codes = fp8_numbers(codes)
                 score = dot(q, codes.to(q.dtype), tl.zeros([M, BLOCK], tl.float32), PRECISION)
             score *= unit[:, None]
             if K_TOKEN:
@@ -125,12 +129,14 @@ def read(
             else:
                 total = total * keep + tl.sum(weight, 1)
 
-            if V_BITS == 8 or V_BITS == 4:
+            if V_BITS == 8 or V_BITS == 4 or V_BITS == FP8:
                 codes = tl.load(
                     v_codes + line_of_block * v_width + token[:, None] + vd[None, :] * BLOCK, (vd < v_width)[None, :], 0
                 )
                 weight = weight.to(tl.float16)
-                if V_BITS == 8:
+                if V_BITS == FP8:
+                    sum_ = dot(weight, fp8_numbers(codes), sum_ * keep[:, None], PRECISION)
+                elif V_BITS == 8:
                     sum_ = dot(weight, numbers(codes), sum_ * keep[:, None], PRECISION)
                 else:
                     sum_ = dot(weight, low_numbers(codes), sum_ * keep[:, None], PRECISION)

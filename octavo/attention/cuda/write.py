@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.attention.cuda.codes import ROUND, rotate
+from octavo.attention.cuda.codes import ROUND, fp8_bits, rotate
 
 QUERY_STEPS = tl.constexpr(127 * 128)  # a query against integer codes is two int8, 128·high + low
 
@@ -52,16 +52,20 @@ def encode(
         y = tl.where(inside, y, 0.0)
         if ROTATED:
             y = rotate(y, TOKENS, PADDED, DIM)
+        # |y| of the largest value that counts as inside: half a step beyond the largest code.
         levels: tl.constexpr = 128.0 if KIND == "static" else (8.0 if BITS == 4 else 127.0)
+        largest: tl.constexpr = 464.0 if KIND == "float" else levels + 0.5
         if KIND == "token":
             limit = tl.load(limits + tl.arange(0, 256))
             above = limit[None, :] < tl.max(tl.abs(y), 1)[:, None]
             e = tl.minimum(tl.sum(above.to(tl.int32), 1), 255)
             y = y * tl.load(token_reciprocal + e)[:, None]
             tl.store(scales + (slots // BLOCK * HEADS + head) * BLOCK + slots % BLOCK, e.to(tl.uint8), live)
-        outside = tl.sum(tl.sum((tl.abs(y) > levels + 0.5).to(tl.int32), 1), 0)
+        outside = tl.sum(tl.sum((tl.abs(y) > largest).to(tl.int32), 1), 0)
         tl.atomic_add(saturated, outside.to(tl.int64), outside > 0)
-        if BITS == 4:
+        if KIND == "float":
+            value = fp8_bits(y)
+        elif BITS == 4:
             nibble = tl.clamp(tl.floor(y) + 8, 0.0, 15.0).to(tl.int32)
             w = tl.arange(0, PADDED // 2)[None, :] + tl.zeros([TOKENS, 1], tl.int32)
             high = tl.where(w + width < DIM, tl.gather(nibble, tl.minimum(w + width, PADDED - 1), 1), 0)
@@ -127,6 +131,10 @@ def fold(
         tl.store(place + DIM, (y - 128 * high).to(tl.int8), inside)
         tl.store(factor + line, largest * (unit / QUERY_STEPS), live)
     else:
+        if STATIC:  # of fp8, whose mu is 0
+            q = q.to(tl.float32) * tl.load(c + head * DIM + d, d < DIM, 0.0)[None, :]
+        if SHIFT:
+            tl.store(shift + line, tl.zeros([TOKENS], tl.float32), live)
         tl.store(folded + (line * DIM)[:, None] + d[None, :], q.to(folded.dtype.element_ty), inside)
         tl.store(factor + line, tl.zeros([TOKENS], tl.float32) + unit, live)
 
@@ -159,7 +167,7 @@ def write(
             q + (wide * q_token + head * q_head)[:, None] + d[None, :], live[:, None] & (d < K_DIM)[None, :], 0.0
         )
         fold(query, wide * heads + head, live, head // GROUP, k_c, k_mu, folded, factor, shift, unit,
-             K_DIM, K_PADDED, TOKENS, K_KIND != "raw", K_ROTATED, K_STATIC, SHIFT)  # fmt: skip
+             K_DIM, K_PADDED, TOKENS, K_KIND == "static" or K_KIND == "token", K_ROTATED, K_STATIC, SHIFT)  # fmt: skip
     elif head < heads + KV_HEADS:
         keep(k, k_token, k_head, row, live, head - heads, slots, raw_slots, hand_slots, k_codes, k_scales, k_raw,
              k_hand, k_mu, k_reciprocal, k_limits, k_token_reciprocal, k_saturated, WRITES, KV_HEADS, K_DIM, K_PADDED,

@@ -11,14 +11,14 @@ namespace octavo {
 constexpr int BLOCK = 64;  // tokens of a block
 constexpr int LARGEST = 512;  // dim of a row: up to there, 15-bit queries times codes fit int32
 
-enum class Code : int { BF16, FP16, FP32, INT8, INT4 };
+enum class Code : int { BF16, FP16, FP32, INT8, INT4, FP8 };
 
 // One side, K or V, of one layer's cache. A head's rows of a block are `head_bytes` apart, blocks `heads·head_bytes`:
 //
 //     K   raw [dim][64]      INT8 u8 = code + 128 [dim/4][64][4]      INT4 two a byte [dim/8][64][4]
 //     V   raw [64][dim]      INT8 [64/4][dim][4]                      INT4 [64/4][dim/2][4]
 //
-// INT4 holds value d in the low half of byte d and value d + dim/2 in the high half.
+// FP8 (e4m3) lies as raw numbers do, a byte each. INT4 holds value d in the low half of byte d and value d + dim/2 in the high half.
 struct Side {
     Code code;
     int heads, dim;

@@ -46,7 +46,8 @@ inline f32v widen(u8v signs) {
 inline float unit(Code code) { return code == Code::INT8 ? 0x1p-24f : code == Code::INT4 ? 0x1p-28f : 1.0f; }
 
 template <class T>
-constexpr bool is_code = !std::is_same_v<T, bf16> && !std::is_same_v<T, fp16> && !std::is_same_v<T, float>;
+constexpr bool is_code = !std::is_same_v<T, bf16> && !std::is_same_v<T, fp16> && !std::is_same_v<T, float> &&
+                        !std::is_same_v<T, fp8>;
 template <class T>
 constexpr int CELL = is_code<T> ? 4 : sizeof(T);  // bytes of a column: of one k, of codes of four
 
@@ -156,6 +157,7 @@ void by_kind(const Side& side, F&& f) {
         case Code::BF16: return f(bf16{}, 0, width);
         case Code::FP16: return f(fp16{}, 0, width);
         case Code::FP32: return f(float{}, 0, width);
+        case Code::FP8: return f(fp8{}, 0, width);
         case Code::INT8: return side.is_k ? f(Int8K{}, 0, width) : f(Int8V{}, 0, width);
         case Code::INT4:
             if (side.is_k) return f(Int4K{}, 0, width);

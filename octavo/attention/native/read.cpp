@@ -17,6 +17,7 @@ void unpack(const Side& side, const uint8_t* block, int token, float* row) {
     if (side.code == Code::BF16) return raw(bf16{});
     if (side.code == Code::FP16) return raw(fp16{});
     if (side.code == Code::FP32) return raw(float{});
+    if (side.code == Code::FP8) return raw(fp8{});
     const int width = side.code == Code::INT4 ? side.dim / 2 : side.dim;
     const uint8_t* first = side.is_k ? block + token * 4 : block + int64_t(token / 4) * width * 4 + token % 4;
     for (int d = 0; d < width; d++) {

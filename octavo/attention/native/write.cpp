@@ -90,6 +90,11 @@ void write(const Side& side, const Rows& x, const int64_t* slots, int64_t tokens
             if (side.mu)
                 for (int d = 0; d < side.dim; d++)
                     row[d] = (row[d] - side.mu[head * side.dim + d]) * side.reciprocal[head * side.dim + d];
+            if (side.code == Code::FP8) {
+                for (int d = 0; d < side.dim; d++) out_of_range += std::fabs(row[d]) > 464.0f;  // half a step beyond
+                place_raw<fp8>(side, block, token, row);
+                continue;
+            }
             uint8_t index = 0;
             out_of_range += encode(side, row, code, &index);
             place(side, block, token, code);

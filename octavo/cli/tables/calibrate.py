@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from octavo.quant.calibration import Calibration
+from octavo.scales.found import SIDES, Layers
 
 
 def range_table(calibration: Calibration) -> Table:
@@ -21,4 +22,22 @@ def range_table(calibration: Calibration) -> Table:
             width = (high - low).flatten()
             cells += [low.min(), high.max(), width.max(), width.median()]
         table.add_row(str(i), *(f"{value.item():.2f}" for value in cells))
+    return table
+
+
+def found_table(layers: Layers) -> Table:
+    """What another project's scales say."""
+    table = Table(title="Scales")
+    table.add_column("layer", justify="right")
+    for side in ("K", "V"):
+        for name in ("per", "from", "to", "scale"):
+            table.add_column(f"{side} {name}", justify="right")
+    for i, sides in sorted(layers.items()):
+        cells = []
+        for found in (sides[side] for side in SIDES):
+            scale = f"{found.scale.min().item():.4g}" if found.scale is not None else ""
+            if found.scale is not None and found.scale.numel() > 1:
+                scale += f" … {found.scale.max().item():.4g}"
+            cells += [found.granularity, f"{found.low.min().item():.2f}", f"{found.high.max().item():.2f}", scale]
+        table.add_row(str(i), *cells)
     return table

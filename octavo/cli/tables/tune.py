@@ -30,7 +30,7 @@ def show(found: Tuning) -> None:
 
 
 def _rows(found: Tuning) -> Table:
-    rows = table("One format for all layers, and the tuned ones", "format", "bits", "KL", "sum of parts")
+    rows = table("The tuned formats beside uniform ones", "format", "bits", "KL", "sum of parts")
     for row in found.rows:
         style = "bold" if row is found.chosen else None
         rows.add_row(row.name, f"{row.bits:.2f}", f"{row.kl:.1e}", f"{row.expected:.1e}", style=style)

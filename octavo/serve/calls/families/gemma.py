@@ -10,6 +10,7 @@ from typing import Any
 
 from octavo.serve.calls.syntax import Syntax, load
 
+SPACE = re.compile(r"\s*")
 KEY = re.compile(r"\s*([^\s:{}\[\],]+)\s*:")
 WORD = re.compile(r"[^,{}\[\]]+")
 HEAD = re.compile(r"\s*call:\s*(?P<name>[\w.-]+)\s*")
@@ -21,14 +22,21 @@ def read(text: str, quote: str) -> Any:
         return load(text)
     except ValueError:
         value, at = _value(text, 0, quote)
-        if text[at:].strip():
+        if _space(text, at) < len(text):
             raise ValueError("more than one value") from None
         return value
 
 
+def _space(text: str, at: int) -> int:
+    """Where the space at a place ends."""
+    found = SPACE.match(text, at)
+    assert found is not None
+    return found.end()
+
+
 def _value(text: str, at: int, quote: str) -> tuple[Any, int]:
     """The value at a place, and where it ends."""
-    at += len(text[at:]) - len(text[at:].lstrip())
+    at = _space(text, at)
     for mark in (quote, '"'):
         if text.startswith(mark, at):
             end = text.index(mark, at + len(mark))
@@ -48,29 +56,29 @@ def _value(text: str, at: int, quote: str) -> tuple[Any, int]:
 
 def _object(text: str, at: int, quote: str) -> tuple[dict[str, Any], int]:
     found: dict[str, Any] = {}
-    while not text[at:].lstrip().startswith("}"):
+    while not text.startswith("}", at := _space(text, at)):
         key = KEY.match(text, at)
         if key is None:
             raise ValueError("no key")
         found[key[1].strip('"').removeprefix(quote).removesuffix(quote)], at = _value(text, key.end(), quote)
         at = _comma(text, at, "}")
-    return found, text.index("}", at) + 1
+    return found, at + 1
 
 
 def _list(text: str, at: int, quote: str) -> tuple[list[Any], int]:
     found: list[Any] = []
-    while not text[at:].lstrip().startswith("]"):
+    while not text.startswith("]", at := _space(text, at)):
         value, at = _value(text, at, quote)
         found.append(value)
         at = _comma(text, at, "]")
-    return found, text.index("]", at) + 1
+    return found, at + 1
 
 
 def _comma(text: str, at: int, end: str) -> int:
-    rest = text[at:].lstrip()
-    if not rest.startswith((",", end)):
+    at = _space(text, at)
+    if not text.startswith((",", end), at):
         raise ValueError(f"no comma, and no {end}")
-    return len(text) - len(rest) + rest.startswith(",")
+    return at + text.startswith(",", at)
 
 
 def _syntax(family: str, begin: str, end: str, quote: str) -> Syntax:

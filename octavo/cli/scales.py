@@ -1,0 +1,90 @@
+"""`octavo scales`: other projects' scales of a KV cache, looked at, read and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octavo.cli.options import LoadOptions, takes
+from octavo.errors import OctavoError
+
+app = typer.Typer(
+    help="Scales of other projects: vLLM (compressed-tensors, llm-compressor), ModelOpt, ONNX Runtime GenAI, SGLang, "
+    "LMDeploy.",
+    no_args_is_help=True,
+)
+
+NAMES = "compressed-tensors (also llm-compressor, vllm), modelopt, onnxruntime-genai, sglang, lmdeploy, turbomind."
+From = Annotated[Path, typer.Argument(help="The file or directory of the scales.", metavar="PATH", show_default=False)]
+To = Annotated[Path, typer.Argument(help="The file or directory to write.", metavar="PATH", show_default=False)]
+As = Annotated[str, typer.Option("--as", help=f"Whose format: {NAMES}", show_default=False)]
+
+
+@app.command("show")
+def show(
+    path: From,
+    format: Annotated[
+        str | None, typer.Option("--as", help=f"Whose format: {NAMES} [default: Octavo's]", show_default=False)
+    ] = None,
+) -> None:
+    """Show what a file of scales says, layer by layer."""
+    from rich.console import Console
+
+    from octavo.cli.tables.calibrate import found_table, range_table
+    from octavo.quant.calibration import Calibration
+    from octavo.scales import read_scales
+
+    Console().print(range_table(Calibration.load(path)) if format is None else found_table(read_scales(path, format)))
+
+
+@app.command("import")
+@takes(LoadOptions)
+def import_(
+    options: LoadOptions,
+    path: From,
+    format: As,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Where the calibration is saved. [default: the model's directory, or a cache]")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the calibration that is there.")] = False,
+) -> None:
+    """Make a calibration of MODEL from another project's scales: PATH, then MODEL."""
+    from octavo.quant.calibration import FILE_NAME
+    from octavo.scales import import_scales
+
+    model = options.load(say=False)
+    directory = work_dir or model.work_dir
+    if (directory / FILE_NAME).exists() and not replace:
+        raise OctavoError(
+            f"{directory} has a calibration, which knows more than scales: name another --work-dir, or --replace it"
+        )
+    made = import_scales(path, format, model)
+    print(f"saved to {made.save(directory)}: ranges per {made.header.granularity}, for --kv int8 and fp8")
+
+
+@app.command("export")
+@takes(LoadOptions)
+def export(
+    options: LoadOptions,
+    path: To,
+    format: As,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File or directory of the calibration. [default: beside the model]")
+    ] = None,
+    granularity: Annotated[str | None, typer.Option(help="tensor, head or channel, as far as it has them.")] = None,
+    headroom: Annotated[
+        float | None, typer.Option(help="Range written over range seen. [default: 1, or int8's own]")
+    ] = None,
+) -> None:
+    """Write the scales of MODEL's calibration for another project: PATH, then MODEL."""
+    from octavo.quant.format import KVFormat
+    from octavo.scales import export_scales, format_of
+
+    format_of(format)
+    model = options.load(say=False)
+    found = model.calibration(calibration, KVFormat.parse("int8"))
+    assert found is not None, "int8 needs one"
+    for line in export_scales(path, format, model, found, granularity, headroom):  # type: ignore[arg-type]
+        print(line)

@@ -1,0 +1,141 @@
+"""Saved sessions as plain numbers and back, for who wants to look at K and V or change them.
+
+A plain file is safetensors, of version 1:
+
+    layers.{i}.k, layers.{i}.v     float32 [KV heads, tokens, dim]: what attention reads of each row, after RoPE; of
+                                   each layer that has a cache of its own
+    metadata                       format "octavo kv rows", version, tokens (a JSON list of ids), kv (its format), rows:
+                                   how many of the tokens have rows; layers with a sliding window have the last ones
+
+Rows are decoded; with edges those of page 0 are the raw ones. Import encodes the rows as if the model had computed
+them. Rows of 8-bit formats that were not changed get their old codes again. Those of 4 bits keep their codes and may
+get a smaller scale, for their largest value is known to half a step alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from octavo.artefact import replacing
+from octavo.cache import session
+from octavo.cache.session import FIRST, Codes, SavedSession
+from octavo.cache.store import KVCache, RowStore
+from octavo.errors import OctavoError, one_line
+from octavo.llm import LLM
+from octavo.quant.codec import Rows, decode, encode
+
+# A decoded row's largest value lies at the end of its scale's range, and by rounding beyond it. A little less is
+# within, and no code changes by so little.
+WITHIN = 1 - 1e-4
+FORMAT = "octavo kv rows"
+VERSION = "1"
+
+
+def export_session(llm: LLM, saved: str | Path, plain: str | Path) -> int:
+    """Write a saved session of this model and cache format as plain rows; returns how many tokens they are of."""
+    file = SavedSession.open(Path(saved))
+    file.check(llm.session_identity, llm.model.bound.vocab_size)
+    codes = file.codes(llm.cache)
+    size, count = llm.cache.layout.block_size, session.rows(codes)
+    rows = {}
+    for name, store, raw in _sides(llm.cache):
+        coded = Rows(codes[f"{name}.codes"].transpose(0, 1), _transposed(codes.get(f"{name}.scales")))
+        x = decode(coded, store.codec, store.dim, store.static).transpose(0, 1)
+        if raw is not None and x.shape[1] == count:  # else page 0 is behind the window
+            x[:, :size] = codes[f"{_first(name)}.codes"].float()
+        rows[name] = x.contiguous()
+    about = {"format": FORMAT, "version": VERSION, "tokens": json.dumps(file.tokens), "kv": str(llm.format),
+             "rows": str(count)}  # fmt: skip
+    with replacing(Path(plain), private=True) as part:
+        save_file(rows, part, about)
+    return count
+
+
+def import_session(llm: LLM, plain: str | Path, saved: str | Path) -> int:
+    """Make a session that `llm.restore` takes of plain rows; returns how many tokens it has the codes of: whole blocks.
+
+    Raises OctavoError, and writes nothing, for rows of another geometry, rows that are not finite, and other files.
+    """
+    path = Path(plain)
+    tokens, count, rows = _read(path, llm)
+    size = llm.cache.layout.block_size
+    whole = count // size * size
+    if not whole:
+        raise OctavoError(f"{path}: {count} tokens are fewer than a block of {size}: there is nothing to keep")
+    codes: Codes = {session.ROWS: torch.tensor([whole])}
+    shapes = session.kinds(llm.cache, whole)
+    for name, store, raw in _sides(llm.cache):
+        end = rows[name].shape[1] - (count - whole)
+        held = shapes[f"{name}.codes"][1][1]
+        if end < held:
+            raise OctavoError(f"{path}: {name} has {rows[name].shape[1]} rows; its layer sees the last {held}")
+        x = rows[name][:, end - held : end].transpose(0, 1)
+        coded = encode(_within(x, store) if store.codec.has_token_scale else x, store.codec, store.static)
+        codes[f"{name}.codes"] = coded.codes.transpose(0, 1).contiguous()
+        if coded.scales is not None:
+            codes[f"{name}.scales"] = coded.scales.transpose(0, 1).contiguous()
+        if raw is not None:
+            first = x[:size] if held == whole else torch.zeros(size, store.heads, store.dim)  # behind the window
+            codes[f"{_first(name)}.codes"] = encode(first, raw.codec).codes.transpose(0, 1).contiguous()
+    session.save(Path(saved), tokens, codes, llm.session_identity)
+    return session.rows(codes)
+
+
+def _read(path: Path, llm: LLM) -> tuple[list[int], int, dict[str, Tensor]]:
+    """Token ids, how many of them have rows, and these."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT or about.get("version") != VERSION:
+                raise OctavoError(f"{path}: is no file of {FORMAT}, version {VERSION}")
+            tokens, count = json.loads(about["tokens"]), int(about["rows"])
+            rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise OctavoError(f"{path}: cannot be read: {one_line(error)}") from None
+    vocabulary = llm.model.bound.vocab_size
+    if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < vocabulary for t in tokens):
+        raise OctavoError(f"{path}: its tokens are not ids of this model's vocabulary of {vocabulary}")
+    expected = {name: (store.heads, store.dim) for name, store, _ in _sides(llm.cache)}
+    if not 0 <= count <= len(tokens):
+        raise OctavoError(f"{path}: it has {len(tokens)} tokens, and rows of {count}")
+    if strange := sorted(rows.keys() ^ expected.keys()):
+        raise OctavoError(f"{path}: the rows {strange[0]} are {'missing' if strange[0] in expected else 'unknown'}")
+    for name, (heads, dim) in expected.items():
+        own = rows[name].shape
+        if len(own) != 3 or (own[0], own[2]) != (heads, dim) or own[1] > count:
+            raise OctavoError(
+                f"{path}: {name} is of shape {list(rows[name].shape)}; this model has {[heads, '…', dim]}"
+            )
+        if not bool(rows[name].isfinite().all()):
+            raise OctavoError(f"{path}: {name} holds values that are not finite")
+    return tokens, count, rows
+
+
+def _sides(cache: KVCache) -> Iterator[tuple[str, RowStore, RowStore | None]]:
+    """Every store by its name in both files, with that of its raw rows where there are edges."""
+    for i, layer in cache.owners:
+        raw = layer.raw or (None, None)
+        yield f"layers.{i}.k", layer.k, raw[0]
+        yield f"layers.{i}.v", layer.v, raw[1]
+
+
+def _within(x: Tensor, store: RowStore) -> Tensor:
+    middle = 0.0 if store.static is None else store.static.mu
+    return middle + (x - middle) * WITHIN
+
+
+def _first(name: str) -> str:
+    """layers.0.k → layers.0.first.k"""
+    layer, _, side = name.rpartition(".")
+    return f"{layer}{FIRST}{side}"
+
+
+def _transposed(scales: Tensor | None) -> Tensor | None:
+    return None if scales is None else scales.transpose(0, 1)

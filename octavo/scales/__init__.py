@@ -1,0 +1,82 @@
+"""Other projects' scales of a KV cache, read into a calibration and written from one. A file for each format.
+
+A scale says less than a calibration: how far K and V reach, and not what reads them. An imported calibration therefore
+serves formats that need ranges alone (`int8`, `fp8`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from octavo.cache.plan import LayerShape
+from octavo.errors import OctavoError
+from octavo.models.model import Model
+from octavo.quant.calibration import Calibration
+from octavo.quant.format import Granularity
+from octavo.scales import compressed_tensors, lmdeploy, modelopt, onnxruntime, sglang, turbomind
+from octavo.scales.found import Choice, Layers, calibration_of, check
+
+
+class Format(Protocol):
+    """What the module of a format has."""
+
+    GRANULARITIES: tuple[Granularity, ...]  # that it can hold, the usual one first
+    HEADROOM: float | None  # that it is written with unless said otherwise; None: the calibration's
+
+    def read(self, path: Path, shapes: list[LayerShape] | None) -> Layers: ...
+    def write(self, path: Path, calibration: Calibration, choice: Choice, model: Model) -> list[str]:
+        """Returns what to do with it."""
+        ...
+
+
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": compressed_tensors,  # type: ignore[dict-item]  # modules with the members of a Format
+    "llm-compressor": compressed_tensors,  # type: ignore[dict-item]
+    "vllm": compressed_tensors,  # type: ignore[dict-item]
+    "modelopt": modelopt,  # type: ignore[dict-item]
+    "onnxruntime-genai": onnxruntime,  # type: ignore[dict-item]
+    "sglang": sglang,  # type: ignore[dict-item]
+    "lmdeploy": lmdeploy,  # type: ignore[dict-item]
+    "turbomind": turbomind,  # type: ignore[dict-item]
+}
+
+
+def format_of(name: str) -> Format:
+    if name not in FORMATS:
+        raise OctavoError(f"there is no format of scales {name!r}; there are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def read_scales(path: Path, name: str, model: Model | None = None) -> Layers:
+    """All scales of a file or directory, checked; against a model, where one is given."""
+    shapes = model.bound.shapes if model is not None else None
+    if not path.exists():
+        raise OctavoError(f"there is no {path}")
+    layers = format_of(name).read(path, shapes)
+    check(path, layers, shapes)
+    return layers
+
+
+def import_scales(path: Path, name: str, model: Model) -> Calibration:
+    """A calibration of `model` from another project's scales. Raises OctavoError for scales that are not its own, not
+    all there, or not valid."""
+    return calibration_of(read_scales(path, name, model), model, f"{name}, {path.name}")
+
+
+def export_scales(
+    path: Path,
+    name: str,
+    model: Model,
+    calibration: Calibration,
+    granularity: Granularity | None = None,
+    headroom: float | None = None,
+) -> list[str]:
+    """Write the scales of a calibration of `model` for another project; returns what to do with them there."""
+    format = format_of(name)
+    granularity = granularity or format.GRANULARITIES[0]
+    if granularity not in format.GRANULARITIES:
+        raise OctavoError(f"{name} holds scales per {' or '.join(format.GRANULARITIES)}, not per {granularity}")
+    if headroom is None:
+        headroom = format.HEADROOM or calibration.header.headroom
+    return format.write(path, calibration, Choice(granularity, headroom), model)
