@@ -1,4 +1,4 @@
-"""What goes wrong by the user's hand: one sentence that names the thing and the remedy, shown without a traceback."""
+"""Errors that the user can mend: one sentence that names the thing and the remedy, shown without a traceback."""
 
 from __future__ import annotations
 

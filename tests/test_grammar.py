@@ -203,7 +203,7 @@ def test_lengths_that_a_schema_sets_are_kept(llm: LLM):
         ({"choice": ["yes", "no"]}, {"yes", "no"}),
         ({"grammar": 'start: "x" | "yy"'}, {"x", "yy"}),
     ],
-    ids=str,
+    ids=["regex", "choice", "grammar"],
 )
 def test_answers_may_match_expressions_choices_and_grammars(llm: LLM, constraint: Any, expected: set[str]):
     params = [SamplingParams(max_tokens=40, temperature=1.5, seed=i, **constraint) for i in range(6)]

@@ -1,6 +1,6 @@
 """Attention on codes in plain torch: slow, obviously right, every feature, any device.
 
-With q̃ = R(q ∘ c_k) and weights p_t, the folded formula (DESIGN, "the one idea") needs no decoded K or V:
+With q̃ = R(q ∘ c_k) and weights p_t, the folded formula needs no decoded K or V:
 
     score_t = s_t·(q̃·code_t) + q·mu_k          out = c_v ∘ Rᵀ(Σ_t p_t s_t code_t) + (Σ_t p_t)·mu_v
 

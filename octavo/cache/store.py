@@ -3,7 +3,7 @@ CPU a page of it takes memory when it is first written; on a GPU all of it is ta
 
 `KVCache` has one `LayerCache` for each attention layer, `LayerCache` one `RowStore` for K and one for V. A RowStore
 knows the codec and the static part of its side, and therefore how to fold that static part into a query and out of an
-output row (DESIGN, "the one idea"): attention on codes needs nothing else.
+output row: attention on codes needs nothing else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The `octavo` command: one short file for each verb, each a thin face of a function that Python can call too."""
+"""The `octavo` command: one short file for each verb, each calls functions that Python can call too."""
 
 from __future__ import annotations
 

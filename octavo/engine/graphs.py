@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: one launch in the place of a thousand.
+"""Decode steps as CUDA graphs: a step is one launch instead of one for each kernel.
 
 A step in which every sequence computes one token has the same shape whatever its sequences, but for their number. So it
 is captured once for each of a few sizes, over buffers that stay where they are, and a step is copied into them and

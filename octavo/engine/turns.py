@@ -2,7 +2,7 @@
 
 Only the thread that has the turn touches the engine. Before a step it does what the others have asked for; what the
 step brings lands in everybody's outbox. The others sleep until the step is over, and one of them takes the next turn.
-There is one lock, and nobody waits for it: a finalizer, which may run in the midst of all this, must not stand still.
+There is one lock, and it is never waited for: a finalizer may run at any point and must not block.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def _rotating(attention: type[nn.Module]) -> type[nn.Module] | None:
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q and k [1, heads, T, dim] by cos and sin [1, T, dim]: the same numbers as torch's own operations."""
-    q, k = (cpu.rotate(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k))
+    q, k = (cpu.rope(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k))
     return q, k
 
 

@@ -39,7 +39,7 @@ def create_app(service: Service, api_key: str | Sequence[str] = (), cors_origins
         *page.routes(),
     ]
     known = {route.path for route in routes}
-    middleware = [Middleware(Gate, service, keys, known)]
+    middleware = [Middleware(Gate, service, keys, known, {route.path for route in page.routes()})]
     if cors_origins:
         middleware.insert(
             0, Middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])

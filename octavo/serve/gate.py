@@ -1,4 +1,4 @@
-"""What every request goes through: it is counted, its client told apart, and under /v1 and the like asked for a key."""
+"""What every request goes through: it is counted, its client told apart, and but for a few paths asked for a key."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from octavo.serve.account import Account
 from octavo.serve.errors import ApiError, refusal
 from octavo.serve.service import Service
 
-GUARDED = ("/tokenize", "/detokenize", "/metrics", "/cache")  # and all under /v1; the page that asks for the key is not
+OPEN = ("/health", "/ping", "/version", "/openapi.json")  # without a key, as the page is, which asks for it
 
 
 class Gate:
-    """`known` are the paths that have a number of their own."""
+    """`known` are the paths that have a number of their own; `page` those of the page."""
 
-    def __init__(self, app: ASGIApp, service: Service, keys: tuple[str, ...], known: Collection[str]):
+    def __init__(
+        self, app: ASGIApp, service: Service, keys: tuple[str, ...], known: Collection[str], page: Collection[str]
+    ):
         self.app, self.service, self.known = app, service, known
+        self.open = {*OPEN, *page}
         self.keys = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,7 +58,7 @@ class Gate:
     def _client(self, scope: Scope) -> str | None:
         """Who asks: where there are several keys the key's number, else the address. None: it may not."""
         address = (scope.get("client") or ("local",))[0]  # a UNIX socket has no address
-        if not self.keys or not (scope["path"] in GUARDED or scope["path"].startswith("/v1/")):
+        if not self.keys or scope["path"] in self.open:
             return _network(address)
         headers = dict(scope["headers"])
         bearer = headers.get(b"authorization", b"").removeprefix(b"Bearer ")

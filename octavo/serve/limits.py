@@ -34,7 +34,7 @@ class Limits:
 def check_json(body: bytes, longest: int) -> Any:
     """The value in a body; raises ApiError 400 for one that is not JSON, is nested too deep, or has a list of more than
     `longest` elements or another part too large for any request."""
-    for signs in (b"[{", b":"):  # in strings too: so many are no text that a model is sent
+    for signs in (b"[{", b":"):  # also within strings: no real prompt has so many
         if sum(body.count(bytes([sign])) for sign in signs) > MAX_PARTS:
             raise ApiError(400, f"the body has more than {MAX_PARTS} of {signs.decode()}")
     try:

@@ -110,14 +110,14 @@ def silu_gate_(gate: Tensor, up: Tensor) -> Tensor:
     return gate
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE of x [rows, heads, dim] by cos and sin [rows, dim], whose rows are contiguous, all float32:
     x ∘ cos + (−second half of x, first half) ∘ sin, contiguous."""
     rows, heads, dim = x.shape
     if x.stride(2) != 1:
         x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype)
-    _native.rotate(
+    _native.rope(
         x.data_ptr(), heads, x.stride(1), x.stride(0), rows, dim, cos.data_ptr(), cos.stride(0), sin.data_ptr(),
         sin.stride(0), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

@@ -149,14 +149,14 @@ def test_rope_has_the_bits_of_torchs_own_operations(dim: int) -> None:
     q, k = torch.randn(1, 37, 9, dim).transpose(1, 2), torch.randn(1, 3, 37, dim)
     cos, sin = torch.randn(2, 1, 37, dim)
     for x, expected in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
-        rows = cpu.rotate(x[0].transpose(0, 1), cos[0], sin[0])
+        rows = cpu.rope(x[0].transpose(0, 1), cos[0], sin[0])
         assert torch.equal(rows.transpose(0, 1)[None], expected)
 
 
 def test_rope_takes_rows_of_any_strides() -> None:
     x, (cos, sin) = torch.randn(16, 5, 7), torch.randn(2, 7, 16)
     rows = x.permute(2, 1, 0)
-    assert torch.equal(cpu.rotate(rows, cos, sin), cpu.rotate(rows.contiguous(), cos, sin))
+    assert torch.equal(cpu.rope(rows, cos, sin), cpu.rope(rows.contiguous(), cos, sin))
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -1,4 +1,4 @@
-"""The end of attention: the splits of a row become one, and what was folded out of V's codes comes back."""
+"""The end of attention: the splits of a row are joined, and V's static part is applied."""
 
 from __future__ import annotations
 

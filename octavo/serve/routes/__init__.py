@@ -1,1 +1,1 @@
-"""The routes beside chat and completions, a file for each kind."""
+"""The routes, a file for each kind. A path asks for the key unless gate.py says that it is open."""

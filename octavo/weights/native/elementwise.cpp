@@ -116,7 +116,7 @@ void silu_gate(float* gate, const float* up, int64_t count, const Pool& pool) {
     });
 }
 
-void rotate(const Heads& x, int64_t rows, int64_t dim, const float* cos, int64_t cos_stride, const float* sin,
+void rope(const Heads& x, int64_t rows, int64_t dim, const float* cos, int64_t cos_stride, const float* sin,
             int64_t sin_stride, float* y, const Pool& pool) {
     const int64_t half = dim / 2;
     in_pieces(rows, x.count * dim, pool, [&](int64_t from, int64_t to) {
@@ -137,6 +137,6 @@ void rotate(const Heads& x, int64_t rows, int64_t dim, const float* cos, int64_t
 }  // namespace
 
 extern const ElementwiseKernels elementwise;
-const ElementwiseKernels elementwise = {activate, rms_norm, silu_gate, rotate};
+const ElementwiseKernels elementwise = {activate, rms_norm, silu_gate, rope};
 
 }  // namespace octavo::weights::ISA

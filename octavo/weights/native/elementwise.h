@@ -24,7 +24,7 @@ struct ElementwiseKernels {
     // gate [count] = silu(gate) ∘ up.
     void (*silu_gate)(float* gate, const float* up, int64_t count, const Pool&);
     // y [rows, heads, dim] = x ∘ cos + (−second half of x, first half) ∘ sin, with cos and sin [rows, dim].
-    void (*rotate)(const Heads& x, int64_t rows, int64_t dim, const float* cos, int64_t cos_stride, const float* sin,
+    void (*rope)(const Heads& x, int64_t rows, int64_t dim, const float* cos, int64_t cos_stride, const float* sin,
                    int64_t sin_stride, float* y, const Pool&);
 };
 

@@ -69,9 +69,9 @@ void silu_gate(uint64_t gate, uint64_t up, int64_t count, int threads) {
     compiled->elementwise.silu_gate(at<float>(gate), at<const float>(up), count, compiled.pool(threads));
 }
 
-void rotate(uint64_t x, int64_t heads, int64_t stride, int64_t row_stride, int64_t rows, int64_t dim, uint64_t cos,
+void rope(uint64_t x, int64_t heads, int64_t stride, int64_t row_stride, int64_t rows, int64_t dim, uint64_t cos,
             int64_t cos_stride, uint64_t sin, int64_t sin_stride, uint64_t y, int threads) {
-    compiled->elementwise.rotate({at<const float>(x), heads, stride, row_stride}, rows, dim, at<const float>(cos),
+    compiled->elementwise.rope({at<const float>(x), heads, stride, row_stride}, rows, dim, at<const float>(cos),
                                  cos_stride, at<const float>(sin), sin_stride, at<float>(y), compiled.pool(threads));
 }
 
@@ -95,7 +95,7 @@ NB_MODULE(_native, m) {
     m.def("activate", &activate, nb::call_guard<nb::gil_scoped_release>());
     m.def("rms_norm", &rms_norm, nb::call_guard<nb::gil_scoped_release>());
     m.def("silu_gate", &silu_gate, nb::call_guard<nb::gil_scoped_release>());
-    m.def("rotate", &rotate, nb::call_guard<nb::gil_scoped_release>());
+    m.def("rope", &rope, nb::call_guard<nb::gil_scoped_release>());
     m.def("spin", &spin, nb::call_guard<nb::gil_scoped_release>());
     m.attr("PANEL") = weights::PANEL;
 }
