@@ -3,11 +3,12 @@
 #   make wheel   a wheel in dist/ that needs no compiler, checked in a fresh environment
 #   make test    install the test extras, then the tests; `make test-slow` runs the slow ones that it leaves out, or
 #                with SLOW_SHARE=0.05 that share of their repetitions
+#   make test-clients   real clients of the server, each installed in an environment of its own below .clients/
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo wheel test test-slow lint format clean
+.PHONY: demo wheel test test-slow test-clients lint format clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -22,6 +23,10 @@ test: .venv/installed-dev
 
 test-slow: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses logical --maxprocesses 4
+
+test-clients: .venv/installed-dev
+	$(BIN)/python tests/clients/environments.py .clients
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' tests/clients
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

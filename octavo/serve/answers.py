@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Literal
 
@@ -58,7 +58,13 @@ class Piece:
 
     @property
     def calls(self) -> list[CallPiece]:
-        return [part for part in self.parts if isinstance(part, CallPiece)]
+        """The pieces of calls, one of each call: clients read no second one."""
+        found: dict[int, CallPiece] = {}
+        for part in self.parts:
+            if isinstance(part, CallPiece):
+                first = found.get(part.number)
+                found[part.number] = replace(first, arguments=first.arguments + part.arguments) if first else part
+        return list(found.values())
 
     @property
     def empty(self) -> bool:
