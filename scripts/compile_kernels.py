@@ -99,7 +99,7 @@ def compiled(format: str, dim: int, target: int, variant: Variant) -> Iterator[R
     work = [Sequence([0] * 2), Sequence([0] * 40)]
     work[0].num_cached = 1
     for i, sequence in enumerate(work):
-        sequence.block_table, sequence.first_page, sequence.ring = [i], i, 2 + 4 * i
+        sequence.tables, sequence.first_page, sequence.ring = [[i]], i, 2 + 4 * i
     heads = variant.kv_heads * variant.group
     rows = [torch.zeros(41, n, width, dtype=variant.dtype)
             for n, width in ((heads, dim), (variant.kv_heads, dim), (variant.kv_heads, shape.v_dim))]  # fmt: skip
