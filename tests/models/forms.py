@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from octavo.cache.size import CacheSize
 from octavo.engine.reading import Reading
 from octavo.models.bind import bind
 from octavo.models.load import load_model
 from octavo.quant.format import KVFormat
+from octavo.weights.layouts import Int4Weight
 from tests.models import zoo
-from tests.weights.rounding import described, packed, write
+from tests.weights.rounding import LAYOUTS, described, packed, rounded, write
 
 HEADS, KV_HEADS, GROUP = 4, 2, 32
 SIZES: dict[str, Any] = {
@@ -35,6 +36,11 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.1, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "rms_norm_eps": 1e-6, "dtype": "float32", "tie_word_embeddings": False,
 }  # fmt: skip
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
 GGUF_KINDS = ("F16", "BF16", "Q8_0", "Q4_1", "Q4_K", "Q6_K", "Q4_0")
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
@@ -103,6 +109,61 @@ def four_bits(name: str, path: Path) -> PreTrainedModel:
     stored, meant = packed(dict(model.state_dict()), name, GROUP)
     write(path, model.config.to_dict() | {"quantization_config": described(name, GROUP)}, stored)
     model.load_state_dict(meant)
+    return model
+
+
+def mixture(kind: str, layout: str, path: Path) -> PreTrainedModel:
+    """Experts in 4 bits, a tensor for each as the checkpoints of that model type have them."""
+    config = CONFIG_MAPPING[kind](**SIZES | MIXTURES[kind] | {"intermediate_size": 32})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).float().eval()
+    tensors = {}
+    for key, tensor in model.state_dict().items():
+        block, _, last = key.rpartition(".")
+        if tensor.dim() < 3:
+            tensors[key] = tensor
+        for expert, matrix in enumerate(tensor if tensor.dim() == 3 else ()):
+            halves = dict(zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True))
+            parts = halves if "up" in last else {last: matrix}
+            tensors |= {f"{block}.{expert}.{part}.weight": x for part, x in parts.items()}
+    stored, meant = packed(tensors, layout, GROUP)
+    if kind == "mixtral":
+        names = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+        for ours, theirs in names.items():
+            stored = {
+                key.replace(ours, theirs) if ".mlp." in key or "moe" in key else key: x for key, x in stored.items()
+            }
+    write(path, config.to_dict() | {"dtype": "float32", "quantization_config": described(layout, GROUP)}, stored)
+    for key, tensor in model.state_dict().items():
+        block, _, last = key.rpartition(".")
+        if tensor.dim() < 3:
+            tensor.copy_(meant[key])
+        for expert, matrix in enumerate(tensor if tensor.dim() == 3 else ()):
+            parts = ["gate_proj", "up_proj"] if "up" in last else [last]
+            matrix.copy_(torch.cat([meant[f"{block}.{expert}.{part}.weight"] for part in parts]))
+    return model
+
+
+def sorted_columns(path: Path) -> PreTrainedModel:
+    """GPTQ with desc_act: the columns of a group lie anywhere."""
+    model = llama()
+    generator = torch.Generator().manual_seed(0)
+    stored: dict[str, Tensor] = {}
+    for name, tensor in dict(model.state_dict()).items():
+        if not name.endswith("_proj.weight"):
+            stored[name] = tensor
+            continue
+        order = torch.randperm(tensor.shape[-1], generator=generator)
+        place = order.argsort()
+        weight = rounded(tensor[:, order].contiguous(), GROUP)
+        unsorted = Int4Weight(weight.codes[:, place], weight.zeros, weight.scales)
+        layer = name.removesuffix(".weight")
+        stored |= {f"{layer}.{last}": value for last, value in LAYOUTS["gptq"].pack(unsorted).items()}
+        stored[f"{layer}.g_idx"] = (place // GROUP).int()
+        tensor.copy_(weight.dequantize()[:, place])
+    said = described("gptq", GROUP) | {"desc_act": True}
+    write(path, model.config.to_dict() | {"dtype": "float32", "quantization_config": said}, stored)
     return model
 
 
@@ -181,6 +242,10 @@ FORMS: dict[str, Callable[[Path], PreTrainedModel]] = {
     "AWQ": lambda path: four_bits("awq", path),
     "GPTQ": lambda path: four_bits("gptq", path),
     "compressed-tensors": lambda path: four_bits("compressed", path),
+    "GPTQ with `desc_act`": sorted_columns,
+    "AWQ, a mixture of experts: Mixtral": lambda path: mixture("mixtral", "awq", path),
+    "GPTQ, a mixture of experts: Qwen3-MoE": lambda path: mixture("qwen3_moe", "gptq", path),
+    "compressed-tensors, a mixture of experts: OLMoE": lambda path: mixture("olmoe", "compressed symmetric", path),
 }
 
 

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -25,9 +23,9 @@ from octavo.measure.memory.costs import weight_kinds
 from octavo.models.geometry import Geometry
 from octavo.models.load import load_model
 from octavo.models.packed import packed_layers
-from octavo.weights.layouts import Int4Weight
 from tests.models import test_internlm as internlm
-from tests.weights.rounding import LAYOUTS, described, packed, rounded, write
+from tests.models.forms import MIXTURES, mixture, sorted_columns
+from tests.weights.rounding import LAYOUTS, described, packed, write
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 30, 11]])
 SIZES: dict[str, Any] = {
@@ -150,44 +148,10 @@ def test_layers_left_in_16_bits_stay_as_they_are(tmp_path: Path):
     assert Geometry.trace(tmp_path).parameters == sum(p.numel() for p in model.parameters())
 
 
-MIXTURES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
-
-
 @pytest.mark.parametrize("name", ["awq", "gptq", "compressed symmetric"])
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_a_mixture_with_packed_experts_is_the_one_its_weights_stand_for(kind: str, name: str, tmp_path: Path):
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**SIZES | MIXTURES[kind] | {"intermediate_size": 32})
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    tensors = {}
-    for key, tensor in model.state_dict().items():
-        block, _, last = key.rpartition(".")
-        if tensor.dim() < 3:
-            tensors[key] = tensor
-        for expert, matrix in enumerate(tensor if tensor.dim() == 3 else ()):
-            parts = (
-                dict(zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True)) if "up" in last else {last: matrix}
-            )
-            tensors |= {f"{block}.{expert}.{part}.weight": x for part, x in parts.items()}
-    stored, meant = packed(tensors, name, GROUP)
-    if kind == "mixtral":
-        names = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-        for ours, theirs in names.items():
-            stored = {
-                key.replace(ours, theirs) if ".mlp." in key or "moe" in key else key: x for key, x in stored.items()
-            }
-    write(tmp_path, config.to_dict() | {"dtype": "float32", "quantization_config": described(name, GROUP)}, stored)
-    for key, tensor in model.state_dict().items():
-        block, _, last = key.rpartition(".")
-        if tensor.dim() < 3:
-            tensor.copy_(meant[key])
-        for expert, matrix in enumerate(tensor if tensor.dim() == 3 else ()):
-            parts = ["gate_proj", "up_proj"] if "up" in last else [last]
-            matrix.copy_(torch.cat([meant[f"{block}.{expert}.{part}.weight"] for part in parts]))
+    model = mixture(kind, name, tmp_path)
     own = load_model(tmp_path)
     close(own(IDS).logits, model(IDS).logits)
     assert len(packed_layers(own)) == 2 * (4 + 3 * 4)
@@ -195,25 +159,7 @@ def test_a_mixture_with_packed_experts_is_the_one_its_weights_stand_for(kind: st
 
 def test_columns_in_the_order_of_their_importance_are_sorted_once(tmp_path: Path):
     """GPTQ with desc_act: the columns of a group lie anywhere."""
-    model = build("llama")
-    generator = torch.Generator().manual_seed(0)
-    stored: dict[str, Tensor] = {}
-    for name, tensor in dict(model.state_dict()).items():
-        order = torch.randperm(tensor.shape[-1], generator=generator)
-        columns = tensor[:, order].contiguous() if name.endswith("_proj.weight") else tensor
-        ours, meant = packed({name: columns}, "gptq", GROUP)
-        if name.endswith("_proj.weight"):
-            layer, place = name.removesuffix(".weight"), order.argsort()
-            model.state_dict()[name].copy_(meant[name][:, place])
-            groups = (place // GROUP).int()
-            # qweight [in/8, out]: eight columns of a word, in the order of the inputs
-            weight = rounded(columns, GROUP)
-            unsorted = Int4Weight(weight.codes[:, place], weight.zeros, weight.scales)
-            ours = {f"{layer}.{last}": value for last, value in LAYOUTS["gptq"].pack(unsorted).items()}
-            ours[f"{layer}.g_idx"] = groups
-        stored |= ours
-    said = described("gptq", GROUP) | {"desc_act": True}
-    write(tmp_path, model.config.to_dict() | {"dtype": "float32", "quantization_config": said}, stored)
+    model = sorted_columns(tmp_path)
     close(load_model(tmp_path)(IDS).logits, model(IDS).logits)
 
 
