@@ -67,6 +67,7 @@ def require(*programs: str) -> None:
             pytest.skip(f"{program} is not installed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", cpu.extension.isas)
 def test_sanitizers_find_nothing(isa: str, tmp_path: Path) -> None:
     require("g++")

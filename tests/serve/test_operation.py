@@ -64,7 +64,7 @@ def test_a_refusal_is_logged_by_code_and_field_and_its_message_at_debug_alone(
             assert httpx.get(f"{running.url}/health").status_code == 200  # one that looks is not logged
             wait_until(lambda: len(lines(caplog)) == 1)
         assert " 400 id=- " in lines(caplog)[0]
-        assert "code='unknown' param='top_q'" in lines(caplog)[0]
+        assert "code='unknown_parameter' param='top_q'" in lines(caplog)[0]
         assert ("there is no such field" in lines(caplog)[0]) == told
 
 

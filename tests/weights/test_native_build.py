@@ -23,6 +23,7 @@ def build(directory: Path, compiler: str, isa: str, more: list[str]) -> Path:
     return program
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     require("g++")
     if not cpu.extension.isas:
