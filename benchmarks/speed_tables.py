@@ -216,9 +216,32 @@ and how many times as fast as with 16 bits all were done. {commits(found)}.
     return text
 
 
+def within_transformers() -> str:
+    found = load("attach")
+    text = f"""
+## Within transformers
+
+`octavo.attach` beside transformers' own caches in one program (`benchmarks/attach.py`), float32 models, one sequence.
+MiB of all tensors that hold K and V, tokens a second, mean KL from DynamicCache over the new tokens. `attach` is
+calibrated on 8 × 256 tokens, and grows by a quarter at a time; `DecodedCache` is not calibrated; transformers' caches
+are at their defaults, groups of 64 and the last 128 rows raw. So short a run says little of speed: differences below a
+third are noise. Commit {next(iter(found.values()))["runs"][0]["machine"]["commit"]}.
+"""
+    for label, document in found.items():
+        for run in document["runs"]:
+            rows = (
+                [row["cache"], row["mib"], row["prefill_tokens_per_second"], row["decode_tokens_per_second"],
+                 f"{row['kl']:.1e}" if row["kl"] else "0"]
+                for row in run["rows"]
+            )  # fmt: skip
+            title = f"{label}, {run['model']}: {run['context']} tokens and {run['new']} new"
+            text += part(title, ["", "MiB", "prefill", "decode", "KL"], rows)
+    return text
+
+
 def main() -> None:
     SPEED.write_text("\n".join([HEAD.rstrip(), *(section().rstrip() for section in (
-        attention, products, peers, jobs, engine, weights, server))]) + "\n")  # fmt: skip
+        attention, products, peers, jobs, within_transformers, engine, weights, server))]) + "\n")  # fmt: skip
 
 
 if __name__ == "__main__":
