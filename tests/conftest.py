@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,11 @@ def calibration(pamphlet: Model, text_ids: list[int]) -> Calibration:
 @pytest.fixture(scope="session")
 def llama() -> BoundModel:
     """A tiny random Llama with grouped heads: steps of a millisecond, for tests that need thousands of them."""
+    return bind(tiny_llama(max_position_embeddings=256))
+
+
+def tiny_llama(**more: Any) -> LlamaForCausalLM:
+    """Random weights, the same every time; not bound."""
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -71,13 +77,13 @@ def llama() -> BoundModel:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
         initializer_range=0.3,  # large enough that what was said before decides what comes next
         tie_word_embeddings=False,
+        **more,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return bind(LlamaForCausalLM(config).float())
+        return LlamaForCausalLM(config).float().eval()
 
 
 @pytest.fixture(scope="session")

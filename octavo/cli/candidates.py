@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.cli.options import LoadOptions, complete, option
 from octavo.errors import OctavoError
-from octavo.quant.format import KVFormat, check_name, is_tuned
+from octavo.quant.format import ADVISED, KVFormat, check_name, is_tuned
 
 if TYPE_CHECKING:
     from octavo.measure.candidate import Candidate
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from octavo.models.model import Model
     from octavo.quant.format import Format
 
-DEFAULT = ("kv8", "k8v4", "kv4", "int8")  # beside the model's 16 bits
 COMPARED = "[default: the model's 16 bits, kv8, k8v4, and if it is calibrated kv4 and int8]"
 BASELINE = option("The same model with 16-bit weights: MODEL with 4-bit ones is compared with it, in every format.")
 
@@ -45,8 +44,8 @@ def candidates(
     from octavo.cli.progress import calibration_with_bar
     from octavo.measure.candidate import Candidate
 
-    names = (str(model.bound.raw_format), *DEFAULT) if kv is None else kv.split(",")
-    calibrated = kv is not None or model.calibration(calibration, KVFormat.parse(DEFAULT[0])) is not None
+    names = (str(model.bound.raw_format), *ADVISED) if kv is None else kv.split(",")
+    calibrated = kv is not None or model.calibration(calibration, KVFormat.parse(ADVISED[0])) is not None
     formats = [model.format(name, calibration) for name in names]
     formats = [f for f in formats if calibrated or not (f.needs_calibration or f.calibrates_first)]
     return [

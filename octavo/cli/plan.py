@@ -36,7 +36,7 @@ def plan(
 ) -> None:
     """Compute how many sessions of MODEL fit. Nothing is run, and a config is enough."""
     from octavo.cache.size import format_bytes, parse_bytes
-    from octavo.cli.candidates import DEFAULT, formats
+    from octavo.cli.candidates import formats
     from octavo.cli.tables import console
     from octavo.cli.tables.memory import fit_table
     from octavo.devices import device_of, find_device
@@ -45,6 +45,7 @@ def plan(
     from octavo.measure.memory.plan import fits
     from octavo.measure.report.picture import check_picture, draw_growth
     from octavo.models.geometry import Geometry
+    from octavo.quant.format import ADVISED
 
     if plot is not None:
         check_picture(plot)
@@ -55,7 +56,7 @@ def plan(
     name, path = options.locate()
     geometry = Geometry.trace(path, options.dtype, options.model_format)
     length = min(CONTEXT, geometry.max_context) if context is None else context
-    chosen = formats(geometry, kv, (name, path), DEFAULT)
+    chosen = formats(geometry, kv, (name, path), ADVISED)
     found = fits(geometry, chosen, length, room)
     if plot is not None:
         drawn = {str(format) for format in chosen[:2]}

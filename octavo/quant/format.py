@@ -99,6 +99,7 @@ CODECS = {
 }
 TUNED = "tuned"  # formats chosen layer by layer, which a model's own artefact holds
 NAMES = ("kv8", "k8v4", "kv4")  # what to serve with
+ADVISED = (*NAMES, "int8")  # what measurements compare with the model's 16 bits, best first
 DIGITS = {"16": "bf16", "8": "int8-token", "4": "int4-token"}  # of short names
 SPAN = 64  # rows of a query's own span unless said otherwise
 EDGES = {"edges": SPAN, "edges128": 128, "edges256": 256}

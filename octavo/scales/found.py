@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,11 +49,6 @@ class Found:
         if self.scale is not None and self.zero is not None:
             found |= {"scale": self.scale, "zero": self.zero, "levels": torch.full_like(self.scale, self.levels)}
         return found
-
-
-def one_value(value: Any) -> Tensor:
-    """[1, 1]"""
-    return torch.tensor(value, dtype=torch.float32).view(1, 1)
 
 
 def check(path: Path, layers: Layers, shapes: Sequence[LayerShape] | None) -> None:

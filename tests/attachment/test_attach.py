@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, TextStreamer, pipeline
+from transformers import DynamicCache, PreTrainedModel, TextStreamer, pipeline
 
 import octavo
 import octavo.attachment
@@ -16,6 +16,7 @@ from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import NAME, bind
 from octavo.models.load import load_model
 from octavo.models.model import BUNDLED, Model
+from tests.conftest import tiny_llama
 from tests.engine.driving import engine, run
 from tests.engine.test_transformers import with_own_head
 from tests.models import zoo
@@ -40,23 +41,7 @@ ARCHITECTURES = (
 @pytest.fixture(scope="module")
 def hf() -> PreTrainedModel:
     """A tiny random Llama that was never bound."""
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).float().eval()
+    return tiny_llama(max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=None)
 
 
 def random_prompts(*lengths: int) -> list[list[int]]:

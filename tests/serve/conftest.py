@@ -83,11 +83,16 @@ def shared(pamphlet: Model) -> Iterator[Running]:
 @pytest.fixture(scope="session")
 def tooled(pamphlet: Model) -> Iterator[Running]:
     """A server whose model's template takes tools."""
-    model = copy.copy(pamphlet)
-    model.tokenizer = copy.deepcopy(pamphlet.tokenizer)
-    model.tokenizer.chat_template = TOOLED
-    with serving(small(model, session_len=1024)) as running:
+    with serving(small(with_tools(pamphlet), session_len=1024)) as running:
         yield running
+
+
+def with_tools(model: Model) -> Model:
+    """The model with a template that takes tools."""
+    model, tokenizer = copy.copy(model), copy.deepcopy(model.tokenizer)
+    model.tokenizer = tokenizer
+    tokenizer.chat_template = TOOLED
+    return model
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from octavo.measure.doctor.diagnosis import Diagnosis, Finding
+from octavo.quant.format import ADVISED
 
-SERVED = ("kv8", "k8v4", "kv4", "int8")  # what is advised, in this order
 WIDE = 8  # a channel that many times as wide as the median is an outlier; models without any stay at 3
 
 
@@ -86,7 +86,7 @@ def _outliers(found: Diagnosis) -> Finding:
 def _formats(found: Diagnosis) -> list[Finding]:
     """What the rows of the table come to: which formats are fit, and what a calibration gains."""
     grades = found.grades
-    rows = {grade: [name for name in SERVED if grades[name] == grade] for grade in ("good", "usable", "poor")}
+    rows = {grade: [name for name in ADVISED if grades[name] == grade] for grade in ("good", "usable", "poor")}
     said = [f"{grade}: {', '.join(names)}" for grade, names in rows.items() if names]
     told = "; ".join(said)
     if rows["good"]:

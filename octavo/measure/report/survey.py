@@ -28,10 +28,9 @@ from octavo.measure.speed.throughput import Speed, measure, prompt_length
 from octavo.models.geometry import Geometry
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import KVFormat
+from octavo.quant.format import ADVISED, KVFormat
 from octavo.text_windows import consecutive_windows, token_windows
 
-FORMATS = ("kv8", "k8v4", "kv4", "int8")  # beside the model's 16 bits
 TIMED = ("kv8", "kv4")
 WINDOW, WINDOWS = 1024, 6  # tokens, and windows that formats are compared on
 SAMPLES, SEQLEN = 16, 512  # of a calibration of the report's own
@@ -118,7 +117,7 @@ def gather(
     diagnosis = diagnose(model, text, progress=lambda what, *_: progress(what, 0.1))
 
     raw = bound.raw_format
-    formats = [raw, *map(KVFormat.parse, FORMATS)]
+    formats = [raw, *map(KVFormat.parse, ADVISED)]
     found = [m.calibration(given if m is model else None, KVFormat.parse("kv8")) for m in models]
     texts = load_texts(text or str(PROSE))
     whole = "\n\n".join(texts)

@@ -17,7 +17,7 @@ from octavo.errors import OctavoError
 from octavo.measure.as_json import dumps
 from octavo.measure.budget import Budget, Windows
 from octavo.measure.doctor import diagnose as doctor
-from octavo.measure.doctor.advice import SERVED, findings, listed
+from octavo.measure.doctor.advice import findings, listed
 from octavo.measure.doctor.diagnose import diagnose, flip_last_bit
 from octavo.measure.doctor.diagnosis import Diagnosis, Finding
 from octavo.measure.doctor.inspection import examine, keys, widths
@@ -26,6 +26,7 @@ from octavo.measure.pace import Pace
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
+from octavo.quant.format import ADVISED
 from tests.models import zoo
 
 
@@ -71,9 +72,9 @@ def test_the_verdict_names_every_row_with_its_grade_and_the_first_good_one_to_se
     text = finding(plain, "formats").text
     grades = plain.grades
     for grade in ("good", "usable", "poor"):
-        own = [name for name in SERVED if grades[name] == grade]
+        own = [name for name in ADVISED if grades[name] == grade]
         assert (f"{grade}: {', '.join(own)}" in text) is bool(own)
-    assert f"serve with --kv {next(name for name in SERVED if grades[name] == 'good')}" in text
+    assert f"serve with --kv {next(name for name in ADVISED if grades[name] == 'good')}" in text
 
 
 def test_key_biases_are_singled_out_layer_by_layer_with_what_to_do(biased: Diagnosis) -> None:
