@@ -125,19 +125,20 @@ class LLM:
                 stacklevel=2,
             )
 
-        plans = plan_layers(bound.shapes, self.format, self.calibration, granularity, headroom)
+        plans = plan_layers(bound.whole, self.format, self.calibration, granularity, headroom)
         layout = backend_for(plans).layout
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
         in_step = max(max_batch_tokens, max_batch_size)
         cost = CacheSize.of(bound.shapes, [plan.format for plan in plans], layout.block_size, in_step)
 
         def cache_of(blocks: int) -> KVCache:
-            return KVCache(plans, cost.pools(blocks, max_batch_size), layout, cost.raw_pages(max_batch_size))
+            return bound.new_cache(plans, cost.pools(blocks, max_batch_size), layout, cost.raw_pages(max_batch_size))
 
         step, device = 0, device_of(bound.device)
         if device.asynchronous:
             step = LargestStep(max_batch_size, max_batch_tokens, self.session_len).nbytes(bound, cache_of(1))
-        blocks = num_blocks(cost, max_batch_size, self.session_len, device, memory, cache_max_entry_count, step)
+        free = max(0, bound.free_memory() - step)
+        blocks = num_blocks(cost, max_batch_size, self.session_len, device, free, memory, cache_max_entry_count)
         self.engine = Engine(
             bound, cache_of(blocks), max_batch_size, max_batch_tokens, self.session_len, prefix_caching
         )

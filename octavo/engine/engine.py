@@ -61,7 +61,7 @@ class Engine:
         self.pool = CachePool(cache.num_blocks, size, prefix_caching, edges, cache.reaches[0], narrower)
         context = min(model.max_context, max_context or model.max_context)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens, context)
-        asynchronous = device_of(model.device).asynchronous
+        asynchronous = device_of(model.device).asynchronous and model.alone
         self.overlap = asynchronous if overlap is None else overlap
         self.launched: Launched | None = None
         if asynchronous:

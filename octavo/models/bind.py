@@ -14,8 +14,8 @@ rows of a packed step or that count positions in a way of their own.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
@@ -25,8 +25,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from octavo.attention import AttentionSpec
-from octavo.cache.plan import LayerShape
+from octavo.attention import AttentionSpec, attend
+from octavo.cache.batch import Batch
+from octavo.cache.layout import Layout
+from octavo.cache.plan import LayerPlan, LayerShape
+from octavo.cache.store import KVCache
+from octavo.devices import device_of
 from octavo.errors import LISTED, Unsupported, one_line
 from octavo.interrupts import let_through
 from octavo.models.rope import pin_rope, short_context
@@ -45,6 +49,8 @@ HARMLESS = {
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v [T, kv_heads, v_dim]) → [T, heads, v_dim]"""
+Watch = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(layer, q, k, v) as for Attend → k and v that are written in their place"""
 
 
 class _Thread(threading.local):
@@ -69,6 +75,9 @@ def _attending(attend: Attend | _Trace) -> Iterator[None]:
 class BoundModel:
     """A model whose attention goes through the `attend` that each forward is given. Made by `bind`."""
 
+    alone = True  # whether this process holds all of it; else see octavo/parallel
+    interruptible = True  # whether Ctrl-C may end a forward
+
     def __init__(self, hf: PreTrainedModel, max_context: int):
         self.hf = hf
         self.dtype = self.computes = hf.dtype  # of the weights and the baseline cache, and of the activations
@@ -78,6 +87,11 @@ class BoundModel:
     @property
     def shapes(self) -> list[LayerShape]:
         return [layer.shape for layer in self.layers]
+
+    @property
+    def whole(self) -> list[LayerShape]:
+        """The shapes with all KV heads of the model, of which this process may hold a share."""
+        return self.shapes
 
     @property
     def rotary(self) -> str:
@@ -122,11 +136,39 @@ class BoundModel:
 
         Several threads may run forwards over one model at a time; each attends to what its own was given.
         """
-        with _attending(attend), let_through():  # Ctrl-C may end it: the next step writes the same rows
+        # Ctrl-C may end it: the next step writes the same rows.
+        with _attending(attend), let_through() if self.interruptible else nullcontext():
             logits = self.hf(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_at
             ).logits[0]
         return logits if len(logits) == len(logits_at) else logits[logits_at]  # a model that keeps every row's
+
+    def new_cache(
+        self, plans: Sequence[LayerPlan], blocks: int | Sequence[int], layout: Layout, raw_pages: int = 0
+    ) -> KVCache:
+        """A cache for this model, as KVCache makes it of `plans` of the layers in `whole`."""
+        return KVCache(plans, blocks, layout, raw_pages)
+
+    def step(self, cache: KVCache, batch: Batch, every: bool = False, watch: Watch | None = None) -> Tensor:
+        """A forward over a cache of `new_cache`: logits [n, vocabulary] of the rows that are due, or of `every` row, in
+        the model's dtype, where the model is. `watch` sees, and may change, what each layer writes."""
+        batch = batch.on(self.device)
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if watch is not None:
+                k, v = watch(layer, q, k, v)
+            return attend(self.layers[layer], cache.layers[layer], q, k, v, batch.of(cache.group_of[layer]))
+
+        rows = torch.arange(len(batch.ids), device=self.device) if every else batch.logits_at
+        return self.forward(batch.ids, batch.positions, rows, attention)
+
+    def free_memory(self) -> int:
+        """Bytes that a cache can still take where the model is."""
+        return device_of(self.device).free_memory()
+
+    def everywhere(self, x: Tensor) -> Tensor:
+        """What each process that holds a share of the model has found, one after the other: [n · processes, …]."""
+        return x
 
 
 def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
