@@ -59,9 +59,7 @@ class CacheSize:
     groups: tuple[GroupSize, ...]  # the widest reach first
     raw_page: int  # bytes of `block_size` rows at an edge, in the model's own type; 0 without edges
     ring: int  # raw pages of a running session's own span; 0 without edges
-    step: int = (
-        MAX_BATCH_TOKENS  # most tokens of a step: their blocks are taken before those behind are free
-    )
+    step: int = MAX_BATCH_TOKENS  # most tokens of a step: their blocks are taken before those behind are free
 
     @classmethod
     def of(
