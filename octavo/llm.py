@@ -21,6 +21,7 @@ from typing import Any, Literal, NoReturn, TypeVar, overload
 from octavo.artefact import Damaged
 from octavo.attention import backend_for
 from octavo.cache import session
+from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
 from octavo.cache.size import CacheSize, num_blocks, parse_bytes
@@ -31,7 +32,6 @@ from octavo.devices import device_of
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
 from octavo.engine.reading import Reading
-from octavo.engine.scheduler import CHUNK
 from octavo.engine.sequence import FinishReason, Sequence
 from octavo.engine.turns import Turns
 from octavo.engine.warmup import LargestStep
@@ -74,6 +74,8 @@ class LLM:
     and `headroom` override its defaults. `session_len` is the longest session in tokens; the cache has
     `kv_cache_memory` bytes ("4GiB"), or what `max_batch_size` sessions need within the share `cache_max_entry_count` of
     the free memory; on a GPU it takes that share of what is left once the largest step has been tried.
+    `tensor_parallel_size` divides the model among so many processes, each with a GPU of its own or a share of the CPU's
+    cores; each has a cache of that size for its KV heads (octavo/parallel).
 
     Any thread may call it: what several ask for at a time is computed in one batch. Once a step has failed, every call
     that waits and every later one raises EngineFailed. Ctrl-C ends the calls of the main thread and nothing else.
@@ -89,10 +91,11 @@ class LLM:
         headroom: float | None = None,
         session_len: int | None = None,
         max_batch_size: int = 16,
-        max_batch_tokens: int = CHUNK,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
         kv_cache_memory: str | int | None = None,
         cache_max_entry_count: float | None = None,
         prefix_caching: bool = True,
+        tensor_parallel_size: int = 1,
         **loading: Any,
     ):
         sizes = {"session_len": session_len, "max_batch_size": max_batch_size, "max_batch_tokens": max_batch_tokens}
@@ -100,11 +103,15 @@ class LLM:
             if size is not None and size < 1:
                 raise OctavoError(f"{name} is {size}; it must be at least 1")
         if isinstance(model, Model):
-            if loading:
-                raise TypeError(f"{', '.join(loading)}: the model is loaded already")
+            if loading or tensor_parallel_size != 1:
+                raise TypeError(f"{', '.join(loading) or 'tensor_parallel_size'}: the model is loaded already")
             self.model = model
-        else:
+        elif tensor_parallel_size == 1:
             self.model = Model.load(model, context=session_len, **loading)
+        else:
+            from octavo.parallel import start  # torch.distributed takes a second to import
+
+            self.model = start.load(model, tensor_parallel_size, context=session_len, **loading)
         bound = self.model.bound
         self.format = self.model.format(kv, calibration)
         self.calibration = calibration_for(self.model, calibration, self.format)
@@ -147,6 +154,7 @@ class LLM:
         self._answers: dict[Sequence, Answer] = {}
         self._looked = False  # whether values outside the format's range have been looked for
         self._turns = Turns(self._step)
+        bound.on_failure(self._turns.fail)
 
     def __reduce__(self) -> NoReturn:
         raise OctavoError(
@@ -264,6 +272,8 @@ class LLM:
         """What the codes in this cache mean; raises OctavoError where none could be recognized again."""
         if not self.engine.pool.prefix_caching:
             raise OctavoError("sessions are kept in the prefix cache, and it is turned off")
+        if not self.model.bound.alone:
+            raise OctavoError("sessions of a divided model are not kept: leave tensor_parallel_size out")
         if self.model.fingerprint == SYNTHETIC:
             raise OctavoError("sessions cannot be kept with random weights: nothing tells them from others")
         return Identity.of(self.cache, self.model.fingerprint, self.model.bound.arithmetic)

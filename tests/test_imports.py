@@ -19,14 +19,14 @@ PACKAGE = ROOT / "octavo"
 
 # From the ground up. A part imports from earlier groups and from itself; parts of one group know nothing of each other.
 ORDER = (
-    ("cores", "errors", "interrupts"),
+    ("cores", "errors", "interrupts", "progress"),
     ("artefact", "devices", "native"),
     ("quant",),
     ("cache",),
     ("attention",),
     ("processor", "weights"),
     ("models",),
-    ("engine", "scales"),
+    ("engine", "parallel", "scales"),
     ("text",),
     ("token_bytes",),
     ("grammars",),

@@ -48,14 +48,14 @@ def check_file(flag: str, path: Path) -> None:
 
 
 def check_model(model: str | None) -> None:
-    """Raise OctavoError for a name that is neither a model's directory nor can be a Hub id's."""
-    from octavo.models.locate import find_here, is_bundled
+    """Raise OctavoError for what names no model, here or on the Hub."""
+    from octavo.models.locate import is_bundled, require_known
 
     if is_bundled(model):
         return
     if " " in str(model) and not Path(str(model)).exists():
         raise OctavoError(f"{model!r} is no model: the prompt comes after MODEL, or goes after --prompt")
-    find_here(str(model))
+    require_known(str(model))
 
 
 def check_calibration(file: Path | None, granularity: str | None, headroom: float | None) -> None:
@@ -130,6 +130,11 @@ class LoadOptions:
         if self.chat_template is not None:
             check_file("--chat-template", self.chat_template)
 
+    @property
+    def ranks(self) -> int:
+        """Processes that the model is divided among."""
+        return 1
+
     def load(self, computing: torch.dtype | None = None, say: bool = True) -> Model:
         """`computing` as in Model.load. Says at once what is loaded, and then of a CPU what computes, and in what."""
         tell_loading(self.model)
@@ -137,18 +142,23 @@ class LoadOptions:
         from octavo.models.model import Model
 
         cores.use()
-        model = Model.load(
-            self.model,
-            dtype=self.dtype,
-            device=self.device,
-            device_map=self.device_map,
-            load_format=self.load_format,
-            model_format=self.model_format,
-            chat_template=self.chat_template,
-            context=self.session_len,
-            computing=computing,
-            deterministic=self.deterministic,
-        )
+        loading: dict[str, Any] = {
+            "dtype": self.dtype,
+            "device": self.device,
+            "device_map": self.device_map,
+            "load_format": self.load_format,
+            "model_format": self.model_format,
+            "chat_template": self.chat_template,
+            "context": self.session_len,
+            "computing": computing,
+            "deterministic": self.deterministic,
+        }
+        if self.ranks == 1:
+            model = Model.load(self.model, **loading)
+        else:
+            from octavo.parallel import start
+
+            model = start.load(self.model, self.ranks, **loading)
         if say and model.processor is not None:
             print(f"CPU: {model.processor}", file=sys.stderr, flush=True)
         return model
@@ -206,7 +216,12 @@ class ServeOptions(LoadOptions):
     cache_max_entry_count: Annotated[
         float | None, option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]")
     ] = None
-    kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB.")] = None
+    kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB; of each rank's.")] = None
+    tensor_parallel_size: Annotated[int, option("Ranks to divide the model among, a GPU for each.", min=1)] = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor_parallel_size
 
     def check(self) -> None:
         super().check()

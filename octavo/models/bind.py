@@ -166,6 +166,10 @@ class BoundModel:
         """Bytes that a cache can still take where the model is."""
         return device_of(self.device).free_memory()
 
+    def on_failure(self, tell: Callable[[Exception], None]) -> None:
+        """Have the method `tell` called, from any thread, once nothing more can be computed although no step has
+        failed: when another process that holds a share of the model ends."""
+
     def everywhere(self, x: Tensor) -> Tensor:
         """What each process that holds a share of the model has found, one after the other: [n · processes, …]."""
         return x

@@ -93,7 +93,12 @@ class Model:
             device = str(find_device(device))
         settings = generation_settings(base_of(path))
         hf = load_model(
-            path, dtype=dtype, device=device, device_map=device_map, load_format=load_format, model_format=model_format,
+            path,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            load_format=load_format,
+            model_format=model_format,
             division=division,
         )
         tokenizer = load_tokenizer(path, chat_template)

@@ -46,21 +46,26 @@ class ByPlan:
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
+        self.kv_heads = 0
         self.repeated: dict[str, str] = {}  # projections of KV heads that several ranks have
 
     def arguments(self, config: PreTrainedConfig) -> dict[str, Any]:
         text, ranks, name = config.get_text_config(), self.ranks.count, config.model_type
         plan = text.base_model_tp_plan
         if not plan:
-            raise Unsupported(f"transformers has no tensor-parallel plan for {name}: {ONE}, or spread it over GPUs with "
-                              "--device-map auto")  # fmt: skip
+            raise Unsupported(
+                f"transformers has no tensor-parallel plan for {name}: {ONE}, or spread it over GPUs with "
+                "--device-map auto"
+            )
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
             fits = [n for n in range(2, heads + 1) if not heads % n and (not kv_heads % n or not n % kv_heads)]
             remedy = f"use {' or '.join(map(str, fits))}" if fits else ONE
-            raise Unsupported(f"the {heads} query and {kv_heads} KV heads of {name} cannot be divided among {ranks} ranks: "
-                              f"{remedy}")  # fmt: skip
+            raise Unsupported(
+                f"the {heads} query and {kv_heads} KV heads of {name} cannot be divided among {ranks} ranks: {remedy}"
+            )
+        self.kv_heads = kv_heads
         prefix = "model." if text is config else "model.language_model."
         if kv_heads < ranks:
             self.repeated = {
@@ -72,11 +77,10 @@ class ByPlan:
 
     def settle(self, model: PreTrainedModel) -> None:
         settle(model, model.tp_plan, self.ranks.rank, self.ranks.count)
-        kv_heads = getattr(model.config.get_text_config(), "num_key_value_heads", None)
         ends = {key.rpartition(".")[2] for key in self.repeated}
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in ends and isinstance(module, nn.Linear):
-                _one_head(module, self.ranks.rank * kv_heads // self.ranks.count, kv_heads)
+                _one_head(module, self.ranks.rank * self.kv_heads // self.ranks.count, self.kv_heads)
 
     def join(self, bound: BoundModel) -> BoundModel:
         return ParallelModel(bound, self.ranks)
@@ -84,6 +88,7 @@ class ByPlan:
 
 def _one_head(projection: nn.Linear, head: int, heads: int) -> None:
     """Keep of a projection to K or V one head's outputs."""
+
     def part(x: torch.Tensor) -> nn.Parameter:
         return nn.Parameter(x.chunk(heads)[head].clone(), requires_grad=False)
 

@@ -6,11 +6,11 @@ together begins with one: caches are made, and steps run over them, with rank 0'
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 from threading import RLock
 from typing import Any
-from weakref import WeakValueDictionary, finalize
+from weakref import WeakMethod, WeakValueDictionary, finalize
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from octavo.errors import Unsupported
 from octavo.interrupts import held
 from octavo.models.bind import BoundModel, Watch
 from octavo.parallel.heads import Share
-from octavo.parallel.ranks import Ranks
+from octavo.parallel.ranks import RankFailed, Ranks
 
 SHOWN = 4  # tokens by which the ranks see which heads they have
 
@@ -34,12 +34,18 @@ class ParallelModel(BoundModel):
     """A rank's share. `shapes` and `layers` are the rank's own, `whole` the model's."""
 
     alone = interruptible = False
+    close: Callable[[], object]  # ends the other ranks, on rank 0; so does the end of this process
 
     def __init__(self, bound: BoundModel, ranks: Ranks):
         super().__init__(bound.hf, bound.max_context)
         self.layers, self.computes, self.ranks = bound.layers, bound.computes, ranks
         self.shares = self._find_shares()
-        self._commands = {"cache": self._new_cache, "drop": self._drop, "free": self._free_memory, "step": self._step}
+        self._commands: dict[str, Callable[..., Any]] = {
+            "cache": self._new_cache,
+            "drop": self._drop,
+            "free": self._free_memory,
+            "step": self._step,
+        }
         # Caches by number. On rank 0 they belong to whoever has asked for them; the others keep them until told.
         self._caches: MutableMapping[int, KVCache] = {} if ranks.rank else WeakValueDictionary()
         self._made = 0
@@ -65,13 +71,25 @@ class ParallelModel(BoundModel):
 
     def step(self, cache: KVCache, batch: Batch, every: bool = False, watch: Watch | None = None) -> Tensor:
         if watch is not None:
-            raise Unsupported("what K and V look like is measured on an undivided model: leave --tensor-parallel-size out")
+            raise Unsupported(
+                "what K and V look like is observed in an undivided model: run `octavo calibrate` first, without "
+                "--tensor-parallel-size"
+            )
         sent = replace(batch, plan={}, others=[replace(other, plan={}) for other in batch.others])
         number = next(number for number, known in self._caches.items() if known is cache)
         return self._together("step", number, sent, every)
 
     def free_memory(self) -> int:
         return self._together("free")
+
+    def on_failure(self, tell: Callable[[Exception], None]) -> None:
+        method = WeakMethod(tell)  # an LLM is not kept for it
+
+        def call(error: RankFailed) -> None:
+            if (alive := method()) is not None:
+                alive(error)
+
+        self.ranks.on_failure.append(call)
 
     def obey(self) -> None:
         """What a rank other than 0 does for the rest of its life."""
@@ -92,8 +110,8 @@ class ParallelModel(BoundModel):
     def _new_cache(
         self, number: int, plans: list[LayerPlan], blocks: int | Sequence[int], layout: Layout, raw_pages: int
     ) -> KVCache:
-        rank = self.ranks.rank
-        own = [share.sliced(plan, shape, rank) for share, plan, shape in zip(self.shares, plans, self.shapes, strict=True)]
+        layers = zip(self.shares, plans, self.shapes, strict=True)
+        own = [share.sliced(plan, shape, self.ranks.rank) for share, plan, shape in layers]
         cache = self._caches[number] = KVCache(own, blocks, layout, raw_pages)
         return cache
 

@@ -19,7 +19,9 @@ import torch.distributed as dist
 from octavo.errors import OctavoError, one_line
 
 PATIENCE = timedelta(minutes=10)  # that a rank waits for the others in one operation: kernels may be compiled first
-GLANCE = timedelta(seconds=5)  # between looks whether rank 0 is still there
+GLANCE = timedelta(
+    hours=1
+)  # after which a rank that waits for a command asks anew; the end of rank 0 it is told at once
 SETTLED = 5.0  # seconds in which the end of a rank is known, once an operation with it has failed
 
 
@@ -40,7 +42,7 @@ class Ranks:
         """Have the other ranks do something, which this one does too."""
         self.check()
         self._sent += 1
-        self.store.set(f"command {self._sent}", pickle.dumps((command, arguments)))
+        self.store.set(f"command {self._sent}", pickle.dumps((command, arguments)))  # type: ignore[arg-type]
 
     def receive(self) -> tuple[str, tuple[Any, ...]]:
         """The next command, however long it takes. Raises DistError when rank 0 is gone."""

@@ -43,8 +43,9 @@ def load(model: str | Path | None, count: int, *, device: str = "auto", **loadin
     name, path = locate(model)
     check(path, name, loading)
     kind = torch.device(device) if device != "auto" else find_device("auto")
+    children: list[subprocess.Popen[bytes]] = []
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ranks, children = _of_torchrun(count, kind), []
+        ranks = _of_torchrun(count)
         if ranks.rank:
             follow(ranks, path, str(kind), loading)
             raise SystemExit(0)
@@ -62,7 +63,7 @@ def load(model: str | Path | None, count: int, *, device: str = "auto", **loadin
             raise OctavoError(reason) from error
         raise
     ranks.on_failure.append(lambda _: _kill(children))
-    finalize(loaded.bound, _end, ranks, children)
+    loaded.bound.close = finalize(loaded.bound, _end, ranks, children)  # type: ignore[attr-defined]
     return loaded
 
 
@@ -92,7 +93,7 @@ def _started(
     return ranks, children
 
 
-def _of_torchrun(count: int, device: torch.device) -> Ranks:
+def _of_torchrun(count: int) -> Ranks:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world != count:
         raise OctavoError(f"torchrun has started {world} processes, and the model is to be divided among {count}: "

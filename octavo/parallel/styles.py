@@ -87,7 +87,7 @@ def _localize(model: nn.Module) -> None:
                 setattr(module, name, done[id(parameter)])
 
 
-def _look_up(module: nn.Module, start: int) -> None:
+def _look_up(module: Any, start: int) -> None:
     """An embedding whose table is divided by rows: each rank looks up what it has, and the sum is all of it."""
     rows = module.weight.shape[0]
     module.num_embeddings = rows
@@ -98,4 +98,4 @@ def _look_up(module: nn.Module, start: int) -> None:
         found = type(module).forward(module, torch.where(inside, own, 0))  # the class may change later
         return total(found * inside[..., None])
 
-    module.forward = forward  # type: ignore[assignment]
+    module.forward = forward
