@@ -49,6 +49,7 @@ from octavo.inputs import (
 from octavo.interrupts import held
 from octavo.models.generation import is_greedy
 from octavo.models.model import Model
+from octavo.parallel import load
 from octavo.quant.calibration import SYNTHETIC, Calibration
 from octavo.quant.format import Format, Granularity
 from octavo.text import Message, TextStream, encode_chat, encode_prompt
@@ -74,8 +75,7 @@ class LLM:
     and `headroom` override its defaults. `session_len` is the longest session in tokens; the cache has
     `kv_cache_memory` bytes ("4GiB"), or what `max_batch_size` sessions need within the share `cache_max_entry_count` of
     the free memory; on a GPU it takes that share of what is left once the largest step has been tried.
-    `tensor_parallel_size` divides the model among so many processes, each with a GPU of its own or a share of the CPU's
-    cores; each has a cache of that size for its KV heads (octavo/parallel).
+    `tensor_parallel_size` divides the model among so many processes, each with a GPU of its own and a cache that large.
 
     Any thread may call it: what several ask for at a time is computed in one batch. Once a step has failed, every call
     that waits and every later one raises EngineFailed. Ctrl-C ends the calls of the main thread and nothing else.
@@ -106,12 +106,8 @@ class LLM:
             if loading or tensor_parallel_size != 1:
                 raise TypeError(f"{', '.join(loading) or 'tensor_parallel_size'}: the model is loaded already")
             self.model = model
-        elif tensor_parallel_size == 1:
-            self.model = Model.load(model, context=session_len, **loading)
         else:
-            from octavo.parallel import start  # torch.distributed takes a second to import
-
-            self.model = start.load(model, tensor_parallel_size, context=session_len, **loading)
+            self.model = load(model, tensor_parallel_size, context=session_len, **loading)
         bound = self.model.bound
         self.format = self.model.format(kv, calibration)
         self.calibration = calibration_for(self.model, calibration, self.format)

@@ -139,7 +139,7 @@ class LoadOptions:
         """`computing` as in Model.load. Says at once what is loaded, and then of a CPU what computes, and in what."""
         tell_loading(self.model)
         from octavo import cores
-        from octavo.models.model import Model
+        from octavo.parallel import load
 
         cores.use()
         loading: dict[str, Any] = {
@@ -153,12 +153,7 @@ class LoadOptions:
             "computing": computing,
             "deterministic": self.deterministic,
         }
-        if self.ranks == 1:
-            model = Model.load(self.model, **loading)
-        else:
-            from octavo.parallel import start
-
-            model = start.load(self.model, self.ranks, **loading)
+        model = load(self.model, self.ranks, **loading)
         if say and model.processor is not None:
             print(f"CPU: {model.processor}", file=sys.stderr, flush=True)
         return model

@@ -23,7 +23,7 @@ from octavo.cache.store import KVCache
 from octavo.devices import HOST, device_of
 from octavo.errors import Unsupported
 from octavo.interrupts import held
-from octavo.models.bind import BoundModel, Watch
+from octavo.models.bound import BoundModel, Watch
 from octavo.parallel.heads import Share
 from octavo.parallel.ranks import RankFailed, Ranks
 

@@ -27,17 +27,10 @@ from octavo.parallel.follower import Task, follow
 from octavo.parallel.ranks import PATIENCE, RankFailed, Ranks, connect, own_device
 
 LEAVING = 5.0  # seconds that a rank has for its end
-MOST = 64
 
 
-def load(model: str | Path | None, count: int, *, device: str = "auto", **loading: Any) -> Model:
-    """The model as `Model.load` has it, divided among `count` ranks of which this process is rank 0.
-
-    The others are processes that end with this one. Where torchrun has started this process, its ranks are those of
-    torchrun: there the call returns on rank 0 alone, and ends the processes of the others when rank 0 does.
-    """
-    if not 2 <= count <= MOST:
-        raise OctavoError(f"tensor_parallel_size is {count}; it must be from 1 to {MOST}")
+def start(model: str | Path | None, count: int, *, device: str = "auto", **loading: Any) -> Model:
+    """As `octavo.parallel.load`, of two ranks or more."""
     if dist.is_initialized():
         raise OctavoError("a process holds one divided model: share it between LLMs with LLM(llm.model, …)")
     name, path = locate(model)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel
 from octavo.models.model import BUNDLED, Model
-from octavo.parallel import start
+from octavo.parallel import load
 from octavo.quant.calibration import Calibration
 from tests.engine.driving import engine, run
 
@@ -47,7 +47,7 @@ def alone(path: Path | None) -> Model:
 @contextmanager
 def divided(path: Path | None, ranks: int = 2) -> Iterator[Model]:
     """The model divided among ranks, which end with the block."""
-    model = start.load(path, ranks, device="cpu", dtype="float32")
+    model = load(path, ranks, device="cpu", dtype="float32")
     try:
         yield model
     finally:

@@ -1,0 +1,129 @@
+"""A bound model: transformers' own code, run over packed rows with our function in the place of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from octavo.attention import AttentionSpec, attend
+from octavo.cache.batch import Batch
+from octavo.cache.layout import Layout
+from octavo.cache.plan import LayerPlan, LayerShape
+from octavo.cache.store import KVCache
+from octavo.devices import device_of
+from octavo.interrupts import let_through
+from octavo.models.hook import Attend, Recorder, attending
+from octavo.quant.format import RAW_NAMES, KVFormat
+
+Watch = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(layer, q, k, v) as for Attend → k and v that are written in their place"""
+
+
+class BoundModel:
+    """A model whose attention goes through the `attend` that each forward is given. Made by `bind`."""
+
+    alone = True  # whether this process holds all of it; else see octavo/parallel
+    interruptible = True  # whether Ctrl-C may end a forward
+
+    def __init__(self, hf: PreTrainedModel, max_context: int):
+        self.hf = hf
+        self.dtype = self.computes = hf.dtype  # of the weights and the baseline cache, and of the activations
+        self.max_context = max_context
+        self.layers: list[AttentionSpec] = []
+
+    @property
+    def shapes(self) -> list[LayerShape]:
+        return [layer.shape for layer in self.layers]
+
+    @property
+    def whole(self) -> list[LayerShape]:
+        """The shapes with all KV heads of the model, of which this process may hold a share."""
+        return self.shapes
+
+    @property
+    def rotary(self) -> str:
+        """Names RoPE's frequencies, and what scales its sines, in four digits: they may follow the context, and be
+        overridden."""
+        digest = sha256()
+        for name, buffer in self.hf.named_buffers():
+            if name.endswith("inv_freq"):
+                digest.update(" ".join(f"{x:.4g}" for x in buffer.flatten().tolist()).encode())
+        for module in self.hf.modules():
+            if isinstance(scale := getattr(module, "attention_scaling", 1.0), float) and scale != 1:
+                digest.update(f" × {scale:.4g}".encode())
+        return digest.hexdigest()[:8]
+
+    @property
+    def arithmetic(self) -> str:
+        """What K and V depend on beside the weights: their type, that of activations, and RoPE's frequencies."""
+        types = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in {self.dtype: 0, self.computes: 0})
+        return f"{types}, rotary frequencies {self.rotary}"
+
+    @property
+    def raw_format(self) -> KVFormat:
+        """The cache that keeps K and V in the type of the weights: the baseline."""
+        return KVFormat.parse(RAW_NAMES[str(self.dtype).removeprefix("torch.")])
+
+    def random_tokens(self, *shape: int, seed: int = 0) -> list[Any]:
+        """Token ids in lists of that shape, the same every time."""
+        return torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    @cached_property  # a decode step asks for it, and the way there is long
+    def device(self) -> torch.device:
+        """Where token ids go in and logits come out."""
+        return self.hf.get_input_embeddings().weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.hf.config.get_text_config().vocab_size
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, positions: Tensor, logits_at: Tensor, attend: Attend | Recorder) -> Tensor:
+        """Packed rows: ids and positions [T], int64; float logits [n, vocabulary] of the rows `logits_at` [n].
+
+        Several threads may run forwards over one model at a time; each attends to what its own was given.
+        """
+        # Ctrl-C may end it: the next step writes the same rows.
+        with attending(attend), let_through() if self.interruptible else nullcontext():
+            logits = self.hf(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_at
+            ).logits[0]
+        return logits if len(logits) == len(logits_at) else logits[logits_at]  # a model that keeps every row's
+
+    def new_cache(
+        self, plans: Sequence[LayerPlan], blocks: int | Sequence[int], layout: Layout, raw_pages: int = 0
+    ) -> KVCache:
+        """A cache for this model, as KVCache makes it of `plans` of the layers in `whole`."""
+        return KVCache(plans, blocks, layout, raw_pages)
+
+    def step(self, cache: KVCache, batch: Batch, every: bool = False, watch: Watch | None = None) -> Tensor:
+        """A forward over a cache of `new_cache`: logits [n, vocabulary] of the rows that are due, or of `every` row, in
+        the model's dtype, where the model is. `watch` sees, and may change, what each layer writes."""
+        batch = batch.on(self.device)
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if watch is not None:
+                k, v = watch(layer, q, k, v)
+            return attend(self.layers[layer], cache.layers[layer], q, k, v, batch.of(cache.group_of[layer]))
+
+        rows = torch.arange(len(batch.ids), device=self.device) if every else batch.logits_at
+        return self.forward(batch.ids, batch.positions, rows, attention)
+
+    def free_memory(self) -> int:
+        """Bytes that a cache can still take where the model is."""
+        return device_of(self.device).free_memory()
+
+    def on_failure(self, tell: Callable[[Exception], None]) -> None:
+        """Have the method `tell` called, from any thread, once nothing more can be computed although no step has
+        failed: when another process that holds a share of the model ends."""
+
+    def everywhere(self, x: Tensor) -> Tensor:
+        """What each process that holds a share of the model has found, one after the other: [n · processes, …]."""
+        return x
