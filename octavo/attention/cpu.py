@@ -69,8 +69,8 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
     if exact or spec.exact or cache.raw is not None:
         edges = step.edges.sides(cache, batch, owner) if step.edges is not None else NO_EDGES
         _native.attend(
-            _side(cache.k), _side(cache.v), *edges, layer.attention, step.native, owner, *_rows(q), *_rows(k), *_rows(v),
-            out.data_ptr(), torch.get_num_threads(),
+            _side(cache.k), _side(cache.v), *edges, layer.attention, step.native, owner,
+            *_rows(q), *_rows(k), *_rows(v), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if owner:
             for store in (cache.k, cache.v):
