@@ -6,15 +6,18 @@ the observer of a calibration, a recorder. A forward's `attend` belongs to the t
 may run forwards over one model. Nothing is taken from the model's config that a dry run can tell: it records
 each layer's geometry, scale, window, soft cap and sinks.
 
-What cannot be right is refused here, since it would be wrong in silence: layers that keep another state than K and V,
-attention patterns other than a window, keywords that change the scores, models that never reach the hook, that mix the
-rows of a packed step or that count positions in a way of their own.
+Layers that keep a state of fixed size in place of K and V, or beside them, take part through transformers' interface
+for such states (states/).
+
+What cannot be right is refused here, since it would be wrong in silence: states that are kept in another way, attention
+patterns other than a window, keywords that change the scores, models that never reach the hook, that mix the rows of a
+packed step or that count positions in a way of their own.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -27,16 +30,32 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from octavo.attention import AttentionSpec
 from octavo.cache.plan import LayerShape
+from octavo.cache.states import StatePlan
 from octavo.errors import LISTED, Unsupported, one_line
 from octavo.interrupts import let_through
+from octavo.models import states
 from octavo.models.rope import pin_rope, short_context
+from octavo.models.states import StateStep
 from octavo.quant.format import RAW_NAMES, KVFormat
 
 NAME = "octavo"
 ALONE = "octavo-alone"  # the same function under a name for which transformers makes masks, so that they can be read
 NO_WINDOW = -1  # an attention pattern that is none
 UNLIMITED = 1 << 30  # context of a model that names no limit
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+LAYER_TYPES = {"full_attention", "sliding_attention"} | states.TYPES | states.STATELESS
+ATTENDING = {"full_attention", "sliding_attention", "hybrid", "hybrid_sliding"}
+_COMPRESSED = "it attends to compressed groups of rows: it would need them cached beside K and V"
+NEEDED = {  # by layers of other types
+    "indexed_attention": "an indexer chooses the rows that a query sees: it would need the indexer's keys cached beside "
+    "K and V, and attention to chosen rows",
+    "minimax_m3_sparse": "it chooses blocks of rows by keys of its own: it would need those keys cached beside K and "
+    "V, and attention to chosen blocks",
+    "compressed_sparse_attention": _COMPRESSED,
+    "heavily_compressed_attention": _COMPRESSED,
+    "chunked_attention": "a query sees its own chunk alone: it would need windows that begin at multiples of a number",
+    "reference_sliding_attention": "an image's rows are seen from everywhere and others through a window: it would "
+    "need masks by row",
+}
 # Keywords of the attention call that cannot change what is computed here. Any other one that is set is refused.
 HARMLESS = {
     "attention_mask", "cache_position", "dropout", "is_causal", "layer_idx", "logits_to_keep", "output_attentions",
@@ -69,11 +88,13 @@ def _attending(attend: Attend | _Trace) -> Iterator[None]:
 class BoundModel:
     """A model whose attention goes through the `attend` that each forward is given. Made by `bind`."""
 
-    def __init__(self, hf: PreTrainedModel, max_context: int):
+    def __init__(self, hf: PreTrainedModel, max_context: int, attends: bool = True):
         self.hf = hf
+        self.attends = attends  # whether there is attention to send through the interface
         self.dtype = self.computes = hf.dtype  # of the weights and the baseline cache, and of the activations
         self.max_context = max_context
-        self.layers: list[AttentionSpec] = []
+        self.layers: list[AttentionSpec] = []  # of attention
+        self.states = StatePlan()  # of the layers that keep states
 
     @property
     def shapes(self) -> list[LayerShape]:
@@ -107,6 +128,29 @@ class BoundModel:
         """Token ids in lists of that shape, the same every time."""
         return torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(seed)).tolist()
 
+    def find_states(self, prove: bool = True) -> None:
+        """See which layers keep states, of what shapes and types, and have each show that it computes packed steps
+        exactly. To be done again where the type that a model computes in has changed."""
+        self.states = StatePlan()
+        if not states.may_keep_states(self.hf):
+            return
+        ids = torch.tensor(self.random_tokens(states.TOKENS), device=self.device)
+        with _attending(_itself):
+            found = states.find(self.hf, ids)
+        types = getattr(self.hf.config.get_text_config(), "layer_types", None) or ()
+        if len({each.mixer.layer for each in found}) < sum(kind in states.TYPES for kind in types):
+            raise Unsupported(
+                f"{self.hf.config.model_type} keeps the states of its recurrent layers in a way of its own, and not in "
+                "transformers' cache"
+            )
+        self.states = states.install(found)
+        if prove and not ids.is_meta:
+            states.prove(self.hf.config.model_type, found)
+
+    def new_step(self, q_lens: Sequence[int]) -> StateStep | None:
+        """For a forward over the beginnings of so many sequences, with states of their own."""
+        return StateStep.of_new(self.states, q_lens) if self.states else None
+
     @cached_property  # a decode step asks for it, and the way there is long
     def device(self) -> torch.device:
         """Where token ids go in and logits come out."""
@@ -117,12 +161,21 @@ class BoundModel:
         return self.hf.config.get_text_config().vocab_size
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, positions: Tensor, logits_at: Tensor, attend: Attend | _Trace) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        logits_at: Tensor,
+        attend: Attend | _Trace,
+        step: StateStep | None = None,
+    ) -> Tensor:
         """Packed rows: ids and positions [T], int64; float logits [n, vocabulary] of the rows `logits_at` [n].
 
-        Several threads may run forwards over one model at a time; each attends to what its own was given.
+        `step` says whose states the layers that keep some go on from. Without it all rows are one sequence to them, and
+        its beginning. Several threads may run forwards over one model at a time; each attends to what its own was
+        given.
         """
-        with _attending(attend), let_through():  # Ctrl-C may end it: the next step writes the same rows
+        with _attending(attend), states.stepping(step), let_through():  # Ctrl-C may end it
             logits = self.hf(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_at
             ).logits[0]
@@ -146,36 +199,48 @@ def _bind(hf: PreTrainedModel, context: int | None) -> BoundModel:
     name = hf.config.model_type
     if getattr(hf.config, "is_encoder_decoder", False):
         raise Unsupported(f"{name} is an encoder-decoder; Octavo serves decoder-only language models")
-    strange = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if strange:
-        raise Unsupported(
-            f"{name} has layers of type {', '.join(sorted(strange))}, whose state is not a KV cache of rows"
-        )
+        why = next((f": {NEEDED[kind]}" for kind in strange if kind in NEEDED), ", which Octavo does not know")
+        raise Unsupported(f"{name} has layers of type {', '.join(strange)}{why}")
     if getattr(config, "attn_temperature_tuning", False):  # llama4: by the row's number, thousands of rows apart
         raise Unsupported(f"{name} scales its queries by their place in the step, not by their position")
-    if not hf._can_set_attn_implementation():
+    attends = hf._can_set_attn_implementation()
+    if not attends and not states.may_keep_states(hf):
         raise Unsupported(f"{name} does not send its attention through transformers' AttentionInterface")
     max_context = getattr(config, "max_position_embeddings", None) or UNLIMITED
     pin_rope(hf, context or max_context)
     if (short := short_context(hf.config)) is not None and (context or max_context) <= short:
         max_context = min(short, max_context)
 
-    AttentionInterface.register(NAME, _attention)
-    hf.set_attn_implementation(NAME)
-    if config._attn_implementation != NAME:
-        raise Unsupported(f"{name} did not accept the attention function; it kept {config._attn_implementation!r}")
-    bound = BoundModel(hf.eval(), max_context)
+    bound = BoundModel(hf.eval(), max_context, attends)
+    if attends:
+        AttentionInterface.register(NAME, _attention)
+        hf.set_attn_implementation(NAME)
+        if config._attn_implementation != NAME:
+            raise Unsupported(f"{name} did not accept the attention function; it kept {config._attn_implementation!r}")
+    bound.find_states()
     with _Trace(bound) as trace:
         trace.run()
-    expected = getattr(config, "num_hidden_layers", len(trace.specs))
-    if len(trace.specs) != expected or not trace.specs:
-        raise Unsupported(
-            f"only {len(trace.specs)} of the {expected} layers of {name} reach the attention function; "
-            "the others keep a state that is not a KV cache"
-        )
+    _expect_all_layers(bound, len(trace.specs))
     bound.layers = [replace(spec, shape=replace(spec.shape, reach=reach))
                     for spec, reach in zip(trace.specs, _reaches(trace.specs, max_context), strict=True)]  # fmt: skip
     return bound
+
+
+def _expect_all_layers(bound: BoundModel, attending: int) -> None:
+    """Raise Unsupported unless every layer of a model attends, keeps states that are known, or keeps nothing."""
+    config, name = bound.hf.config.get_text_config(), bound.hf.config.model_type
+    types, keeping = getattr(config, "layer_types", None) or (), len(bound.states.layers)
+    if keeping and types:
+        expected = sum(kind in ATTENDING for kind in types)
+    else:
+        expected = getattr(config, "num_hidden_layers", attending) - keeping
+    if attending != expected or not attending + keeping:
+        raise Unsupported(
+            f"only {attending} of the {expected} layers of {name} reach the attention function; "
+            "the others keep a state that is not a KV cache"
+        )
 
 
 def _reaches(layers: list[AttentionSpec], context: int) -> list[int | None]:
@@ -201,11 +266,16 @@ def _attention(
         raise RuntimeError("a bound model runs through BoundModel.forward")
     if isinstance(attend, _Trace):
         attend.record(module, q, k, v, attention_mask, kwargs)
-        return v.repeat_interleave(q.shape[1] // v.shape[1], 1)[None], None  # a row sees itself alone
-    layer: int | None = getattr(module, NAME, None)
+        return _itself(0, q, k, v)[None], None
+    layer: int | None = 0 if attend is _itself else getattr(module, NAME, None)
     if layer is None:
         raise RuntimeError(f"{type(module).__name__} was not reached when its model was bound")
     return attend(layer, q, k, v)[None], None
+
+
+def _itself(_: int, q: Tensor, __: Tensor, v: Tensor) -> Tensor:
+    """Every row sees itself alone, in whatever layer: none has a number yet."""
+    return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
 
 class _Trace:
@@ -231,7 +301,8 @@ class _Trace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bound.hf.set_attn_implementation(NAME)
+        if self.bound.attends:
+            self.bound.hf.set_attn_implementation(NAME)
         self.seen.clear()
         self.masks.clear()
 
@@ -241,8 +312,9 @@ class _Trace:
             a, b = self.bound.vocab_size // 2, self.bound.vocab_size // 3
             ids = torch.tensor([a, b, a], device=self.bound.device)
             rows = torch.arange(3, device=self.bound.device)
-            self.expect_finite("its logits", self.bound.forward(ids, rows % 2, rows, self).amax(-1))
-            if ids.is_meta:  # shapes only: the second run compares values
+            step = None if ids.is_meta else self.bound.new_step([2, 1])
+            self.expect_finite("its logits", self.bound.forward(ids, rows % 2, rows, self, step).amax(-1))
+            if ids.is_meta or not self.bound.attends:  # shapes only: the second run compares values
                 return
             AttentionInterface.register(ALONE, _attention)
             AttentionMaskInterface.register(ALONE, _mask)
@@ -369,8 +441,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 @contextmanager
 def unbound(bound: BoundModel, implementation: str = "sdpa") -> Iterator[PreTrainedModel]:
     """The plain transformers model for a while, with its own attention: the baseline of tests and benchmarks."""
-    bound.hf.set_attn_implementation(implementation)
+    if bound.attends:
+        bound.hf.set_attn_implementation(implementation)
     try:
         yield bound.hf
     finally:
-        bound.hf.set_attn_implementation(NAME)
+        if bound.attends:
+            bound.hf.set_attn_implementation(NAME)
