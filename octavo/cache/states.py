@@ -68,7 +68,7 @@ class StatePool:
         self.plan, self.slots = plan, slots
         self.unused = list(reversed(range(slots)))
         width: dict[tuple[torch.device, torch.dtype], int] = {}
-        places = []  # of each layer's states: the memory and the first column
+        places: list[list[tuple[StateShape, tuple[torch.device, torch.dtype], int]]] = []  # memory, first column
         for layer in plan.layers:
             places.append([])
             for state in layer:

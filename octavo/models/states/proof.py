@@ -38,7 +38,6 @@ def prove(name: str, found: Sequence[Found]) -> None:
         alone = [own_forward(each.module)(**{mixer.rows: own, mixer.cache: None}, **each.beside) for own in rows]
         if not all(isinstance(own, Tensor) for own in alone):
             raise Unsupported(f"{kind} returns more than its rows")
-        limit = SAME.get(alone[0].dtype, 5e-2)
         mixer.by_token = False
         if not _same(_read(each, TOGETHER), alone):
             raise Unsupported(f"{kind} mixes the sequences of a packed step")
