@@ -132,19 +132,20 @@ class LLM:
         layout = backend_for(plans).layout
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
         in_step = max(max_batch_tokens, max_batch_size)
-        cost = CacheSize.of(bound.shapes, [plan.format for plan in plans], layout.block_size, in_step)
+        formats = [plan.format for plan in plans]
+        cost = CacheSize.of(bound.shapes, formats, layout.block_size, in_step, bound.states)
 
         def cache_of(blocks: int) -> KVCache:
-            return bound.new_cache(plans, cost.pools(blocks, max_batch_size), layout, cost.raw_pages(max_batch_size))
+            pools, pages = cost.pools(blocks, max_batch_size), cost.raw_pages(max_batch_size)
+            return bound.new_cache(plans, pools, layout, pages, max_batch_size)
 
         step, device = 0, device_of(bound.device)
         if device.asynchronous:
             step = LargestStep(max_batch_size, max_batch_tokens, self.session_len).nbytes(bound, cache_of(1))
         free = max(0, bound.free_memory() - step)
         blocks = num_blocks(cost, max_batch_size, self.session_len, device, free, memory, cache_max_entry_count)
-        self.engine = Engine(
-            bound, cache_of(blocks), max_batch_size, max_batch_tokens, self.session_len, prefix_caching
-        )
+        cache = cache_of(blocks)
+        self.engine = Engine(bound, cache, max_batch_size, max_batch_tokens, self.session_len, prefix_caching)
         self.reading = Reading(bound, self.format, self.calibration, granularity, headroom)
         self.grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
         self._generations: dict[Sequence, Generation] = {}

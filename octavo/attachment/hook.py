@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from octavo.errors import OctavoError
-from octavo.models.bind import bind
+from octavo.models.bind import bind, short_context
 from octavo.models.hook import NAME
 from octavo.models.model import Model
-from octavo.models.rope import short_context
 
 BESIDE = "octavo-beside"  # our function beside that of the name that follows
 HOOK = "octavo_hook"  # where a model keeps its Hook

@@ -32,6 +32,7 @@ class Text:
     tables: list[list[int]]
     first_page: int = -1
     ring: int = -1
+    state_slot: int | None = None
     num_cached: int = 0
     behind: list[int] = field(default_factory=list)
     prefixes: list[bytes] = field(default_factory=list)
@@ -84,9 +85,10 @@ class Reading:
         for i, tokens in enumerate(texts):
             own = -(-len(tokens) // layout.block_size)
             table = list(range(blocks, blocks + own))
-            sequences.append(Text(list(tokens), [table], len(texts) * ring_pages + i, i * ring_pages))
+            slot = i if bound.states else None
+            sequences.append(Text(list(tokens), [table], len(texts) * ring_pages + i, i * ring_pages, slot))
             blocks += own
-        cache = bound.new_cache(plans, blocks, layout, len(texts) * (ring_pages + 1))
+        cache = bound.new_cache(plans, blocks, layout, len(texts) * (ring_pages + 1), len(texts))
         watched = observe is not None or self.simulate is not None
 
         def watch(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +101,7 @@ class Reading:
         try:
             for cut in cuts:
                 work = [(sequence, n) for sequence, n in zip(sequences, cut, strict=True) if n]
-                batch = Batch.build(work, layout.block_size, span=span)
+                batch = Batch.build(work, layout.block_size, span=span, states=cache.states is not None)
                 if positions is not None:
                     batch.positions = positions[batch.positions]
                 yield bound.step(cache, batch, every, watch if watched else None).float()

@@ -52,7 +52,8 @@ class Runner:
         width = -(-max_context // size)
         if self.cache.reaches[0] is None:  # no table is longer than the cache, whatever the model's context
             width = min(width, self.cache.num_blocks)
-        buffers = StepBuffers(max_batch_size, width, size, device, self.cache.span > 0, len(self.cache.blocks))
+        edges, states = self.cache.span > 0, self.cache.states is not None
+        buffers = StepBuffers(max_batch_size, width, size, device, edges, len(self.cache.blocks), states)
         return DecodeGraphs(self._forward, buffers, how or cuda_capture(device), rows)
 
     def _check_capturable(self) -> None:

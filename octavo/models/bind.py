@@ -5,9 +5,12 @@ whatever `attend` the forward was given (hook.py): the serving cache, the observ
 is taken from the model's config that a dry run can tell: it records each layer's geometry, scale, window, soft cap and
 sinks (trace.py).
 
-What cannot be right is refused here, since it would be wrong in silence: layers that keep another state than K and V,
-attention patterns other than a window, keywords that change the scores, models that never reach the hook, that mix the
-rows of a packed step or that count positions in a way of their own.
+Layers that keep a state of fixed size in place of K and V, or beside them, take part through transformers' interface
+for such states (states/).
+
+What cannot be right is refused here, since it would be wrong in silence: states that are kept in another way, attention
+patterns other than a window, keywords that change the scores, models that never reach the hook, that mix the rows of a
+packed step or that count positions in a way of their own.
 """
 
 from __future__ import annotations
@@ -20,13 +23,27 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from octavo.attention import AttentionSpec
 from octavo.errors import LISTED, Unsupported
+from octavo.models import states
 from octavo.models.bound import BoundModel as BoundModel
 from octavo.models.hook import NAME, attention
 from octavo.models.rope import pin_rope, short_context
 from octavo.models.trace import Trace
 
 UNLIMITED = 1 << 30  # context of a model that names no limit
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+LAYER_TYPES = {"full_attention", "sliding_attention"} | states.TYPES | states.STATELESS
+ATTENDING = {"full_attention", "sliding_attention", "hybrid", "hybrid_sliding"}
+_COMPRESSED = "it attends to compressed groups of rows: it would need them cached beside K and V"
+NEEDED = {  # by layers of other types
+    "indexed_attention": "an indexer chooses the rows that a query sees: it would need the indexer's keys cached "
+    "beside K and V, and attention to chosen rows",
+    "minimax_m3_sparse": "it chooses blocks of rows by keys of its own: it would need those keys cached beside K and "
+    "V, and attention to chosen blocks",
+    "compressed_sparse_attention": _COMPRESSED,
+    "heavily_compressed_attention": _COMPRESSED,
+    "chunked_attention": "a query sees its own chunk alone: it would need windows that begin at multiples of a number",
+    "reference_sliding_attention": "an image's rows are seen from everywhere and others through a window: it would "
+    "need masks by row",
+}
 
 
 def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
@@ -46,36 +63,48 @@ def _bind(hf: PreTrainedModel, context: int | None) -> BoundModel:
     name = hf.config.model_type
     if getattr(hf.config, "is_encoder_decoder", False):
         raise Unsupported(f"{name} is an encoder-decoder; Octavo serves decoder-only language models")
-    strange = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if strange:
-        raise Unsupported(
-            f"{name} has layers of type {', '.join(sorted(strange))}, whose state is not a KV cache of rows"
-        )
+        why = next((f": {NEEDED[kind]}" for kind in strange if kind in NEEDED), ", which Octavo does not know")
+        raise Unsupported(f"{name} has layers of type {', '.join(strange)}{why}")
     if getattr(config, "attn_temperature_tuning", False):  # llama4: by the row's number, thousands of rows apart
         raise Unsupported(f"{name} scales its queries by their place in the step, not by their position")
-    if not hf._can_set_attn_implementation():
+    attends = hf._can_set_attn_implementation()
+    if not attends and not states.may_keep_states(hf):
         raise Unsupported(f"{name} does not send its attention through transformers' AttentionInterface")
     max_context = getattr(config, "max_position_embeddings", None) or UNLIMITED
     pin_rope(hf, context or max_context)
     if (short := short_context(hf.config)) is not None and (context or max_context) <= short:
         max_context = min(short, max_context)
 
-    AttentionInterface.register(NAME, attention)
-    hf.set_attn_implementation(NAME)
-    if config._attn_implementation != NAME:
-        raise Unsupported(f"{name} did not accept the attention function; it kept {config._attn_implementation!r}")
-    bound = BoundModel(hf.eval(), max_context)
+    bound = BoundModel(hf.eval(), max_context, attends)
+    if attends:
+        AttentionInterface.register(NAME, attention)
+        hf.set_attn_implementation(NAME)
+        if config._attn_implementation != NAME:
+            raise Unsupported(f"{name} did not accept the attention function; it kept {config._attn_implementation!r}")
+    bound.find_states()
     with Trace(bound) as trace:
         trace.run()
-    expected = getattr(config, "num_hidden_layers", len(trace.specs))
-    if len(trace.specs) != expected or not trace.specs:
-        raise Unsupported(
-            f"only {len(trace.specs)} of the {expected} layers of {name} reach the attention function; "
-            "the others keep a state that is not a KV cache"
-        )
+    _expect_all_layers(bound, len(trace.specs))
     bound.layers = [replace(spec, shape=replace(spec.shape, reach=reach))
                     for spec, reach in zip(trace.specs, _reaches(trace.specs, max_context), strict=True)]  # fmt: skip
     return bound
+
+
+def _expect_all_layers(bound: BoundModel, attending: int) -> None:
+    """Raise Unsupported unless every layer of a model attends, keeps states that are known, or keeps nothing."""
+    config, name = bound.hf.config.get_text_config(), bound.hf.config.model_type
+    types, keeping = getattr(config, "layer_types", None) or (), len(bound.states.layers)
+    if keeping and types:
+        expected = sum(kind in ATTENDING for kind in types)
+    else:
+        expected = getattr(config, "num_hidden_layers", attending) - keeping
+    if attending != expected or not attending + keeping:
+        raise Unsupported(
+            f"only {attending} of the {expected} layers of {name} reach the attention function; "
+            "the others keep a state that is not a KV cache"
+        )
 
 
 def _reaches(layers: list[AttentionSpec], context: int) -> list[int | None]:
@@ -89,8 +118,10 @@ def _reaches(layers: list[AttentionSpec], context: int) -> list[int | None]:
 @contextmanager
 def unbound(bound: BoundModel, implementation: str = "sdpa") -> Iterator[PreTrainedModel]:
     """The plain transformers model for a while, with its own attention: the baseline of tests and benchmarks."""
-    bound.hf.set_attn_implementation(implementation)
+    if bound.attends:
+        bound.hf.set_attn_implementation(implementation)
     try:
         yield bound.hf
     finally:
-        bound.hf.set_attn_implementation(NAME)
+        if bound.attends:
+            bound.hf.set_attn_implementation(NAME)

@@ -16,10 +16,14 @@ from octavo.attention import AttentionSpec, attend
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerPlan, LayerShape
+from octavo.cache.states import StatePlan
 from octavo.cache.store import KVCache
 from octavo.devices import device_of
+from octavo.errors import Unsupported
 from octavo.interrupts import let_through
-from octavo.models.hook import Attend, Recorder, attending
+from octavo.models import states
+from octavo.models.hook import Attend, Recorder, attending, itself
+from octavo.models.states import StateStep
 from octavo.quant.format import RAW_NAMES, KVFormat
 
 Watch = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -32,11 +36,13 @@ class BoundModel:
     alone = True  # whether this process holds all of it; else see octavo/parallel
     interruptible = True  # whether Ctrl-C may end a forward
 
-    def __init__(self, hf: PreTrainedModel, max_context: int):
+    def __init__(self, hf: PreTrainedModel, max_context: int, attends: bool = True):
         self.hf = hf
+        self.attends = attends  # whether there is attention to send through the interface
         self.dtype = self.computes = hf.dtype  # of the weights and the baseline cache, and of the activations
         self.max_context = max_context
-        self.layers: list[AttentionSpec] = []
+        self.layers: list[AttentionSpec] = []  # of attention
+        self.states = StatePlan()  # of the layers that keep states
 
     @property
     def shapes(self) -> list[LayerShape]:
@@ -75,6 +81,29 @@ class BoundModel:
         """Token ids in lists of that shape, the same every time."""
         return torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(seed)).tolist()
 
+    def find_states(self, prove: bool = True) -> None:
+        """See which layers keep states, of what shapes and types, and have each show that it computes packed steps
+        exactly. To be done again where the type that a model computes in has changed."""
+        self.states = StatePlan()
+        if not states.may_keep_states(self.hf):
+            return
+        ids = torch.tensor(self.random_tokens(states.TOKENS), device=self.device)
+        with attending(itself):
+            found = states.find(self.hf, ids)
+        types = getattr(self.hf.config.get_text_config(), "layer_types", None) or ()
+        if len({each.mixer.layer for each in found}) < sum(kind in states.TYPES for kind in types):
+            raise Unsupported(
+                f"{self.hf.config.model_type} keeps the states of its recurrent layers in a way of its own, and not in "
+                "transformers' cache"
+            )
+        self.states = states.install(found)
+        if prove and not ids.is_meta:
+            states.prove(self.hf.config.model_type, found)
+
+    def new_step(self, q_lens: Sequence[int]) -> StateStep | None:
+        """For a forward over the beginnings of so many sequences, with states of their own."""
+        return StateStep.of_new(self.states, q_lens) if self.states else None
+
     @cached_property  # a decode step asks for it, and the way there is long
     def device(self) -> torch.device:
         """Where token ids go in and logits come out."""
@@ -85,23 +114,37 @@ class BoundModel:
         return self.hf.config.get_text_config().vocab_size
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, positions: Tensor, logits_at: Tensor, attend: Attend | Recorder) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        logits_at: Tensor,
+        attend: Attend | Recorder,
+        step: StateStep | None = None,
+    ) -> Tensor:
         """Packed rows: ids and positions [T], int64; float logits [n, vocabulary] of the rows `logits_at` [n].
 
-        Several threads may run forwards over one model at a time; each attends to what its own was given.
+        `step` says whose states the layers that keep some go on from. Without it all rows are one sequence to them, and
+        its beginning. Several threads may run forwards over one model at a time; each attends to what its own was
+        given.
         """
-        # Ctrl-C may end it: the next step writes the same rows.
-        with attending(attend), let_through() if self.interruptible else nullcontext():
+        through = let_through() if self.interruptible else nullcontext()  # Ctrl-C may end it
+        with attending(attend), states.stepping(step), through:
             logits = self.hf(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_at
             ).logits[0]
         return logits if len(logits) == len(logits_at) else logits[logits_at]  # a model that keeps every row's
 
     def new_cache(
-        self, plans: Sequence[LayerPlan], blocks: int | Sequence[int], layout: Layout, raw_pages: int = 0
+        self,
+        plans: Sequence[LayerPlan],
+        blocks: int | Sequence[int],
+        layout: Layout,
+        raw_pages: int = 0,
+        sessions: int = 0,
     ) -> KVCache:
         """A cache for this model, as KVCache makes it of `plans` of the layers in `whole`."""
-        return KVCache(plans, blocks, layout, raw_pages)
+        return KVCache(plans, blocks, layout, raw_pages, self.states, sessions)
 
     def step(self, cache: KVCache, batch: Batch, every: bool = False, watch: Watch | None = None) -> Tensor:
         """A forward over a cache of `new_cache`: logits [n, vocabulary] of the rows that are due, or of `every` row, in
@@ -114,7 +157,7 @@ class BoundModel:
             return attend(self.layers[layer], cache.layers[layer], q, k, v, batch.of(cache.group_of[layer]))
 
         rows = torch.arange(len(batch.ids), device=self.device) if every else batch.logits_at
-        return self.forward(batch.ids, batch.positions, rows, attention)
+        return self.forward(batch.ids, batch.positions, rows, attention, StateStep.of(batch, cache))
 
     def free_memory(self) -> int:
         """Bytes that a cache can still take where the model is."""

@@ -83,6 +83,10 @@ class ByPlan:
                 _one_head(module, self.ranks.rank * self.kv_heads // self.ranks.count, self.kv_heads)
 
     def join(self, bound: BoundModel) -> BoundModel:
+        if bound.states:
+            raise Unsupported(
+                f"{bound.hf.config.model_type} keeps states beside K and V, which are not divided among ranks: {ONE}"
+            )
         return ParallelModel(bound, self.ranks)
 
 

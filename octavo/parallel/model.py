@@ -60,12 +60,17 @@ class ParallelModel(BoundModel):
         return torch.cat(self._each(x))
 
     def new_cache(
-        self, plans: Sequence[LayerPlan], blocks: int | Sequence[int], layout: Layout, raw_pages: int = 0
+        self,
+        plans: Sequence[LayerPlan],
+        blocks: int | Sequence[int],
+        layout: Layout,
+        raw_pages: int = 0,
+        sessions: int = 0,
     ) -> KVCache:
         with self._turn:
             self._made += 1
             number = self._made
-            cache: KVCache = self._together("cache", number, list(plans), blocks, layout, raw_pages)
+            cache: KVCache = self._together("cache", number, list(plans), blocks, layout, raw_pages, sessions)
             finalize(cache, self._dropped.append, number)
             return cache
 
@@ -107,12 +112,10 @@ class ParallelModel(BoundModel):
             except Exception as error:
                 raise self.ranks.explain(error) from error
 
-    def _new_cache(
-        self, number: int, plans: list[LayerPlan], blocks: int | Sequence[int], layout: Layout, raw_pages: int
-    ) -> KVCache:
+    def _new_cache(self, number: int, plans: list[LayerPlan], *size: Any) -> KVCache:
         layers = zip(self.shares, plans, self.shapes, strict=True)
         own = [share.sliced(plan, shape, self.ranks.rank) for share, plan, shape in layers]
-        cache = self._caches[number] = KVCache(own, blocks, layout, raw_pages)
+        cache = self._caches[number] = super().new_cache(own, *size)
         return cache
 
     def _drop(self, numbers: list[int]) -> None:
