@@ -46,9 +46,9 @@ def part(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -
 def rates(title: str, document: Document) -> str:
     """Tokens a second of each program, prefill and decode by batch."""
     by_batch = {row["batch"]: row["tokens_per_second"] for row in document["rows"]}
-    columns = [(batch, what) for batch in by_batch for what in ("prefill", "decode")]
-    names = by_batch[columns[0][0]]
-    rows = ([name, *(by_batch[batch][name][what] for batch, what in columns)] for name in names)
+    names = list(dict.fromkeys(name for rates in by_batch.values() for name in rates))
+    columns = [(batch, what) for batch, rates in by_batch.items() for what in next(iter(rates.values()))]
+    rows = ([name, *(by_batch[batch].get(name, {}).get(what, "") for batch, what in columns)] for name in names)
     return part(title, ["", *(f"{what}, batch {batch}" for batch, what in columns)], rows)
 
 
@@ -152,7 +152,7 @@ float32. {commits(found)}.
             best = row["times_as_fast"]
             ours = "octavo kv8" if "octavo kv8" in best else next(iter(best))
             rows = (
-                [name, *(speeds[what] for what in ("prefill", "decode", "job")),
+                [name, *(speeds.get(what, "") for what in ("prefill", "decode", "job")),
                  "" if name == ours else best[ours][name]["job"]]
                 for name, speeds in row["tokens_per_second"].items()
             )  # fmt: skip
