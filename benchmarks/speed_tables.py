@@ -127,14 +127,17 @@ def _span(values: Iterable[float]) -> str:
 
 def peers() -> str:
     found = load("peers-cpu")
-    text = f"""
+    text = """
 ## The engine beside llama.cpp and transformers
 
 A random Llama of 4 layers (hidden 2048, 16/8 heads), bf16 weights; tokens a second, medians. Every program first has to
-agree with a float32 forward. {commits(found)}.
+agree with a float32 forward. Where a batch has no prefill, K and V of one prompt were computed and copied for all.
 """
     for label, document in found.items():
-        text += rates(f"{label}, prompts of {document['prompt']} tokens, {document['rounds']} rounds", document)
+        runs = ((row["batch"], row.get("rounds", document["rounds"]), row.get("commit", document["commit"]))
+                for row in document["rows"])  # fmt: skip
+        told = "; ".join(f"batch {batch}: {rounds} rounds, commit {commit}" for batch, rounds, commit in runs)
+        text += rates(f"{label}, prompts of {document['prompt']} tokens ({told})", document)
     return text
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -77,11 +79,13 @@ def join(model: nn.Module, run: Callable[[], object]) -> Iterator[Undo]:
         if len(layers) > 1 and all(called.count(id(layer)) == 1 for layer in layers):
             group = Group([])
             for layer in layers:
-                layer.group, layer.__class__ = group, JoinedLinear
-                group.layers.append(layer)  # type: ignore[arg-type]
-                yield lambda layer=layer: _part(layer)  # type: ignore[misc]
+                layer.__class__ = JoinedLinear
+                joined = cast(JoinedLinear, layer)
+                joined.group = group
+                group.layers.append(joined)
+                yield partial(_part, layer)
 
 
-def _part(layer: JoinedLinear) -> None:
+def _part(layer: PanelLinear) -> None:
     layer.__class__ = PanelLinear
     del layer.group
