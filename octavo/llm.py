@@ -271,8 +271,6 @@ class LLM:
         """What the codes in this cache mean; raises OctavoError where none could be recognized again."""
         if not self.engine.pool.prefix_caching:
             raise OctavoError("sessions are kept in the prefix cache, and it is turned off")
-        if not self.model.bound.alone:
-            raise OctavoError("sessions of a divided model are not kept: leave tensor_parallel_size out")
         if self.model.fingerprint == SYNTHETIC:
             raise OctavoError("sessions cannot be kept with random weights: nothing tells them from others")
         return Identity.of(self.cache, self.model.fingerprint, self.model.bound.arithmetic)

@@ -64,7 +64,7 @@ def main() -> None:
 
 def follow(ranks: Ranks, path: Path, device: str, loading: dict[str, Any]) -> None:
     """Hold a share of the model in `path` until rank 0 ends."""
-    own = own_device(torch.device(device), ranks.rank)
+    own = own_device(torch.device(device), ranks)
     ranks.store.set(f"here {ranks.rank}", "")
     connect(ranks, own)
     model = Model.load(path, device=str(own), division=ByPlan(ranks), **loading)

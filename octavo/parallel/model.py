@@ -24,6 +24,7 @@ from octavo.devices import HOST, device_of
 from octavo.errors import Unsupported
 from octavo.interrupts import held
 from octavo.models.bound import BoundModel, Watch
+from octavo.parallel.cache import ParallelCache
 from octavo.parallel.heads import Share
 from octavo.parallel.ranks import RankFailed, Ranks
 
@@ -44,13 +45,15 @@ class ParallelModel(BoundModel):
             "cache": self._new_cache,
             "drop": self._drop,
             "free": self._free_memory,
+            "read": lambda number, pages: self._caches[number].gather(pages),
             "step": self._step,
+            "write": lambda number, pages: self._caches[number].divide(pages),
         }
         # Caches by number. On rank 0 they belong to whoever has asked for them; the others keep them until told.
-        self._caches: MutableMapping[int, KVCache] = {} if ranks.rank else WeakValueDictionary()
+        self._caches: MutableMapping[int, ParallelCache] = {} if ranks.rank else WeakValueDictionary()
         self._made = 0
         self._dropped: list[int] = []  # caches that rank 0 has no longer
-        self._turn = RLock()  # one command at a time, whatever the threads
+        self.turn = RLock()  # one command at a time, whatever the threads
 
     @property
     def whole(self) -> list[LayerShape]:
@@ -67,10 +70,12 @@ class ParallelModel(BoundModel):
         raw_pages: int = 0,
         sessions: int = 0,
     ) -> KVCache:
-        with self._turn:
+        with self.turn:
             self._made += 1
             number = self._made
-            cache: KVCache = self._together("cache", number, list(plans), blocks, layout, raw_pages, sessions)
+            cache: KVCache = self.together(
+                "cache", number, list(plans), blocks, layout, raw_pages, self.states, sessions
+            )
             finalize(cache, self._dropped.append, number)
             return cache
 
@@ -81,11 +86,11 @@ class ParallelModel(BoundModel):
                 "--tensor-parallel-size"
             )
         sent = replace(batch, plan={}, others=[replace(other, plan={}) for other in batch.others])
-        number = next(number for number, known in self._caches.items() if known is cache)
-        return self._together("step", number, sent, every)
+        assert isinstance(cache, ParallelCache)
+        return self.together("step", cache.number, sent, every)
 
     def free_memory(self) -> int:
-        return self._together("free")
+        return self.together("free")
 
     def on_failure(self, tell: Callable[[Exception], None]) -> None:
         method = WeakMethod(tell)  # an LLM is not kept for it
@@ -101,8 +106,9 @@ class ParallelModel(BoundModel):
         while (command := self.ranks.receive())[0] != "stop":
             self._commands[command[0]](*command[1])
 
-    def _together(self, command: str, *arguments: Any) -> Any:
-        with self._turn, held():  # Ctrl-C in between would leave the others waiting
+    def together(self, command: str, *arguments: Any) -> Any:
+        """Have all ranks do something; what it returns here."""
+        with self.turn, held():  # Ctrl-C in between would leave the others waiting
             if self._dropped:
                 dropped, self._dropped[:] = list(self._dropped), []
                 self.ranks.send("drop", dropped)
@@ -115,7 +121,9 @@ class ParallelModel(BoundModel):
     def _new_cache(self, number: int, plans: list[LayerPlan], *size: Any) -> KVCache:
         layers = zip(self.shares, plans, self.shapes, strict=True)
         own = [share.sliced(plan, shape, self.ranks.rank) for share, plan, shape in layers]
-        cache = self._caches[number] = super().new_cache(own, *size)
+        cache = self._caches[number] = ParallelCache(own, *size)
+        cache.rank, cache.number, cache.together = self.ranks.rank, number, self.together
+        cache.shares, cache.whole = self.shares, plans
         return cache
 
     def _drop(self, numbers: list[int]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -36,6 +37,7 @@ class Ranks:
         self.rank, self.count, self.local, self.store = rank, count, local, store
         self.failure: str | None = None  # why no more can be computed
         self.on_failure: list[Callable[[RankFailed], None]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []  # of the others, that this one has started
         self._sent = 0
 
     def send(self, command: str, *arguments: Any) -> None:
@@ -71,9 +73,11 @@ class Ranks:
             raise RankFailed(self.failure)
 
     def fail(self, reason: str) -> None:
-        """Nothing more can be computed. The first reason counts."""
+        """Nothing more can be computed, and the others end. The first reason counts."""
         if self.failure is None:
             self.failure = reason
+            for process in self.processes:
+                process.kill()
             for tell in self.on_failure:
                 tell(RankFailed(reason))
 
@@ -93,8 +97,9 @@ def connect(ranks: Ranks, device: torch.device) -> None:
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.count, timeout=PATIENCE)
 
 
-def own_device(device: torch.device, rank: int) -> torch.device:
-    """The device of a rank of this machine, and the one that transformers will choose."""
+def own_device(device: torch.device, ranks: Ranks) -> torch.device:
+    """The device of this rank, which is also the one that transformers will choose."""
+    rank = ranks.rank % ranks.local
     accelerator = torch.accelerator.current_accelerator()
     if device.type == "cpu":
         if accelerator is not None and accelerator.type != "cpu":

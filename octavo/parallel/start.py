@@ -36,40 +36,35 @@ def start(model: str | Path | None, count: int, *, device: str = "auto", **loadi
     name, path = locate(model)
     check(path, name, loading)
     kind = torch.device(device) if device != "auto" else find_device("auto")
-    children: list[subprocess.Popen[bytes]] = []
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ranks = _of_torchrun(count)
         if ranks.rank:
             follow(ranks, path, str(kind), loading)
             raise SystemExit(0)
     else:
-        ranks, children = _started(count, path, kind, loading)
+        ranks = _started(count, path, kind, loading)
     try:
-        own = own_device(kind, 0)
+        own = own_device(kind, ranks)
         _await(ranks)
         connect(ranks, own)
         loaded = Model.load(model, device=str(own), division=ByPlan(ranks), **loading)
     except BaseException as error:
         reason = _reason(ranks, error) if isinstance(error, Exception) else None
-        _end(ranks, children)
+        _end(ranks)
         if reason is not None:
             raise OctavoError(reason) from error
         raise
-    ranks.on_failure.append(lambda _: _kill(children))
-    loaded.bound.close = finalize(loaded.bound, _end, ranks, children)  # type: ignore[attr-defined]
+    loaded.bound.close = finalize(loaded.bound, _end, ranks)  # type: ignore[attr-defined]
     return loaded
 
 
-def _started(
-    count: int, path: Path, device: torch.device, loading: dict[str, Any]
-) -> tuple[Ranks, list[subprocess.Popen[bytes]]]:
+def _started(count: int, path: Path, device: torch.device, loading: dict[str, Any]) -> Ranks:
     store = dist.TCPStore("127.0.0.1", 0, None, True, PATIENCE, wait_for_workers=False)
     ranks = Ranks(0, count, count, store)
     threads = torch.get_num_threads()
     if device.type == "cpu" and not any(map(os.environ.get, TOLD)):
         threads = max(1, threads // count)
         torch.set_num_threads(threads)
-    children = []
     for rank in range(1, count):
         child = subprocess.Popen(
             [sys.executable, "-m", "octavo.parallel.follower"],
@@ -77,13 +72,13 @@ def _started(
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is rank 0's
         )
-        children.append(child)
+        ranks.processes.append(child)
         assert child.stdin is not None
         with suppress(BrokenPipeError):  # it has ended, which is seen below
             pickle.dump(Task(rank, count, store.port, path, str(device), threads, loading), child.stdin)
             child.stdin.flush()
         Thread(target=_watch, args=(ranks, rank, child), daemon=True).start()
-    return ranks, children
+    return ranks
 
 
 def _of_torchrun(count: int) -> Ranks:
@@ -127,26 +122,21 @@ def _reason(ranks: Ranks, error: Exception) -> str | None:
     return None if one_line(error) in failed else failed
 
 
-def _kill(children: list[subprocess.Popen[bytes]]) -> None:
-    for child in children:
-        child.kill()
-
-
-def _end(ranks: Ranks, children: list[subprocess.Popen[bytes]]) -> None:
+def _end(ranks: Ranks) -> None:
     """Have all ranks end, and the group with them."""
     if ranks.failure is None:
         with suppress(Exception):
             ranks.send("stop")
         ranks.failure = "the model is closed"
-    for child in children:
+    for child in ranks.processes:
         if child.stdin is not None:
             with suppress(OSError):
                 child.stdin.close()
     end = time.monotonic() + LEAVING
-    for child in children:
+    for child in ranks.processes:
         with suppress(subprocess.TimeoutExpired):
             child.wait(max(0.0, end - time.monotonic()))
-    _kill(children)
+        child.kill()
     if dist.is_initialized():
         with suppress(Exception):
             dist.destroy_process_group()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
 from octavo.models.model import Model
@@ -82,3 +84,20 @@ def test_what_is_observed_inside_a_divided_model_is_refused(two: Model):
 def test_a_second_divided_model_in_a_process_is_refused(one: Model):
     with pytest.raises(OctavoError, match="one divided model"):
         LLM(one.path, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("kv", ["int8-token", "kv8"])
+def test_a_session_saved_by_two_ranks_is_read_by_one_and_the_reverse(one: Model, two: Model, kv: str, tmp_path: Path):
+    """A file has all heads: what is restored is found by the next prompt, and the answer is that of an undivided model
+    that was never saved."""
+    tokens = one.bound.random_tokens(200)
+    llms = [LLM(model, kv, session_len=512, max_batch_size=2) for model in (one, two)]
+    expected = llms[0].generate([tokens], SamplingParams(max_tokens=8))[0]
+    for number, (writer, reader) in enumerate([(1, 0), (0, 1)]):
+        file = tmp_path / f"{number}"
+        assert llms[writer].save(file, tokens) == 192
+        fresh = LLM((one, two)[reader], kv, session_len=512, max_batch_size=2)
+        assert fresh.restore(file).cached_tokens == 192
+        answer = fresh.generate([tokens], SamplingParams(max_tokens=8))[0]
+        assert answer.cached_tokens == 192
+        assert answer.token_ids == expected.token_ids
