@@ -16,6 +16,8 @@ from torch import Tensor
 
 from octavo.devices import HOST, send
 
+MAX_BATCH_TOKENS = 1024  # tokens of a step unless said otherwise, and so rows of a chunk of a long prompt
+
 
 class Cached(Protocol):
     """What a batch needs to know of a sequence."""
@@ -30,6 +32,7 @@ class Cached(Protocol):
     num_cached: int  # tokens whose K and V are in the cache
     first_page: int  # the raw page of page 0, where the format has edges
     ring: int  # the first of the raw pages of its own span
+    state_slot: int | None  # of its states, where the model has layers that keep some
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Batch:
     raw_slots: Tensor | None = None  # [T] raw page·block_size + place; −1: the row is at no edge once the step is done
     first: Tensor | None = None  # [B] raw page of page 0
     ring: Tensor | None = None  # [B] first of span/block_size raw pages in a row: row t beyond page 0 is at t mod span
+    state_slots: Tensor | None = None  # [B] where layers keep states: each sequence's slot
     plan: dict[Any, Any] = field(default_factory=dict)  # what an attention implementation keeps for a group's layers
     others: list[Batch] = field(default_factory=list)  # the step as the other groups have it: their slots and tables
 
@@ -86,6 +90,8 @@ class Batch:
         q_start = torch.cat([ends.new_zeros(1), ends])
         logits_at = ends[torch.tensor(due)] - 1
         batch = cls(ids, positions, slots[0], table[0], q_start, kv_len, q_lens, kv_lens, logits_at)
+        if work[0][0].state_slot is not None:
+            batch.state_slots = torch.tensor([sequence.state_slot for sequence, _ in work])
         if span:
             batch.first = torch.tensor([sequence.first_page for sequence, _ in work])
             batch.ring = torch.tensor([sequence.ring for sequence, _ in work])

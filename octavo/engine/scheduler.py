@@ -10,11 +10,8 @@ from __future__ import annotations
 from collections import deque
 
 from octavo.cache.pool import CachePool, Hit
-from octavo.cache.size import CHUNK
 from octavo.engine.sequence import FinishReason, Sampled, Sequence
 from octavo.errors import OctavoError
-
-__all__ = ["CHUNK", "Scheduler", "Work"]
 
 Work = list[tuple[Sequence, int]]
 
@@ -130,6 +127,11 @@ class Scheduler:
             elif len(sequence.tokens) >= sequence.max_len:
                 self.finish(sequence, "length")
         return gained
+
+    def restart(self) -> None:
+        """Have everything that runs computed again."""
+        while self.running:
+            self._preempt(self.running[-1])
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence wherever it is and free its blocks."""

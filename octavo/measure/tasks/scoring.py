@@ -45,6 +45,7 @@ class _Text:
     targets: list[int]
     first_page: int = -1
     ring: int = -1
+    state_slot: int | None = None
     num_cached: int = 0
     tables: list[list[int]] = field(default_factory=list)
     behind: list[int] = field(default_factory=list)
