@@ -21,6 +21,7 @@ from octavo.cli.quantize import quantize
 from octavo.cli.report import report
 from octavo.cli.scales import app as scales
 from octavo.cli.serve import serve
+from octavo.cli.session import app as session
 from octavo.cli.speed import speed
 from octavo.cli.tune import tune
 from octavo.cli.verbs import Verbs
@@ -46,6 +47,7 @@ app.command()(memory)
 app.command()(plan)
 
 app.add_typer(scales, name="scales")
+app.add_typer(session, name="session")
 
 lite = Verbs(help="The verb of LMDeploy's page: `octavo lite calibrate …`.")
 lite.command()(calibrate)
