@@ -187,6 +187,18 @@ def measure(names: dict[str, type[Snapshots]], traces: dict[str, Trace]) -> dict
     return found
 
 
+def written(found: dict[str, dict[str, dict[str, Found]]]) -> dict[str, dict[str, str]]:
+    """Of each candidate and trace what was found by number of slots, what there was, and how many were taken, a line
+    each."""
+
+    def line(of: dict[str, Found]) -> str:
+        shares = ", ".join(f"{slots}: {one.found:.4f}" for slots, one in of.items())
+        last = of[str(UNLIMITED)]
+        return f"{shares}, most: {last.most:.4f}, taken for each request: {last.taken:.2f}"
+
+    return {name.strip("*"): {trace: line(one) for trace, one in of.items()} for name, of in found.items()}
+
+
 def by_slots(found: dict[str, dict[str, dict[str, Found]]]) -> str:
     def row(name: str) -> list[str]:
         of_most = [[of[str(slots)].found / of[str(slots)].most for of in found[name].values()]
@@ -215,8 +227,8 @@ def main() -> None:
         name: {"requests": len(of), "mean prompt": round(sum(len(r.prompt) for r in of) / len(of))}
         for name, of in requests.items()
     }
-    results = {"machine": describe(), "traces": about, "orders": orders, "places": places}
-    out.write_text(json.dumps(results, indent=1, default=vars) + "\n")
+    results = {"machine": describe(), "traces": about, "orders": written(orders), "places": written(places)}
+    out.write_text(json.dumps(results, indent=1) + "\n")
     page = PAGE.read_text(encoding="utf-8")
     for name, text in {"orders": by_slots(orders), "traces": by_trace(orders), "places": by_slots(places)}.items():
         page = re.sub(

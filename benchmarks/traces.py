@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 VOCABULARY = 50_000
 
@@ -99,11 +100,11 @@ def edits(seed: int = 4, conversations: int = 12, turns: int = 8, changes: int =
                 at = tokens.random.randrange(0, len(messages), 2)  # a user's message, to be said otherwise
                 message = messages[at]
                 keep = tokens.random.randrange(len(message))
-                messages = messages[:at] + [message[:keep] + tokens.about(30) + message[keep + 30 :]]
+                messages = [*messages[:at], [*message[:keep], *tokens.about(30), *message[keep + 30 :]]]
             for turn in range(turns if not change else 2):
                 if turn:
                     messages.append(tokens.about(200, 1.2))
-                prompt = sum(messages, [])
+                prompt = list(chain.from_iterable(messages))
                 answer = tokens.about(350)
                 yield Request(prompt, answer)
                 messages.append(answer)

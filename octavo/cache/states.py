@@ -62,10 +62,10 @@ class StatePlan:
 
 
 class StatePool:
-    """The states of `slots` sequences, by number, and one slot of nobody."""
+    """The states of `slots` sequences, by number, those of `snapshots` after them, and one slot of nobody."""
 
-    def __init__(self, plan: StatePlan, slots: int):
-        self.plan, self.slots = plan, slots
+    def __init__(self, plan: StatePlan, slots: int, snapshots: int = 0):
+        self.plan, self.slots, self.snapshots = plan, slots, snapshots
         self.unused = list(reversed(range(slots)))
         width: dict[tuple[torch.device, torch.dtype], int] = {}
         places: list[list[tuple[StateShape, tuple[torch.device, torch.dtype], int]]] = []  # memory, first column
@@ -77,7 +77,7 @@ class StatePool:
                 width[key] = width.get(key, 0) + state.columns
         with torch.inference_mode(False):  # a later step may be outside of it
             self.memory = {
-                (device, dtype): torch.zeros(slots + 1, columns, dtype=dtype, device=device)
+                (device, dtype): torch.zeros(slots + snapshots + 1, columns, dtype=dtype, device=device)
                 for (device, dtype), columns in width.items()
             }
             self.layers: list[dict[Name, Tensor]] = [
@@ -86,7 +86,7 @@ class StatePool:
                     for state, key, first in layer
                 }
                 for layer in places
-            ]  # of each layer [slots + 1, …], views of the memory
+            ]  # of each layer [slots + snapshots + 1, …], views of the memory
 
     def take(self) -> int:
         """A slot of one's own, of states that are zero: a sequence's before its first token."""
@@ -105,10 +105,10 @@ class StatePool:
             memory[slot].zero_()
 
     @torch.no_grad()
-    def copy(self, source: int, to: int, into: StatePool | None = None) -> None:
-        """Have in slot `to`, of this pool or of another of the same plan, what slot `source` holds."""
-        for key, memory in self.memory.items():
-            (into or self).memory[key][to].copy_(memory[source])
+    def copy(self, source: int, to: int) -> None:
+        """Have in slot `to` what slot `source` holds."""
+        for memory in self.memory.values():
+            memory[to].copy_(memory[source])
 
     def read(self, slot: int) -> list[Tensor]:
         """What a slot holds, on the CPU: one tensor for each device and type, in the order of the plan."""

@@ -81,7 +81,8 @@ def test_what_a_later_turn_has_gone_on_from_is_worth_what_it_saves_beside_the_ot
     after = snapshots.begin(prompt, 4000)
     assert prompt.worth == 2944, "until the later turn has a snapshot of its own"
     taken(snapshots, 3968, "prompt", after)
-    assert prompt.worth == 960 and after.goes_on
+    assert prompt.worth == 960
+    assert after.goes_on
 
 
 def test_the_same_prompt_asked_again_is_no_conversation():
@@ -105,9 +106,9 @@ def test_what_is_gone_on_from_twice_is_a_beginning_that_requests_share():
     snapshots = Snapshots(4, UNIT)
     prompt = taken(snapshots, 512)
     taken(snapshots, 1024, turn=snapshots.begin(prompt, 1100))
-    assert prompt.place == "prompt" and not prompt.is_kept
+    assert (prompt.place, prompt.is_kept) == ("prompt", False)
     assert not snapshots.begin(prompt, 1100).goes_on
-    assert prompt.place == "shared" and prompt.is_kept
+    assert (prompt.place, prompt.is_kept) == ("shared", True)
 
 
 def test_what_a_running_sequence_holds_never_goes():
@@ -142,7 +143,8 @@ def test_two_sequences_that_write_the_same_share_a_snapshot():
     snapshots = Snapshots(4, UNIT)
     turns = [snapshots.begin(None, 100) for _ in range(2)]
     one, other = (taken(snapshots, 128, "answer", turn, b"same") for turn in turns)
-    assert one is other and len(snapshots.free) == 3
+    assert one is other
+    assert len(snapshots.free) == 3
     for turn in turns:
         snapshots.hold(turn, one)
     snapshots.hold(turns[0], taken(snapshots, 192, "answer", turns[0]))
