@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from octavo.cache.snapshots import Snapshot, Snapshots, Turn
 from octavo.cache.states import StatePool
 
@@ -103,6 +105,18 @@ class SequenceStates:
     def forget_all_coming(self) -> None:
         for holder in list(self.coming):
             self.forget_coming(holder)
+
+    def copies(self, snapshot: Snapshot | None) -> dict[str, Tensor]:
+        """What a snapshot holds, by name."""
+        if snapshot is None:
+            return {}
+        return {name: state.clone() for name, state in self.slots.of(self._of_snapshot(snapshot.slot)).items()}
+
+    def paste(self, slot: int, states: dict[str, Tensor], prefix: bytes, length: int) -> None:
+        """Have a snapshot, in the slot `slot` that was taken for it, as a conversation's that will go on."""
+        for name, state in self.slots.of(self._of_snapshot(slot)).items():
+            state.copy_(states[name])
+        self.snapshots.put(slot, prefix, length, "prompt", Turn(length, goes_on=True))
 
     def check(self, holders: Sequence[Stateful]) -> None:
         """Raise AssertionError unless every slot is free, of `holders`, a snapshot's, or of one to come."""

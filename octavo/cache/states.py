@@ -110,15 +110,13 @@ class StatePool:
         for memory in self.memory.values():
             memory[to].copy_(memory[source])
 
-    def read(self, slot: int) -> list[Tensor]:
-        """What a slot holds, on the CPU: one tensor for each device and type, in the order of the plan."""
-        return [memory[slot].to("cpu", copy=True) for memory in self.memory.values()]
-
-    @torch.no_grad()
-    def write(self, slot: int, states: Sequence[Tensor]) -> None:
-        """Have in a slot what `read` gave."""
-        for memory, state in zip(self.memory.values(), states, strict=True):
-            memory[slot].copy_(state)
+    def of(self, slot: int) -> dict[str, Tensor]:
+        """The states of a slot, views by the names that files have them under: states.{layer}.{kind}.{index}."""
+        return {
+            f"states.{i}.{kind}.{index}": memory[slot]
+            for i, layer in enumerate(self.layers)
+            for (kind, index), memory in layer.items()
+        }
 
     @property
     def used(self) -> int:
