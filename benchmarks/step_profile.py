@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface
 
-from octavo.models import bind
+from octavo.models import hook
 from octavo.models.bind import BoundModel
 
 

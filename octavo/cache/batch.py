@@ -63,9 +63,15 @@ class Batch:
 
     @classmethod
     def build(
-        cls, work: Sequence[tuple[Cached, int]], block_size: int, newest: Tensor | None = None, span: int = 0
+        cls,
+        work: Sequence[tuple[Cached, int]],
+        block_size: int,
+        newest: Tensor | None = None,
+        span: int = 0,
+        states: bool = False,
     ) -> Batch:
-        """The step in which each sequence computes its next n tokens. `span` is that of the cache's edges.
+        """The step in which each sequence computes its next n tokens. `span` is that of the cache's edges; `states`
+        says whether the cache has some.
 
         With `newest` [B] each computes a token that the step before has sampled and the host does not know yet: the one
         after all of the sequence's own.
@@ -90,7 +96,7 @@ class Batch:
         q_start = torch.cat([ends.new_zeros(1), ends])
         logits_at = ends[torch.tensor(due)] - 1
         batch = cls(ids, positions, slots[0], table[0], q_start, kv_len, q_lens, kv_lens, logits_at)
-        if work[0][0].state_slot is not None:
+        if states:
             batch.state_slots = torch.tensor([sequence.state_slot for sequence, _ in work])
         if span:
             batch.first = torch.tensor([sequence.first_page for sequence, _ in work])

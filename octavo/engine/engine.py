@@ -103,7 +103,7 @@ class Engine:
 
     def _launch(self, work: Work, newest: Tensor | None = None) -> Launched:
         """Queue a step on the device. With `newest`, the tokens of the step before, it follows one not committed."""
-        batch = Batch.build(work, self.pool.block_size, newest, self.cache.span)
+        batch = Batch.build(work, self.pool.block_size, newest, self.cache.span, self.cache.states is not None)
         logits = self.runner.run(batch)
         self.scheduler.launched(work, ahead=newest is not None)
         if newest is not None:

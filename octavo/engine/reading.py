@@ -97,7 +97,7 @@ class Reading:
         try:
             for cut in cuts:
                 work = [(sequence, n) for sequence, n in zip(sequences, cut, strict=True) if n]
-                batch = Batch.build(work, layout.block_size, span=span)
+                batch = Batch.build(work, layout.block_size, span=span, states=cache.states is not None)
                 if positions is not None:
                     batch.positions = positions[batch.positions]
                 batch = batch.on(bound.device)

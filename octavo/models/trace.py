@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from octavo.attention import AttentionSpec
 from octavo.cache.plan import LayerShape
 from octavo.errors import Unsupported, one_line
+from octavo.models.bound import BoundModel
 from octavo.models.hook import NAME, attending, attends_to, attention
-
-if TYPE_CHECKING:
-    from octavo.models.bind import BoundModel
 
 ALONE = "octavo-alone"  # the same function under a name for which transformers makes masks, so that they can be read
 NO_WINDOW = -1  # an attention pattern that is none

@@ -96,7 +96,7 @@ def packed_error(bound: BoundModel, full: tuple[Tensor, ...], want: list[Tensor]
         work = [(sequence, n) for sequence, n in zip(sequences, step, strict=True) if n]
         for sequence, n in work:
             sequence.tokens = sequence.full[: sequence.num_cached + n]
-        batch = Batch.build(work, BLOCK)
+        batch = Batch.build(work, BLOCK, states=kv.states is not None)
         rows = torch.arange(len(batch.ids)) if step is STEPS[0] else batch.logits_at
         step_ = StateStep.of(batch, kv)
         got = bound.forward(batch.ids, batch.positions, rows, partial(_attend, bound, kv, batch), step_)
