@@ -33,6 +33,7 @@ class SequenceStates:
     def __init__(self, slots: StatePool, block_size: int, unit: int, findable: Callable[[bytes], bool]):
         self.slots, self.block_size = slots, block_size
         self.snapshots = Snapshots(slots.snapshots, unit, findable)
+        self.computed_again = 0  # tokens of prompts whose blocks were cached, but not the states at their end
         self.coming: dict[Stateful, dict[int, int]] = {}  # of a sequence, slots of snapshots by their lengths
 
     def start(self, holder: Stateful, snapshot: Snapshot | None, cached: int) -> None:
@@ -42,6 +43,7 @@ class SequenceStates:
             self.slots.copy(self._of_snapshot(snapshot.slot), holder.state_slot)
         if holder.turn is None:
             holder.turn = self.snapshots.begin(snapshot, len(holder.tokens))
+            self.computed_again += cached - (snapshot.length if snapshot is not None else 0)
         turn, turn.since = holder.turn, snapshot.length if snapshot is not None else 0
         turn.marks = self.snapshots.marks(turn.since, cached, len(holder.tokens))
         for length in [length for length in turn.marks if length >= turn.prompt]:

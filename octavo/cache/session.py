@@ -43,8 +43,8 @@ Codes = dict[str, Tensor]  # rows, by the names above
 
 @dataclass(frozen=True)
 class Copies:
-    """The first `count` blocks of a prefix, of layers with a window the last of them, its first raw page, and the states
-    at its end."""
+    """The first `count` blocks of a prefix, of layers with a window the last of them, its first raw page, and
+    the states at its end."""
 
     count: int
     stores: list[tuple[Tensor, Tensor | None]]  # codes and scales of every store, in its own layout
