@@ -187,8 +187,8 @@ def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: C
     sequences find them as if one had computed them.
 
     What is cached already stays as it is. If too few blocks are free, the end is left out. Of layers with a window
-    there are copies of the last blocks alone, and states are those at the end: where these cannot be put at the prefix's
-    end, nothing is.
+    there are copies of the last blocks alone, and states are those at the end: where these cannot be put at the
+    prefix's end, nothing is.
     """
     hit, size, edges = pool.match(tokens), pool.block_size, pool.edges
     whole = min(copies.count, pool.prefix_blocks(tokens))

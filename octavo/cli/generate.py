@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 # Options that change how fast answers are made, and not what they are.
 WITHOUT_EFFECT = {
-    "cache_max_entry_count", "device", "device_map", "kv_cache_memory", "max_batch_size", "session_len", "snapshot_memory",
+    "cache_max_entry_count", "device", "device_map", "kv_cache_memory", "max_batch_size", "session_len",
+    "snapshot_memory",
 }  # fmt: skip
 
 
