@@ -24,9 +24,7 @@ NEAR = 1e-4  # of log-probabilities
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest) -> BoundModel:
-    hf = zoo.build(request.param)
-    hf.config.get_text_config().max_position_embeddings = 2048
-    return bind(hf)
+    return bind(zoo.build(request.param, max_position_embeddings=2048))
 
 
 def text(length: int, seed: int) -> list[int]:
