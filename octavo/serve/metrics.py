@@ -122,6 +122,7 @@ def cache_state(
     """The cache in numbers; on the engine's thread, since it walks through the blocks."""
     cache, pool, scheduler, edges = llm.cache, llm.engine.pool, llm.engine.scheduler, llm.engine.pool.edges
     size, size_16 = cache.size, CacheSize.of(cache.shapes, KVFormat.parse("bf16"), pool.block_size)
+    states = cache.states.used * size.states if cache.states is not None else 0
     used, kept = [group.used for group in pool.groups], [group.kept for group in pool.groups]
     raw_used, raw_kept = (edges.used, edges.firsts.kept) if edges else (0, 0)
     return {
@@ -138,9 +139,10 @@ def cache_state(
         "raw_pages_used": raw_used,
         "raw_pages_cached": raw_kept,
         "raw_pages_per_session": size.ring + 1 if size.ring else 0,
+        "state_bytes_per_session": size.states,
         "bytes_allocated": cache.nbytes,
-        "bytes_used": size.of_blocks(used) + raw_used * size.raw_page,
-        "bytes_used_16_bits": size_16.of_blocks(used),
+        "bytes_used": size.of_blocks(used) + raw_used * size.raw_page + states,
+        "bytes_used_16_bits": size_16.of_blocks(used) + states,
         "bytes_cached": size.of_blocks(kept) + raw_kept * size.raw_page,
         "bytes_cached_16_bits": size_16.of_blocks(kept),
         "sessions_running": len(scheduler.running),
