@@ -9,7 +9,7 @@ that pad a captured step) read and write it, as slot −1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -54,6 +54,13 @@ class StatePlan:
 
     def __bool__(self) -> bool:
         return bool(self.layers)
+
+    def of(self, dtype: torch.dtype) -> StatePlan:
+        """The same of a model in another 16-bit type, or in float32: what is always float32 stays so."""
+        layers = (
+            tuple(s if s.dtype == torch.float32 else replace(s, dtype=dtype) for s in layer) for layer in self.layers
+        )
+        return StatePlan(tuple(layers))
 
     @property
     def nbytes(self) -> int:

@@ -147,7 +147,7 @@ def cache_state(
         "raw_pages_used": raw_used,
         "raw_pages_cached": raw_kept,
         "raw_pages_per_session": size.ring + 1 if size.ring else 0,
-        "state_bytes": size.states,
+        "state_bytes_per_session": size.states,
         "snapshots_total": snapshots.slots,
         "snapshots_used": snapshots.held,
         "snapshots_cached": len(snapshots.by_prefix) - snapshots.held,

@@ -94,12 +94,15 @@ def find(hf: PreTrainedModel, ids: Tensor) -> list[Found]:
     def ends(*_: Any) -> None:
         notes.running.pop()
 
+    given: dict[str, Any] = {_cache_parameter(hf): notes}
+    if "position_ids" in inspect.signature(hf.forward).parameters:  # else a model may ask the cache for its length
+        given["position_ids"] = torch.arange(len(ids), device=ids.device)[None]
     with ExitStack() as hooks:
         for module in hf.modules():
             hooks.callback(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(ends, always_call=True).remove)
         try:
-            hf(input_ids=ids[None], use_cache=True, **{_cache_parameter(hf): notes})
+            hf(input_ids=ids[None], use_cache=True, **given)
         except (Unsupported, torch.OutOfMemoryError):
             raise
         except Exception as error:
