@@ -173,8 +173,9 @@ class CodedCache(Cache):
         for layer in state_layers(self.layers):
             layer.activate_past_recording()
 
-    def is_recording_past(self, layer_idx: int) -> bool:  # noqa: ARG002  (all or none)
-        return self.sequences.records
+    def is_recording_past(self, layer_idx: int) -> bool:
+        layer = self.layers[layer_idx]
+        return layer.record_past if isinstance(layer, LinearAttentionLayer) else self.sequences.records
 
     def _new_layers(self) -> list[Any]:
         return layers_of(self, self.hook.hf, len(self.hook.bound.layers), bool(self.hook.bound.states))

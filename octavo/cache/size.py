@@ -126,6 +126,11 @@ class CacheSize:
         """Of a cache for `sessions` running sequences: a ring and a first page each, and the spare ones."""
         return sessions * (self.ring + 1) + self.spare if self.ring else 0
 
+    @property
+    def session_states(self) -> int:
+        """Bytes of a session's states, and of the snapshots that come with it."""
+        return self.states * (1 + self.snapshots_beside(1) - self.snapshots_beside(0))
+
     def snapshots_beside(self, sessions: int) -> int:
         """Snapshots of states of a cache for so many running sequences."""
         return EACH * sessions if self.snapshots is None else self.snapshots
@@ -135,9 +140,9 @@ class CacheSize:
         return sum(count * group.block for count, group in zip(counts, self.groups, strict=True))
 
     def session(self, tokens: int) -> int:
-        """Bytes of a running session; its last block counts whole."""
+        """Bytes of a running session; its last block counts whole. Snapshots that come with each are counted."""
         blocks = [self.blocks(tokens, group) for group in range(len(self.groups))]
-        return self.of_blocks(blocks) + self.raw_page * (self.raw_pages(1) - self.spare) + self.states
+        return self.of_blocks(blocks) + self.raw_page * (self.raw_pages(1) - self.spare) + self.session_states
 
     def cache(self, blocks: int, sessions: int) -> int:
         """Bytes of a whole cache. Of states there is one slot of nobody (states.py)."""

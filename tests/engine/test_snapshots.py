@@ -99,8 +99,13 @@ def test_the_preempted_go_on_from_their_last_snapshots(model: BoundModel, kv: st
 def test_with_steps_launched_ahead_a_snapshot_is_of_the_tokens_it_is_found_by(model: BoundModel):
     """On a GPU the next step is launched before the last one's tokens are known; decode steps are padded in buffers."""
     ahead, cold = made(model, block_size=16, overlap=True), made(model, snapshots=0, block_size=16)
+    memory = list(ahead.cache.states.memory.values())
+    addresses, others = [x.data_ptr() for x in memory], slice(3, ahead.cache.states.slots)  # those of nobody here
+    before = [x[others].clone() for x in memory]
     prompt = text(150, 1)
-    spoken = prompt + ask(ahead, prompt, answer=40)[0].output
+    spoken = prompt + ask(ahead, prompt, text(20, 3), text(30, 4), answer=40)[0].output
+    assert [x.data_ptr() for x in ahead.cache.states.memory.values()] == addresses, "graphs read where states were"
+    assert all(torch.equal(x[others], y) for x, y in zip(memory, before, strict=True)), "padding wrote a slot"
     again = ask(ahead, spoken + text(20, 2))
     assert again[0].prefix_hit == 176
     expect_same(again, ask(cold, spoken + text(20, 2)))
