@@ -8,7 +8,7 @@ cached: one copy, which costs less than computing the block that it saves at lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -49,6 +49,12 @@ class SequenceStates:
         for length in [length for length in turn.marks if length >= turn.prompt]:
             turn.marks[length] = "answer"  # that it had said when it was preempted
 
+    def part(self, holder: Stateful, waiting: Iterable[Stateful]) -> None:
+        """Have a sequence that starts take a snapshot where those who wait part from its prompt."""
+        if (turn := holder.turn) is not None and self.snapshots.slots:
+            for other in waiting:
+                self._mark(turn, self._common(other.tokens, holder.tokens[: turn.prompt]), holder.num_cached)
+
     def until_mark(self, holder: Stateful, tokens: int) -> int:
         """How many of its next `tokens` tokens a sequence computes in a step: those until a snapshot is due."""
         marks = holder.turn.marks if holder.turn is not None else ()
@@ -62,8 +68,7 @@ class SequenceStates:
         for other in running:
             if (turn := other.turn) is not None and other.num_cached < turn.prompt:
                 shared = self._common(holder.tokens, other.tokens[: turn.prompt])
-                if other.num_cached < shared and shared - start >= self.snapshots.LEAST:
-                    turn.marks.setdefault(shared, "shared")
+                if other.num_cached < shared and self._mark(turn, shared, start):
                     return True
         return False
 
@@ -124,6 +129,13 @@ class SequenceStates:
         """Raise AssertionError unless every slot is free, of `holders`, a snapshot's, or of one to come."""
         self.slots.check([holder.state_slot for holder in holders if holder.state_slot is not None])
         self.snapshots.check([slot for coming in self.coming.values() for slot in coming.values()])
+
+    def _mark(self, turn: Turn, shared: int, start: int) -> bool:
+        """Have a turn take a snapshot where others part from it, if it saves them enough beyond the `start` found."""
+        enough = shared - start >= self.snapshots.LEAST
+        if enough:
+            turn.marks.setdefault(shared, "shared")
+        return enough
 
     def _of_snapshot(self, slot: int) -> int:
         """Its number in the pool."""

@@ -8,6 +8,7 @@ are freed and it waits, first in line, to be computed again (mostly from the pre
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
 from octavo.cache.pool import CachePool, Hit
 from octavo.engine.sequence import FinishReason, Sampled, Sequence
@@ -176,6 +177,8 @@ class Scheduler:
         if hit is None:
             return False
         self.pool.start(sequence, hit)
+        if self.pool.states is not None:
+            self.pool.states.part(sequence, islice(self.waiting, 1, self.max_batch_size))
         if not sequence.preemptions:
             sequence.prefix_hit = sequence.num_cached
         return True
