@@ -24,8 +24,7 @@ from octavo.cache import session
 from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
-from octavo.cache.size import CacheSize, num_blocks, parse_bytes
-from octavo.cache.states import StatePlan
+from octavo.cache.size import CacheSize, num_blocks, num_snapshots, parse_bytes
 from octavo.cache.store import KVCache
 from octavo.calibrate import calibration_for, warn_outside, warn_uncalibrated
 from octavo.completion import Completion, Delta, Generation, Outbox
@@ -133,7 +132,7 @@ class LLM:
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
         in_step = max(max_batch_tokens, max_batch_size)
         formats = [plan.format for plan in plans]
-        snapshots = _snapshots(bound.states, snapshot_memory, prefix_caching)
+        snapshots = num_snapshots(bound.states, snapshot_memory) if prefix_caching else 0
         cost = CacheSize.of(bound.shapes, formats, layout.block_size, in_step, bound.states, snapshots)
 
         def cache_of(blocks: int) -> KVCache:
@@ -397,12 +396,3 @@ class LLM:
         finally:
             if unfinished:
                 self._turns.post(lambda: [self._drop(generation, "abort") for generation in generations])
-
-
-def _snapshots(states: StatePlan, memory: str | int | None, prefix_caching: bool) -> int | None:
-    """Of states, for the prefix cache; None: as many as sessions are advised to have."""
-    if memory is None:
-        return None if prefix_caching else 0
-    if not states:
-        raise OctavoError("this model keeps no states, of which snapshots could be taken: leave snapshot_memory out")
-    return (parse_bytes(memory) if isinstance(memory, str) else memory) // states.nbytes if prefix_caching else 0

@@ -60,7 +60,7 @@ class CodedLayer(CacheLayerMixin):
 class CodedLayerWithStates(CodedLayer, LinearAttentionLayer):
     """A layer of attention that keeps states too."""
 
-    is_croppable = LinearAttentionLayer.is_croppable  # type: ignore[assignment]
+    is_croppable = LinearAttentionLayer.is_croppable
 
     def __init__(self, cache: Owner, states: int):
         CodedLayer.__init__(self, cache)

@@ -199,3 +199,12 @@ def num_blocks(
         needed = format_bytes(size.cache(1, sessions))
         raise OctavoError(f"only {format_bytes(free)} are free: too little for a cache of one block, {needed}")
     return fits if device.dedicated else min(sessions * -(-session_len // size.block_size), fits)
+
+
+def num_snapshots(states: StatePlan, memory: str | int | None) -> int | None:
+    """Snapshots of states of a cache that has so many bytes for them; None: those that come with each session."""
+    if memory is None:
+        return None
+    if not states:
+        raise OctavoError("this model keeps no states, of which snapshots could be taken: leave --snapshot-memory out")
+    return (parse_bytes(memory) if isinstance(memory, str) else memory) // states.nbytes
