@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
@@ -10,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from octavo import LLM, OctavoError, SamplingParams
+from octavo import LLM, OctavoError, SamplingParams, artefact
 from octavo.cache.session import STATES, SavedSession
 from octavo.cli import main
 from octavo.models.model import BUNDLED, Model
 from octavo.plain_sessions import export_session, import_session
+from octavo.serve.sessions import SessionDir
 from tests.models import zoo
 
 MODELS = ("qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1")
@@ -77,8 +80,6 @@ def damaged(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Pa
     saved = SavedSession.open(path)
     tensors = load_file(path)
     change(tensors)
-    from octavo import artefact
-
     artefact.write(path.with_name("bad"), json.loads(saved.file.header), tensors)
     return path.with_name("bad")
 
@@ -113,8 +114,6 @@ def test_plain_rows_without_the_states_are_refused(
     llm = new(Model.load(directory("lfm2"), device="cpu", dtype="float32"))
     llm.save(tmp_path / "saved", text_ids[:200])
     export_session(llm, tmp_path / "saved", tmp_path / "plain")
-    from safetensors import safe_open
-
     with safe_open(tmp_path / "plain", framework="pt") as file:
         about = file.metadata()
     rows = {name: x for name, x in load_file(tmp_path / "plain").items() if not name.startswith(STATES)}
@@ -135,6 +134,33 @@ def test_snapshots_are_held_within_a_budget(directory: Callable[[str], Path], pa
     assert llm.cache.nbytes == llm.cache.size.cache(len(llm.engine.pool), 2)
     with pytest.raises(OctavoError, match="keeps no states"):
         new(pamphlet, snapshot_memory="1MiB")
+
+
+class Direct:
+    """The engine's thread, which is this one."""
+
+    def __init__(self, llm: LLM):
+        self.llm = llm
+
+    async def call(self, function: Callable[[LLM], Any]) -> Any:
+        return function(self.llm)
+
+
+def test_a_server_puts_back_what_a_prompt_begins_with_as_a_whole(
+    directory: Callable[[str], Path], text_ids: list[int], tmp_path: Path
+):
+    """A file has the states at its end alone: a prompt that leaves it before is computed."""
+    model = Model.load(directory("lfm2"), device="cpu", dtype="float32")
+    llm, back = new(model), new(model)
+    said = text_ids[:200] + llm.generate(text_ids[:200], SIX)[0].token_ids
+    kept = SessionDir(tmp_path, 1 << 30, llm)
+    kept.remember(said)
+    asyncio.run(kept.save(Direct(llm)))  # type: ignore[arg-type]
+    there = SessionDir(tmp_path, 1 << 30, back)
+    for prompt, restored in ((text_ids[:150] + text_ids[:30], 0), (said + text_ids[:30], 192)):
+        asyncio.run(there.restore(Direct(back), prompt))  # type: ignore[arg-type]
+        assert there.restored_tokens == restored
+    assert back.generate(said + text_ids[:30], SIX)[0].cached_tokens == 192
 
 
 def run(*arguments: object, status: tuple[int, ...] = (0,)) -> None:

@@ -25,7 +25,7 @@ def hf(request: pytest.FixtureRequest) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("how", [{}, pytest.param({"num_beams": 3}, marks=pytest.mark.slow)], ids=["greedy", "beams"])
 def test_a_padded_batch_gets_the_answers_of_transformers(hf: PreTrainedModel, how: dict[str, Any]):
     """In a cache that rounds nothing the tokens are those of transformers' own cache, with beams that are put in
     another order too; afterwards the model is as it was."""
