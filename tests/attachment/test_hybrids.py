@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -16,6 +17,12 @@ from tests.engine.test_transformers import with_own_head
 from tests.models import zoo
 
 MODELS = ("qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1")
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="module", params=MODELS)
