@@ -142,9 +142,10 @@ class BoundModel:
         layout: Layout,
         raw_pages: int = 0,
         sessions: int = 0,
+        snapshots: int = 0,
     ) -> KVCache:
         """A cache for this model, as KVCache makes it of `plans` of the layers in `whole`."""
-        return KVCache(plans, blocks, layout, raw_pages, self.states, sessions)
+        return KVCache(plans, blocks, layout, raw_pages, self.states, sessions, snapshots)
 
     def step(self, cache: KVCache, batch: Batch, every: bool = False, watch: Watch | None = None) -> Tensor:
         """A forward over a cache of `new_cache`: logits [n, vocabulary] of the rows that are due, or of `every` row, in

@@ -69,12 +69,13 @@ class ParallelModel(BoundModel):
         layout: Layout,
         raw_pages: int = 0,
         sessions: int = 0,
+        snapshots: int = 0,
     ) -> KVCache:
         with self.turn:
             self._made += 1
             number = self._made
             cache: KVCache = self.together(
-                "cache", number, list(plans), blocks, layout, raw_pages, self.states, sessions
+                "cache", number, list(plans), blocks, layout, raw_pages, self.states, sessions, snapshots
             )
             finalize(cache, self._dropped.append, number)
             return cache
