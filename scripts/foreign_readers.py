@@ -78,7 +78,10 @@ def sglang(wheels: Path, folder: Path, model: Model, calibration: Calibration) -
     """`kv_cache_scales_loader`, with the schemas that check the file."""
     export_scales(folder / "sglang.json", "sglang", model, calibration)
     text = source(wheels, "sglang", "sglang/srt/model_loader/weight_utils.py")
-    known = vars(typing) | vars(pydantic) | {"pydantic": pydantic, "json": json, "logger": logging.getLogger("sglang")}
+    known = vars(typing) | {"json": json, "logger": logging.getLogger("sglang")}
+    known |= {
+        name: getattr(pydantic, name) for name in ("BaseModel", "ConfigDict", "ValidationInfo", "model_validator")
+    }
     reader = parts(text, ["KVCacheQuantSchema", "QuantParamSchema", "kv_cache_scales_loader"], known)
     layers = len(model.bound.shapes)
     read = dict(reader.kv_cache_scales_loader(str(folder / "sglang.json"), 0, 1, layers, "llama"))

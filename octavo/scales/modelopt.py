@@ -1,8 +1,8 @@
 """NVIDIA Model Optimizer: `….k_proj.k_scale` and `….v_proj.v_scale` = absmax/448 beside the weights, and
 `hf_quant_config.json`. Its affine formats add `k_bias` and `v_bias`.
 
-Of this model's weights ModelOpt has quantized none (`quant_algo` null), only its cache. TensorRT-LLM has a cache of its own
-kind then; vLLM 0.33 and SGLang 0.5.23 take a `quant_algo` of null for a model without quantization, and leave the scales out.
+The weights of such a model are in 16 bits, so `quant_algo` is null. TensorRT-LLM takes that; to vLLM 0.33 and SGLang
+0.5.23 it is a model without any quantization, and they leave the scales out.
 """
 
 from __future__ import annotations
