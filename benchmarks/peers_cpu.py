@@ -134,7 +134,12 @@ def ratios(rates: dict[str, dict[str, list[float]]], ours: str) -> dict[str, dic
 
 
 def row(
-    contestants: dict[str, Contestant], found: dict[str, float], batch: int, tokens: int, rounds: int, copied: bool = False
+    contestants: dict[str, Contestant],
+    found: dict[str, float],
+    batch: int,
+    tokens: int,
+    rounds: int,
+    copied: bool = False,
 ) -> dict[str, Any]:
     """What is reported of a batch, after `errors` has `found` who computes the model."""
     rates = measure(contestants, batch, tokens, rounds, copied)
