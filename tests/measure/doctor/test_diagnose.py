@@ -153,7 +153,7 @@ def test_a_model_that_mixes_sequences_fails_the_self_check(pamphlet: Model, monk
         return out + 0.5 * out.mean(0) if len(batch.q_lens) > 1 else out
 
     assert self_check(pamphlet.bound).passed
-    monkeypatch.setattr("octavo.engine.reading.attend", leaks)
+    monkeypatch.setattr("octavo.models.bound.attend", leaks)
     found = self_check(pamphlet.bound)
     assert not found.passed
     assert found.alone[0] > found.tolerance
