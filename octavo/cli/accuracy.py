@@ -82,6 +82,14 @@ def accuracy(
         int | None,
         about_tasks("The first so many documents, of bbh of each subset. [default: what --budget allows]", min=1),
     ] = None,
+    shots: Annotated[
+        int | None,
+        about_tasks(
+            "Examples before each question, the same before all; crows_pairs takes none, bbh has its own. [default: as "
+            "the task says]",
+            min=0,
+        ),
+    ] = None,
     max_batch_size: Annotated[int | None, about_tasks("Documents at a time. [default: 16]", min=1)] = None,
     results: Annotated[
         Path | None,
@@ -92,7 +100,8 @@ def accuracy(
 ) -> None:
     """Measure what a KV cache format of MODEL costs in accuracy."""
     reads = text is not None or tasks is None
-    _refuse({"--limit": limit, "--max-batch-size": max_batch_size, "--results": results}, tasks is not None, "--tasks")
+    of_tasks = {"--limit": limit, "--shots": shots, "--max-batch-size": max_batch_size, "--results": results}
+    _refuse(of_tasks, tasks is not None, "--tasks")
     _refuse({"--windows": windows, "--window": window, "--answers": answers}, reads, "--text")
     check_calibration(calibration, granularity, headroom)
     time = Budget.parse(budget)
@@ -128,7 +137,7 @@ def accuracy(
             show_text(found)
     if parts:
         where = results or model.work_dir / "accuracy"
-        sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16}
+        sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16, "shots": shots}
         found["tasks"] = _on_tasks(model, compared, parts, where, time, sizes) | {"skipped": skipped}
         if not json:
             show_tasks(found)

@@ -23,8 +23,9 @@ from octavo.quant.format import Granularity, KVFormat
 
 LOGIT_ROWS = 256  # tokens of a forward whose every row's logits are wanted: with a large vocabulary they are large
 
-Observe = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Called in every layer of every forward with (layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v)."""
+Observe = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
+"""Called in every layer of every forward with (layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v). What it returns,
+if anything, stands in for attention's output [T, heads, v_dim]."""
 
 
 @dataclass
@@ -102,8 +103,9 @@ class Reading:
                 def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch = batch) -> Tensor:
                     if self.simulate is not None:
                         k, v = self.simulate(k), self.simulate(v)
-                    if observe is not None:
-                        observe(layer, q, k, v)
+                    output = observe(layer, q, k, v) if observe is not None else None
+                    if output is not None:
+                        return output
                     return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
 
                 yield bound.forward(batch.ids, batch.positions, rows, attention).float()
