@@ -26,7 +26,7 @@ _ZEN = {  # AMD's families and models, as in cpuid: the first model of each gene
 
 def has_bf16() -> bool:
     """Whether products of bf16 numbers are this processor's fastest."""
-    return attention.unavailable() is None and not attention.exact
+    return attention.extension.has_bf16
 
 
 @cache

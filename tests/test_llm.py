@@ -457,7 +457,7 @@ def test_the_format_may_be_a_value_and_is_by_default_the_models_own(pamphlet: Mo
     assert str(LLM(pamphlet, **ROOM).format) == "fp32"
     mixed = LLM(pamphlet, kv=KVFormat.parse("k8v4"), **ROOM)
     assert str(mixed.format) == "k8v4"
-    assert mixed.cache.token_nbytes < llm.cache.token_nbytes / 4
+    assert mixed.cache.block_nbytes < llm.cache.block_nbytes / 4
 
 
 @pytest.mark.parametrize("memory", ["3MiB", "3072 kib", 3 << 20, "3145728B"])

@@ -35,7 +35,7 @@ _native = extension.module
 
 # Whether attention is float32 in one order of sums, so that a row's bits do not depend on its company. Where the
 # processor multiplies bf16 and bytes, that is not the fastest way, and done for layers that ask for it.
-exact = _native is not None and not native.has_bf16(_native)
+exact = not extension.has_bf16
 
 
 def unavailable() -> str | None:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from octavo.devices import HOST, send
 
+MAX_BATCH_TOKENS = 1024  # tokens of a step unless said otherwise, and so rows of a chunk of a long prompt
+
 
 class Cached(Protocol):
     """What a batch needs to know of a sequence."""

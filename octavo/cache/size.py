@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, own_span, reaches
 from octavo.devices import Device
@@ -15,7 +16,6 @@ from octavo.quant.format import KVFormat, by_layer
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 BLOCK_SIZE = Layout.block_size  # tokens, unless said otherwise
-CHUNK = 1024  # tokens of a step unless said otherwise, and so of a chunk of a long prompt
 SPARE = 4  # beginnings of conversations that are kept beside the sequences that run: first pages, windows
 
 
@@ -59,7 +59,7 @@ class CacheSize:
     groups: tuple[GroupSize, ...]  # the widest reach first
     raw_page: int  # bytes of `block_size` rows at an edge, in the model's own type; 0 without edges
     ring: int  # raw pages of a running session's own span; 0 without edges
-    step: int = CHUNK  # most tokens that a step computes: their blocks are taken before those behind are free
+    step: int = MAX_BATCH_TOKENS  # most tokens of a step: their blocks are taken before those behind are free
 
     @classmethod
     def of(
@@ -67,7 +67,7 @@ class CacheSize:
         shapes: Sequence[LayerShape],
         formats: KVFormat | Iterable[KVFormat],
         block_size: int = BLOCK_SIZE,
-        step: int = CHUNK,
+        step: int = MAX_BATCH_TOKENS,
     ) -> CacheSize:
         """Of layers of these shapes; `formats` is one for each, or one for all."""
         each = by_layer(formats, len(shapes))

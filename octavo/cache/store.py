@@ -261,10 +261,6 @@ class KVCache:
         """Bytes of a block in all groups."""
         return sum((store.codes.nbytes + store.scale_nbytes) // store.num_blocks for store in self.stores)
 
-    @property
-    def token_nbytes(self) -> int:
-        return self.block_nbytes // self.layout.block_size
-
     def memory(self) -> Memory:
         """The tensors' bytes: codes, scales, padding of odd 4-bit rows and of layouts, static parts, raw pages."""
         size = self.layout.block_size

@@ -48,14 +48,14 @@ def check_file(flag: str, path: Path) -> None:
 
 
 def check_model(model: str | None) -> None:
-    """Raise OctavoError for a name that is neither a model's directory nor can be a Hub id's."""
-    from octavo.models.locate import find_here, is_bundled
+    """Raise OctavoError for what names no model, here or on the Hub."""
+    from octavo.models.locate import is_bundled, require_known
 
     if is_bundled(model):
         return
     if " " in str(model) and not Path(str(model)).exists():
         raise OctavoError(f"{model!r} is no model: the prompt comes after MODEL, or goes after --prompt")
-    find_here(str(model))
+    require_known(str(model))
 
 
 def check_calibration(file: Path | None, granularity: str | None, headroom: float | None) -> None:

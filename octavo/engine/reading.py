@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from octavo.attention import attend, backend_for
-from octavo.cache.batch import Batch
+from octavo.cache.batch import MAX_BATCH_TOKENS, Batch
 from octavo.cache.plan import own_span, plan_layers
 from octavo.cache.store import KVCache
-from octavo.engine.scheduler import CHUNK
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity, KVFormat
@@ -60,7 +59,7 @@ class Reading:
 
     def run(self, tokens: Sequence[int], observe: Observe | None = None, positions: Tensor | None = None) -> None:
         """Read a text. It stands at `positions` [len(tokens)], int64, by default 0, 1, …"""
-        for _ in self.steps([tokens], _chunks(len(tokens), CHUNK), observe, positions, every=False):
+        for _ in self.steps([tokens], _chunks(len(tokens), MAX_BATCH_TOKENS), observe, positions, every=False):
             pass
 
     def logits(self, tokens: Sequence[int]) -> Generator[Tensor, None, None]:

@@ -10,11 +10,8 @@ from __future__ import annotations
 from collections import deque
 
 from octavo.cache.pool import CachePool, Hit
-from octavo.cache.size import CHUNK
 from octavo.engine.sequence import FinishReason, Sampled, Sequence
 from octavo.errors import OctavoError
-
-__all__ = ["CHUNK", "Scheduler", "Work"]
 
 Work = list[tuple[Sequence, int]]
 

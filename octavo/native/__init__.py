@@ -34,6 +34,12 @@ class Extension:
         """The instruction sets of this build that the processor has, the best first."""
         return self.module.isas() if self.module is not None else []
 
+    @property
+    def has_bf16(self) -> bool:
+        """Whether products of bf16 numbers are the processor's fastest: AMX, AVX512-BF16, NEON with BF16. A limited
+        instruction set is taken for a processor that has none."""
+        return self.unavailable is None and not os.environ.get(LIMIT) and self.module.has_bf16()
+
     @contextmanager
     def limited_to(self, isa: str) -> Iterator[None]:
         """Use an instruction set for a while, in this process."""
@@ -63,12 +69,6 @@ def load(name: str) -> Extension:
     except (OSError, AttributeError, StopIteration) as error:
         return Extension(extension, f"this torch exports no thread pool ({error})")
     return Extension(extension, None)
-
-
-def has_bf16(extension: Any) -> bool:
-    """Whether products of bf16 numbers are this processor's fastest: AMX, AVX512-BF16, NEON with BF16. A limited
-    instruction set is taken for a processor that has none."""
-    return not os.environ.get(LIMIT) and extension.has_bf16()
 
 
 def _torch_parallel_for() -> int | None:

@@ -218,7 +218,7 @@ def test_more_documents_are_added_to_those_that_were_asked_and_answers_are_the_s
     pytest.importorskip("lm_eval")
     from octavo.measure.tasks import run as benchmark
 
-    monkeypatch.setattr(benchmark, "CHUNK", 2)
+    monkeypatch.setattr(benchmark, "AT_ONCE", 2)
     same = ["--tasks", "winogrande", "--data-dir", raw, "--kv", "fp32,int4-token", "--json"]
     assert octavo(*same, "--limit", "1", "--results", tmp_path / "grown") == 0
     assert json.loads(capsys.readouterr().out)["tasks"]["rows"][0]["items"] == 1

@@ -11,9 +11,8 @@ from functools import cache
 
 import torch
 
-from octavo.cache.batch import Batch
+from octavo.cache.batch import MAX_BATCH_TOKENS, Batch
 from octavo.engine.reading import Text
-from octavo.engine.scheduler import CHUNK
 from octavo.llm import LLM
 
 ROWS = 128  # random rows written at a time, so few that they need no memory to speak of
@@ -27,7 +26,7 @@ def fill(llm: LLM, sessions: list[Text], seconds: float) -> int:
     for session in sessions:
         rest = len(session.tokens) - 1
         while session.num_cached < rest and time.monotonic() < deadline:
-            n = min(CHUNK, rest - session.num_cached)
+            n = min(MAX_BATCH_TOKENS, rest - session.num_cached)
             pool.reserve(session, n)
             runner.run(Batch.build([(session, n)], size, span=llm.cache.span))
             session.num_cached += n

@@ -1,6 +1,6 @@
 """Benchmark tasks in several cache formats: run by lm-evaluation-harness, compared item by item (rows.py).
 
-What was asked is kept (results.py) after every CHUNK documents: an interrupted run goes on where it was, and one with
+What was asked is kept (results.py) after every AT_ONCE documents: an interrupted run goes on where it was, and one with
 more documents adds to one with fewer. Without a number of documents a few of each task are asked first, in the baseline
 alone, and from what they take each benchmark gets as many as an equal share of the time allows.
 """
@@ -24,14 +24,13 @@ from octavo.measure.tasks.data_files import load
 from octavo.measure.tasks.results import Item, Results, key_of
 from octavo.measure.tasks.rows import Row, row
 from octavo.models.model import Model
+from octavo.progress import Progress
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-CHUNK = 32  # documents that are asked together: few-shot examples are drawn anew for each chunk
+AT_ONCE = 32  # documents that are asked together: few-shot examples are drawn anew for each chunk
 PILOT, LEAST = 2, 8  # documents of a part that are timed first, and of a benchmark that say anything
-
-Progress = Callable[[str, int, int], None]  # what is running, requests done, of how many
 
 
 def run(
@@ -105,8 +104,8 @@ class _Asking:
             first = _examples_of_its_own(task, part.shots(self.shots) or 0)
             result.documents = len(task.eval_docs) - first
             end = min(limits[part] or result.documents, result.documents)
-            for start in range(len(result.items) // CHUNK * CHUNK, end, CHUNK):
-                stop = min(end, start + CHUNK)
+            for start in range(len(result.items) // AT_ONCE * AT_ONCE, end, AT_ONCE):
+                stop = min(end, start + AT_ONCE)
                 begun = perf_counter()
                 title = f"{part.name} in {candidate.name}, {start + 1}–{stop} of {end}"
                 asked = range(first + start, first + stop)
