@@ -19,7 +19,8 @@ VERBS = (  # each a function in a file of its name
     "calibrate", "quantize", "tune", "chat", "generate", "serve",
     "accuracy", "doctor", "speed", "report", "memory", "plan",
 )  # fmt: skip
-OTHERS = ("scales", "lite")  # verbs of several verbs
+GROUPS = ("scales", "session")  # verbs of several verbs: each an `app` in a file of its name
+KNOWN = (*VERBS, *GROUPS, "lite")
 
 BARS_OF_OTHERS = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # but for the Hub's, when a model is fetched
 
@@ -38,7 +39,7 @@ def _options(
     """What comes before a verb."""
 
 
-def commands(wanted: Collection[str] = (*VERBS, *OTHERS)) -> Verbs:
+def commands(wanted: Collection[str] = KNOWN) -> Verbs:
     """The command line with the verbs that are wanted: to import and describe all of them takes a tenth of a second."""
     app = Verbs(
         help="Calibrated int8 KV caches for Hugging Face language models. MODEL is a directory, Hub id or .gguf file; "
@@ -50,8 +51,9 @@ def commands(wanted: Collection[str] = (*VERBS, *OTHERS)) -> Verbs:
     for name in VERBS:
         if name in wanted:
             app.command()(_verb(name))
-    if "scales" in wanted:
-        app.add_typer(import_module("octavo.cli.scales").app, name="scales")
+    for name in GROUPS:
+        if name in wanted:
+            app.add_typer(import_module(f"octavo.cli.{name}").app, name=name)
     if "lite" in wanted:
         lite = Verbs(help="The verb of LMDeploy's page: `octavo lite calibrate …`.")
         lite.command()(_verb("calibrate"))
@@ -73,9 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     if argv[:2] == ["chat", "turbomind"]:  # as on LMDeploy's page, which names its engine here
         argv = ["chat", *argv[2:]]
-    known = argv[:1] if argv and argv[0] in (*VERBS, *OTHERS) else (*VERBS, *OTHERS)
+    wanted = argv[:1] if argv and argv[0] in KNOWN else KNOWN
     try:
-        commands(known)(argv)
+        commands(wanted)(argv)
     except OctavoError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

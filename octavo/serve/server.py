@@ -64,6 +64,7 @@ class Server:
             timeout_graceful_shutdown=grace,  # type: ignore[arg-type]  # asyncio takes parts of a second too
             server_header=False,
             proxy_headers=False,
+            loop="asyncio",  # connections.py sets what asyncio's own transports have, and uvloop's have not
             http=partial(Connection, self.connections),  # type: ignore[arg-type]  # it is called like a class
             ws="none",
             backlog=BACKLOG,

@@ -22,8 +22,45 @@ from octavo.text import opening
 
 QUESTIONS = 24  # of each context, spread evenly over it
 DEPTHS = 4  # parts of a context that rights are counted in
-FIRST = "amber brass cedar coral dusky ember frost grand hazel ivory jolly lunar misty noble olive pearl quiet rusty silent".split()  # noqa: E501
-SECOND = "acorn badge candle dragon engine falcon garden harbor island jacket kettle ladder mirror needle orchid pillow".split()  # noqa: E501
+FIRST = [
+    "amber",
+    "brass",
+    "cedar",
+    "coral",
+    "dusky",
+    "ember",
+    "frost",
+    "grand",
+    "hazel",
+    "ivory",
+    "jolly",
+    "lunar",
+    "misty",
+    "noble",
+    "olive",
+    "pearl",
+    "quiet",
+    "rusty",
+    "silent",
+]  # noqa: E501
+SECOND = [
+    "acorn",
+    "badge",
+    "candle",
+    "dragon",
+    "engine",
+    "falcon",
+    "garden",
+    "harbor",
+    "island",
+    "jacket",
+    "kettle",
+    "ladder",
+    "mirror",
+    "needle",
+    "orchid",
+    "pillow",
+]  # noqa: E501
 
 
 @dataclass(frozen=True)

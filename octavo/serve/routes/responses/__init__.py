@@ -9,10 +9,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from octavo.serve.account import Account
-from octavo.serve.answering import Answering
-from octavo.serve.bodies import answered_by
+from octavo.serve.output.sending import GeneratedResponse
 from octavo.serve.requests.responses import ResponsesRequest
-from octavo.serve.routes.responses.reply import ResponsesReply
+from octavo.serve.routes.endpoint import answered_by
+from octavo.serve.routes.responses.body import ResponsesBody
 from octavo.serve.routes.responses.store import Store
 from octavo.serve.service import Service
 from octavo.text import Message
@@ -26,8 +26,8 @@ def routes(service: Service) -> list[Route]:
         before: Sequence[Message] = ()
         if request.previous_response_id is not None:
             before = store.get(request.previous_response_id, "previous_response_id").messages
-        answers = service.answers(request.asked(before), "resp_")
-        return Answering(service, account, ResponsesReply(name, answers, request, before, store))
+        output = service.output(request.generate_request(before), "resp_")
+        return GeneratedResponse(service, account, ResponsesBody(name, output, request, before, store))
 
     async def kept(request: Request) -> Response:
         id = request.path_params["id"]
