@@ -29,7 +29,7 @@ Run = Callable[..., int]
 @pytest.fixture
 def octavo(pamphlet: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs `octavo accuracy` on the bundled model that is loaded already; returns the exit status."""
-    monkeypatch.setattr(LoadOptions, "load", lambda _: pamphlet)
+    monkeypatch.setattr(LoadOptions, "load", lambda *_, **__: pamphlet)
     monkeypatch.setattr("octavo.measure.accuracy.sizes.ANSWERS", Windows(16, 16))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 

@@ -39,7 +39,7 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The options of the command that wanted to load a model."""
     seen: list[Any] = []
 
-    def load(self: LoadOptions) -> None:
+    def load(self: LoadOptions, **_: Any) -> None:
         seen.append(self)
         raise Reached
 

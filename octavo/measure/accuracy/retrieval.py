@@ -1,9 +1,9 @@
 """Looking up a value by its key in a long context: what a cache format makes of it, by where in the context it stands.
 
-A context is a list of lines like `amber falcon: 4831`, and a question is one of the keys again: to answer, the model has
-to find one line among hundreds and copy its value, which even small models can. All questions of a context begin with
-the same tokens, so the context is read once for each format. Right is a value whose every token is the likeliest one;
-its log-probability tells earlier than that what is lost.
+A context is a list of lines like `amber falcon 7: 4831`, and a question is one of the keys again: the model has to find
+one line among hundreds and copy its value, which even small models can. All questions of a context begin with the same
+tokens, so the context is read once for each format. Right is a value whose every token is the likeliest one; its
+log-probability tells earlier than that what is lost.
 """
 
 from __future__ import annotations
@@ -21,46 +21,10 @@ from octavo.progress import Progress
 from octavo.text import opening
 
 QUESTIONS = 24  # of each context, spread evenly over it
+LEAST = 512  # tokens of a context that has lines enough to ask about
 DEPTHS = 4  # parts of a context that rights are counted in
-FIRST = [
-    "amber",
-    "brass",
-    "cedar",
-    "coral",
-    "dusky",
-    "ember",
-    "frost",
-    "grand",
-    "hazel",
-    "ivory",
-    "jolly",
-    "lunar",
-    "misty",
-    "noble",
-    "olive",
-    "pearl",
-    "quiet",
-    "rusty",
-    "silent",
-]  # noqa: E501
-SECOND = [
-    "acorn",
-    "badge",
-    "candle",
-    "dragon",
-    "engine",
-    "falcon",
-    "garden",
-    "harbor",
-    "island",
-    "jacket",
-    "kettle",
-    "ladder",
-    "mirror",
-    "needle",
-    "orchid",
-    "pillow",
-]  # noqa: E501
+FIRST = ("amber", "brass", "coral", "dusky", "frost", "grand", "ivory", "lunar", "misty", "noble", "olive", "rusty")
+SECOND = ("acorn", "badge", "candle", "dragon", "engine", "falcon", "garden", "island", "kettle", "mirror", "orchid")
 
 
 @dataclass(frozen=True)
@@ -102,7 +66,7 @@ def _context(tokenizer: Any, length: int, questions: int, chance: random.Random)
 
     tokens = opening(tokenizer) + encode("A list of names and their numbers.\n\n")
     known: dict[str, tuple[str, int]] = {}  # key → value, and where its line begins
-    room = length - len(tokens) - 2 * len(encode("silent harbor 99: 1234\n"))
+    room = length - len(tokens) - 2 * len(encode("grand orchid 99: 1234\n"))
     while room > 0:
         name, value = key(), str(chance.randrange(1000, 10000))
         if name in known:
