@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import budgets as of_budgets
 import calibration as of_calibrations
 import corners as of_corners
 import formats as of_formats
@@ -85,6 +86,15 @@ def corners() -> str:
     return short(of_corners.table(load("corners")["rows"]))
 
 
+def answers() -> str:
+    """Perplexity, KL, top-1 and greedy answers, within the default budget."""
+    return short(of_budgets.table(load("budgets")["rows"]))
+
+
+def budgets() -> str:
+    return of_budgets.times(load("budgets")["rows"])
+
+
 def ordered(rows: list[Document]) -> list[str]:
     return [model for model in MODELS if any(row["model"] == model for row in rows)]
 
@@ -96,7 +106,9 @@ def short(text: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (lead, formats, spans, tasks, calibrations, long_context, tool_calls, corners)
+    for table in (
+        lead, formats, spans, tasks, calibrations, long_context, tool_calls, corners, answers, budgets,
+    )
 }  # fmt: skip
 
 
