@@ -124,7 +124,7 @@ def test_light_and_dark_share_figures_that_hold_no_colour_of_their_own(written: 
 def test_every_plot_of_the_markdown_is_a_file_of_its_own(written: tuple[Survey, Path]) -> None:
     _, directory = written
     plots = re.findall(r"!\[[^]]+\]\((plots/[\w-]+\.svg)\)", (directory / "report.md").read_text(encoding="utf-8"))
-    assert len(plots) == 8
+    assert len(plots) == 10
     for plot in plots:
         text = (directory / plot).read_text(encoding="utf-8")
         ElementTree.fromstring(text)
