@@ -50,7 +50,8 @@ def measure(args: argparse.Namespace) -> Document:
         options += ["--data-dir", args.data, "--results", args.results or calibration / "results"]
         options += ["--model-format", args.model_format, "--tasks", args.tasks, "--json"]
         found: Document = json.loads(run("accuracy", args.model, *options))
-    del found["tasks"]["results"]  # a path of this machine, as are the reasons for what was skipped
+    found["model"] = Path(args.model).name  # no path of this machine, as results and reasons are below
+    del found["tasks"]["results"]
     found["tasks"]["skipped"] = list(found["tasks"]["skipped"])
     for name in ("limit", "shots"):
         for row in found["tasks"]["rows"]:
