@@ -137,8 +137,8 @@ def test_offsets_are_seen_where_the_bias_is_fused_with_others_too(pamphlet: Mode
     forward = type(model).forward
 
     class Fused(BoundModel):
-        def forward(self, ids, positions, logits_at, attend):  # type: ignore[no-untyped-def]
-            return forward(model, ids, positions, logits_at, lambda i, q, k, v: attend(i, q, offset(k), v))
+        def forward(self, ids, positions, logits_at, attend, *more):  # type: ignore[no-untyped-def]
+            return forward(model, ids, positions, logits_at, lambda i, q, k, v: attend(i, q, offset(k), v), *more)
 
     fused = Fused(model.hf, model.max_context)
     fused.layers = model.layers
