@@ -61,10 +61,10 @@ class _RecentRaw:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.bound, name)
 
-    def forward(self, ids: Tensor, positions: Tensor, logits_at: Tensor, _: Attend) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, logits_at: Tensor, _: Attend, step: Any = None) -> Tensor:
         if positions[0] == 0:
             self.kept.clear()
-        return self.bound.forward(ids, positions, logits_at, self.attend)
+        return self.bound.forward(ids, positions, logits_at, self.attend, step)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer in self.kept:

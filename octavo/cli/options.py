@@ -135,9 +135,11 @@ class LoadOptions:
         """Processes that the model is divided among."""
         return 1
 
-    def load(self, computing: torch.dtype | None = None, say: bool = True) -> Model:
-        """`computing` as in Model.load. Says at once what is loaded, and then of a CPU what computes, and in what."""
-        tell_loading(self.model)
+    def load(self, computing: torch.dtype | None = None, say: bool = True, told: bool = False) -> Model:
+        """`computing` as in Model.load. Says at once what is loaded, unless that was `told`, and then of a CPU what
+        computes, and in what."""
+        if not told:
+            tell_loading(self.model)
         from octavo import cores
         from octavo.parallel import load
 
@@ -227,11 +229,14 @@ class ServeOptions(LoadOptions):
             check_name(name)
         check_calibration(self.calibration, self.granularity, self.headroom)
 
-    def llm(self) -> LLM:
+    def llm(self, told: bool = False) -> LLM:
+        """Says at once what is loaded, unless that was `told`."""
+        if not told:
+            tell_loading(self.model)
         from octavo.cli.progress import calibration_with_bar
         from octavo.llm import LLM
 
-        model, name = self.load(), self.format_name()
+        model, name = self.load(told=True), self.format_name()
         format = model.format(name, self.calibration)
         return LLM(
             model,
