@@ -27,7 +27,7 @@ def of(count: int) -> ByPlan:
 
 
 def test_heads_that_the_ranks_do_not_divide_are_refused_with_numbers_that_do():
-    config = LlamaConfig(num_attention_heads=9, num_key_value_heads=3)
+    config = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
     with pytest.raises(Unsupported, match=r"9 query and 3 KV heads of llama .* among 2 ranks: use 3 or 9"):
         of(2).arguments(config)
 
