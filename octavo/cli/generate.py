@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence as Rows
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,7 +21,7 @@ from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from octavo.cli.jsonl import Line, Output
-    from octavo.llm import LLM, Completion
+    from octavo.llm import LLM
 
 # Options that change how fast answers are made, and not what they are.
 WITHOUT_EFFECT = {"device", "device_map", "session_len", "max_batch_size", "cache_max_entry_count", "kv_cache_memory"}
@@ -67,6 +67,7 @@ def generate(
 
 def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool) -> None:
     from octavo.cache.size import format_bytes
+    from octavo.lines import answer
     from octavo.measure.memory.footprint import Footprint
 
     start = time.perf_counter()
@@ -144,8 +145,8 @@ def _many(
 
 def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams, chat: bool) -> None:
     """Answer the lines together, each written when it is complete."""
-    from octavo.cli.jsonl import parse
     from octavo.cli.progress import progress
+    from octavo.lines import answer, fields, parse
 
     served: list[Line] = []
     requests: list[tuple[list[int], SamplingParams]] = []
@@ -164,7 +165,7 @@ def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams
         try:
             for line in lines:
                 try:
-                    requests.append(parse(line.text, llm, defaults, chat))
+                    requests.append(parse(fields(line.text), llm, defaults, chat))
                     served.append(line)
                 except OctavoError as error:
                     refuse(line, str(error))
@@ -190,28 +191,6 @@ def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams
             f"{_lines(len(refused))} could not be served and got the reason for an answer; the same command tries again"
         )
         raise typer.Exit(1)
-
-
-def answer(llm: LLM, completion: Completion) -> dict[str, Any]:
-    """A completion as JSON."""
-    from octavo.text import token_text
-
-    def named(token: int, logprob: float | None) -> dict[str, Any]:
-        return {"token": token, "text": token_text(llm.tokenizer, token), "logprob": logprob}
-
-    fields = {
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": completion.prompt_tokens,
-        "completion_tokens": len(completion.token_ids),
-        "cached_tokens": completion.cached_tokens,
-    }
-    if any(one.logprob is not None for one in completion.sampled):
-        fields["logprobs"] = [
-            {**named(one.token, one.logprob), "top": [named(*other) for other in one.top.items()]}
-            for one in completion.sampled
-        ]
-    return fields
 
 
 def _params(llm: LLM, sampling: SamplingOptions, logprobs: int | None) -> SamplingParams:

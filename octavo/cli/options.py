@@ -232,6 +232,21 @@ class ServeOptions(LoadOptions):
             cache_max_entry_count=self.cache_max_entry_count,
         )
 
+    def arguments(self) -> dict[str, Any]:
+        """The same as arguments of LLM, for processes elsewhere: plain values, and paths that are absolute."""
+        given = {
+            "model": self.model
+            if self.model is None or not Path(self.model).exists()
+            else str(Path(self.model).resolve()),
+            "kv": self.format_name(),
+            "calibration": self.calibration and str(self.calibration.resolve()),
+            "chat_template": self.chat_template and str(self.chat_template.resolve()),
+        }
+        names = ("granularity", "headroom", "session_len", "max_batch_size", "kv_cache_memory", "cache_max_entry_count",
+                 "dtype", "device", "device_map", "load_format", "model_format", "deterministic")  # fmt: skip
+        given |= {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value is not None}
+
     def format_name(self) -> str | None:
         """The format that --kv or --quant-policy names."""
         if self.quant_policy is None:

@@ -8,10 +8,11 @@ asked.py       a request as one value               prompts.py      what the mod
 answers.py     its answers as one value             replies.py      how OpenAI writes them
 calls/         calls of functions in a text         token_texts.py  log-probabilities and the text they belong to
 service.py     a request admitted, prepared, answered in time
-answering.py   how an answer is sent                errors.py       how a request is refused
+answering.py   how an answer is sent                errors.py       how a request is refused    events.py  bytes of both
 limits.py      what one server takes on             connections.py  how many, how long
 fair_queue.py  whose turn it is                     worker.py       the engine's thread
 account.py     what a request came to               metrics.py      what is counted     logs.py  what is written down
 sessions.py    conversations kept in a directory, found again by the prompt's prefix
+store.py       what /v1/responses has answered, for requests that go on with it
 page/          the chat at /
 """

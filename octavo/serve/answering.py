@@ -13,7 +13,8 @@ from starlette.types import Receive, Scope, Send
 from octavo.serve.account import Account
 from octavo.serve.answers import Piece
 from octavo.serve.errors import ApiError, refusal
-from octavo.serve.replies import Reply, dumps
+from octavo.serve.events import dumps
+from octavo.serve.replies import Reply
 from octavo.serve.service import Service
 
 
@@ -67,6 +68,7 @@ class Answering(Response):
             async for _ in batches:
                 pass
         body = dumps(self.reply.whole())
+        await self.reply.keep()
         self.begun = True
         await Response(body, media_type="application/json")(scope, receive, send)
 
@@ -76,7 +78,9 @@ class Answering(Response):
             async for pieces in batches:
                 if events := b"".join(map(self.reply.piece, pieces)):
                     await self._send(send, events)
-        await self._send(send, self.reply.end(), more=False)
+        end = self.reply.end()
+        await self.reply.keep()
+        await self._send(send, end, more=False)
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         self.account.refused = error

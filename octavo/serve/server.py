@@ -66,6 +66,7 @@ class Server:
             proxy_headers=False,
             http=partial(Connection, self.connections),  # type: ignore[arg-type]  # it is called like a class
             ws="none",
+            loop="asyncio",  # Connection reads its transports; where uvloop is installed uvicorn would take that
             backlog=BACKLOG,
             lifespan="on",
             ssl_certfile=tls.certificate if tls else None,

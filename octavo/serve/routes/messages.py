@@ -14,7 +14,8 @@ from octavo.serve.asked import Asked
 from octavo.serve.bodies import answered_by
 from octavo.serve.calls import CallPiece
 from octavo.serve.errors import ApiError
-from octavo.serve.replies import Reply, event
+from octavo.serve.events import event
+from octavo.serve.replies import Reply
 from octavo.serve.requests.anthropic import CountRequest, MessagesRequest, input_of
 from octavo.serve.service import Service
 

@@ -9,10 +9,11 @@ from typing import Any
 from octavo.serve.answers import Answers, Call, Piece
 from octavo.serve.calls import CallPiece
 from octavo.serve.errors import ApiError
-from octavo.serve.replies import Reply, event
+from octavo.serve.events import event
+from octavo.serve.replies import Reply
 from octavo.serve.requests.responses import ResponsesRequest
 from octavo.serve.requests.strict import read_json
-from octavo.serve.routes.responses.store import Store
+from octavo.serve.store import Kept, Store
 from octavo.serve.token_texts import ShownToken, chat_logprobs
 from octavo.text import Message
 
@@ -29,6 +30,7 @@ class ResponsesReply(Reply):
         self.request, self.before, self.store = request, before, store
         self.items: list[dict[str, Any]] = []  # as far as they have come
         self.number = 0  # of the next event
+        self.kept: Kept | None = None  # once it has ended
 
     # ---- whole -------------------------------------------------------------------------------------------------------
 
@@ -62,8 +64,12 @@ class ResponsesReply(Reply):
             said: Message = {"role": "assistant", "content": choice.text}
             if choice.calls:
                 said["tool_calls"] = [_plain(call) for call in choice.calls]
-            self.store.add(response, [*self.before, *self.request.messages(), said])
+            self.kept = Kept(response, [*self.before, *self.request.messages(), said])
         return response
+
+    async def keep(self) -> None:
+        if self.kept:
+            await self.store.add(self.kept)
 
     def _response(self, status: str) -> dict[str, Any]:
         request = self.request.model_dump(exclude_none=True, by_alias=True)
