@@ -33,9 +33,9 @@ from octavo.text_windows import consecutive_windows, token_windows
 
 TEXTS = ("wikitext2", "c4")
 BASELINE = Candidate("fp32", KVFormat.parse("fp32"))
-CALIBRATED = ("kv8", "k8v4", "kv4", "int8-token", "int8")
+CALIBRATED = ("kv8", "k8v4", "kv4", "int8-token", "int8", "fp8")
 RECIPE = "int8, tensor × 1.0"  # the original recipe, LMDeploy's
-UNCALIBRATED = ("kv8, not calibrated", "int8-token, not calibrated")
+UNCALIBRATED = ("kv8, not calibrated", "int8-token, not calibrated", "fp8, not calibrated")
 NAMES = (*CALIBRATED, RECIPE, *UNCALIBRATED, *peer_formats.BITS)
 KEPT = ("kl", "kl_error", "kl_p99", "agreement", "loss_change", "loss_change_error", "perplexity", "tokens")
 AT_ONCE = 4  # formats that share one reading of the baseline

@@ -25,6 +25,7 @@ from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
 from octavo.models.model import BUNDLED, Model
 from octavo.models.output import output_norms
+from octavo.progress import Count
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Format, Granularity, validate_choice
 from octavo.quant.statistics import LayerStatistics
@@ -106,7 +107,7 @@ def calibration_for(
     model: Model,
     given: str | Path | Calibration | None,
     format: Format,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Count | None = None,
 ) -> Calibration | None:
     """The calibration to serve `format` with, as `Model.calibration` finds it.
 

@@ -1,4 +1,4 @@
-"""What a request gets back: a `Completion`, `Delta`s while it grows, and the `Answer` that makes them in the engine."""
+"""What a request gets back: a `Completion`, and `Delta`s while it grows; `Generation` makes them in the engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Outbox(Protocol):
     def append(self, delta: Delta, /) -> None: ...
 
 
-class Answer:
+class Generation:
     """A sequence and its growing text, whose pieces go to `outbox`."""
 
     def __init__(self, index: int, sequence: Sequence, text: TextStream, outbox: Outbox):

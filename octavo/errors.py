@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import warnings
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -22,6 +24,12 @@ class OctavoError(Exception):
 
 class Unsupported(OctavoError):
     """A model or option Octavo does not handle. Raised at load: nothing is accepted and then ignored."""
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A warning that each process shows once, at no line of ours: it is about a machine or a model."""
+    warnings.warn(message, stacklevel=2)
 
 
 def one_line(error: Exception) -> str:

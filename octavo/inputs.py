@@ -10,7 +10,7 @@ from collections.abc import Sequence as Rows
 from numbers import Integral
 from typing import Any
 
-from octavo.engine.params import SamplingParams, brief, is_text
+from octavo.engine.params import SamplingParams, brief, is_number, is_text
 from octavo.errors import OctavoError
 from octavo.text import Message
 
@@ -22,7 +22,7 @@ MESSAGE = '{"role": "user", "content": "…"}'
 def read_prompts(given: Any, name: str = "prompts") -> list[str | list[int]]:
     """One prompt or several, as several."""
     given = _listed(given)
-    if isinstance(given, str | Mapping) or (isinstance(given, list) and given and _is_number(given[0])):
+    if isinstance(given, str | Mapping) or (isinstance(given, list) and given and is_number(given[0], Integral)):
         return [read_prompt(given, name)]
     if not isinstance(given, list):
         raise OctavoError(f"{name} is {brief(given)}; it must be {PROMPT}, or a list of these", name)
@@ -46,7 +46,7 @@ def read_prompt(given: Any, name: str = "prompt") -> str | list[int]:
     if not isinstance(given, list):
         raise OctavoError(f"{name} is {brief(given)}; it must be {PROMPT}", name)
     for i, token in enumerate(given):
-        if not _is_number(token):
+        if not is_number(token, Integral):
             raise OctavoError(f"{name}[{i}] is {brief(token)}; a prompt that is a list holds token ids", name)
     return [int(token) for token in given]
 
@@ -119,7 +119,3 @@ def _listed(value: Any) -> Any:
     if isinstance(value, Rows) and not isinstance(value, str | bytes | bytearray | memoryview):
         return list(value)
     return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -27,7 +27,7 @@ from octavo.cache.session import Identity, SavedSession
 from octavo.cache.size import CacheSize, num_blocks, parse_bytes
 from octavo.cache.store import KVCache
 from octavo.calibrate import calibration_for, warn_outside, warn_uncalibrated
-from octavo.completion import Answer, Completion, Delta, Outbox
+from octavo.completion import Completion, Delta, Generation, Outbox
 from octavo.devices import device_of
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
@@ -143,7 +143,7 @@ class LLM:
         )
         self.reading = Reading(bound, self.format, self.calibration, granularity, headroom)
         self.grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
-        self._answers: dict[Sequence, Answer] = {}
+        self._generations: dict[Sequence, Generation] = {}
         self._looked = False  # whether values outside the format's range have been looked for
         self._turns = Turns(self._step)
 
@@ -201,10 +201,12 @@ class LLM:
         asked = read_prompts(prompts)
         each = read_params(sampling_params, len(asked), lambda: self.default_params)
         outbox: deque[Delta] = deque()
-        answers = [self.answer(prompt, p, outbox, i) for i, (prompt, p) in enumerate(zip(asked, each, strict=True))]
+        generations = [
+            self.generation(prompt, p, outbox, i) for i, (prompt, p) in enumerate(zip(asked, each, strict=True))
+        ]
         if stream:
-            return self._run(answers, outbox)
-        return [delta.completion for delta in sorted(self._ran(answers, outbox), key=lambda d: d.index)
+            return self._run(generations, outbox)
+        return [delta.completion for delta in sorted(self._ran(generations, outbox), key=lambda d: d.index)
                 if delta.completion]  # fmt: skip
 
     @overload
@@ -284,37 +286,37 @@ class LLM:
         guide = self.grammars.guide(kind, getattr(params, kind)) if kind else None
         return Sequence(tokens, params, eos | frozenset(params.stop_token_ids), guide)
 
-    def answer(
+    def generation(
         self,
         prompt: str | Rows[int],
         params: SamplingParams,
         outbox: Outbox,
         index: int = 0,
         marks: Mapping[int, str] | None = None,
-    ) -> Answer:
+    ) -> Generation:
         """A request that is not yet in the engine; its pieces will go to `outbox`. `marks` are special tokens that are
         shown, with their texts. Touches no engine: any thread may call it."""
         sequence = self.sequence(prompt, params)
-        return Answer(index, sequence, TextStream(self.tokenizer, params, sequence.tokens, marks), outbox)
+        return Generation(index, sequence, TextStream(self.tokenizer, params, sequence.tokens, marks), outbox)
 
-    def submit(self, *answers: Answer) -> None:
+    def submit(self, *generations: Generation) -> None:
         """Queue answers for the next steps; raises OctavoError, and queues none, if one of them can never fit."""
-        self.call(lambda: self._submit(answers))
+        self.call(lambda: self._submit(generations))
 
-    def finish(self, answer: Answer, reason: FinishReason = "abort") -> None:
+    def finish(self, generation: Generation, reason: FinishReason = "abort") -> None:
         """End an answer now, between two steps: its blocks are free, and it is complete with what it has."""
-        if self.drop(answer, reason):
-            answer.complete()
+        if self.drop(generation, reason):
+            generation.complete()
 
-    def drop(self, answer: Answer, reason: FinishReason = "abort") -> bool:
+    def drop(self, generation: Generation, reason: FinishReason = "abort") -> bool:
         """End an answer without completing it; whether there was one to end."""
-        return self.call(lambda: self._drop(answer, reason))
+        return self.call(lambda: self._drop(generation, reason))
 
     @property
-    def begun(self) -> list[Answer]:
+    def begun(self) -> list[Generation]:
         """The answers that wait no longer: they run, or a step that failed has left them half ended."""
         waiting = set(self.engine.scheduler.waiting)
-        return [answer for sequence, answer in self._answers.items() if sequence not in waiting]
+        return [generation for sequence, generation in self._generations.items() if sequence not in waiting]
 
     def step(self) -> int:
         """One step of the engine; pieces of answers go to their outboxes. Returns the number of tokens gained."""
@@ -324,30 +326,30 @@ class LLM:
         """What `function` returns, run between two steps: nothing else touches engine and cache meanwhile."""
         return self._turns.call(function)
 
-    def _submit(self, answers: Iterable[Answer]) -> None:
+    def _submit(self, generations: Iterable[Generation]) -> None:
         self._turns.check()
-        for answer in answers:
-            self.engine.scheduler.expect_room(answer.sequence)
-        for answer in answers:
-            self.engine.add(answer.sequence)
-            self._answers[answer.sequence] = answer
+        for generation in generations:
+            self.engine.scheduler.expect_room(generation.sequence)
+        for generation in generations:
+            self.engine.add(generation.sequence)
+            self._generations[generation.sequence] = generation
 
-    def _drop(self, answer: Answer, reason: FinishReason) -> bool:
-        if self._answers.pop(answer.sequence, None) is None:
+    def _drop(self, generation: Generation, reason: FinishReason) -> bool:
+        if self._generations.pop(generation.sequence, None) is None:
             return False
-        self.engine.finish(answer.sequence, reason)
+        self.engine.finish(generation.sequence, reason)
         return True
 
     def _step(self) -> int:
         gained = self.engine.step()
         for sequence in gained:
-            answer = self._answers[sequence]
-            answer.take()
-            if answer.text.stopped:
+            generation = self._generations[sequence]
+            generation.take()
+            if generation.text.stopped:
                 self.engine.finish(sequence, "stop")
             if sequence.finished:
-                answer.complete()
-                del self._answers[sequence]
+                generation.complete()
+                del self._generations[sequence]
                 if not self._looked:  # once, after the first answer
                     self._looked = True
                     warn_outside(self.model, self.cache, self.format)
@@ -363,23 +365,23 @@ class LLM:
         """Have the K and V of `tokens` in the prefix cache."""
         longest = self.engine.scheduler.max_context - 1  # a request is answered with a token at least
         outbox: deque[Delta] = deque()
-        self._ran([self.answer(tokens[:longest], SamplingParams(max_tokens=1), outbox)], outbox)
+        self._ran([self.generation(tokens[:longest], SamplingParams(max_tokens=1), outbox)], outbox)
 
     def _cached(self, tokens: Rows[int]) -> int:
         """How many of the tokens a prompt that begins with them finds in the cache."""
         pool = self.engine.pool
         return self.call(lambda: len(pool.find(tokens)) * pool.block_size)
 
-    def _ran(self, answers: list[Answer], outbox: deque[Delta]) -> list[Delta]:
+    def _ran(self, generations: list[Generation], outbox: deque[Delta]) -> list[Delta]:
         """All pieces of these answers, complete."""
-        with held(), closing(self._run(answers, outbox)) as pieces:
+        with held(), closing(self._run(generations, outbox)) as pieces:
             return list(pieces)
 
-    def _run(self, answers: list[Answer], outbox: deque[Delta]) -> Generator[Delta]:
+    def _run(self, generations: list[Generation], outbox: deque[Delta]) -> Generator[Delta]:
         """Step the engine until these answers are complete. Whoever stops listening aborts what is unfinished."""
-        unfinished = len(answers)
+        unfinished = len(generations)
         try:
-            self.submit(*answers)
+            self.submit(*generations)
             while unfinished:
                 self._turns.wait(lambda: outbox)
                 delta = outbox.popleft()
@@ -387,4 +389,4 @@ class LLM:
                 yield delta
         finally:
             if unfinished:
-                self._turns.post(lambda: [self._drop(answer, "abort") for answer in answers])
+                self._turns.post(lambda: [self._drop(generation, "abort") for generation in generations])

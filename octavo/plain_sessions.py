@@ -7,9 +7,9 @@ A plain file is safetensors, of version 1:
     metadata                       format "octavo kv rows", version, tokens (a JSON list of ids), kv (its format), rows:
                                    how many of the tokens have rows; layers with a sliding window have the last ones
 
-Rows are decoded; with edges those of page 0 are the raw ones. Import encodes the rows as if the model had computed
-them. Rows of 8-bit formats that were not changed get their old codes again. Those of 4 bits keep their codes and may
-get a smaller scale, for their largest value is known to half a step alone.
+Rows are decoded; with edges those of page 0 are the raw ones. Import encodes the rows: those that were not changed get
+their codes and scales again, to the last bit and in every format, so that a session which is exported, imported and
+exported once more has the same rows.
 """
 
 from __future__ import annotations
@@ -29,11 +29,8 @@ from octavo.cache.session import FIRST, Codes, SavedSession
 from octavo.cache.store import KVCache, RowStore
 from octavo.errors import OctavoError, one_line
 from octavo.llm import LLM
-from octavo.quant.codec import Rows, decode, encode
+from octavo.quant.codec import Rows, decode, encode, encode_decoded
 
-# A decoded row's largest value lies at the end of its scale's range, and by rounding beyond it. A little less is
-# within, and no code changes by so little.
-WITHIN = 1 - 1e-4
 FORMAT = "octavo kv rows"
 VERSION = "1"
 
@@ -58,6 +55,11 @@ def export_session(llm: LLM, saved: str | Path, plain: str | Path) -> int:
     return count
 
 
+def format_of(plain: str | Path) -> str:
+    """The format of the session that a plain file was made of."""
+    return _about(Path(plain))["kv"]
+
+
 def import_session(llm: LLM, plain: str | Path, saved: str | Path) -> int:
     """Make a session that `llm.restore` takes of plain rows; returns how many tokens it has the codes of: whole blocks.
 
@@ -77,7 +79,12 @@ def import_session(llm: LLM, plain: str | Path, saved: str | Path) -> int:
         if end < held:
             raise OctavoError(f"{path}: {name} has {rows[name].shape[1]} rows; its layer sees the last {held}")
         x = rows[name][:, end - held : end].transpose(0, 1)
-        coded = encode(_within(x, store) if store.codec.has_token_scale else x, store.codec, store.static)
+        coded = encode_decoded(x, store.codec, store.static)
+        if raw is not None and held == whole:  # page 0 was never decoded
+            page = encode(x[:size], store.codec, store.static)
+            coded.codes[:size] = page.codes
+            if coded.scales is not None and page.scales is not None:
+                coded.scales[:size] = page.scales
         codes[f"{name}.codes"] = coded.codes.transpose(0, 1).contiguous()
         if coded.scales is not None:
             codes[f"{name}.scales"] = coded.scales.transpose(0, 1).contiguous()
@@ -88,13 +95,23 @@ def import_session(llm: LLM, plain: str | Path, saved: str | Path) -> int:
     return session.rows(codes)
 
 
-def _read(path: Path, llm: LLM) -> tuple[list[int], int, dict[str, Tensor]]:
-    """Token ids, how many of them have rows, and these."""
+def _about(path: Path) -> dict[str, str]:
+    """The metadata. Raises OctavoError for files that are none of this format and version."""
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-            if about.get("format") != FORMAT or about.get("version") != VERSION:
-                raise OctavoError(f"{path}: is no file of {FORMAT}, version {VERSION}")
+    except (SafetensorError, OSError) as error:
+        raise OctavoError(f"{path}: cannot be read: {one_line(error)}") from None
+    if about.get("format") != FORMAT or about.get("version") != VERSION or "kv" not in about:
+        raise OctavoError(f"{path}: is no file of {FORMAT}, version {VERSION}")
+    return about
+
+
+def _read(path: Path, llm: LLM) -> tuple[list[int], int, dict[str, Tensor]]:
+    """Token ids, how many of them have rows, and these."""
+    about = _about(path)
+    try:
+        with safe_open(path, framework="pt") as file:
             tokens, count = json.loads(about["tokens"]), int(about["rows"])
             rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -124,11 +141,6 @@ def _sides(cache: KVCache) -> Iterator[tuple[str, RowStore, RowStore | None]]:
         raw = layer.raw or (None, None)
         yield f"layers.{i}.k", layer.k, raw[0]
         yield f"layers.{i}.v", layer.v, raw[1]
-
-
-def _within(x: Tensor, store: RowStore) -> Tensor:
-    middle = 0.0 if store.static is None else store.static.mu
-    return middle + (x - middle) * WITHIN
 
 
 def _first(name: str) -> str:

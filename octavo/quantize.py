@@ -8,7 +8,7 @@ after layer is rounded and replaced by its packed self, so that from there on me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -22,6 +22,7 @@ from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import BoundModel
 from octavo.models.packed import GROUP_SIZES, packable
 from octavo.models.prepack import is_prepacked
+from octavo.progress import Progress
 from octavo.weights.awq import TINY, round_to_nearest, search_scale, search_shrink
 from octavo.weights.layouts import AWQ, Int4Weight
 from octavo.weights.linear import PackedLinear
@@ -32,7 +33,6 @@ METHODS: tuple[str, ...] = get_args(Method)
 ROWS = 512  # of each input that are kept, from all windows alike
 TRIAL = 32  # tokens on which folds are tried
 
-Progress = Callable[[str, int, int], None]
 """(what is done, how many, of how many)"""
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
+from octavo.progress import Count
 from octavo.text import encode_chat, opening
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def self_windows(
     *,
     seed: int = 0,
     chat_share: float = CHAT_SHARE,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Count | None = None,
 ) -> list[Window]:
     """`count` windows of exactly `length` tokens that the model writes itself, at temperature 1 and on past the end of
     answers. `llm` is idle and keeps its cache in a raw format; `progress(done, total)` counts tokens.

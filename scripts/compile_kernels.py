@@ -1,6 +1,7 @@
 """Compile the GPU kernels on a machine without a GPU, and say what they take: docs/KERNELS.md.
 
     python scripts/compile_kernels.py --jobs 4     # every format, head dim and target, writes docs/KERNELS.md
+    python scripts/compile_kernels.py --formats fp8                  # only these, and the page's other rows stay
     python scripts/compile_kernels.py --formats int8 --dims 128 --targets 90 --check    # only fail on spills
 
 The kernels are given what a real step gives them: a step is run on CPU tensors with each launch replaced by a
@@ -38,8 +39,9 @@ from octavo.quant.format import KVFormat
 
 PAGE = Path(__file__).parent.parent / "docs" / "KERNELS.md"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-FORMATS = ["bf16", "int8", "int8-token", "int4-token", "int8-token/int4-token", "kv8", "k8v4", "kv4"]
+FORMATS = ["bf16", "int8", "fp8", "int8-token", "int4-token", "int8-token/int4-token", "kv8", "k8v4", "kv4"]
 DIMS = [64, 128, 256]  # others are padded to these
+TARGETS = [80, 90]  # compute capability × 10
 BLOCK = 64
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes that a program may take
 HEADER = Header("synthetic", "none", 1, 1, 1, (0, 0))
@@ -81,6 +83,9 @@ class Result:
     shared: int  # bytes
     warps: int
     loop: list[str]  # machine instructions of the loop over blocks
+
+
+NOTHING = Result("", 0, 0, 0, 0, [])
 
 
 def compiled(format: str, dim: int, target: int, variant: Variant) -> Iterator[Result]:
@@ -210,32 +215,62 @@ def table(case: tuple[str, int, int, Variant]) -> tuple[list[str], list[str]]:
     return [line for line, _ in found], bad
 
 
+def plain_cases(formats: list[str], dims: list[int], targets: list[int]) -> list[tuple[str, int, int, Variant]]:
+    return [(f, dim, target, PLAIN) for target in targets for f in formats for dim in dims]
+
+
+def page_cases(formats: list[str], dims: list[int], targets: list[int]) -> list[tuple[str, int, int, Variant]]:
+    """What the page has of these formats, in its order."""
+    more = [("int8-token", dim, 90, variant) for dim in MQA_DIMS for variant in MQA]
+    more += [("kv8", dim, 90, MQA[-1]) for dim in dims]
+    more += [(f, 128, target, variant) for f, target in (("kv8", 90), ("int8", 80)) for variant in VARIANTS]
+    more += [(f, 256, 89, PLAIN) for f in formats]  # the largest tiles in the least shared memory
+    return plain_cases(formats, dims, targets) + [case for case in more if case[0] in formats]
+
+
+def on_page() -> dict[str, list[str]]:
+    """Rows by what they are of, if the page was made with this Triton."""
+    text = PAGE.read_text() if PAGE.is_file() else ""
+    if f"with Triton {triton.__version__}," not in text:
+        return {}
+    rows: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("| ") and not line.startswith("| format"):
+            rows.setdefault(layer_of(line), []).append(line)
+    return rows
+
+
+def layer_of(line: str) -> str:
+    """The first three columns: layer, dimension, target."""
+    return "|".join(line.split("|")[1:4])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--dims", nargs="+", type=int, default=DIMS)
-    parser.add_argument("--targets", nargs="+", type=int, default=[80, 90], help="compute capability × 10")
+    parser.add_argument("--targets", nargs="+", type=int, default=TARGETS, help="compute capability × 10")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail if a decode kernel spills or shared memory is short"
     )
     given = parser.parse_args()
-    cases = [(f, dim, target, PLAIN) for target in given.targets for f in given.formats for dim in given.dims]
+    asked = given.formats, given.dims, given.targets
     if given.check:
-        cases += [(f, dim, target, MQA[-1]) for target in given.targets for f in given.formats for dim in given.dims]
+        cases = [(*case[:3], variant) for variant in (PLAIN, MQA[-1]) for case in plain_cases(*asked)]
     else:
-        cases += [("int8-token", dim, 90, variant) for dim in MQA_DIMS for variant in MQA]
-        cases += [("kv8", dim, 90, MQA[-1]) for dim in given.dims]
-        cases += [(f, 128, target, variant) for f, target in (("kv8", 90), ("int8", 80)) for variant in VARIANTS]
-        cases += [(f, 256, 89, PLAIN) for f in given.formats]  # the largest tiles in the least shared memory
-    rows, bad = [], []
+        cases = page_cases(*asked)
+    rows, bad = on_page(), []
     with ProcessPoolExecutor(given.jobs) as pool:
         for lines, its_bad in pool.map(table, cases):
-            rows += lines
+            rows[layer_of(lines[0])] = lines
             bad += its_bad
             print(*lines, sep="\n", flush=True)
     if not given.check:
-        PAGE.write_text(HEAD.format(triton=triton.__version__, torch=torch.__version__) + "\n".join(rows) + "\n")
+        every = [*page_cases(FORMATS, DIMS, TARGETS), *cases]
+        found = dict.fromkeys(layer_of(row(*case, NOTHING)) for case in every)
+        lines = [line for layer in found for line in rows.get(layer, ())]
+        PAGE.write_text(HEAD.format(triton=triton.__version__) + "\n".join(lines) + "\n")
     if bad:
         print("a decode kernel spills, or a kernel takes too much shared memory:", *bad, sep="\n", file=sys.stderr)
     return 1 if bad else 0

@@ -9,9 +9,7 @@ A backend is chosen when a cache is made, by `backend_for`; its layout marks the
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
-from functools import cache
 
 from torch import Tensor
 
@@ -21,17 +19,12 @@ from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerPlan
 from octavo.cache.store import LayerCache
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, warn_once
 
 __all__ = ["AttentionSpec", "Backend", "attend", "backend_for", "backend_of"]
 
 BACKENDS = {backend.name: backend for backend in (reference.BACKEND, cpu.BACKEND, cuda.BACKEND)}
 BY_ORDER = {backend.layout.order: backend for backend in BACKENDS.values()}
-
-
-@cache
-def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
 
 
 def backend_for(plans: Sequence[LayerPlan]) -> Backend:
@@ -49,7 +42,7 @@ def backend_for(plans: Sequence[LayerPlan]) -> Backend:
         return backend
     if wanted is not None:
         raise OctavoError(f"OCTAVO_ATTENTION={wanted} cannot be had: {refused}")
-    _say_once(f"attention runs on plain torch, which is slower: {refused}")
+    warn_once(f"attention runs on plain torch, which is slower: {refused}")
     return reference.BACKEND
 
 

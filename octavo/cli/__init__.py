@@ -21,14 +21,15 @@ from octavo.cli.quantize import quantize
 from octavo.cli.report import report
 from octavo.cli.scales import app as scales
 from octavo.cli.serve import serve
+from octavo.cli.session import app as session
 from octavo.cli.speed import speed
 from octavo.cli.tune import tune
+from octavo.cli.verbs import Verbs
 from octavo.errors import OctavoError
 
-app = typer.Typer(
+app = Verbs(
     help="Calibrated int8 KV caches for Hugging Face language models. MODEL is a directory, Hub id or .gguf file; with "
     "none, the small bundled model `pamphlet`.",
-    no_args_is_help=True,
     rich_markup_mode="markdown",  # rich would take "[default: …]" for markup and drop it
     pretty_exceptions_enable=False,
 )
@@ -46,8 +47,9 @@ app.command()(memory)
 app.command()(plan)
 
 app.add_typer(scales, name="scales")
+app.add_typer(session, name="session")
 
-lite = typer.Typer(help="The verb of LMDeploy's page: `octavo lite calibrate …`.", no_args_is_help=True)
+lite = Verbs(help="The verb of LMDeploy's page: `octavo lite calibrate …`.")
 lite.command()(calibrate)
 lite.callback()(lambda: None)  # with a single command typer would drop its name
 app.add_typer(lite, name="lite", hidden=True)

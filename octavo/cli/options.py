@@ -48,14 +48,14 @@ def check_file(flag: str, path: Path) -> None:
 
 
 def check_model(model: str | None) -> None:
-    """Raise OctavoError for a name that is neither a model's directory nor can be a Hub id's."""
-    from octavo.models.locate import find_here, is_bundled
+    """Raise OctavoError for what names no model, here or on the Hub."""
+    from octavo.models.locate import is_bundled, require_known
 
     if is_bundled(model):
         return
     if " " in str(model) and not Path(str(model)).exists():
         raise OctavoError(f"{model!r} is no model: the prompt comes after MODEL, or goes after --prompt")
-    find_here(str(model))
+    require_known(str(model))
 
 
 def check_calibration(file: Path | None, granularity: str | None, headroom: float | None) -> None:
@@ -234,10 +234,9 @@ class ServeOptions(LoadOptions):
 
     def arguments(self) -> dict[str, Any]:
         """The same as arguments of LLM, for processes elsewhere: plain values, and paths that are absolute."""
+        here = self.model is not None and Path(self.model).exists()
         given = {
-            "model": self.model
-            if self.model is None or not Path(self.model).exists()
-            else str(Path(self.model).resolve()),
+            "model": str(Path(str(self.model)).resolve()) if here else self.model,
             "kv": self.format_name(),
             "calibration": self.calibration and str(self.calibration.resolve()),
             "chat_template": self.chat_template and str(self.chat_template.resolve()),

@@ -37,7 +37,8 @@ def serve_replicas(
     with cluster(LOCAL, "--replicas"):
         from ray import serve
 
-        from octavo.ray import Args, app
+        from octavo.ray.application import app
+        from octavo.ray.args import Args
 
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, lambda *_: stop.set())
@@ -49,13 +50,11 @@ def serve_replicas(
                 serve.run(app(args), name="octavo", route_prefix="/")
             except RuntimeError:
                 raise OctavoError("the replicas cannot start: what they wrote above says why") from None
-            told = {"url": address, "replicas": replicas}
             if as_json:
-                print(json.dumps(told), flush=True)
+                print(json.dumps({"url": address, "replicas": replicas}), flush=True)
             else:
-                print(
-                    f"{replicas} replicas: a chat at {address}/, the API at {address}/v1", file=sys.stderr, flush=True
-                )
+                told = f"{replicas} replicas: a chat at {address}/, the API at {address}/v1"
+                print(told, file=sys.stderr, flush=True)
             stop.wait()
         finally:
             serve.shutdown()

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from octavo.cli.options import LoadOptions, takes
+from octavo.cli.verbs import Verbs
 from octavo.errors import OctavoError
 
-app = typer.Typer(
+app = Verbs(
     help="Scales of other projects: vLLM (compressed-tensors, llm-compressor), ModelOpt, ONNX Runtime GenAI, SGLang, "
     "LMDeploy.",
-    no_args_is_help=True,
 )
 
 NAMES = "compressed-tensors (also llm-compressor, vllm), modelopt, onnxruntime-genai, sglang, lmdeploy, turbomind."

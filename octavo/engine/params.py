@@ -59,7 +59,7 @@ class Number:
         return f"a {kind} from {_shown(self.low)} to {_shown(self.high)}"
 
     def read(self, value: Any) -> Any:
-        if not _is_number(value, Integral if self.whole else Real):
+        if not is_number(value, Integral if self.whole else Real):
             raise ValueError
         if not self.low <= value <= self.high:
             raise ValueError
@@ -317,7 +317,8 @@ def _listed(value: Any, most: int) -> tuple[Any, ...]:
     return several
 
 
-def _is_number(value: Any, kind: type) -> bool:
+def is_number(value: Any, kind: type) -> bool:
+    """Whether it is an Integral or Real, as `kind` says; to Python True is one too."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -326,7 +327,7 @@ def _digits(value: Any) -> bool:
 
 
 def _token(value: Any) -> int:
-    if not _is_number(value, Integral) or not 0 <= value < 1 << 31:
+    if not is_number(value, Integral) or not 0 <= value < 1 << 31:
         raise ValueError
     return int(value)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from octavo.errors import OctavoError
 
 ADAPTER = "adapter_config.json"  # of a LoRA adapter
 BUNDLED = Path(__file__).parent.parent / "data" / "pamphlet"
+HUB_SECONDS = 5.0  # that the Hub has for saying whether it knows a model
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
@@ -56,15 +59,39 @@ def find_here(model: str | Path) -> Path | None:
 def _download(repo: str) -> Path:
     """A Hub snapshot without code and without a second copy of the weights."""
     import huggingface_hub
-    from huggingface_hub import errors as hub
 
     # Subfolders and consolidated files hold the weights again, in other formats.
     doubles = ["*/*", "consolidated*"]
     files = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
-    try:
+    with _hub_errors(repo):
         path = Path(huggingface_hub.snapshot_download(repo, allow_patterns=files, ignore_patterns=doubles))
         if not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
             huggingface_hub.snapshot_download(repo, allow_patterns=["pytorch_model*.bin"], ignore_patterns=doubles)
+    if not (path / "config.json").is_file():
+        raise OctavoError(f"{repo} on the Hub has no config.json: name a repository in the transformers format.")
+    return path
+
+
+def require_known(model: str | Path) -> None:
+    """Raise OctavoError unless the model is here, in the Hub's cache, or on the Hub, which is asked once.
+
+    For the begin of a command: before torch is imported and anything is fetched."""
+    if find_here(model) is not None:
+        return
+    import huggingface_hub
+
+    if huggingface_hub.try_to_load_from_cache(str(model), "config.json") is None:
+        with _hub_errors(str(model)):
+            huggingface_hub.HfApi().model_info(str(model), timeout=HUB_SECONDS)
+
+
+@contextmanager
+def _hub_errors(repo: str) -> Iterator[None]:
+    """What goes wrong with the Hub in one sentence."""
+    from huggingface_hub import errors as hub
+
+    try:
+        yield
     except hub.GatedRepoError as error:
         raise OctavoError(f"{repo} is gated: accept its terms on the Hub, then run `hf auth login`.") from error
     except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
@@ -74,12 +101,9 @@ def _download(repo: str) -> Path:
         ) from error
     except Exception as error:  # the many ways a network fails
         raise OctavoError(
-            f"No directory {repo} with a config.json is here and the Hub cannot be reached for it: "
-            "check the network, or name a local directory."
+            f"There is no directory {repo} with a config.json, and the Hub cannot be reached for a model of that name: "
+            "check the name, or the network."
         ) from error
-    if not (path / "config.json").is_file():
-        raise OctavoError(f"{repo} on the Hub has no config.json: name a repository in the transformers format.")
-    return path
 
 
 def is_directory(name: str, path: Path) -> bool:

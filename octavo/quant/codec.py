@@ -91,8 +91,9 @@ def unpack(codes: Tensor, dim: int) -> Tensor:
     return torch.cat([codes & 15, codes >> 4], -1)[..., :dim]
 
 
-def encode(x: Tensor, codec: Codec, static: Static | None = None) -> Rows:
-    """Encode rows `x` [..., kv_heads, dim] of any float dtype.
+def encode(x: Tensor, codec: Codec, static: Static | None = None, scales: Tensor | None = None) -> Rows:
+    """Encode rows `x` [..., kv_heads, dim] of any float dtype. `scales` [..., kv_heads] are the indices of the rows'
+    token scales where they are known; without them each row has the smallest that holds its largest value.
 
     Saturation is counted per value. Static: |y| > 128.5, which is more than one step beyond the calibrated range (its
     own end is y = ±127.5). Float: |y| > 464, half a step beyond the largest. Token: beyond the last entry of the
@@ -111,14 +112,42 @@ def encode(x: Tensor, codec: Codec, static: Static | None = None) -> Rows:
     if not codec.has_token_scale:
         return Rows(y.round().clamp(-128, 127).to(torch.int8), None, (y.abs() > 128.5).sum())
     levels = LEVELS[codec.bits]
-    scales = torch.searchsorted(TOKEN_LIMIT[codec.bits].to(y.device), y.abs().amax(-1)).clamp_(max=255)
-    y = y * TOKEN_RECIPROCAL[codec.bits].to(y.device)[scales][..., None]
+    if scales is None:
+        scales = torch.searchsorted(TOKEN_LIMIT[codec.bits].to(y.device), y.abs().amax(-1)).clamp_(max=255)
+    y = y * TOKEN_RECIPROCAL[codec.bits].to(y.device)[scales.long()][..., None]
     saturated = (y.abs() > levels + 0.5).sum()
     if codec.bits == 4:
         codes = pack((y.floor() + 8).clamp_(0, 15).to(torch.uint8))
     else:
         codes = y.round().clamp_(-128, 127).to(torch.int8)
     return Rows(codes, scales.to(torch.uint8), saturated)
+
+
+def encode_decoded(x: Tensor, codec: Codec, static: Static | None = None) -> Rows:
+    """Encode rows that may have been codes before: those get the same codes and scales again.
+
+    A decoded row does not say which scale it had: its largest value is the middle of a cell, or by rounding beyond the
+    scale's range. Of the scale that `encode` chooses and its two neighbours this takes the one that gives the row back
+    most nearly, which for decoded rows is theirs.
+    """
+    best = encode(x, codec, static)
+    if best.scales is None:
+        return best
+    codes, scales, error = best.codes, best.scales, _error(x, best, codec, static)
+    for step in (-1, 1):
+        other = encode(x, codec, static, (best.scales.int() + step).clamp(0, 255))
+        other_error = _error(x, other, codec, static)
+        nearer = other_error < error
+        assert other.scales is not None
+        codes = torch.where(nearer[..., None], other.codes, codes)
+        scales, error = torch.where(nearer, other.scales, scales), torch.minimum(other_error, error)
+    return Rows(codes, scales)
+
+
+def _error(x: Tensor, rows: Rows, codec: Codec, static: Static | None) -> Tensor:
+    """Sum of squares of what encoding changed in each row, in units of the static part: [..., kv_heads]."""
+    change = decode(rows, codec, x.shape[-1], static) - x.float()
+    return (change if static is None else change * static.reciprocal).square().sum(-1)
 
 
 def centered(codes: Tensor, codec: Codec, dim: int) -> Tensor:

@@ -3,7 +3,7 @@
 Why Ray: it has serving (Serve), batches (Data) and placement, vLLM and SGLang run on it, and nothing else has them all.
 
 cluster.py      a cluster is reached, or started on this machine
-application.py  what `serve run` and `octavo serve --replicas` deploy: what can be set, and its parts
+application.py  what `serve run` and `octavo serve --replicas` deploy     args.py      what can be set of it
 ingress.py      one address before all replicas     replica.py   the HTTP application in a replica
 keys.py         what tells conversations apart      choice.py    which replica gets one     router.py   Ray's side of it
 merged.py       metrics and the cache's state of all replicas in one document
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-LAZY = {"app": "octavo.ray.application", "Args": "octavo.ray.application"}
+LAZY = {"app": "octavo.ray.application", "Args": "octavo.ray.args"}
 
 
 def __getattr__(name: str) -> object:

@@ -18,8 +18,8 @@ from starlette.responses import Response
 from octavo.ray import merged
 from octavo.ray.keys import key_of
 from octavo.serve.errors import ANTHROPIC, ApiError, refusal
-from octavo.serve.events import event
 from octavo.serve.limits import SMALL, check_json
+from octavo.serve.output.events import event
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -53,8 +53,9 @@ class Ingress:
 
     async def _key(self, body: bytes) -> str:
         try:
-            parse = (check_json, body, self.max_body)
-            return key_of(parse[0](*parse[1:]) if len(body) <= SMALL else await asyncio.to_thread(*parse))
+            if len(body) <= SMALL:
+                return key_of(check_json(body, self.max_body))
+            return key_of(await asyncio.to_thread(check_json, body, self.max_body))
         except ApiError:  # a replica says what is wrong
             return ""
 

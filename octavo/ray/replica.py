@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
     from starlette.types import Message
 
-    from octavo.ray.application import Args
+    from octavo.ray.args import Args
 
 logger = logging.getLogger("octavo")
 STORE_TIMEOUT = 10.0  # seconds
@@ -37,7 +37,7 @@ STORE_TIMEOUT = 10.0  # seconds
 class Replica:
     """A model behind the routes, in a process of its own."""
 
-    async def __init__(self, args: Args, responses: DeploymentHandle):
+    async def __init__(self, args: Args, responses: DeploymentHandle):  # type: ignore[misc]  # Ray waits for it
         logs.start(args.log_prompts, args.log_level, args.log_requests)
         sys.setswitchinterval(SWITCH)
         llm = LLM(**args.llm)

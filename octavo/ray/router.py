@@ -13,7 +13,7 @@ from octavo.ray.choice import choose
 class ByPrefix(RequestRouter):
     """Chooses by the key of the conversation, the request's first argument."""
 
-    def initialize_state(self, free: int, by_key: bool = True) -> None:  # type: ignore[override]
+    def initialize_state(self, free: int, by_key: bool = True) -> None:
         """`free` as in `choose`; without `by_key` any two replicas are the choice, for comparison."""
         self.free, self.by_key = free, by_key
 

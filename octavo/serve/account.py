@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from octavo.completion import Answer
+from octavo.completion import Generation
 from octavo.serve.errors import ApiError
 from octavo.serve.logs import REQUESTS
 
@@ -28,22 +28,22 @@ class Account:
     begun: float | None = None  # when the first of its answers got its place in the engine
     first: float | None = None  # when the first piece of an answer came
     id: str = "-"
-    answers: Sequence[Answer] = ()
+    generations: Sequence[Generation] = ()
     n: int = 1  # answers to each prompt
     refused: ApiError | None = None
 
     @property
     def prompt_tokens(self) -> int:
         """A prompt counts once, however many answers it has."""
-        return sum(answer.sequence.num_prompt for answer in self.answers[:: self.n])
+        return sum(generation.sequence.num_prompt for generation in self.generations[:: self.n])
 
     @property
     def cached_tokens(self) -> int:
-        return sum(answer.sequence.prefix_hit for answer in self.answers[:: self.n])
+        return sum(generation.sequence.prefix_hit for generation in self.generations[:: self.n])
 
     @property
     def generated_tokens(self) -> int:
-        return sum(len(answer.sequence.output) for answer in self.answers)
+        return sum(len(generation.sequence.output) for generation in self.generations)
 
     def log(self) -> None:
         """One line. A request that only looks (GET) and succeeds is worth none: pages and dashboards ask every second.
@@ -51,10 +51,11 @@ class Account:
         if not requests.isEnabledFor(logging.INFO) or (self.method in ("GET", "HEAD") and self.status < 400):
             return
         said = [self.method, self.route, str(self.status), f"id={self.id}"]
-        if self.answers:
+        if self.generations:
             said += [f"prompt={self.prompt_tokens}", f"cached={self.cached_tokens}"]
             said += [f"generated={self.generated_tokens}"]
-            said.append("end=" + ",".join(sorted({answer.sequence.finish_reason or "-" for answer in self.answers})))
+            ends = {generation.sequence.finish_reason or "-" for generation in self.generations}
+            said.append("end=" + ",".join(sorted(ends)))
         for name, until in (("queue", self.begun), ("first", self.first), ("total", time.monotonic())):
             if until is not None:
                 said.append(f"{name}={until - self.start:.3f}s")

@@ -64,7 +64,7 @@ class Metrics:
         generated = account.generated_tokens
         values = (
             first - account.start,
-            (end - first) * len(account.answers) / max(1, generated - len(account.answers)),
+            (end - first) * len(account.generations) / max(1, generated - len(account.generations)),
             end - account.start,
             begun - account.start,
             first - begun,
@@ -74,16 +74,16 @@ class Metrics:
         )
         for histogram, value in zip(self.of_requests.values(), values, strict=True):
             histogram.observe(value)
-        for answer in account.answers:
-            self.ended.labels(**self.labels, finished_reason=answer.sequence.finish_reason).inc()
+        for generation in account.generations:
+            self.ended.labels(**self.labels, finished_reason=generation.sequence.finish_reason).inc()
 
     def collect(self) -> Iterator[Metric]:
         """The engine's numbers, as they are now. Lengths and counts alone: other threads may read them."""
         engine, counts, cache = self.llm.engine, self.worker.counts, self.llm.cache
         pool, scheduler, edges = engine.pool, engine.scheduler, engine.pool.edges
         gauges = {
-            "vllm:num_requests_running": ("Answers in the batch.", len(scheduler.running)),
-            "vllm:num_requests_waiting": ("Answers that wait for the engine.", self.waiting()),
+            "vllm:num_requests_running": ("Choices in the batch.", len(scheduler.running)),
+            "vllm:num_requests_waiting": ("Choices that wait for the engine.", self.waiting()),
             "vllm:kv_cache_usage_perc": ("Share of the blocks that running answers hold.", pool.used / len(pool)),
             "octavo_blocks_total": ("Blocks of the KV cache.", len(pool)),
             "octavo_blocks_used": ("Blocks that running answers hold.", pool.used),

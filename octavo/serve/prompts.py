@@ -1,4 +1,5 @@
-"""From what was asked to what the model is given: token ids, sampling parameters, and the tokens that are shown."""
+"""From a request to what the engine is given of it: token ids, sampling parameters, and the special tokens that are
+shown."""
 
 from __future__ import annotations
 
@@ -10,16 +11,16 @@ from typing import Any
 
 from octavo.engine.params import SamplingParams
 from octavo.llm import LLM
-from octavo.serve.asked import Asked, Conversation, Prompt
 from octavo.serve.calls import FreeReader, HeldReader, Syntax, held_grammar, plain, syntax_of
+from octavo.serve.requests.generate import Conversation, GenerateRequest, Prompt
 from octavo.text import Message, encode_chat, encode_prompt, takes_tools
 
 logger = logging.getLogger("octavo")
 
 
 @dataclass(frozen=True)
-class Question:
-    """One answer's request to the engine."""
+class EngineRequest:
+    """What the engine is given for one choice."""
 
     tokens: list[int]
     params: SamplingParams
@@ -78,38 +79,40 @@ def _holds(conversation: Conversation) -> bool:
     return bool(conversation.functions) and (conversation.must_call or promised)
 
 
-def questions(llm: LLM, functions: Functions, asked: Asked, defaults: Mapping[str, Any]) -> list[Question]:
-    """What the engine is asked for each answer; raises OctavoError for what cannot be served."""
+def engine_requests(
+    llm: LLM, functions: Functions, request: GenerateRequest, defaults: Mapping[str, Any]
+) -> list[EngineRequest]:
+    """What the engine is given for each choice; raises OctavoError for what cannot be served."""
     found = []
-    for prompt in asked.prompts:
-        sampling, names = dict(asked.sampling), dict(asked.names)
+    for prompt in request.prompts:
+        sampling, names = dict(request.sampling), dict(request.names)
         marks: Mapping[int, str] = {}
         if isinstance(prompt, Conversation) and prompt.functions:
             marks = functions.marks
             if (grammar := functions.held(prompt)) is not None:
                 sampling["grammar"], names["grammar"] = grammar, "tools"
         params = SamplingParams(**{**defaults, **sampling})
-        tokens = tokens_of(llm, functions, asked, prompt)
-        for i in range(asked.n):  # a seed gives each answer its own
+        tokens = tokens_of(llm, functions, request, prompt)
+        for i in range(request.n):  # a seed gives each answer its own
             own = params if params.seed is None else replace(params, seed=(params.seed + i) % (1 << 64))
-            found.append(Question(tokens, own, marks, names))
+            found.append(EngineRequest(tokens, own, marks, names))
     return found
 
 
-def tokens_of(llm: LLM, functions: Functions, asked: Asked, prompt: Prompt) -> list[int]:
+def tokens_of(llm: LLM, functions: Functions, request: GenerateRequest, prompt: Prompt) -> list[int]:
     """What the model is given of a prompt."""
     if isinstance(prompt, Conversation):
         told = [{name: value for name, value in one.items() if name != "strict"} for one in prompt.functions]
         tools = [{"type": "function", "function": one} for one in told]
         messages = functions.messages(prompt.messages)
         tokens = encode_chat(llm.tokenizer, messages, tools, prompt.reply, prompt.go_on, prompt.variables)
-    elif isinstance(prompt, str) and asked.special_tokens:
+    elif isinstance(prompt, str) and request.special_tokens:
         tokens = encode_prompt(llm.tokenizer, prompt)
     elif isinstance(prompt, str):
         tokens = list(llm.tokenizer(prompt, add_special_tokens=False)["input_ids"])
     else:
         tokens = list(prompt)
-    most = asked.longest_prompt
+    most = request.longest_prompt
     if most is None or most == 0:
         return tokens
     return tokens[-(llm.engine.scheduler.max_context - 1 if most == -1 else most) :]

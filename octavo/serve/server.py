@@ -64,9 +64,9 @@ class Server:
             timeout_graceful_shutdown=grace,  # type: ignore[arg-type]  # asyncio takes parts of a second too
             server_header=False,
             proxy_headers=False,
+            loop="asyncio",  # connections.py sets what asyncio's own transports have, and uvloop's have not
             http=partial(Connection, self.connections),  # type: ignore[arg-type]  # it is called like a class
             ws="none",
-            loop="asyncio",  # Connection reads its transports; where uvloop is installed uvicorn would take that
             backlog=BACKLOG,
             lifespan="on",
             ssl_certfile=tls.certificate if tls else None,

@@ -10,18 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from octavo.completion import Answer, Delta
+from octavo.completion import Delta, Generation
 from octavo.engine.scoring import Scored, score
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.models.generation import is_greedy
-from octavo.serve.answers import Answers
-from octavo.serve.asked import Asked, Conversation, Prompt
 from octavo.serve.errors import ApiError
 from octavo.serve.fair_queue import FairQueue
 from octavo.serve.limits import MAX_KEYS, SMALL, Limits
 from octavo.serve.metrics import Metrics
-from octavo.serve.prompts import Functions, questions, tokens_of
+from octavo.serve.output.choices import Output
+from octavo.serve.prompts import Functions, engine_requests, tokens_of
+from octavo.serve.requests.generate import Conversation, GenerateRequest, Prompt
 from octavo.serve.sessions import SessionDir
 from octavo.serve.worker import EngineFailure, Job, Worker
 from octavo.token_bytes import TokenBytes
@@ -64,7 +64,7 @@ class Service:
 
     @property
     def admitted(self) -> int:
-        """Answers that are promised and not yet complete."""
+        """Choices that are promised and not yet complete."""
         return sum(n for _, n in self.jobs.values())
 
     @property
@@ -92,19 +92,19 @@ class Service:
             )
         return name or self.name
 
-    def answers(self, asked: Asked, prefix: str) -> Answers:
-        """The answers to a request, of which nothing has come yet."""
-        self.check_count(asked.choices)
-        first = asked.prompts[0]
+    def output(self, request: GenerateRequest, prefix: str) -> Output:
+        """The output of a request, of which nothing has come yet."""
+        self.check_count(request.choices)
+        first = request.prompts[0]
         reader = self.functions.reader(first) if isinstance(first, Conversation) else None
-        return Answers(asked, self.bytes_of, prefix, reader)
+        return Output(request, self.bytes_of, prefix, reader)
 
-    def tokens(self, asked: Asked) -> list[int]:
+    def tokens(self, request: GenerateRequest) -> list[int]:
         """The token ids of a request's first prompt."""
         try:
-            return tokens_of(self.llm, self.functions, asked, asked.prompts[0])
+            return tokens_of(self.llm, self.functions, request, request.prompts[0])
         except OctavoError as error:
-            raise ApiError.of(error, asked.names) from None
+            raise ApiError.of(error, request.names) from None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -130,27 +130,28 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(self.reading, function)
 
     @asynccontextmanager
-    async def job(self, client: str, answers: Answers) -> AsyncIterator[Job]:
+    async def job(self, client: str, output: Output) -> AsyncIterator[Job]:
         """The answers to a request, on their way. Whoever leaves early aborts what is unfinished."""
-        asked = answers.asked
-        job = self._admit(client, asked.choices)
+        request = output.request
+        job = self._admit(client, request.choices)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.limits.timeout
         try:
             try:
                 async with asyncio.timeout_at(deadline):
                     async with self.prepare_queue.place(client):
-                        job.answers = await loop.run_in_executor(self.preparing, self._answers, job, asked)
-                    answers.prompts = [answer.sequence.tokens[:] for answer in job.answers[:: asked.n]]
+                        job.generations = await loop.run_in_executor(self.preparing, self._generations, job, request)
+                    firsts = job.generations[:: request.n]
+                    output.prompts = [generation.sequence.tokens[:] for generation in firsts]
                     if self.sessions:
-                        for tokens in {tuple(answer.sequence.tokens) for answer in job.answers}:
+                        for tokens in {tuple(generation.sequence.tokens) for generation in job.generations}:
                             await self.sessions.restore(self.worker, tokens)
-                    if asked.prompt_logprobs is not None:
-                        for prompt in answers.prompts:
-                            answers.prompt_tokens.append(await self._scored(prompt, asked.prompt_logprobs))
+                    if request.prompt_logprobs is not None:
+                        for prompt in output.prompts:
+                            output.prompt_tokens.append(await self._scored(prompt, request.prompt_logprobs))
             except TimeoutError:
                 raise _late() from None
-            self._queue(client, job, asked.priority)
+            self._queue(client, job, request.priority)
             timer = loop.call_at(deadline, self._end, job)
             try:
                 yield job
@@ -161,20 +162,20 @@ class Service:
         finally:
             job.release()
             if self.sessions:
-                for answer in job.answers:
-                    if answer.sequence.output:
-                        self.sessions.remember(answer.sequence.tokens)
+                for generation in job.generations:
+                    if generation.sequence.output:
+                        self.sessions.remember(generation.sequence.tokens)
 
     async def batches(self, job: Job) -> AsyncIterator[list[Delta]]:
-        """The job's pieces; raises ApiError for what went wrong."""
+        """The job's deltas; raises ApiError for what went wrong."""
         try:
-            async for pieces in job.batches():
-                for delta in pieces:
+            async for deltas in job.batches():
+                for delta in deltas:
                     if delta.completion and delta.completion.error:
                         raise ApiError(500, delta.completion.error)
-                    if delta.completion and not any(answer.sequence.output for answer in job.answers):
+                    if delta.completion and not any(generation.sequence.output for generation in job.generations):
                         raise _late()
-                yield pieces
+                yield deltas
         except OctavoError as error:
             raise ApiError.of(error) from None
         except EngineFailure:
@@ -226,12 +227,12 @@ class Service:
             ticket.leave()
 
     def _queue(self, client: str, job: Job, priority: int) -> None:
-        job.unfinished = len(job.answers)
-        for answer in job.answers if not job.error else ():
+        job.unfinished = len(job.generations)
+        for generation in job.generations if not job.error else ():
 
-            def start(answer: Answer = answer) -> None:
+            def start(generation: Generation = generation) -> None:
                 job.begun = job.begun or time.monotonic()
-                self.worker.submit(job, answer)
+                self.worker.submit(job, generation)
 
             job.tickets.append(self.engine_queue.ask(client, start, priority))
 
@@ -242,10 +243,10 @@ class Service:
         if not any(ticket.begun for ticket in job.tickets):
             job.fail(_late())
             return
-        for answer, ticket in zip(job.answers, job.tickets, strict=True):
+        for generation, ticket in zip(job.generations, job.tickets, strict=True):
             if not ticket.begun:
                 ticket.leave()
-                self.worker.submit(job, answer)
+                self.worker.submit(job, generation)
         self.worker.finish(job, "length")
         asyncio.get_running_loop().call_later(LATE, self._give_up, job)
 
@@ -254,19 +255,19 @@ class Service:
         if not job.complete:
             job.fail(_late())
 
-    def _answers(self, job: Job, asked: Asked) -> list[Answer]:
-        names: Mapping[str, str] = asked.names
+    def _generations(self, job: Job, request: GenerateRequest) -> list[Generation]:
+        names: Mapping[str, str] = request.names
         try:
-            for prompt in asked.prompts:
+            for prompt in request.prompts:
                 self.check_length(prompt)
-            answers = []
-            for i, one in enumerate(questions(self.llm, self.functions, asked, self.defaults)):
+            generations = []
+            for i, one in enumerate(engine_requests(self.llm, self.functions, request, self.defaults)):
                 names = one.names
-                answers.append(self.llm.answer(one.tokens, one.params, job, i, one.marks))
-                self.llm.engine.scheduler.expect_room(answers[-1].sequence)
+                generations.append(self.llm.generation(one.tokens, one.params, job, i, one.marks))
+                self.llm.engine.scheduler.expect_room(generations[-1].sequence)
         except OctavoError as error:
             raise ApiError.of(error, names) from None
-        return answers
+        return generations
 
 
 def _full() -> ApiError:

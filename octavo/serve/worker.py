@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypeVar
 
-from octavo.completion import Answer, Delta
+from octavo.completion import Delta, Generation
 from octavo.engine.sequence import FinishReason
 from octavo.errors import OctavoError
 from octavo.llm import LLM
@@ -30,16 +30,16 @@ FAILURES = 3  # steps in a row that may fail before the engine is given up
 
 
 class Job:
-    """The answers of one request. Pieces come in the order they were made; `index` tells whose they are."""
+    """The answers of one request. Deltas come in the order they were made; `index` tells whose they are."""
 
     def __init__(self, worker: Worker, on_release: Callable[[Job], None]):
         self.worker, self.on_release = worker, on_release
-        self.answers: list[Answer] = []
+        self.generations: list[Generation] = []
         self.tickets: list[Ticket] = []  # of each answer, once it waits for the engine
         self.unfinished = -1  # answers; −1 before they wait for the engine
         self.begun: float | None = None  # when the first got its place in the engine
         self.released = False
-        self.pieces: list[Delta] = []  # on the loop's side
+        self.deltas: list[Delta] = []  # on the loop's side
         self.error: Exception | None = None
         self.wake = asyncio.Event()
 
@@ -49,13 +49,13 @@ class Job:
 
     async def batches(self) -> AsyncIterator[list[Delta]]:
         """All that has come since the last batch, until every answer is complete; raises what ended the request."""
-        while not self.complete or self.pieces:
+        while not self.complete or self.deltas:
             await self.wake.wait()
             self.wake.clear()
             if self.error:
                 raise self.error
-            pieces, self.pieces = self.pieces, []
-            yield pieces
+            deltas, self.deltas = self.deltas, []
+            yield deltas
 
     @property
     def complete(self) -> bool:
@@ -118,9 +118,9 @@ class Worker:
         recent = [(at, tokens) for at, tokens in list(self.recent) if at > since]
         return sum(tokens for _, tokens in recent[1:]) / (recent[-1][0] - recent[0][0]) if len(recent) > 1 else 0.0
 
-    def submit(self, job: Job, answer: Answer) -> None:
+    def submit(self, job: Job, generation: Generation) -> None:
         """Begin an answer: it waits for nothing but the engine's own queue."""
-        self.inbox.put(lambda: self._submit(job, answer))
+        self.inbox.put(lambda: self._submit(job, generation))
 
     def finish(self, job: Job, reason: FinishReason) -> None:
         """End what is unfinished of a request: its blocks are free after the step that runs now."""
@@ -169,17 +169,17 @@ class Worker:
         finally:
             self._deliver()
 
-    def _submit(self, job: Job, answer: Answer) -> None:
+    def _submit(self, job: Job, generation: Generation) -> None:
         try:
-            self.llm.submit(answer)
+            self.llm.submit(generation)
         except OctavoError as error:
             self._end(job, error)
         self._deliver()
 
     def _finish(self, job: Job, reason: FinishReason) -> None:
         try:
-            for answer in job.answers:
-                self.llm.finish(answer, reason)
+            for generation in job.generations:
+                self.llm.finish(generation, reason)
         except Exception:
             logger.exception("an answer cannot be completed")
             self._end(job, EngineFailure())
@@ -190,15 +190,15 @@ class Worker:
         logger.exception("a step of the engine failed: the running answers are ended")
         self.counts.failures += 1
         self.counts.failures_in_a_row += 1
-        for job in {answer.outbox for answer in self.llm.begun}:
+        for job in {generation.outbox for generation in self.llm.begun}:
             assert isinstance(job, Job)
             self._end(job, EngineFailure())
 
     def _end(self, job: Job, error: Exception) -> None:
         """End a request by an error, which is all that is told of it."""
         self.outbox.append((job, error))
-        for answer in job.answers:
-            self.llm.drop(answer)
+        for generation in job.generations:
+            self.llm.drop(generation)
 
     def _deliver(self) -> None:
         """Hand the loop what there is, in one call."""
@@ -222,7 +222,7 @@ class EngineFailure(Exception):
 def _receive(batch: list[tuple[Job, Delta | Exception]]) -> None:
     for job, delta in batch:
         if isinstance(delta, Delta):
-            job.pieces.append(delta)
+            job.deltas.append(delta)
             if delta.completion:
                 job.unfinished -= 1
                 job.tickets[delta.index].leave()

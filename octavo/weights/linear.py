@@ -8,8 +8,6 @@ torch's own int4 operators are not used, on a GPU neither.
 from __future__ import annotations
 
 import math
-import warnings
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.devices import HOST
-from octavo.errors import Unsupported
+from octavo.errors import Unsupported, warn_once
 from octavo.weights import cpu
 from octavo.weights.layouts import Int4Weight
 
@@ -137,10 +135,5 @@ def _by_kernels(device: torch.device) -> bool:
     """Whether the native kernels multiply what is there."""
     why = cpu.refuses(device)
     if why is not None and device == HOST:
-        _say_once(f"4-bit weights are multiplied without the native kernels and slower: {why}")
+        warn_once(f"4-bit weights are multiplied without the native kernels and slower: {why}")
     return why is None
-
-
-@cache
-def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)

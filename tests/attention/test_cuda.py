@@ -160,8 +160,8 @@ def test_the_kernels_in_tritons_interpreter() -> None:
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=str)
 def test_steps_are_plain_attention_over_the_decoded_cache(case: Case, dtype: torch.dtype) -> None:
     layer = PagedLayer(case, 3, dtype)
-    layer.step([(0, 63), (1, 1), (2, 199)])
-    layer.step([(0, 1), (1, 64), (2, 1)])  # 64, 65 and 200 tokens: two decodes, and a chunk over a prefix
+    layer.step([(0, 63), (1, 1), (2, 130)])
+    layer.step([(0, 1), (1, 64), (2, 1)])  # 64, 65 and 131 tokens: two decodes, and a chunk over a prefix
 
 
 @kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from octavo.cli import main
+from octavo.cli import app, main
 from octavo.cli.options import LoadOptions, SamplingOptions, ServeOptions, takes
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
@@ -43,6 +44,7 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         raise Reached
 
     monkeypatch.setattr(LoadOptions, "load", load)
+    monkeypatch.setattr("octavo.models.locate.require_known", lambda _: None)  # would ask the Hub
     return seen
 
 
@@ -133,10 +135,21 @@ def test_the_command_line_comes_up_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.parametrize("verb", [[], ["serve"], ["chat"], ["scales", "import"], ["lite", "calibrate"]])
+def test_help_names_types_of_options_that_take_a_value_alone(verb: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = CliRunner().invoke(app, [*verb, "--help"]).stdout
+    assert "--help" in text
+    assert "bool" not in text
+    assert "<str>" in text or not verb
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("chat ./nowhere", "There is no directory ./nowhere"),
+        ("chat smollm/mistyped", "There is no directory smollm/mistyped with a config.json, and the Hub cannot be"),
+        ("memory smollm/mistyped", "There is no directory smollm/mistyped with a config.json, and the Hub cannot be"),
         ("chat --kv kv9", "did you mean kv8?"),
         ("accuracy --kv bf16,int8_token", "did you mean int8-token?"),
         ("speed --kv k8v", "did you mean k8v4?"),
@@ -150,7 +163,8 @@ def test_the_command_line_comes_up_without_torch() -> None:
 )
 def test_wrong_arguments_are_refused_before_torch_is_imported(line: str, message: str) -> None:
     code = f"import sys; from octavo.cli import main\ntry: main({line.split()})\nfinally: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline)
     assert (done.returncode, done.stdout.strip()) == (2, "False"), done.stderr
     assert done.stderr.startswith("error: ")
     assert message in done.stderr

@@ -119,7 +119,7 @@ def test_requests_over_http_have_the_tables_fields_with_its_bounds():
         assert set(allowed("HTTP")) <= set(properties)
         assert properties["min_p"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 1}
     asked = {"prompt": "x", "seed": -1, "logit_bias": {"5": 1}, "stop": "a", "stop_token_ids": 5, "min_tokens": 2}
-    sampling = parse(json.dumps(asked).encode(), CompletionRequest, 10_000).asked().sampling
+    sampling = parse(json.dumps(asked).encode(), CompletionRequest, 10_000).generate_request().sampling
     del asked["prompt"]
     assert SamplingParams(**sampling) == SamplingParams(**asked, max_tokens=16)
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.files import weight_files
 from octavo.models.load import load_config, load_model
-from octavo.models.locate import resolve
+from octavo.models.locate import require_known, resolve
 
 IDS = torch.tensor([[1, 5, 9, 2, 7]])
 
@@ -145,6 +145,24 @@ def test_without_a_network_the_real_client_gives_the_clear_error(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OctavoError, match="Hub cannot be reached"):
         resolve("octavo-test/none")
+
+
+def test_a_model_is_asked_for_once_before_anything_is_fetched(monkeypatch):
+    """A name that the Hub does not know is said at once; one whose config is in the cache asks nobody."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("fetched"))
+    asked: list = []
+
+    def unknown(_, repo, timeout):
+        asked.append((repo, timeout <= 5))
+        raise hub.RepositoryNotFoundError.__new__(hub.RepositoryNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unknown)
+    with pytest.raises(OctavoError, match=r"Neither a directory .* octavo-test/none: check the name"):
+        require_known("octavo-test/none")
+    assert asked == [("octavo-test/none", True)]
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/somewhere/config.json")
+    require_known("octavo-test/none")
+    assert len(asked) == 1
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

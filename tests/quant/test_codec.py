@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.quant.codec import Rows, Static, centered, decode, encode, pack, rotate, token_scale, unpack
+from octavo.quant.codec import Rows, Static, centered, decode, encode, encode_decoded, pack, rotate, token_scale, unpack
 from octavo.quant.format import CODECS, Codec, Granularity
 from octavo.quant.statistics import float_static, range_static
 
@@ -517,6 +517,26 @@ def test_rotation_spreads_an_outlier_channel() -> None:
         for name in ("int4-token", "int4-token-unrotated")
     }
     assert error["int4-token"] < error["int4-token-unrotated"] / 5
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+@pytest.mark.parametrize("name", TOKEN_CODECS)
+@given(seed=st.integers(0, 2**31), dim=st.sampled_from([1, 7, 64, 80]), exponent=st.floats(-14, 14))
+@quick
+def test_rows_that_were_codes_become_the_same_codes(
+    name: str, calibrate: bool, seed: int, dim: int, exponent: float
+) -> None:
+    """Scales too; and what other rows become stays as it is from then on."""
+    codec, x = CODECS[name], gaussian(20, 2, dim, seed=seed, scale=2.0**exponent)
+    x[:3] *= 0.01  # below the scale table
+    rows = torch.from_numpy(x)
+    static = calibrated(x, headroom=4.0) if calibrate else None
+    for coded in (encode(rows, codec, static), encode_decoded(rows, codec, static)):
+        again = encode_decoded(decode(coded, codec, dim, static), codec, static)
+        assert again.scales is not None
+        assert coded.scales is not None
+        assert torch.equal(again.codes, coded.codes)
+        assert torch.equal(again.scales, coded.scales)
 
 
 # Every format

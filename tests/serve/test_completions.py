@@ -102,7 +102,7 @@ def test_what_is_not_served_is_refused_by_name(client: OpenAI, fields: dict[str,
 
 
 def test_nothing_is_made_for_answers_that_are_too_many(client: OpenAI, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("octavo.serve.routes.completions.TextReply", None)
+    monkeypatch.setattr("octavo.serve.routes.completions.TextBody", None)
     with pytest.raises(BadRequestError, match="300 answers are more than this server takes") as refusal:
         client.completions.create(model="pamphlet", prompt=["a"] * 100, n=3)
     assert refusal.value.param == "n"

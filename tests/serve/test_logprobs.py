@@ -10,7 +10,7 @@ import pytest
 
 from octavo.engine.reading import Reading
 from octavo.engine.sequence import Sampled
-from octavo.serve.token_texts import ShownToken, TokenTexts, text_logprobs
+from octavo.serve.output.logprobs import ShownToken, TokenTexts, text_logprobs
 from octavo.token_bytes import TokenBytes
 from tests.serve.conftest import Running, saying
 from tests.test_text import FALLBACK

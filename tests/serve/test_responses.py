@@ -178,7 +178,7 @@ def test_items_become_the_messages_that_templates_know():
         item("function_call_output", call_id="b", output=[{"type": "input_text", "text": "Rain"}]),
     ]
     request = ResponsesRequest(input=items, instructions="Help.")
-    (conversation,) = request.asked(()).prompts
+    (conversation,) = request.generate_request(()).prompts
 
     def call(id: str, arguments: Any) -> dict[str, Any]:
         return {"id": id, "type": "function", "function": {"name": "weather", "arguments": arguments}}

@@ -12,9 +12,9 @@ import pytest
 
 from octavo import LLM, OctavoError
 from octavo.models.model import Model
-from octavo.serve.calls import CallPiece, FreeReader, plain
+from octavo.serve.calls import CallDelta, FreeReader, plain
+from octavo.serve.output.bodies import dumps
 from octavo.serve.prompts import Functions
-from octavo.serve.replies import dumps
 from octavo.text import encode_chat, takes_tools
 from tests.serve.calls.published import FAMILIES
 from tests.serve.calls.test_families import called
@@ -56,13 +56,13 @@ def chat(server: Running, **fields: Any) -> Any:
 
 def test_tools_and_calls_reach_the_template(server: Running, monkeypatch: pytest.MonkeyPatch):
     seen: list[str] = []
-    answer = LLM.answer
+    generation = LLM.generation
 
     def record(self: LLM, prompt: list[int], *args: Any) -> Any:
         seen.append(self.tokenizer.decode(prompt))
-        return answer(self, prompt, *args)
+        return generation(self, prompt, *args)
 
-    monkeypatch.setattr(LLM, "answer", record)
+    monkeypatch.setattr(LLM, "generation", record)
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
     messages = [
         {"role": "user", "content": "How is it in Rome?"},
@@ -135,7 +135,7 @@ def test_parameters_that_cannot_be_followed_are_the_tools_fault(server: Running)
 def test_half_a_surrogate_pair_in_a_call_ends_no_reply():
     reader = FreeReader(plain.SYNTAX, ["weather"])
     [call] = reader.push('{"name": "weather", "arguments": {"city": "\\ud83d"}}')
-    assert isinstance(call, CallPiece)
+    assert isinstance(call, CallDelta)
     assert json.loads(json.loads(dumps(call.arguments))) == {"city": "?"}
 
 

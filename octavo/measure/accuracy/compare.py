@@ -17,6 +17,7 @@ from torch import Tensor
 from octavo.engine.reading import LOGIT_ROWS, Reading
 from octavo.measure.candidate import Candidate
 from octavo.models.model import Model
+from octavo.progress import Count
 
 BINS, BIN = 8, 64  # pieces that a window is looked at in, and what a piece's length is a multiple of
 
@@ -68,7 +69,7 @@ def compare(
     baseline: Candidate,
     candidates: Sequence[Candidate],
     windows: Sequence[Sequence[int]],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Count | None = None,
     enough: Callable[[int], bool] = lambda _: False,
 ) -> list[Score]:
     """Scores of the baseline and of each candidate, in that order, over `windows` of token ids of one length.

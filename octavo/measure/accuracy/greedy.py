@@ -6,7 +6,7 @@ different texts; how far they agree says more to a reader than a divergence in n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import quantiles
 
@@ -14,9 +14,9 @@ from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.measure.candidate import Candidate
 from octavo.models.model import Model
+from octavo.progress import Progress
 
 Tokens = Sequence[int]
-Progress = Callable[[str, int, int], None]  # whose answers are being written, tokens of all that are, and of all
 
 
 @dataclass

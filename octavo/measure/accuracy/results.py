@@ -14,8 +14,7 @@ from octavo.measure.budget import Windows
 from octavo.measure.candidate import Candidate
 from octavo.measure.machine import describe
 from octavo.models.model import Model
-
-Progress = Callable[[str, int, int], None]  # what is being done, how much is done, of how much
+from octavo.progress import Progress
 
 
 def about(model: Model, candidates: Sequence[Candidate]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from octavo.measure.doctor.selfcheck import self_check
 from octavo.measure.pace import Pace
 from octavo.models.bind import BoundModel
 from octavo.models.model import BUNDLED, Model
+from octavo.progress import Progress
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat
 from octavo.text_windows import consecutive_windows, self_windows, token_windows
@@ -56,8 +57,6 @@ CANDIDATES = (  # name, format, whether the doctor's own calibration is used
 )
 # Codes alone; token formats without the calibration, which hides what is special in a layer.
 LAYER_FORMATS = ("int8", "int8-token", "int4-token")
-
-Progress = Callable[[str, int, int], None]
 
 
 def diagnose(

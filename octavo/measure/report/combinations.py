@@ -6,7 +6,7 @@ the same weights, for the rounding of weights costs far more and would hide it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from octavo.measure.memory.plan import Fit
 from octavo.measure.speed.roofline import ceilings
 from octavo.measure.speed.throughput import Speed, measure, prompt_length
 from octavo.models.model import Model
+from octavo.progress import Share
 
 BATCH_SIZES = (1, 8)
 
@@ -46,7 +47,7 @@ def measure_corners(
     *,
     tokens: int,
     rounds: int,
-    progress: Callable[[str, float], None],
+    progress: Share,
 ) -> list[Corner]:
     """The corners of `fits` with the accuracy and speed of `compared`, which `beside` made in the same order.
 

@@ -20,8 +20,9 @@ from octavo.errors import OctavoError
 from octavo.measure import machine
 from octavo.measure.as_json import dumps
 from octavo.measure.report import plots, svg
-from octavo.measure.report.survey import Progress, Survey, gather
+from octavo.measure.report.survey import Survey, gather
 from octavo.models.model import Model
+from octavo.progress import Share
 from octavo.quant.calibration import Calibration
 
 NBSP, MINUS = "\u00a0", "\u2212"
@@ -35,7 +36,7 @@ def write_report(
     text: str | None = None,
     memory: int | None = None,
     baseline: Model | None = None,
-    progress: Progress | None = None,
+    progress: Share | None = None,
 ) -> Survey:
     """Measure `model` and write report.html, report.md with its plots, and report.json into `directory`.
 

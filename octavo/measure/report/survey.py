@@ -6,7 +6,6 @@ Sizes are chosen so that all of it takes about a minute on a small model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from octavo.measure.speed.roofline import Ceiling, bandwidth, ceilings
 from octavo.measure.speed.throughput import Speed, measure, prompt_length
 from octavo.models.geometry import Geometry
 from octavo.models.model import Model
+from octavo.progress import Share
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import ADVISED, KVFormat
 from octavo.text_windows import consecutive_windows, token_windows
@@ -35,8 +35,6 @@ TIMED = ("kv8", "kv4")
 WINDOW, WINDOWS = 1024, 6  # tokens, and windows that formats are compared on
 SAMPLES, SEQLEN = 16, 512  # of a calibration of the report's own
 BATCH_SIZES, CONTEXT, TOKENS, ROUNDS = (1, 4, 16), 512, 16, 2  # of the timings
-
-Progress = Callable[[str, float], None]  # what is being done, and the share of it all that is done
 
 
 @dataclass
@@ -102,7 +100,7 @@ def gather(
     text: str | None,
     memory: int | None,
     sixteen: Model | None,
-    tell: Progress,
+    tell: Share,
 ) -> Survey:
     """Measure `model`, and with `sixteen` the corners; the rest is as in `octavo.measure.report.page.write_report`."""
     if sixteen is not None:

@@ -9,7 +9,7 @@ An entry point of the group `lm_eval.models` names this class, so that harnesses
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,13 +24,12 @@ from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
 from octavo.measure.tasks.scoring import Request, score
+from octavo.progress import Count
 
 MAX_TOKENS = 256  # of an answer whose task names no limit, as in the harness's `hf` model
 BATCH_SIZE = 16
 HARNESS_DEVICE = "cuda:0"  # what its command line says where the user says nothing, on machines without one too
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-Progress = Callable[[int, int], None]  # requests done, of how many
 
 
 @register_model("octavo")
@@ -46,7 +45,7 @@ class OctavoLM(TemplateLM):
         max_batch_size: int | None = None,
         max_length: int | None = None,
         device: str | None = None,
-        progress: Progress | None = None,
+        progress: Count | None = None,
         **options: Any,
     ):
         super().__init__()
@@ -158,7 +157,7 @@ class OctavoLM(TemplateLM):
 class _Counter:
     """Tells `progress` how far a list of requests is, or tqdm as the harness's own models do."""
 
-    def __init__(self, what: str, total: int, progress: Progress | None, quiet: bool):
+    def __init__(self, what: str, total: int, progress: Count | None, quiet: bool):
         self.total, self.progress = total, progress
         self.bar = tqdm(total=total, desc=what, disable=quiet or progress is not None)
 

@@ -24,14 +24,13 @@ from octavo.measure.tasks.data_files import load
 from octavo.measure.tasks.results import Item, Results, key_of
 from octavo.measure.tasks.rows import Row, row
 from octavo.models.model import Model
+from octavo.progress import Progress
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 AT_ONCE = 32  # documents that are asked together: few-shot examples are drawn anew for each chunk
 PILOT, LEAST = 2, 8  # documents of a part that are timed first, and of a benchmark that say anything
-
-Progress = Callable[[str, int, int], None]  # what is running, requests done, of how many
 
 
 def run(

@@ -9,7 +9,7 @@ from octavo.serve.calls.families import plain, syntax_of
 from octavo.serve.calls.free_reader import FreeReader
 from octavo.serve.calls.held import held_grammar
 from octavo.serve.calls.held_reader import HeldReader
-from octavo.serve.calls.reader import CallPiece, Reader
+from octavo.serve.calls.reader import CallDelta, Reader
 from octavo.serve.calls.syntax import Syntax
 
-__all__ = ["CallPiece", "FreeReader", "HeldReader", "Reader", "Syntax", "held_grammar", "plain", "syntax_of"]
+__all__ = ["CallDelta", "FreeReader", "HeldReader", "Reader", "Syntax", "held_grammar", "plain", "syntax_of"]

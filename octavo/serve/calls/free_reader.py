@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from octavo.serve.calls.reader import LONGEST_HEAD, CallPiece, Part, Span, TextReader
+from octavo.serve.calls.reader import LONGEST_HEAD, CallDelta, Part, Span, TextReader
 from octavo.serve.calls.syntax import Syntax
 
 FENCE = re.compile(r"```\w*\s*")
@@ -77,7 +77,7 @@ class FreeReader(TextReader):
         if end is None:
             return False
         calls = self._calls(self.held[self.start : end])
-        if not any(isinstance(one, CallPiece) for one in calls):
+        if not any(isinstance(one, CallDelta) for one in calls):
             return self._give_up(parts)
         parts += calls
         self.held = self.held[end:]

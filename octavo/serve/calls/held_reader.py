@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from octavo.serve.calls.reader import LONGEST_HEAD, CallPiece, Part, Span, TextReader
+from octavo.serve.calls.reader import LONGEST_HEAD, CallDelta, Part, Span, TextReader
 from octavo.serve.calls.syntax import Syntax
 
 UNFRAMED = re.compile(
@@ -89,7 +89,7 @@ class HeldReader(TextReader):
         end = span.end(self.held)
         cut = span.at if end is None else end
         if cut:
-            parts.append(CallPiece(self.number - 1, self.held[:cut]))
+            parts.append(CallDelta(self.number - 1, self.held[:cut]))
         self.held = self.held[cut:]
         self.arguments = None if end is not None else span
         span.at -= cut

@@ -12,7 +12,7 @@ LONGEST_HEAD = 256  # characters that a name and what stands around it may have
 
 
 @dataclass(frozen=True)
-class CallPiece:
+class CallDelta:
     """A piece of a call, as OpenAI streams them: id and name come with the first one, arguments with any."""
 
     number: int  # of the call in its answer, from 0
@@ -21,7 +21,7 @@ class CallPiece:
     name: str | None = None
 
 
-Part = str | CallPiece
+Part = str | CallDelta
 
 
 class Reader(Protocol):
@@ -89,6 +89,6 @@ class TextReader:
         self._show(parts, len(self.held[:certain].rstrip()))
         return None
 
-    def _call(self, name: str, arguments: str) -> CallPiece:
+    def _call(self, name: str, arguments: str) -> CallDelta:
         self.number += 1
-        return CallPiece(self.number - 1, arguments, self.syntax.new_id(), name)
+        return CallDelta(self.number - 1, arguments, self.syntax.new_id(), name)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from octavo.engine.params import TABLE
-from octavo.serve.asked import Asked, Conversation
+from octavo.serve.requests.generate import Conversation, GenerateRequest
 from octavo.serve.requests.messages import TextPart
 from octavo.serve.requests.sampling import http
 from octavo.serve.requests.strict import Name, Schema, Strict
@@ -203,8 +203,8 @@ class MessagesRequest(Conversing):
     metadata: dict[str, JsonValue] | None = None
     service_tier: str | None = None
 
-    def asked(self) -> Asked:
-        """What the request asks for."""
+    def generate_request(self) -> GenerateRequest:
+        """What it asks for, in the form that all routes share."""
         sampling: dict[str, Any] = {
             name: value
             for name in ("max_tokens", "temperature", "top_p", "top_k")
@@ -215,7 +215,7 @@ class MessagesRequest(Conversing):
         if self.format is not None:
             sampling["json_schema"] = self.format.schema_
         names = {"stop": "stop_sequences", "json_schema": "output_config"}
-        return Asked([self.conversation()], sampling, stream=bool(self.stream), usage=True, names=names)
+        return GenerateRequest([self.conversation()], sampling, stream=bool(self.stream), usage=True, names=names)
 
 
 def input_of(arguments: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from octavo.engine.params import MAX_TOKENS, TABLE
-from octavo.serve.asked import Asked, Conversation
+from octavo.serve.requests.generate import Conversation, GenerateRequest
 from octavo.serve.requests.messages import ChatMessage
 from octavo.serve.requests.sampling import Sampling, http
 from octavo.serve.requests.tools import Tools
@@ -42,8 +42,8 @@ class ChatRequest(Sampling, Tools):
             raise ValueError("continue_final_message: excludes add_generation_prompt")
         return self
 
-    def asked(self) -> Asked:
-        """What the request asks for."""
+    def generate_request(self) -> GenerateRequest:
+        """What it asks for, in the form that all routes share."""
         variables = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort is not None:
             variables.setdefault("reasoning_effort", self.reasoning_effort)
@@ -56,4 +56,4 @@ class ChatRequest(Sampling, Tools):
         )
         logprobs = self.n_probs if self.n_probs else (self.top_logprobs or 0) if self.logprobs else None
         own = self.sampling(max_tokens=self.max_completion_tokens, logprobs=logprobs)
-        return Asked([conversation], {"max_tokens": MAX_TOKENS} | own, **self.delivery())
+        return GenerateRequest([conversation], {"max_tokens": MAX_TOKENS} | own, **self.delivery())

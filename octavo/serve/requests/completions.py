@@ -6,7 +6,7 @@ from typing import Self, cast
 
 from pydantic import model_validator
 
-from octavo.serve.asked import Asked
+from octavo.serve.requests.generate import GenerateRequest
 from octavo.serve.requests.sampling import Sampling
 from octavo.serve.requests.strict import Int31
 
@@ -32,12 +32,14 @@ class CompletionRequest(Sampling):
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return cast(list[str | list[int]], [self.prompt] if one else self.prompt)
 
-    def asked(self) -> Asked:
-        """What the request asks for."""
+    def generate_request(self) -> GenerateRequest:
+        """What it asks for, in the form that all routes share."""
         limit = {} if self.n_predict == -1 else {"max_tokens": SIXTEEN}
         logprobs = self.n_probs if self.n_probs else self.logprobs
         own = self.sampling(logprobs=logprobs)
         delivery = self.delivery()
         if self.echo and logprobs is not None and self.prompt_logprobs is None:
             delivery["prompt_logprobs"] = logprobs
-        return Asked(self.prompts, limit | own, special_tokens=self.add_special_tokens is not False, **delivery)
+        return GenerateRequest(
+            self.prompts, limit | own, special_tokens=self.add_special_tokens is not False, **delivery
+        )

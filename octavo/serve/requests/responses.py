@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from octavo.engine.params import MAX_TOKENS, TABLE
-from octavo.serve.asked import Asked, Conversation
+from octavo.serve.requests.generate import Conversation, GenerateRequest
 from octavo.serve.requests.sampling import http
 from octavo.serve.requests.strict import Name, Schema, Strict, read_json
 from octavo.text import Message
@@ -203,8 +203,8 @@ class ResponsesRequest(Strict):
             _add(found, item)
         return found
 
-    def asked(self, before: Sequence[Message]) -> Asked:
-        """What the request asks for, in the conversation that was `before` it."""
+    def generate_request(self, before: Sequence[Message]) -> GenerateRequest:
+        """What it asks for, in the form that all routes share and in the conversation that was `before` it."""
         instructions = [{"role": "system", "content": self.instructions}] if self.instructions else []
         conversation = Conversation(
             _one_system([*instructions, *before, *self.messages()]),
@@ -226,7 +226,7 @@ class ResponsesRequest(Strict):
             sampling["logprobs"] = self.top_logprobs or 0
         longest = -1 if self.truncation == "auto" else None
         names = {"max_tokens": "max_output_tokens", "json_schema": "text"}
-        return Asked([conversation], sampling, stream=bool(self.stream), longest_prompt=longest, names=names)
+        return GenerateRequest([conversation], sampling, stream=bool(self.stream), longest_prompt=longest, names=names)
 
 
 def _add(found: list[Message], item: Item) -> None:

@@ -129,7 +129,7 @@ class Sampling(_Table):
         return used | {parameter: given for given, parameter, _ in self._given()}
 
     def delivery(self) -> dict[str, Any]:
-        """The fields of Asked that say how answers are made and sent."""
+        """The fields of GenerateRequest that say how answers are made and sent."""
         options = self.stream_options or StreamOptions()
         running = bool(options.include_usage and options.continuous_usage_stats)
         return {

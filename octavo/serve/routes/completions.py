@@ -6,10 +6,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from octavo.serve.account import Account
-from octavo.serve.answering import Answering
-from octavo.serve.bodies import answered_by
-from octavo.serve.replies import ChatReply, TextReply
+from octavo.serve.output.bodies import ChatBody, TextBody
+from octavo.serve.output.sending import GeneratedResponse
 from octavo.serve.requests import ChatRequest, CompletionRequest
+from octavo.serve.routes.endpoint import answered_by
 from octavo.serve.service import Service
 
 
@@ -22,14 +22,14 @@ def routes(service: Service) -> list[Route]:
 
 def _chat(service: Service, account: Account, request: ChatRequest) -> Response:
     name = service.check_model(request.model)
-    answers = service.answers(request.asked(), "chatcmpl-")
-    return Answering(service, account, ChatReply(name, answers, bool(request.return_token_ids)))
+    output = service.output(request.generate_request(), "chatcmpl-")
+    return GeneratedResponse(service, account, ChatBody(name, output, bool(request.return_token_ids)))
 
 
 def _completions(service: Service, account: Account, request: CompletionRequest) -> Response:
     name = service.check_model(request.model)
-    answers = service.answers(request.asked(), "cmpl-")
+    output = service.output(request.generate_request(), "cmpl-")
     echoes = None
     if request.echo:
         echoes = [one if isinstance(one, str) else service.llm.tokenizer.decode(one) for one in request.prompts]
-    return Answering(service, account, TextReply(name, answers, bool(request.return_token_ids), echoes))
+    return GeneratedResponse(service, account, TextBody(name, output, bool(request.return_token_ids), echoes))

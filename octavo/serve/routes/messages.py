@@ -8,15 +8,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from octavo.serve.account import Account
-from octavo.serve.answering import Answering
-from octavo.serve.answers import Answers, Call, Piece
-from octavo.serve.asked import Asked
-from octavo.serve.bodies import answered_by
-from octavo.serve.calls import CallPiece
+from octavo.serve.calls import CallDelta
 from octavo.serve.errors import ApiError
-from octavo.serve.events import event
-from octavo.serve.replies import Reply
+from octavo.serve.output.bodies import ResponseBody
+from octavo.serve.output.choices import Call, ChoiceDelta, Output
+from octavo.serve.output.events import event
+from octavo.serve.output.sending import GeneratedResponse
 from octavo.serve.requests.anthropic import CountRequest, MessagesRequest, input_of
+from octavo.serve.requests.generate import GenerateRequest
+from octavo.serve.routes.endpoint import answered_by
 from octavo.serve.service import Service
 
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "abort": "end_turn"}
@@ -31,34 +31,34 @@ def routes(service: Service) -> list[Route]:
 
 def _messages(service: Service, account: Account, request: MessagesRequest) -> Response:
     name = service.check_model(request.model)
-    answers = service.answers(request.asked(), "msg_")
-    return Answering(service, account, MessagesReply(name, answers))
+    output = service.output(request.generate_request(), "msg_")
+    return GeneratedResponse(service, account, MessagesBody(name, output))
 
 
 def _count(service: Service, _: Account, request: CountRequest) -> Response:
     service.check_model(request.model)
-    return JSONResponse({"input_tokens": len(service.tokens(Asked([request.conversation()], {})))})
+    return JSONResponse({"input_tokens": len(service.tokens(GenerateRequest([request.conversation()], {})))})
 
 
-class MessagesReply(Reply):
+class MessagesBody(ResponseBody):
     """A message of blocks: text, and uses of tools."""
 
-    def __init__(self, model: str, answers: Answers):
-        super().__init__(model, answers)
+    def __init__(self, model: str, output: Output):
+        super().__init__(model, output)
         self.block = -1  # the one that is streamed
         self.kind = ""  # of it
 
     def whole(self) -> dict[str, Any]:
-        content = [_block(part) for part in self.answers.choices[0].parts]
+        content = [_block(part) for part in self.output.choices[0].parts]
         return {**self._message(), "content": content, **self._end(), "usage": self._usage()}
 
-    def piece(self, piece: Piece) -> bytes:
+    def events(self, delta: ChoiceDelta) -> bytes:
         events = b""
-        if piece.first:
-            start = {"input_tokens": len(self.answers.prompts[0]), "output_tokens": 0}
+        if delta.first:
+            start = {"input_tokens": len(self.output.prompts[0]), "output_tokens": 0}
             message = {**self._message(), "content": [], "stop_reason": None, "stop_sequence": None, "usage": start}
             events += _event("message_start", message=message)
-        for part in piece.parts:
+        for part in delta.parts:
             if isinstance(part, str):
                 events += self._begin("text", {"type": "text", "text": ""})
                 events += self._delta({"type": "text_delta", "text": part})
@@ -73,7 +73,7 @@ class MessagesReply(Reply):
     def broken(self, error: ApiError) -> bytes:
         return event(error.anthropic_body, "error")
 
-    def _call(self, piece: CallPiece) -> bytes:
+    def _call(self, piece: CallDelta) -> bytes:
         events = b""
         if piece.id is not None:
             begun: dict[str, Any] = {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}}
@@ -97,16 +97,16 @@ class MessagesReply(Reply):
         return _event("content_block_stop", index=self.block)
 
     def _message(self) -> dict[str, Any]:
-        return {"id": self.answers.id, "type": "message", "role": "assistant", "model": self.model}
+        return {"id": self.output.id, "type": "message", "role": "assistant", "model": self.model}
 
     def _end(self) -> dict[str, Any]:
-        (choice,) = self.answers.choices
+        (choice,) = self.output.choices
         stop = choice.completion.stopped_by if choice.completion else None
         reason = "stop_sequence" if stop is not None and choice.reason == "stop" else REASONS[choice.reason or "stop"]
         return {"stop_reason": reason, "stop_sequence": stop if reason == "stop_sequence" else None}
 
     def _usage(self) -> dict[str, int]:
-        usage = self.answers.usage
+        usage = self.output.usage
         cached = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": usage.cached}
         return {"input_tokens": usage.prompt - usage.cached, **cached, "output_tokens": usage.generated}
 

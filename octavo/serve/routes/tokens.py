@@ -9,12 +9,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from octavo.serve.account import Account
-from octavo.serve.asked import Asked, Conversation
-from octavo.serve.bodies import answered_by
 from octavo.serve.errors import ApiError
+from octavo.serve.requests.generate import Conversation, GenerateRequest
 from octavo.serve.requests.messages import ChatMessage
 from octavo.serve.requests.strict import Int31, Strict
 from octavo.serve.requests.tools import Tool
+from octavo.serve.routes.endpoint import answered_by
 from octavo.serve.service import Service
 from octavo.text import token_text
 
@@ -40,13 +40,13 @@ class TokenizeRequest(Strict):
             raise ValueError("add_special_tokens: is for prompt; the chat template of messages has its own")
         return self
 
-    def asked(self) -> Asked:
+    def generate_request(self) -> GenerateRequest:
         """The request that has this prompt."""
         if self.messages is None:
-            return Asked([self.prompt or ""], {}, special_tokens=self.add_special_tokens is not False)
+            return GenerateRequest([self.prompt or ""], {}, special_tokens=self.add_special_tokens is not False)
         functions = [tool.function.model_dump(exclude_none=True) for tool in self.tools or ()]
         messages = [message.plain() for message in self.messages]
-        return Asked([Conversation(messages, functions, reply=self.add_generation_prompt is not False)], {})
+        return GenerateRequest([Conversation(messages, functions, reply=self.add_generation_prompt is not False)], {})
 
 
 class DetokenizeRequest(Strict):
@@ -65,7 +65,7 @@ def routes(service: Service) -> list[Route]:
 
 def _tokenize(service: Service, _: Account, request: TokenizeRequest) -> Response:
     service.check_model(request.model)
-    tokens = service.tokens(request.asked())
+    tokens = service.tokens(request.generate_request())
     texts = [token_text(service.llm.tokenizer, token) for token in tokens] if request.return_token_strs else None
     size = {"count": len(tokens), "max_model_len": service.llm.session_len}
     return JSONResponse({**size, "tokens": tokens, "token_strs": texts})

@@ -12,7 +12,7 @@ import pytest
 
 from octavo.grammars import Grammars
 from octavo.models.model import Model
-from octavo.serve.calls import CallPiece, FreeReader, HeldReader, Reader, held_grammar, syntax_of
+from octavo.serve.calls import CallDelta, FreeReader, HeldReader, Reader, held_grammar, syntax_of
 from octavo.serve.calls.families import gemma, hermes, llama, mistral, plain
 from tests.serve.calls.published import FAMILIES
 
@@ -36,7 +36,7 @@ def read(reader: Reader, text: str, size: int) -> Found:
     parts = [part for i in range(0, len(text), size) for part in reader.push(text[i : i + size])] + reader.finish()
     calls: dict[int, list[str]] = {}
     for part in parts:
-        if isinstance(part, CallPiece):
+        if isinstance(part, CallDelta):
             calls.setdefault(part.number, [part.name or "", ""])[1] += part.arguments
     shown = "".join(part for part in parts if isinstance(part, str))
     return shown, [(name, json.loads(arguments)) for name, arguments in calls.values()]
@@ -193,7 +193,7 @@ def test_calls_without_their_frame_are_held_to_their_schema_too(pamphlet: Model,
 
 def test_arguments_of_held_calls_are_passed_on_as_they_come():
     reader, text = HeldReader(hermes.SYNTAX, ["weather"]), f"<tool_call>\n{CALL}\n</tool_call>"
-    pieces = [part for sign in text for part in reader.push(sign) if isinstance(part, CallPiece)]
+    pieces = [part for sign in text for part in reader.push(sign) if isinstance(part, CallDelta)]
     assert (pieces[0].name, pieces[0].arguments) == ("weather", "")
     assert "".join(piece.arguments for piece in pieces) == '{"city": "Rome"}'
     assert len(pieces) > 10

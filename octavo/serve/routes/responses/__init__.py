@@ -9,11 +9,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from octavo.serve.account import Account
-from octavo.serve.answering import Answering
-from octavo.serve.bodies import answered_by
 from octavo.serve.errors import ApiError
+from octavo.serve.output.sending import GeneratedResponse
 from octavo.serve.requests.responses import ResponsesRequest
-from octavo.serve.routes.responses.reply import ResponsesReply
+from octavo.serve.routes.endpoint import answered_by
+from octavo.serve.routes.responses.body import ResponsesBody
 from octavo.serve.service import Service
 from octavo.serve.store import Store
 from octavo.text import Message
@@ -29,8 +29,8 @@ def routes(service: Service, store: Store) -> list[Route]:
             if (kept := await store.get(id)) is None:
                 raise ApiError(400, GONE, param="previous_response_id", code="previous_response_not_found")
             before = kept.messages
-        answers = service.answers(request.asked(before), f"resp_{account.key}")
-        return Answering(service, account, ResponsesReply(name, answers, request, before, store))
+        output = service.output(request.generate_request(before), f"resp_{account.key}")
+        return GeneratedResponse(service, account, ResponsesBody(name, output, request, before, store))
 
     async def kept(request: Request) -> Response:
         id = request.path_params["id"]

@@ -6,27 +6,25 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from octavo.serve.answers import Answers, Call, Piece
-from octavo.serve.calls import CallPiece
+from octavo.serve.calls import CallDelta
 from octavo.serve.errors import ApiError
-from octavo.serve.events import event
-from octavo.serve.replies import Reply
+from octavo.serve.output.bodies import ResponseBody
+from octavo.serve.output.choices import Call, ChoiceDelta, Output
+from octavo.serve.output.events import event
+from octavo.serve.output.logprobs import ShownToken, chat_logprobs
 from octavo.serve.requests.responses import ResponsesRequest
 from octavo.serve.requests.strict import read_json
 from octavo.serve.store import Kept, Store
-from octavo.serve.token_texts import ShownToken, chat_logprobs
 from octavo.text import Message
 
 ECHOED = ("instructions", "previous_response_id", "max_output_tokens", "temperature", "top_p", "max_tool_calls", "user")
 
 
-class ResponsesReply(Reply):
+class ResponsesBody(ResponseBody):
     """One answer. It is kept in `store` once it is complete, with the conversation `before` the request."""
 
-    def __init__(
-        self, model: str, answers: Answers, request: ResponsesRequest, before: Sequence[Message], store: Store
-    ):
-        super().__init__(model, answers)
+    def __init__(self, model: str, output: Output, request: ResponsesRequest, before: Sequence[Message], store: Store):
+        super().__init__(model, output)
         self.request, self.before, self.store = request, before, store
         self.items: list[dict[str, Any]] = []  # as far as they have come
         self.number = 0  # of the next event
@@ -35,7 +33,7 @@ class ResponsesReply(Reply):
     # ---- whole -------------------------------------------------------------------------------------------------------
 
     def whole(self) -> dict[str, Any]:
-        (choice,) = self.answers.choices
+        (choice,) = self.output.choices
         for part in choice.parts or [""]:
             self.items.append(_message(part) if isinstance(part, str) else _call(part))
         self._add_logprobs(choice.tokens)
@@ -43,13 +41,13 @@ class ResponsesReply(Reply):
 
     def _ended(self) -> dict[str, Any]:
         """The response at its end; it is kept."""
-        (choice,) = self.answers.choices
+        (choice,) = self.output.choices
         cut = choice.reason == "length"
         for item in self.items:
             item["status"] = "completed"
         if cut:
             self.items[-1]["status"] = "incomplete"
-        usage = self.answers.usage
+        usage = self.output.usage
         response = self._response("incomplete" if cut else "completed") | {
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "usage": {
@@ -74,9 +72,9 @@ class ResponsesReply(Reply):
     def _response(self, status: str) -> dict[str, Any]:
         request = self.request.model_dump(exclude_none=True, by_alias=True)
         return {
-            "id": self.answers.id,
+            "id": self.output.id,
             "object": "response",
-            "created_at": self.answers.created,
+            "created_at": self.output.created,
             "status": status,
             "model": self.model,
             "output": [dict(item) for item in self.items],
@@ -99,13 +97,13 @@ class ResponsesReply(Reply):
 
     # ---- streamed ----------------------------------------------------------------------------------------------------
 
-    def piece(self, piece: Piece) -> bytes:
+    def events(self, delta: ChoiceDelta) -> bytes:
         events = b""
-        if piece.first:
+        if delta.first:
             events += self._event("response.created", response=self._response("in_progress"))
             events += self._event("response.in_progress", response=self._response("in_progress"))
-        logprobs = self._logprobs(piece.tokens)
-        for part in piece.parts:
+        logprobs = self._logprobs(delta.tokens)
+        for part in delta.parts:
             if isinstance(part, str):
                 events += self._text(part, logprobs)
                 logprobs = []
@@ -133,7 +131,7 @@ class ResponsesReply(Reply):
         at = {"item_id": item["id"], "output_index": len(self.items) - 1, "content_index": 0}
         return opened + self._event("response.output_text.delta", **at, delta=text, logprobs=logprobs)
 
-    def _call_piece(self, piece: CallPiece) -> bytes:
+    def _call_piece(self, piece: CallDelta) -> bytes:
         opened = b""
         if piece.id is not None and piece.name is not None:
             opened = self._close() + self._open(_call(Call(piece.id, piece.name, "")))
@@ -159,7 +157,7 @@ class ResponsesReply(Reply):
         if not self.items:
             return b""
         item = self.items[-1]
-        item["status"] = "incomplete" if self.answers.choices[0].reason == "length" else "completed"
+        item["status"] = "incomplete" if self.output.choices[0].reason == "length" else "completed"
         at = {"item_id": item["id"], "output_index": len(self.items) - 1}
         if item["type"] == "message":
             part = item["content"][0]
@@ -178,7 +176,7 @@ class ResponsesReply(Reply):
     # ---- log-probabilities -------------------------------------------------------------------------------------------
 
     def _logprobs(self, tokens: Sequence[ShownToken]) -> list[Any]:
-        return chat_logprobs(self.answers.bytes_of, tokens) if self.request.wants_logprobs else []
+        return chat_logprobs(self.output.bytes_of, tokens) if self.request.wants_logprobs else []
 
     def _add_logprobs(self, tokens: Sequence[ShownToken]) -> None:
         for item in self.items:

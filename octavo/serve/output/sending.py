@@ -1,4 +1,4 @@
-"""How an answer is sent: in pieces as they come, or whole."""
+"""How the output of a request is sent: streamed as it comes, or whole."""
 
 from __future__ import annotations
 
@@ -11,25 +11,20 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octavo.serve.account import Account
-from octavo.serve.answers import Piece
 from octavo.serve.errors import ApiError, refusal
-from octavo.serve.events import dumps
-from octavo.serve.replies import Reply
+from octavo.serve.output.bodies import ResponseBody
+from octavo.serve.output.choices import ChoiceDelta
+from octavo.serve.output.events import dumps
 from octavo.serve.service import Service
 
 
-class Answering(Response):
-    """Sends a request's answers as they come, or whole. A client that leaves ends them at once."""
+class GeneratedResponse(Response):
+    """The HTTP response that sends it. A client that leaves ends its request at once."""
 
-    def __init__(
-        self,
-        service: Service,
-        account: Account,
-        reply: Reply,
-    ):
+    def __init__(self, service: Service, account: Account, body: ResponseBody):
         self.service, self.account = service, account
-        self.reply, self.answers = reply, reply.answers
-        self.stream = self.answers.asked.stream
+        self.form, self.output = body, body.output
+        self.stream = self.output.request.stream
         self.begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,34 +47,34 @@ class Answering(Response):
             with suppress(asyncio.CancelledError):  # the loop ends too
                 await asyncio.gather(work, gone, return_exceptions=True)
 
-    async def _batches(self) -> AsyncGenerator[list[Piece]]:
+    async def _batches(self) -> AsyncGenerator[list[ChoiceDelta]]:
         account = self.account
-        account.id, account.n = self.answers.id, self.answers.asked.n
-        async with self.service.job(account.client, self.answers) as job:
-            account.answers = job.answers
+        account.id, account.n = self.output.id, self.output.request.n
+        async with self.service.job(account.client, self.output) as job:
+            account.generations = job.generations
             async for deltas in self.service.batches(job):
                 if account.first is None:
                     account.begun, account.first = job.begun, time.monotonic()
-                yield [self.answers.take(delta) for delta in deltas]
+                yield [self.output.take(delta) for delta in deltas]
         self.service.metrics.answered(account)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._batches()) as batches:
             async for _ in batches:
                 pass
-        body = dumps(self.reply.whole())
-        await self.reply.keep()
+        body = dumps(self.form.whole())
+        await self.form.keep()
         self.begun = True
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
-        """The head waits for the first piece: until then a refusal still has its own status."""
+        """The head waits for the first delta: until then a refusal still has its own status."""
         async with aclosing(self._batches()) as batches:
-            async for pieces in batches:
-                if events := b"".join(map(self.reply.piece, pieces)):
+            async for deltas in batches:
+                if events := b"".join(map(self.form.events, deltas)):
                     await self._send(send, events)
-        end = self.reply.end()
-        await self.reply.keep()
+        end = self.form.end()
+        await self.form.keep()
         await self._send(send, end, more=False)
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,7 +82,7 @@ class Answering(Response):
         if not self.begun:
             await refusal(scope, error)(scope, receive, send)
         elif self.stream:
-            await self._send(send, self.reply.broken(error), more=False)
+            await self._send(send, self.form.broken(error), more=False)
 
     async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
         if not self.begun:

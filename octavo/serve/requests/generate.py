@@ -1,4 +1,4 @@
-"""What a request asks for: the one value that every route translates into, and that all behind the routes reads."""
+"""The one value that every route's request is translated into, and that all behind the routes reads."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Prompt = str | list[int] | Conversation
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request: prompts, and what is wanted of the answers to each."""
+class GenerateRequest:
+    """Prompts, and what is wanted of the answers to each."""
 
     prompts: Sequence[Prompt]
     sampling: Mapping[str, Any]  # the fields of SamplingParams that it sets; the others are the model's own

@@ -1,4 +1,4 @@
-"""How answers are written: a `Reply` for each route, of which these are OpenAI's two of completions."""
+"""The bodies of responses: how a route writes the output. These are OpenAI's two of completions."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from octavo.engine.scoring import Scored
-from octavo.serve.answers import Answers, Choice, Piece
-from octavo.serve.calls import CallPiece
+from octavo.serve.calls import CallDelta
 from octavo.serve.errors import ApiError
-from octavo.serve.events import dumps, event
-from octavo.serve.token_texts import ShownToken, chat_logprobs, text_logprobs
+from octavo.serve.output.choices import Choice, ChoiceDelta, Output
+from octavo.serve.output.events import dumps, event
+from octavo.serve.output.logprobs import ShownToken, chat_logprobs, text_logprobs
 
 DONE = b"data: [DONE]\n\n"
 
 
-class Reply:
-    """The form of one route: of a stream, `piece` after `piece` and then `end`; else `whole`."""
+class ResponseBody:
+    """The form of one route: streamed, `events` of each delta and then `end`; else `whole`."""
 
-    def __init__(self, model: str, answers: Answers):
-        self.model, self.answers = model, answers
+    def __init__(self, model: str, output: Output):
+        self.model, self.output = model, output
 
-    def piece(self, piece: Piece) -> bytes:
-        """Events of a stream, in which a piece is told; none if there is nothing to tell."""
+    def events(self, delta: ChoiceDelta) -> bytes:
+        """The events of a stream that tell a delta; none if there is nothing to tell."""
         raise NotImplementedError
 
     def end(self) -> bytes:
@@ -34,52 +34,52 @@ class Reply:
         return event(error.body)
 
     def whole(self) -> dict[str, Any]:
-        """The answers in one document."""
+        """The output in one document."""
         raise NotImplementedError
 
     async def keep(self) -> None:
-        """Keep what later requests may ask for: the answers are written, and their end is not sent yet."""
+        """Keep what later requests may ask for: all is written, and the end is not sent yet."""
 
 
-class OpenAIReply(Reply):
+class OpenAIBody(ResponseBody):
     """What chat and completions have in common."""
 
     object: str
     chunk_object: str
 
-    def __init__(self, model: str, answers: Answers, token_ids: bool = False):
-        super().__init__(model, answers)
+    def __init__(self, model: str, output: Output, token_ids: bool = False):
+        super().__init__(model, output)
         self.token_ids = token_ids  # they are told too, as in vLLM
-        self._opening = b"data: " + dumps(self._head(self.chunk_object))[:-1] + b","  # of every piece
+        self._opening = b"data: " + dumps(self._head(self.chunk_object))[:-1] + b","  # of every event
 
-    def piece(self, piece: Piece) -> bytes:
-        if piece.empty and not (self.token_ids and piece.token_ids):
+    def events(self, delta: ChoiceDelta) -> bytes:
+        if delta.empty and not (self.token_ids and delta.token_ids):
             return b""
-        choice = self.choice(piece)
+        choice = self.choice(delta)
         if self.token_ids:
-            choice |= self._ids(piece.token_ids)
-        more = {"choices": [choice], **(self._prompt(piece.index) if piece.first else {})}
-        if self.answers.asked.usage:
-            more["usage"] = self._running_usage() if self.answers.asked.running_usage else None
+            choice |= self._ids(delta.token_ids)
+        more = {"choices": [choice], **(self._prompt(delta.index) if delta.first else {})}
+        if self.output.request.usage:
+            more["usage"] = self._running_usage() if self.output.request.running_usage else None
         return self._opening + dumps(more)[1:] + b"\n\n"
 
     def end(self) -> bytes:
-        if not self.answers.asked.usage:
+        if not self.output.request.usage:
             return DONE
         return event({**self._head(self.chunk_object), "choices": [], "usage": self._usage()}) + DONE
 
     def whole(self) -> dict[str, Any]:
-        choices = [self.whole_choice(i, one) | self._ids(one.token_ids) for i, one in enumerate(self.answers.choices)]
+        choices = [self.whole_choice(i, one) | self._ids(one.token_ids) for i, one in enumerate(self.output.choices)]
         return {**self._head(self.object), "choices": choices, "usage": self._usage(), **self._prompt(0)}
 
-    def choice(self, piece: Piece) -> dict[str, Any]:
+    def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         raise NotImplementedError
 
     def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         raise NotImplementedError
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.answers.id, "object": kind, "created": self.answers.created, "model": self.model}
+        return {"id": self.output.id, "object": kind, "created": self.output.created, "model": self.model}
 
     def _ids(self, ids: Sequence[int]) -> dict[str, Any]:
         return {"token_ids": list(ids)} if self.token_ids else {}
@@ -87,11 +87,11 @@ class OpenAIReply(Reply):
     def _prompt(self, index: int) -> dict[str, Any]:
         """What is told of the prompt of an answer, where it was asked for."""
         told: dict[str, Any] = {}
-        at = index // self.answers.asked.n
+        at = index // self.output.request.n
         if self.token_ids:
-            told["prompt_token_ids"] = self.answers.prompts[at]
-        if self.answers.asked.prompt_logprobs is not None:
-            told["prompt_logprobs"] = [self._scored(one) for one in self.answers.prompt_tokens[at]]
+            told["prompt_token_ids"] = self.output.prompts[at]
+        if self.output.request.prompt_logprobs is not None:
+            told["prompt_logprobs"] = [self._scored(one) for one in self.output.prompt_tokens[at]]
         return told
 
     def _scored(self, scored: Scored | None) -> dict[str, Any] | None:
@@ -100,14 +100,14 @@ class OpenAIReply(Reply):
             return None
         ranked = {scored.token: (scored.logprob, scored.rank)}
         ranked |= {token: (logprob, rank) for rank, (token, logprob) in enumerate(scored.top.items(), 1)}
-        texts = {token: self.answers.bytes_of(token).decode("utf-8", "replace") for token in ranked}
+        texts = {token: self.output.bytes_of(token).decode("utf-8", "replace") for token in ranked}
         return {
             str(token): {"logprob": logprob, "rank": rank, "decoded_token": texts[token]}
             for token, (logprob, rank) in ranked.items()
         }
 
     def _usage(self) -> dict[str, Any]:
-        usage = self.answers.usage
+        usage = self.output.usage
         return {
             "prompt_tokens": usage.prompt,
             "completion_tokens": usage.generated,
@@ -116,26 +116,26 @@ class OpenAIReply(Reply):
         }
 
     def _running_usage(self) -> dict[str, Any]:
-        prompt = sum(map(len, self.answers.prompts))
-        generated = sum(len(choice.token_ids) for choice in self.answers.choices)
+        prompt = sum(map(len, self.output.prompts))
+        generated = sum(len(choice.token_ids) for choice in self.output.choices)
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
-class ChatReply(OpenAIReply):
+class ChatBody(OpenAIBody):
     object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        said: dict[str, Any] = {"role": "assistant"} if piece.first else {}
-        text, calls = piece.text, piece.calls
-        if text or not (piece.reason or calls):
+    def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
+        said: dict[str, Any] = {"role": "assistant"} if delta.first else {}
+        text, calls = delta.text, delta.calls
+        if text or not (delta.reason or calls):
             said["content"] = text
         if calls:
             said["tool_calls"] = [_streamed(call) for call in calls]
         return {
-            "index": piece.index,
+            "index": delta.index,
             "delta": said,
-            "logprobs": self._logprobs(piece.tokens),
-            "finish_reason": piece.reason,
+            "logprobs": self._logprobs(delta.tokens),
+            "finish_reason": delta.reason,
         }
 
     def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
@@ -150,45 +150,45 @@ class ChatReply(OpenAIReply):
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
 
     def _logprobs(self, tokens: Sequence[ShownToken]) -> dict[str, Any] | None:
-        if self.answers.asked.sampling.get("logprobs") is None:
+        if self.output.request.sampling.get("logprobs") is None:
             return None
-        return {"content": chat_logprobs(self.answers.bytes_of, tokens), "refusal": None}
+        return {"content": chat_logprobs(self.output.bytes_of, tokens), "refusal": None}
 
 
-def _streamed(call: CallPiece) -> dict[str, Any]:
+def _streamed(call: CallDelta) -> dict[str, Any]:
     function = {"arguments": call.arguments}
     if call.id is None:
         return {"index": call.number, "function": function}
     return {"index": call.number, "id": call.id, "type": "function", "function": {"name": call.name, **function}}
 
 
-class TextReply(OpenAIReply):
+class TextBody(OpenAIBody):
     """`echoes` are the prompts' texts where the answers begin with them."""
 
     object, chunk_object = "text_completion", "text_completion"
 
-    def __init__(self, model: str, answers: Answers, token_ids: bool = False, echoes: Sequence[str] | None = None):
-        super().__init__(model, answers, token_ids)
+    def __init__(self, model: str, output: Output, token_ids: bool = False, echoes: Sequence[str] | None = None):
+        super().__init__(model, output, token_ids)
         self.echoes = echoes
 
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        text = self._echo(piece.index) + piece.text if piece.first else piece.text
-        logprobs = self._logprobs(piece.index, piece.tokens, piece.first)
-        return {"index": piece.index, "text": text, "logprobs": logprobs, "finish_reason": piece.reason}
+    def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
+        text = self._echo(delta.index) + delta.text if delta.first else delta.text
+        logprobs = self._logprobs(delta.index, delta.tokens, delta.first)
+        return {"index": delta.index, "text": text, "logprobs": logprobs, "finish_reason": delta.reason}
 
     def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         text, logprobs = self._echo(index) + choice.text, self._logprobs(index, choice.tokens, True)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.reason}
 
     def _echo(self, index: int) -> str:
-        return self.echoes[index // self.answers.asked.n] if self.echoes is not None else ""
+        return self.echoes[index // self.output.request.n] if self.echoes is not None else ""
 
     def _logprobs(self, index: int, tokens: Sequence[ShownToken], first: bool) -> dict[str, Any] | None:
-        if self.answers.asked.sampling.get("logprobs") is None:
+        if self.output.request.sampling.get("logprobs") is None:
             return None
         prompt: Sequence[Scored | None] = ()
         ids: Sequence[int] = ()
         if first and self.echoes is not None:
-            at = index // self.answers.asked.n
-            prompt, ids = self.answers.prompt_tokens[at], self.answers.prompts[at]
-        return text_logprobs(self.answers.bytes_of, tokens, len(self._echo(index)), list(zip(ids, prompt, strict=True)))
+            at = index // self.output.request.n
+            prompt, ids = self.output.prompt_tokens[at], self.output.prompts[at]
+        return text_logprobs(self.output.bytes_of, tokens, len(self._echo(index)), list(zip(ids, prompt, strict=True)))

@@ -1,0 +1,9 @@
+"""What a long work calls while it goes on, so that something can be shown. Each is called often and returns at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it, and of how much: 0 until that is known
+Count = Callable[[int, int], None]  # of a work of one part: how much is done, of how much
+Share = Callable[[str, float], None]  # what is being done, and the share that is done of all parts together
