@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from octavo.measure.candidate import Candidate
-from octavo.models.bind import Attend, BoundModel
+from octavo.models.bind import BoundModel
+from octavo.models.hook import Attend
 from octavo.models.model import Model
 from octavo.quant.codec import rotate
 from octavo.quant.format import KVFormat

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface
 
-from octavo.models import bind
+from octavo.models import hook
 from octavo.models.bind import BoundModel
 
 
@@ -39,13 +39,13 @@ def profile(bound: BoundModel, step: Callable[[], Any], steps: int) -> dict[str,
     for module in linears:
         module.forward = clock.around("linear", module.forward)  # type: ignore[method-assign]
     bound.forward = clock.around("forward", bound.forward)  # type: ignore[method-assign]
-    AttentionInterface.register(bind.NAME, clock.around("attention", bind._attention))
+    AttentionInterface.register(hook.NAME, clock.around("attention", hook.attention))
     timed = clock.around("step", step)
     try:
         for _ in range(steps):
             timed()
     finally:
-        AttentionInterface.register(bind.NAME, bind._attention)
+        AttentionInterface.register(hook.NAME, hook.attention)
         for clocked in (bound, *linears):
             del clocked.forward
     linear, attention, forward, whole = (clock.seconds[n] / steps for n in ("linear", "attention", "forward", "step"))

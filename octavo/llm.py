@@ -129,10 +129,12 @@ class LLM:
         layout = backend_for(plans).layout
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
         in_step = max(max_batch_tokens, max_batch_size)
-        cost = CacheSize.of(bound.shapes, [plan.format for plan in plans], layout.block_size, in_step)
+        formats = [plan.format for plan in plans]
+        cost = CacheSize.of(bound.shapes, formats, layout.block_size, in_step, bound.states)
 
         def cache_of(blocks: int) -> KVCache:
-            return KVCache(plans, cost.pools(blocks, max_batch_size), layout, cost.raw_pages(max_batch_size))
+            pools, pages = cost.pools(blocks, max_batch_size), cost.raw_pages(max_batch_size)
+            return KVCache(plans, pools, layout, pages, bound.states, max_batch_size)
 
         step, device = 0, device_of(bound.device)
         if device.asynchronous:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from octavo.errors import OctavoError
-from octavo.models.bind import NAME, bind, short_context
+from octavo.models.bind import bind, short_context
+from octavo.models.hook import NAME
 from octavo.models.model import Model
 
 BESIDE = "octavo-beside"  # our function beside that of the name that follows

@@ -32,6 +32,7 @@ class Row:
 
     first_page: int = -1
     ring: int = -1
+    state_slot: int | None = None
     before: int | None = None  # the number of the span that is recorded
     num_cached: int = 0
     num_new: int = 0

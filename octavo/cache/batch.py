@@ -32,6 +32,7 @@ class Cached(Protocol):
     num_cached: int  # tokens whose K and V are in the cache
     first_page: int  # the raw page of page 0, where the format has edges
     ring: int  # the first of the raw pages of its own span
+    state_slot: int | None  # of its states, where the model has layers that keep some
 
 
 @dataclass
@@ -56,14 +57,21 @@ class Batch:
     raw_slots: Tensor | None = None  # [T] raw page·block_size + place; −1: the row is at no edge once the step is done
     first: Tensor | None = None  # [B] raw page of page 0
     ring: Tensor | None = None  # [B] first of span/block_size raw pages in a row: row t beyond page 0 is at t mod span
+    state_slots: Tensor | None = None  # [B] where layers keep states: each sequence's slot
     plan: dict[Any, Any] = field(default_factory=dict)  # what an attention implementation keeps for a group's layers
     others: list[Batch] = field(default_factory=list)  # the step as the other groups have it: their slots and tables
 
     @classmethod
     def build(
-        cls, work: Sequence[tuple[Cached, int]], block_size: int, newest: Tensor | None = None, span: int = 0
+        cls,
+        work: Sequence[tuple[Cached, int]],
+        block_size: int,
+        newest: Tensor | None = None,
+        span: int = 0,
+        states: bool = False,
     ) -> Batch:
-        """The step in which each sequence computes its next n tokens. `span` is that of the cache's edges.
+        """The step in which each sequence computes its next n tokens. `span` is that of the cache's edges; `states`
+        says whether the cache has some.
 
         With `newest` [B] each computes a token that the step before has sampled and the host does not know yet: the one
         after all of the sequence's own.
@@ -88,6 +96,8 @@ class Batch:
         q_start = torch.cat([ends.new_zeros(1), ends])
         logits_at = ends[torch.tensor(due)] - 1
         batch = cls(ids, positions, slots[0], table[0], q_start, kv_len, q_lens, kv_lens, logits_at)
+        if states:
+            batch.state_slots = torch.tensor([sequence.state_slot for sequence, _ in work])
         if span:
             batch.first = torch.tensor([sequence.first_page for sequence, _ in work])
             batch.ring = torch.tensor([sequence.ring for sequence, _ in work])

@@ -76,6 +76,8 @@ class LayerPlan:
 def reaches(shapes: Sequence[LayerShape]) -> list[int | None]:
     """The reaches of the layers that have a cache of their own, the widest first. Layers of one reach are a group with
     block tables of its own: what lies behind its reach is freed."""
+    if not shapes:  # no attention: a sequence has a table, and no block is ever read
+        return [1]
     found = {shape.reach for shape in shapes if shape.shares is None}
     return sorted(found, key=lambda reach: -float("inf") if reach is None else -reach)
 

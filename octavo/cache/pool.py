@@ -1,4 +1,4 @@
-"""What running sequences hold of a cache: blocks for every group of layers, and raw pages at the edges.
+"""What running sequences hold of a cache: blocks for every group of layers, raw pages at the edges, a slot of states.
 
 Layers whose queries see equally far back are a group. It has blocks and block tables of its own, and blocks that lie
 behind its reach are given back while the sequence runs:
@@ -7,7 +7,7 @@ behind its reach are given back while the sequence runs:
     a group of a sliding window    [ · | · | · | · | 4 | 5 | 6 ]      · given back, maybe another sequence's by now
 
 A prefix is found where every group still has the blocks that a query at its end sees, so in a group with a window its
-last blocks are enough. Pure Python, no tensors.
+last blocks are enough. Pure Python, no tensors but those that the pool of states clears.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Protocol
 
 from octavo.cache.blocks import BlockPool
 from octavo.cache.edges import EdgePool
+from octavo.cache.states import StatePool
 
 GONE = 0  # in a table: a block that nobody sees. Kernels may look it up, so it is a block that there is
 
@@ -32,6 +33,7 @@ class Holder(Protocol):
     prefixes: list[bytes]  # hash of the prefix that each full block ends
     first_page: int  # the raw page of page 0, where the format has edges
     ring: int  # the first of the raw pages of its own span
+    state_slot: int | None  # of its states, where the model has layers that keep some
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Hit:
 
 
 class CachePool(BlockPool):
-    """The blocks of group 0, those of the `narrower` groups, and the raw pages of a cache."""
+    """The blocks of group 0, those of the `narrower` groups, the raw pages and the slots of states of a cache."""
 
     def __init__(
         self,
@@ -56,9 +58,10 @@ class CachePool(BlockPool):
         edges: EdgePool | None = None,
         reach: int | None = None,
         narrower: Sequence[BlockPool] = (),
+        states: StatePool | None = None,
     ):
         super().__init__(num_blocks, block_size, prefix_caching, reach)
-        self.edges = edges
+        self.edges, self.states = edges, states
         self.groups: list[BlockPool] = [self, *narrower]
 
     @property
@@ -114,6 +117,8 @@ class CachePool(BlockPool):
         holder.prefixes, holder.num_cached = hit.prefixes, len(hit) * self.block_size
         if self.edges is not None:
             holder.first_page, holder.ring = self.edges.take(holder.tokens, bool(hit))
+        if self.states is not None:
+            holder.state_slot = self.states.take()
 
     def lacking(self, holder: Holder, tokens: int) -> list[int]:
         """Blocks of each group that a sequence needs more for its first `tokens` tokens."""
@@ -153,7 +158,9 @@ class CachePool(BlockPool):
             pool.release(table[behind:])
         if self.edges is not None:
             self.edges.release(holder.first_page, holder.ring)
-        holder.first_page = holder.ring = -1
+        if self.states is not None and holder.state_slot is not None:
+            self.states.free(holder.state_slot)
+        holder.first_page, holder.ring, holder.state_slot = -1, -1, None
         holder.tables, holder.behind, holder.prefixes, holder.num_cached = [], [], [], 0
 
     def clear(self) -> None:
@@ -171,6 +178,8 @@ class CachePool(BlockPool):
             assert held == sum(block.references for block in pool.blocks), f"a block of group {i} leaked"
         if self.edges is not None:
             self.edges.check([(holder.first_page, holder.ring) for holder in holders])
+        if self.states is not None:
+            self.states.check([holder.state_slot for holder in holders if holder.state_slot is not None])
 
     @property
     def _whole(self) -> int:

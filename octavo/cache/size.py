@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, own_span, reaches
+from octavo.cache.states import StatePlan
 from octavo.devices import Device
 from octavo.errors import OctavoError
 from octavo.quant.format import KVFormat, by_layer
@@ -60,6 +61,7 @@ class CacheSize:
     raw_page: int  # bytes of `block_size` rows at an edge, in the model's own type; 0 without edges
     ring: int  # raw pages of a running session's own span; 0 without edges
     step: int = MAX_BATCH_TOKENS  # most tokens of a step: their blocks are taken before those behind are free
+    states: int = 0  # of a running session in the layers that keep states of fixed size
 
     @classmethod
     def of(
@@ -68,8 +70,9 @@ class CacheSize:
         formats: KVFormat | Iterable[KVFormat],
         block_size: int = BLOCK_SIZE,
         step: int = MAX_BATCH_TOKENS,
+        states: StatePlan | None = None,
     ) -> CacheSize:
-        """Of layers of these shapes; `formats` is one for each, or one for all."""
+        """Of layers of these shapes; `formats` is one for each, or one for all. `states` are those of other layers."""
         each = by_layer(formats, len(shapes))
         pairs = list(zip(shapes, each, strict=True))
         token = {
@@ -82,6 +85,7 @@ class CacheSize:
             block_size * sum(shape.raw_token_bytes(format) for shape, format in pairs),
             own_span(each, block_size) // block_size,
             step,
+            states.nbytes if states else 0,
         )
 
     @property
@@ -125,11 +129,12 @@ class CacheSize:
     def session(self, tokens: int) -> int:
         """Bytes of a running session; its last block counts whole."""
         blocks = [self.blocks(tokens, group) for group in range(len(self.groups))]
-        return self.of_blocks(blocks) + self.raw_page * (self.raw_pages(1) - self.spare)
+        return self.of_blocks(blocks) + self.raw_page * (self.raw_pages(1) - self.spare) + self.states
 
     def cache(self, blocks: int, sessions: int) -> int:
-        """Bytes of a whole cache."""
-        return self.of_blocks(self.pools(blocks, sessions)) + self.raw_pages(sessions) * self.raw_page
+        """Bytes of a whole cache. Of states there is one slot more than sessions (states.py)."""
+        states = self.states * (sessions + 1)
+        return self.of_blocks(self.pools(blocks, sessions)) + self.raw_pages(sessions) * self.raw_page + states
 
     def blocks_within(self, memory: int, sessions: int) -> int:
         """Most blocks, where nothing is freed, of a cache for `sessions` sessions that takes no more than `memory`;

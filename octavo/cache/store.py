@@ -18,6 +18,7 @@ from torch import Tensor
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerPlan, LayerShape, Side, own_span, reaches
 from octavo.cache.size import CacheSize
+from octavo.cache.states import StatePlan, StatePool
 from octavo.quant.codec import Static, centered, encode, rotate, token_scale
 from octavo.quant.format import Codec, KVFormat
 
@@ -167,18 +168,26 @@ class Memory:
     padding: int
     static: int
     raw: int = 0
+    states: int = 0
 
     @property
     def total(self) -> int:
-        return self.codes + self.scales + self.padding + self.static + self.raw
+        return self.codes + self.scales + self.padding + self.static + self.raw + self.states
 
 
 class KVCache:
     """The cache of a whole model, made from its layers' plans: so many blocks in every layer, or in those of each group
-    (`reaches`), and `raw_pages` raw pages in those with edges (`CacheSize` says how many)."""
+    (`reaches`), and `raw_pages` raw pages in those with edges (`CacheSize` says how many). For layers that keep states
+    it has slots for `sessions` sequences."""
 
     def __init__(
-        self, plans: Sequence[LayerPlan], blocks: int | Sequence[int], layout: Layout | None = None, raw_pages: int = 0
+        self,
+        plans: Sequence[LayerPlan],
+        blocks: int | Sequence[int],
+        layout: Layout | None = None,
+        raw_pages: int = 0,
+        states: StatePlan | None = None,
+        sessions: int = 0,
     ):
         self.plans, self.layout = list(plans), layout or Layout()
         self.reaches = reaches([plan.shape for plan in self.plans])
@@ -186,6 +195,7 @@ class KVCache:
         self.group_of: list[int] = []  # by layer
         self.span = own_span([plan.format for plan in self.plans], self.layout.block_size)
         self.raw_pages = raw_pages if self.span else 0
+        self.states = StatePool(states, sessions) if states else None
         self.layers: list[LayerCache] = []
         for plan in self.plans:
             shares = plan.shape.shares
@@ -230,7 +240,8 @@ class KVCache:
     @property
     def size(self) -> CacheSize:
         """What it consists of, computed from the plans."""
-        return CacheSize.of(self.shapes, self.formats, self.layout.block_size)
+        states = self.states.plan if self.states is not None else None
+        return CacheSize.of(self.shapes, self.formats, self.layout.block_size, states=states)
 
     @property
     def owners(self) -> Iterator[tuple[int, LayerCache]]:
@@ -249,12 +260,16 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the blocks and of the raw pages, read from the tensors."""
-        return sum(store.nbytes for store in self.stores) + self.raw_nbytes
+        """Bytes of the blocks, the raw pages and the states, read from the tensors."""
+        return sum(store.nbytes for store in self.stores) + self.raw_nbytes + self.state_nbytes
 
     @property
     def raw_nbytes(self) -> int:
         return sum(store.nbytes for store in self.raw_stores)
+
+    @property
+    def state_nbytes(self) -> int:
+        return self.states.nbytes if self.states is not None else 0
 
     @property
     def block_nbytes(self) -> int:
@@ -262,15 +277,17 @@ class KVCache:
         return sum((store.codes.nbytes + store.scale_nbytes) // store.num_blocks for store in self.stores)
 
     def memory(self) -> Memory:
-        """The tensors' bytes: codes, scales, padding of odd 4-bit rows and of layouts, static parts, raw pages."""
+        """The tensors' bytes: codes, scales, padding of odd 4-bit rows and of layouts, static parts, raw pages and
+        states."""
         size = self.layout.block_size
         codes = sum(store.num_blocks * size * store.heads * store.dim * store.codec.bits // 8 for store in self.stores)
         scales = sum(store.scale_nbytes for store in self.stores)
         return Memory(
             codes=codes,
             scales=scales,
-            padding=self.nbytes - self.raw_nbytes - codes - scales,
+            padding=self.nbytes - self.raw_nbytes - self.state_nbytes - codes - scales,
             raw=self.raw_nbytes,
+            states=self.state_nbytes,
             static=sum(store.static_nbytes for store in self.stores),
         )
 

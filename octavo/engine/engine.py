@@ -12,6 +12,8 @@ there stands behind all its tokens, where nobody looks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -58,7 +60,8 @@ class Engine:
             edges = EdgePool(cache.span, size, cache.raw_pages, max_batch_size, prefix_caching)
         narrower = [BlockPool(blocks, size, prefix_caching, reach)
                     for blocks, reach in zip(cache.blocks[1:], cache.reaches[1:], strict=True)]  # fmt: skip
-        self.pool = CachePool(cache.num_blocks, size, prefix_caching, edges, cache.reaches[0], narrower)
+        prefix_caching = prefix_caching and cache.states is None  # a hit would need the states at its end
+        self.pool = CachePool(cache.num_blocks, size, prefix_caching, edges, cache.reaches[0], narrower, cache.states)
         context = min(model.max_context, max_context or model.max_context)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens, context)
         asynchronous = device_of(model.device).asynchronous
@@ -81,14 +84,27 @@ class Engine:
 
     def step(self) -> list[Sequence]:
         """One forward of the model; returns the sequences that gained a token, some of them finished by it."""
-        step = self.launched or self._launch(self.scheduler.schedule())  # [(sequence, n_new)]
-        following = self.scheduler.following(step.work) if self.overlap else None
-        self.launched = self._launch(following, step.choice.tokens) if following else None
-        return self.scheduler.commit(step.work, step.choice.read())  # waits for the device
+        with self._whole():
+            step = self.launched or self._launch(self.scheduler.schedule())  # [(sequence, n_new)]
+            following = self.scheduler.following(step.work) if self.overlap else None
+            self.launched = self._launch(following, step.choice.tokens) if following else None
+            return self.scheduler.commit(step.work, step.choice.read())  # waits for the device
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around a step. One that does not end would write the same rows again the next time, but states have gone on:
+        where there are any, what runs is computed again from its beginning."""
+        try:
+            yield
+        except BaseException:
+            if self.cache.states is not None:
+                self.launched = None
+                self.scheduler.restart()
+            raise
 
     def _launch(self, work: Work, newest: Tensor | None = None) -> Launched:
         """Queue a step on the device. With `newest`, the tokens of the step before, it follows one not committed."""
-        batch = Batch.build(work, self.pool.block_size, newest, self.cache.span)
+        batch = Batch.build(work, self.pool.block_size, newest, self.cache.span, self.cache.states is not None)
         logits = self.runner.run(batch)
         if newest is not None:
             return Launched(work, choose(logits, [sequence for sequence, _ in work], ahead=True))

@@ -39,10 +39,18 @@ class StepBuffers:
     groups of layers. It never moves."""
 
     def __init__(
-        self, rows: int, width: int, block_size: int, device: torch.device, edges: bool = False, groups: int = 1
+        self,
+        rows: int,
+        width: int,
+        block_size: int,
+        device: torch.device,
+        edges: bool = False,
+        groups: int = 1,
+        states: bool = False,
     ):
         self.rows, self.width, self.block_size, self.groups = rows, width, block_size, groups
         of_rows = ("ids", "positions", "kv_len", *(("raw_slots", "first", "ring") if edges else ()))
+        of_rows += ("state_slots",) if states else ()
         self.names = (*of_rows, *(f"slots {group}" for group in range(groups)))
         self.memory = torch.zeros(rows * (len(self.names) + groups * width), dtype=torch.int64, device=device)
         self.places = torch.arange(rows + 1, device=device)

@@ -17,6 +17,7 @@ from octavo.cache.batch import MAX_BATCH_TOKENS, Batch
 from octavo.cache.plan import own_span, plan_layers
 from octavo.cache.store import KVCache
 from octavo.models.bind import BoundModel
+from octavo.models.states import StateStep
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity, KVFormat
 
@@ -34,6 +35,7 @@ class Text:
     tables: list[list[int]]
     first_page: int = -1
     ring: int = -1
+    state_slot: int | None = None
     num_cached: int = 0
     behind: list[int] = field(default_factory=list)
     prefixes: list[bytes] = field(default_factory=list)
@@ -86,13 +88,14 @@ class Reading:
         for i, tokens in enumerate(texts):
             own = -(-len(tokens) // layout.block_size)
             table = list(range(blocks, blocks + own))
-            sequences.append(Text(list(tokens), [table], len(texts) * ring_pages + i, i * ring_pages))
+            slot = i if bound.states else None
+            sequences.append(Text(list(tokens), [table], len(texts) * ring_pages + i, i * ring_pages, slot))
             blocks += own
-        cache = KVCache(plans, blocks, layout, len(texts) * (ring_pages + 1))
+        cache = KVCache(plans, blocks, layout, len(texts) * (ring_pages + 1), bound.states, len(texts))
         try:
             for cut in cuts:
                 work = [(sequence, n) for sequence, n in zip(sequences, cut, strict=True) if n]
-                batch = Batch.build(work, layout.block_size, span=span)
+                batch = Batch.build(work, layout.block_size, span=span, states=cache.states is not None)
                 if positions is not None:
                     batch.positions = positions[batch.positions]
                 batch = batch.on(bound.device)
@@ -105,7 +108,7 @@ class Reading:
                         observe(layer, q, k, v)
                     return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
 
-                yield bound.forward(batch.ids, batch.positions, rows, attention).float()
+                yield bound.forward(batch.ids, batch.positions, rows, attention, StateStep.of(batch, cache)).float()
                 for sequence, n in work:
                     sequence.num_cached += n
         finally:

@@ -12,6 +12,7 @@ from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
 from octavo.engine.graphs import Capture, DecodeGraphs, NotCapturable, StepBuffers, cuda_capture, sizes
 from octavo.models.bind import BoundModel
+from octavo.models.states import StateStep
 
 
 class Runner:
@@ -52,7 +53,8 @@ class Runner:
         width = -(-max_context // size)
         if self.cache.reaches[0] is None:  # no table is longer than the cache, whatever the model's context
             width = min(width, self.cache.num_blocks)
-        buffers = StepBuffers(max_batch_size, width, size, device, self.cache.span > 0, len(self.cache.blocks))
+        edges, states = self.cache.span > 0, self.cache.states is not None
+        buffers = StepBuffers(max_batch_size, width, size, device, edges, len(self.cache.blocks), states)
         return DecodeGraphs(self._forward, buffers, how or cuda_capture(device), rows)
 
     def _check_capturable(self) -> None:
@@ -68,4 +70,5 @@ class Runner:
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend(specs[layer], caches[layer], q, k, v, batch.of(groups[layer]))
 
-        return self.model.forward(batch.ids, batch.positions, batch.logits_at, attention)
+        step = StateStep.of(batch, self.cache)
+        return self.model.forward(batch.ids, batch.positions, batch.logits_at, attention, step)

@@ -128,6 +128,11 @@ class Scheduler:
                 self.finish(sequence, "length")
         return gained
 
+    def restart(self) -> None:
+        """Have everything that runs computed again."""
+        while self.running:
+            self._preempt(self.running[-1])
+
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence wherever it is and free its blocks."""
         if sequence.finished:

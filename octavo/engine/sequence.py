@@ -77,6 +77,7 @@ class Sequence:
     behind: list[int] = field(default_factory=list)  # leading blocks that no query sees any more, and that it gave back
     first_page: int = -1  # raw page of page 0, and the first of its ring, while it runs on a cache with edges
     ring: int = -1
+    state_slot: int | None = None  # of its states, while it runs, where the model has layers that keep some
     prefixes: list[bytes] = field(default_factory=list)  # hash of the prefix that each full block ends
     prefix_hit: int = 0  # prompt tokens that another sequence had computed
     preemptions: int = 0

@@ -87,6 +87,7 @@ def run_step(lengths: list[int], model: BoundModel, cache: KVCache) -> list[Samp
         sequence = Sequence([0] * length, params)
         sequence.tables = [[0] * -(-length // size)] * len(cache.blocks)
         sequence.first_page = sequence.ring = 0
+        sequence.state_slot = 0 if cache.states is not None else None
         work.append((sequence, length))
-    logits = Runner(model, cache).run(Batch.build(work, size, span=cache.span))
+    logits = Runner(model, cache).run(Batch.build(work, size, span=cache.span, states=cache.states is not None))
     return sample(logits, [sequence for sequence, _ in work])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from octavo.models.bind import BoundModel, attention_modules
+from octavo.models.bind import BoundModel
+from octavo.models.hook import attention_modules
 
 UNITS = 512  # unit vectors at a time
 

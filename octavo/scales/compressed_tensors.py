@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError
-from octavo.models.bind import attention_modules
 from octavo.models.files import quantization
+from octavo.models.hook import attention_modules
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.scales import checkpoint

@@ -13,7 +13,8 @@ from transformers import DynamicCache, PreTrainedModel, TextStreamer, pipeline
 import octavo
 import octavo.attachment
 from octavo.errors import OctavoError, Unsupported
-from octavo.models.bind import NAME, bind
+from octavo.models.bind import bind
+from octavo.models.hook import NAME
 from octavo.models.load import load_model
 from octavo.models.model import BUNDLED, Model
 from tests.conftest import tiny_llama

@@ -37,7 +37,8 @@ def engine(
     format = KVFormat.parse(kv)
     plans = plan_layers(bound.shapes, format, calibration if format.needs_calibration else None)
     layout = layout or Layout(block_size)
-    cache = KVCache(plans, blocks, layout, CacheSize.of(bound.shapes, format, layout.block_size).raw_pages(batch))
+    pages = CacheSize.of(bound.shapes, format, layout.block_size).raw_pages(batch)
+    cache = KVCache(plans, blocks, layout, pages, bound.states, batch)
     made = Engine(bound, cache, batch, budget, context, hits, overlap)
     if overlap and cache.layout.order == "rows":
         made.runner.capture(batch, made.scheduler.max_context, how=lambda run: run)

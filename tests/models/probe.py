@@ -21,6 +21,7 @@ from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.errors import LISTED, Unsupported
 from octavo.models.bind import BoundModel, bind
+from octavo.models.states import StateStep
 from octavo.quant.format import KVFormat
 from tests.models import zoo
 
@@ -38,6 +39,7 @@ class Sequence:
     block_table: list[int]
     tokens: list[int] = field(default_factory=list)
     num_cached: int = 0
+    state_slot: int | None = None
 
     @property
     def tables(self) -> list[list[int]]:
@@ -84,15 +86,20 @@ def packed_error(bound: BoundModel, full: tuple[Tensor, ...], want: list[Tensor]
     blocks = [-(-len(ids) // BLOCK) for ids in full]
     tables = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(1)).split(blocks)
     sequences = [Sequence(ids.tolist(), table.tolist()) for ids, table in zip(full, tables, strict=True)]
-    kv = KVCache(plan_layers(bound.shapes, KVFormat.parse("fp32")), sum(blocks), Layout(BLOCK))
+    plans = plan_layers(bound.shapes, KVFormat.parse("fp32"))
+    kv = KVCache(plans, sum(blocks), Layout(BLOCK), states=bound.states, sessions=len(full))
+    if kv.states is not None:
+        for sequence in sequences:
+            sequence.state_slot = kv.states.take()
     errors = []
     for step in STEPS:
         work = [(sequence, n) for sequence, n in zip(sequences, step, strict=True) if n]
         for sequence, n in work:
             sequence.tokens = sequence.full[: sequence.num_cached + n]
-        batch = Batch.build(work, BLOCK)
+        batch = Batch.build(work, BLOCK, states=kv.states is not None)
         rows = torch.arange(len(batch.ids)) if step is STEPS[0] else batch.logits_at
-        got = bound.forward(batch.ids, batch.positions, rows, partial(_attend, bound, kv, batch))
+        step_ = StateStep.of(batch, kv)
+        got = bound.forward(batch.ids, batch.positions, rows, partial(_attend, bound, kv, batch), step_)
         owners = torch.arange(len(full)).repeat_interleave(torch.tensor(step))[rows].tolist()
         expected = torch.stack([want[i][p] for i, p in zip(owners, batch.positions[rows].tolist(), strict=True)])
         errors.append((got - expected).norm(dim=-1) / expected.norm(dim=-1))

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 from octavo.engine.reading import Reading
 from octavo.errors import Unsupported
-from octavo.models.bind import Attend, BoundModel, bind
+from octavo.models.bind import BoundModel, bind
+from octavo.models.hook import Attend
 from octavo.models.model import BUNDLED, Model
 
 

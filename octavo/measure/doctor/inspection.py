@@ -18,7 +18,8 @@ from octavo.attention import AttentionSpec
 from octavo.calibrate import FARTHEST, shift_invariant
 from octavo.engine.reading import Reading
 from octavo.measure.speed.roofline import cache_bytes
-from octavo.models.bind import NAME, UNLIMITED, BoundModel
+from octavo.models.bind import UNLIMITED, BoundModel
+from octavo.models.hook import NAME
 from octavo.models.packed import parameters
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat

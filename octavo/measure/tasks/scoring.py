@@ -45,6 +45,7 @@ class _Text:
     targets: list[int]
     first_page: int = -1
     ring: int = -1
+    state_slot: int | None = None
     num_cached: int = 0
     tables: list[list[int]] = field(default_factory=list)
     behind: list[int] = field(default_factory=list)
@@ -144,7 +145,8 @@ def _forward(engine: Engine, work: list[tuple[_Text, int]]) -> None:
         targets += [text.targets[position - text.first] for position in scored]
         owners.append((text, len(scored)))
         start += count
-    batch = Batch.build(work, engine.pool.block_size, span=engine.cache.span)
+    cache = engine.cache
+    batch = Batch.build(work, engine.pool.block_size, span=cache.span, states=cache.states is not None)
     logits = engine.runner.run(replace(batch, logits_at=torch.tensor(rows, dtype=torch.int64)))
     wanted = torch.tensor(targets, dtype=torch.int64, device=logits.device)
     logprobs = logits.float().log_softmax(-1).gather(-1, wanted[:, None])[:, 0]

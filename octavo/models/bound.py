@@ -1,0 +1,119 @@
+"""A bound model: transformers' own code, run over packed rows with our function in the place of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from octavo.attention import AttentionSpec
+from octavo.cache.plan import LayerShape
+from octavo.cache.states import StatePlan
+from octavo.errors import Unsupported
+from octavo.interrupts import let_through
+from octavo.models import states
+from octavo.models.hook import Attend, Recorder, attending, itself
+from octavo.models.states import StateStep
+from octavo.quant.format import RAW_NAMES, KVFormat
+
+
+class BoundModel:
+    """A model whose attention goes through the `attend` that each forward is given. Made by `bind`."""
+
+    def __init__(self, hf: PreTrainedModel, max_context: int, attends: bool = True):
+        self.hf = hf
+        self.attends = attends  # whether there is attention to send through the interface
+        self.dtype = self.computes = hf.dtype  # of the weights and the baseline cache, and of the activations
+        self.max_context = max_context
+        self.layers: list[AttentionSpec] = []  # of attention
+        self.states = StatePlan()  # of the layers that keep states
+
+    @property
+    def shapes(self) -> list[LayerShape]:
+        return [layer.shape for layer in self.layers]
+
+    @property
+    def rotary(self) -> str:
+        """Names RoPE's frequencies, and what scales its sines, in four digits: they may follow the context, and be
+        overridden."""
+        digest = sha256()
+        for name, buffer in self.hf.named_buffers():
+            if name.endswith("inv_freq"):
+                digest.update(" ".join(f"{x:.4g}" for x in buffer.flatten().tolist()).encode())
+        for module in self.hf.modules():
+            if isinstance(scale := getattr(module, "attention_scaling", 1.0), float) and scale != 1:
+                digest.update(f" × {scale:.4g}".encode())
+        return digest.hexdigest()[:8]
+
+    @property
+    def arithmetic(self) -> str:
+        """What K and V depend on beside the weights: their type, that of activations, and RoPE's frequencies."""
+        types = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in {self.dtype: 0, self.computes: 0})
+        return f"{types}, rotary frequencies {self.rotary}"
+
+    @property
+    def raw_format(self) -> KVFormat:
+        """The cache that keeps K and V in the type of the weights: the baseline."""
+        return KVFormat.parse(RAW_NAMES[str(self.dtype).removeprefix("torch.")])
+
+    def random_tokens(self, *shape: int, seed: int = 0) -> list[Any]:
+        """Token ids in lists of that shape, the same every time."""
+        return torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def find_states(self, prove: bool = True) -> None:
+        """See which layers keep states, of what shapes and types, and have each show that it computes packed steps
+        exactly. To be done again where the type that a model computes in has changed."""
+        self.states = StatePlan()
+        if not states.may_keep_states(self.hf):
+            return
+        ids = torch.tensor(self.random_tokens(states.TOKENS), device=self.device)
+        with attending(itself):
+            found = states.find(self.hf, ids)
+        types = getattr(self.hf.config.get_text_config(), "layer_types", None) or ()
+        if len({each.mixer.layer for each in found}) < sum(kind in states.TYPES for kind in types):
+            raise Unsupported(
+                f"{self.hf.config.model_type} keeps the states of its recurrent layers in a way of its own, and not in "
+                "transformers' cache"
+            )
+        self.states = states.install(found)
+        if prove and not ids.is_meta:
+            states.prove(self.hf.config.model_type, found)
+
+    def new_step(self, q_lens: Sequence[int]) -> StateStep | None:
+        """For a forward over the beginnings of so many sequences, with states of their own."""
+        return StateStep.of_new(self.states, q_lens) if self.states else None
+
+    @cached_property  # a decode step asks for it, and the way there is long
+    def device(self) -> torch.device:
+        """Where token ids go in and logits come out."""
+        return self.hf.get_input_embeddings().weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.hf.config.get_text_config().vocab_size
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        logits_at: Tensor,
+        attend: Attend | Recorder,
+        step: StateStep | None = None,
+    ) -> Tensor:
+        """Packed rows: ids and positions [T], int64; float logits [n, vocabulary] of the rows `logits_at` [n].
+
+        `step` says whose states the layers that keep some go on from. Without it all rows are one sequence to them, and
+        its beginning. Several threads may run forwards over one model at a time; each attends to what its own was
+        given.
+        """
+        with attending(attend), states.stepping(step), let_through():  # Ctrl-C may end it
+            logits = self.hf(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_at
+            ).logits[0]
+        return logits if len(logits) == len(logits_at) else logits[logits_at]  # a model that keeps every row's

@@ -1,0 +1,78 @@
+"""What every forward of a bound model goes through: the attention function that transformers calls in place of its own.
+
+It finds, on the module that calls it, which layer that is, and hands q, k and v to whatever `attend` the forward was
+given. A forward's `attend` belongs to the thread that runs it, so several threads may run forwards over one model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+NAME = "octavo"
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v [T, kv_heads, v_dim]) → [T, heads, v_dim]"""
+
+
+class Recorder(Protocol):
+    """What looks at every call of attention in place of answering it."""
+
+    def record(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> None: ...
+
+
+class _Thread(threading.local):
+    """What the forward that this thread runs attends to; None between forwards."""
+
+    attend: Attend | Recorder | None = None
+
+
+_thread = _Thread()
+
+
+def attends_to() -> Attend | Recorder | None:
+    """What the forward of this thread attends to."""
+    return _thread.attend
+
+
+@contextmanager
+def attending(attend: Attend | Recorder) -> Iterator[None]:
+    assert _thread.attend is None, "a forward cannot start within another forward of the same thread"
+    _thread.attend = attend
+    try:
+        yield
+    finally:
+        _thread.attend = None
+
+
+def attention_modules(hf: nn.Module) -> dict[int, nn.Module]:
+    """The modules of a bound model that call attention, by layer."""
+    return {vars(module)[NAME]: module for module in hf.modules() if NAME in vars(module)}
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The registered function: q [1, heads, T, dim], k and v [1, kv_heads, T, dim] after RoPE, before a GQA repeat."""
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    attend = _thread.attend
+    if attend is None:
+        raise RuntimeError("a bound model runs through BoundModel.forward")
+    if not callable(attend):
+        attend.record(module, q, k, v, attention_mask, kwargs)
+        return itself(0, q, k, v)[None], None
+    layer: int | None = 0 if attend is itself else getattr(module, NAME, None)
+    if layer is None:
+        raise RuntimeError(f"{type(module).__name__} was not reached when its model was bound")
+    return attend(layer, q, k, v)[None], None
+
+
+def itself(_: int, q: Tensor, __: Tensor, v: Tensor) -> Tensor:
+    """Every row sees itself alone, in whatever layer: none has a number yet."""
+    return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
