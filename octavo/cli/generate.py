@@ -11,11 +11,11 @@ import time
 from collections.abc import Sequence as Rows
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli.options import SamplingOptions, ServeOptions, sampling_option, takes
+from octavo.cli.options import RAY, REPLICAS, SamplingOptions, ServeOptions, sampling_option, takes
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 
@@ -36,13 +36,22 @@ def generate(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="The same; with it MODEL may be left out.")] = None,
     input: Annotated[
-        str | None, typer.Option(help='Lines of {"prompt": …} or {"messages": …}, sampling fields beside; - is stdin.')
+        str | None,
+        typer.Option(
+            help='Lines of {"prompt": …} or {"messages": …}, sampling fields beside; - is stdin. With --ray several '
+            'files: "prompts/*.jsonl" or .parquet, s3:// too.'
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="File for their answers; one that exists is gone on with. [default: stdout]")
+        str | None,
+        typer.Option(
+            help="File for their answers, with --ray a directory; one that exists is gone on with. [default: stdout]"
+        ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     logprobs: Annotated[int | None, sampling_option("logprobs")] = None,
+    ray: Annotated[str | None, RAY] = None,
+    replicas: Annotated[int | None, REPLICAS] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")] = False,
 ) -> None:
     """Continue a prompt, or all prompts of a file at a time."""
@@ -57,12 +66,18 @@ def generate(
         raise OctavoError(f"--input and {other} exclude each other")
     if input is None and output is not None:
         raise OctavoError("--output is for the answers to an --input; redirect stdout for the one to a prompt")
-    if input is None:
+    if (ray is None and replicas is not None) or (ray is not None and (input in (None, "-") or output is None)):
+        raise OctavoError("--ray, to which --replicas belongs, answers the files of an --input into an --output")
+    if ray is not None:
+        from octavo.cli.batches import generate_on_ray
+
+        generate_on_ray(ray, replicas, options, sampling, str(input), str(output), chat, logprobs)
+    elif input is None:
         given = _prompt(prompt)
         llm = options.llm()
         _one(llm, given, _params(llm, sampling, logprobs), chat, as_json)
     else:
-        _many(options, sampling, input, output, chat, logprobs)
+        _many(options, sampling, input, None if output is None else Path(output), chat, logprobs)
 
 
 def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool) -> None:
@@ -115,15 +130,8 @@ def _many(
     options: ServeOptions, sampling: SamplingOptions, input: str, path: Path | None, chat: bool, logprobs: int | None
 ) -> None:
     from octavo.cli.jsonl import Output, read_lines
-    from octavo.models.locate import locate
-    from octavo.models.model import tuned_formats
-    from octavo.quant.format import is_tuned
 
-    shaping = {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}
-    if is_tuned(options.format_name() or ""):
-        place = locate(options.model)
-        shaping["formats"] = tuned_formats(*place, options.calibration).header.formats
-    shaping |= {"kv": options.format_name(), "quant_policy": None, "chat": chat, "logprobs": logprobs}
+    shaping = shaping_of(options, chat, logprobs)
     try:
         if input == "-":
             lines = read_lines(sys.stdin.buffer, shaping | asdict(sampling))
@@ -141,6 +149,19 @@ def _many(
     if left:
         llm = options.llm()
         _serve(llm, left, output, _params(llm, sampling, logprobs), chat)
+
+
+def shaping_of(options: ServeOptions, chat: bool, logprobs: int | None) -> dict[str, Any]:
+    """The options that shape answers, beside those of sampling."""
+    from octavo.models.locate import locate
+    from octavo.models.model import tuned_formats
+    from octavo.quant.format import is_tuned
+
+    shaping = {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}
+    if is_tuned(options.format_name() or ""):
+        place = locate(options.model)
+        shaping["formats"] = tuned_formats(*place, options.calibration).header.formats
+    return shaping | {"kv": options.format_name(), "quant_policy": None, "chat": chat, "logprobs": logprobs}
 
 
 def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams, chat: bool) -> None:

@@ -86,6 +86,10 @@ def complete(incomplete: str) -> list[str]:
     return [f"{known},{name}" if known else name for name in names if name.startswith(last)]
 
 
+RAY = option("Work on a Ray cluster: its address, like auto or 10.0.0.1:6379; local starts one here.", panel="Ray")
+REPLICAS = option("Models on it. [default: one on each GPU, or on each machine]", min=1, panel="Ray")
+
+
 def budget_option(counts: str = "") -> Any:
     """--budget of a verb that measures; `counts` are the options that leave it nothing to choose."""
     told = "Time for the work, like 90s, 2m or 1h30m: as much is measured as fits; none: as much as is of use."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 from octavo.errors import OctavoError, install, one_line
@@ -39,3 +40,28 @@ def cluster(address: str, option: str = "--ray") -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Models side by side: how many, and the CPUs and GPUs of each."""
+
+    count: int
+    cpus: float
+    gpus: float
+
+
+def placement(count: int | None, device: str = "auto") -> Placement:
+    """Where `count` models go in the cluster at hand; by default one on each GPU, or on each machine without any."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = 0 if device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
+    if gpus:
+        return Placement(count or gpus, 0, 1)
+    cpus = [int(node.get("CPU", 0)) for node in nodes]
+    if not any(cpus):
+        raise OctavoError("the Ray cluster has no CPUs for a model: start it with --num-cpus")
+    if count is None:
+        return Placement(sum(map(bool, cpus)), max(1, min(filter(None, cpus))), 0)
+    return Placement(count, min(max(1, sum(cpus) // count), max(cpus)), 0)
