@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from octavo.cli.generate import shaping_of
+from octavo.cli.jsonl import shaping_of
 from octavo.cli.options import SamplingOptions, ServeOptions
 from octavo.cli.progress import progress
 from octavo.ray.cluster import cluster, placement

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence as Rows
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,9 +22,6 @@ from octavo.errors import OctavoError
 if TYPE_CHECKING:
     from octavo.cli.jsonl import Line, Output
     from octavo.llm import LLM
-
-# Options that change how fast answers are made, and not what they are.
-WITHOUT_EFFECT = {"device", "device_map", "session_len", "max_batch_size", "cache_max_entry_count", "kv_cache_memory"}
 
 
 @takes(ServeOptions, SamplingOptions)
@@ -129,7 +126,7 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
 def _many(
     options: ServeOptions, sampling: SamplingOptions, input: str, path: Path | None, chat: bool, logprobs: int | None
 ) -> None:
-    from octavo.cli.jsonl import Output, read_lines
+    from octavo.cli.jsonl import Output, read_lines, shaping_of
 
     shaping = shaping_of(options, chat, logprobs)
     try:
@@ -149,19 +146,6 @@ def _many(
     if left:
         llm = options.llm()
         _serve(llm, left, output, _params(llm, sampling, logprobs), chat)
-
-
-def shaping_of(options: ServeOptions, chat: bool, logprobs: int | None) -> dict[str, Any]:
-    """The options that shape answers, beside those of sampling."""
-    from octavo.models.locate import locate
-    from octavo.models.model import tuned_formats
-    from octavo.quant.format import is_tuned
-
-    shaping = {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}
-    if is_tuned(options.format_name() or ""):
-        place = locate(options.model)
-        shaping["formats"] = tuned_formats(*place, options.calibration).header.formats
-    return shaping | {"kv": options.format_name(), "quant_policy": None, "chat": chat, "logprobs": logprobs}
 
 
 def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams, chat: bool) -> None:

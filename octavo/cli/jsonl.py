@@ -12,14 +12,17 @@ import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from octavo.cli.options import ServeOptions
 from octavo.errors import OctavoError
 from octavo.lines import fields
 
+# Options that change how fast answers are made, and not what they are.
+WITHOUT_EFFECT = {"device", "device_map", "session_len", "max_batch_size", "cache_max_entry_count", "kv_cache_memory"}
 START = b'{"line": '  # how every answer begins
 
 
@@ -47,6 +50,19 @@ def read_lines(file: BinaryIO, options: dict[str, Any]) -> list[Line]:
         for number, text in enumerate(map(bytes.strip, file), 1)
         if text
     ]
+
+
+def shaping_of(options: ServeOptions, chat: bool, logprobs: int | None) -> dict[str, Any]:
+    """The options that shape answers, beside those of sampling."""
+    from octavo.models.locate import locate
+    from octavo.models.model import tuned_formats
+    from octavo.quant.format import is_tuned
+
+    shaping = {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}
+    if is_tuned(options.format_name() or ""):
+        place = locate(options.model)
+        shaping["formats"] = tuned_formats(*place, options.calibration).header.formats
+    return shaping | {"kv": options.format_name(), "quant_policy": None, "chat": chat, "logprobs": logprobs}
 
 
 class Output:

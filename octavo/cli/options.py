@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, make_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from octavo.llm import LLM
     from octavo.models.model import Model
+    from octavo.ray.cluster import Placement
 
 # `--quant-policy` of LMDeploy's page, where 4 meant int8; 8 is what LMDeploy calls int8 today.
 QUANT_POLICY = {0: None, 4: "int8", 8: "int8"}
@@ -90,6 +92,27 @@ RAY = option("Work on a Ray cluster: its address, like auto or 10.0.0.1:6379; lo
 REPLICAS = option("Models on it. [default: one on each GPU, or on each machine]", min=1, panel="Ray")
 
 
+def check_replicas(ray: str | None, replicas: int | None) -> None:
+    if replicas is not None and ray is None:
+        raise OctavoError("--replicas are on a Ray cluster: name it with --ray, or start one here with --ray local")
+    if ray is not None:
+        from octavo.ray.cluster import require
+
+        require("--ray")
+
+
+@contextmanager
+def on_ray(address: str | None, replicas: int | None, device: str) -> Iterator[Placement | None]:
+    """The cluster that --ray names, and where models go on it; None without one."""
+    if address is None:
+        yield None
+        return
+    from octavo.ray.cluster import cluster, placement
+
+    with cluster(address):
+        yield placement(replicas, device)
+
+
 def budget_option(counts: str = "") -> Any:
     """--budget of a verb that measures; `counts` are the options that leave it nothing to choose."""
     told = "Time for the work, like 90s, 2m or 1h30m: as much is measured as fits; none: as much as is of use."
@@ -133,6 +156,21 @@ class LoadOptions:
         check_choice("--load-format", self.load_format, ("auto", "dummy"))
         if self.chat_template is not None:
             check_file("--chat-template", self.chat_template)
+
+    def loading(self) -> dict[str, Any]:
+        """The same as arguments of Model.load, for processes elsewhere: plain values, and paths that are absolute."""
+        here = self.model is not None and Path(self.model).exists()
+        return {
+            "model": str(Path(str(self.model)).resolve()) if here else self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "device_map": self.device_map,
+            "load_format": self.load_format,
+            "model_format": self.model_format,
+            "chat_template": self.chat_template and str(self.chat_template.resolve()),
+            "context": self.session_len,
+            "deterministic": self.deterministic,
+        }
 
     def load(self, computing: torch.dtype | None = None, say: bool = True) -> Model:
         """`computing` as in Model.load. Says at once what is loaded, and then of a CPU what computes, and in what."""
@@ -237,16 +275,11 @@ class ServeOptions(LoadOptions):
         )
 
     def arguments(self) -> dict[str, Any]:
-        """The same as arguments of LLM, for processes elsewhere: plain values, and paths that are absolute."""
-        here = self.model is not None and Path(self.model).exists()
-        given = {
-            "model": str(Path(str(self.model)).resolve()) if here else self.model,
-            "kv": self.format_name(),
-            "calibration": self.calibration and str(self.calibration.resolve()),
-            "chat_template": self.chat_template and str(self.chat_template.resolve()),
-        }
-        names = ("granularity", "headroom", "session_len", "max_batch_size", "kv_cache_memory", "cache_max_entry_count",
-                 "dtype", "device", "device_map", "load_format", "model_format", "deterministic")  # fmt: skip
+        """The same as arguments of LLM, for processes elsewhere."""
+        given = self.loading()
+        given["session_len"] = given.pop("context")
+        given |= {"kv": self.format_name(), "calibration": self.calibration and str(self.calibration.resolve())}
+        names = ("granularity", "headroom", "max_batch_size", "kv_cache_memory", "cache_max_entry_count")
         given |= {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 
