@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -14,7 +15,9 @@ from octavo.cli.options import ServeOptions
 from octavo.cores import choose
 from octavo.errors import OctavoError
 from octavo.ray.cluster import LOCAL, cluster, require
-from octavo.serve.listening import Tls, bind, url
+from octavo.serve.listening import Tls, bind, is_local, url
+
+logger = logging.getLogger("octavo")
 
 
 def serve_replicas(
@@ -31,6 +34,8 @@ def serve_replicas(
     if tls["ssl_certfile"]:
         Tls(tls["ssl_certfile"], tls["ssl_keyfile"]).check()
     with bind(host, port) as sock:  # refuses what cannot be served; Ray opens it again
+        if not asked["api_key"] and not is_local(sock):
+            logger.warning("anyone who reaches %s can use the model: set --api-key", host)
         port, address = sock.getsockname()[1], url(sock, tls["ssl_certfile"] is not None)
     print(f"starting {replicas} replicas on Ray", file=sys.stderr, flush=True)
     stop = threading.Event()

@@ -15,6 +15,7 @@ from octavo.ray.replica import Replica
 from octavo.ray.router import ByPrefix
 from octavo.serve.store import InMemory
 
+LATE = 10.0  # seconds after which the ingress gives a request up that its replica should have
 SAVING = 30.0  # seconds that a replica has after its last answer
 LOOKS = 64  # requests a replica takes beside those it answers: they only look
 ONGOING = 100_000  # requests that pass through one ingress
@@ -52,4 +53,4 @@ def app(args: Args) -> Application:
         graceful_shutdown_timeout_s=args.grace + SAVING,
         logging_config=quiet,
     )
-    return ingress.bind(replica.bind(args, responses.bind()), args.timeout, args.max_body)
+    return ingress.bind(replica.bind(args, responses.bind()), args.timeout + LATE, args.max_body)

