@@ -22,7 +22,10 @@ from octavo.errors import OctavoError
 from octavo.lines import fields
 
 # Options that change how fast answers are made, and not what they are.
-WITHOUT_EFFECT = {"device", "device_map", "session_len", "max_batch_size", "cache_max_entry_count", "kv_cache_memory"}
+WITHOUT_EFFECT = {
+    "cache_max_entry_count", "device", "device_map", "kv_cache_memory", "max_batch_size", "session_len",
+    "snapshot_memory",
+}  # fmt: skip
 START = b'{"line": '  # how every answer begins
 
 

@@ -249,6 +249,9 @@ class ServeOptions(LoadOptions):
         float | None, option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]")
     ] = None
     kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB.")] = None
+    snapshot_memory: Annotated[
+        str | None, option("Of it, for snapshots of a hybrid's states. [default: two for each session]")
+    ] = None
 
     def check(self) -> None:
         super().check()
@@ -272,6 +275,7 @@ class ServeOptions(LoadOptions):
             max_batch_size=self.max_batch_size,
             kv_cache_memory=self.kv_cache_memory,
             cache_max_entry_count=self.cache_max_entry_count,
+            snapshot_memory=self.snapshot_memory,
         )
 
     def arguments(self) -> dict[str, Any]:
@@ -280,7 +284,7 @@ class ServeOptions(LoadOptions):
         given["session_len"] = given.pop("context")
         given |= {"kv": self.format_name(), "calibration": self.calibration and str(self.calibration.resolve())}
         names = ("granularity", "headroom", "max_batch_size", "kv_cache_memory", "cache_max_entry_count")
-        given |= {name: getattr(self, name) for name in names}
+        given |= {name: getattr(self, name) for name in (*names, "snapshot_memory")}
         return {name: value for name, value in given.items() if value is not None}
 
     def format_name(self) -> str | None:

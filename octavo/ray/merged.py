@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Of `/cache`: what is of a block or page, or of a directory that all replicas share. All else adds up.
-SHARED = ("block_", "raw_page_bytes", "raw_pages_per_session", "sessions_saved")
+SHARED = ("block_", "raw_page_bytes", "raw_pages_per_session", "state_bytes_per_session", "sessions_saved")
 
 
 def metrics(texts: Mapping[str, str]) -> str:
