@@ -55,9 +55,13 @@ def candidates(
 
 
 def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:
-    """The 16-bit model to compare `model` with, in its types: 4-bit checkpoints are often fp16 where it is bf16."""
-    own = replace(options, model=name, model_format="hf", dtype=str(model.bound.dtype).removeprefix("torch."))
-    return own.load(model.bound.computes, say=False)
+    """The 16-bit model to compare `model` with."""
+    return baseline_of(options, name, model).load(model.bound.computes, say=False)
+
+
+def baseline_of(options: LoadOptions, name: str, model: Model) -> LoadOptions:
+    """How it is loaded: in the types of `model`, since 4-bit checkpoints are often fp16 where it is bf16."""
+    return replace(options, model=name, model_format="hf", dtype=str(model.bound.dtype).removeprefix("torch."))
 
 
 def formats(

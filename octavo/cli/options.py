@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, make_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from octavo.llm import LLM
     from octavo.models.model import Model
+    from octavo.ray.cluster import Placement
 
 # `--quant-policy` of LMDeploy's page, where 4 meant int8; 8 is what LMDeploy calls int8 today.
 QUANT_POLICY = {0: None, 4: "int8", 8: "int8"}
@@ -86,6 +88,31 @@ def complete(incomplete: str) -> list[str]:
     return [f"{known},{name}" if known else name for name in names if name.startswith(last)]
 
 
+RAY = option("Work on a Ray cluster: its address, like auto or 10.0.0.1:6379; local starts one here.", panel="Ray")
+REPLICAS = option("Models on it. [default: one on each GPU, or on each machine]", min=1, panel="Ray")
+
+
+def check_replicas(ray: str | None, replicas: int | None) -> None:
+    if replicas is not None and ray is None:
+        raise OctavoError("--replicas are on a Ray cluster: name it with --ray, or start one here with --ray local")
+    if ray is not None:
+        from octavo.ray.cluster import require
+
+        require("--ray")
+
+
+@contextmanager
+def on_ray(address: str | None, replicas: int | None, device: str) -> Iterator[Placement | None]:
+    """The cluster that --ray names, and where models go on it; None without one."""
+    if address is None:
+        yield None
+        return
+    from octavo.ray.cluster import cluster, placement
+
+    with cluster(address):
+        yield placement(replicas, device)
+
+
 def budget_option(counts: str = "") -> Any:
     """--budget of a verb that measures; `counts` are the options that leave it nothing to choose."""
     told = "Time for the work, like 90s, 2m or 1h30m: as much is measured as fits; none: as much as is of use."
@@ -135,6 +162,21 @@ class LoadOptions:
         """Processes that the model is divided among."""
         return 1
 
+    def loading(self) -> dict[str, Any]:
+        """The same as arguments of Model.load, for processes elsewhere: plain values, and paths that are absolute."""
+        here = self.model is not None and Path(self.model).exists()
+        return {
+            "model": str(Path(str(self.model)).resolve()) if here else self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "device_map": self.device_map,
+            "load_format": self.load_format,
+            "model_format": self.model_format,
+            "chat_template": self.chat_template and str(self.chat_template.resolve()),
+            "context": self.session_len,
+            "deterministic": self.deterministic,
+        }
+
     def load(self, computing: torch.dtype | None = None, say: bool = True, told: bool = False) -> Model:
         """`computing` as in Model.load. Says at once what is loaded, unless that was `told`, and then of a CPU what
         computes, and in what."""
@@ -144,17 +186,8 @@ class LoadOptions:
         from octavo.parallel import load
 
         cores.use()
-        loading: dict[str, Any] = {
-            "dtype": self.dtype,
-            "device": self.device,
-            "device_map": self.device_map,
-            "load_format": self.load_format,
-            "model_format": self.model_format,
-            "chat_template": self.chat_template,
-            "context": self.session_len,
-            "computing": computing,
-            "deterministic": self.deterministic,
-        }
+        loading = self.loading() | {"chat_template": self.chat_template, "computing": computing}
+        del loading["model"]  # its name stays as it was given
         model = load(self.model, self.ranks, **loading)
         if say and model.processor is not None:
             print(f"CPU: {model.processor}", file=sys.stderr, flush=True)
@@ -250,6 +283,15 @@ class ServeOptions(LoadOptions):
             cache_max_entry_count=self.cache_max_entry_count,
             snapshot_memory=self.snapshot_memory,
         )
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as arguments of LLM, for processes elsewhere."""
+        given = self.loading()
+        given["session_len"] = given.pop("context")
+        given |= {"kv": self.format_name(), "calibration": self.calibration and str(self.calibration.resolve())}
+        names = ("granularity", "headroom", "max_batch_size", "kv_cache_memory", "cache_max_entry_count")
+        given |= {name: getattr(self, name) for name in (*names, "snapshot_memory")}
+        return {name: value for name, value in given.items() if value is not None}
 
     def format_name(self) -> str | None:
         """The format that --kv or --quant-policy names."""

@@ -8,7 +8,7 @@ alone, and from what they take each benchmark gets as many as an equal share of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -21,7 +21,7 @@ from octavo.measure.budget import NO_LIMIT, Budget, duration
 from octavo.measure.candidate import Candidate
 from octavo.measure.tasks import HERE, Part, by_benchmark, require_harness
 from octavo.measure.tasks.data_files import load
-from octavo.measure.tasks.results import Item, Results, key_of
+from octavo.measure.tasks.results import Item, Result, Results, key_of
 from octavo.measure.tasks.rows import Row, row
 from octavo.models.model import Model
 from octavo.progress import Progress
@@ -29,6 +29,9 @@ from octavo.progress import Progress
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
+# What asks documents elsewhere: of a part in a format what is kept, and how many there are to be; and the sizes that
+# LLM takes.
+Elsewhere = Callable[[Sequence[tuple[Candidate, Part, Result, int | None]], dict[str, Any]], Iterable[Result]]
 AT_ONCE = 32  # documents that are asked together: few-shot examples are drawn anew for each chunk
 PILOT, LEAST = 2, 8  # documents of a part that are timed first, and of a benchmark that say anything
 
@@ -46,6 +49,7 @@ def run(
     shots: int | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _: None,
+    elsewhere: Elsewhere | None = None,
 ) -> list[Row]:
     """The benchmarks of `parts` in every format, the first of which is the baseline: the first `limit` documents of
     each part, or as many as the budget allows. `say` is told how many these are, and what they take.
@@ -58,6 +62,8 @@ def run(
     limits: dict[Part, int | None] = dict.fromkeys(parts, limit)
     if limit is None and budget.seconds is not None:
         limits = asking.affordable(budget, say)
+    if elsewhere is not None:
+        asking.ask_elsewhere(elsewhere, limits)
     rows = []
     for own in by_benchmark(parts).values():
         for candidate in candidates:
@@ -112,6 +118,18 @@ class _Asking:
                 result.items[start:] = ask_chunk(llm, task, asked, title, self.progress)
                 result.seconds += perf_counter() - begun
                 self.results.save(result)
+
+    def ask_elsewhere(self, elsewhere: Elsewhere, limits: dict[Part, int | None]) -> None:
+        """Have asked what is missing, and keep it."""
+        missing = [
+            (candidate, part, self.kept[candidate.name, part], limits[part])
+            for candidate in self.candidates
+            for part in self.parts
+            if not self.kept[candidate.name, part].holds(limits[part])
+        ]
+        for (candidate, part, *_), result in zip(missing, elsewhere(missing, self.sizes), strict=True):
+            self.kept[candidate.name, part] = result
+            self.results.save(result)
 
     def affordable(self, budget: Budget, say: Callable[[str], None]) -> dict[Part, int | None]:
         """How many documents of each part an equal share of the time allows, and what was asked before."""
