@@ -127,7 +127,9 @@ class _Asking:
             for part in self.parts
             if not self.kept[candidate.name, part].holds(limits[part])
         ]
-        for (candidate, part, *_), result in zip(missing, elsewhere(missing, self.sizes), strict=True):
+        for (candidate, part, *_), result in zip(
+            missing, elsewhere(missing, self.sizes | {"shots": self.shots}), strict=True
+        ):
             self.kept[candidate.name, part] = result
             self.results.save(result)
 
