@@ -92,6 +92,10 @@ def serve(
     ] = False,
 ) -> None:
     """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
+    if replicas is not None:
+        from octavo.ray.cluster import require
+
+        require("octavo serve --replicas")
     tell_loading(options.model)
     from octavo.cache.size import parse_bytes
 
