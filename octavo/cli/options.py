@@ -130,25 +130,32 @@ class LoadOptions:
         if self.chat_template is not None:
             check_file("--chat-template", self.chat_template)
 
-    def load(self, computing: torch.dtype | None = None, say: bool = True) -> Model:
-        """`computing` as in Model.load. Says at once what is loaded, and then of a CPU what computes, and in what."""
-        tell_loading(self.model)
+    @property
+    def ranks(self) -> int:
+        """Processes that the model is divided among."""
+        return 1
+
+    def load(self, computing: torch.dtype | None = None, say: bool = True, told: bool = False) -> Model:
+        """`computing` as in Model.load. Says at once what is loaded, unless that was `told`, and then of a CPU what
+        computes, and in what."""
+        if not told:
+            tell_loading(self.model)
         from octavo import cores
-        from octavo.models.model import Model
+        from octavo.parallel import load
 
         cores.use()
-        model = Model.load(
-            self.model,
-            dtype=self.dtype,
-            device=self.device,
-            device_map=self.device_map,
-            load_format=self.load_format,
-            model_format=self.model_format,
-            chat_template=self.chat_template,
-            context=self.session_len,
-            computing=computing,
-            deterministic=self.deterministic,
-        )
+        loading: dict[str, Any] = {
+            "dtype": self.dtype,
+            "device": self.device,
+            "device_map": self.device_map,
+            "load_format": self.load_format,
+            "model_format": self.model_format,
+            "chat_template": self.chat_template,
+            "context": self.session_len,
+            "computing": computing,
+            "deterministic": self.deterministic,
+        }
+        model = load(self.model, self.ranks, **loading)
         if say and model.processor is not None:
             print(f"CPU: {model.processor}", file=sys.stderr, flush=True)
         return model
@@ -206,10 +213,15 @@ class ServeOptions(LoadOptions):
     cache_max_entry_count: Annotated[
         float | None, option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]")
     ] = None
-    kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB.")] = None
+    kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB; of each rank's.")] = None
     snapshot_memory: Annotated[
         str | None, option("Of it, for snapshots of a hybrid's states. [default: two for each session]")
     ] = None
+    tensor_parallel_size: Annotated[int, option("Ranks to divide the model among, a GPU for each.", min=1)] = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor_parallel_size
 
     def check(self) -> None:
         super().check()
@@ -217,11 +229,14 @@ class ServeOptions(LoadOptions):
             check_name(name)
         check_calibration(self.calibration, self.granularity, self.headroom)
 
-    def llm(self) -> LLM:
+    def llm(self, told: bool = False) -> LLM:
+        """Says at once what is loaded, unless that was `told`."""
+        if not told:
+            tell_loading(self.model)
         from octavo.cli.progress import calibration_with_bar
         from octavo.llm import LLM
 
-        model, name = self.load(), self.format_name()
+        model, name = self.load(told=True), self.format_name()
         format = model.format(name, self.calibration)
         return LLM(
             model,
