@@ -24,7 +24,7 @@ from octavo.cache import session
 from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
-from octavo.cache.size import CacheSize, num_blocks, parse_bytes
+from octavo.cache.size import CacheSize, num_blocks, num_snapshots, parse_bytes
 from octavo.cache.store import KVCache
 from octavo.calibrate import calibration_for, warn_outside, warn_uncalibrated
 from octavo.completion import Completion, Delta, Generation, Outbox
@@ -73,7 +73,8 @@ class LLM:
     layer. `int8` needs a calibration: the one beside the model, or `calibration`, a file or directory; `granularity`
     and `headroom` override its defaults. `session_len` is the longest session in tokens; the cache has
     `kv_cache_memory` bytes ("4GiB"), or what `max_batch_size` sessions need within the share `cache_max_entry_count` of
-    the free memory; on a GPU it takes that share of what is left once the largest step has been tried.
+    the free memory; on a GPU it takes that share of what is left once the largest step has been tried. Of a hybrid,
+    whose states the prefix cache needs, `snapshot_memory` bytes of it are snapshots: by default two for each session.
 
     Any thread may call it: what several ask for at a time is computed in one batch. Once a step has failed, every call
     that waits and every later one raises EngineFailed. Ctrl-C ends the calls of the main thread and nothing else.
@@ -93,6 +94,7 @@ class LLM:
         kv_cache_memory: str | int | None = None,
         cache_max_entry_count: float | None = None,
         prefix_caching: bool = True,
+        snapshot_memory: str | int | None = None,
         **loading: Any,
     ):
         sizes = {"session_len": session_len, "max_batch_size": max_batch_size, "max_batch_tokens": max_batch_tokens}
@@ -130,11 +132,13 @@ class LLM:
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
         in_step = max(max_batch_tokens, max_batch_size)
         formats = [plan.format for plan in plans]
-        cost = CacheSize.of(bound.shapes, formats, layout.block_size, in_step, bound.states)
+        snapshots = num_snapshots(bound.states, snapshot_memory) if prefix_caching else 0
+        cost = CacheSize.of(bound.shapes, formats, layout.block_size, in_step, bound.states, snapshots)
 
         def cache_of(blocks: int) -> KVCache:
             pools, pages = cost.pools(blocks, max_batch_size), cost.raw_pages(max_batch_size)
-            return KVCache(plans, pools, layout, pages, bound.states, max_batch_size)
+            beside = cost.snapshots_beside(max_batch_size)
+            return KVCache(plans, pools, layout, pages, bound.states, max_batch_size, beside)
 
         step, device = 0, device_of(bound.device)
         if device.asynchronous:

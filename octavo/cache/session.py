@@ -3,9 +3,10 @@
 The file is an artefact (octavo/artefact.py). Its tensors are the rows of whole blocks, `layers.{i}.{k,v}.codes` [heads,
 tokens, width] and, in token formats, `….scales` [heads, tokens], and with edges the raw rows of page 0,
 `layers.{i}.first.{k,v}.codes`; in no layout of a device's or kernel's: what one wrote another reads. `rows` [1] is how
-many tokens they are of; a layer with a sliding window has the last ones, as far as a query after them sees. The header
-holds the tokens and what the codes mean. It comes first in the file, so that an incomplete file still has the tokens,
-from which codes can be computed again; damaged codes are never used.
+many tokens they are of; a layer with a sliding window has the last ones, as far as a query after them sees. Where
+layers keep states, `states.{i}.{conv,recurrent}.{j}` are those at the end of these tokens. The header holds the tokens
+and what the codes mean. It comes first in the file, so that an incomplete file still has the tokens, from which codes
+can be computed again; damaged codes are never used.
 
 The last, partly filled block is left out: its tokens, fewer than a block has, are computed again with what follows.
 """
@@ -30,21 +31,24 @@ from octavo.cache.pool import CachePool
 from octavo.cache.store import KVCache, RowStore
 from octavo.errors import OctavoError
 
-VERSION = 3
+VERSION = 4
 
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 FIRST = ".first."  # in the names of page 0's raw rows
 ROWS = "rows"
+STATES = "states."  # what the names of states begin with
 
 Codes = dict[str, Tensor]  # rows, by the names above
 
 
 @dataclass(frozen=True)
 class Copies:
-    """The first `count` blocks of a prefix, of layers with a window the last of them, and its first raw page."""
+    """The first `count` blocks of a prefix, of layers with a window the last of them, its first raw page, and
+    the states at its end."""
 
     count: int
     stores: list[tuple[Tensor, Tensor | None]]  # codes and scales of every store, in its own layout
+    states: Codes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Identity:
     shapes: list[list[int]]  # KV heads, K dim and V dim of each layer that has a cache of its own
     formats: list[str]  # of each such layer
     calibration: str  # digest of mu and c of every layer
+    states: list[str] = field(default_factory=list)  # name, shape and type of each
 
     @classmethod
     def of(cls, cache: KVCache, model: str, arithmetic: str) -> Identity:
@@ -72,6 +77,7 @@ class Identity:
             [[plan.shape.kv_heads, plan.shape.k_dim, plan.shape.v_dim] for plan in own],
             [str(plan.format) for plan in own],
             artefact.digest_of(statics),
+            [f"{name} {list(state.shape)} {state.dtype}" for name, state in _states(cache).items()],
         )
 
     @property
@@ -127,6 +133,8 @@ class SavedSession:
             raise OctavoError(f"{self.path}: holds {saved.format} codes, and this cache {here.format}; {otherwise}")
         if saved.calibration != here.calibration:
             raise OctavoError(f"{self.path}: saved under another calibration, granularity or headroom; {otherwise}")
+        if saved.states != here.states:
+            raise OctavoError(f"{self.path}: holds states of other shapes or types than this model keeps; {otherwise}")
         if (saved.arithmetic, saved.shapes) != (here.arithmetic, here.shapes):
             raise OctavoError(
                 f"{self.path}: holds K and V computed with {saved.arithmetic}, and this model runs with "
@@ -162,7 +170,7 @@ def save(path: Path, tokens: Tokens[int], codes: Codes, identity: Identity, abou
 
 
 def copy_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int]) -> Copies:
-    """A copy of the blocks that hold the longest cached prefix of `tokens`, and of its first raw page."""
+    """A copy of the blocks that hold the longest cached prefix of `tokens`, of its first raw page and of its states."""
     hit = pool.find(tokens)
     first = pool.edges.find(tokens) if pool.edges is not None and hit else None
     seen = [table[behind:] for table, behind in zip(hit.tables, pool.behinds(len(hit)), strict=True)]
@@ -171,7 +179,7 @@ def copy_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int]) -> Copies:
         pages = seen[group] if FIRST not in name else [] if first is None else [first]
         here = torch.tensor(pages, dtype=torch.int64, device=store.codes.device)
         copies.append((store.codes[here], store.scales[here] if store.scales is not None else None))
-    return Copies(len(hit), copies)
+    return Copies(len(hit), copies, pool.states.copies(hit.snapshot) if pool.states is not None else {})
 
 
 def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: Copies) -> None:
@@ -179,7 +187,8 @@ def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: C
     sequences find them as if one had computed them.
 
     What is cached already stays as it is. If too few blocks are free, the end is left out. Of layers with a window
-    there are copies of the last blocks alone: where these cannot be put at the prefix's end, nothing is.
+    there are copies of the last blocks alone, and states are those at the end: where these cannot be put at the
+    prefix's end, nothing is.
     """
     hit, size, edges = pool.match(tokens), pool.block_size, pool.edges
     whole = min(copies.count, pool.prefix_blocks(tokens))
@@ -192,8 +201,13 @@ def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: C
         whole <= len(hit)
         or any(part.start < start for part, start in zip(parts, starts, strict=True))
         or any(len(part) > len(group.free) for part, group in zip(parts, pool.groups, strict=True))
+        or (copies.states and whole < copies.count)
         or (begins and edges is not None and not edges.firsts.free)  # nobody could start on the blocks
     ):
+        pool.unmatch(hit)
+        return
+    states, slot = pool.states if copies.states else None, None
+    if states is not None and (slot := states.snapshots.take()) is None:
         pool.unmatch(hit)
         return
     first = edges.take_first() if begins and edges is not None else None
@@ -213,6 +227,8 @@ def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: C
                 own.seal(index, prefixes[i - 1] if i else None, tokens[i * size : (i + 1) * size])
         if edges is not None and first is not None:
             edges.seal(first, tokens[:size])
+        if states is not None and slot is not None:
+            states.paste(slot, copies.states, prefixes[whole - 1], whole * size)
     finally:
         pool.unmatch(hit)
         for own, pages in zip(pool.groups, new, strict=True):
@@ -229,7 +245,7 @@ def to_rows(cache: KVCache, copies: Copies) -> Codes:
         codes[f"{name}.codes"] = store.layout.read_rows(blocks, every).cpu().contiguous()
         if scales is not None:
             codes[f"{name}.scales"] = store.scale_layout.read_rows(scales, every)[..., 0].cpu().contiguous()
-    return codes
+    return codes | {name: state.cpu() for name, state in copies.states.items()}
 
 
 def to_blocks(cache: KVCache, codes: Codes) -> Copies:
@@ -249,7 +265,7 @@ def to_blocks(cache: KVCache, codes: Codes) -> Copies:
         if store.scales is not None:
             scales = laid_out(store.scale_layout, codes[f"{name}.scales"][..., None])
         copies.append((blocks, scales))
-    return Copies(longest // size, copies)
+    return Copies(longest // size, copies, {name: codes[name] for name in codes if name.startswith(STATES)})
 
 
 def rows(codes: Codes) -> int:
@@ -279,4 +295,11 @@ def kinds(cache: KVCache, count: int) -> dict[str, tuple[torch.dtype, tuple[int,
         found[f"{name}.codes"] = store.codes.dtype, (store.heads, held, store.codec.width(store.dim))
         if store.scales is not None:
             found[f"{name}.scales"] = store.scales.dtype, (store.heads, held)
+    if count:
+        found |= {name: (state.dtype, tuple(state.shape)) for name, state in _states(cache).items()}
     return found
+
+
+def _states(cache: KVCache) -> Codes:
+    """By name, as any sequence has them."""
+    return cache.states.of(-1) if cache.states is not None else {}

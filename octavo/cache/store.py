@@ -178,7 +178,7 @@ class Memory:
 class KVCache:
     """The cache of a whole model, made from its layers' plans: so many blocks in every layer, or in those of each group
     (`reaches`), and `raw_pages` raw pages in those with edges (`CacheSize` says how many). For layers that keep states
-    it has slots for `sessions` sequences."""
+    it has slots for `sessions` sequences and for `snapshots`."""
 
     def __init__(
         self,
@@ -188,6 +188,7 @@ class KVCache:
         raw_pages: int = 0,
         states: StatePlan | None = None,
         sessions: int = 0,
+        snapshots: int = 0,
     ):
         self.plans, self.layout = list(plans), layout or Layout()
         self.reaches = reaches([plan.shape for plan in self.plans])
@@ -195,7 +196,7 @@ class KVCache:
         self.group_of: list[int] = []  # by layer
         self.span = own_span([plan.format for plan in self.plans], self.layout.block_size)
         self.raw_pages = raw_pages if self.span else 0
-        self.states = StatePool(states, sessions) if states else None
+        self.states = StatePool(states, sessions, snapshots) if states else None
         self.layers: list[LayerCache] = []
         for plan in self.plans:
             shares = plan.shape.shares
@@ -210,13 +211,19 @@ class KVCache:
         """Of group 0, which keeps most."""
         return self.blocks[0]
 
-    def take(self, source: KVCache, blocks: Tensor, num_blocks: int) -> None:
-        """Have `num_blocks` blocks, of which the first are the blocks [n] of `source`: a cache of the same plans and
-        layout, or this one. Store by store, so that no more than one is in memory twice."""
-        for mine, theirs in zip(self.stores, source.stores, strict=True):
-            mine.take(theirs, blocks, num_blocks)
-        self.blocks = [num_blocks] * len(self.blocks)
+    def take(self, source: KVCache, group: int, blocks: Tensor, num_blocks: int) -> None:
+        """Have `num_blocks` blocks in the layers of a group, of which the first are the blocks [n] of `source`: a cache
+        of the same plans and layout, or this one. Store by store, so that no more than one is in memory twice."""
+        for (i, mine), (_, theirs) in zip(self.owners, source.owners, strict=True):
+            if self.group_of[i] == group:
+                mine.k.take(theirs.k, blocks, num_blocks)
+                mine.v.take(theirs.v, blocks, num_blocks)
+        self.blocks[group] = num_blocks
         self._forget_addresses()
+
+    def stores_of(self, group: int) -> list[RowStore]:
+        """Every RowStore of the layers of a group."""
+        return [store for i, layer in self.owners if self.group_of[i] == group for store in (layer.k, layer.v)]
 
     def take_raw(self, source: KVCache, pages: Tensor, raw_pages: int) -> None:
         """As `take`, of raw pages."""
@@ -240,8 +247,8 @@ class KVCache:
     @property
     def size(self) -> CacheSize:
         """What it consists of, computed from the plans."""
-        states = self.states.plan if self.states is not None else None
-        return CacheSize.of(self.shapes, self.formats, self.layout.block_size, states=states)
+        plan, count = (self.states.plan, self.states.snapshots) if self.states is not None else (None, 0)
+        return CacheSize.of(self.shapes, self.formats, self.layout.block_size, states=plan, snapshots=count)
 
     @property
     def owners(self) -> Iterator[tuple[int, LayerCache]]:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from octavo.llm import LLM, Completion
 
 # Options that change how fast answers are made, and not what they are.
-WITHOUT_EFFECT = {"device", "device_map", "session_len", "max_batch_size", "cache_max_entry_count", "kv_cache_memory"}
+WITHOUT_EFFECT = {
+    "cache_max_entry_count", "device", "device_map", "kv_cache_memory", "max_batch_size", "session_len",
+    "snapshot_memory",
+}  # fmt: skip
 
 
 @takes(ServeOptions, SamplingOptions)

@@ -209,6 +209,9 @@ class ServeOptions(LoadOptions):
         float | None, option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]")
     ] = None
     kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB.")] = None
+    snapshot_memory: Annotated[
+        str | None, option("Of it, for snapshots of a hybrid's states. [default: two for each session]")
+    ] = None
 
     def check(self) -> None:
         super().check()
@@ -235,6 +238,7 @@ class ServeOptions(LoadOptions):
             max_batch_size=self.max_batch_size,
             kv_cache_memory=self.kv_cache_memory,
             cache_max_entry_count=self.cache_max_entry_count,
+            snapshot_memory=self.snapshot_memory,
         )
 
     def format_name(self) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from octavo.attention import attend, backend_for
 from octavo.cache.batch import MAX_BATCH_TOKENS, Batch
 from octavo.cache.plan import own_span, plan_layers
+from octavo.cache.snapshots import Turn
 from octavo.cache.store import KVCache
 from octavo.models.bind import BoundModel
 from octavo.models.states import StateStep
@@ -37,6 +38,7 @@ class Text:
     first_page: int = -1
     ring: int = -1
     state_slot: int | None = None
+    turn: Turn | None = None
     num_cached: int = 0
     behind: list[int] = field(default_factory=list)
     prefixes: list[bytes] = field(default_factory=list)

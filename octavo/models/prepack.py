@@ -81,6 +81,8 @@ def prepack(bound: BoundModel, computing: torch.dtype | None = None, determinist
     if bound.computes == torch.float32:
         attempt(bound, lambda _: fuse(bound.hf), SAME)
         attempt(bound, lambda _: join(bound.hf, lambda: _trial(bound)), SAME)
+    if bound.computes != bound.dtype:
+        bound.find_states()  # in the type that is computed in
     if deterministic and not _exact(bound):
         raise Unsupported(f"{name} has products beside those of its linear layers: leave --deterministic out")
 

@@ -102,9 +102,11 @@ class SessionDir:
         """Put back what is saved of a prompt and not cached."""
         # With a prefix its own prefixes are in the index: the first that is not ends the search.
         known = list(takewhile(self.index.__contains__, (prefix for prefix, _ in self.pool.prefixes(tokens))))
-        if not known:
+        while known and self._having(known[-1]) is None:
+            known.pop()
+        if not known or (file := self._having(known[-1])) is None:
             return
-        file, blocks = self.index[known[-1]], len(known)
+        blocks = len(known)
         if blocks <= await worker.call(lambda llm: len(llm.engine.pool.find(tokens))):
             return
         try:
@@ -130,7 +132,7 @@ class SessionDir:
             return
         if (size := sum(rows.nbytes for rows in codes.values())) > self.limit:
             raise OctavoError(f"it takes {format_bytes(size)}, and all may take {format_bytes(self.limit)}")
-        file = self.path / self._name(chain[-1].hex())
+        file = self._file(chain[-1])
         written = await asyncio.to_thread(session.save, file, tokens, codes, self.identity)
         self._add(file, written, chain)
         earlier = set(chain[:-1])
@@ -192,6 +194,17 @@ class SessionDir:
             else:
                 gone.append(file)
         self._remove(gone)
+
+    def _having(self, prefix: bytes) -> Path | None:
+        """A file that has the blocks of a prefix. Where layers keep states, of which a file has those at its end alone,
+        one that ends with it."""
+        if self.pool.states is None:
+            return self.index.get(prefix)
+        return file if (file := self._file(prefix)) in self.sizes else None
+
+    def _file(self, last: bytes) -> Path:
+        """Of the conversation whose last hash that is."""
+        return self.path / self._name(last.hex())
 
     def _name(self, last: str) -> str:
         """Of a file, by its last hash."""

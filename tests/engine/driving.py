@@ -30,6 +30,7 @@ def engine(
     hits: bool = True,
     layout: Layout | None = None,
     overlap: bool = False,
+    snapshots: int = 0,
 ) -> Engine:
     """An engine on a cache of small blocks, read by the reference, or of the layout given. Only the format that needs
     the calibration takes it. With `overlap` it works as on a GPU: decode steps are launched before the one before them
@@ -38,7 +39,7 @@ def engine(
     plans = plan_layers(bound.shapes, format, calibration if format.needs_calibration else None)
     layout = layout or Layout(block_size)
     pages = CacheSize.of(bound.shapes, format, layout.block_size).raw_pages(batch)
-    cache = KVCache(plans, blocks, layout, pages, bound.states, batch)
+    cache = KVCache(plans, blocks, layout, pages, bound.states, batch, snapshots)
     made = Engine(bound, cache, batch, budget, context, hits, overlap)
     if overlap and cache.layout.order == "rows":
         made.runner.capture(batch, made.scheduler.max_context, how=lambda run: run)

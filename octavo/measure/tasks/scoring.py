@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from octavo.cache.batch import Batch
+from octavo.cache.snapshots import Turn
 from octavo.engine.engine import Engine
 from octavo.errors import OctavoError
 
@@ -46,6 +47,7 @@ class _Text:
     first_page: int = -1
     ring: int = -1
     state_slot: int | None = None
+    turn: Turn | None = None
     num_cached: int = 0
     tables: list[list[int]] = field(default_factory=list)
     behind: list[int] = field(default_factory=list)
