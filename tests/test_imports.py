@@ -38,6 +38,8 @@ ORDER = (
     ("quantize",),
     ("serve",),
     ("measure",),
+    ("lines",),
+    ("ray",),
     ("cli",),
     ("__main__",),
 )

@@ -215,13 +215,19 @@ class KVCache:
         """Of group 0, which keeps most."""
         return self.blocks[0]
 
-    def take(self, source: KVCache, blocks: Tensor, num_blocks: int) -> None:
-        """Have `num_blocks` blocks, of which the first are the blocks [n] of `source`: a cache of the same plans and
-        layout, or this one. Store by store, so that no more than one is in memory twice."""
-        for mine, theirs in zip(self.stores, source.stores, strict=True):
-            mine.take(theirs, blocks, num_blocks)
-        self.blocks = [num_blocks] * len(self.blocks)
+    def take(self, source: KVCache, group: int, blocks: Tensor, num_blocks: int) -> None:
+        """Have `num_blocks` blocks in the layers of a group, of which the first are the blocks [n] of `source`: a cache
+        of the same plans and layout, or this one. Store by store, so that no more than one is in memory twice."""
+        for (i, mine), (_, theirs) in zip(self.owners, source.owners, strict=True):
+            if self.group_of[i] == group:
+                mine.k.take(theirs.k, blocks, num_blocks)
+                mine.v.take(theirs.v, blocks, num_blocks)
+        self.blocks[group] = num_blocks
         self._forget_addresses()
+
+    def stores_of(self, group: int) -> list[RowStore]:
+        """Every RowStore of the layers of a group."""
+        return [store for i, layer in self.owners if self.group_of[i] == group for store in (layer.k, layer.v)]
 
     def take_raw(self, source: KVCache, pages: Tensor, raw_pages: int) -> None:
         """As `take`, of raw pages."""

@@ -21,8 +21,9 @@ from octavo.quant.format import Granularity, KVFormat
 
 LOGIT_ROWS = 256  # tokens of a forward whose every row's logits are wanted: with a large vocabulary they are large
 
-Observe = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Called in every layer of every forward with (layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v)."""
+Observe = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
+"""Called in every layer of every forward with (layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v). What it returns,
+if anything, stands in for attention's output [T, heads, v_dim]."""
 
 
 @dataclass
@@ -93,12 +94,10 @@ class Reading:
         cache = bound.new_cache(plans, blocks, layout, len(texts) * (ring_pages + 1), len(texts))
         watched = observe is not None or self.simulate is not None
 
-        def watch(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        def watch(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             if self.simulate is not None:
                 k, v = self.simulate(k), self.simulate(v)
-            if observe is not None:
-                observe(layer, q, k, v)
-            return k, v
+            return k, v, observe(layer, q, k, v) if observe is not None else None
 
         try:
             for cut in cuts:

@@ -26,8 +26,8 @@ from octavo.models.hook import Attend, Recorder, attending, itself
 from octavo.models.states import StateStep
 from octavo.quant.format import RAW_NAMES, KVFormat
 
-Watch = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(layer, q, k, v) as for Attend → k and v that are written in their place"""
+Watch = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+"""(layer, q, k, v) as for Attend → k and v in their place, and what stands in for attention's output, or None"""
 
 
 class BoundModel:
@@ -154,7 +154,9 @@ class BoundModel:
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if watch is not None:
-                k, v = watch(layer, q, k, v)
+                k, v, output = watch(layer, q, k, v)
+                if output is not None:
+                    return output
             return attend(self.layers[layer], cache.layers[layer], q, k, v, batch.of(cache.group_of[layer]))
 
         rows = torch.arange(len(batch.ids), device=self.device) if every else batch.logits_at
