@@ -26,7 +26,7 @@ ORDER = (
     ("attention",),
     ("processor", "weights"),
     ("models",),
-    ("engine", "scales"),
+    ("engine", "parallel", "scales"),
     ("text",),
     ("token_bytes",),
     ("grammars",),

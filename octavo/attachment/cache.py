@@ -117,7 +117,8 @@ class CodedCache(Cache):
         """Attention of q [batch, heads, length, k_dim], which first stores k [batch, kv_heads, length, k_dim] and v;
         returns [batch, length, heads, v_dim]. Rows that the mask hides get 0."""
         batch, at, _ = self._step
-        spec, cache = self.hook.bound.layers[layer], self.sequences.cache.layers[layer]
+        spec, whole = self.hook.bound.layers[layer], self.sequences.cache
+        cache = whole.layers[layer]
         asked = q.shape[2]  # layers that share another's K and V may compute the last rows alone
         q = torch.nn.functional.pad(q, (0, 0, k.shape[2] - asked, 0))
         shape = q.shape[0], q.shape[2], q.shape[1], v.shape[3]
@@ -129,7 +130,7 @@ class CodedCache(Cache):
             q, k, v = q[at], k[at], v[at]
         if spec.shape.shares is None:
             self.sequences.record(cache, k, v)
-        out = attend(spec, cache, q, k, v, batch)
+        out = attend(spec, cache, q, k, v, batch.of(whole.group_of[layer]))
         if at is not None:
             out = out.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy_(0, at, out)
         return out.view(shape)[:, -asked:]

@@ -28,7 +28,7 @@ from octavo.artefact import Artefact, Damaged
 from octavo.cache.layout import RowLayout
 from octavo.cache.plan import CPU
 from octavo.cache.pool import CachePool
-from octavo.cache.store import KVCache, RowStore
+from octavo.cache.store import KVCache, Page, RowStore
 from octavo.errors import OctavoError
 
 VERSION = 4
@@ -47,7 +47,7 @@ class Copies:
     the states at its end."""
 
     count: int
-    stores: list[tuple[Tensor, Tensor | None]]  # codes and scales of every store, in its own layout
+    stores: list[Page]  # codes and scales of every store, in its own layout
     states: Codes = field(default_factory=dict)
 
 
@@ -64,11 +64,12 @@ class Identity:
 
     @classmethod
     def of(cls, cache: KVCache, model: str, arithmetic: str) -> Identity:
-        own = [plan for plan in cache.plans if plan.shape.shares is None]
+        own = [plan for plan in cache.whole if plan.shape.shares is None]
+        sides = [static for plan in own for _, _, _, static in plan.sides]
         statics = {
-            f"{i}.{name}": getattr(store.static, name)
-            for i, store in enumerate(cache.stores)
-            if store.static is not None
+            f"{i}.{name}": getattr(static, name)
+            for i, static in enumerate(sides)
+            if static is not None
             for name in ("mu", "c")
         }
         return cls(
@@ -174,12 +175,12 @@ def copy_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int]) -> Copies:
     hit = pool.find(tokens)
     first = pool.edges.find(tokens) if pool.edges is not None and hit else None
     seen = [table[behind:] for table, behind in zip(hit.tables, pool.behinds(len(hit)), strict=True)]
-    copies = []
-    for name, group, store in _stores(cache):
-        pages = seen[group] if FIRST not in name else [] if first is None else [first]
-        here = torch.tensor(pages, dtype=torch.int64, device=store.codes.device)
-        copies.append((store.codes[here], store.scales[here] if store.scales is not None else None))
-    return Copies(len(hit), copies, pool.states.copies(hit.snapshot) if pool.states is not None else {})
+    pages = [
+        seen[cache.group_of[i]] if FIRST not in name else [] if first is None else [first]
+        for name, i, _ in _stores(cache)
+    ]
+    states = pool.states.copies(hit.snapshot) if pool.states is not None else {}
+    return Copies(len(hit), cache.read_pages(pages), states)
 
 
 def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: Copies) -> None:
@@ -213,14 +214,16 @@ def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: C
     first = edges.take_first() if begins and edges is not None else None
     new = [[group.take() for _ in part] for group, part in zip(pool.groups, parts, strict=True)]
     try:
-        for (name, group, store), (codes, scales) in zip(_stores(cache), copies.stores, strict=True):
-            pages, of = new[group], slice(parts[group].start - starts[group], parts[group].stop - starts[group])
+        places: list[list[int]] = []
+        put: list[Page] = []
+        for (name, i, _), (codes, scales) in zip(_stores(cache), copies.stores, strict=True):
+            group = cache.group_of[i]
+            at, of = new[group], slice(parts[group].start - starts[group], parts[group].stop - starts[group])
             if FIRST in name:
-                pages, of = ([], slice(0)) if first is None else ([first], slice(1))
-            here = torch.tensor(pages, dtype=torch.int64, device=store.codes.device)
-            store.codes[here] = codes[of].to(here.device)
-            if store.scales is not None and scales is not None:
-                store.scales[here] = scales[of].to(here.device)
+                at, of = ([], slice(0)) if first is None else ([first], slice(1))
+            places.append(at)
+            put.append((codes[of], None if scales is None else scales[of]))
+        cache.write_pages(places, put)
         prefixes = [prefix for prefix, _ in pool.prefixes(tokens)]
         for own, part, pages in zip(pool.groups, parts, new, strict=True):
             for i, index in zip(part, pages, strict=True):
@@ -274,27 +277,26 @@ def rows(codes: Codes) -> int:
 
 
 def _stores(cache: KVCache) -> Iterator[tuple[str, int, RowStore]]:
-    """Every store once: the name that its tensors bear, its group, and it. Of the raw ones a session has the first
+    """The `paged_stores`: the name that its tensors bear, its layer, and it. Of the raw ones a session has the first
     page."""
     for i, layer in cache.owners:
-        group = cache.group_of[i]
-        yield f"layers.{i}.k", group, layer.k
-        yield f"layers.{i}.v", group, layer.v
+        yield f"layers.{i}.k", i, layer.k
+        yield f"layers.{i}.v", i, layer.v
         for side, store in zip("kv", layer.raw or (), strict=False):
-            yield f"layers.{i}{FIRST}{side}", group, store
+            yield f"layers.{i}{FIRST}{side}", i, store
 
 
 def kinds(cache: KVCache, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Of each tensor of a session of this cache that has `count` rows: dtype and shape."""
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {ROWS: (torch.int64, (1,))}
     size = cache.layout.block_size
-    for name, group, store in _stores(cache):
-        reach = cache.reaches[group]
+    for name, i, store in _stores(cache):
+        reach, heads = cache.reaches[cache.group_of[i]], cache.whole[i].shape.kv_heads
         behind = 0 if reach is None else max(0, count - reach + 1) // size * size
         held = min(count, size) if FIRST in name else count - behind
-        found[f"{name}.codes"] = store.codes.dtype, (store.heads, held, store.codec.width(store.dim))
+        found[f"{name}.codes"] = store.codes.dtype, (heads, held, store.codec.width(store.dim))
         if store.scales is not None:
-            found[f"{name}.scales"] = store.scales.dtype, (store.heads, held)
+            found[f"{name}.scales"] = store.scales.dtype, (heads, held)
     if count:
         found |= {name: (state.dtype, tuple(state.shape)) for name, state in _states(cache).items()}
     return found

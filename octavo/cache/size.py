@@ -170,16 +170,16 @@ def num_blocks(
     sessions: int,
     session_len: int,
     device: Device,
+    free: int,
     memory: int | None = None,
     share: float | None = None,
-    step: int = 0,
 ) -> int:
     """Blocks of a cache for `sessions` sessions of `session_len` tokens, beside its raw pages.
 
     `memory` bytes are taken as asked for; else what the sessions need (all, where the memory is dedicated), within
-    `share` of the memory that is free once the largest step has taken its `step` bytes.
+    `share` of the bytes that are `free` on the device.
     """
-    free, fixed = max(0, device.free_memory() - step), size.cache(0, sessions)
+    fixed = size.cache(0, sessions)
     if memory is not None:
         if share is not None:
             raise OctavoError("--kv-cache-memory and --cache-max-entry-count both size the KV cache; give one")

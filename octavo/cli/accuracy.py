@@ -13,17 +13,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from octavo.cli.candidates import BASELINE, COMPARED, baseline_of, candidates, formats_option, load_baseline
-from octavo.cli.options import (
-    RAY,
-    REPLICAS,
-    LoadOptions,
-    budget_option,
-    check_calibration,
-    check_replicas,
-    on_ray,
-    option,
-    takes,
-)
+from octavo.cli.on_ray import RAY, REPLICAS, check_replicas, on_ray
+from octavo.cli.options import LoadOptions, budget_option, check_calibration, numbers, option, takes
 from octavo.errors import OctavoError
 from octavo.measure.accuracy.sizes import ANSWERS, LEAST, WANTED
 from octavo.measure.budget import DEFAULT, Budget, Windows
@@ -83,6 +74,13 @@ def accuracy(
             min=0,
         ),
     ] = None,
+    retrieval: Annotated[
+        str | None,
+        option(
+            "Lengths like 2048,8192: values are looked up by their keys in lists of so many tokens.",
+            panel="On long contexts",
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         about_tasks(
@@ -93,6 +91,14 @@ def accuracy(
     limit: Annotated[
         int | None,
         about_tasks("The first so many documents, of bbh of each subset. [default: what --budget allows]", min=1),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        about_tasks(
+            "Examples before each question, the same before all; crows_pairs takes none, bbh has its own. [default: as "
+            "the task says]",
+            min=0,
+        ),
     ] = None,
     max_batch_size: Annotated[int | None, about_tasks("Documents at a time. [default: 16]", min=1)] = None,
     results: Annotated[
@@ -105,19 +111,21 @@ def accuracy(
     json: Annotated[bool, option("One JSON document on stdout.", "--json")] = False,
 ) -> None:
     """Measure what a KV cache format of MODEL costs in accuracy."""
-    reads = text is not None or tasks is None
-    _refuse({"--limit": limit, "--max-batch-size": max_batch_size, "--results": results}, tasks is not None, "--tasks")
+    reads = text is not None or (tasks is None and retrieval is None)
+    of_tasks = {"--limit": limit, "--shots": shots, "--max-batch-size": max_batch_size, "--results": results}
+    _refuse(of_tasks, tasks is not None, "--tasks")
     _refuse({"--windows": windows, "--window": window, "--answers": answers}, reads, "--text")
     check_calibration(calibration, granularity, headroom)
     check_replicas(ray, replicas)
     if ray is not None and baseline is not None and tasks is not None:
         raise OctavoError("--baseline on tasks is measured here, not on Ray: leave --ray out")
     time = Budget.parse(budget)
+    lengths = numbers(retrieval, "--retrieval") if retrieval is not None else []
     parts, skipped = _parts(tasks, data_dir) if tasks is not None else ([], {})
     source = _text(text, data_dir) if reads else None
     model, begun = options.load(), perf_counter()
     from octavo.cli.progress import telling
-    from octavo.cli.tables.accuracy import show_tasks, show_text, show_theory
+    from octavo.cli.tables.accuracy import show_retrieval, show_tasks, show_text, show_theory
     from octavo.measure.accuracy.results import about, on_text
     from octavo.measure.as_json import dumps
     from octavo.measure.candidate import beside
@@ -145,11 +153,14 @@ def accuracy(
                 found["text"] = on_text(model, compared, source.name, read, asked, tell, over, measure)
             if not json:
                 show_text(found)
+        if lengths:
+            found["retrieval"] = _retrieval(model, compared, lengths, context)
+            if not json:
+                show_retrieval(found)
         if parts:
             where = results or model.work_dir / "accuracy"
-            sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16}
-            elsewhere = _asking(options, place)
-            tested = _on_tasks(model, compared, parts, where, time, sizes, elsewhere)
+            sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16, "shots": shots}
+            tested = _on_tasks(model, compared, parts, where, time, sizes, _asking(options, place))
             found["tasks"] = tested | {"skipped": skipped}
             if not json:
                 show_tasks(found)
@@ -255,6 +266,28 @@ def _asking(options: LoadOptions, place: Placement | None) -> Elsewhere | None:
     from octavo.ray.measuring import asking
 
     return asking(options.loading(), place)
+
+
+def _retrieval(model: Model, candidates: Sequence[Candidate], lengths: Sequence[int], context: int) -> dict[str, Any]:
+    """Rows of every format at every length. Says how long they take."""
+    from octavo.cli.progress import say, telling
+    from octavo.measure.accuracy.retrieval import LEAST, contexts, retrieve
+    from octavo.measure.budget import duration
+    from octavo.measure.pace import Pace
+
+    for length in lengths:
+        if not LEAST <= length <= context:
+            raise OctavoError(f"--retrieval {length}: {model.name} can be asked about {LEAST} to {context:,} tokens")
+    say("measuring a few steps")
+    pace = Pace.measure(model.bound, max(lengths))
+    say(f"looking up values: about {duration(len(candidates) * pace.read(sum(lengths)))}")
+    first, *others = candidates
+    rows = []
+    with telling("looking up values") as tell:
+        for length in lengths:
+            asked = contexts(model.tokenizer, length)
+            rows += [asdict(row) for row in retrieve(model, first, others, asked, length, tell)]
+    return {"how": "measured", "rows": rows}
 
 
 def _on_tasks(

@@ -76,6 +76,7 @@ def formats(
 
 
 def _format(kv: str, geometry: Geometry, name: str, path: Path) -> Format:
+    from octavo.models.fingerprint import fingerprint
     from octavo.models.model import tuned_formats
 
     if not is_tuned(kv):
@@ -83,7 +84,7 @@ def _format(kv: str, geometry: Geometry, name: str, path: Path) -> Format:
     if path.is_file():
         raise OctavoError("--kv tuned is what was chosen for a model's weights: name MODEL in place of --config")
     found = tuned_formats(name, path)
-    found.check(None, len(geometry.shapes))
+    found.check(fingerprint(path), len(geometry.shapes))
     return found.formats
 
 

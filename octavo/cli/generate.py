@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.options import RAY, REPLICAS, SamplingOptions, ServeOptions, sampling_option, takes
+from octavo.cli.on_ray import RAY, REPLICAS
+from octavo.cli.options import SamplingOptions, ServeOptions, sampling_option, takes
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, make_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
     from octavo.llm import LLM
     from octavo.models.model import Model
-    from octavo.ray.cluster import Placement
 
 # `--quant-policy` of LMDeploy's page, where 4 meant int8; 8 is what LMDeploy calls int8 today.
 QUANT_POLICY = {0: None, 4: "int8", 8: "int8"}
@@ -86,31 +84,6 @@ def complete(incomplete: str) -> list[str]:
     known, _, last = incomplete.rpartition(",")
     names = (*NAMES, TUNED, *CODECS)
     return [f"{known},{name}" if known else name for name in names if name.startswith(last)]
-
-
-RAY = option("Work on a Ray cluster: its address, like auto or 10.0.0.1:6379; local starts one here.", panel="Ray")
-REPLICAS = option("Models on it. [default: one on each GPU, or on each machine]", min=1, panel="Ray")
-
-
-def check_replicas(ray: str | None, replicas: int | None) -> None:
-    if replicas is not None and ray is None:
-        raise OctavoError("--replicas are on a Ray cluster: name it with --ray, or start one here with --ray local")
-    if ray is not None:
-        from octavo.ray.cluster import require
-
-        require("--ray")
-
-
-@contextmanager
-def on_ray(address: str | None, replicas: int | None, device: str) -> Iterator[Placement | None]:
-    """The cluster that --ray names, and where models go on it; None without one."""
-    if address is None:
-        yield None
-        return
-    from octavo.ray.cluster import cluster, placement
-
-    with cluster(address):
-        yield placement(replicas, device)
 
 
 def budget_option(counts: str = "") -> Any:
@@ -172,25 +145,23 @@ class LoadOptions:
             "deterministic": self.deterministic,
         }
 
-    def load(self, computing: torch.dtype | None = None, say: bool = True) -> Model:
-        """`computing` as in Model.load. Says at once what is loaded, and then of a CPU what computes, and in what."""
-        tell_loading(self.model)
+    @property
+    def ranks(self) -> int:
+        """Processes that the model is divided among."""
+        return 1
+
+    def load(self, computing: torch.dtype | None = None, say: bool = True, told: bool = False) -> Model:
+        """`computing` as in Model.load. Says at once what is loaded, unless that was `told`, and then of a CPU what
+        computes, and in what."""
+        if not told:
+            tell_loading(self.model)
         from octavo import cores
-        from octavo.models.model import Model
+        from octavo.parallel import load
 
         cores.use()
-        model = Model.load(
-            self.model,
-            dtype=self.dtype,
-            device=self.device,
-            device_map=self.device_map,
-            load_format=self.load_format,
-            model_format=self.model_format,
-            chat_template=self.chat_template,
-            context=self.session_len,
-            computing=computing,
-            deterministic=self.deterministic,
-        )
+        loading = self.loading() | {"computing": computing}
+        del loading["model"]
+        model = load(self.model, self.ranks, **loading)
         if say and model.processor is not None:
             print(f"CPU: {model.processor}", file=sys.stderr, flush=True)
         return model
@@ -248,10 +219,15 @@ class ServeOptions(LoadOptions):
     cache_max_entry_count: Annotated[
         float | None, option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]")
     ] = None
-    kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB.")] = None
+    kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB; of each rank's.")] = None
     snapshot_memory: Annotated[
         str | None, option("Of it, for snapshots of a hybrid's states. [default: two for each session]")
     ] = None
+    tensor_parallel_size: Annotated[int, option("Ranks to divide the model among, a GPU for each.", min=1)] = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor_parallel_size
 
     def check(self) -> None:
         super().check()
@@ -259,11 +235,14 @@ class ServeOptions(LoadOptions):
             check_name(name)
         check_calibration(self.calibration, self.granularity, self.headroom)
 
-    def llm(self) -> LLM:
+    def llm(self, told: bool = False) -> LLM:
+        """Says at once what is loaded, unless that was `told`."""
+        if not told:
+            tell_loading(self.model)
         from octavo.cli.progress import calibration_with_bar
         from octavo.llm import LLM
 
-        model, name = self.load(), self.format_name()
+        model, name = self.load(told=True), self.format_name()
         format = model.format(name, self.calibration)
         return LLM(
             model,
@@ -284,7 +263,7 @@ class ServeOptions(LoadOptions):
         given["session_len"] = given.pop("context")
         given |= {"kv": self.format_name(), "calibration": self.calibration and str(self.calibration.resolve())}
         names = ("granularity", "headroom", "max_batch_size", "kv_cache_memory", "cache_max_entry_count")
-        given |= {name: getattr(self, name) for name in (*names, "snapshot_memory")}
+        given |= {name: getattr(self, name) for name in (*names, "snapshot_memory", "tensor_parallel_size")}
         return {name: value for name, value in given.items() if value is not None}
 
     def format_name(self) -> str | None:

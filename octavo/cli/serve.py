@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli.options import ServeOptions, option, takes
+from octavo.cli.options import ServeOptions, option, takes, tell_loading
 from octavo.errors import OctavoError, install, one_line
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
+    tell_loading(options.model)
     from octavo.cache.size import parse_bytes
 
     # oneDNN, and torch around it, each keep what they have made for 1024 shapes, and a server's steps have a new one
@@ -160,7 +161,7 @@ def serve(
 def _loaded(options: ServeOptions) -> LLM:
     """The model, or one line that says why there is none."""
     try:
-        return options.llm()
+        return options.llm(told=True)
     except (OctavoError, KeyboardInterrupt):
         raise
     except Exception as error:

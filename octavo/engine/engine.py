@@ -64,7 +64,8 @@ class Engine:
         context = min(model.max_context, max_context or model.max_context)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens, context)
         device = device_of(model.device)
-        self.overlap = device.asynchronous if overlap is None else overlap
+        asynchronous = device.asynchronous and model.alone
+        self.overlap = asynchronous if overlap is None else overlap
         self.launched: Launched | None = None
         if device.asynchronous:
             self.runner.capture(max_batch_size, self.scheduler.max_context)

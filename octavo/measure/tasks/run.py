@@ -46,14 +46,19 @@ def run(
     budget: Budget = NO_LIMIT,
     session_len: int | None = None,
     max_batch_size: int = 16,
+    shots: int | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _: None,
     elsewhere: Elsewhere | None = None,
 ) -> list[Row]:
     """The benchmarks of `parts` in every format, the first of which is the baseline: the first `limit` documents of
-    each part, or as many as the budget allows. `say` is told how many these are, and what they take."""
+    each part, or as many as the budget allows. `say` is told how many these are, and what they take.
+
+    With `shots` the first so many documents stand, with their answers, before every question: one context for all, read
+    once and then found in the prefix cache. Where they are of the questions' own split, the questions begin after them.
+    """
     require_harness()
-    asking = _Asking(model, candidates, parts, results, session_len, max_batch_size, progress)
+    asking = _Asking(model, candidates, parts, results, session_len, max_batch_size, shots, progress)
     limits: dict[Part, int | None] = dict.fromkeys(parts, limit)
     if limit is None and budget.seconds is not None:
         limits = asking.affordable(budget, say)
@@ -79,14 +84,18 @@ class _Asking:
         results: Results,
         session_len: int | None,
         max_batch_size: int,
+        shots: int | None,
         progress: Progress | None,
     ):
         self.model, self.candidates, self.parts, self.results = model, candidates, parts, results
+        self.shots = shots
         self.sizes = {"session_len": session_len, "max_batch_size": max_batch_size}
         self.progress = progress
         self.tasks: dict[str, Task] = {}
         self.kept = {
-            (c.name, part): results.load(key_of(model, c, part, session_len)) for c in candidates for part in parts
+            (c.name, part): results.load(key_of(model, c, part, session_len, shots))
+            for c in candidates
+            for part in parts
         }
 
     def ask(self, candidate: Candidate, parts: Sequence[Part], limits: dict[Part, int | None]) -> None:
@@ -94,17 +103,19 @@ class _Asking:
         missing = [part for part in parts if not self.kept[candidate.name, part].holds(limits[part])]
         if not missing:
             return
-        self.tasks = self.tasks or load_tasks(self.parts)
+        self.tasks = self.tasks or load_tasks(self.parts, self.shots)
         llm = candidate.llm(self.model, **self.sizes)
         for part in missing:
             task, result = self.tasks[part.definition], self.kept[candidate.name, part]
-            result.documents = len(task.eval_docs)
+            first = _examples_of_its_own(task, part.shots(self.shots) or 0)
+            result.documents = len(task.eval_docs) - first
             end = min(limits[part] or result.documents, result.documents)
             for start in range(len(result.items) // AT_ONCE * AT_ONCE, end, AT_ONCE):
                 stop = min(end, start + AT_ONCE)
                 begun = perf_counter()
                 title = f"{part.name} in {candidate.name}, {start + 1}–{stop} of {end}"
-                result.items[start:] = ask_chunk(llm, task, range(start, stop), title, self.progress)
+                asked = range(first + start, first + stop)
+                result.items[start:] = ask_chunk(llm, task, asked, title, self.progress)
                 result.seconds += perf_counter() - begun
                 self.results.save(result)
 
@@ -116,7 +127,9 @@ class _Asking:
             for part in self.parts
             if not self.kept[candidate.name, part].holds(limits[part])
         ]
-        for (candidate, part, *_), result in zip(missing, elsewhere(missing, self.sizes), strict=True):
+        for (candidate, part, *_), result in zip(
+            missing, elsewhere(missing, self.sizes | {"shots": self.shots}), strict=True
+        ):
             self.kept[candidate.name, part] = result
             self.results.save(result)
 
@@ -143,8 +156,15 @@ class _Asking:
         return limits
 
 
-def load_tasks(parts: Sequence[Part]) -> dict[str, Task]:
-    """The harness's tasks by their names there, with documents from the parts' files."""
+def _examples_of_its_own(task: Task, shots: int) -> int:
+    """How many of the questions are the examples: all `shots`, or none where these are of another split."""
+    examples = list(task.fewshot_docs() or ())[:shots]
+    return shots if examples == [task.eval_docs[i] for i in range(len(examples))] else 0
+
+
+def load_tasks(parts: Sequence[Part], shots: int | None = None) -> dict[str, Task]:
+    """The harness's tasks by their names there, with documents from the parts' files, and the first `shots` as
+    examples."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
@@ -152,6 +172,8 @@ def load_tasks(parts: Sequence[Part]) -> dict[str, Task]:
     members: list[dict[str, Any]] = []
     for part in parts:
         member: dict[str, Any] = {"task": part.definition}
+        if part.shots(shots) is not None:
+            member |= {"num_fewshot": shots, "fewshot_config": {"sampler": "first_n"}}
         if part.files:
             data_dir = next(iter(part.files.values())).parents[1]
             member["custom_dataset"] = load
