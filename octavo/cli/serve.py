@@ -92,7 +92,8 @@ def serve(
     ] = False,
 ) -> None:
     """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
-    tell_loading(options.model)
+    if replicas is None:
+        tell_loading(options.model)
     from octavo.cache.size import parse_bytes
 
     # oneDNN, and torch around it, each keep what they have made for 1024 shapes, and a server's steps have a new one
