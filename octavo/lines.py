@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,22 @@ if TYPE_CHECKING:
     from octavo.llm import LLM
 
 
+def own_id(text: bytes, otherwise: Any) -> Any:
+    """The id that a line gives itself, be the rest right or wrong."""
+    with suppress(OctavoError):
+        value = _read(text)
+        return value.get("id", otherwise) if isinstance(value, dict) else otherwise
+    return otherwise
+
+
 def fields(text: bytes) -> dict[str, Any]:
     """What a line asks for; raises OctavoError for what is no JSON object of known fields."""
+    return checked(_read(text))
+
+
+def _read(text: bytes) -> Any:
     try:
-        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
     except UnicodeDecodeError:
         raise OctavoError("not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -29,7 +42,6 @@ def fields(text: bytes) -> dict[str, Any]:
         raise OctavoError("not JSON that can be read: nested too deep") from None
     except ValueError as error:  # NaN, an integer of too many digits
         raise OctavoError(f"not JSON that can be read: {error}") from None
-    return checked(value)
 
 
 def checked(value: Any) -> dict[str, Any]:

@@ -15,8 +15,8 @@ used goes first, and nothing stays that is not used.
             others, and those of a turn that a later one has gone on from: its tokens since the snapshot before it
 
 Conversations (a turn that began with an earlier turn's snapshot) and shared beginnings found again have a part of their
-own, up to a third of the slots, with an age of its own. So however many small requests come in between, they push out
-none of these; and what a running sequence holds never goes. Pure Python: numbers of slots, no tensors.
+own, up to a third of the slots, with an age of its own. They only make room for each other, however many small requests
+come in between; and what a running sequence holds never goes. Pure Python: numbers of slots, no tensors.
 """
 
 from __future__ import annotations
@@ -127,15 +127,12 @@ class Snapshots:
         return found
 
     def take(self) -> int | None:
-        """A slot to put a snapshot in, maybe that of another, which is forgotten; None if all are held."""
+        """A slot to put a snapshot in, maybe that of another, which is forgotten; None if none may go."""
         if not self.free:
             self.drop_lost()
-        if not self.free:
-            for part in (self.tried, self.kept):
-                if (victim := part.first()) is not None:
-                    part.age = victim.rank[0]
-                    self.drop(victim)
-                    break
+        if not self.free and (victim := self.tried.first()) is not None:
+            self.tried.age = victim.rank[0]
+            self.drop(victim)
         return self.free.pop() if self.free else None
 
     def put(self, slot: int, prefix: bytes, length: int, place: Place, turn: Turn) -> Snapshot:

@@ -13,8 +13,18 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from octavo.cli.candidates import BASELINE, COMPARED, baseline_of, candidates, formats_option, load_baseline
-from octavo.cli.on_ray import RAY, REPLICAS, check_replicas, on_ray
-from octavo.cli.options import LoadOptions, budget_option, check_calibration, numbers, option, takes
+from octavo.cli.options import (
+    RAY,
+    REPLICAS,
+    LoadOptions,
+    budget_option,
+    check_calibration,
+    check_replicas,
+    numbers,
+    on_ray,
+    option,
+    takes,
+)
 from octavo.errors import OctavoError
 from octavo.measure.accuracy.sizes import ANSWERS, LEAST, WANTED
 from octavo.measure.budget import DEFAULT, Budget, Windows
@@ -160,7 +170,8 @@ def accuracy(
         if parts:
             where = results or model.work_dir / "accuracy"
             sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16, "shots": shots}
-            tested = _on_tasks(model, compared, parts, where, time, sizes, _asking(options, place))
+            elsewhere = _asking(options, place)
+            tested = _on_tasks(model, compared, parts, where, time, sizes, elsewhere)
             found["tasks"] = tested | {"skipped": skipped}
             if not json:
                 show_tasks(found)
@@ -234,6 +245,28 @@ def _fit(
     return read.size, write.size
 
 
+def _retrieval(model: Model, candidates: Sequence[Candidate], lengths: Sequence[int], context: int) -> dict[str, Any]:
+    """Rows of every format at every length. Says how long they take."""
+    from octavo.cli.progress import say, telling
+    from octavo.measure.accuracy.retrieval import LEAST, contexts, retrieve
+    from octavo.measure.budget import duration
+    from octavo.measure.pace import Pace
+
+    for length in lengths:
+        if not LEAST <= length <= context:
+            raise OctavoError(f"--retrieval {length}: {model.name} can be asked about {LEAST} to {context:,} tokens")
+    say("measuring a few steps")
+    pace = Pace.measure(model.bound, max(lengths))
+    say(f"looking up values: about {duration(len(candidates) * pace.read(sum(lengths)))}")
+    first, *others = candidates
+    rows = []
+    with telling("looking up values") as tell:
+        for length in lengths:
+            asked = contexts(model.tokenizer, length)
+            rows += [asdict(row) for row in retrieve(model, first, others, asked, length, tell)]
+    return {"how": "measured", "rows": rows}
+
+
 def _comparing(
     options: LoadOptions,
     baseline: str | None,
@@ -266,28 +299,6 @@ def _asking(options: LoadOptions, place: Placement | None) -> Elsewhere | None:
     from octavo.ray.measuring import asking
 
     return asking(options.loading(), place)
-
-
-def _retrieval(model: Model, candidates: Sequence[Candidate], lengths: Sequence[int], context: int) -> dict[str, Any]:
-    """Rows of every format at every length. Says how long they take."""
-    from octavo.cli.progress import say, telling
-    from octavo.measure.accuracy.retrieval import LEAST, contexts, retrieve
-    from octavo.measure.budget import duration
-    from octavo.measure.pace import Pace
-
-    for length in lengths:
-        if not LEAST <= length <= context:
-            raise OctavoError(f"--retrieval {length}: {model.name} can be asked about {LEAST} to {context:,} tokens")
-    say("measuring a few steps")
-    pace = Pace.measure(model.bound, max(lengths))
-    say(f"looking up values: about {duration(len(candidates) * pace.read(sum(lengths)))}")
-    first, *others = candidates
-    rows = []
-    with telling("looking up values") as tell:
-        for length in lengths:
-            asked = contexts(model.tokenizer, length)
-            rows += [asdict(row) for row in retrieve(model, first, others, asked, length, tell)]
-    return {"how": "measured", "rows": rows}
 
 
 def _on_tasks(

@@ -10,8 +10,9 @@ from typing import Any
 import typer
 
 from octavo.cli.jsonl import shaping_of
-from octavo.cli.options import SamplingOptions, ServeOptions
+from octavo.cli.options import ServeOptions
 from octavo.cli.progress import progress
+from octavo.cli.sampling import SamplingOptions
 from octavo.errors import OctavoError
 from octavo.ray.cluster import cluster, placement
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.on_ray import RAY, REPLICAS, check_replicas, on_ray
-from octavo.cli.options import LoadOptions, budget_option, takes
+from octavo.cli.options import RAY, REPLICAS, LoadOptions, budget_option, check_replicas, on_ray, takes
 from octavo.cli.progress import progress, say
 from octavo.errors import OctavoError
 from octavo.measure.budget import DEFAULT, Budget, Windows

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.on_ray import RAY, REPLICAS
-from octavo.cli.options import SamplingOptions, ServeOptions, sampling_option, takes
+from octavo.cli.options import RAY, REPLICAS, ServeOptions, takes
+from octavo.cli.sampling import SamplingOptions, sampling_option
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 

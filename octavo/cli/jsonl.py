@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 
 from octavo.cli.options import ServeOptions
 from octavo.errors import OctavoError
-from octavo.lines import fields
+from octavo.lines import own_id
 
 # Options that change how fast answers are made, and not what they are.
 WITHOUT_EFFECT = {
@@ -40,9 +39,7 @@ class Line:
     @property
     def id(self) -> Any:
         """The line's own id, or its number."""
-        with suppress(OctavoError):
-            return fields(self.text).get("id", self.number)
-        return self.number
+        return own_id(self.text, self.number)
 
 
 def read_lines(file: BinaryIO, options: dict[str, Any]) -> list[Line]:

@@ -14,7 +14,7 @@ from typing import Any
 from octavo.cli.options import ServeOptions
 from octavo.cores import choose
 from octavo.errors import OctavoError
-from octavo.ray.cluster import LOCAL, cluster, require
+from octavo.ray.cluster import LOCAL, cluster
 from octavo.serve.listening import Tls, bind, is_local, url
 
 logger = logging.getLogger("octavo")
@@ -30,7 +30,6 @@ def serve_replicas(
     as_json: bool,
 ) -> None:
     """`asked` are further fields of `octavo.ray.Args`."""
-    require("octavo serve --replicas")
     if tls["ssl_certfile"]:
         Tls(tls["ssl_certfile"], tls["ssl_keyfile"]).check()
     with bind(host, port) as sock:  # refuses what cannot be served; Ray opens it again

@@ -92,8 +92,11 @@ def serve(
     ] = False,
 ) -> None:
     """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
-    if replicas is None:
-        tell_loading(options.model)
+    if replicas is not None:
+        from octavo.ray.cluster import require
+
+        require("octavo serve --replicas")
+    tell_loading(options.model)
     from octavo.cache.size import parse_bytes
 
     # oneDNN, and torch around it, each keep what they have made for 1024 shapes, and a server's steps have a new one

@@ -26,7 +26,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from octavo.errors import OctavoError, one_line
-from octavo.lines import fields
+from octavo.lines import own_id
 
 ROWS = 512  # of a shard; many batches, so that the last of them, which grows empty, weighs little
 KINDS = (".jsonl", ".parquet")
@@ -119,14 +119,7 @@ def read(place: Place, shard: Shard) -> list[tuple[Any, int, bytes | dict[str, A
     with io.BufferedReader(cast(Any, place.fs.open_input_file(shard.file))) as file:
         file.seek(shard.offset)
         texts = [file.readline().strip() for _ in range(shard.rows)]
-    return [(_id(text, f"{name}:{line}"), line, text) for line, text in enumerate(texts, shard.start + 1) if text]
-
-
-def _id(text: bytes, otherwise: str) -> Any:
-    try:
-        return fields(text).get("id", otherwise)
-    except OctavoError:
-        return otherwise
+    return [(own_id(text, f"{name}:{line}"), line, text) for line, text in enumerate(texts, shard.start + 1) if text]
 
 
 def _parquet_rows(place: Place, shard: Shard) -> Iterator[dict[str, Any]]:

@@ -44,6 +44,19 @@ def test_small_requests_never_push_out_a_conversation():
     snapshots.check([])
 
 
+def test_nor_do_they_where_all_other_slots_are_held():
+    """Then there is no slot for them."""
+    snapshots = Snapshots(3, UNIT)
+    first = taken(snapshots, 128)
+    second = taken(snapshots, 192, turn=snapshots.begin(first, 200))
+    snapshots.drop(first)
+    for _ in range(2):
+        turn = snapshots.begin(None, 4096)
+        snapshots.hold(turn, taken(snapshots, 4096, "answer", turn))
+    assert snapshots.take() is None
+    assert there(snapshots, second) == [True]
+
+
 def test_small_requests_do_not_push_out_a_long_prompt_soon():
     """Nothing has gone on from it yet, but it saves as much as fifty of them."""
     snapshots = Snapshots(8, UNIT)

@@ -13,7 +13,8 @@ import typer
 from typer.testing import CliRunner
 
 from octavo.cli import commands, main
-from octavo.cli.options import LoadOptions, SamplingOptions, ServeOptions, takes
+from octavo.cli.options import LoadOptions, ServeOptions, takes
+from octavo.cli.sampling import SamplingOptions
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 

@@ -47,10 +47,10 @@ def expect_nothing_held(engine: Engine) -> None:
     assert (states.slots.used, states.snapshots.held, states.coming) == (0, 0, {})
 
 
-def expect_same(found: list[Sequence], cold: list[Sequence]) -> None:
+def expect_same(found: list[Sequence], cold: list[Sequence], near: float = NEAR) -> None:
     for one, other in zip(found, cold, strict=True):
         assert one.output == other.output
-        assert [s.logprob for s in one.sampled] == pytest.approx([s.logprob for s in other.sampled], abs=NEAR)
+        assert [s.logprob for s in one.sampled] == pytest.approx([s.logprob for s in other.sampled], abs=near)
 
 
 @pytest.mark.parametrize("kv", FORMATS)
@@ -157,7 +157,7 @@ def test_no_slot_and_no_snapshot_leaks_in_ten_thousand_steps(model: BoundModel, 
     """Conversations that go on, are edited and end early, small requests, aborts and failed steps, in a cache that is
     too small. Every step is checked; in the end every answer is what a cold cache gives."""
     chosen = Random(0)
-    busy = made(model, chosen.choice(("fp32", "kv8")), snapshots=5, blocks=20, batch=4, budget=200)
+    busy = made(model, "kv8", snapshots=5, blocks=20, batch=4, budget=200)
     histories = [text(chosen.randrange(20, 200), seed) for seed in range(4)]
     asked: list[Sequence] = []
     for count in range(slowly(2500)):
@@ -178,7 +178,7 @@ def test_no_slot_and_no_snapshot_leaks_in_ten_thousand_steps(model: BoundModel, 
             step(busy)
     drain(busy)
     expect_nothing_held(busy)
-    cold = made(model, str(busy.cache.formats[0]), snapshots=0)
+    cold = made(model, "kv8", snapshots=0)
     for sequence in asked[:: max(1, len(asked) // 20)]:
         if sequence.output and sequence.finish_reason != "abort":
             again = Sequence(
@@ -186,4 +186,4 @@ def test_no_slot_and_no_snapshot_leaks_in_ten_thousand_steps(model: BoundModel, 
             )
             cold.add(again)
             drain(cold)
-            expect_same([sequence], [again])
+            expect_same([sequence], [again], 1e-2)  # rounding that differs may change a code by one

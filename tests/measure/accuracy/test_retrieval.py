@@ -25,9 +25,9 @@ def test_every_question_has_its_answer_in_the_context_and_all_fit_its_length(pam
 
 
 def test_a_format_is_compared_with_the_baseline_question_by_question(pamphlet: Model) -> None:
-    """The baseline beside itself changes nothing; a coarse cache changes what values are expected to be."""
+    """The baseline beside itself changes nothing; a coarser cache changes how likely values are."""
     asked = contexts(pamphlet.tokenizer, 512, questions=8)
-    fp32, coarse = (Candidate(name, KVFormat.parse(name)) for name in ("fp32", "int4-token"))
+    fp32, coarse = (Candidate(name, KVFormat.parse(name)) for name in ("fp32", "int8-token"))
     base, again, own = retrieve(pamphlet, fp32, [fp32, coarse], asked, 512)
     assert (again.change, again.change_error, again.lost, again.gained) == (0, 0, 0, 0)
     assert own.change != 0
