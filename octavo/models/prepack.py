@@ -79,7 +79,8 @@ def prepack(bound: BoundModel, computing: torch.dtype | None = None, determinist
         bound.computes = computing
     if bound.computes == torch.float32:
         attempt(bound, lambda _: fuse(bound.hf), SAME)
-    bound.find_states()  # of the type that is computed in
+    if bound.computes != bound.dtype:
+        bound.find_states()  # in the type that is computed in
     if deterministic and not _exact(bound):
         raise Unsupported(f"{name} has products beside those of its linear layers: leave --deterministic out")
 
