@@ -25,6 +25,7 @@ from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerPlan, Side
 from octavo.cache.store import LayerCache, RowStore
+from octavo.devices import HOST
 from octavo.native import FLOATS
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
 
@@ -62,37 +63,42 @@ def refuses(plan: LayerPlan) -> str | None:
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """As `octavo.attention.attend`."""
-    owner, edges = spec.shape.shares is None, None
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    owner, layer, step = spec.shape.shares is None, _layer(spec, cache), _step(batch, cache)
+    out = torch.empty(len(q), spec.heads, cache.v.dim, dtype=q.dtype)
+    if exact or spec.exact or cache.raw is not None:
+        edges = step.edges.sides(cache, batch, owner) if step.edges is not None else NO_EDGES
+        _native.attend(
+            _side(cache.k), _side(cache.v), *edges, layer.attention, step.native, owner,
+            *_rows(q), *_rows(k), *_rows(v), out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if owner:
+            for store in (cache.k, cache.v):
+                store.written += step.written * store.heads * store.dim
+        return out
     if owner:
         write(cache.k, k, batch.slots)
         write(cache.v, v, batch.slots)
-    if cache.raw is not None:
-        edges = _Edges(cache, cache.raw, k, v, batch, owner)
-    if q.stride(-1) != 1:
-        q = q.contiguous()
-    step = _step(batch)
-    out = torch.empty(len(q), spec.heads, cache.v.dim, dtype=q.dtype)
-    layer = _layer(spec, cache)
-    sides = _side(cache.k), _side(cache.v)
-    rows = q.data_ptr(), FLOATS[q.dtype], q.stride(0), q.stride(1), out.data_ptr(), torch.get_num_threads()
-    if exact or spec.exact or edges is not None:
-        _native.attend(*sides, edges and edges.native, layer.attention, step.native, *rows)
-        return out
     if step.singles:
-        _native.decode(*sides, layer.attention, step.native, *rows)
+        _native.decode(
+            _side(cache.k), _side(cache.v), layer.attention, step.native, *_rows(q), out.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
     for chunk in step.chunks:
         out[chunk.rows] = _attend_chunk(layer, cache, q[chunk.rows], chunk)
     return out
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int]:
+    """Rows [tokens, heads, dim] as the kernels take them."""
+    return x.data_ptr(), FLOATS[x.dtype], x.stride(0), x.stride(1)
 
 
 def write(store: RowStore, x: Tensor, slots: Tensor) -> None:
     """As `RowStore.write`."""
     if x.stride(-1) != 1:
         x = x.contiguous()
-    tokens = _native.write(
-        _side(store), x.data_ptr(), FLOATS[x.dtype], x.stride(0), x.stride(1), slots.data_ptr(), len(x),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    tokens = _native.write(_side(store), *_rows(x), slots.data_ptr(), len(x), torch.get_num_threads())
     store.written += tokens * store.heads * store.dim
 
 
@@ -191,9 +197,13 @@ class _Chunk:
 class _Step:
     """What the kernels need to know of a step, made once and kept for all layers."""
 
-    def __init__(self, batch: Batch):
-        self.keep = batch.q_start, batch.kv_len, batch.block_table  # as long as their addresses
-        self.native = _native.Step(len(batch.q_lens), *(x.data_ptr() for x in self.keep), batch.block_table.shape[1])
+    def __init__(self, batch: Batch, cache: LayerCache):
+        self.edges = _Edges(batch, cache) if cache.raw is not None else None
+        self.keep = batch.q_start, batch.kv_len, batch.block_table, batch.slots  # as long as their addresses
+        q_start, kv_len, table, slots = (x.data_ptr() for x in self.keep)
+        edges = self.edges.addresses if self.edges is not None else [0] * 6
+        self.native = _native.Plan(len(batch.q_lens), q_start, kv_len, table, batch.block_table.shape[1], slots, *edges)
+        self.written = int((batch.slots >= 0).sum())  # rows
         self.singles = 1 in batch.q_lens
         starts = batch.q_start
         # However short, a piece of a prompt is a chunk: prompts are computed alike however they are cut.
@@ -204,41 +214,44 @@ class _Step:
         ]
 
 
-def _step(batch: Batch) -> _Step:
+def _step(batch: Batch, cache: LayerCache) -> _Step:
     if "native" not in batch.plan:
-        batch.plan["native"] = _Step(batch)
+        batch.plan["native"] = _Step(batch, cache)
     return batch.plan["native"]
 
 
-class _Edges:
-    """A layer's raw pages in a step, with the step's own rows in them, as the kernels need to know them."""
+Sides = tuple[Any, Any, Any, Any]  # the kernels' views of raw pages: K and V of the cache, K and V in hand
+NO_EDGES: Sides = (None,) * 4
 
-    def __init__(
-        self, cache: LayerCache, raw: tuple[RowStore, RowStore], k: Tensor, v: Tensor, batch: Batch, owner: bool
-    ):
-        raw_slots, first, ring = batch.raw_slots, batch.first, batch.ring
-        assert raw_slots is not None, "the batch was built without the span of the cache"
-        assert first is not None
-        assert ring is not None
-        pages = RawPages.of(batch, cache)
-        earlier = pages.earlier_rows(batch, cache, owner) if pages.count else []
-        if owner:
-            for store, x in zip(raw, (k, v), strict=True):
-                write(store, x, raw_slots)
-        hand = list(raw)
-        if pages.count:
-            hand = [
-                RowStore(store.codec, store.heads, store.dim, None, cache.layout, side, pages.count, k.device)
-                for store, side in zip(raw, SIDES, strict=True)
+
+class _Edges:
+    """Raw pages of a step: which hold what its queries read, and where its own rows go."""
+
+    def __init__(self, batch: Batch, cache: LayerCache):
+        assert batch.raw_slots is not None, "the batch was built without the span of the cache"
+        assert batch.first is not None
+        assert batch.ring is not None
+        self.pages = pages = RawPages.of(batch, cache)
+        self.keep = batch.first, batch.ring, batch.raw_slots, pages.hand, pages.slots  # as long as their addresses
+        self.addresses = [cache.span, *(x.data_ptr() for x in self.keep)]
+        self.hand: dict[tuple[Any, ...], list[RowStore]] = {}  # pages in hand, of layers of one shape
+
+    def sides(self, cache: LayerCache, batch: Batch, owner: bool) -> Sides:
+        """Those of a layer. Pages in hand have the rows of earlier steps already."""
+        assert cache.raw is not None
+        raw_k, raw_v = map(_side, cache.raw)
+        if not self.pages.count:
+            return raw_k, raw_v, None, None
+        shape = tuple((store.codec, store.heads, store.dim) for store in cache.raw)
+        if shape not in self.hand:  # one layer at a time needs them
+            self.hand[shape] = [
+                RowStore(store.codec, store.heads, store.dim, None, cache.layout, side, self.pages.count, HOST)
+                for store, side in zip(cache.raw, SIDES, strict=True)
             ]
-            for store, x, before in zip(hand, (k, v), earlier, strict=True):
-                store.codes[pages.to] = before
-                write(store, x, pages.slots)
-        self.keep = hand, pages  # as long as their addresses
-        self.native = _native.Edges(
-            cache.span, *map(_side, raw), first.data_ptr(), ring.data_ptr(), *map(_side, hand),
-            pages.hand.data_ptr(),
-        )  # fmt: skip
+        hand = self.hand[shape]
+        for store, before in zip(hand, self.pages.earlier_rows(batch, cache, owner), strict=True):
+            store.codes[self.pages.to] = before
+        return raw_k, raw_v, *map(_side, hand)
 
 
 def _side(store: RowStore) -> Any:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from octavo.engine.params import SamplingParams
+from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.serve.calls import FreeReader, HeldReader, Syntax, held_grammar, plain, syntax_of
 from octavo.serve.requests.generate import Conversation, GenerateRequest, Prompt
@@ -40,13 +41,15 @@ class Functions:
         self.added = {str(token): id for id, token in llm.tokenizer.added_tokens_decoder.items()}
         marks = {self.added[mark]: mark for mark in self.syntax.marks if mark in self.added}
         self.marks = {id: mark for id, mark in marks.items() if id in special}
+        self.stops = (self.added[self.syntax.stop],) if self.syntax.stop in self.added else ()  # ends of calls
 
     def reader(self, conversation: Conversation) -> partial[FreeReader] | partial[HeldReader] | None:
         """What makes readers of answers; None where no function may be called."""
         if not conversation.functions:
             return None
         names = [function["name"] for function in conversation.functions]
-        return partial(HeldReader if _holds(conversation) else FreeReader, self.syntax, names)
+        held = _holds(conversation) and self.syntax.json
+        return partial(HeldReader if held else FreeReader, self.syntax, names)
 
     def held(self, conversation: Conversation) -> str | None:
         """The grammar of answers, where they are held to one."""
@@ -87,11 +90,17 @@ def engine_requests(
     for prompt in request.prompts:
         sampling, names = dict(request.sampling), dict(request.names)
         marks: Mapping[int, str] = {}
+        stops: Sequence[int] = ()
         if isinstance(prompt, Conversation) and prompt.functions:
-            marks = functions.marks
-            if (grammar := functions.held(prompt)) is not None:
+            marks, stops = functions.marks, functions.stops
+            try:
+                grammar = functions.held(prompt)
+            except OctavoError as error:
+                raise OctavoError(str(error), "tools") from None
+            if grammar is not None:
                 sampling["grammar"], names["grammar"] = grammar, "tools"
         params = SamplingParams(**{**defaults, **sampling})
+        params = replace(params, stop_token_ids=(*params.stop_token_ids, *stops))
         tokens = tokens_of(llm, functions, request, prompt)
         for i in range(request.n):  # a seed gives each answer its own
             own = params if params.seed is None else replace(params, seed=(params.seed + i) % (1 << 64))

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "kernel.h"
@@ -143,15 +144,34 @@ Answer run(const Kernels& kernels, const Input& in, unsigned seed) {
     Store raw_v(Code::FP32, false, false, false, in.heads, in.v_dim, raw_pages);
     Store hand_k(Code::FP32, false, false, true, in.heads, in.k_dim, int(hand_pages));
     Store hand_v(Code::FP32, false, false, false, in.heads, in.v_dim, int(hand_pages));
-    const Rows all_keys = {keys.data(), Float::FP32, in.heads * in.k_dim, in.k_dim};
-    const Rows all_values = {values.data(), Float::FP32, in.heads * in.v_dim, in.v_dim};
-    kernels.write(k.side, all_keys, slots.data(), tokens, POOL);
-    kernels.write(v.side, all_values, slots.data(), tokens, POOL);
-    kernels.write(raw_k.side, all_keys, raw_slots.data(), tokens, POOL);
-    kernels.write(raw_v.side, all_values, raw_slots.data(), tokens, POOL);
-    kernels.write(hand_k.side, all_keys, hand_slots.data(), tokens, POOL);
-    kernels.write(hand_v.side, all_values, hand_slots.data(), tokens, POOL);
-    const Edges edges = {in.span, raw_k.side, raw_v.side, first.data(), ring.data(), hand_k.side, hand_v.side, hand.data()};
+    // Rows of earlier steps are written one store at a time, new ones by attend itself; a padded row goes nowhere.
+    std::vector<int64_t> fresh;
+    for (int64_t s = 0, row = 0; s < sequences; row += in.kv_len[s] + 1, s++)
+        for (int64_t i = 0; i < in.fresh[s]; i++) fresh.push_back(row + (in.kv_len[s] ? in.kv_len[s] - in.fresh[s] + i : 0));
+    auto taken = [&](std::vector<int64_t>& places) {  // those of new rows; the others keep theirs
+        std::vector<int64_t> own;
+        for (int64_t row : fresh) own.push_back(std::exchange(places[row], -1));
+        return own;
+    };
+    auto rows_of = [&](const std::vector<float>& x, int64_t width) {
+        std::vector<float> own;
+        for (int64_t row : fresh) own.insert(own.end(), x.begin() + row * width, x.begin() + (row + 1) * width);
+        return own;
+    };
+    const auto new_slots = taken(slots), new_raw_slots = taken(raw_slots), new_hand_slots = taken(hand_slots);
+    const int64_t k_width = int64_t(in.heads) * in.k_dim, v_width = int64_t(in.heads) * in.v_dim;
+    const auto new_keys = rows_of(keys, k_width), new_values = rows_of(values, v_width);
+    auto write = [&](const Side& side, const std::vector<int64_t>& places) {
+        const Rows x = {side.is_k ? keys.data() : values.data(), Float::FP32, side.is_k ? k_width : v_width, side.dim};
+        kernels.write(side, x, places.data(), tokens, POOL);
+    };
+    for (const Side& side : {k.side, v.side}) write(side, slots);
+    for (const Side& side : {raw_k.side, raw_v.side}) write(side, raw_slots);
+    for (const Side& side : {hand_k.side, hand_v.side}) write(side, hand_slots);
+    const Edges edges = {in.span, raw_k.side, raw_v.side, first.data(), ring.data(), new_raw_slots.data(),
+                         hand_k.side, hand_v.side, hand.data(), new_hand_slots.data()};
+    const NewRows new_rows = {{new_keys.data(), Float::FP32, k_width, in.k_dim},
+                              {new_values.data(), Float::FP32, v_width, in.v_dim}, new_slots.data()};
 
     const int query_heads = in.heads * in.group;
     const size_t rows = q_start.back();
@@ -173,7 +193,7 @@ Answer run(const Kernels& kernels, const Input& in, unsigned seed) {
     };
     Answer answer;
     answer.all = answers([&](void* out) {
-        kernels.attend(k.side, v.side, in.span ? &edges : nullptr, attention, step, queries, out, POOL);
+        kernels.attend(k.side, v.side, in.span ? &edges : nullptr, attention, step, new_rows, queries, out, POOL);
     });
     answer.singles = answers([&](void* out) { kernels.decode(k.side, v.side, attention, step, queries, out, POOL); });
     answer.rows.resize(size_t(in.heads) * width * BLOCK * in.v_dim);

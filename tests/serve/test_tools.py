@@ -199,7 +199,7 @@ def test_calls_are_read_by_the_templates_family_whole_and_streamed(server: Runni
         assert (text, streamed["arguments"], pieces[-1]["finish_reason"]) == ("", ROME["arguments"], "tool_calls")
 
 
-@pytest.mark.parametrize("family", ["Hermes", "Llama 3", "Mistral", "InternLM", "plain JSON"])
+@pytest.mark.parametrize("family", ["Hermes", "Llama 3", "Mistral", "InternLM", "FunctionGemma", "plain JSON"])
 def test_strict_arguments_are_held_to_their_schema_once_a_call_has_begun(server: Running, family: str):
     """With tool_choice auto: what the model would say of another city, it cannot; text before is its own."""
     with template(server, FAMILIES[family]):
@@ -211,6 +211,17 @@ def test_strict_arguments_are_held_to_their_schema_once_a_call_has_begun(server:
         whole, pieces = answered(server, "It is sunny. {x}", tools=[STRICT, CLOCK])
         assert (whole["message"]["content"], whole["finish_reason"]) == ("It is sunny. {x}", "stop")
         assert put_together(pieces) == ("It is sunny. {x}", [])
+
+
+def test_an_answer_ends_where_a_model_begins_to_write_the_result_of_its_call(server: Running):
+    """Gemma's models have a token for it; here a letter stands for it."""
+    with template(server, FAMILIES["FunctionGemma"]):
+        tokenizer, functions = server.llm.tokenizer, server.server.service.functions
+        functions.stops = (tokenizer("~", add_special_tokens=False)["input_ids"][-1],)
+        written = called(tokenizer, FAMILIES["FunctionGemma"], [{"city": "Rome"}])
+        whole, pieces = answered(server, f"{written}~ Sunny, it says.")
+        assert (whole["finish_reason"], whole["message"]["content"]) == ("tool_calls", None)
+        assert put_together(pieces)[1][0]["name"] == "weather"
 
 
 def test_one_answer_holds_several_calls_unless_the_request_forbids_it(server: Running):

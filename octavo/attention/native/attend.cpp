@@ -1,5 +1,8 @@
 // Attention in float32 of any number of new tokens, one or thousands; a row's bits are the same in any company.
 //
+// A step's rows are written first. Where each sequence has one, whoever reads its newest page writes it, just before:
+// nobody else of the step reads that row, and the page's memory is then in the nearest cache once, for both.
+//
 // A unit of work is one KV head and some query rows that read the same pages: all query heads of a group, of one new token
 // or of up to 64. Page by page: products with K, softmax, products with V (product.h). Few rows read the codes where they
 // lie; for many rows a page is first widened into a tile.
@@ -14,6 +17,7 @@
 #include "parallel.h"
 #include "scratch.h"
 #include "softmax.h"
+#include "write.h"
 
 namespace octavo::ISA {
 namespace {
@@ -47,9 +51,11 @@ struct Call {
     const Edges* edges;
     const Attention& attention;
     const Step& step;
+    const NewRows& fresh;
     const Rows& q;
     void* out;
     int group, v_row;
+    bool write_late;  // where it is read, each row
 
     // The oldest position that a query at `position` sees.
     int64_t oldest(int64_t position) const {
@@ -86,6 +92,19 @@ struct Call {
         if (!edges || page >= own) return std::min(page + 1, last);
         if (page > 0 && page + 1 < own) return page + 1;
         return page > 0 && unit.page == 0 ? 0 : std::min(own, last);
+    }
+
+    // One head's K and V of a new row go to their places.
+    void put(int64_t t, int head) const {
+        alignas(64) float row[LARGEST];
+        auto each = [&](const Side& side, const Rows& x, const Side* raw, const Side* hand) {
+            widen(x, t, head, side.dim, row);
+            if (raw && edges->slots) put_row(*raw, head, edges->slots[t], row);
+            if (hand && edges->hand_slots) put_row(*hand, head, edges->hand_slots[t], row);
+            if (fresh.slots) put_row(side, head, fresh.slots[t], row);
+        };
+        each(k, fresh.k, edges ? &edges->k : nullptr, edges ? &edges->hand_k : nullptr);
+        each(v, fresh.v, edges ? &edges->v : nullptr, edges ? &edges->hand_v : nullptr);
     }
 
     int64_t floats(int64_t rows) const { return padded(rows) * 2 + rows * v_row; }  // of sums
@@ -185,6 +204,7 @@ private:
     int64_t position(int r) const { return unit.first + r / call.group; }
 
     void over_page(int64_t page) {
+        if (call.write_late && page == unit.end - 1) call.put(call.row(unit.sequence, unit.first), unit.head);
         const bool raw = call.is_raw(unit, page);
         const Place here = call.place(unit, page), next = call.place(unit, call.next(unit, page));
         alignas(64) float k_scale[BLOCK], v_scale[BLOCK];
@@ -254,6 +274,12 @@ std::vector<Unit> units_of(const Call& call) {
     return units;
 }
 
+bool one_each(const Step& step) {
+    for (int s = 0; s < step.sequences; s++)
+        if (step.q_start[s + 1] - step.q_start[s] != 1) return false;
+    return true;
+}
+
 struct Piece {
     int unit;
     int64_t first, last;  // parts; the whole unit: 0, 0
@@ -261,10 +287,14 @@ struct Piece {
 
 }  // namespace
 
-void attend(const Side& k, const Side& v, const Edges* edges, const Attention& natural, const Step& step, const Rows& q,
-            void* out, const Pool& pool) {
+void attend(const Side& k, const Side& v, const Edges* edges, const Attention& natural, const Step& step,
+            const NewRows& fresh, const Rows& q, void* out, const Pool& pool) {
     const Attention attention = in_bits(natural);
-    const Call call = {k, v, edges, attention, step, q, out, attention.heads / k.heads, panels(v.dim) * PANEL};
+    const int64_t rows = step.q_start[step.sequences];
+    const Call call = {k, v, edges, attention, step, fresh, q, out, attention.heads / k.heads, panels(v.dim) * PANEL,
+                       one_each(step)};
+    if (!call.write_late)
+        over_rows(rows, k.heads, k.dim + v.dim, pool, [&](int64_t t, int head) { call.put(t, head); });
     std::vector<Unit> units = units_of(call);
     std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
     int64_t cost = 0;

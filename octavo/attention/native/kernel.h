@@ -48,29 +48,37 @@ struct Step {
     int64_t table_width;
 };
 
-// Formats with edges: a query at position t reads raw the rows of page 0 and those of its own span, from ⌊t/span⌋·span on.
-struct Edges {
-    int span;  // rows, whole pages
-    Side k, v;  // raw pages of the cache
-    const int64_t* first;  // [sequences] the page, of those, that holds page 0
-    const int64_t* ring;  // [sequences] the first of span/64 pages in a row: a later row t lies at t mod span
-    Side hand_k, hand_v;  // raw pages of this step
-    const int64_t* hand;  // [sequences] the first of those that hold its rows from the own span of its oldest new token
-                          // on, page by page; −1: its own span is in the ring
-};
-
 struct Rows {  // x[token, head, ·]: strides in elements, the last dimension is contiguous
     const void* data;
     Float type;
     int64_t token_stride, head_stride;
 };
 
+// A step's own rows, which are written before they are read. A slot is page·64 + place, below 0: nowhere.
+struct NewRows {
+    Rows k, v;
+    const int64_t* slots;  // [rows] of their codes; null: another layer has written them
+};
+
+// Formats with edges: a query at position t reads raw the rows of page 0 and those of its own span, from ⌊t/span⌋·span on.
+struct Edges {
+    int span;  // rows, whole pages
+    Side k, v;  // raw pages of the cache
+    const int64_t* first;  // [sequences] the page, of those, that holds page 0
+    const int64_t* ring;  // [sequences] the first of span/64 pages in a row: a later row t lies at t mod span
+    const int64_t* slots;  // [rows] of new rows, written as those of codes are
+    Side hand_k, hand_v;  // raw pages of this step
+    const int64_t* hand;  // [sequences] the first of those that hold its rows from the own span of its oldest new token
+                          // on, page by page; −1: its own span is in the ring
+    const int64_t* hand_slots;  // [rows] of new rows
+};
+
 struct Kernels {
     const char* name;
     void (*write)(const Side&, const Rows& x, const int64_t* slots, int64_t tokens, const Pool&);
-    // Attention in float32 of all new tokens: a row's bits are the same in any company.
-    void (*attend)(const Side& k, const Side& v, const Edges* edges, const Attention&, const Step&, const Rows& q,
-                   void* out, const Pool&);
+    // Attention in float32 of all new tokens, whose rows it first writes: a row's bits are the same in any company.
+    void (*attend)(const Side& k, const Side& v, const Edges* edges, const Attention&, const Step&, const NewRows&,
+                   const Rows& q, void* out, const Pool&);
     // Attention of the sequences with one new token, by products of bytes; other sequences' rows are left alone.
     void (*decode)(const Side& k, const Side& v, const Attention&, const Step&, const Rows& q, void* out, const Pool&);
     // Rows of some blocks of some heads as numbers: out [heads, count·64, dim], all but the static part undone.

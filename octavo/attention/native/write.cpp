@@ -1,6 +1,7 @@
 // Rows become codes and go to their places of a block.
+#include "write.h"
+
 #include <algorithm>
-#include <atomic>
 
 #include "parallel.h"
 #include "rows.h"
@@ -66,43 +67,43 @@ void place_raw(const Side& side, uint8_t* block, int token, const float* y) {
         from_float(y[d], values[side.is_k ? int64_t(d) * BLOCK + token : int64_t(token) * side.dim + d]);
 }
 
+void count(const Side& side, int out_of_range) {
+    if (out_of_range) __atomic_fetch_add(side.saturated, out_of_range, __ATOMIC_RELAXED);
+}
+
 }  // namespace
 
+void put_row(const Side& side, int head, int64_t slot, float* row) {
+    if (slot < 0) return;
+    const int64_t cell = slot / BLOCK * side.heads + head;
+    uint8_t* block = side.codes + cell * side.head_bytes;
+    const int token = int(slot % BLOCK);
+    if (side.code == Code::BF16) return place_raw<bf16>(side, block, token, row);
+    if (side.code == Code::FP16) return place_raw<fp16>(side, block, token, row);
+    if (side.code == Code::FP32) return place_raw<float>(side, block, token, row);
+    if (side.mu)
+        for (int d = 0; d < side.dim; d++)
+            row[d] = (row[d] - side.mu[head * side.dim + d]) * side.reciprocal[head * side.dim + d];
+    if (side.code == Code::FP8) {
+        int out_of_range = 0;
+        for (int d = 0; d < side.dim; d++) out_of_range += std::fabs(row[d]) > 464.0f;  // half a step beyond
+        count(side, out_of_range);
+        return place_raw<fp8>(side, block, token, row);
+    }
+    alignas(64) uint8_t code[LARGEST];
+    uint8_t index = 0;
+    count(side, encode(side, row, code, &index));
+    place(side, block, token, code);
+    if (side.scales) side.scales[cell * BLOCK + token] = index;
+}
+
 void write(const Side& side, const Rows& x, const int64_t* slots, int64_t tokens, const Pool& pool) {
-    constexpr int64_t PIECE = 16;  // rows of one head: a few microseconds
-    const int64_t pieces = (tokens + PIECE - 1) / PIECE;
-    std::atomic<int64_t> saturated{0};
-    parallel(pool, pieces * side.heads, tokens * side.heads * side.dim >= 1 << 15, [&](int64_t item) {
-        const int head = int(item % side.heads);
+    over_rows(tokens, side.heads, side.dim, pool, [&](int64_t t, int head) {
+        if (slots[t] < 0) return;
         alignas(64) float row[LARGEST];
-        alignas(64) uint8_t code[LARGEST];
-        int64_t out_of_range = 0;
-        const int64_t first = item / side.heads * PIECE;
-        for (int64_t t = first; t < std::min(first + PIECE, tokens); t++) {
-            if (slots[t] < 0) continue;  // write nowhere
-            const int64_t cell = slots[t] / BLOCK * side.heads + head;
-            uint8_t* block = side.codes + cell * side.head_bytes;
-            const int token = int(slots[t] % BLOCK);
-            widen(x, t, head, side.dim, row);
-            if (side.code == Code::BF16) { place_raw<bf16>(side, block, token, row); continue; }
-            if (side.code == Code::FP16) { place_raw<fp16>(side, block, token, row); continue; }
-            if (side.code == Code::FP32) { place_raw<float>(side, block, token, row); continue; }
-            if (side.mu)
-                for (int d = 0; d < side.dim; d++)
-                    row[d] = (row[d] - side.mu[head * side.dim + d]) * side.reciprocal[head * side.dim + d];
-            if (side.code == Code::FP8) {
-                for (int d = 0; d < side.dim; d++) out_of_range += std::fabs(row[d]) > 464.0f;  // half a step beyond
-                place_raw<fp8>(side, block, token, row);
-                continue;
-            }
-            uint8_t index = 0;
-            out_of_range += encode(side, row, code, &index);
-            place(side, block, token, code);
-            if (side.scales) side.scales[cell * BLOCK + token] = index;
-        }
-        if (out_of_range) saturated.fetch_add(out_of_range, std::memory_order_relaxed);
+        widen(x, t, head, side.dim, row);
+        put_row(side, head, slots[t], row);
     });
-    *side.saturated += saturated;
 }
 
 }  // namespace octavo::ISA

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from octavo.grammars.sources import json_rule, literal
+from octavo.grammars.sources import literal
 from octavo.serve.calls.syntax import Syntax
 
 MOST_CALLS = 32  # in one answer; models that know no end would never stop calling
@@ -31,11 +31,12 @@ def held_grammar(
     if parallel and syntax.separator is not None:
         block = f"call ({text(syntax.separator)} call){{0,{MOST_CALLS - 1}}}"
     names = [f"{text(one['name'], syntax.between)} arguments_{i}" for i, one in enumerate(functions)]
+    schemas = [_arguments(one, must) for one in functions]
     rules = [
         f"inside: {text(syntax.opening)} {block} {text(syntax.closing, syntax.end)}",
-        f"call: {text(syntax.before)} name {text(syntax.after)}",
+        f"call: {text(syntax.before)} name {syntax.rest} {text(syntax.after)}",
         f"name: {' | '.join(names)}",
-        *(f"arguments_{i}: {json_rule(_arguments(one, must))}" for i, one in enumerate(functions)),
+        *(line for i, schema in enumerate(schemas) for line in syntax.rules(f"arguments_{i}", schema, text)),
     ]
     if must:
         first = "" if syntax.bare else begin

@@ -1,20 +1,62 @@
-"""What chat templates of several families say of tools, as they are published: calls, results, and what they refuse. Of
-each, `templates/` has what has to do with tools; the prose that explains them to the model is shortened."""
+"""Chat templates of the families whose calls are known.
+
+`templates/` has texts of our own, so that no model's licence binds this repository: what they write of calls and of
+their results is what the published ones write, and the prose that explains tools to the model is shorter. The published
+ones, each under its model's licence, come in the source release of a package, which `make test-clients` downloads;
+test_published.py compares the two and reads and holds calls by the published ones too.
+"""
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
-FILES = {
-    "Hermes": "qwen2.5",
-    "Llama 3": "llama3.1",
-    "Mistral": "mistral-v3",
-    "Mistral (tokenizer version 11)": "mistral-v11",
-    "Gemma 4": "gemma4",
-    "InternLM": "internlm2",
-    "plain JSON": "other",
+HERE = Path(__file__).parent / "templates"
+ORIGINALS = Path(os.environ.get("OCTAVO_CLIENTS", ".clients")) / "templates"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A template, and the model that it is of."""
+
+    family: str  # of the syntax
+    file: str
+    original: str | None  # the published one, among ORIGINALS; None where that has none of this model
+
+    @property
+    def text(self) -> str:
+        return (HERE / f"{self.file}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+
+    @property
+    def published(self) -> str | None:
+        """The published text, if it is here."""
+        path = ORIGINALS / f"{self.original}.jinja"
+        return path.read_text(encoding="utf-8") if self.original and path.exists() else None
+
+
+TEMPLATES = {
+    "Qwen2.5": Published("Hermes", "qwen2.5", "Qwen-Qwen2.5-7B-Instruct"),
+    "Qwen3": Published("Hermes", "qwen3", "Qwen-Qwen3-0.6B"),
+    "Llama 3.1": Published("Llama 3", "llama3.1", "meta-llama-Llama-3.1-8B-Instruct"),
+    "Llama 3.2": Published("Llama 3", "llama3.2", "meta-llama-Llama-3.2-3B-Instruct"),
+    "Mistral 7B v0.3": Published("Mistral", "mistral-v3", None),
+    "Mistral Nemo": Published("Mistral", "mistral-nemo", "mistralai-Mistral-Nemo-Instruct-2407"),
+    "Ministral 3": Published(
+        "Mistral (tokenizer version 11)", "mistral-v11", "mistralai-Ministral-3-14B-Reasoning-2512"
+    ),
+    "Gemma 4": Published("Gemma 4", "gemma4", "google-gemma-4-31B-it"),
+    "FunctionGemma": Published("FunctionGemma", "functiongemma", None),
+    "InternLM 2.5 and 3": Published("InternLM", "internlm", None),
+    "another": Published("plain JSON", "other", None),
 }
 FAMILIES = {
-    family: (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
-    for family, name in FILES.items()
+    "Hermes": TEMPLATES["Qwen2.5"].text,
+    "Llama 3": TEMPLATES["Llama 3.1"].text,
+    "Mistral": TEMPLATES["Mistral 7B v0.3"].text,
+    "Mistral (tokenizer version 11)": TEMPLATES["Ministral 3"].text,
+    "Gemma 4": TEMPLATES["Gemma 4"].text,
+    "FunctionGemma": TEMPLATES["FunctionGemma"].text,
+    "InternLM": TEMPLATES["InternLM 2.5 and 3"].text,
+    "plain JSON": TEMPLATES["another"].text,
 }

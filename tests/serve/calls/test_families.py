@@ -12,9 +12,9 @@ import pytest
 
 from octavo.grammars import Grammars
 from octavo.models.model import Model
-from octavo.serve.calls import CallDelta, FreeReader, HeldReader, Reader, held_grammar, syntax_of
+from octavo.serve.calls import CallDelta, FreeReader, HeldReader, Reader, Syntax, held_grammar, syntax_of
 from octavo.serve.calls.families import gemma, hermes, llama, mistral, plain
-from tests.serve.calls.published import FAMILIES
+from tests.serve.calls.published import FAMILIES, TEMPLATES
 
 CITIES: dict[str, Any] = {
     "type": "object",
@@ -44,6 +44,7 @@ def read(reader: Reader, text: str, size: int) -> Found:
 
 def called(tokenizer: Any, template: str, arguments: Sequence[Any], said: str = "") -> str:
     """What a template makes of an assistant's message with calls of `weather`, without what frames a message."""
+    stop = syntax_of(template).stop
     calls = [{"id": "abcdefgh1", "function": {"name": "weather", "arguments": one}} for one in arguments]
 
     def render(message: dict[str, Any]) -> str:
@@ -56,37 +57,68 @@ def called(tokenizer: Any, template: str, arguments: Sequence[Any], said: str = 
         start = start[:-1]
     while not whole.endswith(end):
         end = end[1:]
-    return whole[len(start) : len(whole) - len(end)].strip()
+    return whole[len(start) : len(whole) - len(end)].strip().removesuffix(stop)
 
 
-@pytest.mark.parametrize(("family", "template"), FAMILIES.items(), ids=FAMILIES)
-def test_a_call_as_the_template_writes_it_is_read_and_held_to(pamphlet: Model, family: str, template: str):
-    tokenizer = copy.deepcopy(pamphlet.tokenizer)
+def tokens_for(tokenizer: Any, syntax: Syntax) -> dict[str, int]:
+    """Gives a tokenizer the tokens for whole texts that models of the family have; returns them."""
+    texts = [syntax.begin, syntax.end] if syntax.family == "Hermes" else [*syntax.marks, syntax.stop]
+    tokenizer.add_special_tokens({"additional_special_tokens": [text for text in texts if text]})
+    return {str(token): id for id, token in tokenizer.added_tokens_decoder.items()}
+
+
+@pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "letters"])
+@pytest.mark.parametrize("model", TEMPLATES)
+def test_a_call_as_the_template_writes_it_is_read_and_held_to(pamphlet: Model, model: str, tokens: bool):
+    """With tokens for the family's marks, as its models have them, and with none."""
+    check_template(copy.deepcopy(pamphlet.tokenizer), TEMPLATES[model].family, TEMPLATES[model].text, tokens)
+
+
+def check_template(tokenizer: Any, family: str, template: str, tokens: bool) -> None:
+    """A call that the template writes is read, and an answer that is held to the functions may be it."""
     syntax = syntax_of(template)
     assert syntax.family == family
+    added = tokens_for(tokenizer, syntax) if tokens else {}
     written = called(tokenizer, template, [ROME])
     for size in (1, 5, len(written)):
         assert read(FreeReader(syntax, ["weather"]), written, size) == ("", [("weather", ROME)])
-    if family in ("Gemma 4", "Mistral"):
-        return  # held to JSON without the template's own quotes, or without the id that it adds
-    grammars = Grammars(tokenizer, pamphlet.bound.vocab_size, pamphlet.eos_ids)
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     for must in (True, False):
-        grammar = held_grammar(syntax, FUNCTIONS, {}, must=must, parallel=False)
-        assert _takes(grammars, grammar, written)
-        assert not _takes(grammars, grammar, written.replace("Rome", "Oslo"))
-        assert _takes(grammars, grammar, "It is sunny.") is not must
-    for size in (1, 5, len(written)):
-        assert read(HeldReader(syntax, ["weather"]), written, size) == ("", [("weather", ROME)])
+        grammar = held_grammar(syntax, FUNCTIONS, added, must=must, parallel=False)
+        assert takes(grammars, grammar, written)
+        assert not takes(grammars, grammar, written.replace("Rome", "Oslo"))
+        assert takes(grammars, grammar, "It is sunny.") is not must
+    if syntax.json:
+        for size in (1, 5, len(written)):
+            assert read(HeldReader(syntax, ["weather"]), written, size) == ("", [("weather", ROME)])
 
 
-def _takes(grammars: Grammars, grammar: str, text: str) -> bool:
+EVERYTHING: dict[str, Any] = {
+    "text": 'a "quote", {braces}: [x]\nand é',
+    "list": ["one", "two"],
+    "count": -3,
+    "share": 0.5,
+    "yes": True,
+    "nested": {"deep": {"list": [1, 2], "empty": {}}},
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("model", TEMPLATES)
+def test_arguments_of_every_kind_are_read_as_the_template_writes_them(pamphlet: Model, model: str):
+    written = called(pamphlet.tokenizer, TEMPLATES[model].text, [EVERYTHING])
+    reader = FreeReader(syntax_of(TEMPLATES[model].text), ["weather"])
+    assert read(reader, written, 3) == ("", [("weather", EVERYTHING)])
+
+
+def takes(grammars: Grammars, grammar: str, text: str) -> bool:
     """Whether an answer that is held to the grammar may be this text."""
     guide = grammars.guide("grammar", grammar)
     tokens = grammars.tokenizer(text, add_special_tokens=False)["input_ids"]
     return guide.matcher.try_consume_tokens(tokens) == len(tokens) and guide.matcher.is_accepting()
 
 
-@pytest.mark.parametrize("family", ["Hermes", "Mistral", "Mistral (tokenizer version 11)", "InternLM", "Gemma 4"])
+@pytest.mark.parametrize("family", ["Hermes", "Mistral", "Mistral (tokenizer version 11)", "InternLM", "FunctionGemma"])
 def test_several_calls_and_text_before_them_are_read_in_their_order(pamphlet: Model, family: str):
     written = called(pamphlet.tokenizer, FAMILIES[family], [ROME, {"city": "Paris"}], "I look.")
     text = "" if family == "Mistral" else "I look."  # its template leaves the text out
@@ -179,10 +211,10 @@ UNFRAMED = [
 def test_calls_without_their_frame_are_held_to_their_schema_too(pamphlet: Model, said: str):
     grammars = Grammars(pamphlet.tokenizer, pamphlet.bound.vocab_size, pamphlet.eos_ids)
     grammar = held_grammar(hermes.SYNTAX, FUNCTIONS, {}, must=False, parallel=True)
-    assert _takes(grammars, grammar, said)
-    assert not _takes(grammars, grammar, said.replace("Rome", "Oslo"))
+    assert takes(grammars, grammar, said)
+    assert not takes(grammars, grammar, said.replace("Rome", "Oslo"))
     for other in ('{"name": "Rome"}', "```json\n[1]\n```", '{"name": "other", "arguments": {"a": 1}}'):
-        assert _takes(grammars, grammar, other)
+        assert takes(grammars, grammar, other)
         assert read(HeldReader(hermes.SYNTAX, ["weather"]), other, 3) == (other, [])
     for size in (1, 5, len(said)):
         assert read(HeldReader(hermes.SYNTAX, ["weather"]), said, size) == (

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import secrets
 import string
+from dataclasses import replace
 from hashlib import blake2b
 
 from octavo.serve.calls.syntax import Syntax
@@ -26,14 +27,16 @@ def _known_id(id: str) -> str:
 LIST = Syntax(
     family="Mistral",
     begin="[TOOL_CALLS]",
-    opening=" [",
+    opening="[",
     separator=", ",
     closing="]",
+    rest=r'(", \"id\": \"" /[a-zA-Z0-9]{9}/ "\"")?',
     joint=None,
     marks=("[TOOL_CALLS]",),
     new_id=_new_id,
     known_id=_known_id,
 )
+SPACED = replace(LIST, opening=" [")
 NAMED = Syntax(
     family="Mistral (tokenizer version 11)",
     begin="[TOOL_CALLS]",
@@ -51,4 +54,6 @@ NAMED = Syntax(
 def of(template: str) -> Syntax | None:
     if "[TOOL_CALLS]" not in template:
         return None
-    return NAMED if "[ARGS]" in template else LIST
+    if "[ARGS]" in template:
+        return NAMED
+    return SPACED if "[TOOL_CALLS] [" in template else LIST

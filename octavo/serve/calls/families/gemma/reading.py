@@ -1,19 +1,17 @@
-"""Gemma 4 and FunctionGemma: `call:NAME{key:value,…}` between two special tokens, strings between two others. Gemma 3
-and older have no template for tools."""
+"""Reading values in Gemma's form: `{key:value,…}`, with strings between two quotes that are tokens of their own."""
 
 from __future__ import annotations
 
 import json
 import re
-from functools import partial
 from typing import Any
 
-from octavo.serve.calls.syntax import Syntax, load
+from octavo.serve.calls.syntax import load
 
 SPACE = re.compile(r"\s*")
 KEY = re.compile(r"\s*([^\s:{}\[\],]+)\s*:")
 WORD = re.compile(r"[^,{}\[\]]+")
-HEAD = re.compile(r"\s*call:\s*(?P<name>[\w.-]+)\s*")
+WORDS = {"None": None, "True": True, "False": False}  # as Python writes what a template has no form for
 
 
 def read(text: str, quote: str) -> Any:
@@ -51,7 +49,7 @@ def _value(text: str, at: int, quote: str) -> tuple[Any, int]:
     try:
         return load(word[0].strip()), word.end()
     except json.JSONDecodeError:
-        return word[0].strip(), word.end()
+        return WORDS.get(said := word[0].strip(), said), word.end()
 
 
 def _object(text: str, at: int, quote: str) -> tuple[dict[str, Any], int]:
@@ -79,27 +77,3 @@ def _comma(text: str, at: int, end: str) -> int:
     if not text.startswith((",", end), at):
         raise ValueError(f"no comma, and no {end}")
     return at + text.startswith(",", at)
-
-
-def _syntax(family: str, begin: str, end: str, quote: str) -> Syntax:
-    return Syntax(
-        family=family,
-        begin=begin,
-        end=end,
-        before="call:",
-        between="",
-        after="",
-        joint="",
-        head=HEAD,
-        marks=(begin, end, quote),
-        quote=quote,
-        read=partial(read, quote=quote),
-    )
-
-
-GEMMA4 = _syntax("Gemma 4", "<|tool_call>", "<tool_call|>", '<|"|>')
-FUNCTION_GEMMA = _syntax("FunctionGemma", "<start_function_call>", "<end_function_call>", "<escape>")
-
-
-def of(template: str) -> Syntax | None:
-    return next((syntax for syntax in (GEMMA4, FUNCTION_GEMMA) if syntax.begin in template), None)
