@@ -68,7 +68,7 @@ def kv(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def cold(model: BoundModel, kv: str) -> list[Sequence]:
     """Each prompt alone."""
-    return [run(engine(model, kv, block_size=BLOCK), [prompt], 5, logprobs=1)[0] for prompt in long_prompts()]
+    return [run(engine(model, kv, block_size=BLOCK), [prompt], 8, logprobs=1)[0] for prompt in long_prompts()]
 
 
 def long_prompts() -> list[list[int]]:
@@ -80,13 +80,18 @@ def long_prompts() -> list[list[int]]:
 def test_other_ways_to_an_answer_in_every_format(model: BoundModel, kv: str, cold: list[Sequence], way: str):
     """The first answer is that of a cold run alone, up to rounding, whatever is computed in one step."""
     many = way in ("beside seven others", "preempted")
-    found = run(engine(model, kv, block_size=BLOCK, **OTHER[way]), long_prompts()[: None if many else 1], 5, logprobs=1)
+    found = run(engine(model, kv, block_size=BLOCK, **OTHER[way]), long_prompts()[: None if many else 1], 8, logprobs=1)
     assert any(sequence.preemptions for sequence in found) == (way == "preempted")
     for a, b in zip(cold, found, strict=False):
         for x, y in zip(a.sampled, b.sampled, strict=True):
             assert x.logprob == pytest.approx(y.logprob, abs=CLOSE[kv])
             if x.token != y.token:  # as likely as the other
                 break
+
+
+def test_the_same_requests_again_are_equal_bit_for_bit(model: BoundModel):
+    found = [run(engine(model, "kv8", budget=24), prompts(), 4, logprobs=2, temperature=1.0, seed=1) for _ in range(2)]
+    assert [one.sampled for one in found[0]] == [one.sampled for one in found[1]]
 
 
 @pytest.mark.slow
