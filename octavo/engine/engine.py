@@ -64,11 +64,13 @@ class Engine:
         self.pool = CachePool(cache.num_blocks, size, prefix_caching, edges, cache.reaches[0], narrower, cache.states)
         context = min(model.max_context, max_context or model.max_context)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens, context)
-        asynchronous = device_of(model.device).asynchronous
-        self.overlap = asynchronous if overlap is None else overlap
+        device = device_of(model.device)
+        self.overlap = device.asynchronous if overlap is None else overlap
         self.launched: Launched | None = None
-        if asynchronous:
+        if device.asynchronous:
             self.runner.capture(max_batch_size, self.scheduler.max_context)
+        else:
+            device.keep()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises OctavoError if it can never fit."""
