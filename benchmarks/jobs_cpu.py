@@ -37,7 +37,6 @@ from octavo.text_windows import consecutive_windows
 
 HERE = Path(__file__).parent
 AGREED = 0.7  # of the first tokens: programs that round differently choose another where two are as likely
-CHECKED = 6  # prompts
 Prompts = list[list[int]]
 Job = Callable[[Prompts, int], tuple[float, Prompts]]  # (prompts, tokens of an answer) → seconds, answers
 
@@ -131,6 +130,7 @@ def main() -> None:
     cli.add_argument("--tokens", type=int, default=128, help="of an answer")
     cli.add_argument("--rounds", type=int, default=5)
     cli.add_argument("--whole", action="store_true", help="time whole jobs alone")
+    cli.add_argument("--checked", type=int, default=6, help="prompts whose first tokens are compared")
     cli.add_argument("--kv", nargs="+", default=["bf16", "int8-token", "kv8"])
     cli.add_argument("--llama-kv", nargs="+", default=["f16", "q8_0"])
     cli.add_argument("--out", type=Path)
@@ -143,7 +143,7 @@ def main() -> None:
         model = Model.load(path)
         texts = load_texts("wikitext2", args.data, "test")
         prompts = consecutive_windows(texts, model.tokenizer, args.prompt, args.batch)
-        expected = first_tokens(path, prompts[:CHECKED])
+        expected = first_tokens(path, prompts[: args.checked])
         length, threads = args.prompt + args.tokens + 1, torch.get_num_threads()
         with tempfile.TemporaryDirectory() as directory, ExitStack() as close:
             jobs = {f"octavo {kv}": octavo(model, kv, args.batch, length) for kv in args.kv}
@@ -160,7 +160,7 @@ def main() -> None:
                 jobs["openvino u8"], about["openvino u8"] = worker(close, command)
             agreed = {}
             for name, job in jobs.items():  # warm, too
-                chosen = [answer[0] for answer in job(prompts[:CHECKED], 2)[1]]
+                chosen = [answer[0] for answer in job(prompts[: args.checked], 2)[1]]
                 agreed[name] = statistics.mean(a == b for a, b in zip(chosen, expected, strict=True))
                 print(f"{name:18s} {agreed[name]:.0%} of the first tokens as in float32", flush=True)
             if strangers := [name for name, share in agreed.items() if share < AGREED]:

@@ -97,7 +97,7 @@ def errors(contestants: dict[str, Contestant], exact: LlamaForCausalLM) -> dict[
 
 
 def measure(
-    contestants: dict[str, Contestant], batch: int, tokens: int, rounds: int, copied: bool
+    contestants: dict[str, Contestant], batch: int, tokens: int, rounds: int, copied: bool = False
 ) -> dict[str, dict[str, list[float]]]:
     """Tokens per second of every contestant, a round each, for `batch` prompts of `tokens` tokens. Copied ones tell
     nothing of the prefill."""
@@ -134,7 +134,12 @@ def ratios(rates: dict[str, dict[str, list[float]]], ours: str) -> dict[str, dic
 
 
 def row(
-    contestants: dict[str, Contestant], found: dict[str, float], batch: int, tokens: int, rounds: int, copied: bool
+    contestants: dict[str, Contestant],
+    found: dict[str, float],
+    batch: int,
+    tokens: int,
+    rounds: int,
+    copied: bool = False,
 ) -> dict[str, Any]:
     """What is reported of a batch, after `errors` has `found` who computes the model."""
     rates = measure(contestants, batch, tokens, rounds, copied)

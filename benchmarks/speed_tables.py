@@ -143,12 +143,12 @@ agree with a float32 forward. Where a batch has no prefill, K and V of one promp
 
 def jobs() -> str:
     found = load("jobs-cpu")
-    text = f"""
+    text = """
 ## Whole jobs on real models
 
 Prompts of WikiText-2 all at once, an answer of fixed length to each, 16-bit weights; tokens a second, medians.
 llama.cpp decodes all sequences in one batch; OpenVINO is GenAI's continuous batching, with KV in 8 bits and products in
-float32. {commits(found)}.
+float32.
 """
     for label, document in found.items():
         for row in document["rows"]:
@@ -160,7 +160,8 @@ float32. {commits(found)}.
                 for name, speeds in row["tokens_per_second"].items()
             )  # fmt: skip
             title = f"{label}, {row['model']}: {row['batch']} prompts of {row['prompt']} tokens, answers of "
-            title += f"{row['tokens']}, {row['rounds']} rounds"
+            rounds = "one round" if row["rounds"] == 1 else f"{row['rounds']} rounds"
+            title += f"{row['tokens']}, {rounds}, commit {row['commit']}"
             over = f"job: {ours.removeprefix('octavo ')} over it"
             text += part(title, ["", "prefill", "decode", "whole job", over], rows)
     return text

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli.options import SamplingOptions, ServeOptions, takes
+from octavo.cli.options import ServeOptions, takes
+from octavo.cli.sampling import SamplingOptions
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ class Cost:
     static: int  # bytes once, whatever the number of sessions
     sessions: int  # that fit beside the weights
     spare: int = 0  # bytes of raw pages and states that are there whatever the number of sessions
-    states: int = 0  # bytes of a session in layers that keep states of fixed size
+    states: int = 0  # bytes of a session in layers that keep states of fixed size, its snapshots included
 
     @property
     def format(self) -> str:
@@ -86,7 +86,9 @@ def costs(
             session, spare = size.session(context), size.cache(0, 0)
             fit = max(0, (memory - weights[kind] - spare) // session)
             static = _static(geometry, format)
-            found.append(Cost(kind, weights[kind], format, size.token, session, static, fit, spare, size.states))
+            found.append(
+                Cost(kind, weights[kind], format, size.token, session, static, fit, spare, size.session_states)
+            )
     return found
 
 

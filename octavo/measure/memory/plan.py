@@ -27,7 +27,7 @@ class Fit:
     session_bytes: int
     sessions: int
     spare_bytes: int = 0  # raw pages and states beside those of sessions
-    state_bytes: int = 0  # of a session in layers that keep states of fixed size
+    state_bytes: int = 0  # of a session in layers that keep states of fixed size, its snapshots included
 
     def total(self, sessions: int) -> int:
         return self.weight_bytes + self.spare_bytes + sessions * self.session_bytes

@@ -126,6 +126,14 @@ def find(hf: PreTrainedModel, ids: Tensor) -> list[Found]:
     return found
 
 
+def uninstall(hf: PreTrainedModel) -> None:
+    """Have a model's mixers as they were before."""
+    for module in hf.modules():
+        if isinstance(module, PackedMixer):
+            module.__class__ = type(module).__bases__[1]
+            del vars(module)[MIXER]
+
+
 def install(found: Sequence[Found]) -> None:
     """Have these modules compute packed steps."""
     for each in found:
