@@ -1,7 +1,7 @@
 """Models whose layers are partly recurrent, against transformers' own `generate` with its own cache, both in float32.
 
 Random models of four kinds: tiny, and of the shape of half a billion parameters. In each round both programs answer the
-same prompts in turn, greedily: one of 256 tokens (prefill, and decode of a batch of 1), and eight of different lengths,
+same prompts in turn, greedily: one of 128 tokens (prefill, and decode of a batch of 1), and eight of different lengths,
 which transformers pads to one. Decode is the time of an answer less that of its first token. Ratios are of times within
 a round, and their median is given. That both compute the same model is checked by their tokens. The last line is one
 JSON document.
@@ -59,8 +59,8 @@ TINY = {
                            "mamba_d_head": 32, "mamba_d_state": 32},
 }  # fmt: skip
 VOCABULARY = {"large": 32_768, "tiny": 4_096}
-ONE = [256]
-EIGHT = [16, 40, 64, 24, 96, 8, 80, 56]  # tokens of the prompts
+ONE = [128]
+EIGHT = [8, 20, 32, 12, 48, 4, 40, 28]  # tokens of the prompts
 TOKENS = 17  # of an answer
 Prompts = list[list[int]]
 Job = Callable[[Prompts, int], tuple[float, Prompts]]  # (prompts, tokens of an answer) → seconds, answers

@@ -54,7 +54,7 @@ CLOSE = {
     "kv8": 2e-2,
     "kv4": 1e-1,
 }  # log-probabilities: a number that rounds otherwise may be another code
-OTHER = {"beside seven others": {}, "preempted": {"blocks": 30, "batch": 8}} | {
+OTHER = {"beside seven others": {}, "preempted": {"blocks": 12, "batch": 8}} | {
     f"in chunks of {n}": {"budget": n, "batch": 1}
     for n in (15, 16, 17, 31, 33)  # around the edges of blocks
 }
