@@ -192,18 +192,10 @@ class LLM:
     def generate(self, prompts: Prompt | Rows[Prompt], sampling_params: Params = None) -> list[Completion]: ...
     @overload
     def generate(
-        self,
-        prompts: Prompt | Rows[Prompt],
-        sampling_params: Params = None,
-        *,
-        stream: Literal[True],
+        self, prompts: Prompt | Rows[Prompt], sampling_params: Params = None, *, stream: Literal[True]
     ) -> Iterator[Delta]: ...
     def generate(
-        self,
-        prompts: Prompt | Rows[Prompt],
-        sampling_params: Params = None,
-        *,
-        stream: bool = False,
+        self, prompts: Prompt | Rows[Prompt], sampling_params: Params = None, *, stream: bool = False
     ) -> list[Completion] | Iterator[Delta]:
         """Continue prompts, each a string, a list of token ids or a dict with `prompt` or `prompt_token_ids`:
         completions in their order, or with `stream` pieces as they come. `sampling_params` is one for all or one for
