@@ -40,6 +40,7 @@ TRIALS = (
     ("ptb", 4, 1024),
     ("prose", 16, 512),
 )  # in the order of their worth, since time may end
+TEXTS = {"ptb": "PTB", "c4": "C4", "prose": "English prose (bundled)", "self": "its own text"}
 BASELINE = Candidate("fp32", KVFormat.parse("fp32"))
 
 
@@ -69,6 +70,24 @@ def trial(
                 "seconds": round(seconds, 1)}
         for score in scores
     ]  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a model after the other, a line for each calibration."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        names = [name for name in ("kv8", "k8v4", "kv4", "int8") if any(row["name"] == name for row in own)]
+        lines += [f"| {model}, calibrated on | {' | '.join(f'`{name}`' for name in names)} |"]
+        lines += ["|---|" + "---:|" * len(names)]
+        for text, count, length in TRIALS:
+            found = {r["name"]: r for r in own if (r["text"], r["windows"], r["length"]) == (text, count, length)}
+            if found:
+                cells = (f"{r['kl']:.1e} ± {r['kl_error']:.0e}" if (r := found.get(n)) else "–" for n in names)
+                title = "nothing" if text == "none" else f"{TEXTS[text]}, {count} × {length}"
+                lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).strip()
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM, QuantizedCache
 
 from octavo import LLM, SamplingParams
+from octavo.cache.session import copy_prefix, paste_prefix
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 
@@ -25,6 +26,10 @@ class Contestant(Protocol):
     def prefill(self, prompts: list[list[int]]) -> float:
         """Forget all, compute the prompts; seconds."""
 
+    def fill(self, prompts: list[list[int]]) -> None:
+        """As prefill, but K and V of the first prompt are computed once and copied for all: what comes after takes as
+        long, whatever the numbers are."""
+
     def decode(self, steps: int) -> float:
         """That many greedy tokens of every sequence; seconds."""
 
@@ -35,7 +40,7 @@ class Contestant(Protocol):
 class Octavo:
     def __init__(self, model: Model, calibration: Calibration | None, kv: str, batch: int, length: int):
         given = calibration if kv == "int8" else None
-        self.llm = LLM(model, kv, calibration=given, max_batch_size=batch, session_len=length, prefix_caching=False)
+        self.llm = LLM(model, kv, calibration=given, max_batch_size=batch, session_len=length, prefix_caching=batch > 1)
         self.about = ""
         self.sequences: list[Any] = []
 
@@ -51,6 +56,22 @@ class Octavo:
         while not all(sequence.sampled for sequence in self.sequences):
             engine.step()
         return time.perf_counter() - start
+
+    def fill(self, prompts: list[list[int]]) -> None:
+        self.prefill(prompts[:1])
+        engine, [first] = self.llm.engine, self.sequences
+        copies = copy_prefix(self.llm.cache, engine.pool, prompts[0])
+        for prompt in prompts[1:]:
+            paste_prefix(self.llm.cache, engine.pool, prompt, copies)
+        params = first.params
+        self.sequences += [self.llm.sequence(prompt, params) for prompt in prompts[1:]]
+        for sequence in self.sequences[1:]:
+            engine.add(sequence)
+        while not all(sequence.sampled for sequence in self.sequences):
+            engine.step()
+        assert all(sequence.prefix_hit for sequence in self.sequences[1:])
+        length = max(len(sequence.tokens) for sequence in self.sequences)
+        assert length < len(prompts[0]) + 64, "one is far ahead of the others"
 
     def decode(self, steps: int) -> float:
         start = time.perf_counter()
@@ -80,6 +101,9 @@ class Transformers:
         self._forget()
         self.ids = torch.tensor(prompts)
         return self.decode(1)
+
+    def fill(self, prompts: list[list[int]]) -> None:
+        self.prefill(prompts)
 
     def decode(self, steps: int) -> float:
         start = time.perf_counter()
@@ -134,6 +158,9 @@ class LlamaCpp:
 
     def prefill(self, prompts: list[list[int]]) -> float:
         return self._ask(prefill=prompts)["seconds"]
+
+    def fill(self, prompts: list[list[int]]) -> None:
+        self._ask(prefill=prompts[:1], copies=len(prompts))
 
     def decode(self, steps: int) -> float:
         return self._ask(decode=steps)["seconds"]

@@ -1,9 +1,10 @@
 """A whole job on real models, against llama.cpp and OpenVINO GenAI: many prompts at once, an answer to each.
 
 Prompts of WikiText-2, greedy answers of a fixed length, the same threads for all, 16-bit weights. In each round every
-program answers the first token only, then the whole job, in turn: the first is the prefill, the difference the decode.
-Reported are medians over rounds, and of ratios within a round. That all compute the same model is checked by their
-answers: each must share most first tokens with a float32 forward of transformers. The last line is one JSON document.
+program answers the first token only, then the whole job, in turn: the first is the prefill, the difference the decode;
+--whole leaves the first out. Reported are medians over rounds, and of ratios within a round. That all compute the same
+model is checked by their answers to some prompts: each must share most first tokens with a float32 forward of
+transformers. The last line is one JSON document.
 
     python ../shared/models/get.py ~/models                                       # leaves NAME.gguf and NAME
     pip install openvino-genai                                                    # and llama.cpp as in peers_cpu.py
@@ -84,13 +85,17 @@ def first_tokens(path: Path, prompts: Prompts) -> list[int]:
         return [hf(input_ids=torch.tensor([prompt]), logits_to_keep=1).logits.argmax().item() for prompt in prompts]
 
 
-def measure(jobs: dict[str, Job], prompts: Prompts, tokens: int, rounds: int) -> dict[str, list[dict[str, float]]]:
+def measure(
+    jobs: dict[str, Job], prompts: Prompts, tokens: int, rounds: int, whole_only: bool
+) -> dict[str, list[dict[str, float]]]:
     """Seconds of each job in each round, in all and by part."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in jobs}
     for turn in range(rounds):
         for name, job in jobs.items():
-            prefill, whole = job(prompts, 1)[0], job(prompts, tokens)[0]
-            found[name].append({"prefill": prefill, "decode": whole - prefill, "job": whole})
+            prefill = None if whole_only else job(prompts, 1)[0]
+            whole = job(prompts, tokens)[0]
+            parts = {} if prefill is None else {"prefill": prefill, "decode": whole - prefill}
+            found[name].append({**parts, "job": whole})
             print(f"round {turn + 1}  {name:18s} " + "  ".join(
                 f"{part} {seconds:.2f} s" for part, seconds in found[name][-1].items()), flush=True)  # fmt: skip
     return found
@@ -101,7 +106,7 @@ def summary(found: dict[str, list[dict[str, float]]], batch: int, prompt: int, t
     counts = {"prefill": batch * prompt, "decode": batch * (tokens - 1), "job": batch * tokens}
     rates = {
         name: {part: round(count / statistics.median(each[part] for each in rounds), 1)
-               for part, count in counts.items()}
+               for part, count in counts.items() if part in rounds[0]}
         for name, rounds in found.items()
     }  # fmt: skip
     ours = [name for name in found if name.startswith("octavo")]
@@ -124,6 +129,8 @@ def main() -> None:
     cli.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     cli.add_argument("--tokens", type=int, default=128, help="of an answer")
     cli.add_argument("--rounds", type=int, default=5)
+    cli.add_argument("--whole", action="store_true", help="time whole jobs alone")
+    cli.add_argument("--checked", type=int, default=6, help="prompts whose first tokens are compared")
     cli.add_argument("--kv", nargs="+", default=["bf16", "int8-token", "kv8"])
     cli.add_argument("--llama-kv", nargs="+", default=["f16", "q8_0"])
     cli.add_argument("--out", type=Path)
@@ -136,7 +143,7 @@ def main() -> None:
         model = Model.load(path)
         texts = load_texts("wikitext2", args.data, "test")
         prompts = consecutive_windows(texts, model.tokenizer, args.prompt, args.batch)
-        expected = first_tokens(path, prompts)
+        expected = first_tokens(path, prompts[: args.checked])
         length, threads = args.prompt + args.tokens + 1, torch.get_num_threads()
         with tempfile.TemporaryDirectory() as directory, ExitStack() as close:
             jobs = {f"octavo {kv}": octavo(model, kv, args.batch, length) for kv in args.kv}
@@ -153,12 +160,12 @@ def main() -> None:
                 jobs["openvino u8"], about["openvino u8"] = worker(close, command)
             agreed = {}
             for name, job in jobs.items():  # warm, too
-                chosen = [answer[0] for answer in job(prompts, 2)[1]]
+                chosen = [answer[0] for answer in job(prompts[: args.checked], 2)[1]]
                 agreed[name] = statistics.mean(a == b for a, b in zip(chosen, expected, strict=True))
                 print(f"{name:18s} {agreed[name]:.0%} of the first tokens as in float32", flush=True)
             if strangers := [name for name, share in agreed.items() if share < AGREED]:
                 raise SystemExit(f"{', '.join(strangers)}: not the same model, so nothing is reported")
-            found = measure(jobs, prompts, args.tokens, args.rounds)
+            found = measure(jobs, prompts, args.tokens, args.rounds, args.whole)
         row = {
             "model": path.name, "batch": args.batch, "prompt": args.prompt, "tokens": args.tokens,
             "rounds": args.rounds, "peers": about, "first_tokens_as_float32": agreed,
@@ -166,7 +173,8 @@ def main() -> None:
             "commit": describe()["commit"],
         }  # fmt: skip
         same = ("model", "batch", "prompt", "tokens")
-        rows = [old for old in rows if any(old[key] != row[key] for key in same)] + [row]
+        rows = [old for old in rows if any(old[key] != row[key] for key in same)
+                or old["tokens_per_second"].keys() != row["tokens_per_second"].keys()] + [row]  # fmt: skip
         document = {"benchmark": "jobs_cpu", **describe(), "rows": rows}
         if args.out:
             args.out.write_text(json.dumps(document, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """llama.cpp behind a pipe, in a Python and an OpenMP of its own: peers_cpu.py starts it with the interpreter that has
 llama-cpp-python. It answers each line of JSON with one: {"prefill": prompts} and {"decode": steps} with seconds and the
-log-probabilities of the most likely tokens after the last step, per sequence; {"prompts": prompts, "tokens": n} with
-seconds and the tokens of every greedy answer.
+log-probabilities of the most likely tokens after the last step, per sequence ("copies": n beside one prompt makes n
+sequences of it); {"prompts": prompts, "tokens": n} with seconds and the tokens of every greedy answer.
 
 It decodes all sequences together, one llama_batch a step, each with a KV stream of its own and flash attention on.
 """
@@ -62,6 +62,17 @@ class Context:
             logits.append(self.row(self.batch.n_tokens - 1))
         self.logits = np.stack(logits)
 
+    def copy(self, count: int) -> None:
+        """Give each of `count` sequences a copy of the first one's K and V, and its logits."""
+        size = llama.llama_state_seq_get_size(self.context, 0)
+        state = (ctypes.c_ubyte * size)()
+        llama.llama_state_seq_get_data(self.context, state, size, 0)
+        for sequence in range(1, count):
+            if not llama.llama_state_seq_set_data(self.context, state, size, sequence):
+                raise SystemExit("llama.cpp takes no copy of a sequence")
+        self.lengths = self.lengths[:1] * count
+        self.logits = self.logits[:1].repeat(count, 0)
+
     def step(self) -> None:
         """The most likely token of each sequence, and its logits after it."""
         tokens = self.logits.argmax(-1)
@@ -112,6 +123,8 @@ def main() -> None:
             continue
         if "prefill" in request:
             context.prefill(request["prefill"])
+        if "copies" in request:
+            context.copy(request["copies"])
         for _ in range(request.get("decode", 0)):
             context.step()
         seconds = time.perf_counter() - start

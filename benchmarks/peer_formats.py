@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.cache.batch import Batch
+from octavo.cache.store import KVCache
 from octavo.measure.candidate import Candidate
-from octavo.models.bind import BoundModel
-from octavo.models.hook import Attend
+from octavo.models.bound import BoundModel, Watch
 from octavo.models.model import Model
 from octavo.quant.codec import rotate
 from octavo.quant.format import KVFormat
@@ -61,10 +62,10 @@ class _RecentRaw:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.bound, name)
 
-    def forward(self, ids: Tensor, positions: Tensor, logits_at: Tensor, _: Attend) -> Tensor:
-        if positions[0] == 0:
+    def step(self, cache: KVCache, batch: Batch, every: bool = False, _: Watch | None = None) -> Tensor:
+        if batch.positions[0] == 0:
             self.kept.clear()
-        return self.bound.forward(ids, positions, logits_at, self.attend)
+        return self.bound.step(cache, batch, every, lambda layer, q, k, v: (k, v, self.attend(layer, q, k, v)))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer in self.kept:

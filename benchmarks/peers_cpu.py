@@ -3,8 +3,9 @@
 A Llama of 4 layers with random bf16 weights, prompts of 4096 random tokens, greedy answers, the same threads for all;
 transformers computes in float32 where the processor has no bf16 unit, which is then faster.
 One prompt alone: in each round every contestant computes a new one, then every one decodes 16 tokens. A batch of eight:
-every contestant computes all eight once, then in each round every one decodes 16 tokens of each. Reported are medians
-over rounds, and the median of the ratio within a round. The last line is one JSON document.
+every contestant computes all eight once, or with --copied one of them and copies its K and V for the others; then in
+each round every one decodes 16 tokens of each. Reported are medians over rounds, and the median of the ratio within a
+round. The last line is one JSON document.
 
 No number is reported of a contestant that computes another model: first each answers a short prompt greedily, and the
 log-probabilities of its most likely tokens are held against a float32 forward over the very tokens it chose.
@@ -27,6 +28,7 @@ import statistics
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from contestants import Contestant, LlamaCpp, Octavo, Transformers
@@ -45,8 +47,17 @@ TOLERANCE = 0.05  # nats, mean over the most likely tokens; another model's diff
 class Field:
     """Who competes."""
 
-    def __init__(self, hf: LlamaForCausalLM | None, gguf: Path, llama_cpp: Path | None, length: int, kv: list[str]):
+    def __init__(
+        self,
+        hf: LlamaForCausalLM | None,
+        gguf: Path,
+        llama_cpp: Path | None,
+        length: int,
+        kv: list[str],
+        llama_kv: list[str],
+    ):
         self.hf, self.gguf, self.llama_cpp, self.length, self.kv = hf, gguf, llama_cpp, length, kv
+        self.llama_kv = llama_kv
         self.model = served(random_llama())
         self.calibration = calibrated(self.model)
 
@@ -55,7 +66,7 @@ class Field:
         for kv in self.kv:
             built[f"octavo {kv}"] = Octavo(self.model, self.calibration, kv, batch, self.length)
         if self.llama_cpp is not None:
-            for kv in ("f16", "q8_0"):
+            for kv in self.llama_kv:
                 worker = LlamaCpp(self.llama_cpp, self.gguf, kv, batch, self.length, torch.get_num_threads())
                 built[f"llama.cpp {kv}"] = close.enter_context(worker)
         if self.hf is not None:
@@ -86,17 +97,22 @@ def errors(contestants: dict[str, Contestant], exact: LlamaForCausalLM) -> dict[
 
 
 def measure(
-    contestants: dict[str, Contestant], batch: int, tokens: int, rounds: int
+    contestants: dict[str, Contestant], batch: int, tokens: int, rounds: int, copied: bool = False
 ) -> dict[str, dict[str, list[float]]]:
-    """Tokens per second of every contestant, a round each, for `batch` prompts of `tokens` tokens."""
-    rates: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in contestants}
+    """Tokens per second of every contestant, a round each, for `batch` prompts of `tokens` tokens. Copied ones tell
+    nothing of the prefill."""
+    kinds = ["decode"] if copied else ["prefill", "decode"]
+    rates: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in contestants}
     generator = torch.Generator().manual_seed(2)
     for i in range(rounds):
         if i == 0 or batch == 1:
             prompts = torch.randint(CONFIG.vocab_size, (batch, tokens), generator=generator).tolist()
         for name, contestant in contestants.items():
             if i == 0 or batch == 1:
-                rates[name]["prefill"].append(batch * tokens / contestant.prefill(prompts))
+                if copied:
+                    contestant.fill(prompts)
+                else:
+                    rates[name]["prefill"].append(batch * tokens / contestant.prefill(prompts))
                 contestant.decode(2)  # warm
         for name, contestant in contestants.items():
             rates[name]["decode"].append(batch * DECODED / contestant.decode(DECODED))
@@ -117,11 +133,21 @@ def ratios(rates: dict[str, dict[str, list[float]]], ours: str) -> dict[str, dic
     }
 
 
-def row(contestants: dict[str, Contestant], found: dict[str, float], batch: int, tokens: int, rounds: int) -> dict:
+def row(
+    contestants: dict[str, Contestant],
+    found: dict[str, float],
+    batch: int,
+    tokens: int,
+    rounds: int,
+    copied: bool = False,
+) -> dict[str, Any]:
     """What is reported of a batch, after `errors` has `found` who computes the model."""
-    rates = measure(contestants, batch, tokens, rounds)
+    rates = measure(contestants, batch, tokens, rounds, copied)
     return {
         "batch": batch,
+        "commit": describe()["commit"],
+        "rounds": rounds,
+        "copied": copied,
         "nats_from_float32": {name: round(error, 4) for name, error in found.items()},
         "tokens_per_second": {
             name: {what: round(statistics.median(values), 1) for what, values in each.items()}
@@ -138,6 +164,8 @@ def main() -> None:
     cli.add_argument("--prompt", type=int, default=4096, help="tokens of a prompt")
     cli.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     cli.add_argument("--rounds", type=int, default=5)
+    cli.add_argument("--copied", action="store_true", help="of a batch's prompts compute one")
+    cli.add_argument("--llama-kv", nargs="+", default=["f16", "q8_0"])
     cli.add_argument("--kv", nargs="+", default=["int8", "int8-token", "kv8", "bf16"])
     cli.add_argument("--out", type=Path)
     args = cli.parse_args()
@@ -151,13 +179,20 @@ def main() -> None:
         length = args.prompt + (args.rounds + 1) * DECODED + 64
         if not processor.has_bf16():
             hf = hf.float()
-        field = Field(None if args.no_transformers else hf, gguf, args.llama_cpp, length, args.kv)
+        field = Field(None if args.no_transformers else hf, gguf, args.llama_cpp, length, args.kv, args.llama_kv)
         for batch in args.batch:
             with ExitStack() as close:
                 contestants = field.contestants(batch, close)
                 found = errors(contestants, random_llama().float())
                 peers |= {name: contestant.about for name, contestant in contestants.items() if contestant.about}
-                rows.append(row(contestants, found, batch, args.prompt, args.rounds))
+                copied = args.copied and batch > 1
+                rows.append(row(contestants, found, batch, args.prompt, args.rounds, copied))
+    if args.out and args.out.is_file():  # a batch that was not measured now stays as it was
+        old = json.loads(args.out.read_text())
+        if old["prompt"] == args.prompt:
+            rows = sorted([*(each for each in old["rows"] if each["batch"] not in args.batch), *rows],
+                          key=lambda each: each["batch"])  # fmt: skip
+            peers = old["peers"] | peers
     document = {"benchmark": "peers_cpu", **describe(), "peers": peers, "prompt": args.prompt, "decoded": DECODED,
                 "rounds": args.rounds, "rows": rows}  # fmt: skip
     if args.out:

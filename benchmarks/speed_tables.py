@@ -46,9 +46,9 @@ def part(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -
 def rates(title: str, document: Document) -> str:
     """Tokens a second of each program, prefill and decode by batch."""
     by_batch = {row["batch"]: row["tokens_per_second"] for row in document["rows"]}
-    columns = [(batch, what) for batch in by_batch for what in ("prefill", "decode")]
-    names = by_batch[columns[0][0]]
-    rows = ([name, *(by_batch[batch][name][what] for batch, what in columns)] for name in names)
+    names = list(dict.fromkeys(name for rates in by_batch.values() for name in rates))
+    columns = [(batch, what) for batch, rates in by_batch.items() for what in next(iter(rates.values()))]
+    rows = ([name, *(by_batch[batch].get(name, {}).get(what, "") for batch, what in columns)] for name in names)
     return part(title, ["", *(f"{what}, batch {batch}" for batch, what in columns)], rows)
 
 
@@ -127,37 +127,41 @@ def _span(values: Iterable[float]) -> str:
 
 def peers() -> str:
     found = load("peers-cpu")
-    text = f"""
+    text = """
 ## The engine beside llama.cpp and transformers
 
 A random Llama of 4 layers (hidden 2048, 16/8 heads), bf16 weights; tokens a second, medians. Every program first has to
-agree with a float32 forward. {commits(found)}.
+agree with a float32 forward. Where a batch has no prefill, K and V of one prompt were computed and copied for all.
 """
     for label, document in found.items():
-        text += rates(f"{label}, prompts of {document['prompt']} tokens, {document['rounds']} rounds", document)
+        runs = ((row["batch"], row.get("rounds", document["rounds"]), row.get("commit", document["commit"]))
+                for row in document["rows"])  # fmt: skip
+        told = "; ".join(f"batch {batch}: {rounds} rounds, commit {commit}" for batch, rounds, commit in runs)
+        text += rates(f"{label}, prompts of {document['prompt']} tokens ({told})", document)
     return text
 
 
 def jobs() -> str:
     found = load("jobs-cpu")
-    text = f"""
+    text = """
 ## Whole jobs on real models
 
 Prompts of WikiText-2 all at once, an answer of fixed length to each, 16-bit weights; tokens a second, medians.
 llama.cpp decodes all sequences in one batch; OpenVINO is GenAI's continuous batching, with KV in 8 bits and products in
-float32. {commits(found)}.
+float32.
 """
     for label, document in found.items():
         for row in document["rows"]:
             best = row["times_as_fast"]
             ours = "octavo kv8" if "octavo kv8" in best else next(iter(best))
             rows = (
-                [name, *(speeds[what] for what in ("prefill", "decode", "job")),
+                [name, *(speeds.get(what, "") for what in ("prefill", "decode", "job")),
                  "" if name == ours else best[ours][name]["job"]]
                 for name, speeds in row["tokens_per_second"].items()
             )  # fmt: skip
             title = f"{label}, {row['model']}: {row['batch']} prompts of {row['prompt']} tokens, answers of "
-            title += f"{row['tokens']}, {row['rounds']} rounds"
+            rounds = "one round" if row["rounds"] == 1 else f"{row['rounds']} rounds"
+            title += f"{row['tokens']}, {rounds}, commit {row['commit']}"
             over = f"job: {ours.removeprefix('octavo ')} over it"
             text += part(title, ["", "prefill", "decode", "whole job", over], rows)
     return text

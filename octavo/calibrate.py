@@ -38,6 +38,8 @@ SHORT = (8, 256)  # windows and tokens in each, of a calibration that is made be
 PATIENCE = 60.0  # seconds that it may take
 PROSE = BUNDLED / "evaluation.txt"
 OUTSIDE = 1e-3  # share of a layer's values beyond its format's range from which on a warning is due
+Observed = dict[int, LayerStatistics]  # by layer, of those that keep K and V
+Observe = Callable[[Sequence[Sequence[int]], Sequence[int]], Observed]  # of windows and their offsets
 SCORES_DIFFER = 0.05  # relative; bf16 rounding moves scores by about 1 %, a scale or a learned position by more
 
 
@@ -50,8 +52,10 @@ def calibrate(
     headroom: float = DEFAULT_HEADROOM,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    observe: Observe | None = None,
 ) -> Calibration:
     """Observe `windows` of token ids, all of one length; `progress` is called with the number of windows done.
+    `observe` does it in the place of `observed`, elsewhere.
 
     Raises OctavoError for windows that do not fit the model and for activations that are not finite.
     """
@@ -59,36 +63,13 @@ def calibrate(
     bound = model.bound
     length = _common_length(windows, bound.max_context)
     offsets = window_offsets(bound, len(windows), length, seed)
-    reading = Reading(bound)
-    kept = {
-        i: LayerStatistics(shape.kv_heads, shape.k_dim, shape.v_dim)
-        for i, shape in enumerate(bound.shapes)
-        if shape.shares is None
-    }
-    observed = [kept[i if shape.shares is None else shape.shares] for i, shape in enumerate(bound.shapes)]
-    for statistics, norms in zip(observed, output_norms(bound), strict=True):
+    if observe is None:
+        kept = observed(model, windows, offsets, progress)
+    else:
+        kept = observe(windows, offsets)
+    layers = _of_layers(bound, kept)
+    for statistics, norms in zip(layers, output_norms(bound), strict=True):
         statistics.projected_by(norms)
-    left_out = FIRST_PAGE if length > FIRST_PAGE else 0
-    for done, (window, offset) in enumerate(zip(windows, offsets, strict=True)):
-        read = [0] * len(bound.layers)  # rows of this window, by layer
-
-        def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, done: int = done, read: list[int] = read) -> None:
-            for name, x in (("Q", q), ("K", k), ("V", v)):
-                if not torch.isfinite(x).all():
-                    raise OctavoError(
-                        f"{name} of layer {layer} is not finite in sample {done}: the model overflows in "
-                        f"{bound.dtype}; load it with --dtype bf16 or fp32, or check its weights"
-                    )
-            skip = max(0, left_out - read[layer])
-            read[layer] += len(q)
-            observed[layer].read_by(q[skip:])
-            if layer in kept:
-                kept[layer].update(k, v, skip)
-
-        reading.run(window, observe, torch.arange(offset, offset + length))
-        if progress is not None:
-            progress(done + 1)
-
     header = Header(
         fingerprint=model.fingerprint,
         dataset=dataset,
@@ -100,7 +81,52 @@ def calibrate(
         headroom=headroom,
         rotary=bound.rotary,
     )
-    return Calibration(header, [statistics.summary() for statistics in observed])
+    return Calibration(header, [statistics.summary() for statistics in layers])
+
+
+def observed(
+    model: Model,
+    windows: Sequence[Sequence[int]],
+    offsets: Sequence[int],
+    progress: Callable[[int], None] | None = None,
+    first: int = 0,
+) -> Observed:
+    """What the K and V of `windows` look like, each of which stands at its offset; `first` is the number of the first
+    one. Of parts of the windows, merged, it is that of all."""
+    bound, length = model.bound, len(windows[0])
+    reading = Reading(bound)
+    kept = {
+        i: LayerStatistics(shape.kv_heads, shape.k_dim, shape.v_dim)
+        for i, shape in enumerate(bound.shapes)
+        if shape.shares is None
+    }
+    layers = _of_layers(bound, kept)
+    left_out = FIRST_PAGE if length > FIRST_PAGE else 0
+    for done, (window, offset) in enumerate(zip(windows, offsets, strict=True), first):
+        read = [0] * len(bound.layers)  # rows of this window, by layer
+
+        def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, done: int = done, read: list[int] = read) -> None:
+            for name, x in (("Q", q), ("K", k), ("V", v)):
+                if not torch.isfinite(x).all():
+                    raise OctavoError(
+                        f"{name} of layer {layer} is not finite in sample {done}: the model overflows in "
+                        f"{bound.dtype}; load it with --dtype bf16 or fp32, or check its weights"
+                    )
+            skip = max(0, left_out - read[layer])
+            read[layer] += len(q)
+            layers[layer].read_by(q[skip:])
+            if layer in kept:
+                kept[layer].update(k, v, skip)
+
+        reading.run(window, observe, torch.arange(offset, offset + length))
+        if progress is not None:
+            progress(done + 1 - first)
+    return kept
+
+
+def _of_layers(bound: BoundModel, kept: Observed) -> list[LayerStatistics]:
+    """Of every layer; several may share what one keeps."""
+    return [kept[i if shape.shares is None else shape.shares] for i, shape in enumerate(bound.shapes)]
 
 
 def calibration_for(
@@ -196,15 +222,20 @@ def window_offsets(bound: BoundModel, count: int, length: int, seed: int) -> lis
 
 
 def shift_invariant(bound: BoundModel, offset: int) -> bool:
-    """Whether the attention scores of a text stay the same when it is placed `offset` positions later."""
+    """Whether the attention scores of a text stay the same when it is placed `offset` positions later.
+
+    Each row is made to attend to itself alone, so that all layers see the same in both places: else what RoPE's angles
+    are rounded by at far positions grows from layer to layer, and models with large keys seem to depend on position.
+    """
     n = 16
     ids = bound.random_tokens(n)
     scores: dict[int, list[Tensor]] = {0: [], offset: []}
     for start, seen in scores.items():
 
-        def record(_layer: int, q: Tensor, k: Tensor, _v: Tensor, seen: list[Tensor] = seen) -> None:
+        def record(_layer: int, q: Tensor, k: Tensor, v: Tensor, seen: list[Tensor] = seen) -> Tensor:
             group = q.shape[1] // k.shape[1]
             seen.append(torch.einsum("qhd,khd->hqk", q.float(), k.float().repeat_interleave(group, 1)).cpu())
+            return v.repeat_interleave(group, 1)
 
         Reading(bound).run(ids, record, torch.arange(start, start + n))
     return all(

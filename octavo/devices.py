@@ -6,6 +6,7 @@ multiply weights is weights/cpu.py's.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from octavo.errors import OctavoError
 
 HOST = torch.device("cpu")
+KEPT = {-1: 128 << 20, -3: 32 << 20}  # malloc.h: M_TRIM_THRESHOLD, of all memory, and M_MMAP_THRESHOLD, of one tensor
 
 
 class Device:
@@ -52,6 +54,16 @@ class Device:
 
     def trim(self) -> None:
         """Give back to the system what the allocator keeps for later."""
+
+    def keep(self) -> None:
+        """Have the allocator keep what a step's temporaries took for the next step.
+
+        glibc gives freed memory of some megabytes back to the system at once, and takes it anew page by page.
+        """
+        with suppress(AttributeError, TypeError):  # other systems have no such function, or no such library
+            mallopt = ctypes.CDLL(None).mallopt
+            for parameter, limit in KEPT.items():
+                mallopt(parameter, limit)
 
     def taken(self) -> int:
         """Bytes that this process has taken."""

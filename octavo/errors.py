@@ -7,7 +7,6 @@ import shlex
 import sys
 import warnings
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 LISTED = "docs/ARCHITECTURES.md lists what is served."
@@ -40,6 +39,8 @@ def one_line(error: Exception) -> str:
 def install(extra: str) -> str:
     """The command that adds an extra to this installation. No package index has Octavo: a checkout is installed anew
     with it, an installed wheel gets the packages that it stands for."""
+    from importlib import metadata  # takes a while to import
+
     root = Path(__file__).parents[1]
     pip = f"{shlex.quote(sys.executable)} -m pip install"
     if (root / "pyproject.toml").is_file():

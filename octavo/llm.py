@@ -24,7 +24,7 @@ from octavo.cache import session
 from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
-from octavo.cache.size import CacheSize, num_blocks, parse_bytes
+from octavo.cache.size import CacheSize, num_blocks, num_snapshots, parse_bytes
 from octavo.cache.store import KVCache
 from octavo.calibrate import calibration_for, warn_outside, warn_uncalibrated
 from octavo.completion import Completion, Delta, Generation, Outbox
@@ -49,6 +49,7 @@ from octavo.inputs import (
 from octavo.interrupts import held
 from octavo.models.generation import is_greedy
 from octavo.models.model import Model
+from octavo.parallel import load
 from octavo.quant.calibration import SYNTHETIC, Calibration
 from octavo.quant.format import Format, Granularity
 from octavo.text import Message, TextStream, encode_chat, encode_prompt
@@ -73,7 +74,9 @@ class LLM:
     layer. `int8` needs a calibration: the one beside the model, or `calibration`, a file or directory; `granularity`
     and `headroom` override its defaults. `session_len` is the longest session in tokens; the cache has
     `kv_cache_memory` bytes ("4GiB"), or what `max_batch_size` sessions need within the share `cache_max_entry_count` of
-    the free memory; on a GPU it takes that share of what is left once the largest step has been tried.
+    the free memory; on a GPU it takes that share of what is left once the largest step has been tried. Of a hybrid,
+    whose states the prefix cache needs, `snapshot_memory` bytes of it are snapshots: by default two for each session.
+    `tensor_parallel_size` divides the model among so many processes, each with a GPU of its own and a cache that large.
 
     Any thread may call it: what several ask for at a time is computed in one batch. Once a step has failed, every call
     that waits and every later one raises EngineFailed. Ctrl-C ends the calls of the main thread and nothing else.
@@ -93,18 +96,19 @@ class LLM:
         kv_cache_memory: str | int | None = None,
         cache_max_entry_count: float | None = None,
         prefix_caching: bool = True,
+        snapshot_memory: str | int | None = None,
+        tensor_parallel_size: int = 1,
         **loading: Any,
     ):
         sizes = {"session_len": session_len, "max_batch_size": max_batch_size, "max_batch_tokens": max_batch_tokens}
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise OctavoError(f"{name} is {size}; it must be at least 1")
-        if isinstance(model, Model):
-            if loading:
-                raise TypeError(f"{', '.join(loading)}: the model is loaded already")
-            self.model = model
-        else:
-            self.model = Model.load(model, context=session_len, **loading)
+        if not isinstance(model, Model):
+            model = load(model, tensor_parallel_size, context=session_len, **loading)
+        elif loading or tensor_parallel_size != 1:
+            raise TypeError(f"{', '.join(loading) or 'tensor_parallel_size'}: the model is loaded already")
+        self.model = model
         bound = self.model.bound
         self.format = self.model.format(kv, calibration)
         self.calibration = calibration_for(self.model, calibration, self.format)
@@ -125,29 +129,31 @@ class LLM:
                 stacklevel=2,
             )
 
-        plans = plan_layers(bound.shapes, self.format, self.calibration, granularity, headroom)
+        plans = plan_layers(bound.whole, self.format, self.calibration, granularity, headroom)
         layout = backend_for(plans).layout
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
         in_step = max(max_batch_tokens, max_batch_size)
         formats = [plan.format for plan in plans]
-        cost = CacheSize.of(bound.shapes, formats, layout.block_size, in_step, bound.states)
+        snapshots = num_snapshots(bound.states, snapshot_memory) if prefix_caching else 0
+        cost = CacheSize.of(bound.shapes, formats, layout.block_size, in_step, bound.states, snapshots)
 
         def cache_of(blocks: int) -> KVCache:
             pools, pages = cost.pools(blocks, max_batch_size), cost.raw_pages(max_batch_size)
-            return KVCache(plans, pools, layout, pages, bound.states, max_batch_size)
+            return bound.new_cache(plans, pools, layout, pages, max_batch_size, cost.snapshots_beside(max_batch_size))
 
         step, device = 0, device_of(bound.device)
         if device.asynchronous:
             step = LargestStep(max_batch_size, max_batch_tokens, self.session_len).nbytes(bound, cache_of(1))
-        blocks = num_blocks(cost, max_batch_size, self.session_len, device, memory, cache_max_entry_count, step)
-        self.engine = Engine(
-            bound, cache_of(blocks), max_batch_size, max_batch_tokens, self.session_len, prefix_caching
-        )
+        free = max(0, bound.free_memory() - step)
+        blocks = num_blocks(cost, max_batch_size, self.session_len, device, free, memory, cache_max_entry_count)
+        cache = cache_of(blocks)
+        self.engine = Engine(bound, cache, max_batch_size, max_batch_tokens, self.session_len, prefix_caching)
         self.reading = Reading(bound, self.format, self.calibration, granularity, headroom)
         self.grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
         self._generations: dict[Sequence, Generation] = {}
         self._looked = False  # whether values outside the format's range have been looked for
         self._turns = Turns(self._step)
+        bound.on_failure(self._turns.fail)
 
     def __reduce__(self) -> NoReturn:
         raise OctavoError(

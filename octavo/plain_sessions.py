@@ -4,6 +4,7 @@ A plain file is safetensors, of version 1:
 
     layers.{i}.k, layers.{i}.v     float32 [KV heads, tokens, dim]: what attention reads of each row, after RoPE; of
                                    each layer that has a cache of its own
+    states.{i}.{kind}.{j}          the states at the end of these tokens, of each layer that keeps some, as they are
     metadata                       format "octavo kv rows", version, tokens (a JSON list of ids), kv (its format), rows:
                                    how many of the tokens have rows; layers with a sliding window have the last ones
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from octavo.artefact import replacing
 from octavo.cache import session
-from octavo.cache.session import FIRST, Codes, SavedSession
+from octavo.cache.session import FIRST, STATES, Codes, SavedSession
 from octavo.cache.store import KVCache, RowStore
 from octavo.errors import OctavoError, one_line
 from octavo.llm import LLM
@@ -48,6 +49,7 @@ def export_session(llm: LLM, saved: str | Path, plain: str | Path) -> int:
         if raw is not None and x.shape[1] == count:  # else page 0 is behind the window
             x[:, :size] = codes[f"{_first(name)}.codes"].float()
         rows[name] = x.contiguous()
+    rows |= {name: codes[name] for name in codes if name.startswith(STATES)}
     about = {"format": FORMAT, "version": VERSION, "tokens": json.dumps(file.tokens), "kv": str(llm.format),
              "rows": str(count)}  # fmt: skip
     with replacing(Path(plain), private=True) as part:
@@ -73,6 +75,9 @@ def import_session(llm: LLM, plain: str | Path, saved: str | Path) -> int:
         raise OctavoError(f"{path}: {count} tokens are fewer than a block of {size}: there is nothing to keep")
     codes: Codes = {session.ROWS: torch.tensor([whole])}
     shapes = session.kinds(llm.cache, whole)
+    codes |= {name: rows[name] for name in rows if name.startswith(STATES)}
+    if whole < count and len(codes) > 1:
+        raise OctavoError(f"{path}: its states are those of {count} tokens, which are no whole blocks of {size}")
     for name, store, raw in _sides(llm.cache):
         end = rows[name].shape[1] - (count - whole)
         held = shapes[f"{name}.codes"][1][1]
@@ -120,18 +125,22 @@ def _read(path: Path, llm: LLM) -> tuple[list[int], int, dict[str, Tensor]]:
     if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < vocabulary for t in tokens):
         raise OctavoError(f"{path}: its tokens are not ids of this model's vocabulary of {vocabulary}")
     expected = {name: (store.heads, store.dim) for name, store, _ in _sides(llm.cache)}
+    states = {name: kind for name, kind in session.kinds(llm.cache, count).items() if name.startswith(STATES)}
     if not 0 <= count <= len(tokens):
         raise OctavoError(f"{path}: it has {len(tokens)} tokens, and rows of {count}")
-    if strange := sorted(rows.keys() ^ expected.keys()):
-        raise OctavoError(f"{path}: the rows {strange[0]} are {'missing' if strange[0] in expected else 'unknown'}")
+    if strange := sorted(rows.keys() ^ (expected.keys() | states.keys())):
+        raise OctavoError(f"{path}: the tensor {strange[0]} is {'unknown' if strange[0] in rows else 'missing'}")
     for name, (heads, dim) in expected.items():
         own = rows[name].shape
         if len(own) != 3 or (own[0], own[2]) != (heads, dim) or own[1] > count:
             raise OctavoError(
                 f"{path}: {name} is of shape {list(rows[name].shape)}; this model has {[heads, '…', dim]}"
             )
-        if not bool(rows[name].isfinite().all()):
-            raise OctavoError(f"{path}: {name} holds values that are not finite")
+    for name, (dtype, shape) in states.items():
+        if (rows[name].dtype, tuple(rows[name].shape)) != (dtype, shape):
+            raise OctavoError(f"{path}: {name} does not have the shape or type of this model's states")
+    if strange := [name for name, x in rows.items() if not bool(x.isfinite().all())]:
+        raise OctavoError(f"{path}: {strange[0]} holds values that are not finite")
     return tokens, count, rows
 
 

@@ -8,9 +8,10 @@ after layer is rounded and replaced by its packed self, so that from there on me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from time import perf_counter
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +24,7 @@ from octavo.models.bind import BoundModel
 from octavo.models.packed import GROUP_SIZES, packable
 from octavo.models.prepack import is_prepacked
 from octavo.progress import Progress
-from octavo.weights.awq import TINY, round_to_nearest, search_scale, search_shrink
+from octavo.weights.awq import TINY, Search, round_to_nearest, search_scale, search_shrink
 from octavo.weights.layouts import AWQ, Int4Weight
 from octavo.weights.linear import PackedLinear
 from octavo.weights.scale_folding import Fold, absorb, find_folds
@@ -32,8 +33,8 @@ Method = Literal["awq", "rtn"]
 METHODS: tuple[str, ...] = get_args(Method)
 ROWS = 512  # of each input that are kept, from all windows alike
 TRIAL = 32  # tokens on which folds are tried
-
-"""(what is done, how many, of how many)"""
+SEARCHES = (Search(), Search(10, 512), Search(5, 256))  # from the best to the quickest
+SAMPLE = 256  # outputs of a layer that the searches are timed on
 
 
 @dataclass
@@ -83,6 +84,7 @@ def quantize(
     *,
     group_size: int = 128,
     method: Method = "awq",
+    search: Search | None = None,
     progress: Progress = lambda *_: None,
 ) -> Quantized:
     """Quantize the linear layers of `bound` in place, with inputs seen in `windows` of token ids.
@@ -97,7 +99,8 @@ def quantize(
         before = run()
         folds = find_folds(bound.hf, linear, run)
         inputs = _watch(bound, {fold: linear[fold.layers[0]] for fold in folds}, windows, progress)
-        scales = _scale(bound.hf, folds, linear, inputs, group_size, progress) if method == "awq" else {}
+        search = search or SEARCHES[0]
+        scales = _scale(bound.hf, folds, linear, inputs, group_size, search, progress) if method == "awq" else {}
         _require_same(run(), before, bound.dtype)
         return _round(bound.hf, folds, linear, inputs, scales, group_size, method, progress)
 
@@ -136,12 +139,44 @@ def choose_group(hf: PreTrainedModel, asked: int | None) -> int:
     return asked
 
 
+def choose_search(hf: PreTrainedModel, group_size: int, method: Method, seconds: float | None) -> tuple[Search, float]:
+    """The best of SEARCHES that takes at most `seconds`, or the quickest, and what it takes with the rounding: by the
+    time for a few outputs of one layer."""
+    layers = list(quantizable(hf, group_size).values())
+    if method == "rtn":
+        return SEARCHES[0], 0.0
+    weight = layers[0].weight[:SAMPLE].float()
+    rows, mean = torch.randn(ROWS, weight.shape[1], device=weight.device), weight.new_ones(weight.shape[1])
+
+    def took(work: Callable[[], object]) -> float:
+        work()  # the first is slow
+        start = perf_counter()
+        work()
+        return (perf_counter() - start) / weight.numel()
+
+    with torch.no_grad():
+        step = took(lambda: search_scale([weight], rows, mean, group_size, Search(1, SAMPLE)))
+        shrink = took(lambda: search_shrink(weight, rows, group_size))
+    shapes = [layer.weight.shape for layer in layers]
+
+    def all_layers(search: Search) -> float:
+        return sum(
+            inputs * (step * search.steps * min(outputs, search.outputs) + shrink * outputs)
+            for outputs, inputs in shapes
+        )
+
+    fitting = [search for search in SEARCHES if seconds is None or all_layers(search) <= seconds]
+    chosen = fitting[0] if fitting else SEARCHES[-1]
+    return chosen, all_layers(chosen)
+
+
 def _scale(
     hf: nn.Module,
     folds: list[Fold],
     linear: dict[str, nn.Linear],
     inputs: dict[Fold, Input],
     group_size: int,
+    search: Search,
     progress: Progress,
 ) -> dict[Fold, tuple[Tensor, float]]:
     """Move a scale into the weights of every fold that has where to put one; returns each scale with its α."""
@@ -151,7 +186,7 @@ def _scale(
         if fold.source is not None:
             layers, seen = [linear[name] for name in fold.layers], inputs[fold]
             weights = [layer.weight.float() for layer in layers]
-            scale, alpha = search_scale(weights, torch.cat(seen.rows).float(), seen.mean, group_size)
+            scale, alpha = search_scale(weights, torch.cat(seen.rows).float(), seen.mean, group_size, search)
             for layer in layers:
                 layer.weight.data.mul_(scale)
             absorb(hf.get_submodule(fold.source), scale)

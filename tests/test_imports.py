@@ -26,7 +26,7 @@ ORDER = (
     ("attention",),
     ("processor", "weights"),
     ("models",),
-    ("engine", "scales"),
+    ("engine", "parallel", "scales"),
     ("text",),
     ("token_bytes",),
     ("grammars",),
@@ -38,6 +38,8 @@ ORDER = (
     ("quantize",),
     ("serve",),
     ("measure",),
+    ("lines",),
+    ("ray",),
     ("cli",),
     ("__main__",),
 )

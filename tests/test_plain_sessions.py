@@ -92,7 +92,7 @@ def test_what_is_no_such_file_is_refused_and_nothing_is_written(
         assert not (tmp_path / "out").exists()
 
     refused("no file of octavo kv rows", rows, about | {"version": "2"})
-    refused("layers.1.v are missing", {name: x for name, x in rows.items() if name != "layers.1.v"})
+    refused("layers.1.v is missing", {name: x for name, x in rows.items() if name != "layers.1.v"})
     refused("layers.0.k holds values that are not finite", rows | {"layers.0.k": rows["layers.0.k"] * torch.inf})
     refused("layers.0.v is of shape", rows | {"layers.0.v": rows["layers.0.v"][..., :8]})
     refused("not ids of this model", rows, about | {"tokens": "[-1]"})

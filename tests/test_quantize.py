@@ -23,8 +23,9 @@ from octavo.models.load import load_model
 from octavo.models.model import BUNDLED, Model
 from octavo.models.save import save_awq
 from octavo.models.tokenizer import load_tokenizer
-from octavo.quantize import choose_group, quantize
-from octavo.weights import awq, cpu
+from octavo.quantize import choose_group, choose_search, quantize
+from octavo.weights import cpu
+from octavo.weights.awq import Search
 from octavo.weights.linear import PackedLinear
 from tests.models.test_internlm import TOKENIZER_V1, V2, checkpoint_v2, vocabulary, write
 
@@ -35,7 +36,7 @@ ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # as published: the column of each 4-bit numbe
 def coarse() -> Iterator[None]:
     """Fewer α than in earnest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(awq, "STEPS", 4)
+        patch.setattr("octavo.quantize.SEARCHES", (Search(4), Search(2, 16)))
         yield
 
 
@@ -280,6 +281,16 @@ def test_nonsense_is_refused_before_the_model_is_loaded(
         main(["quantize", "--work-dir", str(tmp_path / "new"), *options])
     assert exit.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_search_is_the_best_that_its_time_allows_and_what_it_takes_is_known() -> None:
+    """Without a limit the finest, within none at all the quickest; a quicker one is known to take less."""
+    hf = Model.load(device="cpu", dtype="float32", plain_weights=True).bound.hf
+    best, seconds = choose_search(hf, 64, "awq", None)
+    quickest, least = choose_search(hf, 64, "awq", 0.0)
+    assert (best, quickest) == (Search(4), Search(2, 16))
+    assert 0 < least < seconds
+    assert choose_search(hf, 64, "rtn", None)[1] == 0
 
 
 def test_a_directory_that_holds_something_and_a_quantized_model_are_refused(

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from octavo.attachment.hook import Hook
+from octavo.attachment.layers import copy_states, layers_of, select_states, state_layers, states_nbytes
 from octavo.attachment.sequences import Sequences
 from octavo.attention import attend
 from octavo.cache.batch import Batch
@@ -18,51 +19,22 @@ from octavo.errors import OctavoError
 from octavo.quant.format import Format
 
 
-class CodedLayer(CacheLayerMixin):
-    """One layer, as transformers asks for it. It passes K and V on: attention writes and reads the codes."""
-
-    supports_early_init = False
-    is_croppable = True
-    is_sliding = False
-
-    def __init__(self, cache: CodedCache):
-        super().__init__()
-        self.cache = cache
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """There is nothing to prepare."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if not self.cache.running:
-            why = "is detached" if not self.cache.hook.installed else "works in forwards of the whole model alone"
-            raise OctavoError(f"this cache {why}: make one with octavo.attach(model) and pass it to that model")
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.columns + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.cache.columns
-
-    def get_max_length(self) -> int:
-        return -1
-
-
 class CodedCache(Cache):
     """K and V as codes, for `model.generate(…, past_key_values=cache)` and whatever else takes a transformers Cache.
 
     A context manager: on exit, or by `detach`, the model is as it was before. `reset` empties it; without that the next
     call goes on where the last one ended, as with transformers' own caches. `copy.deepcopy` keeps a prompt for many
-    answers. Rows that the attention mask hides are not stored.
+    answers. Rows that the attention mask hides are not stored. Where layers keep states, transformers' own layers hold
+    them, beside ours.
     """
 
     def __init__(self, hook: Hook, format: Format, sequences: Sequences):
-        super().__init__(layers=[CodedLayer(self) for _ in hook.bound.layers])
         self.hook, self.format = hook, format
+        super().__init__(layers=self._new_layers())
         self.sequences = sequences
         self.seen = torch.ones(0, 0, dtype=torch.bool)  # [batch, columns]: which tokens the mask showed
         self.running = False  # a forward is on its way
+        self.broken = False  # one has failed, and states have gone on
         self._attached = False
         self._step: tuple[Batch | None, Tensor | None, Tensor] = None, None, self.seen
 
@@ -76,7 +48,8 @@ class CodedCache(Cache):
 
     def __deepcopy__(self, _: dict[int, Any]) -> CodedCache:
         other = CodedCache(self.hook, self.format, self.sequences.copy())
-        other.seen = self.seen.clone()
+        other.seen, other.broken = self.seen.clone(), self.broken
+        copy_states(self.layers, other.layers)
         return other
 
     def attach(self) -> CodedCache:
@@ -92,14 +65,18 @@ class CodedCache(Cache):
             self.hook.release()
 
     @property
+    def installed(self) -> bool:
+        return self.hook.installed
+
+    @property
     def columns(self) -> int:
         """Tokens of each sequence, those included that the mask hides."""
         return self.seen.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors that hold K and V."""
-        return self.sequences.cache.nbytes
+        """Of all tensors that hold K and V, and of the states."""
+        return self.sequences.cache.nbytes + states_nbytes(self.layers)
 
     @property
     def batch_size(self) -> int:
@@ -113,6 +90,10 @@ class CodedCache(Cache):
         """A forward of `length` new tokens in each of `batch` sequences. `mask` [batch, columns + length] is 0 for
         tokens that nobody sees."""
         self.running = False
+        if self.broken:
+            raise OctavoError(
+                "a forward has failed, and some layers' states have gone on without the others': reset() it"
+            )
         if not self.columns:
             self.sequences.start(batch)
             self.seen = torch.ones(batch, 0, dtype=torch.bool)
@@ -136,7 +117,8 @@ class CodedCache(Cache):
         """Attention of q [batch, heads, length, k_dim], which first stores k [batch, kv_heads, length, k_dim] and v;
         returns [batch, length, heads, v_dim]. Rows that the mask hides get 0."""
         batch, at, _ = self._step
-        spec, cache = self.hook.bound.layers[layer], self.sequences.cache.layers[layer]
+        spec, whole = self.hook.bound.layers[layer], self.sequences.cache
+        cache = whole.layers[layer]
         asked = q.shape[2]  # layers that share another's K and V may compute the last rows alone
         q = torch.nn.functional.pad(q, (0, 0, k.shape[2] - asked, 0))
         shape = q.shape[0], q.shape[2], q.shape[1], v.shape[3]
@@ -148,14 +130,15 @@ class CodedCache(Cache):
             q, k, v = q[at], k[at], v[at]
         if spec.shape.shares is None:
             self.sequences.record(cache, k, v)
-        out = attend(spec, cache, q, k, v, batch)
+        out = attend(spec, cache, q, k, v, batch.of(whole.group_of[layer]))
         if at is not None:
             out = out.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy_(0, at, out)
         return out.view(shape)[:, -asked:]
 
     def end(self, done: bool) -> None:
-        """The forward is over. If it failed, the cache is as it was before."""
+        """The forward is over. If it failed, the cache is as it was before; with states it has to be reset."""
         self.running = False
+        self.broken = not done and bool(state_layers(self.layers))
         if done:
             self.sequences.commit()
             self.seen = self._step[2]
@@ -163,6 +146,7 @@ class CodedCache(Cache):
     def reset(self) -> None:
         self.sequences.start(0)
         self.seen = torch.ones(0, 0, dtype=torch.bool)
+        self.layers, self.broken = self._new_layers(), False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx.tolist())
@@ -176,19 +160,30 @@ class CodedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last |n| tokens from every sequence; transformers passes them negative. Those of the span before are
         exact again where the past was recorded, and otherwise what their codes stand for."""
+        if any(any(layer.is_recurrent_states_initialized.values()) for layer in state_layers(self.layers)):
+            raise OctavoError("the states of recurrent layers cannot be cut back: copy.deepcopy the cache before")
         count = min(abs(tokens_to_remove), self.columns)
         left = self.columns - count
+        for layer in state_layers(self.layers):
+            LinearAttentionLayer.crop(layer, -count)
         self.sequences.crop(self.seen[:, left:].sum(1).tolist())
         self.seen = self.seen[:, :left]
 
     def activate_past_recording(self) -> None:
         self.sequences.record_past()
+        for layer in state_layers(self.layers):
+            layer.activate_past_recording()
 
-    def is_recording_past(self, layer_idx: int) -> bool:  # noqa: ARG002
-        return self.sequences.records
+    def is_recording_past(self, layer_idx: int) -> bool:
+        layer = self.layers[layer_idx]
+        return layer.record_past if isinstance(layer, LinearAttentionLayer) else self.sequences.records
+
+    def _new_layers(self) -> list[Any]:
+        return layers_of(self, self.hook.hf, len(self.hook.bound.layers), bool(self.hook.bound.states))
 
     def _select(self, indices: Sequence[int]) -> None:
         self.sequences.select(indices)
+        select_states(self.layers, indices)
         self.seen = self.seen[torch.tensor(indices, dtype=torch.int64)]
 
     def _seen(self, length: int, mask: Tensor | None) -> Tensor:

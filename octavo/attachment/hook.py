@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, Unsupported
+from octavo.models import states
 from octavo.models.bind import bind, short_context
 from octavo.models.hook import NAME
 from octavo.models.model import Model
@@ -62,6 +63,8 @@ class Hook:
         self.pinned = bool(kinds & {"dynamic", "longrope"})  # its RoPE is right up to the context that it is bound for
         try:
             self.bound = bind(hf, short_context(hf.config))
+            if not self.bound.layers:
+                raise Unsupported(f"{hf.config.model_type} has no attention: there are no K and V to keep as codes")
             hf.set_attn_implementation(_beside(self.before))
         except BaseException:
             self._put_back()
@@ -108,6 +111,7 @@ class Hook:
             for name, buffer in buffers.items():
                 getattr(module, name).copy_(buffer)
         if self.before != NAME:
+            states.uninstall(self.hf)
             for module in self.hf.modules():
                 vars(module).pop(NAME, None)
 

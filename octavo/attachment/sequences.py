@@ -8,6 +8,9 @@ its own. Raw pages are few, so each sequence has its own, by its place in the ba
 
 A crop may lead back into the span before, whose raw rows the ring has lost. If it was recorded it is put back, and the
 cache is as if the removed rows had never been there. If not, the ring gets what the codes stand for.
+
+Layers whose queries see equally far back are a group with blocks of its own, as in the engine. Blocks behind a window
+are given back when the next step begins; while the past is recorded, when the next crop says that no step back comes.
 """
 
 from __future__ import annotations
@@ -23,27 +26,25 @@ from octavo.cache.batch import Batch
 from octavo.cache.blocks import BlockPool
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerPlan
+from octavo.cache.pool import GONE
 from octavo.cache.store import KVCache, LayerCache
+from octavo.errors import OctavoError
+
+SMALL = 8  # blocks: a memory of so few is left as it is
 
 
 @dataclass(eq=False)
 class Row:
     """A sequence, as a batch is built of it."""
 
+    tables: list[list[int]]  # of each group, GONE where blocks were given back
+    behind: list[int]  # how many were
     first_page: int = -1
     ring: int = -1
     state_slot: int | None = None
     before: int | None = None  # the number of the span that is recorded
     num_cached: int = 0
     num_new: int = 0
-
-    def __post_init__(self) -> None:
-        self.block_table: list[int] = []
-
-    @property
-    def tables(self) -> list[list[int]]:
-        """One for all layers: what lies behind a window stays."""
-        return [self.block_table]
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -66,7 +67,7 @@ class Sequences:
 
     def __init__(self, plans: Sequence[LayerPlan], layout: Layout):
         self.cache = KVCache(plans, 0, layout)
-        self.pool = BlockPool(0, layout.block_size, prefix_caching=False)
+        self.pools = [BlockPool(0, layout.block_size, False, reach) for reach in self.cache.reaches]
         self.rows: list[Row] = []
         self.span, self.size = self.cache.span, layout.block_size
         self.records = False
@@ -78,14 +79,15 @@ class Sequences:
         work = []
         for row, count in zip(self.rows, counts, strict=True):
             row.num_new = count
-            held = self.pool.blocks_for(row.num_cached)
-            self.pool.release(row.block_table[held:])  # of a step that failed
-            del row.block_table[held:]
+            self._cut(row)  # of a step that failed
+            if not self.records:
+                self._let_go(row)
             if count:
                 work.append((row, count))
         if not work:
             return None
-        self._take_blocks([row for row, _ in work])
+        for group in range(len(self.pools)):
+            self._take_blocks(group, [row for row, _ in work])
         if self.span:
             self.recording = self._record(work) if self.records else None
         return Batch.build(work, self.size, span=self.span)
@@ -111,30 +113,36 @@ class Sequences:
         """The sequences of these numbers, in their order, each as often as it is named."""
         rows = [deepcopy(self.rows[i]) for i in indices]
         for row in rows:
-            self.pool.share(row.block_table)
-        for row in self.rows:
-            self.pool.release(row.block_table)
+            for pool, table, behind in zip(self.pools, row.tables, row.behind, strict=True):
+                pool.share(table[behind:])
+        self._drop_all()
         self.rows = rows
         self._arrange_pages(indices, self.pages_each)
 
     def start(self, count: int) -> None:
         """Have `count` sequences without rows."""
-        for row in self.rows:
-            self.pool.release(row.block_table)
-        self.rows = [Row() for _ in range(count)]
+        self._drop_all()
+        self.rows = [Row([[] for _ in self.pools], [0] * len(self.pools)) for _ in range(count)]
         self._arrange_pages([], self.pages_each)
 
     def crop(self, counts: Sequence[int]) -> None:
-        """Take the last counts[i] rows from sequence i."""
+        """Take the last counts[i] rows from sequence i. Raises OctavoError, and takes none, where a window then reaches
+        into blocks that were given back."""
+        for row, count in zip(self.rows, counts, strict=True):
+            for pool, behind in zip(self.pools, row.behind, strict=True):
+                if behind > pool.behind(row.num_cached - count):
+                    raise OctavoError(
+                        f"{count} tokens cannot be taken back: layers with a window of {pool.reach} have lost what came"
+                        " before; call activate_past_recording() first, as assisted decoding does"
+                    )
         for row, count in zip(self.rows, counts, strict=True):
             after = row.num_cached - count
             own = self._span_of(after)
             if own < self._span_of(row.num_cached) and after > self.size:
                 self._restore(row, own, after)
             row.num_cached = after
-            held = self.pool.blocks_for(after)
-            self.pool.release(row.block_table[held:])
-            del row.block_table[held:]
+            self._cut(row)
+            self._let_go(row)
 
     def record_past(self) -> None:
         """From now on keep the span before each sequence's own, so that a crop finds it."""
@@ -146,8 +154,9 @@ class Sequences:
     def copy(self) -> Sequences:
         """The same sequences in a cache of their own."""
         other = Sequences(self.cache.plans, self.cache.layout)
-        other.pool, other.rows, other.records = deepcopy(self.pool), deepcopy(self.rows), self.records
-        other.cache.take(self.cache, torch.arange(self.cache.num_blocks), self.cache.num_blocks)
+        other.pools, other.rows, other.records = deepcopy(self.pools), deepcopy(self.rows), self.records
+        for group, pool in enumerate(self.pools):
+            other.cache.take(self.cache, group, torch.arange(len(pool)), len(pool))
         if self.span:
             other.cache.take_raw(self.cache, torch.arange(self.cache.raw_pages), self.cache.raw_pages)
         return other
@@ -165,32 +174,73 @@ class Sequences:
     def _ring(self, page: int) -> range:
         return range(page, page + self.span // self.size)
 
-    def _take_blocks(self, rows: Sequence[Row]) -> None:
+    def _cut(self, row: Row) -> None:
+        """Give back the blocks after its rows."""
+        for pool, table in zip(self.pools, row.tables, strict=True):
+            held = pool.blocks_for(row.num_cached)
+            pool.release(table[held:])
+            del table[held:]
+
+    def _let_go(self, row: Row) -> None:
+        """Give back the blocks that no later query sees."""
+        for group, (pool, table) in enumerate(zip(self.pools, row.tables, strict=True)):
+            before = row.behind[group]
+            row.behind[group] = max(before, min(pool.behind(row.num_cached), len(table)))
+            pool.release(table[before : row.behind[group]])
+            table[before : row.behind[group]] = [GONE] * (row.behind[group] - before)
+
+    def _drop_all(self) -> None:
+        """Give back all blocks of all sequences."""
+        for row in self.rows:
+            for pool, table, behind in zip(self.pools, row.tables, row.behind, strict=True):
+                pool.release(table[behind:])
+
+    def _take_blocks(self, group: int, rows: Sequence[Row]) -> None:
         """Blocks for the rows of a step; a block that is written to is its sequence's alone."""
-        shared = [
-            row for row in rows if row.num_cached % self.size and self.pool.blocks[row.block_table[-1]].references > 1
-        ]
-        needs = {row: self.pool.blocks_for(len(row.tokens)) - len(row.block_table) for row in rows}
-        missing = len(shared) + sum(needs.values()) - len(self.pool.free)
-        if missing > 0:
-            self._grow(max(missing, len(self.pool) // 4))
+        pool = self.pools[group]
+        tables = [row.tables[group] for row in rows]
+        written = [table for row, table in zip(rows, tables, strict=True) if row.num_cached % self.size]
+        shared = [table for table in written if pool.blocks[table[-1]].references > 1]
+        needs = [pool.blocks_for(len(row.tokens)) - len(table) for row, table in zip(rows, tables, strict=True)]
+        pool = self._fit(group, len(shared) + sum(needs))
         copied = []
-        for row in shared:
-            old = row.block_table[-1]
-            if self.pool.blocks[old].references > 1:  # the last one that has it keeps it
-                row.block_table[-1] = self.pool.take()
-                copied.append((old, row.block_table[-1]))
-                self.pool.release([old])
+        for table in shared:
+            old = table[-1]
+            if pool.blocks[old].references > 1:  # the last one that has it keeps it
+                table[-1] = pool.take()
+                copied.append((old, table[-1]))
+                pool.release([old])
         if copied:
             blocks, to = torch.tensor(copied).unbind(1)
-            for store in self.cache.stores:
+            for store in self.cache.stores_of(group):
                 store.copy_blocks(blocks, to)
-        for row, count in needs.items():
-            row.block_table += [self.pool.take() for _ in range(count)]
+        for table, count in zip(tables, needs, strict=True):
+            table += [pool.take() for _ in range(count)]
 
-    def _grow(self, count: int) -> None:
-        self.cache.take(self.cache, torch.arange(len(self.pool)), len(self.pool) + count)
-        self.pool.grow(count)
+    def _fit(self, group: int, needed: int) -> BlockPool:
+        """The pool, with at least `needed` blocks free. Memory grows by a quarter at a time. Where more than half of it
+        would stay free, as after a prompt much longer than a window, it shrinks to a quarter more than is used."""
+        pool = self.pools[group]
+        want = (pool.used + needed) * 5 // 4
+        if len(pool.free) < needed:
+            self.cache.take(self.cache, group, torch.arange(len(pool)), want)
+            pool.grow(want - len(pool))
+        elif pool.reach is not None and len(pool) > 2 * max(want, SMALL):
+            self._move(group, max(want, SMALL))
+        return self.pools[group]
+
+    def _move(self, group: int, num_blocks: int) -> None:
+        """Have the blocks in use at the begin of a memory of `num_blocks`."""
+        old, new = self.pools[group], BlockPool(num_blocks, self.size, False, self.pools[group].reach)
+        used = [i for i, block in enumerate(old.blocks) if block.references]
+        place = {block: new.take() for block in used}
+        for block in used:
+            new.blocks[place[block]].references = old.blocks[block].references
+        for row in self.rows:
+            table, behind = row.tables[group], row.behind[group]
+            table[behind:] = [place[block] for block in table[behind:]]
+        self.cache.take(self.cache, group, torch.tensor(used, dtype=torch.int64), num_blocks)
+        self.pools[group] = new
 
     def _arrange_pages(self, sources: Sequence[int], pages_before: int) -> None:
         """Each row's raw pages, at its place. Row i has what sequence sources[i] had, in `pages_before` pages."""
@@ -228,11 +278,13 @@ class Sequences:
             for store in self.cache.raw_stores:
                 store.copy_blocks(kept, ring)
         else:
-            start = span * self.span
-            blocks = torch.tensor(row.block_table[start // self.size : self.pool.blocks_for(length)])
-            slots = row.ring * self.size + torch.arange(length - start)
-            for _, layer in self.cache.owners:
+            for i, layer in self.cache.owners:
+                group = self.cache.group_of[i]
+                first = max(span * self.span // self.size, row.behind[group])  # what is not there nobody sees
+                blocks = torch.tensor(row.tables[group][first : self.pools[group].blocks_for(length)])
+                positions = torch.arange(first * self.size, length)
+                slots = row.ring * self.size + positions % self.span
                 for store, raw in zip((layer.k, layer.v), layer.raw or (), strict=True):
-                    rows = store.decode(blocks.to(store.codes.device))[: length - start]
+                    rows = store.decode(blocks.to(store.codes.device))[: len(positions)]
                     raw.write(rows, slots.to(rows.device))
         row.before = None

@@ -18,6 +18,8 @@ from typing import Protocol
 
 from octavo.cache.blocks import BlockPool
 from octavo.cache.edges import EdgePool
+from octavo.cache.recurrent import SequenceStates
+from octavo.cache.snapshots import Snapshot, Turn
 from octavo.cache.states import StatePool
 
 GONE = 0  # in a table: a block that nobody sees. Kernels may look it up, so it is a block that there is
@@ -34,6 +36,7 @@ class Holder(Protocol):
     first_page: int  # the raw page of page 0, where the format has edges
     ring: int  # the first of the raw pages of its own span
     state_slot: int | None  # of its states, where the model has layers that keep some
+    turn: Turn | None  # its snapshots
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Hit:
 
     prefixes: list[bytes]  # the hash of the prefix that each of them ends
     tables: list[list[int]]  # of each group, GONE where no query at their end sees a block
+    snapshot: Snapshot | None = None  # of the states at their end, where there are states
+    cached: int = 0  # blocks that are cached, those beyond the snapshot included
 
     def __len__(self) -> int:
         return len(self.prefixes)
@@ -61,7 +66,9 @@ class CachePool(BlockPool):
         states: StatePool | None = None,
     ):
         super().__init__(num_blocks, block_size, prefix_caching, reach)
-        self.edges, self.states = edges, states
+        self.edges = edges
+        unit = block_size * self._whole
+        self.states = SequenceStates(states, block_size, unit, self._findable) if states is not None else None
         self.groups: list[BlockPool] = [self, *narrower]
 
     @property
@@ -87,13 +94,22 @@ class CachePool(BlockPool):
         count = len(prefixes) // self._whole * self._whole
         if self.edges is not None and count and self.edges.find(tokens) is None:
             count = 0
-        while any(None in table[pool.behind(count * self.block_size) : count]
-                  for table, pool in zip(found, self.groups, strict=True)):  # fmt: skip
+
+        def lacks(count: int) -> bool:
+            return any(None in table[behind:count] for table, behind in zip(found, self.behinds(count), strict=True))
+
+        while lacks(count):
             count -= self._whole
+        cached, snapshot = count, None
+        if self.states is not None:
+            by_prefix = self.states.snapshots.by_prefix
+            while count and (prefixes[count - 1] not in by_prefix or lacks(count)):
+                count -= self._whole
+            snapshot = by_prefix[prefixes[count - 1]] if count else None
         tables = []
         for table, behind in zip(found, self.behinds(count), strict=True):
             tables.append([GONE] * behind + [block for block in table[behind:count] if block is not None])
-        return Hit(prefixes[:count], tables)
+        return Hit(prefixes[:count], tables, snapshot, cached)
 
     def behinds(self, count: int) -> list[int]:
         """Of each group, how many of the first `count` blocks no query after them sees."""
@@ -118,7 +134,7 @@ class CachePool(BlockPool):
         if self.edges is not None:
             holder.first_page, holder.ring = self.edges.take(holder.tokens, bool(hit))
         if self.states is not None:
-            holder.state_slot = self.states.take()
+            self.states.start(holder, hit.snapshot, hit.cached * self.block_size)
 
     def lacking(self, holder: Holder, tokens: int) -> list[int]:
         """Blocks of each group that a sequence needs more for its first `tokens` tokens."""
@@ -158,9 +174,9 @@ class CachePool(BlockPool):
             pool.release(table[behind:])
         if self.edges is not None:
             self.edges.release(holder.first_page, holder.ring)
-        if self.states is not None and holder.state_slot is not None:
-            self.states.free(holder.state_slot)
-        holder.first_page, holder.ring, holder.state_slot = -1, -1, None
+        if self.states is not None:
+            self.states.stop(holder)
+        holder.first_page = holder.ring = -1
         holder.tables, holder.behind, holder.prefixes, holder.num_cached = [], [], [], 0
 
     def clear(self) -> None:
@@ -169,6 +185,8 @@ class CachePool(BlockPool):
             BlockPool.clear(pool)
         if self.edges is not None:
             self.edges.firsts.clear()
+        if self.states is not None:
+            self.states.snapshots.clear()
 
     def check_held(self, holders: Sequence[Holder]) -> None:
         """Raise AssertionError unless all pools are whole and the references are exactly those of `holders`."""
@@ -179,7 +197,11 @@ class CachePool(BlockPool):
         if self.edges is not None:
             self.edges.check([(holder.first_page, holder.ring) for holder in holders])
         if self.states is not None:
-            self.states.check([holder.state_slot for holder in holders if holder.state_slot is not None])
+            self.states.check(holders)
+
+    def _findable(self, prefix: bytes) -> bool:
+        """Whether a prefix is cached, but for its states. Without attention there is nothing to be cached."""
+        return self.reach == 1 or prefix in self.by_prefix
 
     @property
     def _whole(self) -> int:

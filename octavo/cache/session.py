@@ -3,9 +3,10 @@
 The file is an artefact (octavo/artefact.py). Its tensors are the rows of whole blocks, `layers.{i}.{k,v}.codes` [heads,
 tokens, width] and, in token formats, `….scales` [heads, tokens], and with edges the raw rows of page 0,
 `layers.{i}.first.{k,v}.codes`; in no layout of a device's or kernel's: what one wrote another reads. `rows` [1] is how
-many tokens they are of; a layer with a sliding window has the last ones, as far as a query after them sees. The header
-holds the tokens and what the codes mean. It comes first in the file, so that an incomplete file still has the tokens,
-from which codes can be computed again; damaged codes are never used.
+many tokens they are of; a layer with a sliding window has the last ones, as far as a query after them sees. Where
+layers keep states, `states.{i}.{conv,recurrent}.{j}` are those at the end of these tokens. The header holds the tokens
+and what the codes mean. It comes first in the file, so that an incomplete file still has the tokens, from which codes
+can be computed again; damaged codes are never used.
 
 The last, partly filled block is left out: its tokens, fewer than a block has, are computed again with what follows.
 """
@@ -27,24 +28,27 @@ from octavo.artefact import Artefact, Damaged
 from octavo.cache.layout import RowLayout
 from octavo.cache.plan import CPU
 from octavo.cache.pool import CachePool
-from octavo.cache.store import KVCache, RowStore
+from octavo.cache.store import KVCache, Page, RowStore
 from octavo.errors import OctavoError
 
-VERSION = 3
+VERSION = 4
 
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 FIRST = ".first."  # in the names of page 0's raw rows
 ROWS = "rows"
+STATES = "states."  # what the names of states begin with
 
 Codes = dict[str, Tensor]  # rows, by the names above
 
 
 @dataclass(frozen=True)
 class Copies:
-    """The first `count` blocks of a prefix, of layers with a window the last of them, and its first raw page."""
+    """The first `count` blocks of a prefix, of layers with a window the last of them, its first raw page, and
+    the states at its end."""
 
     count: int
-    stores: list[tuple[Tensor, Tensor | None]]  # codes and scales of every store, in its own layout
+    stores: list[Page]  # codes and scales of every store, in its own layout
+    states: Codes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,16 @@ class Identity:
     shapes: list[list[int]]  # KV heads, K dim and V dim of each layer that has a cache of its own
     formats: list[str]  # of each such layer
     calibration: str  # digest of mu and c of every layer
+    states: list[str] = field(default_factory=list)  # name, shape and type of each
 
     @classmethod
     def of(cls, cache: KVCache, model: str, arithmetic: str) -> Identity:
-        own = [plan for plan in cache.plans if plan.shape.shares is None]
+        own = [plan for plan in cache.whole if plan.shape.shares is None]
+        sides = [static for plan in own for _, _, _, static in plan.sides]
         statics = {
-            f"{i}.{name}": getattr(store.static, name)
-            for i, store in enumerate(cache.stores)
-            if store.static is not None
+            f"{i}.{name}": getattr(static, name)
+            for i, static in enumerate(sides)
+            if static is not None
             for name in ("mu", "c")
         }
         return cls(
@@ -72,6 +78,7 @@ class Identity:
             [[plan.shape.kv_heads, plan.shape.k_dim, plan.shape.v_dim] for plan in own],
             [str(plan.format) for plan in own],
             artefact.digest_of(statics),
+            [f"{name} {list(state.shape)} {state.dtype}" for name, state in _states(cache).items()],
         )
 
     @property
@@ -127,6 +134,8 @@ class SavedSession:
             raise OctavoError(f"{self.path}: holds {saved.format} codes, and this cache {here.format}; {otherwise}")
         if saved.calibration != here.calibration:
             raise OctavoError(f"{self.path}: saved under another calibration, granularity or headroom; {otherwise}")
+        if saved.states != here.states:
+            raise OctavoError(f"{self.path}: holds states of other shapes or types than this model keeps; {otherwise}")
         if (saved.arithmetic, saved.shapes) != (here.arithmetic, here.shapes):
             raise OctavoError(
                 f"{self.path}: holds K and V computed with {saved.arithmetic}, and this model runs with "
@@ -162,16 +171,16 @@ def save(path: Path, tokens: Tokens[int], codes: Codes, identity: Identity, abou
 
 
 def copy_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int]) -> Copies:
-    """A copy of the blocks that hold the longest cached prefix of `tokens`, and of its first raw page."""
+    """A copy of the blocks that hold the longest cached prefix of `tokens`, of its first raw page and of its states."""
     hit = pool.find(tokens)
     first = pool.edges.find(tokens) if pool.edges is not None and hit else None
     seen = [table[behind:] for table, behind in zip(hit.tables, pool.behinds(len(hit)), strict=True)]
-    copies = []
-    for name, group, store in _stores(cache):
-        pages = seen[group] if FIRST not in name else [] if first is None else [first]
-        here = torch.tensor(pages, dtype=torch.int64, device=store.codes.device)
-        copies.append((store.codes[here], store.scales[here] if store.scales is not None else None))
-    return Copies(len(hit), copies)
+    pages = [
+        seen[cache.group_of[i]] if FIRST not in name else [] if first is None else [first]
+        for name, i, _ in _stores(cache)
+    ]
+    states = pool.states.copies(hit.snapshot) if pool.states is not None else {}
+    return Copies(len(hit), cache.read_pages(pages), states)
 
 
 def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: Copies) -> None:
@@ -179,7 +188,8 @@ def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: C
     sequences find them as if one had computed them.
 
     What is cached already stays as it is. If too few blocks are free, the end is left out. Of layers with a window
-    there are copies of the last blocks alone: where these cannot be put at the prefix's end, nothing is.
+    there are copies of the last blocks alone, and states are those at the end: where these cannot be put at the
+    prefix's end, nothing is.
     """
     hit, size, edges = pool.match(tokens), pool.block_size, pool.edges
     whole = min(copies.count, pool.prefix_blocks(tokens))
@@ -192,27 +202,36 @@ def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: C
         whole <= len(hit)
         or any(part.start < start for part, start in zip(parts, starts, strict=True))
         or any(len(part) > len(group.free) for part, group in zip(parts, pool.groups, strict=True))
+        or (copies.states and whole < copies.count)
         or (begins and edges is not None and not edges.firsts.free)  # nobody could start on the blocks
     ):
+        pool.unmatch(hit)
+        return
+    states, slot = pool.states if copies.states else None, None
+    if states is not None and (slot := states.snapshots.take()) is None:
         pool.unmatch(hit)
         return
     first = edges.take_first() if begins and edges is not None else None
     new = [[group.take() for _ in part] for group, part in zip(pool.groups, parts, strict=True)]
     try:
-        for (name, group, store), (codes, scales) in zip(_stores(cache), copies.stores, strict=True):
-            pages, of = new[group], slice(parts[group].start - starts[group], parts[group].stop - starts[group])
+        places: list[list[int]] = []
+        put: list[Page] = []
+        for (name, i, _), (codes, scales) in zip(_stores(cache), copies.stores, strict=True):
+            group = cache.group_of[i]
+            at, of = new[group], slice(parts[group].start - starts[group], parts[group].stop - starts[group])
             if FIRST in name:
-                pages, of = ([], slice(0)) if first is None else ([first], slice(1))
-            here = torch.tensor(pages, dtype=torch.int64, device=store.codes.device)
-            store.codes[here] = codes[of].to(here.device)
-            if store.scales is not None and scales is not None:
-                store.scales[here] = scales[of].to(here.device)
+                at, of = ([], slice(0)) if first is None else ([first], slice(1))
+            places.append(at)
+            put.append((codes[of], None if scales is None else scales[of]))
+        cache.write_pages(places, put)
         prefixes = [prefix for prefix, _ in pool.prefixes(tokens)]
         for own, part, pages in zip(pool.groups, parts, new, strict=True):
             for i, index in zip(part, pages, strict=True):
                 own.seal(index, prefixes[i - 1] if i else None, tokens[i * size : (i + 1) * size])
         if edges is not None and first is not None:
             edges.seal(first, tokens[:size])
+        if states is not None and slot is not None:
+            states.paste(slot, copies.states, prefixes[whole - 1], whole * size)
     finally:
         pool.unmatch(hit)
         for own, pages in zip(pool.groups, new, strict=True):
@@ -229,7 +248,7 @@ def to_rows(cache: KVCache, copies: Copies) -> Codes:
         codes[f"{name}.codes"] = store.layout.read_rows(blocks, every).cpu().contiguous()
         if scales is not None:
             codes[f"{name}.scales"] = store.scale_layout.read_rows(scales, every)[..., 0].cpu().contiguous()
-    return codes
+    return codes | {name: state.cpu() for name, state in copies.states.items()}
 
 
 def to_blocks(cache: KVCache, codes: Codes) -> Copies:
@@ -249,7 +268,7 @@ def to_blocks(cache: KVCache, codes: Codes) -> Copies:
         if store.scales is not None:
             scales = laid_out(store.scale_layout, codes[f"{name}.scales"][..., None])
         copies.append((blocks, scales))
-    return Copies(longest // size, copies)
+    return Copies(longest // size, copies, {name: codes[name] for name in codes if name.startswith(STATES)})
 
 
 def rows(codes: Codes) -> int:
@@ -258,25 +277,31 @@ def rows(codes: Codes) -> int:
 
 
 def _stores(cache: KVCache) -> Iterator[tuple[str, int, RowStore]]:
-    """Every store once: the name that its tensors bear, its group, and it. Of the raw ones a session has the first
+    """The `paged_stores`: the name that its tensors bear, its layer, and it. Of the raw ones a session has the first
     page."""
     for i, layer in cache.owners:
-        group = cache.group_of[i]
-        yield f"layers.{i}.k", group, layer.k
-        yield f"layers.{i}.v", group, layer.v
+        yield f"layers.{i}.k", i, layer.k
+        yield f"layers.{i}.v", i, layer.v
         for side, store in zip("kv", layer.raw or (), strict=False):
-            yield f"layers.{i}{FIRST}{side}", group, store
+            yield f"layers.{i}{FIRST}{side}", i, store
 
 
 def kinds(cache: KVCache, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Of each tensor of a session of this cache that has `count` rows: dtype and shape."""
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {ROWS: (torch.int64, (1,))}
     size = cache.layout.block_size
-    for name, group, store in _stores(cache):
-        reach = cache.reaches[group]
+    for name, i, store in _stores(cache):
+        reach, heads = cache.reaches[cache.group_of[i]], cache.whole[i].shape.kv_heads
         behind = 0 if reach is None else max(0, count - reach + 1) // size * size
         held = min(count, size) if FIRST in name else count - behind
-        found[f"{name}.codes"] = store.codes.dtype, (store.heads, held, store.codec.width(store.dim))
+        found[f"{name}.codes"] = store.codes.dtype, (heads, held, store.codec.width(store.dim))
         if store.scales is not None:
-            found[f"{name}.scales"] = store.scales.dtype, (store.heads, held)
+            found[f"{name}.scales"] = store.scales.dtype, (heads, held)
+    if count:
+        found |= {name: (state.dtype, tuple(state.shape)) for name, state in _states(cache).items()}
     return found
+
+
+def _states(cache: KVCache) -> Codes:
+    """By name, as any sequence has them."""
+    return cache.states.of(-1) if cache.states is not None else {}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, own_span, reaches
+from octavo.cache.snapshots import EACH
 from octavo.cache.states import StatePlan
 from octavo.devices import Device
 from octavo.errors import OctavoError
@@ -62,6 +63,7 @@ class CacheSize:
     ring: int  # raw pages of a running session's own span; 0 without edges
     step: int = MAX_BATCH_TOKENS  # most tokens of a step: their blocks are taken before those behind are free
     states: int = 0  # of a running session in the layers that keep states of fixed size
+    snapshots: int | None = None  # of states, for prefixes; None: some for each session
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class CacheSize:
         block_size: int = BLOCK_SIZE,
         step: int = MAX_BATCH_TOKENS,
         states: StatePlan | None = None,
+        snapshots: int | None = None,
     ) -> CacheSize:
         """Of layers of these shapes; `formats` is one for each, or one for all. `states` are those of other layers."""
         each = by_layer(formats, len(shapes))
@@ -86,6 +89,7 @@ class CacheSize:
             own_span(each, block_size) // block_size,
             step,
             states.nbytes if states else 0,
+            snapshots if states else 0,
         )
 
     @property
@@ -122,18 +126,27 @@ class CacheSize:
         """Of a cache for `sessions` running sequences: a ring and a first page each, and the spare ones."""
         return sessions * (self.ring + 1) + self.spare if self.ring else 0
 
+    @property
+    def session_states(self) -> int:
+        """Bytes of a session's states, and of the snapshots that come with it."""
+        return self.states * (1 + self.snapshots_beside(1) - self.snapshots_beside(0))
+
+    def snapshots_beside(self, sessions: int) -> int:
+        """Snapshots of states of a cache for so many running sequences."""
+        return EACH * sessions if self.snapshots is None else self.snapshots
+
     def of_blocks(self, counts: Sequence[int]) -> int:
         """Bytes of so many blocks of each group."""
         return sum(count * group.block for count, group in zip(counts, self.groups, strict=True))
 
     def session(self, tokens: int) -> int:
-        """Bytes of a running session; its last block counts whole."""
+        """Bytes of a running session; its last block counts whole. Snapshots that come with each are counted."""
         blocks = [self.blocks(tokens, group) for group in range(len(self.groups))]
-        return self.of_blocks(blocks) + self.raw_page * (self.raw_pages(1) - self.spare) + self.states
+        return self.of_blocks(blocks) + self.raw_page * (self.raw_pages(1) - self.spare) + self.session_states
 
     def cache(self, blocks: int, sessions: int) -> int:
-        """Bytes of a whole cache. Of states there is one slot more than sessions (states.py)."""
-        states = self.states * (sessions + 1)
+        """Bytes of a whole cache. Of states there is one slot of nobody (states.py)."""
+        states = self.states * (sessions + self.snapshots_beside(sessions) + 1)
         return self.of_blocks(self.pools(blocks, sessions)) + self.raw_pages(sessions) * self.raw_page + states
 
     def blocks_within(self, memory: int, sessions: int) -> int:
@@ -157,16 +170,16 @@ def num_blocks(
     sessions: int,
     session_len: int,
     device: Device,
+    free: int,
     memory: int | None = None,
     share: float | None = None,
-    step: int = 0,
 ) -> int:
     """Blocks of a cache for `sessions` sessions of `session_len` tokens, beside its raw pages.
 
     `memory` bytes are taken as asked for; else what the sessions need (all, where the memory is dedicated), within
-    `share` of the memory that is free once the largest step has taken its `step` bytes.
+    `share` of the bytes that are `free` on the device.
     """
-    free, fixed = max(0, device.free_memory() - step), size.cache(0, sessions)
+    fixed = size.cache(0, sessions)
     if memory is not None:
         if share is not None:
             raise OctavoError("--kv-cache-memory and --cache-max-entry-count both size the KV cache; give one")
@@ -186,3 +199,12 @@ def num_blocks(
         needed = format_bytes(size.cache(1, sessions))
         raise OctavoError(f"only {format_bytes(free)} are free: too little for a cache of one block, {needed}")
     return fits if device.dedicated else min(sessions * -(-session_len // size.block_size), fits)
+
+
+def num_snapshots(states: StatePlan, memory: str | int | None) -> int | None:
+    """Snapshots of states of a cache that has so many bytes for them; None: those that come with each session."""
+    if memory is None:
+        return None
+    if not states:
+        raise OctavoError("this model keeps no states, of which snapshots could be taken: leave --snapshot-memory out")
+    return (parse_bytes(memory) if isinstance(memory, str) else memory) // states.nbytes

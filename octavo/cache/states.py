@@ -9,7 +9,7 @@ that pad a captured step) read and write it, as slot −1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -55,6 +55,13 @@ class StatePlan:
     def __bool__(self) -> bool:
         return bool(self.layers)
 
+    def of(self, dtype: torch.dtype) -> StatePlan:
+        """The same of a model in another 16-bit type, or in float32: what is always float32 stays so."""
+        layers = (
+            tuple(s if s.dtype == torch.float32 else replace(s, dtype=dtype) for s in layer) for layer in self.layers
+        )
+        return StatePlan(tuple(layers))
+
     @property
     def nbytes(self) -> int:
         """Bytes of one sequence's slot."""
@@ -62,10 +69,10 @@ class StatePlan:
 
 
 class StatePool:
-    """The states of `slots` sequences, by number, and one slot of nobody."""
+    """The states of `slots` sequences, by number, those of `snapshots` after them, and one slot of nobody."""
 
-    def __init__(self, plan: StatePlan, slots: int):
-        self.plan, self.slots = plan, slots
+    def __init__(self, plan: StatePlan, slots: int, snapshots: int = 0):
+        self.plan, self.slots, self.snapshots = plan, slots, snapshots
         self.unused = list(reversed(range(slots)))
         width: dict[tuple[torch.device, torch.dtype], int] = {}
         places: list[list[tuple[StateShape, tuple[torch.device, torch.dtype], int]]] = []  # memory, first column
@@ -77,7 +84,7 @@ class StatePool:
                 width[key] = width.get(key, 0) + state.columns
         with torch.inference_mode(False):  # a later step may be outside of it
             self.memory = {
-                (device, dtype): torch.zeros(slots + 1, columns, dtype=dtype, device=device)
+                (device, dtype): torch.zeros(slots + snapshots + 1, columns, dtype=dtype, device=device)
                 for (device, dtype), columns in width.items()
             }
             self.layers: list[dict[Name, Tensor]] = [
@@ -86,7 +93,7 @@ class StatePool:
                     for state, key, first in layer
                 }
                 for layer in places
-            ]  # of each layer [slots + 1, …], views of the memory
+            ]  # of each layer [slots + snapshots + 1, …], views of the memory
 
     def take(self) -> int:
         """A slot of one's own, of states that are zero: a sequence's before its first token."""
@@ -105,20 +112,18 @@ class StatePool:
             memory[slot].zero_()
 
     @torch.no_grad()
-    def copy(self, source: int, to: int, into: StatePool | None = None) -> None:
-        """Have in slot `to`, of this pool or of another of the same plan, what slot `source` holds."""
-        for key, memory in self.memory.items():
-            (into or self).memory[key][to].copy_(memory[source])
+    def copy(self, source: int, to: int) -> None:
+        """Have in slot `to` what slot `source` holds."""
+        for memory in self.memory.values():
+            memory[to].copy_(memory[source])
 
-    def read(self, slot: int) -> list[Tensor]:
-        """What a slot holds, on the CPU: one tensor for each device and type, in the order of the plan."""
-        return [memory[slot].to("cpu", copy=True) for memory in self.memory.values()]
-
-    @torch.no_grad()
-    def write(self, slot: int, states: Sequence[Tensor]) -> None:
-        """Have in a slot what `read` gave."""
-        for memory, state in zip(self.memory.values(), states, strict=True):
-            memory[slot].copy_(state)
+    def of(self, slot: int) -> dict[str, Tensor]:
+        """The states of a slot, views by the names that files have them under: states.{layer}.{kind}.{index}."""
+        return {
+            f"states.{i}.{kind}.{index}": memory[slot]
+            for i, layer in enumerate(self.layers)
+            for (kind, index), memory in layer.items()
+        }
 
     @property
     def used(self) -> int:

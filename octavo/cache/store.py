@@ -22,6 +22,9 @@ from octavo.cache.states import StatePlan, StatePool
 from octavo.quant.codec import Static, centered, encode, rotate, token_scale
 from octavo.quant.format import Codec, KVFormat
 
+Page = tuple[Tensor, Tensor | None]
+"""Codes [blocks, heads, …] and scales of one side of one layer, in the layout of its store."""
+
 
 class RowStore:
     """One side, K or V, of one layer."""
@@ -178,7 +181,7 @@ class Memory:
 class KVCache:
     """The cache of a whole model, made from its layers' plans: so many blocks in every layer, or in those of each group
     (`reaches`), and `raw_pages` raw pages in those with edges (`CacheSize` says how many). For layers that keep states
-    it has slots for `sessions` sequences."""
+    it has slots for `sessions` sequences and for `snapshots`."""
 
     def __init__(
         self,
@@ -188,14 +191,16 @@ class KVCache:
         raw_pages: int = 0,
         states: StatePlan | None = None,
         sessions: int = 0,
+        snapshots: int = 0,
     ):
         self.plans, self.layout = list(plans), layout or Layout()
+        self.whole = self.plans  # those with all KV heads, of which this may be a share (octavo/parallel)
         self.reaches = reaches([plan.shape for plan in self.plans])
         self.blocks = [blocks] * len(self.reaches) if isinstance(blocks, int) else list(blocks)  # of each group
         self.group_of: list[int] = []  # by layer
         self.span = own_span([plan.format for plan in self.plans], self.layout.block_size)
         self.raw_pages = raw_pages if self.span else 0
-        self.states = StatePool(states, sessions) if states else None
+        self.states = StatePool(states, sessions, snapshots) if states else None
         self.layers: list[LayerCache] = []
         for plan in self.plans:
             shares = plan.shape.shares
@@ -210,13 +215,19 @@ class KVCache:
         """Of group 0, which keeps most."""
         return self.blocks[0]
 
-    def take(self, source: KVCache, blocks: Tensor, num_blocks: int) -> None:
-        """Have `num_blocks` blocks, of which the first are the blocks [n] of `source`: a cache of the same plans and
-        layout, or this one. Store by store, so that no more than one is in memory twice."""
-        for mine, theirs in zip(self.stores, source.stores, strict=True):
-            mine.take(theirs, blocks, num_blocks)
-        self.blocks = [num_blocks] * len(self.blocks)
+    def take(self, source: KVCache, group: int, blocks: Tensor, num_blocks: int) -> None:
+        """Have `num_blocks` blocks in the layers of a group, of which the first are the blocks [n] of `source`: a cache
+        of the same plans and layout, or this one. Store by store, so that no more than one is in memory twice."""
+        for (i, mine), (_, theirs) in zip(self.owners, source.owners, strict=True):
+            if self.group_of[i] == group:
+                mine.k.take(theirs.k, blocks, num_blocks)
+                mine.v.take(theirs.v, blocks, num_blocks)
+        self.blocks[group] = num_blocks
         self._forget_addresses()
+
+    def stores_of(self, group: int) -> list[RowStore]:
+        """Every RowStore of the layers of a group."""
+        return [store for i, layer in self.owners if self.group_of[i] == group for store in (layer.k, layer.v)]
 
     def take_raw(self, source: KVCache, pages: Tensor, raw_pages: int) -> None:
         """As `take`, of raw pages."""
@@ -240,8 +251,8 @@ class KVCache:
     @property
     def size(self) -> CacheSize:
         """What it consists of, computed from the plans."""
-        states = self.states.plan if self.states is not None else None
-        return CacheSize.of(self.shapes, self.formats, self.layout.block_size, states=states)
+        plan, count = (self.states.plan, self.states.snapshots) if self.states is not None else (None, 0)
+        return CacheSize.of(self.shapes, self.formats, self.layout.block_size, states=plan, snapshots=count)
 
     @property
     def owners(self) -> Iterator[tuple[int, LayerCache]]:
@@ -257,6 +268,27 @@ class KVCache:
     @property
     def raw_stores(self) -> list[RowStore]:
         return [store for _, layer in self.owners for store in layer.raw or ()]
+
+    @property
+    def paged_stores(self) -> list[RowStore]:
+        """K and V of every layer with a cache of its own, after each pair that of its raw pages: what sessions keep."""
+        return [store for _, layer in self.owners for store in (layer.k, layer.v, *(layer.raw or ()))]
+
+    def read_pages(self, pages: Sequence[Sequence[int]]) -> list[Page]:
+        """Copies of blocks, or raw pages, of each of the `paged_stores`."""
+        copies: list[Page] = []
+        for store, own in zip(self.paged_stores, pages, strict=True):
+            here = torch.tensor(own, dtype=torch.int64, device=store.codes.device)
+            copies.append((store.codes[here], store.scales[here] if store.scales is not None else None))
+        return copies
+
+    def write_pages(self, pages: Sequence[Sequence[int]], copies: Sequence[Page]) -> None:
+        """Put copies of `read_pages` of such a cache into blocks, or raw pages."""
+        for store, own, (codes, scales) in zip(self.paged_stores, pages, copies, strict=True):
+            here = torch.tensor(own, dtype=torch.int64, device=store.codes.device)
+            store.codes[here] = codes.to(here.device)
+            if store.scales is not None and scales is not None:
+                store.scales[here] = scales.to(here.device)
 
     @property
     def nbytes(self) -> int:

@@ -5,54 +5,22 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable, Collection
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from octavo import __version__
-from octavo.cli.accuracy import accuracy
-from octavo.cli.calibrate import calibrate
-from octavo.cli.chat import chat
-from octavo.cli.doctor import doctor
-from octavo.cli.generate import generate
-from octavo.cli.memory import memory
-from octavo.cli.plan import plan
-from octavo.cli.quantize import quantize
-from octavo.cli.report import report
-from octavo.cli.scales import app as scales
-from octavo.cli.serve import serve
-from octavo.cli.session import app as session
-from octavo.cli.speed import speed
-from octavo.cli.tune import tune
 from octavo.cli.verbs import Verbs
 from octavo.errors import OctavoError
 
-app = Verbs(
-    help="Calibrated int8 KV caches for Hugging Face language models. MODEL is a directory, Hub id or .gguf file; with "
-    "none, the small bundled model `pamphlet`.",
-    rich_markup_mode="markdown",  # rich would take "[default: …]" for markup and drop it
-    pretty_exceptions_enable=False,
-)
-app.command()(calibrate)
-app.command()(quantize)
-app.command()(tune)
-app.command()(chat)
-app.command()(generate)
-app.command()(serve)
-app.command()(accuracy)
-app.command()(doctor)
-app.command()(speed)
-app.command()(report)
-app.command()(memory)
-app.command()(plan)
-
-app.add_typer(scales, name="scales")
-app.add_typer(session, name="session")
-
-lite = Verbs(help="The verb of LMDeploy's page: `octavo lite calibrate …`.")
-lite.command()(calibrate)
-lite.callback()(lambda: None)  # with a single command typer would drop its name
-app.add_typer(lite, name="lite", hidden=True)
+VERBS = (  # each a function in a file of its name
+    "calibrate", "quantize", "tune", "chat", "generate", "serve",
+    "accuracy", "doctor", "speed", "report", "memory", "plan",
+)  # fmt: skip
+GROUPS = ("scales", "session")  # verbs of several verbs: each an `app` in a file of its name
+KNOWN = (*VERBS, *GROUPS, "lite")
 
 BARS_OF_OTHERS = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # but for the Hub's, when a model is fetched
 
@@ -63,13 +31,40 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
     """What comes before a verb."""
+
+
+def commands(wanted: Collection[str] = KNOWN) -> Verbs:
+    """The command line with the verbs that are wanted: to import and describe all of them takes a tenth of a second."""
+    app = Verbs(
+        help="Calibrated int8 KV caches for Hugging Face language models. MODEL is a directory, Hub id or .gguf file; "
+        "with none, the small bundled model `pamphlet`.",
+        rich_markup_mode="markdown",  # rich would take "[default: …]" for markup and drop it
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_options)
+    for name in VERBS:
+        if name in wanted:
+            app.command()(_verb(name))
+    for name in GROUPS:
+        if name in wanted:
+            app.add_typer(import_module(f"octavo.cli.{name}").app, name=name)
+    if "lite" in wanted:
+        lite = Verbs(help="The verb of LMDeploy's page: `octavo lite calibrate …`.")
+        lite.command()(_verb("calibrate"))
+        lite.callback()(lambda: None)  # with a single command typer would drop its name
+        app.add_typer(lite, name="lite", hidden=True)
+    return app
+
+
+def _verb(name: str) -> Callable[..., None]:
+    command: Callable[..., None] = getattr(import_module(f"octavo.cli.{name}"), name)
+    return command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,8 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     if argv[:2] == ["chat", "turbomind"]:  # as on LMDeploy's page, which names its engine here
         argv = ["chat", *argv[2:]]
+    wanted = argv[:1] if argv and argv[0] in KNOWN else KNOWN
     try:
-        app(argv)
+        commands(wanted)(argv)
     except OctavoError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

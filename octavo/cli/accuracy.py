@@ -6,14 +6,25 @@ Theory first, then what was measured. Tables go to stdout, progress to stderr; w
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from octavo.cli.candidates import BASELINE, COMPARED, candidates, formats_option, load_baseline
-from octavo.cli.options import LoadOptions, budget_option, check_calibration, option, takes
+from octavo.cli.candidates import BASELINE, COMPARED, baseline_of, candidates, formats_option, load_baseline
+from octavo.cli.options import (
+    RAY,
+    REPLICAS,
+    LoadOptions,
+    budget_option,
+    check_calibration,
+    check_replicas,
+    numbers,
+    on_ray,
+    option,
+    takes,
+)
 from octavo.errors import OctavoError
 from octavo.measure.accuracy.sizes import ANSWERS, LEAST, WANTED
 from octavo.measure.budget import DEFAULT, Budget, Windows
@@ -21,7 +32,9 @@ from octavo.measure.budget import DEFAULT, Budget, Windows
 if TYPE_CHECKING:
     from octavo.corpus import Texts
     from octavo.measure.candidate import Candidate
+    from octavo.measure.tasks.run import Elsewhere
     from octavo.models.model import Model
+    from octavo.ray.cluster import Placement
 
 
 def about_text(help: str, *names: str, **more: Any) -> Any:
@@ -71,6 +84,13 @@ def accuracy(
             min=0,
         ),
     ] = None,
+    retrieval: Annotated[
+        str | None,
+        option(
+            "Lengths like 2048,8192: values are looked up by their keys in lists of so many tokens.",
+            panel="On long contexts",
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         about_tasks(
@@ -82,25 +102,40 @@ def accuracy(
         int | None,
         about_tasks("The first so many documents, of bbh of each subset. [default: what --budget allows]", min=1),
     ] = None,
+    shots: Annotated[
+        int | None,
+        about_tasks(
+            "Examples before each question, the same before all; crows_pairs takes none, bbh has its own. [default: as "
+            "the task says]",
+            min=0,
+        ),
+    ] = None,
     max_batch_size: Annotated[int | None, about_tasks("Documents at a time. [default: 16]", min=1)] = None,
     results: Annotated[
         Path | None,
         about_tasks("Where results are kept, so that a run can go on. [default: beside the calibration]"),
     ] = None,
     budget: Annotated[str, budget_option("--windows, --window and --answers, or --limit")] = DEFAULT,
+    ray: Annotated[str | None, RAY] = None,
+    replicas: Annotated[int | None, REPLICAS] = None,
     json: Annotated[bool, option("One JSON document on stdout.", "--json")] = False,
 ) -> None:
     """Measure what a KV cache format of MODEL costs in accuracy."""
-    reads = text is not None or tasks is None
-    _refuse({"--limit": limit, "--max-batch-size": max_batch_size, "--results": results}, tasks is not None, "--tasks")
+    reads = text is not None or (tasks is None and retrieval is None)
+    of_tasks = {"--limit": limit, "--shots": shots, "--max-batch-size": max_batch_size, "--results": results}
+    _refuse(of_tasks, tasks is not None, "--tasks")
     _refuse({"--windows": windows, "--window": window, "--answers": answers}, reads, "--text")
     check_calibration(calibration, granularity, headroom)
+    check_replicas(ray, replicas)
+    if ray is not None and baseline is not None and tasks is not None:
+        raise OctavoError("--baseline on tasks is measured here, not on Ray: leave --ray out")
     time = Budget.parse(budget)
+    lengths = numbers(retrieval, "--retrieval") if retrieval is not None else []
     parts, skipped = _parts(tasks, data_dir) if tasks is not None else ([], {})
     source = _text(text, data_dir) if reads else None
     model, begun = options.load(), perf_counter()
     from octavo.cli.progress import telling
-    from octavo.cli.tables.accuracy import show_tasks, show_text, show_theory
+    from octavo.cli.tables.accuracy import show_retrieval, show_tasks, show_text, show_theory
     from octavo.measure.accuracy.results import about, on_text
     from octavo.measure.as_json import dumps
     from octavo.measure.candidate import beside
@@ -121,17 +156,25 @@ def accuracy(
     found = about(model, compared)
     if not json:
         show_theory(found)
-    if source is not None:
-        with telling("reading") as tell:
-            found["text"] = on_text(model, compared, source.name, read, asked, tell, over)
-        if not json:
-            show_text(found)
-    if parts:
-        where = results or model.work_dir / "accuracy"
-        sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16}
-        found["tasks"] = _on_tasks(model, compared, parts, where, time, sizes) | {"skipped": skipped}
-        if not json:
-            show_tasks(found)
+    with on_ray(ray, replicas, options.device) as place:
+        if source is not None:
+            with telling("reading") as tell:
+                measure = _comparing(options, baseline, model, compared, place, lambda n: tell("reading", n, len(read)))
+                found["text"] = on_text(model, compared, source.name, read, asked, tell, over, measure)
+            if not json:
+                show_text(found)
+        if lengths:
+            found["retrieval"] = _retrieval(model, compared, lengths, context)
+            if not json:
+                show_retrieval(found)
+        if parts:
+            where = results or model.work_dir / "accuracy"
+            sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16, "shots": shots}
+            elsewhere = _asking(options, place)
+            tested = _on_tasks(model, compared, parts, where, time, sizes, elsewhere)
+            found["tasks"] = tested | {"skipped": skipped}
+            if not json:
+                show_tasks(found)
     if json:
         print(dumps(found))
 
@@ -202,6 +245,62 @@ def _fit(
     return read.size, write.size
 
 
+def _retrieval(model: Model, candidates: Sequence[Candidate], lengths: Sequence[int], context: int) -> dict[str, Any]:
+    """Rows of every format at every length. Says how long they take."""
+    from octavo.cli.progress import say, telling
+    from octavo.measure.accuracy.retrieval import LEAST, contexts, retrieve
+    from octavo.measure.budget import duration
+    from octavo.measure.pace import Pace
+
+    for length in lengths:
+        if not LEAST <= length <= context:
+            raise OctavoError(f"--retrieval {length}: {model.name} can be asked about {LEAST} to {context:,} tokens")
+    say("measuring a few steps")
+    pace = Pace.measure(model.bound, max(lengths))
+    say(f"looking up values: about {duration(len(candidates) * pace.read(sum(lengths)))}")
+    first, *others = candidates
+    rows = []
+    with telling("looking up values") as tell:
+        for length in lengths:
+            asked = contexts(model.tokenizer, length)
+            rows += [asdict(row) for row in retrieve(model, first, others, asked, length, tell)]
+    return {"how": "measured", "rows": rows}
+
+
+def _comparing(
+    options: LoadOptions,
+    baseline: str | None,
+    model: Model,
+    compared: Sequence[Candidate],
+    place: Placement | None,
+    progress: Callable[[int], None],
+) -> Callable[..., Any] | None:
+    """What reads windows on the cluster; None without one. `progress` is called with how many have been read."""
+    if place is None:
+        return None
+    from octavo.ray.measuring import comparing
+
+    read = 0
+
+    def add(windows: int) -> None:
+        nonlocal read
+        read += windows
+        progress(read)
+
+    other = None
+    if baseline is not None:
+        other = baseline_of(options, baseline, model).loading() | {"computing": model.bound.computes}
+    return comparing(options.loading(), other, compared, place, add)
+
+
+def _asking(options: LoadOptions, place: Placement | None) -> Elsewhere | None:
+    if place is None:
+        return None
+    from octavo.ray.measuring import asking
+
+    return asking(options.loading(), place)
+
+
 def _on_tasks(
     model: Model,
     candidates: Sequence[Candidate],
@@ -209,6 +308,7 @@ def _on_tasks(
     directory: Path,
     budget: Budget,
     sizes: dict[str, Any],
+    elsewhere: Elsewhere | None,
 ) -> dict[str, Any]:
     from octavo.cli.progress import telling
     from octavo.measure.tasks.results import Results
@@ -217,7 +317,15 @@ def _on_tasks(
     try:
         with telling("loading tasks") as tell:
             rows = run(
-                model, candidates, parts, Results(directory), budget=budget, progress=tell, say=tell.say, **sizes
+                model,
+                candidates,
+                parts,
+                Results(directory),
+                budget=budget,
+                progress=tell,
+                say=tell.say,
+                elsewhere=elsewhere,
+                **sizes,
             )
     except KeyboardInterrupt:
         print(f"interrupted: what is done is kept in {directory}; the same command goes on", file=sys.stderr)

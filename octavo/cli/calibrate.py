@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.options import LoadOptions, budget_option, takes
+from octavo.cli.options import RAY, REPLICAS, LoadOptions, budget_option, check_replicas, on_ray, takes
 from octavo.cli.progress import progress, say
 from octavo.errors import OctavoError
 from octavo.measure.budget import DEFAULT, Budget, Windows
@@ -55,11 +55,14 @@ def calibrate(
         float, typer.Option(help="Default of this calibration: range served over range seen.")
     ] = DEFAULT_HEADROOM,
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    ray: Annotated[str | None, RAY] = None,
+    replicas: Annotated[int | None, REPLICAS] = None,
 ) -> None:
     """Calibrate MODEL: see what its K and V are like, once. `int8` needs that, the other formats lose less with it."""
     from octavo.corpus import load_texts
 
     validate_choice(granularity, headroom)
+    check_replicas(ray, replicas)
     time = Budget.parse(budget)
     texts = load_texts(calib_dataset, data_dir) if calib_dataset not in (None, SELF) else None
     model = options.load()
@@ -77,8 +80,13 @@ def calibrate(
     )
     from octavo.calibrate import calibrate as observe
 
-    with progress() as bar:
+    with on_ray(ray, replicas, options.device) as place, progress() as bar:
         task = bar.add_task("observing K and V", total=len(windows), seconds=seconds)
+        elsewhere = None
+        if place is not None:
+            from octavo.ray.measuring import observing
+
+            elsewhere = observing(options.loading(), place, lambda done: bar.advance(task, done))
         calibration = observe(
             model,
             windows,
@@ -87,6 +95,7 @@ def calibrate(
             headroom=headroom,
             seed=seed,
             progress=lambda done: bar.update(task, completed=done),
+            observe=elsewhere,
         )
     path = calibration.save(directory)
     _show(options, calibration, path, work_dir)

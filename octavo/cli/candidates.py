@@ -55,9 +55,13 @@ def candidates(
 
 
 def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:
-    """The 16-bit model to compare `model` with, in its types: 4-bit checkpoints are often fp16 where it is bf16."""
-    own = replace(options, model=name, model_format="hf", dtype=str(model.bound.dtype).removeprefix("torch."))
-    return own.load(model.bound.computes, say=False)
+    """The 16-bit model to compare `model` with."""
+    return baseline_of(options, name, model).load(model.bound.computes, say=False)
+
+
+def baseline_of(options: LoadOptions, name: str, model: Model) -> LoadOptions:
+    """How it is loaded: in the types of `model`, since 4-bit checkpoints are often fp16 where it is bf16."""
+    return replace(options, model=name, model_format="hf", dtype=str(model.bound.dtype).removeprefix("torch."))
 
 
 def formats(
@@ -72,6 +76,7 @@ def formats(
 
 
 def _format(kv: str, geometry: Geometry, name: str, path: Path) -> Format:
+    from octavo.models.fingerprint import fingerprint
     from octavo.models.model import tuned_formats
 
     if not is_tuned(kv):
@@ -79,7 +84,7 @@ def _format(kv: str, geometry: Geometry, name: str, path: Path) -> Format:
     if path.is_file():
         raise OctavoError("--kv tuned is what was chosen for a model's weights: name MODEL in place of --config")
     found = tuned_formats(name, path)
-    found.check(None, len(geometry.shapes))
+    found.check(fingerprint(path), len(geometry.shapes))
     return found.formats
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli.options import SamplingOptions, ServeOptions, takes
+from octavo.cli.options import ServeOptions, takes
+from octavo.cli.sampling import SamplingOptions
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
@@ -186,7 +187,8 @@ class Chat:
         size, in_16 = one.size, one.size_16.token
         beside = f", in 16 bits {in_16:,} ({in_16 / size.token:.2f} times)" if in_16 != size.token else ""
         edges = f", and {format_bytes(size.session(0))} for the edges of a session" if size.ring else ""
-        self.notes.print(f"KV cache [bold]{one.format}[/] · {size.token:,} bytes per token{beside}{edges}")
+        states = f", and {format_bytes(size.states)} for states" if size.states else ""
+        self.notes.print(f"KV cache [bold]{one.format}[/] · {size.token:,} bytes per token{beside}{edges}{states}")
         self.notes.print("/help lists the commands · Ctrl-C stops an answer · Ctrl-D quits\n", style="dim")
 
 

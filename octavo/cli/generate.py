@@ -11,20 +11,18 @@ import time
 from collections.abc import Sequence as Rows
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.options import SamplingOptions, ServeOptions, sampling_option, takes
+from octavo.cli.options import RAY, REPLICAS, ServeOptions, takes
+from octavo.cli.sampling import SamplingOptions, sampling_option
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from octavo.cli.jsonl import Line, Output
-    from octavo.llm import LLM, Completion
-
-# Options that change how fast answers are made, and not what they are.
-WITHOUT_EFFECT = {"device", "device_map", "session_len", "max_batch_size", "cache_max_entry_count", "kv_cache_memory"}
+    from octavo.llm import LLM
 
 
 @takes(ServeOptions, SamplingOptions)
@@ -36,13 +34,22 @@ def generate(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="The same; with it MODEL may be left out.")] = None,
     input: Annotated[
-        str | None, typer.Option(help='Lines of {"prompt": …} or {"messages": …}, sampling fields beside; - is stdin.')
+        str | None,
+        typer.Option(
+            help='Lines of {"prompt": …} or {"messages": …}, sampling fields beside; - is stdin. With --ray several '
+            'files: "prompts/*.jsonl" or .parquet, s3:// too.'
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="File for their answers; one that exists is gone on with. [default: stdout]")
+        str | None,
+        typer.Option(
+            help="File for their answers, with --ray a directory; one that exists is gone on with. [default: stdout]"
+        ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     logprobs: Annotated[int | None, sampling_option("logprobs")] = None,
+    ray: Annotated[str | None, RAY] = None,
+    replicas: Annotated[int | None, REPLICAS] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")] = False,
 ) -> None:
     """Continue a prompt, or all prompts of a file at a time."""
@@ -57,16 +64,23 @@ def generate(
         raise OctavoError(f"--input and {other} exclude each other")
     if input is None and output is not None:
         raise OctavoError("--output is for the answers to an --input; redirect stdout for the one to a prompt")
-    if input is None:
+    if (ray is None and replicas is not None) or (ray is not None and (input in (None, "-") or output is None)):
+        raise OctavoError("--ray, to which --replicas belongs, answers the files of an --input into an --output")
+    if ray is not None:
+        from octavo.cli.batches import generate_on_ray
+
+        generate_on_ray(ray, replicas, options, sampling, str(input), str(output), chat, logprobs)
+    elif input is None:
         given = _prompt(prompt)
         llm = options.llm()
         _one(llm, given, _params(llm, sampling, logprobs), chat, as_json)
     else:
-        _many(options, sampling, input, output, chat, logprobs)
+        _many(options, sampling, input, None if output is None else Path(output), chat, logprobs)
 
 
 def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool) -> None:
     from octavo.cache.size import format_bytes
+    from octavo.lines import answer
     from octavo.measure.memory.footprint import Footprint
 
     start = time.perf_counter()
@@ -113,16 +127,9 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
 def _many(
     options: ServeOptions, sampling: SamplingOptions, input: str, path: Path | None, chat: bool, logprobs: int | None
 ) -> None:
-    from octavo.cli.jsonl import Output, read_lines
-    from octavo.models.locate import locate
-    from octavo.models.model import tuned_formats
-    from octavo.quant.format import is_tuned
+    from octavo.cli.jsonl import Output, read_lines, shaping_of
 
-    shaping = {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}
-    if is_tuned(options.format_name() or ""):
-        place = locate(options.model)
-        shaping["formats"] = tuned_formats(*place, options.calibration).header.formats
-    shaping |= {"kv": options.format_name(), "quant_policy": None, "chat": chat, "logprobs": logprobs}
+    shaping = shaping_of(options, chat, logprobs)
     try:
         if input == "-":
             lines = read_lines(sys.stdin.buffer, shaping | asdict(sampling))
@@ -144,8 +151,8 @@ def _many(
 
 def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams, chat: bool) -> None:
     """Answer the lines together, each written when it is complete."""
-    from octavo.cli.jsonl import parse
     from octavo.cli.progress import progress
+    from octavo.lines import answer, fields, parse
 
     served: list[Line] = []
     requests: list[tuple[list[int], SamplingParams]] = []
@@ -164,7 +171,7 @@ def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams
         try:
             for line in lines:
                 try:
-                    requests.append(parse(line.text, llm, defaults, chat))
+                    requests.append(parse(fields(line.text), llm, defaults, chat))
                     served.append(line)
                 except OctavoError as error:
                     refuse(line, str(error))
@@ -190,28 +197,6 @@ def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams
             f"{_lines(len(refused))} could not be served and got the reason for an answer; the same command tries again"
         )
         raise typer.Exit(1)
-
-
-def answer(llm: LLM, completion: Completion) -> dict[str, Any]:
-    """A completion as JSON."""
-    from octavo.text import token_text
-
-    def named(token: int, logprob: float | None) -> dict[str, Any]:
-        return {"token": token, "text": token_text(llm.tokenizer, token), "logprob": logprob}
-
-    fields = {
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": completion.prompt_tokens,
-        "completion_tokens": len(completion.token_ids),
-        "cached_tokens": completion.cached_tokens,
-    }
-    if any(one.logprob is not None for one in completion.sampled):
-        fields["logprobs"] = [
-            {**named(one.token, one.logprob), "top": [named(*other) for other in one.top.items()]}
-            for one in completion.sampled
-        ]
-    return fields
 
 
 def _params(llm: LLM, sampling: SamplingOptions, logprobs: int | None) -> SamplingParams:

@@ -11,20 +11,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-from octavo.engine.params import SamplingParams, allowed
+from octavo.cli.options import ServeOptions
 from octavo.errors import OctavoError
-from octavo.inputs import read_messages, read_prompt
+from octavo.lines import own_id
 
-if TYPE_CHECKING:
-    from octavo.llm import LLM
-
+# Options that change how fast answers are made, and not what they are.
+WITHOUT_EFFECT = {
+    "cache_max_entry_count", "device", "device_map", "kv_cache_memory", "max_batch_size", "session_len",
+    "snapshot_memory",
+}  # fmt: skip
 START = b'{"line": '  # how every answer begins
 
 
@@ -39,9 +39,7 @@ class Line:
     @property
     def id(self) -> Any:
         """The line's own id, or its number."""
-        with suppress(OctavoError):
-            return _fields(self.text).get("id", self.number)
-        return self.number
+        return own_id(self.text, self.number)
 
 
 def read_lines(file: BinaryIO, options: dict[str, Any]) -> list[Line]:
@@ -54,23 +52,17 @@ def read_lines(file: BinaryIO, options: dict[str, Any]) -> list[Line]:
     ]
 
 
-def parse(text: bytes, llm: LLM, defaults: SamplingParams, chat: bool) -> tuple[list[int], SamplingParams]:
-    """The prompt's tokens and the sampling parameters a line asks for; raises OctavoError for what cannot be served."""
-    from octavo.text import encode_chat
+def shaping_of(options: ServeOptions, chat: bool, logprobs: int | None) -> dict[str, Any]:
+    """The options that shape answers, beside those of sampling."""
+    from octavo.models.locate import locate
+    from octavo.models.model import tuned_formats
+    from octavo.quant.format import is_tuned
 
-    asked = _fields(text)
-    asked.pop("id", None)
-    if ("prompt" in asked) == ("messages" in asked):
-        raise OctavoError("a line holds either a prompt or messages")
-    if "messages" in asked:
-        messages = read_messages(asked.pop("messages"))
-    else:
-        prompt = read_prompt(asked.pop("prompt"))
-        messages = [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else []
-    params = replace(defaults, **{name: value for name, value in asked.items() if value is not None})
-    sequence = llm.sequence(encode_chat(llm.tokenizer, messages) if messages else prompt, params)
-    llm.engine.scheduler.expect_room(sequence)
-    return sequence.tokens, params
+    shaping = {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}
+    if is_tuned(options.format_name() or ""):
+        place = locate(options.model)
+        shaping["formats"] = tuned_formats(*place, options.calibration).header.formats
+    return shaping | {"kv": options.format_name(), "quant_policy": None, "chat": chat, "logprobs": logprobs}
 
 
 class Output:
@@ -130,29 +122,3 @@ class Output:
             self.answered.add(line)
             kept.append(text + b"\n")
         return b"".join(kept)
-
-
-def _fields(text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
-    except UnicodeDecodeError:
-        raise OctavoError("not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise OctavoError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise OctavoError("not JSON that can be read: nested too deep") from None
-    except ValueError as error:  # NaN, an integer of too many digits
-        raise OctavoError(f"not JSON that can be read: {error}") from None
-    if not isinstance(value, dict):
-        raise OctavoError('not a JSON object: a line is like {"prompt": "…"}')
-    known = ["id", "prompt", "messages", *allowed("JSON lines")]
-    if strange := sorted(value.keys() - set(known)):
-        raise OctavoError(f"unknown field {strange[0]!r}; the fields are {', '.join(known)}")
-    return value
-
-
-def _finite(text: str) -> float:
-    """A number of JSON, which has no NaN and no infinity."""
-    if not isfinite(number := float(text)):
-        raise ValueError(f"{text} is not a finite number")
-    return number

@@ -1,11 +1,12 @@
-"""The options that verbs share, and what they become: a model, an LLM, sampling parameters."""
+"""The options that verbs share, and what they become: a model, an LLM."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, make_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from octavo.engine.params import MAX_TOKENS, TABLE, Kind, Number, SamplingParams, Strings, Switch, TokenIds, allowed
 from octavo.errors import OctavoError
 from octavo.quant.format import (
     CODECS,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from octavo.llm import LLM
     from octavo.models.model import Model
+    from octavo.ray.cluster import Placement
 
 # `--quant-policy` of LMDeploy's page, where 4 meant int8; 8 is what LMDeploy calls int8 today.
 QUANT_POLICY = {0: None, 4: "int8", 8: "int8"}
@@ -86,6 +87,31 @@ def complete(incomplete: str) -> list[str]:
     return [f"{known},{name}" if known else name for name in names if name.startswith(last)]
 
 
+RAY = option("Work on a Ray cluster: its address, like auto or 10.0.0.1:6379; local starts one here.", panel="Ray")
+REPLICAS = option("Models on it. [default: one on each GPU, or on each machine]", min=1, panel="Ray")
+
+
+def check_replicas(ray: str | None, replicas: int | None) -> None:
+    if replicas is not None and ray is None:
+        raise OctavoError("--replicas are on a Ray cluster: name it with --ray, or start one here with --ray local")
+    if ray is not None:
+        from octavo.ray.cluster import require
+
+        require("--ray")
+
+
+@contextmanager
+def on_ray(address: str | None, replicas: int | None, device: str) -> Iterator[Placement | None]:
+    """The cluster that --ray names, and where models go on it; None without one."""
+    if address is None:
+        yield None
+        return
+    from octavo.ray.cluster import cluster, placement
+
+    with cluster(address):
+        yield placement(replicas, device)
+
+
 def budget_option(counts: str = "") -> Any:
     """--budget of a verb that measures; `counts` are the options that leave it nothing to choose."""
     told = "Time for the work, like 90s, 2m or 1h30m: as much is measured as fits; none: as much as is of use."
@@ -130,25 +156,38 @@ class LoadOptions:
         if self.chat_template is not None:
             check_file("--chat-template", self.chat_template)
 
-    def load(self, computing: torch.dtype | None = None, say: bool = True) -> Model:
-        """`computing` as in Model.load. Says at once what is loaded, and then of a CPU what computes, and in what."""
-        tell_loading(self.model)
+    @property
+    def ranks(self) -> int:
+        """Processes that the model is divided among."""
+        return 1
+
+    def loading(self) -> dict[str, Any]:
+        """The same as arguments of Model.load, for processes elsewhere: plain values, and paths that are absolute."""
+        here = self.model is not None and Path(self.model).exists()
+        return {
+            "model": str(Path(str(self.model)).resolve()) if here else self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "device_map": self.device_map,
+            "load_format": self.load_format,
+            "model_format": self.model_format,
+            "chat_template": self.chat_template and str(self.chat_template.resolve()),
+            "context": self.session_len,
+            "deterministic": self.deterministic,
+        }
+
+    def load(self, computing: torch.dtype | None = None, say: bool = True, told: bool = False) -> Model:
+        """`computing` as in Model.load. Says at once what is loaded, unless that was `told`, and then of a CPU what
+        computes, and in what."""
+        if not told:
+            tell_loading(self.model)
         from octavo import cores
-        from octavo.models.model import Model
+        from octavo.parallel import load
 
         cores.use()
-        model = Model.load(
-            self.model,
-            dtype=self.dtype,
-            device=self.device,
-            device_map=self.device_map,
-            load_format=self.load_format,
-            model_format=self.model_format,
-            chat_template=self.chat_template,
-            context=self.session_len,
-            computing=computing,
-            deterministic=self.deterministic,
-        )
+        loading = self.loading() | {"chat_template": self.chat_template, "computing": computing}
+        del loading["model"]  # its name stays as it was given
+        model = load(self.model, self.ranks, **loading)
         if say and model.processor is not None:
             print(f"CPU: {model.processor}", file=sys.stderr, flush=True)
         return model
@@ -206,7 +245,15 @@ class ServeOptions(LoadOptions):
     cache_max_entry_count: Annotated[
         float | None, option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]")
     ] = None
-    kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB.")] = None
+    kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB; of each rank's.")] = None
+    snapshot_memory: Annotated[
+        str | None, option("Of it, for snapshots of a hybrid's states. [default: two for each session]")
+    ] = None
+    tensor_parallel_size: Annotated[int, option("Ranks to divide the model among, a GPU for each.", min=1)] = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor_parallel_size
 
     def check(self) -> None:
         super().check()
@@ -214,11 +261,14 @@ class ServeOptions(LoadOptions):
             check_name(name)
         check_calibration(self.calibration, self.granularity, self.headroom)
 
-    def llm(self) -> LLM:
+    def llm(self, told: bool = False) -> LLM:
+        """Says at once what is loaded, unless that was `told`."""
+        if not told:
+            tell_loading(self.model)
         from octavo.cli.progress import calibration_with_bar
         from octavo.llm import LLM
 
-        model, name = self.load(), self.format_name()
+        model, name = self.load(told=True), self.format_name()
         format = model.format(name, self.calibration)
         return LLM(
             model,
@@ -230,7 +280,17 @@ class ServeOptions(LoadOptions):
             max_batch_size=self.max_batch_size,
             kv_cache_memory=self.kv_cache_memory,
             cache_max_entry_count=self.cache_max_entry_count,
+            snapshot_memory=self.snapshot_memory,
         )
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as arguments of LLM, for processes elsewhere."""
+        given = self.loading()
+        given["session_len"] = given.pop("context")
+        given |= {"kv": self.format_name(), "calibration": self.calibration and str(self.calibration.resolve())}
+        names = ("granularity", "headroom", "max_batch_size", "kv_cache_memory", "cache_max_entry_count")
+        given |= {name: getattr(self, name) for name in (*names, "snapshot_memory")}
+        return {name: value for name, value in given.items() if value is not None}
 
     def format_name(self) -> str | None:
         """The format that --kv or --quant-policy names."""
@@ -242,69 +302,6 @@ class ServeOptions(LoadOptions):
         if self.kv is not None and self.kv != policy and (policy or self.kv not in RAW_NAMES.values()):
             raise OctavoError(f"--kv {self.kv} and --quant-policy {self.quant_policy} contradict each other; give one")
         return policy or self.kv
-
-
-GENERATE_ALONE = {"logprobs"}  # an option that `chat`, which shows text, does not have
-
-
-def sampling_option(name: str) -> Any:
-    """The option of a row of the request parameters' table."""
-    rule = TABLE[name]
-    flag = rule.flag or "--" + name.replace("_", "-")
-    if isinstance(rule.kind, Switch):
-        flag = f"{flag}/--no-{flag[2:]}"
-    many = " May be repeated." if isinstance(rule.kind, Strings | TokenIds) else ""
-    return option(rule.help + many, flag, panel="Sampling, by default as the model's generation config says")
-
-
-def _value(kind: Kind) -> Any:
-    """The type of an option's value."""
-    match kind:
-        case Number(whole=whole):
-            return int if whole else float
-        case Switch():
-            return bool
-        case Strings():
-            return list[str]
-        case TokenIds():
-            return list[int]
-    raise TypeError(f"{type(kind).__name__} has no form on the command line")
-
-
-_Table: Any = make_dataclass(
-    "_Table",
-    [
-        (name, Annotated[_value(rule.kind) | None, sampling_option(name)], None)
-        for name, rule in allowed("command line").items()
-        if name not in GENERATE_ALONE
-    ],
-)
-
-
-@dataclass
-class SamplingOptions(_Table):
-    """What the command line says of the request parameters; None leaves one to the model's own generation config."""
-
-    def given(self) -> dict[str, Any]:
-        """The fields of SamplingParams that the command line sets."""
-        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in chosen.items() if value is not None and value != []}
-
-    def params(self, defaults: SamplingParams) -> SamplingParams:
-        """`defaults` with what the command line sets; raises OctavoError for what makes no sense."""
-        given = self.given()
-        chosen = replace(defaults, **given)
-        cuts = [name for name in ("top_k", "top_p", "min_p") if given.get(name)]
-        if cuts and "temperature" not in given and chosen.temperature == 0:
-            flag = "--" + cuts[0].replace("_", "-")
-            raise OctavoError(
-                f"{flag} changes nothing: this model is greedy by default; give a --temperature above 0 too"
-            )
-        return chosen
-
-    def check(self) -> None:
-        """Raise OctavoError for values that no model's defaults can mend, before a model is loaded."""
-        self.params(SamplingParams(temperature=1.0, max_tokens=MAX_TOKENS))
 
 
 def takes(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -1,24 +1,31 @@
-"""`octavo plan`: how many sessions fit in so much memory, by weights and cache format; and the growth as a picture."""
+"""`octavo plan`: how many sessions fit in so much memory, by weights and cache format; and the growth as a picture.
+
+With --fleet the question is turned round: how many GPUs so many sessions need (fleet.py).
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from octavo.cli.candidates import formats_option
+from octavo.cli.fleet import Asked, plan_fleet
 from octavo.cli.memory import CONTEXT
 from octavo.cli.options import ShapeOptions, takes
 from octavo.errors import OctavoError
+
+of_fleet = partial(typer.Option, rich_help_panel="A fleet")
 
 
 @takes(ShapeOptions)
 def plan(
     options: ShapeOptions,
     memory: Annotated[
-        str | None, typer.Option(help="Memory of the device, like 80GiB. [default: what is free on this one]")
+        str | None, typer.Option(help="Memory of the device, like 80GiB. [default: this one's; 80 GB with --fleet]")
     ] = None,
     context: Annotated[
         int | None, typer.Option(help=f"Tokens of every session. [default: {CONTEXT}, or the model's context]")
@@ -27,14 +34,25 @@ def plan(
         str | None,
         formats_option("Formats to compare, the baseline first. [default: the model's own, kv8, k8v4, kv4, int8]"),
     ] = None,
-    reserve: Annotated[str, typer.Option(help="Held back for activations and the runtime, like 2GiB.")] = "0",
+    reserve: Annotated[
+        str, typer.Option(help="Held back for activations and the runtime, like 2GiB. [default: 10 % with --fleet]")
+    ] = "0",
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw memory over sessions, of the first two formats, to a .png, .svg or .pdf file."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    fleet: Annotated[bool, of_fleet("--fleet", help="Compute how many replicas and GPUs serve --sessions.")] = False,
+    sessions: Annotated[int | None, of_fleet(help="Open at a time.", min=1, max=10**9)] = None,
+    tokens_per_second: Annotated[
+        float | None, of_fleet(help="Generated, of all sessions together. [default: 1 for each]", min=0)
+    ] = None,
+    bandwidth: Annotated[float | None, of_fleet(help="TB/s of a GPU's memory. [default: 3.35]", min=1e-3)] = None,
+    prompt: Annotated[
+        float | None, of_fleet(help="Prompt tokens computed for each generated one. [default: 1]", min=0)
+    ] = None,
 ) -> None:
-    """Compute how many sessions of MODEL fit. Nothing is run, and a config is enough."""
+    """Compute how many sessions of MODEL fit, or how many GPUs they need. Nothing is run, and a config is enough."""
     from octavo.cache.size import format_bytes, parse_bytes
     from octavo.cli.candidates import formats
     from octavo.cli.tables import console
@@ -47,6 +65,13 @@ def plan(
     from octavo.models.geometry import Geometry
     from octavo.quant.format import ADVISED
 
+    asked = Asked(sessions, tokens_per_second, bandwidth, prompt)
+    if fleet:
+        if plot is not None:
+            raise OctavoError("--fleet draws nothing: leave --plot out")
+        plan_fleet(options, asked, memory, reserve, context, kv, json)
+        return
+    asked.refuse()
     if plot is not None:
         check_picture(plot)
     whole = parse_bytes(memory) if memory is not None else device_of(find_device("auto")).memory()

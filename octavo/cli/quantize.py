@@ -11,7 +11,7 @@ from octavo.cli.calibrate import SELF, draw_windows
 from octavo.cli.options import budget_option, check_model, tell_loading
 from octavo.cli.progress import progress, say
 from octavo.errors import Unsupported
-from octavo.measure.budget import DEFAULT, Budget, Windows
+from octavo.measure.budget import DEFAULT, Budget, Windows, duration
 
 if TYPE_CHECKING:
     from octavo.quantize import Quantized
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TEXTS = "Texts that tell which weights matter"
 LOADING = "Loading"
 WANTED, LEAST = Windows(128, 512), Windows(16, 256)
+ROUNDING = 0.7  # of the time, for scales and rounding; windows of text get the rest
 
 
 def quantize(
@@ -92,7 +93,7 @@ def quantize(
     from octavo.models.locate import locate
     from octavo.models.model import Model
     from octavo.models.save import require_new, save_awq
-    from octavo.quantize import GROUP_SIZES, choose_group, validate
+    from octavo.quantize import GROUP_SIZES, SEARCHES, choose_group, choose_search, validate
     from octavo.quantize import quantize as round_weights
 
     validate(group_size or GROUP_SIZES[0], method)
@@ -104,6 +105,11 @@ def quantize(
     loaded = Model.load(model, dtype=dtype, device=device, chat_template=chat_template, plain_weights=True)
     group_size = choose_group(loaded.bound.hf, group_size)
     say(f"groups of {group_size} weights")
+    room = time.part(ROUNDING).seconds
+    search, seconds = choose_search(loaded.bound.hf, group_size, method, room)  # type: ignore[arg-type]  # validated
+    cut = f": {search.steps} scales are tried, of {SEARCHES[0].steps}, to fit --budget {time}"
+    say(f"searching and rounding: about {duration(seconds)}{cut if search != SEARCHES[0] else ''}")
+    time = time.less(seconds)
     given = calib_samples, calib_seqlen
     source, windows, _ = draw_windows(loaded, calib_dataset, texts, given, WANTED, LEAST, time, seed)
     with progress() as bar:
@@ -119,6 +125,7 @@ def quantize(
             windows,
             group_size=group_size,
             method=method,  # type: ignore[arg-type]  # validated above
+            search=search,
             progress=show,
         )
     template = loaded.tokenizer.chat_template

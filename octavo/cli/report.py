@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from octavo.cli.candidates import BASELINE, load_baseline
-from octavo.cli.options import LoadOptions, option, takes
+from octavo.cli.options import LoadOptions, budget_option, option, takes, tell_loading
+from octavo.measure.budget import Budget
+
+DEFAULT = "5m"
 
 
 @takes(LoadOptions)
@@ -35,20 +38,24 @@ def report(
     memory: Annotated[
         str | None, typer.Option(help="Memory that sessions are counted in, like 80GiB. [default: this machine's]")
     ] = None,
+    budget: Annotated[str, budget_option()] = DEFAULT,
     json: Annotated[bool, typer.Option("--json", help="The numbers as one JSON document on stdout, too.")] = False,
 ) -> None:
     """Write what MODEL's cache saves and costs as a web page, as Markdown and as JSON."""
+    from octavo.corpus import load_texts
+
+    time = Budget.parse(budget)
+    if text is not None:
+        load_texts(text)  # a name mistyped is known before the model is loaded
+    tell_loading(options.model)
     from octavo.cache.size import parse_bytes
     from octavo.cli.progress import progress
-    from octavo.corpus import load_texts
     from octavo.measure.as_json import dumps
     from octavo.measure.report.page import require_directory, write_report
 
-    if text is not None:
-        load_texts(text)  # a name mistyped is known before the model is loaded
     require_directory(out)
     size = parse_bytes(memory) if memory is not None else None
-    model = options.load()
+    model = options.load(told=True)
     sixteen = load_baseline(options, baseline, model) if baseline is not None else None
     with progress() as bar:
         task = bar.add_task("examining the model", total=100)
@@ -60,6 +67,8 @@ def report(
             memory=size,
             baseline=sixteen,
             progress=lambda what, share: bar.update(task, description=what, completed=round(100 * share)),
+            budget=time,
+            say=lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
         bar.update(task, description="report", completed=100)
     print(dumps(found.document()) if json else f"{out / 'report.html'}\n{out / 'report.md'}\n{out / 'report.json'}")

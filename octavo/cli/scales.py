@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from octavo.cli.options import LoadOptions, takes
+from octavo.cli.options import LoadOptions, takes, tell_loading
 from octavo.cli.verbs import Verbs
 from octavo.errors import OctavoError
 
@@ -51,10 +51,11 @@ def import_(
     replace: Annotated[bool, typer.Option("--replace", help="Replace the calibration that is there.")] = False,
 ) -> None:
     """Make a calibration of MODEL from another project's scales: PATH, then MODEL."""
+    tell_loading(options.model)
     from octavo.quant.calibration import FILE_NAME
     from octavo.scales import import_scales
 
-    model = options.load(say=False)
+    model = options.load(say=False, told=True)
     directory = work_dir or model.work_dir
     if (directory / FILE_NAME).exists() and not replace:
         raise OctavoError(
@@ -79,11 +80,12 @@ def export(
     ] = None,
 ) -> None:
     """Write the scales of MODEL's calibration for another project: PATH, then MODEL."""
+    tell_loading(options.model)
     from octavo.quant.format import KVFormat
     from octavo.scales import export_scales, format_of
 
     format_of(format)
-    model = options.load(say=False)
+    model = options.load(say=False, told=True)
     found = model.calibration(calibration, KVFormat.parse("int8"))
     assert found is not None, "int8 needs one"
     for line in export_scales(path, format, model, found, granularity, headroom):  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli.options import ServeOptions, option, takes
+from octavo.cli.options import ServeOptions, option, takes, tell_loading
 from octavo.errors import OctavoError, install, one_line
 
 if TYPE_CHECKING:
@@ -70,6 +70,9 @@ def serve(
         float, serving("Seconds a client may take to send a request, or to read more of its answer.", min=1)
     ] = 30,
     grace: Annotated[float, serving("Seconds that running answers have to end at SIGTERM or Ctrl-C.", min=0)] = 30,
+    replicas: Annotated[
+        int | None, serving("Models side by side behind one address, each a process; needs octavo[ray].", min=1)
+    ] = None,
     session_dir: Annotated[
         Path | None, serving("Keep conversations' caches here, over restarts too.", file_okay=False)
     ] = None,
@@ -89,6 +92,11 @@ def serve(
     ] = False,
 ) -> None:
     """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
+    if replicas is not None:
+        from octavo.ray.cluster import require
+
+        require("octavo serve --replicas")
+    tell_loading(options.model)
     from octavo.cache.size import parse_bytes
 
     # oneDNN, and torch around it, each keep what they have made for 1024 shapes, and a server's steps have a new one
@@ -110,6 +118,29 @@ def serve(
     if ssl_keyfile is not None and ssl_certfile is None:
         raise OctavoError("--ssl-keyfile belongs to a certificate: give --ssl-certfile too")
     logs.start(log_prompts, log_level.value, log_requests is LogRequests.line)
+    if replicas is not None:
+        from octavo.cli.replicas import serve_replicas
+
+        if (uds, max_connections, patience) != (None, 1024, 30):
+            raise OctavoError("--uds, --max-connections and --patience are a single server's: leave them out")
+        asked = {
+            "served_model_name": served_model_name or [],
+            "api_key": api_key or [],
+            "cors_origin": cors_origin or [],
+            "max_queue": max_queue,
+            "timeout": timeout,
+            "max_body": max_body,
+            "grace": grace,
+            "session_dir": session_dir and str(session_dir.resolve()),
+            "session_dir_size": session_dir_size or "10GiB",
+            "ignore_unknown_fields": ignore_unknown_fields,
+            "log_level": log_level.value,
+            "log_requests": log_requests is LogRequests.line,
+            "log_prompts": log_prompts,
+        }
+        tls_files = {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile}
+        serve_replicas(options, replicas, host, port, tls_files, asked, as_json)
+        return
     tls = Tls(ssl_certfile, ssl_keyfile) if ssl_certfile else None
     if tls:
         tls.check()
@@ -134,7 +165,7 @@ def serve(
 def _loaded(options: ServeOptions) -> LLM:
     """The model, or one line that says why there is none."""
     try:
-        return options.llm()
+        return options.llm(told=True)
     except (OctavoError, KeyboardInterrupt):
         raise
     except Exception as error:

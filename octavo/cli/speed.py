@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from octavo.cli.candidates import BASELINE, COMPARED, candidates, formats_option, load_baseline
-from octavo.cli.options import LoadOptions, numbers, option, takes
+from octavo.cli.options import LoadOptions, numbers, option, takes, tell_loading
 
 
 @takes(LoadOptions)
@@ -30,6 +30,8 @@ def speed(
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Measure prefill and decode of MODEL in each format."""
+    batch_sizes, contexts = numbers(batch_size, "--batch-size"), numbers(context, "--context")
+    tell_loading(options.model)
     from dataclasses import asdict
 
     from octavo.cli.progress import progress
@@ -41,8 +43,7 @@ def speed(
     from octavo.measure.speed.roofline import bandwidth, ceilings
     from octavo.measure.speed.throughput import check, measure
 
-    batch_sizes, contexts = numbers(batch_size, "--batch-size"), numbers(context, "--context")
-    model = options.load()
+    model = options.load(told=True)
     compared = candidates(model, kv, calibration)
     if baseline is not None:
         compared = beside(load_baseline(options, baseline, model), model, compared)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.options import LoadOptions, budget_option, check_calibration, option, takes
+from octavo.cli.options import LoadOptions, budget_option, check_calibration, option, takes, tell_loading
 from octavo.errors import OctavoError
 from octavo.measure.budget import DEFAULT, Budget, Windows
 
@@ -66,9 +66,10 @@ def tune(
         raise OctavoError("how large may it be? Give --bits 5, or --memory 4GiB with --sessions and --context")
     room, time = parse_bytes(memory) if memory is not None else None, Budget.parse(budget)
     check_calibration(calibration, None, None)
+    tell_loading(options.model)
     import torch
 
-    model = options.load(torch.float32)  # in bf16 rounding would hide what one side loses
+    model = options.load(torch.float32, told=True)  # in bf16 rounding would hide what one side loses
     from octavo.cli.progress import calibration_with_bar, telling
     from octavo.cli.tables.tune import show
     from octavo.measure.as_json import dumps

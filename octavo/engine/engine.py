@@ -60,15 +60,17 @@ class Engine:
             edges = EdgePool(cache.span, size, cache.raw_pages, max_batch_size, prefix_caching)
         narrower = [BlockPool(blocks, size, prefix_caching, reach)
                     for blocks, reach in zip(cache.blocks[1:], cache.reaches[1:], strict=True)]  # fmt: skip
-        prefix_caching = prefix_caching and cache.states is None  # a hit would need the states at its end
         self.pool = CachePool(cache.num_blocks, size, prefix_caching, edges, cache.reaches[0], narrower, cache.states)
         context = min(model.max_context, max_context or model.max_context)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens, context)
-        asynchronous = device_of(model.device).asynchronous
+        device = device_of(model.device)
+        asynchronous = device.asynchronous and model.alone
         self.overlap = asynchronous if overlap is None else overlap
         self.launched: Launched | None = None
-        if asynchronous:
+        if device.asynchronous:
             self.runner.capture(max_batch_size, self.scheduler.max_context)
+        else:
+            device.keep()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises OctavoError if it can never fit."""
@@ -93,7 +95,7 @@ class Engine:
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """Around a step. One that does not end would write the same rows again the next time, but states have gone on:
-        where there are any, what runs is computed again from its beginning."""
+        where there are any, what runs goes on from its last snapshot, as if it had been preempted."""
         try:
             yield
         except BaseException:
@@ -106,6 +108,7 @@ class Engine:
         """Queue a step on the device. With `newest`, the tokens of the step before, it follows one not committed."""
         batch = Batch.build(work, self.pool.block_size, newest, self.cache.span, self.cache.states is not None)
         logits = self.runner.run(batch)
+        self.scheduler.launched(work, ahead=newest is not None)
         if newest is not None:
             return Launched(work, choose(logits, [sequence for sequence, _ in work], ahead=True))
         return Launched(work, choose(logits, [sequence for sequence, n_new in work if n_new == sequence.pending]))

@@ -9,22 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from octavo.attention import attend, backend_for
+from octavo.attention import backend_for
 from octavo.cache.batch import MAX_BATCH_TOKENS, Batch
 from octavo.cache.plan import own_span, plan_layers
-from octavo.cache.store import KVCache
+from octavo.cache.snapshots import Turn
 from octavo.models.bind import BoundModel
-from octavo.models.states import StateStep
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity, KVFormat
 
 LOGIT_ROWS = 256  # tokens of a forward whose every row's logits are wanted: with a large vocabulary they are large
 
-Observe = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Called in every layer of every forward with (layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v)."""
+Observe = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
+"""Called in every layer of every forward with (layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v). What it returns,
+if anything, stands in for attention's output [T, heads, v_dim]."""
 
 
 @dataclass
@@ -36,6 +35,7 @@ class Text:
     first_page: int = -1
     ring: int = -1
     state_slot: int | None = None
+    turn: Turn | None = None
     num_cached: int = 0
     behind: list[int] = field(default_factory=list)
     prefixes: list[bytes] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Reading:
         text after text, of every row or of the texts' last rows alone."""
         bound = self.bound
         formats = self.formats or bound.raw_format
-        plans = plan_layers(bound.shapes, formats, self.calibration, self.granularity, self.headroom)
+        plans = plan_layers(bound.whole, formats, self.calibration, self.granularity, self.headroom)
         layout = backend_for(plans).layout
         span = own_span([plan.format for plan in plans], layout.block_size)
         ring_pages = span // layout.block_size
@@ -91,24 +91,21 @@ class Reading:
             slot = i if bound.states else None
             sequences.append(Text(list(tokens), [table], len(texts) * ring_pages + i, i * ring_pages, slot))
             blocks += own
-        cache = KVCache(plans, blocks, layout, len(texts) * (ring_pages + 1), bound.states, len(texts))
+        cache = bound.new_cache(plans, blocks, layout, len(texts) * (ring_pages + 1), len(texts))
+        watched = observe is not None or self.simulate is not None
+
+        def watch(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            if self.simulate is not None:
+                k, v = self.simulate(k), self.simulate(v)
+            return k, v, observe(layer, q, k, v) if observe is not None else None
+
         try:
             for cut in cuts:
                 work = [(sequence, n) for sequence, n in zip(sequences, cut, strict=True) if n]
                 batch = Batch.build(work, layout.block_size, span=span, states=cache.states is not None)
                 if positions is not None:
                     batch.positions = positions[batch.positions]
-                batch = batch.on(bound.device)
-                rows = torch.arange(len(batch.ids), device=bound.device) if every else batch.logits_at
-
-                def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch = batch) -> Tensor:
-                    if self.simulate is not None:
-                        k, v = self.simulate(k), self.simulate(v)
-                    if observe is not None:
-                        observe(layer, q, k, v)
-                    return attend(bound.layers[layer], cache.layers[layer], q, k, v, batch)
-
-                yield bound.forward(batch.ids, batch.positions, rows, attention, StateStep.of(batch, cache)).float()
+                yield bound.step(cache, batch, every, watch if watched else None).float()
                 for sequence, n in work:
                     sequence.num_cached += n
         finally:

@@ -7,12 +7,11 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from octavo.attention import attend, backend_of
+from octavo.attention import backend_of
 from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
 from octavo.engine.graphs import Capture, DecodeGraphs, NotCapturable, StepBuffers, cuda_capture, sizes
 from octavo.models.bind import BoundModel
-from octavo.models.states import StateStep
 
 
 class Runner:
@@ -30,7 +29,7 @@ class Runner:
             for store in self.cache.stores:  # what the host counted while a graph was captured, it counts here
                 store.written += len(batch.q_lens) * store.heads * store.dim
             return logits
-        return self._forward(batch.on(self.model.device))
+        return self._forward(batch)
 
     def capture(self, max_batch_size: int, max_context: int, how: Capture | None = None) -> None:
         """Capture decode steps of up to `max_batch_size` sequences, by `how` or in CUDA graphs. Where that cannot be,
@@ -58,6 +57,8 @@ class Runner:
         return DecodeGraphs(self._forward, buffers, how or cuda_capture(device), rows)
 
     def _check_capturable(self) -> None:
+        if not self.model.alone:
+            raise NotCapturable("the model is divided among several processes")
         devices = {shape.device for shape in self.model.shapes} | {self.model.device}
         if len(devices) > 1:
             raise NotCapturable(f"the model is spread over {', '.join(sorted(map(str, devices)))}")
@@ -65,10 +66,4 @@ class Runner:
             raise NotCapturable("attention runs on plain torch, which looks at lengths on the host")
 
     def _forward(self, batch: Batch) -> Tensor:
-        specs, caches, groups = self.model.layers, self.cache.layers, self.cache.group_of
-
-        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(specs[layer], caches[layer], q, k, v, batch.of(groups[layer]))
-
-        step = StateStep.of(batch, self.cache)
-        return self.model.forward(batch.ids, batch.positions, batch.logits_at, attention, step)
+        return self.model.step(self.cache, batch)

@@ -8,6 +8,7 @@ are freed and it waits, first in line, to be computed again (mostly from the pre
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
 from octavo.cache.pool import CachePool, Hit
 from octavo.engine.sequence import FinishReason, Sampled, Sequence
@@ -55,7 +56,7 @@ class Scheduler:
         for sequence in list(self.running):
             if preempted and sequence not in self.running:  # by an older one in this very step
                 continue
-            tokens = min(sequence.pending, budget)
+            tokens = self._tokens(sequence, budget)
             while not self.pool.reserve(sequence, tokens):
                 preempted = True
                 self._preempt(self.running[-1])
@@ -71,7 +72,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self.running.append(sequence)
-            tokens = min(sequence.pending, budget)
+            tokens = self._tokens(sequence, budget)
             self.pool.reserve(sequence, tokens)
             work.append((sequence, tokens))
             budget -= tokens
@@ -98,6 +99,14 @@ class Scheduler:
             self.pool.reserve(sequence, sequence.pending + 1)
         return [(sequence, 1) for sequence, _ in work]
 
+    def launched(self, work: Work, ahead: bool = False) -> None:
+        """The forward of a step is launched; `ahead`: before the step before it is committed. Takes snapshots of the
+        states that it leaves behind."""
+        if self.pool.states is not None:
+            for sequence, tokens in work:
+                length = len(sequence.tokens) + 1 if ahead else sequence.num_cached + tokens
+                self.pool.states.launched(sequence, length)
+
     def commit(self, work: Work, sampled: list[Sampled]) -> list[Sequence]:
         """Take in what a step computed; returns the sequences that gained a token, or failed to. `sampled` is in the
         order of those whose last pending token was computed. One that has ended since the step was launched gains
@@ -107,9 +116,13 @@ class Scheduler:
         for sequence, tokens in work:
             if sequence.finished:
                 next(results)  # only a decode step is launched before the one before it is committed
+                if self.pool.states is not None:
+                    self.pool.states.forget_coming(sequence)
                 continue
             sequence.num_cached += tokens
             self.pool.seal_full(sequence)
+            if self.pool.states is not None:
+                self.pool.states.taken_in(sequence)
             if sequence.pending:
                 continue
             result = next(results)
@@ -130,6 +143,8 @@ class Scheduler:
 
     def restart(self) -> None:
         """Have everything that runs computed again."""
+        if self.pool.states is not None:
+            self.pool.states.forget_all_coming()
         while self.running:
             self._preempt(self.running[-1])
 
@@ -143,11 +158,18 @@ class Scheduler:
             self.pool.free_all(sequence)
         else:
             self.waiting.remove(sequence)
+        if self.pool.states is not None:
+            self.pool.states.finish(sequence)
 
     def check(self) -> None:
         """The pool is whole, and the references are exactly those of the running sequences' block tables."""
         self.pool.check_held(self.running)
         assert not any(sequence.tables for sequence in self.waiting), "a waiting sequence holds blocks"
+
+    def _tokens(self, sequence: Sequence, budget: int) -> int:
+        """That it computes in this step: as many as there may be, or those until a snapshot of its states is due."""
+        tokens = min(sequence.pending, budget)
+        return tokens if self.pool.states is None else self.pool.states.until_mark(sequence, tokens)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Start a waiting sequence on its cached prefix, if it can start now."""
@@ -155,6 +177,8 @@ class Scheduler:
         if hit is None:
             return False
         self.pool.start(sequence, hit)
+        if self.pool.states is not None:
+            self.pool.states.part(sequence, islice(self.waiting, 1, self.max_batch_size))
         if not sequence.preemptions:
             sequence.prefix_hit = sequence.num_cached
         return True
@@ -185,6 +209,8 @@ class Scheduler:
     def _comes(self, sequence: Sequence, hits: int) -> bool:
         """Whether a running sequence is computing the block that comes after the `hits` found: to wait for it, a step
         or the chunks of its prompt, costs less than to compute it twice."""
+        if self.pool.states is not None:
+            return self.pool.states.comes(sequence, hits * self.pool.block_size, self.running)
         end = (hits + 1) * self.pool.block_size
         if end >= len(sequence.tokens) or not self.pool.prefix_caching:
             return False

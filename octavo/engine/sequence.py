@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from octavo.cache.snapshots import Turn
 from octavo.engine.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Sequence:
     behind: list[int] = field(default_factory=list)  # leading blocks that no query sees any more, and that it gave back
     first_page: int = -1  # raw page of page 0, and the first of its ring, while it runs on a cache with edges
     ring: int = -1
+    turn: Turn | None = None  # its snapshots of states, until it ends
     state_slot: int | None = None  # of its states, while it runs, where the model has layers that keep some
     prefixes: list[bytes] = field(default_factory=list)  # hash of the prefix that each full block ends
     prefix_hit: int = 0  # prompt tokens that another sequence had computed

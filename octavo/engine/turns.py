@@ -75,6 +75,10 @@ class Turns:
         with held():
             self._take()
 
+    def fail(self, error: Exception) -> None:
+        """Nothing more can be computed. The first reason counts."""
+        self.failure = self.failure or error
+
     def check(self) -> None:
         """Raise EngineFailed if a step has failed."""
         if self.failure is not None:
@@ -88,7 +92,7 @@ class Turns:
         try:
             self.step()
         except Exception as error:
-            self.failure = error
+            self.fail(error)
 
     def _take(self, work: Callable[[], object] = lambda: None) -> bool:
         """With the turn, do what has been asked for, and `work`; False if another thread has the turn."""

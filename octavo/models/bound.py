@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from octavo.attention import AttentionSpec
-from octavo.cache.plan import LayerShape
+from octavo.attention import AttentionSpec, attend
+from octavo.cache.batch import Batch
+from octavo.cache.layout import Layout
+from octavo.cache.plan import LayerPlan, LayerShape
 from octavo.cache.states import StatePlan
+from octavo.cache.store import KVCache
+from octavo.devices import device_of
 from octavo.errors import Unsupported
 from octavo.interrupts import let_through
 from octavo.models import states
@@ -21,9 +26,15 @@ from octavo.models.hook import Attend, Recorder, attending, itself
 from octavo.models.states import StateStep
 from octavo.quant.format import RAW_NAMES, KVFormat
 
+Watch = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+"""(layer, q, k, v) as for Attend → k and v in their place, and what stands in for attention's output, or None"""
+
 
 class BoundModel:
     """A model whose attention goes through the `attend` that each forward is given. Made by `bind`."""
+
+    alone = True  # whether this process holds all of it; else see octavo/parallel
+    interruptible = True  # whether Ctrl-C may end a forward
 
     def __init__(self, hf: PreTrainedModel, max_context: int, attends: bool = True):
         self.hf = hf
@@ -36,6 +47,11 @@ class BoundModel:
     @property
     def shapes(self) -> list[LayerShape]:
         return [layer.shape for layer in self.layers]
+
+    @property
+    def whole(self) -> list[LayerShape]:
+        """The shapes with all KV heads of the model, of which this process may hold a share."""
+        return self.shapes
 
     @property
     def rotary(self) -> str:
@@ -112,8 +128,48 @@ class BoundModel:
         its beginning. Several threads may run forwards over one model at a time; each attends to what its own was
         given.
         """
-        with attending(attend), states.stepping(step), let_through():  # Ctrl-C may end it
+        through = let_through() if self.interruptible else nullcontext()  # Ctrl-C may end it
+        with attending(attend), states.stepping(step), through:
             logits = self.hf(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_at
             ).logits[0]
         return logits if len(logits) == len(logits_at) else logits[logits_at]  # a model that keeps every row's
+
+    def new_cache(
+        self,
+        plans: Sequence[LayerPlan],
+        blocks: int | Sequence[int],
+        layout: Layout,
+        raw_pages: int = 0,
+        sessions: int = 0,
+        snapshots: int = 0,
+    ) -> KVCache:
+        """A cache for this model, as KVCache makes it of `plans` of the layers in `whole`."""
+        return KVCache(plans, blocks, layout, raw_pages, self.states, sessions, snapshots)
+
+    def step(self, cache: KVCache, batch: Batch, every: bool = False, watch: Watch | None = None) -> Tensor:
+        """A forward over a cache of `new_cache`: logits [n, vocabulary] of the rows that are due, or of `every` row, in
+        the model's dtype, where the model is. `watch` sees, and may change, what each layer writes."""
+        batch = batch.on(self.device)
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if watch is not None:
+                k, v, output = watch(layer, q, k, v)
+                if output is not None:
+                    return output
+            return attend(self.layers[layer], cache.layers[layer], q, k, v, batch.of(cache.group_of[layer]))
+
+        rows = torch.arange(len(batch.ids), device=self.device) if every else batch.logits_at
+        return self.forward(batch.ids, batch.positions, rows, attention, StateStep.of(batch, cache))
+
+    def free_memory(self) -> int:
+        """Bytes that a cache can still take where the model is."""
+        return device_of(self.device).free_memory()
+
+    def on_failure(self, tell: Callable[[Exception], None]) -> None:
+        """Have the method `tell` called, from any thread, once nothing more can be computed although no step has
+        failed: when another process that holds a share of the model ends."""
+
+    def everywhere(self, x: Tensor) -> Tensor:
+        """What each process that holds a share of the model has found, one after the other: [n · processes, …]."""
+        return x

@@ -7,13 +7,14 @@ show only by their values that they cannot be served.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from octavo.cache.plan import LayerShape
 from octavo.cache.size import format_bytes
+from octavo.cache.states import StatePlan
 from octavo.devices import HOST, device_of
 from octavo.errors import OctavoError, one_line
 from octavo.models.bind import BoundModel, bind
@@ -34,6 +35,7 @@ class Geometry:
     packed: int  # those of them that are in 4 bits already
     packed_bytes: int
     group: int = 128  # inputs that share a scale
+    states: StatePlan = field(default_factory=StatePlan)  # of the layers that keep states of fixed size
 
     @classmethod
     def trace(cls, path: Path, dtype: str = "auto", model_format: str = "hf") -> Geometry:
@@ -56,7 +58,8 @@ class Geometry:
         except Exception as error:  # code that looks at values, which a meta tensor has none of
             bound = _with_values(path, dtype, weights, error)
         shapes = [replace(shape, dtype=own) for shape in bound.shapes]
-        return cls(shapes, own, bound.max_context, weights, count, linear, packed, packed_bytes, group)
+        states = bound.states.of(own)
+        return cls(shapes, own, bound.max_context, weights, count, linear, packed, packed_bytes, group, states)
 
 
 def _with_values(path: Path, dtype: str, weights: int, error: Exception) -> BoundModel:

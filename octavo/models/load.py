@@ -6,6 +6,8 @@ way, a model that asks to run its own Python. Pickles are read with `weights_onl
 the model is not known here (see bind.py).
 """
 
+from __future__ import annotations
+
 import importlib.util
 import tempfile
 import warnings
@@ -13,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import (
@@ -47,6 +49,9 @@ from octavo.models.locate import is_gguf
 from octavo.models.packed import fill, noise, tied_layers, with_packed_layers
 from octavo.weights.checkpoint import PackedLayers, WeightFormat, read_format
 
+if TYPE_CHECKING:
+    from octavo.models.bind import BoundModel
+
 _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -65,6 +70,20 @@ _LARGEST = {
     "num_key_value_heads": 1 << 14,
     "head_dim": 1 << 14,
 }
+
+
+class Division(Protocol):
+    """How a model is divided among processes, each of which loads its own share (octavo/parallel)."""
+
+    def arguments(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Arguments of `from_pretrained` by which it reads the share alone. Raises Unsupported for a model that cannot
+        be divided so."""
+
+    def settle(self, model: PreTrainedModel) -> None:
+        """Make of the loaded share plain layers that compute together with the others'."""
+
+    def join(self, bound: BoundModel) -> BoundModel:
+        """The bound share as the model that it is with the others."""
 
 
 def load_config(path: Path) -> PreTrainedConfig:
@@ -109,6 +128,7 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     load_format: str = "auto",
     model_format: str = "hf",
+    division: Division | None = None,
 ) -> PreTrainedModel:
     """The causal language model in `path`, in eval mode and without gradients.
 
@@ -131,7 +151,7 @@ def load_model(
             raise Unsupported("Dummy weights live on one device: leave the device map out.")
         model = _dummy(path, config, torch_dtype, torch.device(device), format)
     else:
-        model = _filled(base_of(path), config, torch_dtype, device_map, format)
+        model = _filled(base_of(path), config, torch_dtype, device_map, format, division)
         if is_adapter(path):
             if format is not None or device_map is not None:
                 raise Unsupported(f"{path} is a LoRA adapter: its base must have 16-bit weights on one device.")
@@ -157,6 +177,7 @@ def _filled(
     dtype: torch.dtype | str,
     device_map: str | dict[str, Any] | None,
     format: WeightFormat | None,
+    division: Division | None,
 ) -> PreTrainedModel:
     """The model with the checkpoint's weights, every one of them. Raises OctavoError naming those that do not fit."""
     architecture: Any = architecture_of(config, path)
@@ -176,6 +197,8 @@ def _filled(
         if fused:
             tensors = internlm.llama_tensors(tensors, config)
         source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
+    if division is not None:
+        source |= division.arguments(config)
     idle: set[str] = set()
     if packed is not None:
         if tied_layers(architecture, config) & packed.places.keys():  # a head of its own, in 4 bits
@@ -224,6 +247,8 @@ def _filled(
             raise OctavoError(f"The weights in {path} {what} {listed}: fetch config.json and the weights again.")
     if packed is not None:
         fill(model, packed)
+    if division is not None:
+        division.settle(model)
     return model
 
 

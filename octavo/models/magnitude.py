@@ -31,7 +31,7 @@ def fit_table(bound: BoundModel, tokens: Sequence[int]) -> None:
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen[layer] = _largest(k), _largest(v)
+        seen[layer] = bound.everywhere(_largest(k)), bound.everywhere(_largest(v))
         spec = bound.layers[layer]
         queries, keys, values = (x.float().transpose(0, 1)[None] for x in (q, k, v))
         out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=spec.scale, enable_gqa=True)

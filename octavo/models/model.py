@@ -19,7 +19,7 @@ from octavo.models.bind import BoundModel, bind
 from octavo.models.files import base_of, config_json
 from octavo.models.fingerprint import fingerprint
 from octavo.models.generation import eos_token_ids, generation_settings
-from octavo.models.load import load_model
+from octavo.models.load import Division, load_model
 from octavo.models.locate import BUNDLED as BUNDLED
 from octavo.models.locate import find_artefact, is_directory, locate, work_dir
 from octavo.models.magnitude import TOKENS, fit_table
@@ -78,6 +78,7 @@ class Model:
         plain_weights: bool = False,
         computing: torch.dtype | None = None,
         deterministic: bool = False,
+        division: Division | None = None,
     ) -> Model:
         """Load and bind a directory, a Hub id, or the bundled model if None.
 
@@ -85,14 +86,20 @@ class Model:
         contexts and others for long ones; without `context` sessions end where the first do. With `plain_weights` they
         stay in the order of the files, to be rewritten. `computing` is the type of activations, by default `dtype` or,
         where that is "auto", what suits the processor. `deterministic` makes the bits of a sum on a CPU independent of
-        what is computed together with it.
+        what is computed together with it. With `division` this process holds a share of the model (octavo/parallel).
         """
         name, path = locate(model)
         if device == "auto":
             device = str(find_device(device))
         settings = generation_settings(base_of(path))
         hf = load_model(
-            path, dtype=dtype, device=device, device_map=device_map, load_format=load_format, model_format=model_format
+            path,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            load_format=load_format,
+            model_format=model_format,
+            division=division,
         )
         tokenizer = load_tokenizer(path, chat_template)
         eos = eos_token_ids(config_json(path), settings, tokenizer)
@@ -103,6 +110,8 @@ class Model:
                 stacklevel=3,
             )
         bound = bind(hf, context)
+        if division is not None:
+            bound = division.join(bound)
         warn_of_strangers(tokenizer, bound.vocab_size, name)
         if computing is None and dtype != "auto":
             computing = bound.dtype
@@ -195,7 +204,7 @@ class Model:
                     f"`octavo calibrate {self.argument}`, or use --kv kv8, which needs none"
                 )
             found = Calibration.load(file)
-        shapes = [(shape.kv_heads, shape.k_dim, shape.v_dim) for shape in self.bound.shapes]
+        shapes = [(shape.kv_heads, shape.k_dim, shape.v_dim) for shape in self.bound.whole]
         try:
             found.check(self.fingerprint, self.bound.rotary, shapes)
             codecs = [codec for one in by_layer(format, len(shapes)) for codec in (one.k, one.v)]

@@ -25,6 +25,7 @@ from octavo import processor
 from octavo.errors import Unsupported
 from octavo.models.bind import BoundModel
 from octavo.models.fused import fuse
+from octavo.models.joined import join
 from octavo.models.packed import packed_layers, weight_bytes
 from octavo.weights import cpu
 from octavo.weights.activations import exact
@@ -79,6 +80,9 @@ def prepack(bound: BoundModel, computing: torch.dtype | None = None, determinist
         bound.computes = computing
     if bound.computes == torch.float32:
         attempt(bound, lambda _: fuse(bound.hf), SAME)
+        attempt(bound, lambda _: join(bound.hf, lambda: _trial(bound)), SAME)
+    if bound.computes != bound.dtype:
+        bound.find_states()  # in the type that is computed in
     if deterministic and not _exact(bound):
         raise Unsupported(f"{name} has products beside those of its linear layers: leave --deterministic out")
 

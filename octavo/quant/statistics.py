@@ -14,6 +14,7 @@ from torch import Tensor
 
 from octavo.quant.codec import FP8_LARGEST, Static
 from octavo.quant.format import Granularity
+from octavo.quant.sums import Sum
 
 QUANTILES = {"q01": 0.01, "q50": 0.50, "q99": 0.99}
 QUANTILE_ROWS = 256  # rows of a window that a quantile is taken over; sorting more costs more than the model's forward
@@ -29,15 +30,14 @@ class Statistics:
     windows: int = 0
     min: Tensor = field(init=False)
     max: Tensor = field(init=False)
-    total: Tensor = field(init=False)  # float64: sums over hundreds of thousands of rows
-    squares: Tensor = field(init=False)
-    quantiles: Tensor = field(init=False)  # [3, kv_heads, dim], summed over windows
+    total: Sum = field(init=False)  # over hundreds of thousands of rows
+    squares: Sum = field(init=False)
+    quantiles: Sum = field(init=False)  # [3, kv_heads, dim], summed over windows
 
     def __post_init__(self) -> None:
         shape = (self.kv_heads, self.dim)
         self.min, self.max = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
-        self.total, self.squares = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-        self.quantiles = torch.zeros(len(QUANTILES), *shape)
+        self.total, self.squares, self.quantiles = Sum(*shape), Sum(*shape), Sum(len(QUANTILES), *shape)
 
     def update(self, x: Tensor, skip: int = 0) -> None:
         """Add rows of a window; mean and std leave out the first `skip`. All are finite: the caller's check."""
@@ -45,18 +45,26 @@ class Statistics:
         self.min = torch.minimum(self.min, x.amin(0))
         self.max = torch.maximum(self.max, x.amax(0))
         thinned = x[:: -(-len(x) // QUANTILE_ROWS)]
-        self.quantiles += torch.quantile(thinned, torch.tensor(list(QUANTILES.values())), dim=0)
+        self.quantiles.add(torch.quantile(thinned, torch.tensor(list(QUANTILES.values())), dim=0))
         self.windows += 1
         x = x[skip:].double()
-        self.total += x.sum(0)
-        self.squares += x.square().sum(0)
+        self.total.add(x.sum(0))
+        self.squares.add(x.square().sum(0))
         self.rows += len(x)
+
+    def merge(self, other: Statistics) -> None:
+        """Add the rows that another one has seen: the same as to have seen them here."""
+        self.min, self.max = torch.minimum(self.min, other.min), torch.maximum(self.max, other.max)
+        for own, its in ((self.total, other.total), (self.squares, other.squares), (self.quantiles, other.quantiles)):
+            own.merge(its)
+        self.rows += other.rows
+        self.windows += other.windows
 
     def summary(self) -> dict[str, Tensor]:
         """Name → float32 [kv_heads, dim]. Quantiles are means of the windows' own quantiles."""
-        mean = self.total / self.rows
-        std = (self.squares / self.rows - mean.square()).clamp(min=0).sqrt()
-        quantiles = dict(zip(QUANTILES, self.quantiles / self.windows, strict=True))
+        mean = self.total.value / self.rows
+        std = (self.squares.value / self.rows - mean.square()).clamp(min=0).sqrt()
+        quantiles = dict(zip(QUANTILES, (self.quantiles.value / self.windows).float(), strict=True))
         absmax = torch.maximum(self.min.abs(), self.max.abs())
         return {
             "min": self.min,
@@ -74,7 +82,7 @@ class LayerStatistics:
 
     def __init__(self, kv_heads: int, k_dim: int, v_dim: int):
         self.k, self.v = Statistics(kv_heads, k_dim), Statistics(kv_heads, v_dim)
-        self.queries = torch.zeros(kv_heads, k_dim, dtype=torch.float64)  # sum of their squares
+        self.queries = Sum(kv_heads, k_dim)  # of their squares
         self.query_rows = 0
         self.output = torch.zeros(kv_heads, v_dim)  # squares of the norms of the output projections' weights
 
@@ -85,9 +93,16 @@ class LayerStatistics:
 
     def read_by(self, q: Tensor) -> None:
         """Add queries [tokens, heads, k_dim]; consecutive heads read the same KV head."""
-        q = q.detach().cpu().double().unflatten(1, (len(self.queries), -1))
-        self.queries += q.square().sum((0, 2))
+        q = q.detach().cpu().double().unflatten(1, (self.k.kv_heads, -1))
+        self.queries.add(q.square().sum((0, 2)))
         self.query_rows += q.shape[0] * q.shape[2]
+
+    def merge(self, other: LayerStatistics) -> None:
+        """Add what another one of the same layer has seen; the output projection is the layer's own."""
+        self.k.merge(other.k)
+        self.v.merge(other.v)
+        self.queries.merge(other.queries)
+        self.query_rows += other.query_rows
 
     def projected_by(self, norms: Tensor) -> None:
         """Add an output projection: the norm of its weights behind each channel of its heads, [heads, v_dim]."""
@@ -96,7 +111,7 @@ class LayerStatistics:
     def summary(self) -> dict[str, dict[str, Tensor]]:
         """Of each side, with `reader`: how strongly attention reads a channel. Of K that is the root mean square of the
         queries, of V the norm of the output projections' weights."""
-        queries = (self.queries / self.query_rows).sqrt().float()
+        queries = (self.queries.value / self.query_rows).sqrt().float()
         return {"k": {**self.k.summary(), "reader": queries}, "v": {**self.v.summary(), "reader": self.output.sqrt()}}
 
 

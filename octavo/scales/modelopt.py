@@ -1,5 +1,9 @@
 """NVIDIA Model Optimizer: `….k_proj.k_scale` and `….v_proj.v_scale` = absmax/448 beside the weights, and
-`hf_quant_config.json`, which TensorRT-LLM, vLLM and SGLang read. Its affine formats add `k_bias` and `v_bias`."""
+`hf_quant_config.json`. Its affine formats add `k_bias` and `v_bias`.
+
+The weights of such a model are in 16 bits, so `quant_algo` is null. TensorRT-LLM takes that; to vLLM 0.33 and SGLang
+0.5.23 it is a model without any quantization, and they leave the scales out.
+"""
 
 from __future__ import annotations
 
@@ -32,4 +36,7 @@ def write(path: Path, calibration: Calibration, choice: Choice, model: Model) ->
         "quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8", "exclude_modules": []},
     }
     checkpoint.write(path, model.path, tensors, {}, {"hf_quant_config.json": document})
-    return [f"serve with --kv-cache-dtype fp8, from {path}"]
+    return [
+        f"for TensorRT-LLM, from {path}",
+        "vLLM and SGLang read these scales beside weights that ModelOpt quantized too: for them export --as vllm",
+    ]

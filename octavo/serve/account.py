@@ -22,6 +22,7 @@ class Account:
     method: str
     route: str
     client: str = "-"
+    key: str = ""  # of its conversation, where several servers share the requests
     status: int = LEFT  # until an answer begins
     start: float = field(default_factory=time.monotonic)
     begun: float | None = None  # when the first of its answers got its place in the engine

@@ -18,10 +18,17 @@ from octavo.serve.errors import ApiError, refusal
 from octavo.serve.gate import Gate
 from octavo.serve.routes import completions, messages, models, responses, state, tokens
 from octavo.serve.service import Service
+from octavo.serve.store import InMemory, Store
 
 
-def create_app(service: Service, api_key: str | Sequence[str] = (), cors_origins: tuple[str, ...] = ()) -> Starlette:
-    """The ASGI application; it starts the service's worker and stops it. With several keys each is a client."""
+def create_app(
+    service: Service,
+    api_key: str | Sequence[str] = (),
+    cors_origins: tuple[str, ...] = (),
+    store: Store | None = None,
+) -> Starlette:
+    """The ASGI application; it starts the service's worker and stops it. With several keys each is a client. `store`
+    keeps what /v1/responses has answered, by default in this process."""
     keys = (api_key,) if isinstance(api_key, str) else tuple(api_key)
 
     @asynccontextmanager
@@ -32,7 +39,7 @@ def create_app(service: Service, api_key: str | Sequence[str] = (), cors_origins
     routes: list[Route] = [
         *completions.routes(service),
         *messages.routes(service),
-        *responses.routes(service),
+        *responses.routes(service, store or InMemory()),
         *models.routes(service),
         *state.routes(service),
         *tokens.routes(service),

@@ -30,7 +30,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        account = Account(scope["method"], scope["path"] if scope["path"] in self.known else "other")
+        route = scope["path"] if scope["path"] in self.known else "other"
+        account = Account(scope["method"], route, key=scope.get("octavo.key", ""))
         scope["octavo.account"] = account
 
         async def counted(message: Message) -> None:

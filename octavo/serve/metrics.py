@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from octavo.cache.size import CacheSize
+from octavo.cache.snapshots import Snapshots
 from octavo.llm import LLM
 from octavo.quant.format import KVFormat
 from octavo.serve.account import Account
@@ -81,6 +82,7 @@ class Metrics:
         """The engine's numbers, as they are now. Lengths and counts alone: other threads may read them."""
         engine, counts, cache = self.llm.engine, self.worker.counts, self.llm.cache
         pool, scheduler, edges = engine.pool, engine.scheduler, engine.pool.edges
+        snapshots = pool.states.snapshots if pool.states is not None else Snapshots(0, pool.block_size)
         gauges = {
             "vllm:num_requests_running": ("Choices in the batch.", len(scheduler.running)),
             "vllm:num_requests_waiting": ("Choices that wait for the engine.", self.waiting()),
@@ -89,15 +91,19 @@ class Metrics:
             "octavo_blocks_used": ("Blocks that running answers hold.", pool.used),
             "octavo_raw_pages_total": ("Raw pages, of rows at edges.", cache.raw_pages),
             "octavo_raw_pages_used": ("Raw pages that running answers hold.", edges.used if edges else 0),
+            "octavo_snapshots_total": ("Snapshots of states that there is room for.", snapshots.slots),
+            "octavo_snapshots_taken": ("Prefixes whose states have one.", len(snapshots.by_prefix)),
             "octavo_cache_bytes": ("Bytes of the KV cache.", cache.nbytes),
         }
         for name, (help, value) in gauges.items():
             yield self._with_labels(GaugeMetricFamily, name, help, value)
+        again = pool.states.computed_again if pool.states is not None else 0
         totals = {
             "vllm:generation_tokens": ("Tokens generated.", counts.generated_tokens),
             "vllm:prompt_tokens": ("Prompt tokens of complete answers.", counts.prompt_tokens),
             "vllm:prefix_cache_queries": ("Of those, looked up in the prefix cache.", counts.prompt_tokens),
             "vllm:prefix_cache_hits": ("Of those, found in the prefix cache.", counts.hit_tokens),
+            "octavo_prefix_cache_computed_again": ("Of those, cached but for their states.", again),
             "octavo_failed_steps": ("Steps of the engine that failed.", counts.failures),
         }
         for name, (help, value) in totals.items():
@@ -124,6 +130,9 @@ def cache_state(
     size, size_16 = cache.size, CacheSize.of(cache.shapes, KVFormat.parse("bf16"), pool.block_size)
     used, kept = [group.used for group in pool.groups], [group.kept for group in pool.groups]
     raw_used, raw_kept = (edges.used, edges.firsts.kept) if edges else (0, 0)
+    snapshots = pool.states.snapshots if pool.states is not None else Snapshots(0, pool.block_size)
+    states_used = size.states * (len(scheduler.running) + snapshots.held)
+    states_cached = size.states * (len(snapshots.by_prefix) - snapshots.held)
     return {
         "model": model,
         "format": str(llm.format),
@@ -138,11 +147,15 @@ def cache_state(
         "raw_pages_used": raw_used,
         "raw_pages_cached": raw_kept,
         "raw_pages_per_session": size.ring + 1 if size.ring else 0,
+        "state_bytes_per_session": size.states,
+        "snapshots_total": snapshots.slots,
+        "snapshots_used": snapshots.held,
+        "snapshots_cached": len(snapshots.by_prefix) - snapshots.held,
         "bytes_allocated": cache.nbytes,
-        "bytes_used": size.of_blocks(used) + raw_used * size.raw_page,
-        "bytes_used_16_bits": size_16.of_blocks(used),
-        "bytes_cached": size.of_blocks(kept) + raw_kept * size.raw_page,
-        "bytes_cached_16_bits": size_16.of_blocks(kept),
+        "bytes_used": size.of_blocks(used) + raw_used * size.raw_page + states_used,
+        "bytes_used_16_bits": size_16.of_blocks(used) + states_used,
+        "bytes_cached": size.of_blocks(kept) + raw_kept * size.raw_page + states_cached,
+        "bytes_cached_16_bits": size_16.of_blocks(kept) + states_cached,
         "sessions_running": len(scheduler.running),
         "sessions_waiting": waiting,
         "sessions_saved": len(sessions.chains) if sessions else None,

@@ -4,6 +4,8 @@ A conversation that has been quiet for a while is saved, and all are when the se
 begins with a saved one has its blocks put back first, and is not prefilled. The engine's thread only copies blocks
 between two steps; files are read and written beside it. What is wrong with a file costs a warning, never a request.
 
+Several servers may share a directory: each then looks for what the others have saved and removed.
+
 The index is the event loop's alone. A conversation that went on replaces what was saved of it; beyond `limit` bytes the
 least recently used files go. Only files that bear this model's and format's own kind of name are ever touched.
 """
@@ -32,6 +34,7 @@ from octavo.serve.worker import Worker
 
 logger = logging.getLogger("octavo")
 QUIET = 5.0  # seconds without a request after which a conversation is saved
+STALE = 3600.0  # seconds after which nobody writes any more to a file that is not complete
 MOST_FRESH = 1024  # conversations that wait to be saved; where they come faster than the disk takes them, some are not
 ANY = "[0-9a-f]" * 32  # a glob of every hash
 
@@ -41,10 +44,10 @@ class Exchanged(OctavoError):
 
 
 class SessionDir:
-    """The saved sessions of one server."""
+    """The saved sessions of one server, or with `shared` of several that use the directory at a time."""
 
-    def __init__(self, path: Path, limit: int, llm: LLM):
-        self.path, self.limit = path, limit
+    def __init__(self, path: Path, limit: int, llm: LLM, shared: bool = False):
+        self.path, self.limit, self.shared = path, limit, shared
         self.cache, self.pool, self.identity = llm.cache, llm.engine.pool, llm.session_identity
         self.vocab_size = llm.model.bound.vocab_size
         self.kind = sha256(repr(self.identity).encode()).hexdigest()[:8]  # of two formats in one directory
@@ -52,11 +55,13 @@ class SessionDir:
         self.chains: dict[Path, list[bytes]] = {}  # of every file, the hashes of its prefixes
         self.index: dict[bytes, Path] = {}  # such a hash → a file that has its block
         self.fresh: dict[bytes, tuple[Tokens[int], float]] = {}  # last hash → tokens not yet saved, and when they ended
+        self.strange: set[Path] = set()  # files that are left alone
         self.restored_tokens = 0
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for unfinished in path.glob(f".{self._name(ANY)}.*{PART}"):  # a server was killed as it wrote
-                rmtree(unfinished, ignore_errors=True)
+            for unfinished in path.glob(f".{self._name(ANY)}.*{PART}"):
+                if not shared or time.time() - unfinished.stat().st_mtime > STALE:  # a server was killed as it wrote
+                    rmtree(unfinished, ignore_errors=True)
             found = sorted(path.glob(self._name(ANY)), key=lambda file: file.stat().st_mtime)
         except OSError as error:
             raise OctavoError(f"--session-dir {path} cannot be used: {error.strerror}") from None
@@ -83,6 +88,8 @@ class SessionDir:
         """Save what has become quiet, and at the stop the rest."""
         while not stop.is_set():
             await self.save(worker, QUIET)
+            if self.shared:
+                await self.look()
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), QUIET / 5)
         await self.save(worker)
@@ -98,13 +105,25 @@ class SessionDir:
                     logger.warning("a session is not kept: %s", error)
                 self.fresh.pop(last, None)
 
+    async def look(self) -> None:
+        """Take in what other servers have saved here, and forget what they have removed."""
+        known = {*self.sizes, *self.strange}
+        there = await asyncio.to_thread(lambda: set(self.path.glob(self._name(ANY))))
+        self.strange &= there
+        self._forget([file for file in known - there if file in self.sizes])
+        for file in there - known - self.sizes.keys():
+            self._take_in(file)
+        self._shrink()
+
     async def restore(self, worker: Worker, tokens: Tokens[int]) -> None:
         """Put back what is saved of a prompt and not cached."""
         # With a prefix its own prefixes are in the index: the first that is not ends the search.
         known = list(takewhile(self.index.__contains__, (prefix for prefix, _ in self.pool.prefixes(tokens))))
-        if not known:
+        while known and self._having(known[-1]) is None:
+            known.pop()
+        if not known or (file := self._having(known[-1])) is None:
             return
-        file, blocks = self.index[known[-1]], len(known)
+        blocks = len(known)
         if blocks <= await worker.call(lambda llm: len(llm.engine.pool.find(tokens))):
             return
         try:
@@ -130,7 +149,7 @@ class SessionDir:
             return
         if (size := sum(rows.nbytes for rows in codes.values())) > self.limit:
             raise OctavoError(f"it takes {format_bytes(size)}, and all may take {format_bytes(self.limit)}")
-        file = self.path / self._name(chain[-1].hex())
+        file = self._file(chain[-1])
         written = await asyncio.to_thread(session.save, file, tokens, codes, self.identity)
         self._add(file, written, chain)
         earlier = set(chain[:-1])
@@ -146,7 +165,7 @@ class SessionDir:
         return session.to_blocks(self.cache, saved.codes(self.cache))
 
     def _take_in(self, file: Path) -> None:
-        """A file that is there at the start."""
+        """A file that this server has not written."""
         try:
             saved, size = SavedSession.open(file), file.stat().st_size
             saved.check(self.identity, self.vocab_size)
@@ -155,6 +174,7 @@ class SessionDir:
             self._remove([file])
         except (OctavoError, OSError) as error:
             logger.warning("a saved session is left alone: %s", error)
+            self.strange.add(file)
         else:
             self._add(file, size, self._chain(saved.tokens))
 
@@ -192,6 +212,17 @@ class SessionDir:
             else:
                 gone.append(file)
         self._remove(gone)
+
+    def _having(self, prefix: bytes) -> Path | None:
+        """A file that has the blocks of a prefix. Where layers keep states, of which a file has those at its end alone,
+        one that ends with it."""
+        if self.pool.states is None:
+            return self.index.get(prefix)
+        return file if (file := self._file(prefix)) in self.sizes else None
+
+    def _file(self, last: bytes) -> Path:
+        """Of the conversation whose last hash that is."""
+        return self.path / self._name(last.hex())
 
     def _name(self, last: str) -> str:
         """Of a file, by its last hash."""

@@ -100,6 +100,7 @@ class Worker:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.llm.model.bound.on_failure(self._lost)
         self.thread.start()
 
     def stop(self) -> None:
@@ -164,7 +165,7 @@ class Worker:
             self.recent.append((time.monotonic(), tokens))
         except Exception:
             self._fail()
-            if self.counts.failures_in_a_row == FAILURES:
+            if self.counts.failures_in_a_row == FAILURES or not self.llm.model.bound.alone:
                 raise
         finally:
             self._deliver()
@@ -184,6 +185,16 @@ class Worker:
             logger.exception("an answer cannot be completed")
             self._end(job, EngineFailure())
         self._deliver()
+
+    def _lost(self, error: Exception) -> None:
+        """The model can no longer compute: the engine's thread is to end, though it may have nothing to do."""
+
+        def end() -> None:
+            self._fail()
+            self._deliver()
+            raise error
+
+        self.inbox.put(end)
 
     def _fail(self) -> None:
         """End what was running in a step that failed; the waiting go on."""

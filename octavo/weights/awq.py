@@ -9,6 +9,7 @@ as far as that lowers the error again. Pure functions of tensors, float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,13 +17,19 @@ from torch import Tensor
 from octavo.weights.layouts import Int4Weight
 
 TOP = 15  # the highest of 16 codes
-STEPS = 20  # of α in [0, 1): 0 is no scaling
 LEAST_MEAN = 1e-4  # a channel that is never active does not drive its scale to 0
 SHRINKS = [1 - i / 20 for i in range(10)]  # of a group's range, best first if equal
 COARSE = (1.0, 0.85, 0.7)  # the same while scales are searched
-MOST_OUTPUTS = 1024  # of a layer that a scale is searched on: what is sought are input channels
 AT_A_TIME = 1 << 24  # values of a weight whose clipping is searched together
 TINY = 1e-30  # the output of a dead layer, which nothing is lost of, for errors to be relative to
+
+
+@dataclass(frozen=True)
+class Search:
+    """How finely scales are searched."""
+
+    steps: int = 20  # of α in [0, 1): 0 is no scaling
+    outputs: int = 1024  # of a layer that are looked at: what is sought are input channels
 
 
 def round_to_nearest(weight: Tensor, group_size: int, shrink: Tensor | float = 1.0) -> Int4Weight:
@@ -48,7 +55,9 @@ def _codes(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return (groups / scales[..., None]).round_().add_(zeros[..., None]).clamp_(0, TOP)
 
 
-def search_scale(weights: Sequence[Tensor], rows: Tensor, mean: Tensor, group_size: int) -> tuple[Tensor, float]:
+def search_scale(
+    weights: Sequence[Tensor], rows: Tensor, mean: Tensor, group_size: int, search: Search = Search()
+) -> tuple[Tensor, float]:
     """The scale [in] of the input channels that `weights` [out, in] share, and its α. `rows` [n, in] are inputs, `mean`
     [in] the mean of |x| over many more.
 
@@ -57,11 +66,11 @@ def search_scale(weights: Sequence[Tensor], rows: Tensor, mean: Tensor, group_si
     """
     mean = mean.float().clamp(min=LEAST_MEAN)
     products = _products(rows, group_size)
-    weights = [weight[:: -(-len(weight) // MOST_OUTPUTS)] for weight in weights]
+    weights = [weight[:: -(-len(weight) // search.outputs)] for weight in weights]
     outputs = [max((rows @ weight.T).square().sum().item(), TINY) for weight in weights]
     best, least = (torch.ones_like(mean), 0.0), torch.inf
-    for step in range(STEPS):
-        alpha = step / STEPS
+    for step in range(search.steps):
+        alpha = step / search.steps
         scale = mean**alpha
         scale = scale / (scale.max() * scale.min()).sqrt()
         parts = scale.unflatten(0, (-1, group_size))

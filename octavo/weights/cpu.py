@@ -7,6 +7,7 @@ The extension may be missing (no compiler when the package was installed): `unav
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from octavo.native import FLOATS
 FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # native/elementwise.h
 extension = native.load("octavo.weights._native")
 _native = extension.module
+
+Weight = tuple[Tensor, int, Tensor | None]
+"""Panels, outputs, and a bias of the rows' type. What is multiplied together has one type and number of inputs."""
 
 
 def unavailable() -> str | None:
@@ -70,15 +74,37 @@ def pack_panels(weight: Tensor) -> Tensor:
 
 def multiply_panels(panels: Tensor, out: int, x: Tensor, bias: Tensor | None) -> Tensor:
     """x [rows, in] → [rows, out] of the same type: products and sums in float32, rounded once."""
+    return multiply_together([(panels, out, bias)], x)[0]
+
+
+def multiply_together(weights: Sequence[Weight], x: Tensor) -> list[Tensor]:
+    """The same for several weights, in one pass over the rows."""
+    ys = [torch.empty(len(x), out, dtype=x.dtype) for _, out, _ in weights]
+    _multiply(weights, x, ys, gated=False)
+    return ys
+
+
+def multiply_gated(gate: Weight, up: Weight, x: Tensor) -> Tensor:
+    """silu(x·gate) ∘ (x·up) of two weights of one size; x [rows, in] is float32."""
+    y = torch.empty(len(x), gate[1], dtype=x.dtype)
+    _multiply((gate, up), x, (y, None), gated=True)
+    return y
+
+
+def _multiply(weights: Sequence[Weight], x: Tensor, ys: Sequence[Tensor | None], gated: bool) -> None:
     if x.stride(1) != 1:
         x = x.contiguous()
-    y = torch.empty(len(x), out, dtype=x.dtype)
+    products = [number for (panels, out, bias), y in zip(weights, ys, strict=True)
+                for number in (out, panels.data_ptr(), _address(bias), _address(y))]  # fmt: skip
+    panels = weights[0][0]
     _native.multiply_panels(
-        out, panels.shape[1], panels.data_ptr(), FLOATS[panels.dtype],
-        x.data_ptr(), len(x), x.stride(0), FLOATS[x.dtype], 0 if bias is None else bias.data_ptr(),
-        y.data_ptr(), torch.get_num_threads(),
+        products, gated, panels.shape[1], FLOATS[panels.dtype], x.data_ptr(), len(x), x.stride(0), FLOATS[x.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip
-    return y
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def activate(function: str, x: Tensor) -> Tensor:

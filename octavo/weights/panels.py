@@ -18,9 +18,13 @@ class PanelLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] of x's type."""
-        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
-        y = cpu.multiply_panels(self.weight, self.out_features, x.reshape(-1, self.in_features), bias)
+        y = cpu.multiply_together([self.operand(x)], x.reshape(-1, self.in_features))[0]
         return y.view(*x.shape[:-1], self.out_features)
+
+    def operand(self, x: Tensor) -> cpu.Weight:
+        """The layer as products with rows of x's type take it."""
+        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
+        return self.weight, self.out_features, bias
 
 
 class TypedEmbedding(nn.Embedding):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, TextStreamer, pipeline
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, TextStreamer, pipeline
 
 import octavo
 import octavo.attachment
@@ -112,8 +112,8 @@ def test_beams_are_scored_as_without_sharing(hf: PreTrainedModel, kv: str):
             return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
         assert cache.batch_size == 8
-        pool = cache.sequences.pool
-        held = {block for row in cache.sequences.rows for block in row.block_table}
+        (pool,) = cache.sequences.pools
+        held = {block for row in cache.sequences.rows for block in row.tables[0]}
         pool.check()
         assert pool.used == len(held), "a dropped beam keeps its blocks"
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 60, dtype=torch.int64)], 1)
@@ -184,6 +184,85 @@ def test_a_crop_beyond_what_was_recorded_reads_codes(hf: PreTrainedModel):
         got = hf(ids[:, 120:121], past_key_values=cache).logits
     error = (got - expected).norm() / expected.norm()
     assert 0 < error < 0.02
+
+
+@pytest.fixture(scope="module")
+def windowed() -> PreTrainedModel:
+    """A tiny random Gemma 3: two layers with a window of 70 tokens, one that sees all."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    torch.manual_seed(5)
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=70, layer_types=kinds, max_position_embeddings=1024,
+        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("kv", ["int8-token", "kv8", "k8v4+edges128"])
+def test_blocks_behind_a_window_are_given_back(windowed: PreTrainedModel, kv: str):
+    """A long prompt's too: what layers with a window keep does not grow with the text, and answers are the engine's."""
+    prompts = random_prompts(800, 500)
+    expected = engine_answers(Model.of(deepcopy(windowed), BUNDLED), kv, prompts, 30)
+    with octavo.attach(windowed, kv=kv) as cache:
+        assert generated(windowed, prompts, 30, past_key_values=cache) == expected
+        whole, window = cache.sequences.pools
+        for pool in (whole, window):
+            pool.check()
+        assert whole.used == 13 + 9  # of 829 and 529 rows
+        assert window.used == 2 + 2  # of a window across two blocks
+        assert len(window) < len(whole)
+
+
+def test_a_deep_copy_and_beams_share_what_a_window_sees(windowed: PreTrainedModel):
+    prompts = random_prompts(200)
+    with octavo.attach(windowed, kv="kv8") as cache:
+        whole = generated(windowed, prompts, 40, past_key_values=cache)
+        cache.reset()
+        first = generated(windowed, prompts, 15, past_key_values=cache)
+        kept = deepcopy(cache)
+        for one in (cache, kept):
+            rest = generated(windowed, [prompts[0] + first[0]], 25, past_key_values=one)
+            assert first[0] + rest[0] == whole[0]
+        cache.reset()
+        generated(windowed, prompts, 90, past_key_values=cache, num_beams=3)
+        for pool, group in zip(cache.sequences.pools, (0, 1), strict=True):
+            pool.check()
+            held = {b for row in cache.sequences.rows for b in row.tables[group][row.behind[group] :]}
+            assert pool.used == len(held)
+
+
+@pytest.mark.parametrize("kv", ["int8-token", "kv8"])
+def test_guesses_are_taken_back_in_layers_with_a_window(windowed: PreTrainedModel, kv: str):
+    """While the past is recorded no block behind the window is given back before the next crop."""
+    (prompt,) = random_prompts(60)
+    prompt = prompt * 3
+    with octavo.attach(windowed, kv=kv) as cache:
+        plain = generated(windowed, [prompt], 100, past_key_values=cache)
+    with octavo.attach(windowed, kv=kv) as cache:
+        assert generated(windowed, [prompt], 100, past_key_values=cache, prompt_lookup_num_tokens=7) == plain
+        assert cache.sequences.pools[1].used <= 3
+
+
+def test_a_crop_to_what_a_window_has_lost_is_refused(windowed: PreTrainedModel):
+    """And changes nothing; with the past recorded it is as if the text had never been longer."""
+    ids = torch.tensor(random_prompts(400))
+    with torch.no_grad(), octavo.attach(windowed, kv="int8-token") as cache:
+        windowed(ids[:, :150], past_key_values=cache)
+        expected = windowed(ids[:, 150:160], past_key_values=cache).logits
+        windowed(ids[:, 160:380], past_key_values=cache)
+        after = windowed(ids[:, 380:390], past_key_values=cache).logits
+        with pytest.raises(OctavoError, match=r"240 tokens cannot be taken back: layers with a window of 70 have lost"):
+            cache.crop(-240)
+        cache.crop(-10)
+        assert torch.equal(windowed(ids[:, 380:390], past_key_values=cache).logits, after)
+        cache.reset()
+        cache.activate_past_recording()
+        windowed(ids[:, :390], past_key_values=cache)
+        cache.crop(-240)
+        torch.testing.assert_close(windowed(ids[:, 150:160], past_key_values=cache).logits, expected)
 
 
 def test_a_conversation_goes_on_in_the_cache(hf: PreTrainedModel):

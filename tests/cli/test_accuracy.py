@@ -29,7 +29,7 @@ Run = Callable[..., int]
 @pytest.fixture
 def octavo(pamphlet: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs `octavo accuracy` on the bundled model that is loaded already; returns the exit status."""
-    monkeypatch.setattr(LoadOptions, "load", lambda _: pamphlet)
+    monkeypatch.setattr(LoadOptions, "load", lambda *_, **__: pamphlet)
     monkeypatch.setattr("octavo.measure.accuracy.sizes.ANSWERS", Windows(16, 16))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -227,6 +227,27 @@ def test_more_documents_are_added_to_those_that_were_asked_and_answers_are_the_s
         assert octavo(*same, "--limit", "3", "--results", tmp_path / directory) == 0
         found.append(json.loads(capsys.readouterr().out)["tasks"]["rows"])
     assert found[0] == found[1]
+
+
+def test_examples_stand_before_questions_and_are_not_asked_themselves(
+    octavo: Run, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --shots the first documents are examples: of the questions' own file they are not asked, of another they
+    leave all questions. Results without examples are others."""
+    pytest.importorskip("lm_eval")
+    (raw / "gsm8k/train.head200.jsonl").write_text('{"question": "What is 9?", "answer": "#### 9"}\n' * 2)
+    same = ["--data-dir", raw, "--kv", "fp32,int8-token", "--json", "--results", tmp_path / "kept"]
+    counts = {}
+    for shots in (0, 2):
+        assert octavo(*same, "--tasks", "winogrande,gsm8k,crows_pairs", "--shots", shots, "--budget", "none") == 0
+        rows = json.loads(capsys.readouterr().out)["tasks"]["rows"]
+        counts[shots] = {row["name"]: row["items"] for row in rows}
+    assert counts == {
+        0: {"winogrande": 4, "gsm8k": 4, "crows_pairs": 4},
+        2: {"winogrande": 2, "gsm8k": 4, "crows_pairs": 4},
+    }
+    kept = [json.loads(path.read_text())["key"] for path in (tmp_path / "kept").glob("gsm8k-fp32*")]
+    assert sorted(key["shots"] for key in kept) == [0, 2]
 
 
 def test_a_budget_chooses_how_many_documents_each_task_gets_and_says_so(

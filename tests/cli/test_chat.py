@@ -119,7 +119,7 @@ def test_params_says_what_is_in_force_and_who_has_set_it(
     pamphlet: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The model's generation config asks for 0.7 and 0.9, and nobody for a penalty."""
-    monkeypatch.setattr(LoadOptions, "load", lambda _: pamphlet)
+    monkeypatch.setattr(LoadOptions, "load", lambda *_, **__: pamphlet)
     monkeypatch.setattr(sys, "stdin", io.StringIO("/params\n"))
     with pytest.raises(SystemExit):
         main(["chat", "--session-len", "128", "--top-p", "0.8", "--stop", "END"])
@@ -311,7 +311,7 @@ def test_a_model_without_a_template(
     pamphlet: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pamphlet.tokenizer, "chat_template", None)
-    monkeypatch.setattr(LoadOptions, "load", lambda _: pamphlet)
+    monkeypatch.setattr(LoadOptions, "load", lambda *_, **__: pamphlet)
     with pytest.raises(SystemExit) as exit:
         main(["chat"])
     assert exit.value.code == 2
@@ -334,7 +334,7 @@ def test_a_template_that_refuses_costs_one_message(pamphlet: Model, monkeypatch:
 def test_the_command_itself(
     pamphlet: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(LoadOptions, "load", lambda _: pamphlet)
+    monkeypatch.setattr(LoadOptions, "load", lambda *_, **__: pamphlet)
     # A byte that is no UTF-8 reaches the model as U+FFFD.
     raw = io.TextIOWrapper(io.BytesIO(b"Tell me a story\xff\n"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", raw)

@@ -24,7 +24,7 @@ Run = Callable[..., int]
 @pytest.fixture
 def octavo(pamphlet: Model, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command line on the bundled model that is loaded already; returns the exit status."""
-    monkeypatch.setattr(LoadOptions, "load", lambda _: pamphlet)
+    monkeypatch.setattr(LoadOptions, "load", lambda *_, **__: pamphlet)
 
     def run(*argv: object, stdin: bytes = b"") -> int:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))

@@ -178,3 +178,21 @@ def test_the_command_line_starts_without_torch() -> None:
     code = "import sys, octavo.cli.memory, octavo.cli.plan; print({'torch', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_plan_fleet_prints_one_document_with_what_it_assumes(octavo: Run) -> None:
+    asked = ("plan", "--config", INTERNLM, "--fleet", "--sessions", 1000, "--context", 2048)
+    found = document(octavo(*asked, "--json"))
+    assert found["wanted"]["tokens_per_second"] == 1000
+    assert found["assumed"]["bandwidth"] == 3.35e12
+    assert {row["kv"] for row in found["fleets"]} >= {"fp16", "kv8"}
+    status, out, _ = octavo(*asked)
+    assert status == 0
+    assert "Assumed, not measured" in out
+
+
+def test_what_a_fleet_is_to_serve_is_refused_without_one(octavo: Run) -> None:
+    for asked, named in ((("--sessions", 10), "--sessions"), (("--fleet",), "--sessions")):
+        status, _, err = octavo("plan", "--config", INTERNLM, *asked)
+        assert status == 2
+        assert named in err

@@ -12,8 +12,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from octavo.cli import app, main
-from octavo.cli.options import LoadOptions, SamplingOptions, ServeOptions, takes
+from octavo.cli import commands, main
+from octavo.cli.options import LoadOptions, ServeOptions, takes
+from octavo.cli.sampling import SamplingOptions
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 
@@ -39,7 +40,7 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The options of the command that wanted to load a model."""
     seen: list[Any] = []
 
-    def load(self: LoadOptions) -> None:
+    def load(self: LoadOptions, **_: Any) -> None:
         seen.append(self)
         raise Reached
 
@@ -138,7 +139,7 @@ def test_the_command_line_comes_up_without_torch() -> None:
 @pytest.mark.parametrize("verb", [[], ["serve"], ["chat"], ["scales", "import"], ["lite", "calibrate"]])
 def test_help_names_types_of_options_that_take_a_value_alone(verb: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    text = CliRunner().invoke(app, [*verb, "--help"]).stdout
+    text = CliRunner().invoke(commands(), [*verb, "--help"]).stdout
     assert "--help" in text
     assert "bool" not in text
     assert "<str>" in text or not verb

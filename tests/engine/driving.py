@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from octavo.cache.layout import Layout
 from octavo.cache.plan import plan_layers
 from octavo.cache.size import CacheSize
-from octavo.cache.store import KVCache
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
 from octavo.engine.sequence import Sequence
@@ -30,15 +29,16 @@ def engine(
     hits: bool = True,
     layout: Layout | None = None,
     overlap: bool = False,
+    snapshots: int = 0,
 ) -> Engine:
     """An engine on a cache of small blocks, read by the reference, or of the layout given. Only the format that needs
     the calibration takes it. With `overlap` it works as on a GPU: decode steps are launched before the one before them
     is taken in, and those for the reference are padded in fixed buffers, which run as they are for want of graphs."""
     format = KVFormat.parse(kv)
-    plans = plan_layers(bound.shapes, format, calibration if format.needs_calibration else None)
+    plans = plan_layers(bound.whole, format, calibration if format.needs_calibration else None)
     layout = layout or Layout(block_size)
     pages = CacheSize.of(bound.shapes, format, layout.block_size).raw_pages(batch)
-    cache = KVCache(plans, blocks, layout, pages, bound.states, batch)
+    cache = bound.new_cache(plans, blocks, layout, pages, batch, snapshots)
     made = Engine(bound, cache, batch, budget, context, hits, overlap)
     if overlap and cache.layout.order == "rows":
         made.runner.capture(batch, made.scheduler.max_context, how=lambda run: run)

@@ -11,6 +11,7 @@ import zlib
 
 from octavo.cache.blocks import BlockPool
 from octavo.cache.pool import CachePool
+from octavo.cache.states import StatePlan, StatePool
 from octavo.engine.params import SamplingParams
 from octavo.engine.scheduler import Scheduler, Work
 from octavo.engine.sequence import Sampled, Sequence
@@ -18,6 +19,20 @@ from octavo.engine.sequence import Sampled, Sequence
 
 def next_token(tokens: list[int], vocabulary: int = 8) -> int:
     return zlib.crc32(bytes(tokens)) % vocabulary
+
+
+class ShadowStates(StatePool):
+    """Slots that remember, in the place of states, the tokens that these would be of."""
+
+    def __init__(self, slots: int, snapshots: int):
+        super().__init__(StatePlan(), slots, snapshots)
+        self.known: dict[int, tuple[int, ...]] = {}
+
+    def clear(self, slot: int) -> None:
+        self.known[slot] = ()
+
+    def copy(self, source: int, to: int) -> None:
+        self.known[to] = self.known[source]
 
 
 class Shadow(Scheduler):
@@ -33,10 +48,16 @@ class Shadow(Scheduler):
         hits: bool = True,
         reach: int | None = None,
         windows: tuple[int, ...] = (),
+        snapshots: int | None = None,
     ):
-        """`reach` of group 0, and of further groups."""
+        """`reach` of group 0, and of further groups. With `snapshots` there are states, and room for so many of them;
+        they are taken wherever they save a block."""
         narrower = [BlockPool(blocks, block_size, hits, window) for window in windows]
-        super().__init__(CachePool(blocks, block_size, hits, None, reach, narrower), batch, budget, context)
+        self.states = None if snapshots is None else ShadowStates(batch, snapshots)
+        pool = CachePool(blocks, block_size, hits, None, reach, narrower, self.states)
+        if pool.states is not None:
+            pool.states.snapshots.LEAST, pool.states.snapshots.EVERY = block_size, 4 * block_size
+        super().__init__(pool, batch, budget, context)
         self.slots: dict[tuple[int, int], tuple[int, ...]] = {}  # by group and slot
         self.order: list[Sequence] = []  # by their first tokens
         self.unique = 99  # the token that prompts without content were last made of
@@ -68,6 +89,12 @@ class Shadow(Scheduler):
                     assert self.slots[self._slot(sequence, group, i)] == tuple(sequence.tokens[: i + 1]), (
                         f"position {i} is another's"
                     )
+        if self.states is not None:
+            for sequence, n in work:
+                known = tuple(sequence.tokens[: sequence.num_cached])
+                assert self.states.known[sequence.state_slot] == known, "states of another prefix"
+                self.states.known[sequence.state_slot] = tuple(sequence.tokens[: sequence.num_cached + n])
+        self.launched(work)
         due = [sequence for sequence, n in work if n == sequence.pending]
         self.order += [sequence for sequence in due if not sequence.output]
         gained = self.commit(work, [Sampled(next_token(s.tokens) if token is None else token) for s in due])
@@ -80,6 +107,7 @@ class Shadow(Scheduler):
         for steps in range(limit):
             if not (self.running or self.waiting):
                 assert len(self.pool.free) == len(self.pool)
+                assert self.states is None or not (self.pool.states.snapshots.held or self.pool.states.coming)
                 return steps
             self.step()
         raise AssertionError(f"not done after {limit} steps")

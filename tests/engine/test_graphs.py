@@ -73,7 +73,7 @@ def test_a_padded_step_computes_and_writes_what_the_step_does_and_nothing_else(
         cache.write(k, v, batch.slots)
         return reference.read(spec, cache, q, batch)
 
-    monkeypatch.setattr("octavo.engine.runner.attend", attend)
+    monkeypatch.setattr("octavo.models.bound.attend", attend)
     plain, padded = runner(llama, kv, order), runner(llama, kv, order)
     untouched = contents(plain)
     padded.capture(12, 4 * SIZE, how=lambda run: run)

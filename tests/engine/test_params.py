@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from octavo.cli import app
+from octavo.cli import commands
 from octavo.engine.params import DEFAULTS, MAX_LOGPROBS, TABLE, SamplingParams, allowed
 from octavo.errors import OctavoError
 from octavo.serve.errors import ApiError
@@ -126,7 +126,7 @@ def test_requests_over_http_have_the_tables_fields_with_its_bounds():
 
 @pytest.mark.parametrize(("verb", "without"), [("generate", set()), ("chat", {"logprobs"})])
 def test_commands_have_an_option_for_every_parameter_that_the_table_gives_them(verb: str, without: set[str]):
-    shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+    shown = CliRunner().invoke(commands(), [verb, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
     for name, rule in TABLE.items():
         flag = rule.flag or "--" + name.replace("_", "-")
         assert (f"{flag} " in shown) == (name in allowed("command line") and name not in without), flag

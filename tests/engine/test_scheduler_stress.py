@@ -66,12 +66,13 @@ events = st.one_of(
     budget=st.integers(1, 20),
     context=st.integers(4, 60),
     hits=st.booleans(),
+    snapshots=st.one_of(st.none(), st.integers(0, 6)),
     happenings=st.lists(events, max_size=40),
 )
 def test_any_requests_and_aborts_give_each_its_own_answer_and_leave_the_pool_whole(
-    blocks, block_size, batch, budget, context, hits, happenings
+    blocks, block_size, batch, budget, context, hits, snapshots, happenings
 ):
-    s = Shadow(blocks, block_size, batch, budget, context, hits)
+    s = Shadow(blocks, block_size, batch, budget, context, hits, snapshots=snapshots)
     arrived: list[Sequence] = []
     for what, *details in happenings:
         if what == "request":

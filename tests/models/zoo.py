@@ -218,10 +218,10 @@ def names() -> list[str]:
     return sorted({*known, *(name for name in OVERRIDES if _architecture(name) in known)} - set(NOT_BUILT))
 
 
-def build(name: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny random float32 model in eval mode, the same for the same name and seed."""
+def build(name: str, seed: int = 0, **more: Any) -> PreTrainedModel:
+    """A tiny random float32 model in eval mode, the same for the same name and seed; `more` is for its config."""
     model_class = _classes()[_architecture(name)]
-    config = tiny_config(model_class.config_class, OVERRIDES.get(name, {}))
+    config = tiny_config(model_class.config_class, OVERRIDES.get(name, {}) | more)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(name.encode()) + seed)
         model = model_class(config).float().eval()

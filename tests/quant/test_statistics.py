@@ -17,6 +17,7 @@ from octavo.quant.statistics import (
     Statistics,
     attention_static,
 )
+from octavo.quant.sums import Sum
 
 Array = NDArray[np.floating]
 
@@ -36,7 +37,13 @@ def accumulated(parts: list[Array]) -> Statistics:
 
 
 def held(statistics: Statistics) -> list[Tensor]:
-    return [value for value in vars(statistics).values() if isinstance(value, Tensor)]
+    """All tensors of it, those of its sums included."""
+    values = [
+        part
+        for value in vars(statistics).values()
+        for part in (vars(value).values() if isinstance(value, Sum) else (value,))
+    ]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def test_streaming_equals_numpy_over_all_rows() -> None:
@@ -111,7 +118,7 @@ def test_memory_does_not_grow_with_updates() -> None:
         statistics.update(torch.from_numpy(part))
     assert set(vars(statistics)) == names
     assert sum(t.untyped_storage().nbytes() for t in held(statistics)) == nbytes
-    assert all(isinstance(value, Tensor | int) for value in vars(statistics).values())
+    assert all(isinstance(value, Tensor | Sum | int) for value in vars(statistics).values())
 
 
 def test_rows_and_windows_are_counted() -> None:
@@ -222,3 +229,34 @@ def test_a_constant_channel_and_one_that_nothing_reads_have_a_finite_scale() -> 
     for tensor in (static.mu, static.c, static.reciprocal):
         assert torch.isfinite(tensor).all()
     assert (static.c > 0).all()
+
+
+def test_four_shards_come_to_the_numbers_of_one_run():
+    """Statistics of parts, merged, have every bit of those of the whole, in whatever groups and order: min and max,
+    moments, quantiles and what reads them, of values whose magnitudes are far apart."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(n: int, *shape: int) -> torch.Tensor:
+        return torch.randn(n, *shape, generator=generator) * 10 ** torch.randn(*shape, generator=generator) + 50
+
+    windows = [(rows(128, 4, 16), rows(128, 2, 16), rows(128, 2, 8)) for _ in range(16)]
+
+    def seen(part: list[tuple[torch.Tensor, ...]]) -> LayerStatistics:
+        own = LayerStatistics(2, 16, 8)
+        for q, k, v in part:
+            own.read_by(q)
+            own.update(k, v, 64)
+        return own
+
+    def merged(parts: list[list[tuple[torch.Tensor, ...]]]) -> LayerStatistics:
+        first, *others = map(seen, parts)
+        for other in others:
+            first.merge(other)
+        return first
+
+    whole = seen(windows).summary()
+    cuts = [[windows[i : i + 4] for i in range(0, 16, 4)], [windows[9:], windows[:2], windows[2:9]]]
+    for cut in cuts:
+        for side, statistics in merged(cut).summary().items():
+            for name, own in statistics.items():
+                assert torch.equal(own, whole[side][name]), (side, name)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 
-from octavo.serve.errors import ApiError
 from octavo.serve.requests.responses import ResponsesRequest
-from octavo.serve.routes.responses.store import Store
+from octavo.serve.store import InMemory, Kept
 from tests.serve.conftest import Running
 from tests.serve.test_tools import WEATHER as NESTED
 
@@ -106,20 +106,26 @@ def test_a_response_is_gone_on_with_by_its_id(running: Running):
 
 
 def test_the_store_keeps_the_latest_within_its_bounds():
-    store = Store(most=3, room=1000)
-    for i in range(4):
-        store.add({"id": f"{i}"}, [{"role": "user", "content": "a"}])
-        store.get("1") if i > 0 else None
-    assert list(store.kept) == ["2", "3", "1"]
-    store.add({"id": "large"}, [{"role": "user", "content": "a" * 700}])
-    assert "large" in store.kept
-    assert store.size == sum(one.size for one in store.kept.values()) <= 1000
-    store.add({"id": "larger"}, [{"role": "user", "content": "a" * 2000}])
-    with pytest.raises(ApiError, match="no response of that id"):
-        store.get("larger")
-    for id in list(store.kept):
-        store.remove(id)
-    assert store.size == 0
+    store = InMemory(most=3, room=1000)
+
+    async def add(id: str, text: str) -> None:
+        await store.add(Kept({"id": id}, [{"role": "user", "content": text}]))
+
+    async def fill() -> None:
+        for i in range(4):
+            await add(f"{i}", "a")
+            await store.get("1") if i > 0 else None
+        assert list(store.kept) == ["2", "3", "1"]
+        await add("large", "a" * 700)
+        assert "large" in store.kept
+        assert store.size == sum(size for _, size in store.kept.values()) <= 1000
+        await add("larger", "a" * 2000)
+        assert await store.get("larger") is None
+        for id in list(store.kept):
+            assert await store.remove(id)
+        assert store.size == 0
+
+    asyncio.run(fill())
 
 
 def test_an_answer_matches_a_json_schema(running: Running):

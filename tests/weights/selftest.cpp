@@ -73,6 +73,51 @@ bool int4_is_right() {
     return true;
 }
 
+// Products with two weights in one pass are those of each alone, bit for bit; gated they are silu of one times the other,
+// and a row's bits are the same alone.
+bool products_together_are_right() {
+    for (int i = 0; i < 40; i++) {
+        const int in = pick(1, 700), rows = pick(1, i % 4 ? 40 : 200);
+        int out[] = {pick(1, 300), pick(1, 300)};
+        const bool gated = i % 2;
+        if (gated) out[1] = out[0];
+        std::vector<float> x(size_t(rows) * in), bias[2], own[2], y[2];
+        for (float& value : x) value = std::normal_distribution<float>()(random_source);
+        std::vector<uint16_t> packed[2];
+        std::vector<weights::Product> products;
+        const auto& kernels = weights::TESTED::panels;
+        for (int n = 0; n < 2; n++) {
+            std::vector<uint16_t> w(size_t(out[n]) * in);
+            for (auto& value : w) value = uint16_t(pick(0, 1) << 15 | pick(0x3c00, 0x3f00));
+            packed[n].resize(size_t(out[n] + weights::PANEL - 1) / weights::PANEL * weights::PANEL * in);
+            bias[n].resize(out[n]), own[n].resize(size_t(rows) * out[n]), y[n].resize(own[n].size());
+            for (float& value : bias[n]) value = std::normal_distribution<float>()(random_source);
+            kernels.pack(w.data(), out[n], in, in, 2, packed[n].data(), POOL);
+            const weights::Panels weight{out[n], in, packed[n].data(), Float::BF16};
+            const weights::Product alone{weight, n || gated ? bias[n].data() : nullptr, own[n].data()};
+            kernels.multiply(&alone, 1, false, x.data(), rows, in, Float::FP32, POOL);
+            products.push_back({weight, alone.bias, n && gated ? nullptr : y[n].data()});
+        }
+        kernels.multiply(products.data(), 2, gated, x.data(), rows, in, Float::FP32, POOL);
+        bool right = gated || (y[0] == own[0] && y[1] == own[1]);
+        for (size_t j = 0; gated && j < own[0].size(); j++) {
+            const double expected = own[0][j] / (1 + std::exp(-double(own[0][j]))) * own[1][j];
+            right = right && std::fabs(y[0][j] - expected) <= 1e-5 * (1 + std::fabs(expected));
+        }
+        for (int r = 0; gated && r < rows; r++) {
+            std::vector<float> alone(out[0]);
+            products[0].y = alone.data();
+            kernels.multiply(products.data(), 2, true, x.data() + size_t(r) * in, 1, in, Float::FP32, POOL);
+            right = right && !std::memcmp(alone.data(), y[0].data() + size_t(r) * out[0], out[0] * sizeof(float));
+        }
+        if (!right) {
+            std::printf("case %d: %d rows of %d, %d and %d outputs, gated %d\n", i, rows, in, out[0], out[1], gated);
+            return false;
+        }
+    }
+    return true;
+}
+
 // Against double, and each row against itself alone, bit for bit.
 bool panels_are_right() {
     for (int i = 0; i < 60; i++) {
@@ -86,9 +131,11 @@ bool panels_are_right() {
         const auto& kernels = weights::TESTED::panels;
         kernels.pack(w.data(), out, in, in, 2, packed.data(), POOL);
         const weights::Panels matrix{out, in, packed.data(), Float::BF16};
-        kernels.multiply(matrix, x.data(), rows, stride, Float::FP32, bias.data(), y.data(), POOL);
+        const weights::Product product{matrix, bias.data(), y.data()};
+        kernels.multiply(&product, 1, false, x.data(), rows, stride, Float::FP32, POOL);
         for (int r = 0; r < rows; r++) {
-            kernels.multiply(matrix, x.data() + size_t(r) * stride, 1, stride, Float::FP32, bias.data(), alone.data(), POOL);
+            const weights::Product one{matrix, bias.data(), alone.data()};
+            kernels.multiply(&one, 1, false, x.data() + size_t(r) * stride, 1, stride, Float::FP32, POOL);
             for (int o = 0; o < out; o++) {
                 double exact = bias[o], size = 1;
                 for (int k = 0; k < in; k++) {
@@ -142,7 +189,7 @@ bool activations_are_right() {
 #define NAME(isa) NAME_OF(isa)
 
 int main() {
-    if (!int4_is_right() || !panels_are_right() || !activations_are_right()) return 1;
-    std::printf("%s is right in 180 cases\n", NAME(TESTED));
+    if (!int4_is_right() || !panels_are_right() || !products_together_are_right() || !activations_are_right()) return 1;
+    std::printf("%s is right in 220 cases\n", NAME(TESTED));
     return 0;
 }

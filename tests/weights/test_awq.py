@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
-from octavo.weights import awq
-from octavo.weights.awq import round_to_nearest, search_scale, search_shrink
+from octavo.weights.awq import Search, round_to_nearest, search_scale, search_shrink
 
 GROUP = 32
 
@@ -57,11 +55,10 @@ def test_channels_with_large_activations_are_scaled_up_and_the_error_falls() -> 
     assert error(x, w, scale) < 0.5 * error(x, w)
 
 
-def test_a_scale_is_searched_on_some_of_many_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scale_is_searched_on_some_of_many_outputs() -> None:
     x, w = rows(outliers=30), weight()
     whole, _ = search_scale([w], x, x.abs().mean(0), GROUP)
-    monkeypatch.setattr(awq, "MOST_OUTPUTS", 16)
-    some, _ = search_scale([w], x, x.abs().mean(0), GROUP)
+    some, _ = search_scale([w], x, x.abs().mean(0), GROUP, Search(outputs=16))
     assert error(x, w, some) < 1.2 * error(x, w, whole)
 
 

@@ -31,6 +31,10 @@ def show_text(document: dict[str, Any]) -> None:
         console.print(answers(text["greedy"], baseline))
 
 
+def show_retrieval(document: dict[str, Any]) -> None:
+    Console().print(retrieval(document["retrieval"]["rows"], document["baseline"]))
+
+
 def show_tasks(document: dict[str, Any]) -> None:
     console, tasks = Console(highlight=False, soft_wrap=True), document["tasks"]
     console.print(benchmarks(tasks, document["baseline"]))
@@ -102,6 +106,18 @@ def answers(greedy: dict[str, Any], baseline: str) -> Table:
         low, high = row["quartiles"]
         parted = 1 - row["equal"] / greedy["prompts"]
         found.add_row(row["name"], f"{parted:.0%}", f"{least}{row['median']:g}", f"{low:g}–{high:g}")
+    return found
+
+
+def retrieval(rows: list[dict[str, Any]], baseline: str) -> Table:
+    title = f"Values looked up by their keys; change of their log-probability from {baseline}, nats"
+    found = table(title, "tokens", "format", "found", "of", "lost", "change", keys=2)
+    for row in rows:
+        own = row["name"] == baseline
+        change = "" if own else plus_minus(row["change"], row["change_error"], "+.3f", ".3f")
+        lost = "" if own else str(row["lost"])
+        asked = row["questions"]
+        found.add_row(f"{row['length']:,}", row["name"], f"{row['right'] * asked:.0f}", str(asked), lost, change)
     return found
 
 

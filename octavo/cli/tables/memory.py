@@ -19,6 +19,8 @@ def cost_table(theory: Sequence[Cost], context: int, room: int) -> Table:
         f"In theory (computed): weights of {_weights(theory)}, sessions of {context:,} tokens, "
         f"and how many fit in the {format_bytes(room)} of this device"
     )
+    if states := theory[0].states:
+        title += f"; {mib(states)} MiB of a session are states of fixed size and their snapshots, in any format"
     several = len({cost.weights for cost in theory}) > 1
     rows = (
         *(["weights"] if several else []),
@@ -102,7 +104,12 @@ def notes(found: Sequence[Point], context: int, peak: str) -> list[str]:
 
 def fit_table(found: Sequence[Fit], context: int, room: str) -> Table:
     columns = ("weights", "KV", "MiB of weights", "MiB per session", "sessions", "times as many")
-    rows = table(f"Sessions of {context:,} tokens that fit in {room} (computed)", *columns, keys=2)
+    states = (
+        f"; {mib(found[0].state_bytes)} MiB of each are states of fixed size and their snapshots"
+        if found[0].state_bytes
+        else ""
+    )
+    rows = table(f"Sessions of {context:,} tokens that fit in {room} (computed){states}", *columns, keys=2)
     first = found[0].sessions
     for i, fit in enumerate(found):
         ratio = f"{fit.sessions / first:.2f}" if first else "–"

@@ -75,7 +75,41 @@ def compare(
     """Scores of the baseline and of each candidate, in that order, over `windows` of token ids of one length.
     `progress` is called with the number of tokens read, in all formats, and of all that will be; after each window
     `enough` is asked, with the number of windows read, whether to stop there."""
-    runs = [_Run(model, candidate) for candidate in (baseline, *candidates)]
+    return scores(measured(model, (baseline, *candidates), windows, progress, enough))
+
+
+@dataclass
+class Measured:
+    """What was measured of one candidate, token by token: float64 [windows, length − 1]."""
+
+    name: str
+    first: int  # which candidate is the first with the same weights
+    loss: Tensor
+    kl: Tensor
+    kl_alone: Tensor  # from the first with the same weights
+    same: Tensor
+    outside: int  # K and V values that the codec cannot say
+    written: int
+
+    @classmethod
+    def of_all(cls, parts: Sequence[Measured]) -> Measured:
+        """Of the windows of several, in their order."""
+        tensors = {
+            name: torch.cat([getattr(part, name) for part in parts]) for name in ("loss", "kl", "kl_alone", "same")
+        }
+        outside, written = sum(part.outside for part in parts), sum(part.written for part in parts)
+        return cls(parts[0].name, parts[0].first, outside=outside, written=written, **tensors)
+
+
+def measured(
+    model: Model,
+    candidates: Sequence[Candidate],
+    windows: Sequence[Sequence[int]],
+    progress: Count | None = None,
+    enough: Callable[[int], bool] = lambda _: False,
+) -> list[Measured]:
+    """As `compare`, before it is summed up; the first candidate is the baseline."""
+    runs = [_Run(model, candidate) for candidate in candidates]
     firsts = [next(run for run in runs if run.bound is own.bound) for own in runs]  # with the same weights
     done, total = 0, len(runs) * sum(len(window) - 1 for window in windows)
     for nth, window in enumerate(windows, 1):
@@ -94,7 +128,12 @@ def compare(
             run.logits.close()
         if enough(nth):
             break
-    return [run.score(runs[0], first) for run, first in zip(runs, firsts, strict=True)]
+    return [run.measured(runs.index(first)) for run, first in zip(runs, firsts, strict=True)]
+
+
+def scores(candidates: Sequence[Measured]) -> list[Score]:
+    """What the baseline, which is the first, and all others come to."""
+    return [_score(one, candidates[0], candidates[one.first]) for one in candidates]
 
 
 class _Run:
@@ -126,38 +165,44 @@ class _Run:
         self.kl_alone[-1].append(self.kl[-1][-1] if first is reference else kl(first, own))
         self.same[-1].append((reference.argmax(-1) == own.argmax(-1)).float())
 
-    def score(self, baseline: _Run, first: _Run) -> Score:
-        loss, kl, kl_alone, same, before, before_alone = (
-            torch.stack([torch.cat(chunks) for chunks in measured]).double()  # [windows, length − 1]
-            for measured in (self.loss, self.kl, self.kl_alone, self.same, baseline.loss, first.loss)
+    def measured(self, first: int) -> Measured:
+        loss, kl, kl_alone, same = (
+            torch.stack([torch.cat(chunks) for chunks in measured]).double()
+            for measured in (self.loss, self.kl, self.kl_alone, self.same)
         )
-        perplexity = math.exp(loss.mean())
-        return Score(
-            name=self.candidate.name,
-            tokens=loss.numel(),
-            perplexity=perplexity,
-            perplexity_error=perplexity * _standard_error(loss),
-            loss_change=(loss - before).mean().item(),
-            loss_change_error=_standard_error(loss - before),
-            kl=kl.mean().item(),
-            kl_error=_standard_error(kl),
-            kl_p99=kl.flatten().kthvalue(max(1, round(0.99 * kl.numel()))).values.item(),
-            kl_max=kl.max().item(),
-            agreement=same.mean().item(),
-            agreement_error=_standard_error(same),
-            saturated=self.reading.outside / max(1, self.reading.written),
-            cache_alone=Change(
-                loss=(loss - before_alone).mean().item(),
-                loss_error=_standard_error(loss - before_alone),
-                kl=kl_alone.mean().item(),
-                kl_error=_standard_error(kl_alone),
-            ),
-            kl_by_bin=[
-                Bin(start + 1, start + 1 + part.shape[1], part.mean().item(), _standard_error(part))
-                for start, part in _bins(kl)
-            ],
-            kl_by_position=kl.mean(0).tolist(),
-        )
+        outside, written = self.reading.outside, self.reading.written
+        return Measured(self.candidate.name, first, loss, kl, kl_alone, same, outside, written)
+
+
+def _score(own: Measured, baseline: Measured, first: Measured) -> Score:
+    perplexity = math.exp(own.loss.mean())
+    changed, alone = own.loss - baseline.loss, own.loss - first.loss
+    return Score(
+        name=own.name,
+        tokens=own.loss.numel(),
+        perplexity=perplexity,
+        perplexity_error=perplexity * _standard_error(own.loss),
+        loss_change=changed.mean().item(),
+        loss_change_error=_standard_error(changed),
+        kl=own.kl.mean().item(),
+        kl_error=_standard_error(own.kl),
+        kl_p99=own.kl.flatten().kthvalue(max(1, round(0.99 * own.kl.numel()))).values.item(),
+        kl_max=own.kl.max().item(),
+        agreement=own.same.mean().item(),
+        agreement_error=_standard_error(own.same),
+        saturated=own.outside / max(1, own.written),
+        cache_alone=Change(
+            loss=alone.mean().item(),
+            loss_error=_standard_error(alone),
+            kl=own.kl_alone.mean().item(),
+            kl_error=_standard_error(own.kl_alone),
+        ),
+        kl_by_bin=[
+            Bin(start + 1, start + 1 + part.shape[1], part.mean().item(), _standard_error(part))
+            for start, part in _bins(own.kl)
+        ],
+        kl_by_position=own.kl.mean(0).tolist(),
+    )
 
 
 def kl(reference: Tensor, own: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from octavo.cache.size import CacheSize
-from octavo.measure.accuracy.compare import Score, compare
+from octavo.measure.accuracy.compare import Measured, Score, measured, scores
 from octavo.measure.accuracy.greedy import compare_answers
 from octavo.measure.accuracy.sizes import prompt_length
 from octavo.measure.budget import Windows
@@ -42,23 +42,28 @@ def on_text(
     answers: Windows,
     progress: Progress,
     enough: Callable[[int], bool] = lambda _: False,
+    measure: Callable[[Sequence[Sequence[int]]], list[Measured]] | None = None,
 ) -> dict[str, Any]:
     """Every format over `windows` of the text `name`, until they are `enough`, and its greedy `answers` to the
-    beginnings of as many windows."""
+    beginnings of as many windows. `measure` reads the windows elsewhere."""
     baseline, *others = candidates
     title = f"reading {name}"
     progress(title, 0, 0)
-    scores = compare(model, baseline, others, windows, lambda done, total: progress(title, done, total), enough)
-    rows = [asdict(score) for score in scores]
+    if measure is None:
+        read = measured(model, candidates, windows, lambda done, total: progress(title, done, total), enough)
+    else:
+        read = measure(windows)
+    found_scores = scores(read)
+    rows = [asdict(score) for score in found_scores]
     for row in rows:
         del row["kl_by_position"], row["cache_alone"]
     found: dict[str, Any] = {
         "how": "measured",
         "name": name,
-        "windows": scores[0].tokens // (len(windows[0]) - 1),
+        "windows": found_scores[0].tokens // (len(windows[0]) - 1),
         "window": len(windows[0]),
         "scores": rows,
-        "kv_loss": _kv_loss(model, candidates, scores),
+        "kv_loss": _kv_loss(model, candidates, found_scores),
     }
     if not answers.count:
         return found

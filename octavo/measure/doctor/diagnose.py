@@ -186,7 +186,7 @@ def _windows(model: Model, text: str | None, size: Windows) -> tuple[str, list[l
     texts = load_texts(text or str(PROSE))
     whole = "\n\n".join(texts)[:CHARS]
     tokens = len(model.tokenizer(whole, verbose=False)["input_ids"])
-    needed = 2 * count * length
+    needed = 5 * length * max(-(-CALIBRATED // 3), -(-measured // 2))  # each part holds its windows once
     if tokens < needed:
         raise OctavoError(f"{texts.name} has {tokens:,} tokens and the doctor needs {needed:,}: name a longer --text")
     cut = len(whole) * 3 // 5

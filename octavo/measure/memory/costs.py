@@ -31,7 +31,8 @@ class Cost:
     session: int  # bytes of a session filled to the context; its last block counts whole
     static: int  # bytes once, whatever the number of sessions
     sessions: int  # that fit beside the weights
-    spare: int = 0  # bytes of the raw pages that are there whatever the number of sessions
+    spare: int = 0  # bytes of raw pages and states that are there whatever the number of sessions
+    states: int = 0  # bytes of a session in layers that keep states of fixed size, its snapshots included
 
     @property
     def format(self) -> str:
@@ -81,11 +82,13 @@ def costs(
     weights, found = weight_kinds(geometry), []
     for kind in kinds if kinds is not None else [own_kind(geometry)]:
         for format in formats:
-            size = CacheSize.of(geometry.shapes, format)
+            size = CacheSize.of(geometry.shapes, format, states=geometry.states)
             session, spare = size.session(context), size.cache(0, 0)
             fit = max(0, (memory - weights[kind] - spare) // session)
             static = _static(geometry, format)
-            found.append(Cost(kind, weights[kind], format, size.token, session, static, fit, spare))
+            found.append(
+                Cost(kind, weights[kind], format, size.token, session, static, fit, spare, size.session_states)
+            )
     return found
 
 

@@ -1,6 +1,7 @@
 """What a session takes in the cache, beside what 16 bits would take: the numbers of `/stats` and of the lines of stats.
 
-A session takes whole blocks; the partly filled last one counts in full. With edges it takes raw pages besides.
+A session takes whole blocks; the partly filled last one counts in full. With edges it takes raw pages besides, and a
+slot of states where layers keep some.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Footprint:
 
     @classmethod
     def of(cls, llm: LLM, tokens: int) -> Footprint:
-        return cls(str(llm.format), tokens, llm.cache.size, CacheSize.of(llm.cache.shapes, KVFormat.parse("bf16")))
+        states = llm.cache.states.plan if llm.cache.states is not None else None
+        sixteen = CacheSize.of(llm.cache.shapes, KVFormat.parse("bf16"), states=states)
+        return cls(str(llm.format), tokens, llm.cache.size, sixteen)
 
     @property
     def blocks(self) -> int:
@@ -49,4 +52,5 @@ class Footprint:
 def worst_saturation(llm: LLM) -> tuple[float, str]:
     """The largest share of values outside the calibrated range, and where: (0.0012, "V of layer 3")."""
     by_layer = enumerate(llm.cache.saturation())
-    return max((share, f"{side} of layer {i}") for i, kv in by_layer for side, share in zip("KV", kv, strict=True))
+    shares = ((share, f"{side} of layer {i}") for i, kv in by_layer for side, share in zip("KV", kv, strict=True))
+    return max(shares, default=(0.0, "no layer"))

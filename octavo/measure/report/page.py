@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from octavo.cache.size import format_bytes
 from octavo.errors import OctavoError
 from octavo.measure import machine
 from octavo.measure.as_json import dumps
+from octavo.measure.budget import NO_LIMIT, Budget
 from octavo.measure.report import plots, svg
 from octavo.measure.report.survey import Survey, gather
 from octavo.models.model import Model
 from octavo.progress import Share
 from octavo.quant.calibration import Calibration
 
+RETRIEVAL = "Values found, by where in the context they stand"
 NBSP, MINUS = "\u00a0", "\u2212"
 
 
@@ -37,17 +40,20 @@ def write_report(
     memory: int | None = None,
     baseline: Model | None = None,
     progress: Share | None = None,
+    budget: Budget = NO_LIMIT,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Survey:
     """Measure `model` and write report.html, report.md with its plots, and report.json into `directory`.
 
     `calibration` is taken where there is one, here or beside the model, else made from the first part of `text`: a
     file, a named set, or a bundled English text if None. Sessions are counted in `memory` bytes, by default the
     machine's. `baseline` is the same model with 16-bit weights, of a `model` with 4-bit ones: the four corners are then
-    measured; it takes its own calibration, or one made like that of `model`. Raises OctavoError, before the work, where
+    measured; it takes its own calibration, or one made like that of `model`. `say` is told what fits the `budget` and
+    is measured. Raises OctavoError, before the work, where
     nothing can be written, matplotlib is missing, or the two are no such pair.
     """
     require_directory(directory)
-    found = gather(model, calibration, text, memory, baseline, progress or (lambda *_: None))
+    found = gather(model, calibration, text, memory, baseline, progress or (lambda *_: None), budget, say)
     render(found, directory)
     return found
 
@@ -81,14 +87,19 @@ def render(found: Survey, directory: Path) -> None:
 def draw(found: Survey) -> dict[str, tuple[Any, str]]:
     """Name → figure and what it shows."""
     widths = {side: [layer[side]["max"] - layer[side]["min"] for layer in found.calibration.layers] for side in "kv"}
-    lines = [
-        (score.name, [(b.start + b.stop) / 2 for b in score.kl_by_bin], [max(b.kl, 1e-9) for b in score.kl_by_bin])
-        for score in found.scores[1:]
-    ]
+    lines, long = (
+        [
+            (score.name, [(b.start + b.stop) / 2 for b in score.kl_by_bin], [max(b.kl, 1e-9) for b in score.kl_by_bin])
+            for score in scores[1:]
+        ]
+        for scores in (found.scores, found.long)
+    )
     diagnosis = found.diagnosis
     return {
         "growth": (plots.growth(found.fits, found.memory), "Memory over the number of sessions"),
         "kl-position": (plots.kl_by_position(lines, diagnosis.rounding), "KL divergence by position in the window"),
+        "kl-long": (plots.kl_by_position(long, diagnosis.rounding), "KL divergence by position in a long context"),
+        **({"retrieval": (plots.retrieval(found.retrieval), RETRIEVAL)} if found.retrieval else {}),
         "kl-layer": (
             plots.kl_by_layer([own.layer for own in diagnosis.keys], diagnosis.layers),
             "KL divergence with one layer quantized",

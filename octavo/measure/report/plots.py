@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.measure.accuracy.clipping import Shares
+from octavo.measure.accuracy.retrieval import Retrieval
 from octavo.measure.memory.plan import Fit
 from octavo.measure.report.svg import MUTED, PAPER, SERIES, STYLE
 from octavo.measure.speed.roofline import Ceiling
@@ -77,6 +78,18 @@ def kl_by_position(lines: Sequence[Line], rounding: float) -> Figure:
     _end_labels(
         axes, [(name, x[-1], y[-1], colour(name)) for name, x, y in lines] + [("last bit", last, rounding, MUTED)]
     )
+    return figure
+
+
+def retrieval(rows: Sequence[Retrieval]) -> Figure:
+    """The share of values that each format finds, by the part of the context that they stand in."""
+    figure, axes = _figure(3.1)
+    x = [(part + 0.5) / len(rows[0].right_by_depth) for part in range(len(rows[0].right_by_depth))]
+    for row in rows:
+        axes.plot(x, row.right_by_depth, "o-", color=colour(row.name), markersize=3.5)
+    axes.set(xlabel="place in the context, from its beginning to its end", ylabel="values found", ylim=(-0.03, 1.03))
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
+    _end_labels(axes, [(row.name, x[-1], row.right_by_depth[-1], colour(row.name)) for row in rows])
     return figure
 
 

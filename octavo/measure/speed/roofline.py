@@ -54,8 +54,8 @@ def read_bytes(bound: BoundModel) -> int:
 
 
 def cache_bytes(bound: BoundModel, format: Format, context: int) -> int:
-    """What a decode step reads of one session's codes and token scales; a layer with a window reads that far back."""
-
+    """What a decode step reads of one session's codes and token scales; a layer with a window reads that far back, and
+    states are read and written."""
     each = by_layer(format, len(bound.shapes))
 
     def of_layer(layer: int, window: int | None) -> int:
@@ -63,7 +63,7 @@ def cache_bytes(bound: BoundModel, format: Format, context: int) -> int:
         owner = layer if shared is None else shared
         return bound.shapes[owner].token_bytes(each[owner]) * min(context, window or context)
 
-    return sum(of_layer(i, layer.window) for i, layer in enumerate(bound.layers))
+    return sum(of_layer(i, layer.window) for i, layer in enumerate(bound.layers)) + 2 * bound.states.nbytes
 
 
 def ceilings(

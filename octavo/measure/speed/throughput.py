@@ -146,7 +146,7 @@ def measure(
 def _prepare(model: Model, candidate: Candidate, batch_size: int, context: int) -> LLM:
     """An LLM whose cache holds all sessions, every page of it touched, and the first call behind it."""
     bound = (candidate.model or model).bound
-    size = CacheSize.of(bound.shapes, candidate.format, step=step_tokens(batch_size))
+    size = CacheSize.of(bound.shapes, candidate.format, step=step_tokens(batch_size), states=bound.states, snapshots=0)
     blocks = batch_size * -(-context // size.block_size)
     needed = size.cache(blocks, batch_size)
     llm = candidate.llm(

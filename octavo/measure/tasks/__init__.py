@@ -33,6 +33,7 @@ class Benchmark:
     subsets: tuple[str, ...] = ()
     higher_is_better: bool = True
     guess: float | None = 0.0  # the score of who guesses, percent; None where nothing is right or wrong
+    takes_shots: bool = True  # whether examples may be put before its questions
     on_hub: bool = True
     remedy: str = ""  # where a file is found that people tend to lack
 
@@ -89,6 +90,7 @@ BENCHMARKS = {
             "bbh/cot_fewshot",
             "bbh_cot_fewshot_{subset}",
             BBH,
+            takes_shots=False,  # it has its own three
             guess=25.7,  # of the 27 subsets, as their paper gives it
         ),
         Benchmark(
@@ -132,6 +134,7 @@ BENCHMARKS = {
             "crows_pairs",
             "crows_pairs_english",
             higher_is_better=False,
+            takes_shots=False,  # there are no questions
             guess=None,  # 50 is the best that there is
         ),
     )
@@ -149,6 +152,10 @@ class Part:
     @property
     def name(self) -> str:
         return f"{self.benchmark.name}/{self.subset}" if self.subset else self.benchmark.name
+
+    def shots(self, wanted: int | None) -> int | None:
+        """How many examples are put before a question where `wanted` are; None: as many as its definition says."""
+        return wanted if self.benchmark.takes_shots else None
 
     @property
     def definition(self) -> str:

@@ -2,9 +2,9 @@
 
     python -m octavo.measure.tasks.lm_eval --model octavo --model_args pretrained=DIR,kv=int8 --tasks piqa
 
-An entry point of the group `lm_eval.models` names this class, so that harnesses later than 0.4.13 find it by
-`lm_eval --model octavo` alone. Tokenization, truncation and the order of special cases are those of the harness's own
-`hf` model: with a raw cache the results are the same.
+An entry point of the group `lm_eval.models` names this class: harnesses later than 0.4.13 (its pull request 4013) find
+it by `lm_eval --model octavo` alone. Tokenization, truncation and the order of special cases are those of the harness's
+own `hf` model: with a raw cache the results are the same.
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ class Results:
             raise OctavoError(f"{path} cannot be written: {error.strerror}; the same command goes on later") from None
 
 
-def key_of(model: Model, candidate: Candidate, part: Part, session_len: int | None) -> dict[str, Any]:
+def key_of(
+    model: Model, candidate: Candidate, part: Part, session_len: int | None, shots: int | None = None
+) -> dict[str, Any]:
     """All that shapes a result, but for the number of documents."""
     from octavo import __version__
 
@@ -96,6 +98,7 @@ def key_of(model: Model, candidate: Candidate, part: Part, session_len: int | No
         "granularity": candidate.granularity,
         "headroom": candidate.headroom,
         "task": part.name,
+        **({} if part.shots(shots) is None else {"shots": shots}),
         "documents": digest(part),
         "session_len": min(own.bound.max_context, session_len or own.bound.max_context),
         "octavo": __version__,

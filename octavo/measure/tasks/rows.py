@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo.errors import OctavoError
+from octavo.measure.statistics import mean, standard_error
 from octavo.measure.tasks import Benchmark
 from octavo.measure.tasks.results import Result
 
@@ -63,21 +64,9 @@ def row(benchmark: Benchmark, names: Sequence[str], results: dict[str, list[Resu
         metric=benchmark.label,
         higher_is_better=benchmark.higher_is_better,
         items=len(values[base]),
-        scores={name: _mean(values[name]) for name in names},
-        errors={name: _error(values[name]) for name in names},
-        differences={name: _mean(changes[name]) for name in others},
-        difference_errors={name: _error(changes[name]) for name in others},
+        scores={name: mean(values[name]) for name in names},
+        errors={name: standard_error(values[name]) for name in names},
+        differences={name: mean(changes[name]) for name in others},
+        difference_errors={name: standard_error(changes[name]) for name in others},
         guess=benchmark.guess if len(common) == max(1, len(benchmark.subsets)) else None,  # of all subsets
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _error(values: Sequence[float]) -> float:
-    """Standard error of the mean."""
-    if len(values) < 2:
-        return math.nan
-    mean = _mean(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

@@ -8,7 +8,7 @@ alone, and from what they take each benchmark gets as many as an equal share of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -21,7 +21,7 @@ from octavo.measure.budget import NO_LIMIT, Budget, duration
 from octavo.measure.candidate import Candidate
 from octavo.measure.tasks import HERE, Part, by_benchmark, require_harness
 from octavo.measure.tasks.data_files import load
-from octavo.measure.tasks.results import Item, Results, key_of
+from octavo.measure.tasks.results import Item, Result, Results, key_of
 from octavo.measure.tasks.rows import Row, row
 from octavo.models.model import Model
 from octavo.progress import Progress
@@ -29,6 +29,9 @@ from octavo.progress import Progress
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
+# What asks documents elsewhere: of a part in a format what is kept, and how many there are to be; and the sizes that
+# LLM takes.
+Elsewhere = Callable[[Sequence[tuple[Candidate, Part, Result, int | None]], dict[str, Any]], Iterable[Result]]
 AT_ONCE = 32  # documents that are asked together: few-shot examples are drawn anew for each chunk
 PILOT, LEAST = 2, 8  # documents of a part that are timed first, and of a benchmark that say anything
 
@@ -43,16 +46,24 @@ def run(
     budget: Budget = NO_LIMIT,
     session_len: int | None = None,
     max_batch_size: int = 16,
+    shots: int | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _: None,
+    elsewhere: Elsewhere | None = None,
 ) -> list[Row]:
     """The benchmarks of `parts` in every format, the first of which is the baseline: the first `limit` documents of
-    each part, or as many as the budget allows. `say` is told how many these are, and what they take."""
+    each part, or as many as the budget allows. `say` is told how many these are, and what they take.
+
+    With `shots` the first so many documents stand, with their answers, before every question: one context for all, read
+    once and then found in the prefix cache. Where they are of the questions' own split, the questions begin after them.
+    """
     require_harness()
-    asking = _Asking(model, candidates, parts, results, session_len, max_batch_size, progress)
+    asking = _Asking(model, candidates, parts, results, session_len, max_batch_size, shots, progress)
     limits: dict[Part, int | None] = dict.fromkeys(parts, limit)
     if limit is None and budget.seconds is not None:
         limits = asking.affordable(budget, say)
+    if elsewhere is not None:
+        asking.ask_elsewhere(elsewhere, limits)
     rows = []
     for own in by_benchmark(parts).values():
         for candidate in candidates:
@@ -73,14 +84,18 @@ class _Asking:
         results: Results,
         session_len: int | None,
         max_batch_size: int,
+        shots: int | None,
         progress: Progress | None,
     ):
         self.model, self.candidates, self.parts, self.results = model, candidates, parts, results
+        self.shots = shots
         self.sizes = {"session_len": session_len, "max_batch_size": max_batch_size}
         self.progress = progress
         self.tasks: dict[str, Task] = {}
         self.kept = {
-            (c.name, part): results.load(key_of(model, c, part, session_len)) for c in candidates for part in parts
+            (c.name, part): results.load(key_of(model, c, part, session_len, shots))
+            for c in candidates
+            for part in parts
         }
 
     def ask(self, candidate: Candidate, parts: Sequence[Part], limits: dict[Part, int | None]) -> None:
@@ -88,19 +103,35 @@ class _Asking:
         missing = [part for part in parts if not self.kept[candidate.name, part].holds(limits[part])]
         if not missing:
             return
-        self.tasks = self.tasks or load_tasks(self.parts)
+        self.tasks = self.tasks or load_tasks(self.parts, self.shots)
         llm = candidate.llm(self.model, **self.sizes)
         for part in missing:
             task, result = self.tasks[part.definition], self.kept[candidate.name, part]
-            result.documents = len(task.eval_docs)
+            first = _examples_of_its_own(task, part.shots(self.shots) or 0)
+            result.documents = len(task.eval_docs) - first
             end = min(limits[part] or result.documents, result.documents)
             for start in range(len(result.items) // AT_ONCE * AT_ONCE, end, AT_ONCE):
                 stop = min(end, start + AT_ONCE)
                 begun = perf_counter()
                 title = f"{part.name} in {candidate.name}, {start + 1}–{stop} of {end}"
-                result.items[start:] = ask_chunk(llm, task, range(start, stop), title, self.progress)
+                asked = range(first + start, first + stop)
+                result.items[start:] = ask_chunk(llm, task, asked, title, self.progress)
                 result.seconds += perf_counter() - begun
                 self.results.save(result)
+
+    def ask_elsewhere(self, elsewhere: Elsewhere, limits: dict[Part, int | None]) -> None:
+        """Have asked what is missing, and keep it."""
+        missing = [
+            (candidate, part, self.kept[candidate.name, part], limits[part])
+            for candidate in self.candidates
+            for part in self.parts
+            if not self.kept[candidate.name, part].holds(limits[part])
+        ]
+        for (candidate, part, *_), result in zip(
+            missing, elsewhere(missing, self.sizes | {"shots": self.shots}), strict=True
+        ):
+            self.kept[candidate.name, part] = result
+            self.results.save(result)
 
     def affordable(self, budget: Budget, say: Callable[[str], None]) -> dict[Part, int | None]:
         """How many documents of each part an equal share of the time allows, and what was asked before."""
@@ -125,8 +156,15 @@ class _Asking:
         return limits
 
 
-def load_tasks(parts: Sequence[Part]) -> dict[str, Task]:
-    """The harness's tasks by their names there, with documents from the parts' files."""
+def _examples_of_its_own(task: Task, shots: int) -> int:
+    """How many of the questions are the examples: all `shots`, or none where these are of another split."""
+    examples = list(task.fewshot_docs() or ())[:shots]
+    return shots if examples == [task.eval_docs[i] for i in range(len(examples))] else 0
+
+
+def load_tasks(parts: Sequence[Part], shots: int | None = None) -> dict[str, Task]:
+    """The harness's tasks by their names there, with documents from the parts' files, and the first `shots` as
+    examples."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
@@ -134,6 +172,8 @@ def load_tasks(parts: Sequence[Part]) -> dict[str, Task]:
     members: list[dict[str, Any]] = []
     for part in parts:
         member: dict[str, Any] = {"task": part.definition}
+        if part.shots(shots) is not None:
+            member |= {"num_fewshot": shots, "fewshot_config": {"sampler": "first_n"}}
         if part.files:
             data_dir = next(iter(part.files.values())).parents[1]
             member["custom_dataset"] = load

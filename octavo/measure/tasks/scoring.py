@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from octavo.cache.batch import Batch
+from octavo.cache.snapshots import Turn
 from octavo.engine.engine import Engine
 from octavo.errors import OctavoError
 
@@ -46,6 +47,7 @@ class _Text:
     first_page: int = -1
     ring: int = -1
     state_slot: int | None = None
+    turn: Turn | None = None
     num_cached: int = 0
     tables: list[list[int]] = field(default_factory=list)
     behind: list[int] = field(default_factory=list)
@@ -87,22 +89,28 @@ def _text(index: int, request: Request, room: int) -> _Text:
 
 
 def _steps(texts: list[_Text], engine: Engine) -> Iterator[list[_Text]]:
-    """Texts to be run together: the second continuation of a context comes a step after its first, whose blocks it
-    shares. Longest first, so that time estimates err on the long side."""
+    """Texts to be run together: a text that begins as another does comes a step after it, whose blocks it shares.
+    Longest first, so that time estimates err on the long side."""
     contexts: dict[tuple[int, ...], list[_Text]] = {}
     for text in sorted(texts, key=lambda text: -len(text.tokens)):
         contexts.setdefault(tuple(text.tokens[: text.first + 1]), []).append(text)
     groups, width = list(contexts.values()), engine.scheduler.max_batch_size
     step: list[_Text] = []
+    read: set[tuple[int, ...]] = set()  # first blocks of texts of the steps before
+    block = engine.pool.block_size
     for start in range(0, len(groups), width):
         wave = groups[start : start + width]
         for turn in range(max(map(len, wave))):
             for text in (group[turn] for group in wave if turn < len(group)):
-                if step and not _fits([*step, text], engine):
+                begins = {tuple(other.tokens[:block]) for other in step}
+                waits = tuple(text.tokens[:block]) in begins - read and text.first >= block
+                if step and (waits or not _fits([*step, text], engine)):
                     yield step
+                    read |= begins
                     step = []
                 step.append(text)
             yield step
+            read |= {tuple(other.tokens[:block]) for other in step}
             step = []
 
 

@@ -6,11 +6,11 @@ from a pool (mixers.py), and before a model is served every one of them has show
 Nothing here knows an architecture.
 """
 
-from octavo.models.states.find import STATELESS, TYPES, Found, find, install, may_keep_states
+from octavo.models.states.find import STATELESS, TYPES, Found, find, install, may_keep_states, uninstall
 from octavo.models.states.mixers import StateStep, stepping
 from octavo.models.states.proof import TOKENS, prove
 
 __all__ = [
     "STATELESS", "TOKENS", "TYPES", "Found", "StateStep", "find", "install", "may_keep_states", "prove",
-    "stepping",
+    "stepping", "uninstall",
 ]  # fmt: skip

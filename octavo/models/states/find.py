@@ -94,12 +94,15 @@ def find(hf: PreTrainedModel, ids: Tensor) -> list[Found]:
     def ends(*_: Any) -> None:
         notes.running.pop()
 
+    given: dict[str, Any] = {_cache_parameter(hf): notes}
+    if "position_ids" in inspect.signature(hf.forward).parameters:  # else a model may ask the cache for its length
+        given["position_ids"] = torch.arange(len(ids), device=ids.device)[None]
     with ExitStack() as hooks:
         for module in hf.modules():
             hooks.callback(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(ends, always_call=True).remove)
         try:
-            hf(input_ids=ids[None], use_cache=True, **{_cache_parameter(hf): notes})
+            hf(input_ids=ids[None], use_cache=True, **given)
         except (Unsupported, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -121,6 +124,14 @@ def find(hf: PreTrainedModel, ids: Tensor) -> list[Found]:
     if len({id(each.module) for each in found}) < len(found):
         raise Unsupported(f"{name} runs one mixer as several layers, whose states one slot cannot hold")
     return found
+
+
+def uninstall(hf: PreTrainedModel) -> None:
+    """Have a model's mixers as they were before."""
+    for module in hf.modules():
+        if isinstance(module, PackedMixer):
+            module.__class__ = type(module).__bases__[1]
+            del vars(module)[MIXER]
 
 
 def install(found: Sequence[Found]) -> StatePlan:

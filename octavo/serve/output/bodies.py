@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,19 +9,10 @@ from octavo.engine.scoring import Scored
 from octavo.serve.calls import CallDelta
 from octavo.serve.errors import ApiError
 from octavo.serve.output.choices import Choice, ChoiceDelta, Output
+from octavo.serve.output.events import dumps, event
 from octavo.serve.output.logprobs import ShownToken, chat_logprobs, text_logprobs
 
 DONE = b"data: [DONE]\n\n"
-
-
-def dumps(value: Any) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace")  # in a call's arguments a model may have written half a surrogate pair
-
-
-def event(value: Any, name: str | None = None) -> bytes:
-    """One server-sent event."""
-    return (f"event: {name}\n".encode() if name else b"") + b"data: " + dumps(value) + b"\n\n"
 
 
 class ResponseBody:
@@ -46,6 +36,9 @@ class ResponseBody:
     def whole(self) -> dict[str, Any]:
         """The output in one document."""
         raise NotImplementedError
+
+    async def keep(self) -> None:
+        """Keep what later requests may ask for: all is written, and the end is not sent yet."""
 
 
 class OpenAIBody(ResponseBody):

@@ -12,8 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from octavo.serve.account import Account
 from octavo.serve.errors import ApiError, refusal
-from octavo.serve.output.bodies import ResponseBody, dumps
+from octavo.serve.output.bodies import ResponseBody
 from octavo.serve.output.choices import ChoiceDelta
+from octavo.serve.output.events import dumps
 from octavo.serve.service import Service
 
 
@@ -62,6 +63,7 @@ class GeneratedResponse(Response):
             async for _ in batches:
                 pass
         body = dumps(self.form.whole())
+        await self.form.keep()
         self.begun = True
         await Response(body, media_type="application/json")(scope, receive, send)
 
@@ -71,7 +73,9 @@ class GeneratedResponse(Response):
             async for deltas in batches:
                 if events := b"".join(map(self.form.events, deltas)):
                     await self._send(send, events)
-        await self._send(send, self.form.end(), more=False)
+        end = self.form.end()
+        await self.form.keep()
+        await self._send(send, end, more=False)
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         self.account.refused = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -20,7 +21,10 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def answered_by(
-    service: Service, kind: type[R], answer: Callable[[Service, Account, R], Response], beside: bool = False
+    service: Service,
+    kind: type[R],
+    answer: Callable[[Service, Account, R], Response | Awaitable[Response]],
+    beside: bool = False,
 ) -> Endpoint:
     """The endpoint that reads a request of a `kind` and has it answered; always `beside` the loop, if `answer` does
     more than a moment's work itself."""
@@ -28,11 +32,12 @@ def answered_by(
     async def endpoint(request: Request) -> Response:
         account: Account = request.scope["octavo.account"]
         body = await _body(request, service)
-        return await service.read(
+        answered = await service.read(
             account.client,
             SMALL + len(body) if beside else len(body),
             lambda: answer(service, account, parse(body, kind, service.longest, service.ignore_unknown)),
         )
+        return await answered if inspect.isawaitable(answered) else answered
 
     return endpoint
 

@@ -10,8 +10,9 @@ from starlette.routing import Route
 from octavo.serve.account import Account
 from octavo.serve.calls import CallDelta
 from octavo.serve.errors import ApiError
-from octavo.serve.output.bodies import ResponseBody, event
+from octavo.serve.output.bodies import ResponseBody
 from octavo.serve.output.choices import Call, ChoiceDelta, Output
+from octavo.serve.output.events import event
 from octavo.serve.output.sending import GeneratedResponse
 from octavo.serve.requests.anthropic import CountRequest, MessagesRequest, input_of
 from octavo.serve.requests.generate import GenerateRequest

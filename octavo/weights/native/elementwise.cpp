@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "parallel.h"
-#include "simd.h"
+#include "silu.h"
 
 namespace octavo::weights::ISA {
 namespace {
@@ -18,7 +18,6 @@ using namespace octavo::ISA;
 
 constexpr int64_t SMALL = 1 << 14;  // elements: fewer are not worth waking a thread for
 constexpr int64_t PIECE = 1 << 12;  // elements that a thread takes at a time, at least
-constexpr float LOG2E = 1.44269504f;
 
 // f(i, n) for vectors of n = W elements from i on, and a last one of fewer.
 template <class F>
@@ -70,11 +69,6 @@ void rms_norm(const float* x, int64_t rows, int64_t stride, int64_t dim, const f
     });
 }
 
-f32v sigmoid(f32v x) {
-    const f32v e = exp2(abs(x) * -LOG2E);  // of what is not above 0
-    return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
-}
-f32v silu(f32v x) { return x * sigmoid(x); }
 // x·½(1 + tanh u) = x·σ(2u) with u = √(2/π)·(x + 0.044715x³).
 f32v gelu_tanh(f32v x) { return x * sigmoid(1.5957691f * x * (1.0f + 0.044715f * x * x)); }
 // x·½(1 + erf(x/√2)); Abramowitz and Stegun 7.1.26, off by 1.5e-7 at most.

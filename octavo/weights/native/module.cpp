@@ -8,7 +8,6 @@
 namespace nb = nanobind;
 using namespace octavo;
 using weights::Matrix;
-using weights::Panels;
 
 #define OCTAVO_DECLARE(isa) \
     namespace octavo::weights::isa { \
@@ -44,10 +43,15 @@ void decode(const Matrix& matrix, int64_t first, int64_t count, int type, uint64
     compiled->int4.decode(matrix, first, count, Float(type), at<void>(w), compiled.pool(threads));
 }
 
-void multiply_panels(int64_t out, int64_t in, uint64_t weight, int weight_type, uint64_t x, int64_t rows,
-                     int64_t stride, int type, uint64_t bias, uint64_t y, int threads) {
-    compiled->panels.multiply({out, in, at<const void>(weight), Float(weight_type)}, at<const void>(x), rows, stride,
-                              Float(type), at<const void>(bias), at<void>(y), compiled.pool(threads));
+// Of each product four numbers: outputs, and the addresses of its panels, of its bias or 0, and of its y.
+void multiply_panels(const std::vector<uint64_t>& products, bool gated, int64_t in, int weight_type, uint64_t x,
+                     int64_t rows, int64_t stride, int type, int threads) {
+    std::vector<weights::Product> list;
+    for (size_t i = 0; i + 3 < products.size(); i += 4)
+        list.push_back({{int64_t(products[i]), in, at<const void>(products[i + 1]), Float(weight_type)},
+                        at<const void>(products[i + 2]), at<void>(products[i + 3])});
+    compiled->panels.multiply(list.data(), int(list.size()), gated, at<const void>(x), rows, stride, Float(type),
+                              compiled.pool(threads));
 }
 
 void pack_panels(uint64_t w, int64_t out, int64_t in, int64_t stride, int bytes, uint64_t panels, int threads) {

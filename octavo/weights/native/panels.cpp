@@ -8,14 +8,18 @@
 // As many rows as there are registers for share one pass over the weights, which are widened in registers. More go in
 // groups over a tile of weights, CHAIN inputs of some panels: the first group reads it into the nearest cache. For many
 // groups it is widened once, into that cache. While a tile is multiplied, the next is fetched.
+//
+// Several weights that multiply the same rows share one pass over them. Of a gate and what it opens, tiles take turns, so
+// that the two products meet before they leave the cache.
 #include "panels.h"
 
 #include <algorithm>
 #include <memory>
 #include <numeric>
+#include <vector>
 
 #include "parallel.h"
-#include "simd.h"
+#include "silu.h"
 
 namespace octavo::weights::ISA {
 namespace {
@@ -82,13 +86,11 @@ struct Parts {
     int64_t size(int64_t part) const { return first(part + 1) - first(part); }
 };
 
-// What is multiplied with the weights, and where it goes.
+// What is multiplied with the weights.
 struct Rows {
     const void* x;
     int64_t count, stride;
-    Float type;  // of x, bias and y
-    const void* bias;
-    void* y;
+    Float type;  // of x, biases and y
 
     // `height` rows from `first`, n ≤ CHAIN inputs of each from k, as floats, LINE apart.
     void take(int64_t first, int64_t height, int64_t k, int64_t n, float* to) const {
@@ -106,17 +108,37 @@ struct Rows {
         });
     }
     // Sums c [rows, row] of outputs from `begin` on, at most n, to y with the bias.
-    void finish(const Panels& m, const float* c, int64_t row, int64_t first, int64_t rows, int64_t begin,
+    void finish(const Product& p, const float* c, int64_t row, int64_t first, int64_t rows, int64_t begin,
                 int64_t n) const {
-        n = std::min(n, m.out - begin);
+        n = std::min(n, p.weight.out - begin);
         with_type(type, [&](auto kind) {
             using T = decltype(kind);
-            const T* shift = bias ? static_cast<const T*>(bias) + begin : nullptr;
+            const T* shift = p.bias ? static_cast<const T*>(p.bias) + begin : nullptr;
             for (int64_t r = 0; r < rows; r++, c += row) {
-                T* to = static_cast<T*>(y) + (first + r) * m.out + begin;
+                T* to = static_cast<T*>(p.y) + (first + r) * p.weight.out + begin;
                 for (int64_t o = 0; o < n; o++) from_float(shift ? c[o] + to_float(shift[o]) : c[o], to[o]);
             }
         });
+    }
+    // The same of a gate's sums and those of what it opens, `up`.
+    void finish_gated(const Product* p, const float* c, const float* up, int64_t row, int64_t first, int64_t rows,
+                      int64_t begin, int64_t n) const {
+        n = std::min(n, p->weight.out - begin);
+        const float *c_bias = static_cast<const float*>(p[0].bias), *up_bias = static_cast<const float*>(p[1].bias);
+        for (int64_t r = 0; r < rows; r++, c += row, up += row) {
+            float* to = static_cast<float*>(p->y) + (first + r) * p->weight.out + begin;
+            for (int64_t o = 0; o < n; o += W) {
+                const int lanes = int(std::min<int64_t>(W, n - o));
+                auto biased = [&](const float* sums, const float* bias) {
+                    f32v x = load<f32v>(sums + o);
+                    for (int i = 0; bias && i < lanes; i++) x[i] += bias[begin + o + i];
+                    return x;
+                };
+                const f32v y = silu(biased(c, c_bias)) * biased(up, up_bias);
+                if (lanes == W) store(to + o, y);
+                else std::memcpy(to + o, &y, lanes * sizeof(float));
+            }
+        }
     }
 };
 
@@ -166,74 +188,120 @@ void group_chain(int64_t height, const float* x, const T* w, int64_t apart, int6
     chain<R, REGISTERS>(x, w, apart, n, first, c, COLUMNS, ahead);
 }
 
+inline int64_t panels_of(const Panels& m) { return (m.out + PANEL - 1) / PANEL; }
+
+// A call: the products, and what of them is done together: one panel or tile of one weight, or of a gate and its other.
+struct Call {
+    const Product* products;
+    int count;
+    bool gated;
+    const Rows& rows;
+    int64_t in() const { return products->weight.in; }
+    int64_t outputs() const {
+        int64_t all = 0;
+        for (int i = 0; i < count; i++) all += products[i].weight.out;
+        return all;
+    }
+    bool worth_it(int64_t height) const { return height * in() * outputs() >= SMALL; }
+};
+
 // Few rows: x [chains, R, LINE].
 template <int R, class T>
-void few(const Panels& m, const Rows& rows, const float* x, const Pool& pool) {
+void few(const Call& call, const float* x, const Pool& pool) {
     constexpr int SIDE = floor_power_of_2(std::min(ROWS * REGISTERS / R, 8)) / WIDE;  // panels there are registers for
-    const int64_t panels = (m.out + PANEL - 1) / PANEL;
+    const int64_t in = call.in();
+    struct Piece {
+        const Product* product;
+        int64_t first, last;  // panels
+    };
+    std::vector<Piece> pieces;
+    int64_t panels = 0;
+    for (int i = 0; i < call.count; i++) panels += panels_of(call.products[i].weight);
     const int64_t each = std::max<int64_t>(1, panels / (8 * pool.threads) / 4) * 4;
-    const T* weight = static_cast<const T*>(m.weight);
-    parallel(pool, (panels + each - 1) / each, R * m.in * m.out >= SMALL, [&](int64_t item) {
-        const int64_t end = std::min(panels, (item + 1) * each);
-        int64_t p = item * each;
+    for (int i = 0; i < (call.gated ? 1 : call.count); i++) {
+        const int64_t own = panels_of(call.products[i].weight);
+        for (int64_t p = 0; p < own; p += each) pieces.push_back({call.products + i, p, std::min(own, p + each)});
+    }
+    parallel(pool, int64_t(pieces.size()), call.worth_it(R), [&](int64_t item) {
+        const Piece& piece = pieces[item];
+        int64_t p = piece.first;
         const auto side_by_side = [&](auto panels) {
             constexpr int P = decltype(panels)::value;
-            alignas(64) float sums[R * P * PANEL];
-            for (int64_t k = 0; k < m.in; k += CHAIN) {
-                const T* w = weight + (p * m.in + k) * PANEL;
-                const auto ahead = [=](int64_t i) {
-                    for (int64_t j = 0; j < P; j++) fetch(w + (j * m.in + i) * PANEL + AHEAD, STRIDE * PANEL * sizeof(T));
-                };
-                chain<R, P * WIDE>(x + k / CHAIN * R * LINE, w, m.in * PANEL, std::min(CHAIN, m.in - k), k == 0, sums,
-                                   P * PANEL, ahead);
+            alignas(64) float sums[2][R * P * PANEL];
+            auto sum = [&](const Panels& m, float* to) {
+                for (int64_t k = 0; k < in; k += CHAIN) {
+                    const T* w = static_cast<const T*>(m.weight) + (p * in + k) * PANEL;
+                    const auto ahead = [=](int64_t i) {
+                        for (int64_t j = 0; j < P; j++) fetch(w + (j * in + i) * PANEL + AHEAD, STRIDE * PANEL * sizeof(T));
+                    };
+                    chain<R, P * WIDE>(x + k / CHAIN * R * LINE, w, in * PANEL, std::min(CHAIN, in - k), k == 0, to,
+                                       P * PANEL, ahead);
+                }
+            };
+            sum(piece.product->weight, sums[0]);
+            if (call.gated) {
+                sum(piece.product[1].weight, sums[1]);
+                call.rows.finish_gated(piece.product, sums[0], sums[1], P * PANEL, 0, R, p * PANEL, P * PANEL);
+            } else {
+                call.rows.finish(*piece.product, sums[0], P * PANEL, 0, R, p * PANEL, P * PANEL);
             }
-            rows.finish(m, sums, P * PANEL, 0, R, p * PANEL, P * PANEL);
             p += P;
         };
-        while (p + SIDE <= end) side_by_side(std::integral_constant<int, SIDE>{});
-        while (p < end) side_by_side(std::integral_constant<int, 1>{});
+        while (p + SIDE <= piece.last) side_by_side(std::integral_constant<int, SIDE>{});
+        while (p < piece.last) side_by_side(std::integral_constant<int, 1>{});
     });
 }
 
 template <class T, int R = ROWS>
-void few(const Panels& m, const Rows& rows, const float* x, const Pool& pool) {
+void few(const Call& call, const float* x, const Pool& pool) {
     if constexpr (R > 1)
-        if (rows.count < R) return few<T, R - 1>(m, rows, x, pool);
-    few<R, T>(m, rows, x, pool);
-}
-
-// The weights of tile `at` from input k on, in its first panel.
-template <class T>
-const T* weights_of(const Panels& m, int64_t at, int64_t k) {
-    return static_cast<const T*>(m.weight) + (at * TOGETHER * m.in + k) * PANEL;
+        if (call.rows.count < R) return few<T, R - 1>(call, x, pool);
+    few<R, T>(call, x, pool);
 }
 
 // Many rows: a block of them and a range of tiles at a time.
 template <class T>
-void many(const Panels& m, const Rows& rows, const Pool& pool) {
-    const int64_t panels = (m.out + PANEL - 1) / PANEL, tiles = (panels + TOGETHER - 1) / TOGETHER;
+void many(const Call& call, const Pool& pool) {
+    struct Tile {
+        const Product* product;
+        int64_t panel;
+        // Its weights from input k on, in its first panel.
+        const T* weights(int64_t k) const {
+            return static_cast<const T*>(product->weight.weight) + (panel * product->weight.in + k) * PANEL;
+        }
+    };
+    std::vector<Tile> tiles;
+    for (int i = 0; i < (call.gated ? 1 : call.count); i++)
+        for (int64_t panel = 0; panel < panels_of(call.products[i].weight); panel += TOGETHER) {
+            tiles.push_back({call.products + i, panel});
+            if (call.gated) tiles.push_back({call.products + 1, panel});
+        }
+    const Rows& rows = call.rows;
+    const int64_t in = call.in(), turn = call.gated ? 2 : 1, turns = int64_t(tiles.size()) / turn;
     const Parts blocks = Parts::of_at_most(rows.count, BLOCK);
     // Pieces are of one size, and their number a multiple of the threads'.
     const int64_t step = pool.threads / std::gcd(blocks.count, int64_t(pool.threads));
-    const int64_t wanted = std::max((PIECES * pool.threads - 1) / blocks.count + 1, (tiles - 1) / WIDEST + 1);
-    const Parts ranges{tiles, std::min((wanted + step - 1) / step * step, (tiles - 1) / NARROWEST + 1)};
-    parallel(pool, blocks.count * ranges.count, rows.count * m.in * m.out >= SMALL, [&](int64_t item) {
+    const int64_t wanted = std::max((PIECES * pool.threads - 1) / blocks.count + 1, (turns * turn - 1) / WIDEST + 1);
+    const Parts ranges{turns, std::min((wanted + step - 1) / step * step, (turns - 1) / NARROWEST + 1)};
+    parallel(pool, blocks.count * ranges.count, call.worth_it(rows.count), [&](int64_t item) {
         const int64_t block = item % blocks.count, range = item / blocks.count;
-        const int64_t height = blocks.size(block), begin = ranges.first(range), end = ranges.first(range + 1);
+        const int64_t height = blocks.size(block), first = blocks.first(block);
+        const int64_t begin = ranges.first(range) * turn, end = ranges.first(range + 1) * turn;
         const Parts groups = Parts::of_at_most(height, ROWS);
         const bool direct = groups.count <= DIRECT;
         float* tile = scratch.take(CHAIN * COLUMNS + height * (LINE + (end - begin) * COLUMNS));
         float* inputs = tile + CHAIN * COLUMNS;
         float* sums = inputs + height * LINE;  // [end − begin, height, COLUMNS]
-        for (int64_t k = 0; k < m.in; k += CHAIN) {
-            const int64_t n = std::min(CHAIN, m.in - k);
-            rows.take(blocks.first(block), height, k, n, inputs);
+        for (int64_t k = 0; k < in; k += CHAIN) {
+            const int64_t n = std::min(CHAIN, in - k);
+            rows.take(first, height, k, n, inputs);
             float* c = sums;
             for (int64_t at = begin; at < end; at++, c += height * COLUMNS) {
-                const T* w = weights_of<T>(m, at, k);
-                const T* next = at + 1 < end ? weights_of<T>(m, at + 1, k) : weights_of<T>(m, begin, k + n);
+                const T* w = tiles[at].weights(k);
+                const T* next = at + 1 < end ? tiles[at + 1].weights(k) : tiles[begin].weights(k + n);
                 // A panel that is not there is computed from another, and not kept.
-                const int64_t apart = (at + 1) * TOGETHER <= panels ? m.in * PANEL : 0;
+                const int64_t apart =
+                    tiles[at].panel + TOGETHER <= panels_of(tiles[at].product->weight) ? in * PANEL : 0;
                 if (!direct)
                     for (int t = 0; t < TOGETHER; t++)
                         for (int64_t i = 0; i < n * PANEL; i += W)
@@ -246,29 +314,37 @@ void many(const Panels& m, const Rows& rows, const Pool& pool) {
                     const int64_t each = STRIDE * PANEL / groups.count;
                     const auto ahead = [=](int64_t i) {
                         for (int t = 0; t < TOGETHER; t++)
-                            fetch(share + t * m.in * PANEL + i / STRIDE * each, each * int64_t(sizeof(T)));
+                            fetch(share + t * in * PANEL + i / STRIDE * each, each * int64_t(sizeof(T)));
                     };
                     if (direct) group_chain(groups.size(g), x, w, apart, n, k == 0, to, ahead);
                     else group_chain(groups.size(g), x, tile, n * PANEL, n, k == 0, to, ahead);
                 }
             }
         }
-        for (int64_t at = begin; at < end; at++, sums += height * COLUMNS)
-            rows.finish(m, sums, COLUMNS, blocks.first(block), height, at * COLUMNS, COLUMNS);
+        const int64_t size = height * COLUMNS;
+        for (int64_t at = begin; at < end; at += turn, sums += turn * size) {
+            const Tile& own = tiles[at];
+            if (call.gated)
+                rows.finish_gated(own.product, sums, sums + size, COLUMNS, first, height, own.panel * PANEL, COLUMNS);
+            else
+                rows.finish(*own.product, sums, COLUMNS, first, height, own.panel * PANEL, COLUMNS);
+        }
     });
 }
 
-void multiply(const Panels& m, const void* x, int64_t count, int64_t stride, Float type, const void* bias, void* y,
+void multiply(const Product* products, int number, bool gated, const void* x, int64_t count, int64_t stride, Float type,
               const Pool& pool) {
     if (count == 0) return;
-    const Rows rows{x, count, stride, type, bias, y};
-    with_type(m.type, [&](auto weight) {
+    const Rows rows{x, count, stride, type};
+    const Call call{products, number, gated, rows};
+    const int64_t in = call.in();
+    with_type(products->weight.type, [&](auto weight) {
         using T = decltype(weight);
-        if (count > ROWS) return many<T>(m, rows, pool);
-        float* inputs = scratch.take((m.in + CHAIN - 1) / CHAIN * count * LINE);
-        for (int64_t k = 0; k < m.in; k += CHAIN)
-            rows.take(0, count, k, std::min(CHAIN, m.in - k), inputs + k / CHAIN * count * LINE);
-        few<T>(m, rows, inputs, pool);
+        if (count > ROWS) return many<T>(call, pool);
+        float* inputs = scratch.take((in + CHAIN - 1) / CHAIN * count * LINE);
+        for (int64_t k = 0; k < in; k += CHAIN)
+            rows.take(0, count, k, std::min(CHAIN, in - k), inputs + k / CHAIN * count * LINE);
+        few<T>(call, inputs, pool);
     });
 }
 

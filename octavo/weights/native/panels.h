@@ -16,11 +16,19 @@ struct Panels {
     Float type;
 };
 
+// What one weight makes of the rows: y [rows, out] = x·Wᵀ + bias [out], or null.
+struct Product {
+    Panels weight;
+    const void* bias;
+    void* y;
+};
+
 struct PanelKernels {
-    // y [rows, out] = x [rows, in]·Wᵀ + bias [out] or null; x, bias and y are of one type, x rows contiguous and `stride`
-    // apart. Products and sums are float32 and y is rounded once. Every element of y is summed in one order, whatever
-    // the shape of the rest: see panels.cpp.
-    void (*multiply)(const Panels&, const void* x, int64_t rows, int64_t stride, Float, const void* bias, void* y,
+    // Products of the rows x [rows, in] with some weights, all of one `in` and one type; x, biases and y are of one type
+    // too, x rows contiguous and `stride` apart. With `gated`, of two weights of one size and x in float32, the first's y
+    // becomes silu(its product) ∘ the second's product, and the second has none. Products and sums are float32 and y is
+    // rounded once. Every element is summed in one order, whatever the shape of the rest: see panels.cpp.
+    void (*multiply)(const Product*, int products, bool gated, const void* x, int64_t rows, int64_t stride, Float,
                      const Pool&);
     // The panels of W [out, in], `stride` elements from row to row, of any type of that many bytes.
     void (*pack)(const void* w, int64_t out, int64_t in, int64_t stride, int bytes, void* panels, const Pool&);

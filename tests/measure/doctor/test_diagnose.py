@@ -137,8 +137,8 @@ def test_offsets_are_seen_where_the_bias_is_fused_with_others_too(pamphlet: Mode
     forward = type(model).forward
 
     class Fused(BoundModel):
-        def forward(self, ids, positions, logits_at, attend):  # type: ignore[no-untyped-def]
-            return forward(model, ids, positions, logits_at, lambda i, q, k, v: attend(i, q, offset(k), v))
+        def forward(self, ids, positions, logits_at, attend, *more):  # type: ignore[no-untyped-def]
+            return forward(model, ids, positions, logits_at, lambda i, q, k, v: attend(i, q, offset(k), v), *more)
 
     fused = Fused(model.hf, model.max_context)
     fused.layers = model.layers
@@ -153,7 +153,7 @@ def test_a_model_that_mixes_sequences_fails_the_self_check(pamphlet: Model, monk
         return out + 0.5 * out.mean(0) if len(batch.q_lens) > 1 else out
 
     assert self_check(pamphlet.bound).passed
-    monkeypatch.setattr("octavo.engine.reading.attend", leaks)
+    monkeypatch.setattr("octavo.models.bound.attend", leaks)
     found = self_check(pamphlet.bound)
     assert not found.passed
     assert found.alone[0] > found.tolerance
@@ -224,5 +224,13 @@ def test_a_slow_model_sees_fewer_windows_and_no_layers_one_by_one_and_that_is_sa
 def test_a_text_too_short_is_refused_with_both_numbers(pamphlet: Model, tmp_path) -> None:  # type: ignore[no-untyped-def]
     text = tmp_path / "short.txt"
     text.write_text("Too short.")
-    with pytest.raises(OctavoError, match=r"short.txt has \d+ tokens and the doctor needs 10,240"):
+    with pytest.raises(OctavoError, match=r"short.txt has \d+ tokens and the doctor needs 7,680"):
         diagnose(pamphlet, str(text))
+
+
+def test_the_bundled_text_is_long_enough_for_all_that_is_wanted_of_it(pamphlet: Model) -> None:
+    """Also where a tokenizer makes a quarter fewer tokens of it than the bundled model's: SmolLM2's has 15,205."""
+    name, calibrated, measured = doctor._windows(pamphlet, None, Windows(8, 512))
+    assert (name, len(calibrated), len(measured)) == ("evaluation.txt", 8, 8)
+    tokens = len(pamphlet.tokenizer(doctor.PROSE.read_text(encoding="utf-8"), verbose=False)["input_ids"])
+    assert 0.75 * tokens > 5 * 512 * 4

@@ -16,7 +16,7 @@ from octavo.errors import OctavoError, install
 from octavo.measure.budget import Windows
 from octavo.measure.doctor import diagnose as doctor
 from octavo.measure.memory.plan import Fit
-from octavo.measure.report import page, plots, survey, svg
+from octavo.measure.report import page, plots, sizes, survey, svg
 from octavo.measure.report.page import numbers, prose, scientific, write_report
 from octavo.measure.report.survey import Survey
 from octavo.measure.speed import roofline
@@ -29,8 +29,9 @@ VOID = {"meta", "br", "link", "img", "hr", "input"}
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Survey, Path]:
     """A report on the bundled model, in sizes that take seconds."""
     small = {
-        survey: {"WINDOW": 128, "WINDOWS": 2, "SAMPLES": 2, "SEQLEN": 64, "BATCH_SIZES": (1, 2), "CONTEXT": 64,
-                 "TOKENS": 2, "ROUNDS": 1},
+        sizes: {"COMPARED": Windows(2, 128), "CALIBRATED": Windows(2, 64), "LONGEST": 512, "SHORTEST": 512,
+                "TIMED": (((1, 2), 64),)},
+        survey: {"TOKENS": 2, "ROUNDS": 1},
         doctor: {"WANTED": Windows(2, 64), "LEAST": Windows(2, 64), "CALIBRATED": 2},
         roofline: {"READ_BYTES": 1 << 20},
     }  # fmt: skip
@@ -97,6 +98,8 @@ def test_page_and_markdown_hold_the_measured_numbers(written: tuple[Survey, Path
         for score in found.scores[1:]:
             assert scientific(score.kl) in text
             assert f"{score.perplexity:.2f}" in text
+        for row in found.retrieval:
+            assert f"{row.right * row.questions:.0f} of {row.questions}" in text
         for cost in found.costs:
             assert f"{cost.token:,}" in text
             assert f"{cost.sessions:,}" in text
@@ -121,7 +124,7 @@ def test_light_and_dark_share_figures_that_hold_no_colour_of_their_own(written: 
 def test_every_plot_of_the_markdown_is_a_file_of_its_own(written: tuple[Survey, Path]) -> None:
     _, directory = written
     plots = re.findall(r"!\[[^]]+\]\((plots/[\w-]+\.svg)\)", (directory / "report.md").read_text(encoding="utf-8"))
-    assert len(plots) == 8
+    assert len(plots) == 10
     for plot in plots:
         text = (directory / plot).read_text(encoding="utf-8")
         ElementTree.fromstring(text)

@@ -26,6 +26,13 @@ metric_list: [{{metric: acc}}]
 """
 
 
+def reads_entry_points() -> bool:
+    """Whether this harness is later than 0.4.13."""
+    from lm_eval.api import registry
+
+    return hasattr(registry, "import_plugins")
+
+
 def test_the_entry_point_names_the_model():
     """What harnesses later than 0.4.13 go by."""
     from octavo.measure.tasks.harness import OctavoLM
@@ -36,14 +43,16 @@ def test_the_entry_point_names_the_model():
 
 @pytest.mark.slow
 def test_the_command_scores_a_task(tmp_path: Path):
-    """From the command line to the results file, in 4 bits; the harness needs no network for a task of one's own."""
+    """From the command line to the results file, in 4 bits; the harness needs no network for a task of one's own. The
+    command is its own, `lm_eval`, where that finds our entry point."""
     data = tmp_path / "boats.json"
     documents = [{"question": "The boat went down the", "choices": [" river", " lamp"], "answer": 0}] * 4
     data.write_text("\n".join(map(json.dumps, documents)))
     (tmp_path / "boats.yaml").write_text(TASK.format(data=data))
     done = subprocess.run(
         [
-            sys.executable, "-m", "octavo.measure.tasks.lm_eval", "run", "--model", "octavo",
+            sys.executable, "-m", "lm_eval" if reads_entry_points() else "octavo.measure.tasks.lm_eval",
+            "--model", "octavo",
             "--model_args", "pretrained=pamphlet,kv=kv4,dtype=float32", "--tasks", "boats",
             "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"),
         ],

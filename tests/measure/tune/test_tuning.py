@@ -141,7 +141,7 @@ def test_formats_of_other_weights_or_none_at_all_are_refused(
 @pytest.fixture
 def octavo(pamphlet: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs a command line on the bundled model that is loaded already; returns its stdout."""
-    monkeypatch.setattr(LoadOptions, "load", lambda *_: pamphlet)
+    monkeypatch.setattr(LoadOptions, "load", lambda *_, **__: pamphlet)
 
     def run(*argv: object) -> str:
         with pytest.raises(SystemExit) as exit:

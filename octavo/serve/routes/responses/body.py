@@ -8,12 +8,13 @@ from typing import Any
 
 from octavo.serve.calls import CallDelta
 from octavo.serve.errors import ApiError
-from octavo.serve.output.bodies import ResponseBody, event
+from octavo.serve.output.bodies import ResponseBody
 from octavo.serve.output.choices import Call, ChoiceDelta, Output
+from octavo.serve.output.events import event
 from octavo.serve.output.logprobs import ShownToken, chat_logprobs
 from octavo.serve.requests.responses import ResponsesRequest
 from octavo.serve.requests.strict import read_json
-from octavo.serve.routes.responses.store import Store
+from octavo.serve.store import Kept, Store
 from octavo.text import Message
 
 ECHOED = ("instructions", "previous_response_id", "max_output_tokens", "temperature", "top_p", "max_tool_calls", "user")
@@ -27,6 +28,7 @@ class ResponsesBody(ResponseBody):
         self.request, self.before, self.store = request, before, store
         self.items: list[dict[str, Any]] = []  # as far as they have come
         self.number = 0  # of the next event
+        self.kept: Kept | None = None  # once it has ended
 
     # ---- whole -------------------------------------------------------------------------------------------------------
 
@@ -60,8 +62,12 @@ class ResponsesBody(ResponseBody):
             said: Message = {"role": "assistant", "content": choice.text}
             if choice.calls:
                 said["tool_calls"] = [_plain(call) for call in choice.calls]
-            self.store.add(response, [*self.before, *self.request.messages(), said])
+            self.kept = Kept(response, [*self.before, *self.request.messages(), said])
         return response
+
+    async def keep(self) -> None:
+        if self.kept:
+            await self.store.add(self.kept)
 
     def _response(self, status: str) -> dict[str, Any]:
         request = self.request.model_dump(exclude_none=True, by_alias=True)

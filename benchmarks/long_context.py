@@ -1,0 +1,171 @@
+"""What cache formats cost in long contexts: KL divergence by position, and values looked up by their keys.
+
+By position: one text of each length is read in every format in lockstep (`octavo accuracy`'s code), and KL is told for
+each doubling of the position. Looking up: lists of keys and values (octavo/measure/accuracy/retrieval.py). Models in
+float32. Rows are kept in --out as they come, and the same command goes on.
+
+    python benchmarks/long_context.py MODEL … --data ../shared/data/text --work-dir DIR --out benchmarks/results/long-context.json
+    python benchmarks/long_context.py --plot docs/long-context.svg --out benchmarks/results/long-context.json
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from formats import BASELINE, calibrated, keep
+from machine import describe
+
+from octavo.cli.progress import progress
+from octavo.corpus import load_texts
+from octavo.measure.accuracy.compare import compare
+from octavo.measure.accuracy.retrieval import contexts, retrieve
+from octavo.measure.candidate import Candidate
+from octavo.measure.report.plots import colour
+from octavo.measure.report.svg import standalone
+from octavo.models.model import Model
+from octavo.quant.format import KVFormat
+from octavo.text_windows import consecutive_windows
+
+EDGES = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # positions between which KL is averaged
+
+Document = dict[str, Any]
+
+
+def by_position(model: Model, candidates: list[Candidate], length: int, args: argparse.Namespace) -> list[Document]:
+    """One row for each format and doubling of the position."""
+    texts = load_texts(args.text, args.data, "test")
+    windows = consecutive_windows(texts, model.tokenizer, length, args.windows)
+    with progress() as bar:
+        task = bar.add_task(f"{model.path.name}: {length:,} tokens", total=None)
+        tell = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        scores = compare(model, BASELINE, candidates, windows, tell)[1:]
+    same = {"model": model.path.name, "text": args.text, "length": length, "windows": len(windows)}
+    rows = []
+    for score in scores:
+        for start, stop in pairwise([edge for edge in EDGES if edge < length] + [length]):
+            part = score.kl_by_position[start : stop - 1]
+            rows.append(same | {"name": score.name, "start": start, "stop": stop, "kl": sum(part) / len(part)})
+    return rows
+
+
+def looked_up(model: Model, candidates: list[Candidate], length: int, args: argparse.Namespace) -> list[Document]:
+    asked = contexts(model.tokenizer, length, questions=args.questions)
+    with progress() as bar:
+        task = bar.add_task(f"{model.path.name}: looking up in {length:,}", total=None)
+        tell = lambda _, done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        rows = retrieve(model, BASELINE, candidates, asked, length, tell)
+    return [{"model": model.path.name, **asdict(row)} for row in rows]
+
+
+def table(found: Document) -> str:
+    """Markdown: KL by position, then what was found of what was asked."""
+    lines = []
+    for model, length in dict.fromkeys((row["model"], row["length"]) for row in found["positions"]):
+        own = [row for row in found["positions"] if (row["model"], row["length"]) == (model, length)]
+        names = list(dict.fromkeys(row["name"] for row in own))
+        lines += [f"| {model}, tokens | " + " | ".join(f"`{name}`" for name in names) + " |"]
+        lines += ["|---|" + "---:|" * len(names)]
+        for start, stop in dict.fromkeys((row["start"], row["stop"]) for row in own):
+            cells = [next(r["kl"] for r in own if (r["name"], r["start"]) == (name, start)) for name in names]
+            lines.append(f"| {start:,}–{stop - 1:,} | " + " | ".join(f"{kl:.1e}" for kl in cells) + " |")
+        lines.append("")
+    for model in dict.fromkeys(row["model"] for row in found["retrieval"]):
+        own = [row for row in found["retrieval"] if row["model"] == model]
+        lengths = sorted({row["length"] for row in own})
+        lines += [f"| {model}, looked up in | " + " | ".join(f"{length:,} tokens" for length in lengths) + " |"]
+        lines += ["|---|" + "---:|" * len(lengths)]
+        for name in dict.fromkeys(row["name"] for row in own):
+            cells = []
+            for row in ({r["length"]: r for r in own if r["name"] == name}.get(length) for length in lengths):
+                if row is None:
+                    cells.append("")
+                    continue
+                found_of = f"{row['right'] * row['questions']:.0f} of {row['questions']}"
+                change = f", {row['change']:+.3f} ± {row['change_error']:.3f}" if name != BASELINE.name else ""
+                cells.append(found_of + change)
+            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(found: Document, path: Path) -> None:
+    """A column for each model: KL over the position, and the change of the looked-up values' log-probability."""
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["model"] for row in found["positions"]))
+    figure = Figure(figsize=(8, 5.4), layout="constrained")
+    grid = figure.subplots(2, len(models), squeeze=False, sharey="row")
+    for (upper, lower), model in zip(grid.T, models, strict=True):
+        own = [row for row in found["positions"] if row["model"] == model]
+        longest = max(row["length"] for row in own)
+        for name in dict.fromkeys(row["name"] for row in own):
+            parts = [row for row in own if row["name"] == name and row["length"] == longest]
+            middles = [math.sqrt(max(row["start"], 256) * row["stop"]) for row in parts]
+            upper.plot(middles, [row["kl"] for row in parts], "o-", color=_colour(name), markersize=3.5, label=name)
+        upper.set(xscale="log", yscale="log", title=model, xlabel="position, tokens")
+        asked = [row for row in found["retrieval"] if row["model"] == model]
+        for name in dict.fromkeys(row["name"] for row in asked if row["name"] != BASELINE.name):
+            rows = sorted((row for row in asked if row["name"] == name), key=lambda row: row["length"])
+            lower.errorbar(
+                [row["length"] for row in rows], [row["change"] for row in rows],
+                [row["change_error"] for row in rows], color=_colour(name), marker="o", markersize=3.5, linewidth=1.2,
+            )  # fmt: skip
+        lower.set(xscale="log", xlabel="tokens of the list")
+    grid[0][0].set_ylabel("KL from the unquantized cache, nats")
+    grid[1][0].set_ylabel("change of a value's log-probability, nats")
+    grid[0][0].legend(frameon=False)
+    path.write_text(standalone(figure, "long-context"))
+
+
+def _colour(name: str) -> str:
+    from octavo.measure.report.svg import LIGHT, ROLES
+
+    return LIGHT[ROLES[colour(name)]]
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("models", nargs="*", type=Path)
+    cli.add_argument("--data", type=Path, help="folder of ptb.*.txt, wikitext2.*.txt")
+    cli.add_argument("--text", default="wikitext2")
+    cli.add_argument("--work-dir", type=Path, default=Path("benchmarks/work"), help="where calibrations are kept")
+    cli.add_argument("--samples", type=int, default=8, help="calibration windows")
+    cli.add_argument("--seqlen", type=int, default=512, help="tokens in one of them")
+    cli.add_argument("--formats", default="kv8,k8v4,kv4,int8")
+    cli.add_argument("--positions", type=int, nargs="*", default=[8192], help="lengths of texts")
+    cli.add_argument("--windows", type=int, default=1, help="texts of each length")
+    cli.add_argument("--retrieval", type=int, nargs="*", default=[2048, 4096, 8192], help="lengths of lists")
+    cli.add_argument("--questions", type=int, default=24)
+    cli.add_argument("--out", type=Path, required=True)
+    cli.add_argument("--plot", type=Path, help="an .svg file")
+    args = cli.parse_args()
+
+    found: Document = {"benchmark": "long context", "positions": [], "retrieval": []}
+    if args.out.is_file():
+        found |= json.loads(args.out.read_text())
+    for path in args.models:
+        model = Model.load(path, dtype="float32")
+        calibration = calibrated(model, args.samples, args.seqlen, args.data, args.work_dir)
+        candidates = [Candidate(name, KVFormat.parse(name), calibration) for name in args.formats.split(",")]
+        for kind, lengths, measure in (
+            ("retrieval", args.retrieval, looked_up),
+            ("positions", args.positions, by_position),
+        ):
+            for length in lengths:
+                same = {"model": model.path.name, "length": length}
+                if not any(same.items() <= row.items() for row in found[kind]):
+                    found[kind] += measure(model, candidates, length, args)
+                    keep(args.out, found | describe())
+    print(table(found))
+    if args.plot is not None:
+        draw(found, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""`octavo generate --ray`: many files of prompts, answered by models on many machines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from typing import Any
+
+import typer
+
+from octavo.cli.jsonl import shaping_of
+from octavo.cli.options import ServeOptions
+from octavo.cli.progress import progress
+from octavo.cli.sampling import SamplingOptions
+from octavo.ray.cluster import cluster, placement
+
+
+def generate_on_ray(
+    address: str,
+    replicas: int | None,
+    options: ServeOptions,
+    sampling: SamplingOptions,
+    input: str,
+    output: str,
+    chat: bool,
+    logprobs: int | None,
+) -> None:
+    with cluster(address):
+        from octavo.ray.generate import answer_files
+        from octavo.ray.shards import Output
+
+        params = sampling.given() | ({} if logprobs is None else {"logprobs": logprobs})
+        answers = Output(input, output, shaping_of(options, chat, logprobs) | params)
+        left = answers.left()
+        done = sum(shard.rows for shard in answers.shards) - sum(shard.rows for shard in left)
+        if done:
+            _tell(f"{done:,} rows are answered in {output} already")
+        place = placement(replicas, options.device)
+        start, total = time.perf_counter(), {"answered": 0, "refused": 0, "tokens": 0}
+        by_replica: dict[str, dict[str, float]] = defaultdict(lambda: {"shards": 0, "tokens": 0, "seconds": 0.0})
+        with progress() as bar:
+            task = bar.add_task(f"answering, {place.count} models", total=sum(shard.rows for shard in left))
+
+            def show(one: dict[str, Any]) -> None:
+                for name in total:
+                    total[name] += one[name]
+                own = by_replica[one["replica"]]
+                own["shards"] += 1
+                own["tokens"] += one["tokens"]
+                own["seconds"] += one["seconds"]
+                rate = total["tokens"] / (time.perf_counter() - start)
+                rows = total["answered"] + total["refused"]
+                bar.update(task, completed=rows, description=f"answering, {place.count} models, {rate:.0f} tok/s")
+
+            answer_files(answers, options.arguments(), params, chat, place, show)
+        for name, own in sorted(by_replica.items()):
+            rate = own["tokens"] / own["seconds"]
+            _tell(f"replica {name[-8:]}: {own['shards']:.0f} shards, {own['tokens']:,.0f} tokens, {rate:.1f} tok/s")
+        seconds = time.perf_counter() - start
+        _tell(f"{total['answered']:,} rows answered, {total['tokens']:,} tokens in {seconds:.1f} s")
+        if total["refused"]:
+            _tell(f"{total['refused']:,} rows could not be served: see {output}/errors-*.jsonl")
+            raise typer.Exit(1)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

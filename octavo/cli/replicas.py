@@ -1,0 +1,74 @@
+"""`octavo serve --replicas`: a Ray cluster of this machine alone, and the application on it until a signal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from octavo.cli.options import ServeOptions
+from octavo.cores import choose
+from octavo.errors import OctavoError
+from octavo.ray.cluster import LOCAL, cluster
+from octavo.serve.listening import Tls, bind, is_local, url
+
+logger = logging.getLogger("octavo")
+
+
+def serve_replicas(
+    options: ServeOptions,
+    replicas: int,
+    host: str,
+    port: int,
+    tls: dict[str, Path | None],
+    asked: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """`asked` are further fields of `octavo.ray.Args`."""
+    if tls["ssl_certfile"]:
+        Tls(tls["ssl_certfile"], tls["ssl_keyfile"]).check()
+    with bind(host, port) as sock:  # refuses what cannot be served; Ray opens it again
+        if not asked["api_key"] and not is_local(sock):
+            logger.warning("anyone who reaches %s can use the model: set --api-key", host)
+        port, address = sock.getsockname()[1], url(sock, tls["ssl_certfile"] is not None)
+    print(f"starting {replicas} replicas on Ray", file=sys.stderr, flush=True)
+    stop = threading.Event()
+    with cluster(LOCAL, "--replicas"):
+        from ray import serve
+
+        from octavo.ray.application import app
+        from octavo.ray.args import Args
+
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, lambda *_: stop.set())
+        args = Args(llm=options.arguments(), replicas=replicas, **_share(options, replicas), **asked)
+        files = {name: str(file) for name, file in tls.items() if file}
+        serve.start(http_options={"host": host, "port": port, **files})
+        try:
+            try:
+                serve.run(app(args), name="octavo", route_prefix="/")
+            except RuntimeError:
+                raise OctavoError("the replicas cannot start: what they wrote above says why") from None
+            if as_json:
+                print(json.dumps({"url": address, "replicas": replicas}), flush=True)
+            else:
+                told = f"{replicas} replicas: a chat at {address}/, the API at {address}/v1"
+                print(told, file=sys.stderr, flush=True)
+            stop.wait()
+        finally:
+            serve.shutdown()
+
+
+def _share(options: ServeOptions, replicas: int) -> dict[str, Any]:
+    """Each replica's part of this machine: a GPU, or as many cores as there are for each, and at least one."""
+    import torch
+
+    if options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available()):
+        return {"gpus": 1, "cpus": 0}
+    cores = int(os.environ.get("OMP_NUM_THREADS", 0)) or choose().threads
+    return {"cpus": min(max(1, cores // replicas), (os.cpu_count() or 1) / replicas)}

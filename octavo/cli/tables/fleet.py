@@ -1,0 +1,44 @@
+"""The table of `octavo plan --fleet`, and what it assumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from octavo.cache.size import format_bytes
+from octavo.cli.tables import mib, table
+from octavo.measure.memory.fleet import Fleet, Gpu, Wanted
+
+
+def fleet_table(found: Sequence[Fleet], wanted: Wanted) -> Table:
+    title = (
+        f"The fewest GPUs for {wanted.sessions:,} sessions of {wanted.context:,} tokens and "
+        f"{wanted.tokens_per_second:,.0f} tokens a second (computed)"
+    )
+    columns = ("weights", "KV", "GPUs", "replicas", "GPUs of each", "MiB of weights a GPU", "MiB per session",
+               "sessions a replica holds", "tokens/s of a session", "tokens/s at most")  # fmt: skip
+    rows = table(title, *columns, keys=2)
+    for i, fleet in enumerate(found):
+        ends = i + 1 == len(found) or found[i + 1].weights != fleet.weights
+        rows.add_row(
+            fleet.weights, fleet.kv, f"{fleet.gpus:,}", f"{fleet.replicas:,}", f"{fleet.ranks}",
+            mib(fleet.weight_bytes), mib(fleet.session_bytes), f"{fleet.sessions:,}", f"{1 / fleet.step:,.0f}",
+            f"{fleet.most:,.0f}", end_section=ends,
+        )  # fmt: skip
+    return rows
+
+
+def assumptions(wanted: Wanted, gpu: Gpu) -> list[str]:
+    """What the table assumes, a sentence a line."""
+    return [
+        "Assumed, not measured:",
+        f"- A GPU has {format_bytes(gpu.memory)}, of which {gpu.kept:.0%} are held back for the runtime.",
+        f"- It reads {gpu.bandwidth / 1e12:.2f} TB/s, of which a decode step reaches {gpu.streamed:.0%}; prompts reach "
+        f"{gpu.computed:.0%} of {gpu.operations / 1e12:.0f} TFLOP/s.",
+        f"- A step costs {1000 * gpu.overhead:.1f} ms on the host, and twice a layer {1e6 * gpu.all_reduce:.0f} µs for "
+        "an all-reduce where a replica has several GPUs.",
+        f"- For each generated token {wanted.prompt:g} prompt tokens are computed; prefix hits cost nothing.",
+        "- A session keeps its rows while it is open; sessions spread evenly over replicas (docs/SCALE.md says how far "
+        "that is true).",
+    ]

@@ -1,0 +1,131 @@
+"""How many GPUs serve so many sessions at such a rate: arithmetic on a model's geometry, nothing is run.
+
+A replica is a model on `ranks` GPUs (octavo/parallel). Each of them holds its share of the weights and of the KV heads,
+and a session that is open keeps its rows there whether it is answered at the moment or not. A decode step of b sessions
+takes as long as its bytes and operations need one after the other:
+
+    seconds = overhead + (weights + b · session) / ranks / bandwidth + 2 · layers · all-reduce
+              + b · prompt · 2 · parameters / ranks / operations
+
+where `prompt` is how many prompt tokens are computed for each token that is generated. With fewer KV heads than ranks a
+session's rows are on several of them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from octavo.errors import OctavoError
+from octavo.measure.memory.costs import INT4, Cost, costs, weight_kinds
+from octavo.models.geometry import Geometry
+from octavo.quant.format import Format
+
+RANKS = (1, 2, 4, 8)  # GPUs of a replica that are tried: those of one machine
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a GPU is assumed to have and to reach: by default NVIDIA's data sheet of the H100 SXM (80 GB, 3.35 TB/s, 989
+    TFLOP/s in 16 bits), and shares of it that served models are seen to reach."""
+
+    memory: int = 80 * 10**9
+    kept: float = 0.1  # share of the memory held back for activations, graphs and the runtime
+    bandwidth: float = 3.35e12  # bytes a second
+    streamed: float = 0.7  # share of it that a decode step reaches
+    operations: float = 989e12  # a second
+    computed: float = 0.5  # share of them that long prompts reach
+    all_reduce: float = 15e-6  # seconds, between the GPUs of one machine
+    overhead: float = 1e-3  # seconds of a step on the host
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be served."""
+
+    sessions: int  # open at a time
+    context: int  # tokens of each
+    tokens_per_second: float  # generated, of all sessions together
+    prompt: float = 1.0  # prompt tokens that are computed for each generated one, prefix hits left out
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The fewest GPUs for one kind of weights and one cache format; bytes and seconds."""
+
+    weights: str
+    kv: str
+    ranks: int  # GPUs of a replica
+    replicas: int
+    sessions: int  # that a replica has room for
+    running: int  # of them answered at a time at the wanted rate
+    step: float  # seconds of a decode step of those
+    most: float  # tokens a second of the whole fleet, were all its sessions answered at once
+    weight_bytes: int  # on each GPU
+    session_bytes: int  # of a session in all GPUs of a replica
+
+    @property
+    def gpus(self) -> int:
+        return self.ranks * self.replicas
+
+
+def fleets(geometry: Geometry, formats: Sequence[Format], wanted: Wanted, gpu: Gpu | None = None) -> list[Fleet]:
+    """For each kind of weights, each format that can be served so. Weights in 4 bits are not divided. Raises
+    OctavoError where none can be."""
+    gpu = gpu or Gpu()
+    kinds = list(weight_kinds(geometry))
+    every = [
+        _smallest(geometry, cost, wanted, gpu) for cost in costs(geometry, formats, wanted.context, gpu.memory, kinds)
+    ]
+    found = [fleet for fleet in every if fleet is not None]
+    if not found:
+        raise OctavoError(
+            f"no replica of up to {RANKS[-1]} such GPUs holds the model with one session of {wanted.context:,} tokens "
+            "and answers it that fast: lower --context or --tokens-per-second, or name GPUs with more --memory"
+        )
+    return found
+
+
+def _smallest(geometry: Geometry, cost: Cost, wanted: Wanted, gpu: Gpu) -> Fleet | None:
+    options = [_of(geometry, cost, wanted, gpu, ranks) for ranks in RANKS if ranks == 1 or cost.weights != INT4]
+    return min(
+        (fleet for fleet in options if fleet is not None), key=lambda fleet: (fleet.gpus, fleet.ranks), default=None
+    )
+
+
+def _of(geometry: Geometry, cost: Cost, wanted: Wanted, gpu: Gpu, ranks: int) -> Fleet | None:
+    kv_heads = min((shape.kv_heads for shape in geometry.shapes if shape.shares is None), default=1)
+    if kv_heads % ranks and ranks % kv_heads:
+        return None
+    copies = max(1, ranks // kv_heads)  # of each session's rows
+    session, spare = copies * cost.session, copies * cost.spare
+    room = int(ranks * gpu.memory * (1 - gpu.kept)) - cost.weight_bytes - spare
+    holds = room // session
+    if holds < 1:
+        return None
+
+    def seconds(running: int) -> float:
+        read = (cost.weight_bytes + running * session) / ranks / (gpu.bandwidth * gpu.streamed)
+        prompts = running * wanted.prompt * 2 * geometry.parameters / ranks / (gpu.operations * gpu.computed)
+        meeting = 2 * len(geometry.shapes) * gpu.all_reduce if ranks > 1 else 0.0
+        return gpu.overhead + read + meeting + prompts
+
+    def rate(replicas: int) -> float:
+        each = min(holds, ceil(wanted.sessions / replicas))
+        return min(replicas * each, wanted.sessions) / seconds(each)
+
+    fewest = ceil(wanted.sessions / holds)
+    more = range(fewest, wanted.sessions + 1)
+    at = bisect_left(more, wanted.tokens_per_second, key=rate)
+    if at == len(more):
+        return None
+    replicas = more[at]
+    each = min(holds, ceil(wanted.sessions / replicas))
+    share = wanted.tokens_per_second / replicas
+    running = 1 + bisect_left(range(1, each), share, key=lambda running: running / seconds(running))
+    return Fleet(
+        cost.weights, cost.format, ranks, replicas, holds, running, seconds(running), rate(replicas),
+        cost.weight_bytes // ranks, session,
+    )  # fmt: skip

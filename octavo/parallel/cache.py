@@ -1,0 +1,73 @@
+"""A rank's share of a cache. Saved sessions see all heads: rank 0 gathers their pages, and divides them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from octavo.cache.plan import LayerPlan
+from octavo.cache.store import KVCache, Page, RowStore
+from octavo.devices import HOST
+from octavo.parallel.heads import Share
+
+
+class ParallelCache(KVCache):
+    """One on each rank, under the same number; made by ParallelModel."""
+
+    rank: int
+    number: int
+    shares: list[Share]  # of each layer
+    whole: list[LayerPlan]
+    together: Callable[..., Any]  # the model's
+    _given: Sequence[Page | None] = ()  # what rank 0 writes, while it does
+
+    def read_pages(self, pages: Sequence[Sequence[int]]) -> list[Page]:
+        return self.together("read", self.number, [list(own) for own in pages])
+
+    def write_pages(self, pages: Sequence[Sequence[int]], copies: Sequence[Page]) -> None:
+        self._given = copies
+        self.together("write", self.number, [list(own) for own in pages])
+        self._given = ()
+
+    def gather(self, pages: list[list[int]]) -> list[Page]:
+        """On every rank: all heads' pages, on rank 0."""
+        own = zip(self._owned(), super().read_pages(pages), strict=True)
+        return [(self._whole(i, codes), None if scales is None else self._whole(i, scales))
+                for (i, _), (codes, scales) in own]  # fmt: skip
+
+    def divide(self, pages: list[list[int]]) -> None:
+        """On every rank: put its heads of the pages that rank 0 writes into its own."""
+        copies: list[Page] = []
+        for (i, store), own, page in zip(self._owned(), pages, self._given or [None] * len(pages), strict=True):
+            codes, scales = page if page is not None else (None, None)
+            part = self._part(i, store.codes, len(own), codes)
+            copies.append((part, None if store.scales is None else self._part(i, store.scales, len(own), scales)))
+        super().write_pages(pages, copies)
+
+    def _owned(self) -> Iterator[tuple[int, RowStore]]:
+        """The `paged_stores` with their layers."""
+        return ((i, store) for i, layer in self.owners for store in (layer.k, layer.v, *(layer.raw or ())))
+
+    def _whole(self, layer: int, x: Tensor) -> Tensor:
+        """Of [pages, heads, …] all heads, on the host of rank 0."""
+        own, share = x.to(HOST).contiguous(), self.shares[layer]
+        if not len(own):
+            return own.new_empty(0, share.total, *own.shape[2:])
+        parts = [] if self.rank else [torch.empty_like(own) for _ in share.starts]
+        dist.gather(own.view(torch.uint8), [part.view(torch.uint8) for part in parts] or None)
+        return torch.cat([parts[rank] for rank in share.givers], 1) if parts else own
+
+    def _part(self, layer: int, store: Tensor, pages: int, x: Tensor | None) -> Tensor:
+        """This rank's heads of [pages, heads, …], which rank 0 alone has."""
+        own, share = torch.empty(pages, *store.shape[1:], dtype=store.dtype), self.shares[layer]
+        if pages:
+            each = range(len(share.starts))
+            parts = (
+                None if x is None else [x[:, share.own(rank)].to(HOST).contiguous().view(torch.uint8) for rank in each]
+            )
+            dist.scatter(own.view(torch.uint8), parts)
+        return own

@@ -1,0 +1,102 @@
+"""How a model is divided by transformers' plan, and which models and options are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from octavo.errors import Unsupported
+from octavo.models.bind import BoundModel
+from octavo.models.files import base_of, is_adapter, quantization
+from octavo.models.locate import is_gguf
+from octavo.parallel.model import ParallelModel
+from octavo.parallel.ranks import Ranks
+from octavo.parallel.styles import settle
+
+ONE = "leave --tensor-parallel-size out"
+
+
+def check(path: Path, name: str, loading: dict[str, Any]) -> None:
+    """Raise Unsupported for weights and options that are not divided."""
+    if is_gguf(path):
+        raise Unsupported(f"{name} is a GGUF file, which is not divided among ranks: {ONE}, or name a directory")
+    if is_adapter(path):
+        raise Unsupported(
+            f"{name} is a LoRA adapter, which is not divided among ranks: {ONE}, or merge it first with peft's "
+            "merge_and_unload"
+        )
+    if quantization(base_of(path))[0] is not None or loading.get("model_format", "hf") != "hf":
+        raise Unsupported(f"{name} has quantized weights, which are not divided among ranks: {ONE}, or name the 16-bit "
+                          "model")  # fmt: skip
+    if loading.get("device_map") is not None:
+        raise Unsupported("a device map and --tensor-parallel-size each divide the model: give one")
+    if loading.get("load_format", "auto") != "auto":
+        raise Unsupported(f"dummy weights are not divided among ranks: {ONE}")
+    if loading.get("deterministic"):
+        raise Unsupported(f"sums over ranks are not made in one order, as --deterministic asks: {ONE}")
+
+
+class ByPlan:
+    """A rank's part of a model: octavo.models.load.Division."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.kv_heads = 0
+        self.repeated: dict[str, str] = {}  # projections of KV heads that several ranks have
+
+    def arguments(self, config: PreTrainedConfig) -> dict[str, Any]:
+        text, ranks, name = config.get_text_config(), self.ranks.count, config.model_type
+        plan = text.base_model_tp_plan
+        if not plan:
+            raise Unsupported(
+                f"transformers has no tensor-parallel plan for {name}: {ONE}, or spread it over GPUs with "
+                "--device-map auto"
+            )
+        heads = text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+            fits = [n for n in range(2, heads + 1) if not heads % n and (not kv_heads % n or not n % kv_heads)]
+            remedy = f"use {' or '.join(map(str, fits))}" if fits else ONE
+            raise Unsupported(
+                f"the {heads} query and {kv_heads} KV heads of {name} cannot be divided among {ranks} ranks: {remedy}"
+            )
+        self.kv_heads = kv_heads
+        prefix = "model." if text is config else "model.language_model."
+        if kv_heads < ranks:
+            self.repeated = {
+                prefix + key: "replicate"
+                for key, style in plan.items()
+                if style == "colwise" and key.endswith((".k_proj", ".v_proj"))
+            }
+        return {"distributed_config": DistributedConfig(tp_size=ranks, tp_plan=self.repeated or None)}
+
+    def settle(self, model: PreTrainedModel) -> None:
+        settle(model, model.tp_plan, self.ranks.rank, self.ranks.count)
+        ends = {key.rpartition(".")[2] for key in self.repeated}
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in ends and isinstance(module, nn.Linear):
+                _one_head(module, self.ranks.rank * self.kv_heads // self.ranks.count, self.kv_heads)
+
+    def join(self, bound: BoundModel) -> BoundModel:
+        if bound.states:
+            raise Unsupported(
+                f"{bound.hf.config.model_type} keeps states beside K and V, which are not divided among ranks: {ONE}"
+            )
+        return ParallelModel(bound, self.ranks)
+
+
+def _one_head(projection: nn.Linear, head: int, heads: int) -> None:
+    """Keep of a projection to K or V one head's outputs."""
+
+    def part(x: torch.Tensor) -> nn.Parameter:
+        return nn.Parameter(x.chunk(heads)[head].clone(), requires_grad=False)
+
+    projection.weight = part(projection.weight)
+    if projection.bias is not None:
+        projection.bias = part(projection.bias)
+    projection.out_features = len(projection.weight)

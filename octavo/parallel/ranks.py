@@ -1,0 +1,118 @@
+"""The processes that hold a model together, as each of them sees it.
+
+Products meet in torch.distributed's default group. Commands go from rank 0 to the others through a TCPStore: one that
+has nothing to do waits there for as long as it takes, and is told at once when rank 0 is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from octavo.errors import OctavoError, one_line
+
+PATIENCE = timedelta(minutes=10)  # that a rank waits for the others in one operation: kernels may be compiled first
+GLANCE = timedelta(
+    hours=1
+)  # after which a rank that waits for a command asks anew; the end of rank 0 it is told at once
+SETTLED = 5.0  # seconds in which the end of a rank is known, once an operation with it has failed
+
+
+class RankFailed(RuntimeError):
+    """One of the ranks has ended, and with it the model that they hold together."""
+
+
+class Ranks:
+    """`count` ranks, of which this is `rank`; `local` of them are on this machine."""
+
+    def __init__(self, rank: int, count: int, local: int, store: dist.Store):
+        self.rank, self.count, self.local, self.store = rank, count, local, store
+        self.failure: str | None = None  # why no more can be computed
+        self.on_failure: list[Callable[[RankFailed], None]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []  # of the others, that this one has started
+        self._sent = 0
+
+    def send(self, command: str, *arguments: Any) -> None:
+        """Have the other ranks do something, which this one does too."""
+        self.check()
+        self._sent += 1
+        self.store.set(f"command {self._sent}", pickle.dumps((command, arguments)))  # type: ignore[arg-type]
+
+    def receive(self) -> tuple[str, tuple[Any, ...]]:
+        """The next command, however long it takes. Raises DistError when rank 0 is gone."""
+        self._sent += 1
+        key = f"command {self._sent}"
+        while not self._comes(key):
+            pass
+        found = pickle.loads(self.store.get(key))
+        if self.store.add(f"read {self._sent}", 1) == self.count - 1:
+            self.store.delete_key(key)
+            self.store.delete_key(f"read {self._sent}")
+        return found
+
+    def _comes(self, key: str) -> bool:
+        try:
+            self.store.wait([key], GLANCE)
+            return True
+        except dist.DistNetworkError:
+            raise
+        except dist.DistError:  # it has not come yet
+            return False
+
+    def check(self) -> None:
+        """Raise RankFailed once a rank has failed."""
+        if self.failure is not None:
+            raise RankFailed(self.failure)
+
+    def fail(self, reason: str) -> None:
+        """Nothing more can be computed, and the others end. The first reason counts."""
+        if self.failure is None:
+            self.failure = reason
+            for process in self.processes:
+                process.kill()
+            for tell in self.on_failure:
+                tell(RankFailed(reason))
+
+    def explain(self, error: Exception) -> RankFailed:
+        """What an operation with the others has failed by: the rank that ended, which shows a moment later."""
+        end = time.monotonic() + SETTLED
+        while self.failure is None and time.monotonic() < end:
+            time.sleep(0.05)
+        self.fail(f"the ranks no longer compute together: {one_line(error)}")
+        return RankFailed(self.failure)
+
+
+def connect(ranks: Ranks, device: torch.device) -> None:
+    """Make the group of all ranks, once they all are there."""
+    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+    store = dist.PrefixStore("group", ranks.store)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.count, timeout=PATIENCE)
+
+
+def own_device(device: torch.device, ranks: Ranks) -> torch.device:
+    """The device of this rank, which is also the one that transformers will choose."""
+    rank = ranks.rank % ranks.local
+    accelerator = torch.accelerator.current_accelerator()
+    if device.type == "cpu":
+        if accelerator is not None and accelerator.type != "cpu":
+            raise OctavoError(
+                "transformers divides a model over the GPUs that it sees: to divide it among ranks on the CPU, set "
+                "CUDA_VISIBLE_DEVICES to nothing"
+            )
+        return device
+    if device.index is not None:
+        raise OctavoError(f"each rank has a GPU of its own: name the device cuda, not {device}, and choose GPUs with "
+                          "CUDA_VISIBLE_DEVICES")  # fmt: skip
+    if rank >= torch.cuda.device_count():
+        raise OctavoError(f"rank {rank} has no GPU: this machine has {torch.cuda.device_count()}")
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.cuda.set_device(rank)
+    return torch.device(device.type, rank)

@@ -1,0 +1,31 @@
+"""Which replica gets a request: the one where its conversation's blocks are, unless that one has far more to do.
+
+Every key has an order of the replicas of its own, by rendezvous hashing: the hash of key and replica. The first is its
+home. All ingresses agree on it without telling each other anything, and when a replica comes or goes only the
+conversations whose home it is move. A home with too much to do is passed over for the less loaded of the two that
+follow: two choices as ever, but the conversation's own, so that it may find its blocks there the next time too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from hashlib import blake2b
+
+BOUND = 1.25  # of the mean load, which a home may have
+
+
+def choose(key: str, loads: Mapping[str, int], free: int, rng: random.Random | None = None) -> list[list[str]]:
+    """Ranks of replicas: of the first that takes a request at all, the least loaded gets it.
+
+    `loads` are the requests that each replica has. Up to `free` a home always gets its own: a batch with room in it
+    makes nobody wait, and a prefix computed again does. Without a key any two are the choice.
+    """
+    if not key:
+        order = (rng or random.Random()).sample(sorted(loads), len(loads))
+        return [order[:2], order[2:]]
+    home, *others = sorted(loads, key=lambda replica: blake2b(f"{key} {replica}".encode(), digest_size=8).digest())
+    mean = (sum(loads.values()) + 1) / len(loads)
+    if loads[home] < max(free, BOUND * mean):
+        return [[home], others[:2], others[2:]]
+    return [[home, *others[:2]], others[2:]]

@@ -1,0 +1,67 @@
+"""A Ray cluster: one that runs at an address, or one that is started on this machine and ends with the command."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from octavo.errors import OctavoError, install, one_line
+
+LOCAL = "local"
+OBJECTS = 200 << 20  # bytes of Ray's object store on this machine: prompts and answers pass through it, no tensors
+
+
+def require(option: str) -> None:
+    """Raise OctavoError where Ray is not installed."""
+    if find_spec("ray") is None:
+        raise OctavoError(f"{option} needs ray, which is not installed: {install('ray')}")
+
+
+@contextmanager
+def cluster(address: str, option: str = "--ray") -> Iterator[None]:
+    """The cluster at `address` (as `ray.init` takes it, like auto, 10.0.0.1:6379 or ray://head:10001), or one of this
+    machine's own, local. Raises OctavoError where there is none."""
+    require(option)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's default from 2.60 on; it warns until then
+    import ray
+
+    own = {"object_store_memory": OBJECTS, "include_dashboard": False} if address == LOCAL else {}
+    try:
+        ray.init(address, **own)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise OctavoError(
+            f"there is no Ray cluster at {address} ({one_line(error)}); `{option} local` starts one on this machine"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Models side by side: how many, and the CPUs and GPUs of each."""
+
+    count: int
+    cpus: float
+    gpus: float
+
+
+def placement(count: int | None, device: str = "auto") -> Placement:
+    """Where `count` models go in the cluster at hand; by default one on each GPU, or on each machine without any."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = 0 if device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
+    if gpus:
+        return Placement(count or gpus, 0, 1)
+    cpus = [int(node.get("CPU", 0)) for node in nodes]
+    if not any(cpus):
+        raise OctavoError("the Ray cluster has no CPUs for a model: start it with --num-cpus")
+    if count is None:
+        return Placement(sum(map(bool, cpus)), max(1, min(filter(None, cpus))), 0)
+    return Placement(count, min(max(1, sum(cpus) // count), max(cpus)), 0)

@@ -1,0 +1,188 @@
+"""Input files cut into shards, and the directory of their answers, which can be taken up again where it was left.
+
+    manifest.json         what was asked: the options that shape answers, and the shards
+    part-000012.jsonl     the answers of shard 12, in the order of its rows (.parquet for Parquet)
+    errors-000012.jsonl   its rows that cannot be answered, and why; no file where there are none
+
+A shard is done once its part is there: it is written last, under another name first. Parts in the order of their names
+hold the rows in the order of the input. Every row has `id`, its own or `file:line`, and its file and line.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from octavo.errors import OctavoError, one_line
+from octavo.lines import own_id
+
+ROWS = 512  # of a shard; many batches, so that the last of them, which grows empty, weighs little
+KINDS = (".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows of a file, `start` counted from 0; of JSON lines, where they are: bytes from `offset` on."""
+
+    number: int
+    file: str
+    start: int
+    rows: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """A filesystem by its URI (as pyarrow names them: s3://…, gs://…, hdfs://…), none for the local one."""
+
+    uri: str = ""
+
+    @property
+    def fs(self) -> pa.fs.FileSystem:
+        return pa.fs.FileSystem.from_uri(self.uri)[0] if self.uri else pa.fs.LocalFileSystem()
+
+    @classmethod
+    def of(cls, path: str) -> tuple[Place, str]:
+        """Where a path is, and what it is there."""
+        if "://" not in path:
+            return cls(), os.path.abspath(path)
+        scheme, _, rest = path.partition("://")
+        return cls(f"{scheme}://{rest.partition('/')[0]}"), rest
+
+
+class Output:
+    """The directory of the answers to all files that `pattern` names. Raises OctavoError where it holds other ones."""
+
+    def __init__(self, pattern: str, directory: str, options: dict[str, Any], rows: int = ROWS):
+        self.inputs, pattern = Place.of(pattern)
+        self.place, self.directory = Place.of(directory)
+        try:
+            files = _files(self.inputs.fs, pattern)
+            self.kind = Path(files[0]).suffix
+            self.shards = [shard for shard in _cut(self.inputs.fs, files, rows) if shard.rows]
+            self.place.fs.create_dir(self.directory, recursive=True)
+            self._take_up(options)
+        except (OSError, pa.ArrowException) as error:
+            raise OctavoError(f"{pattern} or {directory}: {one_line(error)}") from None
+
+    def left(self) -> list[Shard]:
+        """The shards that are not done."""
+        there = {info.base_name for info in self.place.fs.get_file_info(pa.fs.FileSelector(self.directory))}
+        return [shard for shard in self.shards if self._name("part", shard, self.kind) not in there]
+
+    def write(self, shard: Shard, good: list[dict[str, Any]], bad: list[dict[str, Any]]) -> None:
+        if bad:
+            self._put(self._name("errors", shard, ".jsonl"), _lines(bad))
+        self._put(self._name("part", shard, self.kind), _lines(good) if self.kind == ".jsonl" else _table(good))
+
+    def _take_up(self, options: dict[str, Any]) -> None:
+        asked = blake2b(json.dumps(options, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+        manifest = {"asked": asked, "shards": [asdict(shard) for shard in self.shards]}
+        path = f"{self.directory}/manifest.json"
+        if self.place.fs.get_file_info(path).type == pa.fs.FileType.NotFound:
+            self._put("manifest.json", json.dumps(manifest).encode())
+            return
+        with self.place.fs.open_input_stream(path) as file:
+            if file.read() != json.dumps(manifest).encode():
+                raise OctavoError(
+                    f"{self.directory} holds answers to other files, or made with other options: name another --output"
+                )
+
+    def _put(self, name: str, content: bytes) -> None:
+        part = f"{self.directory}/.{name}.{os.getpid()}.part"
+        with self.place.fs.open_output_stream(part) as file:
+            file.write(content)
+        self.place.fs.move(part, f"{self.directory}/{name}")
+
+    def _name(self, what: str, shard: Shard, kind: str) -> str:
+        return f"{what}-{shard.number:06}{kind}"
+
+
+def read(place: Place, shard: Shard) -> list[tuple[Any, int, bytes | dict[str, Any]]]:
+    """The rows of a shard: id, line (from 1), and what it holds: the line's bytes, or columns."""
+    name = shard.file.rpartition("/")[2]
+    if shard.file.endswith(".parquet"):
+        rows = list(enumerate(_parquet_rows(place, shard), shard.start + 1))
+        return [(row.get("id", f"{name}:{line}"), line, row) for line, row in rows]
+    with io.BufferedReader(cast(Any, place.fs.open_input_file(shard.file))) as file:
+        file.seek(shard.offset)
+        texts = [file.readline().strip() for _ in range(shard.rows)]
+    return [(own_id(text, f"{name}:{line}"), line, text) for line, text in enumerate(texts, shard.start + 1) if text]
+
+
+def _parquet_rows(place: Place, shard: Shard) -> Iterator[dict[str, Any]]:
+    """Only the groups of rows are read that hold some of the shard; what is null is left out."""
+    with place.fs.open_input_file(shard.file) as source:
+        file, first, skip = pq.ParquetFile(source), 0, 0
+        groups: list[int] = []
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if first < shard.start + shard.rows and first + rows > shard.start:
+                skip = shard.start - first if not groups else skip
+                groups.append(group)
+            first += rows
+        for row in file.read_row_groups(groups).slice(skip, shard.rows).to_pylist():
+            yield {name: value for name, value in row.items() if value is not None}
+
+
+def _files(fs: pa.fs.FileSystem, pattern: str) -> list[str]:
+    if isinstance(fs, pa.fs.LocalFileSystem):
+        found = sorted(glob.glob(pattern, recursive=True))
+    else:
+        base = pattern.partition("*")[0].rpartition("/")[0]
+        below = fs.get_file_info(pa.fs.FileSelector(base, recursive=True))
+        found = sorted(info.path for info in below if info.is_file and fnmatch(info.path, pattern))
+    kinds = {Path(file).suffix for file in found}
+    if len(kinds) != 1 or not kinds <= set(KINDS):
+        held = f"files of several kinds ({', '.join(sorted(kinds))})" if found else "no file"
+        raise OctavoError(f"--input {pattern} names {held}: with --ray it takes .jsonl files, or .parquet files")
+    return found
+
+
+def _cut(fs: pa.fs.FileSystem, files: list[str], rows: int) -> Iterator[Shard]:
+    number = 0
+    for path in files:
+        if path.endswith(".parquet"):
+            with fs.open_input_file(path) as source:
+                count = pq.ParquetFile(source).metadata.num_rows
+            found = [(start, min(rows, count - start), 0) for start in range(0, count, rows)]
+        else:
+            found = list(_cut_lines(fs, path, rows))
+        for start, held, offset in found:
+            yield Shard(number, path, start, held, offset)
+            number += 1
+
+
+def _cut_lines(fs: pa.fs.FileSystem, path: str, rows: int) -> Iterator[tuple[int, int, int]]:
+    """(first line, lines, offset in bytes)."""
+    with io.BufferedReader(cast(Any, fs.open_input_file(path))) as file:
+        start = offset = position = count = 0
+        for line in file:
+            if count == rows:
+                yield start, count, offset
+                start, offset, count = start + count, position, 0
+            count += 1
+            position += len(line)
+        yield start, count, offset
+
+
+def _lines(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for row in rows)
+
+
+def _table(rows: list[dict[str, Any]]) -> bytes:
+    out = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), out)
+    return bytes(out.getvalue())

@@ -1,0 +1,111 @@
+"""A rank that ends, ends the model with one error; what cannot be divided is refused by name before it starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config, LlamaConfig
+
+from octavo.engine.params import SamplingParams
+from octavo.engine.turns import EngineFailed
+from octavo.errors import OctavoError, Unsupported
+from octavo.llm import LLM
+from octavo.parallel import load
+from octavo.parallel.division import ByPlan
+from octavo.parallel.ranks import Ranks
+from tests.parallel.models import alone, divided, tiny
+
+
+def of(count: int) -> ByPlan:
+    return ByPlan(Ranks(0, count, count, None))  # type: ignore[arg-type]  # it is not asked for anything
+
+
+def test_heads_that_the_ranks_do_not_divide_are_refused_with_numbers_that_do():
+    config = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
+    with pytest.raises(Unsupported, match=r"9 query and 3 KV heads of llama .* among 2 ranks: use 3 or 9"):
+        of(2).arguments(config)
+
+
+def test_a_model_without_a_plan_is_refused_by_name():
+    with pytest.raises(Unsupported, match="no tensor-parallel plan for gpt2"):
+        of(2).arguments(GPT2Config())
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"device_map": "auto"}, "device map"),
+        ({"load_format": "dummy"}, "dummy weights"),
+        ({"deterministic": True}, "--deterministic"),
+        ({"model_format": "awq"}, "quantized weights"),
+    ],
+)
+def test_options_that_do_not_go_together_with_ranks_are_refused(option: dict[str, object], named: str):
+    with pytest.raises(Unsupported, match=named):
+        load(None, 2, device="cpu", **option)
+
+
+@pytest.mark.parametrize("ranks", [0, 65])
+def test_a_number_of_ranks_that_cannot_be_is_refused(ranks: int):
+    with pytest.raises(OctavoError, match="tensor_parallel_size"):
+        LLM(tensor_parallel_size=ranks)
+
+
+@pytest.mark.slow
+def test_killed_ranks_end_every_answer_with_one_error_in_ten_seconds(tmp_path: Path, slowly):
+    """Each time in the middle of an answer: the answers' error names the rank, and later calls have it too."""
+    path = tiny(tmp_path, 2)
+    for time_of_death in range(slowly(20)):
+        with divided(path) as model:
+            llm = LLM(model, "int8-token", session_len=512)
+            children = [child.pid for child in _children(model)]
+            pieces = llm.generate(["a b c"] * 3, SamplingParams(max_tokens=400, ignore_eos=True), stream=True)
+            for _ in range(1 + 3 * time_of_death):
+                next(pieces)
+            begun = time.monotonic()
+            os.kill(children[0], signal.SIGKILL)
+            with pytest.raises(EngineFailed, match="rank 1 of 2 was killed by SIGKILL"):
+                for _ in pieces:
+                    pass
+            with pytest.raises(EngineFailed, match="rank 1"):
+                llm.generate(["again"])
+            assert time.monotonic() - begun < 10
+
+
+@pytest.mark.slow
+def test_the_other_ranks_end_with_rank_0(tmp_path: Path):
+    """Killed, it can tell nobody."""
+    path = tiny(tmp_path, 2)
+    program = (
+        "import sys, time; from octavo.parallel import load; from tests.parallel.test_failures import _children\n"
+        f"model = load({str(path)!r}, 2, device='cpu', dtype='float32')\n"
+        "print(_children(model)[0].pid, flush=True); time.sleep(600)"
+    )
+    rank_0 = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert rank_0.stdout is not None
+    follower = int(rank_0.stdout.readline())
+    rank_0.kill()
+    rank_0.wait()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{follower}").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{follower}").exists()
+
+
+@pytest.mark.slow
+def test_weights_that_a_rank_cannot_read_are_one_error(tmp_path: Path):
+    path = tiny(tmp_path, 2)
+    (path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(OctavoError, match=r"model\.safetensors is incomplete"):
+        load(path, 2, device="cpu", dtype="float32")
+    assert alone(tiny(tmp_path, 2)).bound.layers, "and the process can load another model"
+
+
+def _children(model) -> list[subprocess.Popen[bytes]]:
+    return model.bound.ranks.processes

@@ -1,0 +1,103 @@
+"""A tiny model with grouped heads on two ranks answers as on one. The ranks are started once for the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from octavo.engine.params import SamplingParams
+from octavo.errors import OctavoError, Unsupported
+from octavo.llm import LLM
+from octavo.models.model import Model
+from octavo.parallel.heads import Share
+from octavo.quant.calibration import Calibration
+from tests.conftest import observe
+from tests.parallel.models import CLOSE, FLIPPED, FORMATS, alone, answers, assert_equal, divided, prompts, tiny
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return alone(tiny(tmp_path_factory.mktemp("gqa"), 2))
+
+
+@pytest.fixture(scope="module")
+def two(one: Model) -> Iterator[Model]:
+    with divided(one.path) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def calibration(one: Model) -> Calibration:
+    return observe(one.bound, one.bound.random_tokens(200), one.fingerprint)
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+def test_two_ranks_answer_as_one_with_chunks_hits_and_preemptions(
+    one: Model, two: Model, calibration: Calibration, kv: str
+):
+    """Tokens are equal, and log-probabilities within 1e-4 but for codes that flip; in small steps and in a cache too
+    small for all."""
+    block = 64 if kv.startswith("k") else 16
+    asked = prompts(one.bound, block)
+    expected = answers(one.bound, kv, calibration, asked, block_size=block)
+    found = answers(two.bound, kv, calibration, asked, block_size=block, budget=5 * block // 2, blocks=13)
+    assert any(sequence.preemptions for sequence in found)
+    assert any(sequence.prefix_hit for sequence in found)
+    assert_equal(found, expected, CLOSE if kv == "fp32" else FLIPPED)
+
+
+def test_each_rank_holds_half_of_weights_and_cache(one: Model, two: Model):
+    """By the tensors of rank 0."""
+    assert [shape.kv_heads for shape in two.bound.shapes] == [1, 1]
+    assert two.bound.whole == one.bound.shapes
+    sizes = [sum(parameter.nbytes for parameter in model.bound.hf.parameters()) for model in (one, two)]
+    assert sizes[1] < 0.6 * sizes[0]
+    caches = [LLM(model, "int8-token", session_len=128, max_batch_size=2).cache.nbytes for model in (one, two)]
+    assert 2 * caches[1] == caches[0]
+
+
+def test_a_text_is_scored_as_on_one_rank(one: Model, two: Model):
+    """Reading runs on all ranks."""
+    tokens = one.bound.random_tokens(100)
+    found, expected = (torch.cat(list(LLM(model, "int8-token").reading.logits(tokens))) for model in (two, one))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_shares_are_found_by_what_the_ranks_compute():
+    """Divided, held by two ranks each, and held by all."""
+    a, b, c, d = torch.randn(4, 3, 1, 8)
+    assert Share.of([a, b, c, d]) == Share((0, 1, 2, 3), 1, 4)
+    assert Share.of([a, a, b, b]) == Share((0, 0, 1, 1), 1, 2)
+    assert Share.of([a, a]) == Share((0, 0), 1, 1)
+    assert Share.of([a, a, b, b]).givers == [0, 2]
+
+
+def test_what_is_observed_inside_a_divided_model_is_refused(two: Model):
+    with pytest.raises(Unsupported, match="octavo calibrate"):
+        observe(two.bound, two.bound.random_tokens(8), "")
+
+
+@pytest.mark.usefixtures("two")
+def test_a_second_divided_model_in_a_process_is_refused(one: Model):
+    with pytest.raises(OctavoError, match="one divided model"):
+        LLM(one.path, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("kv", ["int8-token", "kv8"])
+def test_a_session_saved_by_two_ranks_is_read_by_one_and_the_reverse(one: Model, two: Model, kv: str, tmp_path: Path):
+    """A file has all heads: what is restored is found by the next prompt, and the answer is that of an undivided model
+    that was never saved."""
+    tokens = one.bound.random_tokens(200)
+    llms = [LLM(model, kv, session_len=512, max_batch_size=2) for model in (one, two)]
+    expected = llms[0].generate([tokens], SamplingParams(max_tokens=8))[0]
+    for number, (writer, reader) in enumerate([(1, 0), (0, 1)]):
+        file = tmp_path / f"{number}"
+        assert llms[writer].save(file, tokens) == 192
+        fresh = LLM((one, two)[reader], kv, session_len=512, max_batch_size=2)
+        assert fresh.restore(file).cached_tokens == 192
+        answer = fresh.generate([tokens], SamplingParams(max_tokens=8))[0]
+        assert answer.cached_tokens == 192
+        assert answer.token_ids == expected.token_ids

@@ -1,0 +1,109 @@
+"""A Ray cluster of two nodes on this machine, one CPU each, and what is deployed on it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+PORT = 8917
+URL = f"http://127.0.0.1:{PORT}"
+MODEL: dict[str, Any] = {
+    "dtype": "fp32",
+    "kv": "fp32",
+    "device": "cpu",
+    "session_len": 512,
+    "max_batch_size": 4,
+    "deterministic": True,
+}
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """Its address. A test machine may stand still for minutes: no node counts as dead for that."""
+    slow = {"health_check_failure_threshold": 60, "health_check_period_ms": 10_000, "health_check_timeout_ms": 60_000}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    import ray
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args={**node, "_system_config": slow})
+    nodes.add_node(**node)
+    ray.init(nodes.address, log_to_driver=bool(os.environ.get("RAY_TEST_LOGS")), logging_level="WARNING")
+    try:
+        yield nodes.address
+    finally:
+        from ray import serve
+
+        with suppress(Exception):
+            serve.shutdown()
+        ray.shutdown()
+        nodes.shutdown()
+
+
+@pytest.fixture
+def deploy(cluster: str) -> Callable[..., None]:
+    """Deploys the application as `serve deploy` does a file, and waits until it runs. What is the same stays as it is;
+    `replicas` alone scales."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    assert cluster
+    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+
+    def run(replicas: int = 2, **changed: Any) -> None:
+        args = {"llm": MODEL, "cpus": 0.25, "grace": 20, "log_requests": False, **changed}
+        deployments = [{"name": "Replica", "num_replicas": replicas}]
+        app = {"name": "default", "import_path": "octavo.ray:app", "args": args, "deployments": deployments}
+        client = _get_global_client()
+        client.deploy_apps(ServeDeploySchema.model_validate({"applications": [app]}))
+        name = changed.get("served_model_name", ["pamphlet"])[0]
+        soon(lambda: running() == [name] * replicas)
+
+    return run
+
+
+def running() -> list[str]:
+    """The names under which replicas serve that answer."""
+    with suppress(httpx.HTTPError, ValueError, KeyError):
+        if (found := httpx.get(f"{URL}/cache", timeout=60)).status_code == 200:
+            return [one["model"] for one in found.json()["replicas"]]
+    return []
+
+
+def ask(prompt: str | list[int], tokens: int = 8, **more: Any) -> httpx.Response:
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, **more}
+    return httpx.post(f"{URL}/v1/completions", json=body, timeout=300)
+
+
+def replicas() -> list[dict[str, Any]]:
+    """What each says of its cache."""
+    return httpx.get(f"{URL}/cache", timeout=60).json()["replicas"]
+
+
+def kill(replica: str) -> None:
+    """End its process at once."""
+    import ray
+
+    ray.kill(ray.get_actor(f"SERVE_REPLICA::default#Replica#{replica}", namespace="serve"))
+
+
+def together(count: int, work: Callable[[int], Any]) -> list[Any]:
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))
+
+
+def soon(condition: Callable[[], Any], seconds: float = 300) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.2)
+    return found

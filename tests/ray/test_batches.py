@@ -1,0 +1,168 @@
+"""Batches on a cluster of two nodes: files are answered whatever is in them, and parts of a measurement add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from octavo.calibrate import calibrate
+from octavo.cli import main
+from octavo.engine.params import SamplingParams
+from octavo.errors import OctavoError
+from octavo.llm import LLM
+from octavo.measure.accuracy.compare import compare
+from octavo.measure.candidate import Candidate
+from octavo.models.model import Model
+from octavo.quant.format import KVFormat
+from octavo.ray.cluster import Placement
+from octavo.ray.generate import Generate, answer_files
+from octavo.ray.measuring import comparing, observing
+from octavo.ray.shards import Output, read
+from tests.ray.conftest import MODEL
+
+TWO = Placement(2, 0.25, 0)
+LOADING = {"device": "cpu", "dtype": "fp32"}
+PARAMS = {"max_tokens": 4, "temperature": 0.0}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Two files: 23 good rows, two bad ones, a blank line, and ids of their own in one of them."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    some = [json.dumps({"prompt": f"{i} Once upon a time"}) for i in range(12)]
+    (folder / "a.jsonl").write_text("\n".join([*some[:5], "", "not JSON", *some[5:]]))
+    rows = [{"id": f"own {i}", "prompt": f"Once {i}", "max_tokens": 2} for i in range(11)] + [
+        {"id": "bad", "prompts": 1}
+    ]
+    (folder / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_files_are_cut_into_shards_and_every_row_is_read_once(prompts: Path, tmp_path: Path):
+    """Rows keep their order, ids and lines, wherever the cuts are; a changed input is another job."""
+    for rows in (1, 4, 100):
+        output = Output(f"{prompts}/*.jsonl", str(tmp_path / f"out{rows}"), {}, rows)
+        found = [row for shard in output.shards for row in read(output.inputs, shard)]
+        assert [id for id, _, _ in found][:7] == [f"a.jsonl:{line}" for line in (1, 2, 3, 4, 5, 7, 8)]
+        assert [id for id, _, _ in found][-2:] == ["own 10", "bad"]
+        assert len(found) == 25
+    assert [shard.number for shard in output.left()] == [0, 1]
+    output.write(output.shards[0], [{"id": 1}], [])
+    assert [shard.number for shard in Output(f"{prompts}/*.jsonl", str(tmp_path / "out100"), {}, 100).left()] == [1]
+    with pytest.raises(OctavoError, match="other options"):
+        Output(f"{prompts}/*.jsonl", str(tmp_path / "out100"), {"kv": "kv8"}, 100)
+    (prompts / "c.jsonl").write_text('{"prompt": "more"}\n')
+    with pytest.raises(OctavoError, match="other files"):
+        Output(f"{prompts}/*.jsonl", str(tmp_path / "out100"), {}, 100)
+    with pytest.raises(OctavoError, match="no file"):
+        Output(f"{prompts}/*.parquet", str(tmp_path / "none"), {})
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_files_are_answered_in_order_and_gone_on_with(prompts: Path, tmp_path: Path, pamphlet: Model):
+    """Each answer is the one of an LLM here, bad rows are in files of their own, and what is done is not done again."""
+    output = Output(f"{prompts}/*.jsonl", str(tmp_path / "out"), {}, rows=6)
+    seen: list[dict[str, Any]] = []
+    answer_files(output, MODEL, PARAMS, False, TWO, seen.append)
+    assert sum(one["answered"] for one in seen) == 23
+    assert sum(one["refused"] for one in seen) == 2
+    found = [row for part in sorted((tmp_path / "out").glob("part-*")) for row in lines(part)]
+    assert [row["id"] for row in found][-1] == "own 10"
+    assert [(row["file"], row["line"]) for row in found] == sorted((row["file"], row["line"]) for row in found)
+    bad = [row for part in sorted((tmp_path / "out").glob("errors-*")) for row in lines(part)]
+    assert [row["id"] for row in bad] == ["a.jsonl:7", "bad"]
+    assert "not JSON" in bad[0]["error"]
+    llm = LLM(pamphlet, **{name: value for name, value in MODEL.items() if name in ("kv", "session_len")})
+    asked = ["0 Once upon a time", "Once 10"]
+    here = llm.generate(asked, [SamplingParams(**PARAMS), SamplingParams(**(PARAMS | {"max_tokens": 2}))])
+    assert [found[0]["text"], found[-1]["text"]] == [one.text for one in here]
+    lost = sorted((tmp_path / "out").glob("part-*"))[1]
+    before = {part: part.stat().st_mtime_ns for part in (tmp_path / "out").glob("part-*") if part != lost}
+    content = lost.read_bytes()
+    lost.unlink()
+    again: list[dict[str, Any]] = []
+    answer_files(output, MODEL, PARAMS, False, TWO, again.append)
+    assert len(again) == 1
+    assert lost.read_bytes() == content
+    assert {part: part.stat().st_mtime_ns for part in before} == before
+
+
+@pytest.mark.slow
+def test_a_dataset_is_answered_and_the_command_takes_parquet(
+    cluster: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """`Generate` in map_batches keeps columns and says of a row why it has no answer; `octavo generate --ray` writes
+    Parquet for Parquet, tells what each replica did, and ends with status 1 if rows could not be served."""
+    import ray.data
+
+    rows = [{"id": i, "prompt": f"{i} Once upon a time", "max_tokens": 3} for i in range(5)]
+    rows += [{"id": 5, "prompt": "Once", "max_tokens": -1}]
+    dataset = ray.data.from_items(rows).map_batches(
+        Generate, fn_constructor_kwargs={"params": PARAMS, **MODEL}, batch_size=3, concurrency=1, num_cpus=0.25
+    )
+    found = sorted(dataset.take_all(), key=lambda row: row["id"])
+    assert [bool(row["error"]) for row in found] == [False] * 5 + [True]
+    assert all(row["completion_tokens"] == 3 and row["text"] for row in found[:5])
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    ray.shutdown()
+    command = [
+        "generate",
+        "--ray",
+        cluster,
+        "--replicas",
+        "1",
+        "--dtype",
+        "fp32",
+        "--kv",
+        "fp32",
+        "--session-len",
+        "256",
+    ]
+    command += ["--input", str(tmp_path / "*.parquet"), "--output", str(tmp_path / "out"), "--temperature", "0"]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    ray.init(cluster, log_to_driver=False)
+    assert ended.value.code == 1
+    table = pq.read_table(tmp_path / "out" / "part-000000.parquet").to_pylist()
+    assert [(row["id"], row["text"]) for row in table] == [(row["id"], row["text"]) for row in found[:5]]
+    said = capfd.readouterr().err
+    assert "replica " in said
+    assert "errors-*.jsonl" in said
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_parts_of_a_calibration_and_of_a_comparison_come_to_one_run(pamphlet: Model, text_ids: list[int]):
+    """Four workers' statistics have the bits of one run's, and so have scores: what each read was only taken apart."""
+    windows = [text_ids[i : i + 96] for i in range(0, 8 * 96, 96)]
+    four = Placement(4, 0.25, 0)
+    done: list[int] = []
+    here = calibrate(pamphlet, windows, dataset="a test")
+    there = calibrate(pamphlet, windows, dataset="a test", observe=observing(LOADING, four, done.append))
+    assert sum(done) == 8
+    assert there.header == here.header
+    for own, other in zip(here.layers, there.layers, strict=True):
+        for side in ("k", "v"):
+            assert own[side].keys() == other[side].keys()
+            for name in own[side]:
+                assert np.array_equal(own[side][name].numpy(), other[side][name].numpy()), (side, name)
+    candidates = [Candidate("fp32", KVFormat.parse("fp32")), Candidate("int8", KVFormat.parse("int8"), here)]
+    from octavo.measure.accuracy.compare import scores
+
+    one = compare(pamphlet, candidates[0], candidates[1:], windows)
+    parts = scores(comparing(LOADING, None, candidates, TWO, done.append)(windows))
+    assert repr(one) == repr(parts)
+    assert torch.tensor(one[1].kl).item() > 0

@@ -1,0 +1,234 @@
+"""Replicas behind one address on a cluster of two nodes: the server's own answers, whatever becomes of a replica."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+import yaml
+
+from octavo.models.model import Model
+from tests.ray.conftest import URL, ask, kill, replicas, soon, together
+from tests.serve.conftest import serving, small
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+PROSE = "Once upon a time there was a king who had three sons. " * 12  # three blocks
+STORY = {"prompt": PROSE, "max_tokens": 4, "temperature": 0}
+CHAT = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 8, "temperature": 0}
+
+
+def same(document: Any) -> Any:
+    """Without what is another in every answer."""
+    if isinstance(document, dict):
+        return {name: same(value) for name, value in document.items() if name not in ("id", "created", "created_at")}
+    return [same(one) for one in document] if isinstance(document, list) else document
+
+
+def events(response: httpx.Response) -> list[Any]:
+    found = [line[6:] for line in response.text.splitlines() if line.startswith("data: ") and line != "data: [DONE]"]
+    return [json.loads(line) for line in found]
+
+
+@pytest.fixture(scope="module")
+def single(pamphlet: Model) -> Iterator[str]:
+    """The address of a server without Ray."""
+    with serving(small(pamphlet)) as running:
+        yield running.url
+
+
+def test_the_application_is_that_of_one_server(deploy: Callable[..., None], single: str):
+    """Answers, streams and errors of every kind of route are the same, but for ids and times."""
+    deploy()
+    posts = {
+        "/v1/completions": [
+            {"prompt": PROSE, "max_tokens": 4, "temperature": 0},
+            {"prompt": 3},
+            {"prompt": "a", "n": 999},
+        ],
+        "/v1/chat/completions": [CHAT, CHAT | {"stream": True}, CHAT | {"model": "none"}, CHAT | {"topp": 1}],
+        "/v1/messages": [CHAT | {"model": "pamphlet"}, CHAT | {"model": "pamphlet", "stream": True}],
+        "/v1/responses": [{"input": "Hello", "previous_response_id": "resp_1"}],
+        "/tokenize": [{"prompt": "Hello"}],
+        "/v1/nothing": [{}],
+    }
+    for path, bodies in posts.items():
+        for body in bodies:
+            one, other = (httpx.post(f"{url}{path}", json=body, timeout=120) for url in (single, URL))
+            assert other.status_code == one.status_code, (path, body, other.text)
+            assert other.headers["content-type"] == one.headers["content-type"]
+            if body.get("stream"):
+                assert same(events(other)) == same(events(one))
+            else:
+                assert same(other.json()) == same(one.json())
+    for path in ("/health", "/v1/models", "/version", "/"):
+        assert httpx.get(f"{URL}{path}").status_code == 200
+    chunked = httpx.post(f"{URL}/v1/completions", content=iter([b"{}"]), headers={"content-type": "application/json"})
+    assert chunked.status_code == 411
+
+
+def test_a_conversation_finds_its_blocks_again(deploy: Callable[..., None]):
+    """Every further turn of each of eight conversations finds all whole blocks of its last one."""
+    deploy()
+    said = [f"{i} {PROSE}" for i in range(8)]
+    for turn in range(3):
+        found = [ask(text).json() for text in said]
+        for i, one in enumerate(found):
+            cached = one["usage"]["prompt_tokens_details"]["cached_tokens"]
+            assert (cached > 0) == (turn > 0), (turn, i, one["usage"])
+            said[i] += one["choices"][0]["text"]
+    assert all(one["prefix_hit_tokens"] > 0 for one in replicas()), "both replicas have conversations"
+    text = httpx.get(f"{URL}/metrics").text
+    assert all(f'replica="{one["replica"]}"' in text for one in replicas())
+
+
+def test_a_response_is_gone_on_with_whoever_made_it(deploy: Callable[..., None]):
+    """Responses are kept in one store: they are found after the replica that made them is gone."""
+    deploy()
+    first = httpx.post(f"{URL}/v1/responses", json={"input": "Tell me a story.", "max_output_tokens": 4}, timeout=60)
+    id = first.json()["id"]
+    for one in replicas():
+        kill(one["replica"])
+    later = {"input": "Go on.", "previous_response_id": id, "max_output_tokens": 4}
+    assert httpx.post(f"{URL}/v1/responses", json=later, timeout=300).json()["previous_response_id"] == id
+    assert same(httpx.get(f"{URL}/v1/responses/{id}").json()) == same(first.json())
+    assert httpx.delete(f"{URL}/v1/responses/{id}").json()["deleted"]
+    assert httpx.post(f"{URL}/v1/responses", json=later, timeout=60).json()["error"]["param"] == "previous_response_id"
+
+
+def test_a_client_that_leaves_ends_its_answer(deploy: Callable[..., None]):
+    deploy()
+    with httpx.stream(
+        "POST", f"{URL}/v1/completions", json={"prompt": "Once", "max_tokens": 400, "stream": True}
+    ) as one:
+        next(one.iter_lines())
+    soon(lambda: not sum(one["sessions_running"] for one in replicas()))
+    assert sum(one["generated_tokens"] for one in replicas()) < 400
+    assert "octavo_requests_aborted_total" in httpx.get(f"{URL}/metrics").text
+
+
+def test_killed_replicas_cost_no_request_without_an_error(
+    deploy: Callable[..., None], slowly: Callable[[int], int], record_property: Callable[[str, Any], None]
+):
+    """Twenty times a replica is killed under load: every answer is right and whole, or ends with one error that says
+    what happened; nothing hangs, and nothing of a wrong answer is told."""
+    deploy(replicas=3)
+    prompts = [f"{i} Once upon a time" for i in range(6)]
+    right = [one.json()["choices"][0]["text"] for one in together(6, lambda i: ask(prompts[i], 48))]
+    came: dict[str, int] = {"whole": 0, "broken": 0, "refused": 0}
+    rng = random.Random(0)
+
+    def one(i: int) -> str:
+        response = ask(prompts[i], 48, stream=i % 2 == 0)
+        if i % 2:
+            if response.status_code == 200:
+                assert response.json()["choices"][0]["text"] == right[i]
+                return "whole"
+            assert response.json()["error"]["code"] == "replica_lost", response.text
+            return "refused"
+        if response.status_code != 200:
+            assert response.json()["error"]["code"] == "replica_lost", response.text
+            return "refused"
+        told = events(response)
+        errors = [event["error"] for event in told if "error" in event]
+        text = "".join(event["choices"][0]["text"] for event in told if "error" not in event)
+        if not errors:
+            assert text == right[i]
+            return "whole"
+        assert [error["code"] for error in errors] == ["replica_lost"]
+        assert "error" in told[-1]
+        assert right[i].startswith(text)
+        return "broken"
+
+    for _ in range(slowly(20)):
+        alive = soon(lambda: len(found := replicas()) > 1 and found)
+        timer = threading.Timer(rng.uniform(0, 0.4), kill, [rng.choice(alive)["replica"]])
+        timer.start()
+        for how in together(6, one):
+            came[how] += 1
+        timer.join()
+    record_property("answers", came)
+    print(f"{slowly(20)} kills: {came}")
+    assert sum(came.values()) == 6 * slowly(20)
+    soon(lambda: len(replicas()) == 3)
+
+
+def test_scaling_and_a_rolling_update_lose_nothing(deploy: Callable[..., None], tmp_path: Path):
+    """While replicas are added, taken away and replaced by another model's, requests that never cease are answered; a
+    conversation that was saved is found by the replicas of later."""
+    deploy(replicas=1, session_dir=str(tmp_path))
+    assert ask(PROSE, 4).status_code == 200
+    soon(lambda: list(tmp_path.glob("*.session")))
+    ceased, statuses = threading.Event(), []
+
+    def load(i: int) -> None:
+        while not ceased.is_set():
+            statuses.append(ask(f"{i} Once upon a time", 8).status_code)
+
+    threads = [threading.Thread(target=load, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        deploy(replicas=2, session_dir=str(tmp_path))
+        deploy(replicas=1, session_dir=str(tmp_path))
+        deploy(replicas=1, session_dir=str(tmp_path), served_model_name=["newer"])
+    finally:
+        ceased.set()
+        for thread in threads:
+            thread.join()
+    assert set(statuses) == {200}
+    assert len(statuses) > 4
+    again = ask(PROSE, 4).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert again > 0
+    assert sum(one["restored_tokens"] for one in replicas()) == again
+
+
+def test_a_file_for_serve_deploy_is_one(deploy: Callable[..., None]):
+    """docs/serve.yaml has the schema of Ray's, and what it describes runs."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    deploy(replicas=1)
+    config = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "docs" / "serve.yaml").read_text("utf-8")))
+    config.applications[0].args["llm"] |= {"dtype": "fp32", "session_len": 256}
+    config.applications[0].args |= {"cpus": 0.5, "replicas": 1}
+    client = _get_global_client()
+    client.delete_apps(["default"])
+    client.deploy_apps(config, _blocking=True)
+    try:
+        assert soon(
+            lambda: httpx.get(f"{URL}/cache").status_code == 200 and replicas()[0]["format"] == "int8-token+edges"
+        )
+        assert ask("Once upon a time", 4).status_code == 200
+    finally:
+        client.delete_apps(["octavo"])
+
+
+def test_the_command_serves_replicas_until_it_is_told_to_stop():
+    """`octavo serve --replicas 2` tells its address, answers, and ends with status 0, leaving no process behind."""
+    command = [sys.executable, "-m", "octavo", "serve", "--replicas", "2", "--port", "0", "--json", "--dtype", "fp32"]
+    own = {**os.environ, "OCTAVO_API_KEY": "secret"}
+    with subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            told = json.loads(next(line for line in process.stdout if line.startswith("{")))
+            assert told["replicas"] == 2
+            body = {"prompt": "Once upon a time", "max_tokens": 4}
+            key = {"Authorization": "Bearer secret"}
+            assert httpx.post(f"{told['url']}/v1/completions", json=body, headers=key, timeout=120).status_code == 200
+            assert httpx.post(f"{told['url']}/v1/completions", json=body).status_code == 401
+            assert httpx.get(f"{told['url']}/metrics").status_code == 401
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(120) == 0
+        finally:
+            process.kill()
