@@ -116,12 +116,14 @@ def test_slots_are_cleared_copied_and_saved_whole():
         for number, state in enumerate(layer.values()):
             state[a] = number + 1
     pool.copy(a, b)
-    pool.copy(a, 0, other)
+    for name, state in other.of(0).items():
+        state.copy_(pool.of(a)[name])
     pool.clear(a)
     assert all(not state[a].any() for layer in pool.layers for state in layer.values())
     assert all(torch.equal(state[b], theirs[0]) for layer, same in zip(pool.layers, other.layers, strict=True)
                for state, theirs in zip(layer.values(), same.values(), strict=True))  # fmt: skip
-    pool.write(a, pool.read(b))
+    for name, state in pool.of(a).items():
+        state.copy_(other.of(0)[name])
     assert all(torch.equal(state[a], state[b]) for layer in pool.layers for state in layer.values())
     pool.free(a)
     assert pool.take() == a
