@@ -13,6 +13,7 @@ from octavo.cli.jsonl import shaping_of
 from octavo.cli.options import ServeOptions
 from octavo.cli.progress import progress
 from octavo.cli.sampling import SamplingOptions
+from octavo.errors import OctavoError
 from octavo.ray.cluster import cluster, placement
 
 
@@ -26,6 +27,8 @@ def generate_on_ray(
     chat: bool,
     logprobs: int | None,
 ) -> None:
+    if options.tensor_parallel_size > 1:
+        raise OctavoError("--ray gives each model one GPU: leave --tensor-parallel-size out")
     with cluster(address):
         from octavo.ray.generate import answer_files
         from octavo.ray.shards import Output

@@ -289,7 +289,7 @@ class ServeOptions(LoadOptions):
         given["session_len"] = given.pop("context")
         given |= {"kv": self.format_name(), "calibration": self.calibration and str(self.calibration.resolve())}
         names = ("granularity", "headroom", "max_batch_size", "kv_cache_memory", "cache_max_entry_count")
-        given |= {name: getattr(self, name) for name in (*names, "snapshot_memory")}
+        given |= {name: getattr(self, name) for name in (*names, "snapshot_memory", "tensor_parallel_size")}
         return {name: value for name, value in given.items() if value is not None}
 
     def format_name(self) -> str | None:

@@ -69,6 +69,6 @@ def _share(options: ServeOptions, replicas: int) -> dict[str, Any]:
     import torch
 
     if options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available()):
-        return {"gpus": 1, "cpus": 0}
+        return {"gpus": options.tensor_parallel_size, "cpus": 0}
     cores = int(os.environ.get("OMP_NUM_THREADS", 0)) or choose().threads
     return {"cpus": min(max(1, cores // replicas), (os.cpu_count() or 1) / replicas)}

@@ -40,6 +40,8 @@ class Replica:
     async def __init__(self, args: Args, responses: DeploymentHandle):  # type: ignore[misc]  # Ray waits for it
         logs.start(args.log_prompts, args.log_level, args.log_requests)
         sys.setswitchinterval(SWITCH)
+        for limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # as in cli/serve.py
+            os.environ.setdefault(limit, "128")
         llm = LLM(**args.llm)
         sessions = None
         if args.session_dir is not None:
