@@ -61,6 +61,7 @@ def calibrate(
     """
     validate_choice(granularity, headroom)
     bound = model.bound
+    bound.expect_rows()
     length = _common_length(windows, bound.max_context)
     offsets = window_offsets(bound, len(windows), length, seed)
     if observe is None:
@@ -140,7 +141,8 @@ def calibration_for(
     For a format that calibrates first one is made where there is none, and saved as `octavo calibrate` does;
     `progress` is called with the number of windows done and of all. Raises OctavoError if that takes too long.
     """
-    if given is not None or not format.calibrates_first or model.calibration_file() is not None:
+    first = format.calibrates_first and bool(model.bound.shapes)
+    if given is not None or not first or model.calibration_file() is not None:
         return model.calibration(given, format)
     windows = _short_windows(model)
     warnings.warn(
@@ -251,7 +253,7 @@ def warn_outside(model: Model, cache: KVCache, format: Format) -> None:
         for i, kv in enumerate(cache.saturation())
         for side, share in zip("KV", kv, strict=True)
     }
-    where, worst = max(shares.items(), key=lambda item: item[1])
+    where, worst = max(shares.items(), key=lambda item: item[1], default=("", 0.0))
     if worst > OUTSIDE:
         warnings.warn(
             f"{worst:.1%} of the values in {where} are larger than {format} can say here, so answers may be wrong: "

@@ -47,6 +47,7 @@ from octavo.inputs import (
     read_prompts,
 )
 from octavo.interrupts import held
+from octavo.models.bound import NO_ROWS
 from octavo.models.generation import is_greedy
 from octavo.models.model import Model
 from octavo.parallel import load
@@ -112,7 +113,9 @@ class LLM:
         bound = self.model.bound
         self.format = self.model.format(kv, calibration)
         self.calibration = calibration_for(self.model, calibration, self.format)
-        if self.calibration is None and self.format.takes_calibration:
+        if not bound.shapes and self.format != bound.raw_format:
+            warnings.warn(f"{self.model.name} {NO_ROWS}", stacklevel=2)
+        elif self.calibration is None and self.format.takes_calibration:
             warn_uncalibrated(self.model, self.format)
         if (granularity, headroom) != (None, None) and self.calibration is None:
             raise OctavoError(f"granularity and headroom choose from a calibration; {self.format} has none here")
@@ -189,18 +192,10 @@ class LLM:
     def generate(self, prompts: Prompt | Rows[Prompt], sampling_params: Params = None) -> list[Completion]: ...
     @overload
     def generate(
-        self,
-        prompts: Prompt | Rows[Prompt],
-        sampling_params: Params = None,
-        *,
-        stream: Literal[True],
+        self, prompts: Prompt | Rows[Prompt], sampling_params: Params = None, *, stream: Literal[True]
     ) -> Iterator[Delta]: ...
     def generate(
-        self,
-        prompts: Prompt | Rows[Prompt],
-        sampling_params: Params = None,
-        *,
-        stream: bool = False,
+        self, prompts: Prompt | Rows[Prompt], sampling_params: Params = None, *, stream: bool = False
     ) -> list[Completion] | Iterator[Delta]:
         """Continue prompts, each a string, a list of token ids or a dict with `prompt` or `prompt_token_ids`:
         completions in their order, or with `stream` pieces as they come. `sampling_params` is one for all or one for

@@ -16,16 +16,17 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "ARCHITECTURES.md"
 sys.path.insert(0, str(ROOT))  # the tests are no installed package
 
-from tests.models import zoo  # noqa: E402
+from tests.models import recurrent, zoo  # noqa: E402
 from tests.models.forms import FORMS, measure  # noqa: E402
 from tests.models.probe import Outcome, probe  # noqa: E402
 
 INTRODUCTION = """\
 # Architectures
 
-Octavo runs any model that sends its attention through transformers' `AttentionInterface` and keeps no state but K and
-V. What it cannot run exactly it refuses when the model is loaded, with the reason. This page is the list, found with
-transformers {version}. `python scripts/architectures.py` writes it and a test keeps it true.
+Octavo runs any model that sends its attention through transformers' `AttentionInterface` and keeps other states than K
+and V, if any, through transformers' interface for recurrent layers. What it cannot run exactly it refuses when the
+model is loaded, with the reason. This page is the list, found with transformers {version}.
+`python scripts/architectures.py` writes it and a test keeps it true.
 
 Each architecture is built as a tiny random float32 model with its features switched on. Sequences of different lengths
 are packed into steps of prefill, decode and both, over a paged cache in the `fp32` format, and the logits compared with
@@ -50,7 +51,16 @@ weights that the form stands for, in float32. Weights that stay in 4 bits are mu
 FEATURES = """\
 What their layers have, as the dry run at load sees it. *GQA*: fewer KV heads than query heads. *window*: sliding, in
 some layers or in all. *K and V of different dims*: latent attention (MLA) in its expanded form, stored per head: right,
-but not small. *own scale*: other than 1/√dim. *KV-shared layers* store nothing of their own.
+but not small. *own scale*: other than 1/√dim. *KV-shared layers* store nothing of their own. *states*: some layers, or
+all, keep states of fixed size.
+"""
+
+
+RECURRENT = """\
+Of models whose layers are partly or all recurrent, each tried as above and once more: eight prompts of 1 to 40 tokens
+at a time through the engine, and the greedy answers of 12 tokens compared with those of transformers' `generate` over
+its own cache, each prompt alone, with eager attention in float32. Models without any attention run too: their cache has
+no rows to fold, and every format is the same.
 """
 
 
@@ -69,6 +79,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
         introduction,
         "## Forms\n\n" + GIVEN,
         table(("form", "tokens", "log-probabilities differ by", "bytes a token in `kv8`"), forms_rows()),
+        "## Recurrent layers\n\n" + RECURRENT,
+        table(("model type", "tokens", "log-probabilities differ by", "bytes of a session's states"), recurrent_rows()),
         "## Exact\n\n" + FEATURES,
         table(
             ("features", "architectures"),
@@ -94,6 +106,16 @@ def forms_rows() -> Iterable[tuple[str, ...]]:
         found = measure(name)
         bound = next(limit for limit in (1e-4, 1e-3, 1e-2, 1e9) if found.error < limit)
         yield name, "equal" if found.tokens else "differ", f"less than {bound:g}", f"{found.token_bytes:,}"
+
+
+def recurrent_rows() -> Iterable[tuple[str, ...]]:
+    for name in recurrent.NAMES:
+        found = recurrent.measure(name)
+        if found.reason:
+            yield f"`{name}`", "refused", found.reason.removeprefix(f"{name} "), ""
+        else:
+            bound = next((limit for limit in (1e-4, 1e-3, 1e-2) if found.error < limit), float("inf"))
+            yield f"`{name}`", "equal" if found.tokens else "differ", f"less than {bound:g}", f"{found.states:,}"
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,38 @@ def test_an_answer_that_would_not_end_is_ended_as_its_schema_demands(pamphlet: M
         json.loads(pamphlet.tokenizer.decode(tokens))
         cut += guide.cut
     assert cut > 2
+
+
+def test_a_text_with_the_name_of_a_special_token_in_it_is_spelled(pamphlet: Model):
+    tokenizer = copy.deepcopy(pamphlet.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</tool_call>"]})
+    grammars = Grammars(tokenizer, len(tokenizer), pamphlet.eos_ids)
+    said = "a </tool_call> b"
+    guide, tokens = grammars.guide("json_schema", {"const": said}), list[int]()
+    for room in range(60, 0, -1):
+        row = torch.zeros(len(tokenizer))
+        guide.restrict(row, room)
+        assert row.max() > -torch.inf
+        if (token := int(row.argmax())) in pamphlet.eos_ids:
+            break
+        tokens.append(token)
+        guide.accept(token)
+    assert json.loads(tokenizer.decode(tokens)) == said
+
+
+def test_the_way_to_an_end_has_as_few_tokens_as_the_vocabulary_allows(pamphlet: Model):
+    """What is still open is closed by tokens of several signs where the model has them."""
+    grammars = Grammars(pamphlet.tokenizer, pamphlet.bound.vocab_size, pamphlet.eos_ids)
+    nested = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}}}}
+    for schema, text in ((nested, '{"a": {"a": {"a": {'), ({"type": "array"}, '[[[["x')):
+        guide = grammars.guide("json_schema", schema)
+        for token in pamphlet.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            guide.accept(token)
+        way = guide.closing.way(guide.matcher, 100)
+        assert way is not None
+        closed = pamphlet.tokenizer.decode(way)
+        assert json.loads(text + closed)
+        assert len(way) <= len(pamphlet.tokenizer(closed, add_special_tokens=False)["input_ids"])
 
 
 def test_an_end_that_tokens_forced_is_told_as_one(llm: LLM):

@@ -24,7 +24,7 @@ ORDER = (
     ("quant",),
     ("cache",),
     ("attention",),
-    ("processor", "weights"),
+    ("processor", "recurrences", "weights"),
     ("models",),
     ("engine", "parallel", "scales"),
     ("text",),

@@ -215,9 +215,10 @@ class _Step:
 
 
 def _step(batch: Batch, cache: LayerCache) -> _Step:
-    if "native" not in batch.plan:
-        batch.plan["native"] = _Step(batch, cache)
-    return batch.plan["native"]
+    name = "native", cache.raw is not None  # formats of layers may differ: some have edges
+    if name not in batch.plan:
+        batch.plan[name] = _Step(batch, cache)
+    return batch.plan[name]
 
 
 Sides = tuple[Any, Any, Any, Any]  # the kernels' views of raw pages: K and V of the cache, K and V in hand

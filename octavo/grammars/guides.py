@@ -78,6 +78,7 @@ class GrammarGuide:
         self.bits = torch.zeros(-(-vocab_size // 32), dtype=torch.int32)
         self.cut = False  # whether an end was chosen because tokens ran out
         self.next_look = 1 << 62  # room at which the way to an end is looked for
+        self.way: list[int] = []  # the last that was found, as far as it has not been gone
 
     def restrict(self, row: Tensor, room: int) -> None:
         """Set the logits [vocabulary] of all tokens that must not come next to -inf; after all of the grammar that is
@@ -92,16 +93,29 @@ class GrammarGuide:
         if self.matcher.is_error():
             raise OctavoError(f"the {name} cannot be followed further: {first_line(self.matcher.get_error())}")
         allowed = (self.bits[:, None] >> BITS) & 1
+        only = allowed.flatten().nonzero()
+        if (
+            len(only) == 1
+            and not self.matcher.validate_tokens([int(only)])
+            and (spelled := self.closing.forced(self.matcher))
+        ):  # a special token's name within a text
+            allowed.flatten()[only] = 0
+            allowed.flatten()[spelled[0]] = 1
         row.masked_fill_((allowed.flatten()[: len(row)] == 0).to(row.device), -torch.inf)
         if room <= self.next_look:
             self._end_in_time(row, room)
 
     def accept(self, token: int) -> None:
         self.matcher.consume_token(token)
+        if self.way[:1] == [token]:
+            self.way = self.way[1:]
 
     def _end_in_time(self, row: Tensor, room: int) -> None:
         """Leave only tokens after which there is room for an end, once it could be missed by the next token."""
         way = self.closing.way(self.matcher, room)
+        if way is None and 0 < len(self.way) <= room and self.closing.completes(self.matcher, self.way):
+            way = self.way
+        self.way = way or []
         if way is None:  # too late: the shortest end that is known is longer
             self.next_look = -1
             return
@@ -168,7 +182,8 @@ class Grammars:
 
     @cached_property
     def _closing(self) -> Closing:
-        return Closing(self._tokens, self.vocab_size)
+        marks = set(self.tokenizer.added_tokens_decoder) - {*self.eos_ids}
+        return Closing(self._tokens, self.vocab_size, marks)
 
     @cached_property
     def _tokens(self) -> Any:

@@ -19,15 +19,17 @@ from octavo.cache.plan import LayerPlan, LayerShape
 from octavo.cache.states import StatePlan
 from octavo.cache.store import KVCache
 from octavo.devices import device_of
-from octavo.errors import Unsupported
+from octavo.errors import OctavoError, Unsupported
 from octavo.interrupts import let_through
 from octavo.models import states
 from octavo.models.hook import Attend, Recorder, attending, itself
-from octavo.models.states import StateStep
+from octavo.models.states import Mixer, StateStep
 from octavo.quant.format import RAW_NAMES, KVFormat
 
 Watch = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 """(layer, q, k, v) as for Attend → k and v in their place, and what stands in for attention's output, or None"""
+
+NO_ROWS = "has no layer of attention: there are no rows to fold, and all formats are the same"
 
 
 class BoundModel:
@@ -43,6 +45,12 @@ class BoundModel:
         self.max_context = max_context
         self.layers: list[AttentionSpec] = []  # of attention
         self.states = StatePlan()  # of the layers that keep states
+        self.mixers: list[Mixer] = []  # they themselves
+
+    def expect_rows(self) -> None:
+        """Raise OctavoError for a model without attention."""
+        if not self.layers:
+            raise OctavoError(f"{self.hf.config.model_type} {NO_ROWS}")
 
     @property
     def shapes(self) -> list[LayerShape]:
@@ -81,7 +89,7 @@ class BoundModel:
         """Token ids in lists of that shape, the same every time."""
         return torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(seed)).tolist()
 
-    def find_states(self, prove: bool = True) -> None:
+    def find_states(self) -> None:
         """See which layers keep states, of what shapes and types, and have each show that it computes packed steps
         exactly. To be done again where the type that a model computes in has changed."""
         self.states = StatePlan()
@@ -96,9 +104,11 @@ class BoundModel:
                 f"{self.hf.config.model_type} keeps the states of its recurrent layers in a way of its own, and not in "
                 "transformers' cache"
             )
-        self.states = states.install(found)
-        if prove and not ids.is_meta:
+        states.install(found)
+        if not ids.is_meta:
             states.prove(self.hf.config.model_type, found)
+        self.mixers = [each.mixer for each in found]
+        self.states = StatePlan(tuple(mixer.states for mixer in self.mixers))
 
     def new_step(self, q_lens: Sequence[int]) -> StateStep | None:
         """For a forward over the beginnings of so many sequences, with states of their own."""

@@ -188,7 +188,7 @@ class Model:
 
     def calibration(self, given: str | Path | Calibration | None, format: Format) -> Calibration | None:
         """The calibration to serve `format` with, checked against the weights: `given`, or the file that is found."""
-        if not format.takes_calibration:
+        if not format.takes_calibration or not self.bound.shapes:
             return None
         if isinstance(given, Calibration):
             found = given

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.clients import promises
 from tests.clients.environments import ready
 from tests.clients.running import CLIENTS, PROGRAMS, Client, run
 from tests.serve.conftest import Running
@@ -17,6 +19,12 @@ ENVIRONMENTS = Path(os.environ.get("OCTAVO_CLIENTS", ".clients"))
 
 def test_openai_s_client_runs_a_typical_program(served: Running):
     assert run([sys.executable, str(PROGRAMS / "openai_sdk.py")], served.url, served.server.service.name) == ""
+    served.assert_idle()
+
+
+@pytest.mark.parametrize("check", promises.CHECKS, ids=lambda check: check.__name__)
+def test_what_the_documents_promise_holds(served: Running, check: Callable[[promises.Server], None]):
+    check(promises.Server(served.url))
     served.assert_idle()
 
 

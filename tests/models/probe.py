@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from octavo.attention import AttentionSpec, attend
+from octavo.attention import attend
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.plan import plan_layers
@@ -63,7 +63,7 @@ def probe(name: str) -> Outcome:
     except Unsupported as refusal:
         return Outcome(name, "refused", reason=str(refusal).removesuffix(f". {LISTED}"))
     error = largest_error(name, bound)
-    return Outcome(name, "exact" if error < TOLERANCE else "wrong", error=error, features=features(bound.layers))
+    return Outcome(name, "exact" if error < TOLERANCE else "wrong", error=error, features=features(bound))
 
 
 def largest_error(name: str, bound: BoundModel) -> float:
@@ -112,9 +112,9 @@ def _attend(bound: BoundModel, kv: KVCache, batch: Batch, layer: int, q: Tensor,
     return attend(bound.layers[layer], kv.layers[layer], q, k, v, batch)
 
 
-def features(layers: list[AttentionSpec]) -> tuple[str, ...]:
+def features(bound: BoundModel) -> tuple[str, ...]:
     """What the dry trace saw, over all layers."""
-    shapes = [layer.shape for layer in layers]
+    layers, shapes = bound.layers, bound.shapes
     dims = {(shape.k_dim, shape.v_dim) for shape in shapes}
     seen = {
         "GQA": any(layer.heads > layer.shape.kv_heads for layer in layers),
@@ -124,6 +124,7 @@ def features(layers: list[AttentionSpec]) -> tuple[str, ...]:
         "K and V of different dims": any(k != v for k, v in dims),
         "layers of different shapes": len({(shape.kv_heads, shape.k_dim, shape.v_dim) for shape in shapes}) > 1,
         "KV-shared layers": any(shape.shares is not None for shape in shapes),
+        "states": bool(bound.states),
         "own scale": any(abs(layer.scale - layer.shape.k_dim**-0.5) > 1e-6 for layer in layers),
     }
     return tuple(name for name, present in seen.items() if present)

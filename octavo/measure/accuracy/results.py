@@ -19,6 +19,7 @@ from octavo.progress import Progress
 
 def about(model: Model, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """The model, the machine, and what the formats take in theory: computed from the model's geometry."""
+    model.bound.expect_rows()
     bytes_ = [CacheSize.of(model.bound.shapes, candidate.format).token for candidate in candidates]
     return {
         "command": "accuracy",

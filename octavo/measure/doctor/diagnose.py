@@ -70,6 +70,7 @@ def diagnose(
     None for a bundled English text. `progress` is called with what is done, how much of it, and of how much; `say` with
     what will be measured, and what was left out to fit the budget."""
     start, bound = perf_counter(), model.bound
+    bound.expect_rows()
     tell, say = progress or (lambda *_: None), say or (lambda _: None)
     found = Diagnosis(model.name, True, weights=model.weight_kind, processor=model.processor, anatomy=examine(bound))
     tell("checking that sequences do not mix", 0, 0)

@@ -151,7 +151,7 @@ def _fill_and_look(request: Request, device: Device, before: int) -> Filled:
     model = request.source.load(request.context)
     # The ranges of one random batch: which ones they are changes no byte. For raw formats it is a warm-up.
     warm_up = model.bound.random_tokens(1, min(WARM_UP, request.context))
-    calibration = calibrate(model, warm_up, dataset="synthetic")
+    calibration = calibrate(model, warm_up, dataset="synthetic") if model.bound.shapes else None
     device.forget_peak()
 
     llm = LLM(

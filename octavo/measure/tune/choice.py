@@ -64,7 +64,7 @@ def token_budget(sensitivity: Sensitivity, bits: float) -> int:
 def token_room(bound: BoundModel, memory: int, sessions: int, context: int) -> int:
     """Bytes that a token's codes may take where `sessions` of `context` tokens are to fit into `memory`, raw pages and
     whole blocks included."""
-    size = CacheSize.of(bound.shapes, KVFormat.parse("kv4"))
+    size = CacheSize.of(bound.shapes, KVFormat.parse("kv4"), states=bound.states)
     fixed, blocks = size.cache(0, sessions), sessions * size.blocks(context)
     room = (memory - fixed) // (blocks * size.block_size)
     if room < size.token:

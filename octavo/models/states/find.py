@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from octavo.cache.states import StatePlan, StateShape
+from octavo.cache.states import StateShape
 from octavo.errors import Unsupported
 from octavo.models.states.mixers import MIXER, Mixer, PackedMixer, own_forward
 
@@ -134,11 +134,10 @@ def uninstall(hf: PreTrainedModel) -> None:
             del vars(module)[MIXER]
 
 
-def install(found: Sequence[Found]) -> StatePlan:
+def install(found: Sequence[Found]) -> None:
     """Have these modules compute packed steps."""
     for each in found:
         setattr(each.module, MIXER, each.mixer)
         own = type(each.module)
         if not issubclass(own, PackedMixer):
             each.module.__class__ = type(own.__name__, (PackedMixer, own), {"__module__": own.__module__})
-    return StatePlan(tuple(each.mixer.states for each in found))

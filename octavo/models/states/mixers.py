@@ -8,9 +8,11 @@ step (`stepping`) a mixer is as transformers made it: its rows are one sequence 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from octavo.cache.batch import Batch
 from octavo.cache.states import Name, StatePlan, StatePool, StateShape
 from octavo.cache.store import KVCache
+from octavo.models.states.native import reading
+from octavo.recurrences.cpu import Places
 
 MIXER = "octavo_mixer"  # where a module keeps its Mixer
 
@@ -56,6 +60,12 @@ class StateStep:
         """The first step of so many sequences, with slots of their own."""
         pool = StatePool(plan, len(q_lens))
         return cls(pool, torch.arange(len(q_lens)), list(q_lens), [True] * len(q_lens))
+
+    @cached_property
+    def places(self) -> Places:
+        """For native kernels, where rows and states lie: the slot of nobody is the last."""
+        starts = torch.tensor([0, *accumulate(self.q_lens)])
+        return Places(starts, torch.where(self.slots < 0, self.pool.slots, self.slots))
 
     def parts(self, device: torch.device, by_token: bool) -> list[Part]:
         """The calls that a mixer on `device` gets. `by_token`: one for each token, where rows have others before."""
@@ -144,6 +154,7 @@ class Mixer:
     cache: str  # the one that is the cache
     rows: str  # the one that is its rows
     by_token: bool = False  # whether a call of several tokens forgets the states: chunks are computed token by token
+    native: Callable[..., Tensor] | None = None  # its forward over all rows of a step, by native kernels
 
 
 class PackedMixer(nn.Module):
@@ -158,6 +169,9 @@ class PackedMixer(nn.Module):
         packed: Tensor = arguments.pop(mixer.rows)[0]
         arguments.pop(mixer.cache, None)
         pool = step.pool.layers[mixer.index]
+        if mixer.native is not None:
+            with reading(step.places, pool):
+                return mixer.native(self, **{mixer.rows: packed[None]}, **arguments)
         out: Tensor | None = None
         for part in step.parts(packed.device, mixer.by_token):
             rows = packed[part.rows].view(part.sequences, part.tokens, -1)
@@ -177,3 +191,10 @@ class PackedMixer(nn.Module):
 def own_forward(module: nn.Module) -> Any:
     """A module's forward as transformers made it."""
     return super(PackedMixer, module).forward if isinstance(module, PackedMixer) else module.forward
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class as transformers made it."""
+    return next(
+        kind for kind in type(module).__mro__ if issubclass(kind, nn.Module) and not issubclass(kind, PackedMixer)
+    )

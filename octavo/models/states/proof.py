@@ -8,7 +8,8 @@ ranges.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from octavo.cache.states import StatePlan, StatePool
 from octavo.errors import Unsupported
 from octavo.models.states.find import Found
-from octavo.models.states.mixers import StateStep, own_forward, stepping
+from octavo.models.states.mixers import StateStep, own_class, own_forward, stepping
+from octavo.models.states.native import native_forward
 
 LENGTHS = (7, 5)  # tokens of the two sequences
 TOKENS = sum(LENGTHS)
@@ -38,7 +40,12 @@ def prove(name: str, found: Sequence[Found]) -> None:
         alone = [own_forward(each.module)(**{mixer.rows: own, mixer.cache: None}, **each.beside) for own in rows]
         if not all(isinstance(own, Tensor) for own in alone):
             raise Unsupported(f"{kind} returns more than its rows")
-        mixer.by_token = False
+        mixer.by_token, mixer.native = False, _native(each)
+        if mixer.native is not None:
+            kept, mixer.states = mixer.states, tuple(replace(s, dtype=torch.float32) for s in mixer.states)
+            if _agrees(each, alone):
+                continue
+            mixer.native, mixer.states = None, kept
         if not _same(_read(each, TOGETHER), alone):
             raise Unsupported(f"{kind} mixes the sequences of a packed step")
         if not _same(_read(each, ALONE), alone):
@@ -47,6 +54,18 @@ def prove(name: str, found: Sequence[Found]) -> None:
             mixer.by_token = True
             if not _same(_read(each, CHUNKS), alone):
                 raise Unsupported(f"{kind} computes something else in chunks than from all tokens at once")
+
+
+def _native(each: Found) -> Callable[..., Tensor] | None:
+    return native_forward(own_class(each.module), each.rows.device)  # type: ignore[arg-type]
+
+
+def _agrees(each: Found, alone: Sequence[Tensor]) -> bool:
+    """Whether the native kernels give the same: what a mixer does otherwise is its own."""
+    try:
+        return all(_same(_read(each, cuts), alone) for cuts in (TOGETHER, ALONE, CHUNKS))
+    except Exception:  # whatever a mixer gives functions that it takes for transformers'
+        return False
 
 
 def _same(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:

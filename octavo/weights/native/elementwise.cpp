@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "parallel.h"
-#include "silu.h"
+#include "vectors.h"
 
 namespace octavo::weights::ISA {
 namespace {
@@ -18,27 +18,6 @@ using namespace octavo::ISA;
 
 constexpr int64_t SMALL = 1 << 14;  // elements: fewer are not worth waking a thread for
 constexpr int64_t PIECE = 1 << 12;  // elements that a thread takes at a time, at least
-
-// f(i, n) for vectors of n = W elements from i on, and a last one of fewer.
-template <class F>
-inline void each_vector(int64_t count, F&& f) {
-    int64_t i = 0;
-    for (; i + W <= count; i += W) f(i, W);
-    if (i < count) f(i, int(count - i));
-}
-template <class T>
-inline f32v load_some(const T* p, int n) {
-    if (n == W) return load_float(p);
-    T some[W] = {};
-    std::copy_n(p, n, some);
-    return load_float(some);
-}
-template <class T>
-inline void store_some(T* p, f32v v, int n) {
-    if constexpr (sizeof(T) == 4)
-        if (n == W) return store(p, v);
-    for (int i = 0; i < n; i++) from_float(v[i], p[i]);
-}
 
 // body(from, to) for pieces of `items` items of so many elements each.
 template <class F>

@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "parallel.h"
-#include "silu.h"
+#include "vectors.h"
 
 namespace octavo::weights::ISA {
 namespace {

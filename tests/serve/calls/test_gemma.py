@@ -78,3 +78,18 @@ def test_what_cannot_be_held_to_is_refused(schema: dict[str, Any], why: str):
     function = {"name": "weather", "strict": True, "parameters": schema}
     with pytest.raises(OctavoError, match=why):
         held_grammar(FUNCTION_GEMMA, [function], {}, must=True, parallel=True)
+
+
+def test_a_string_that_has_no_end_is_ended_by_its_own_quote(pamphlet: Model):
+    tokenizer = copy.deepcopy(pamphlet.tokenizer)
+    added = tokens_for(tokenizer, FUNCTION_GEMMA)
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    schema = object_of("s l", s={"type": "string"}, l={"type": "array", "minItems": 1})
+    function = {"name": "weather", "strict": True, "parameters": schema}
+    guide = grammars.guide("grammar", held_grammar(FUNCTION_GEMMA, [function], added, must=True, parallel=True))
+    text = "<start_function_call>call:weather{l:[<escape>a"
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        guide.accept(token)
+    way = guide.closing.way(guide.matcher, 30)
+    assert way is not None
+    assert tokenizer.decode(way) == "<escape>],s:<escape><escape>}<end_function_call>"

@@ -1,0 +1,158 @@
+"""Models whose layers are partly recurrent, against transformers' own `generate` with its own cache, both in float32.
+
+Random models of four kinds: tiny, and of the shape of half a billion parameters. In each round both programs answer the
+same prompts in turn, greedily: one of 128 tokens (prefill, and decode of a batch of 1), and eight of different lengths,
+which transformers pads to one. Decode is the time of an answer less that of its first token. Ratios are of times within
+a round, and their median is given. That both compute the same model is checked by their tokens. The last line is one
+JSON document.
+
+    python benchmarks/hybrids.py --out benchmarks/results/hybrids-cpu-zen3.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from machine import describe
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from octavo import LLM, SamplingParams
+from octavo.models.model import Model
+
+LAYERS = ["linear_attention"] * 3 + ["full_attention"]
+QWEN = {"layer_types": LAYERS * 6, "num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 3584,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128}  # fmt: skip
+GRANITE = {"layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 4, "num_hidden_layers": 32,
+           "hidden_size": 1024, "shared_intermediate_size": 2560, "num_local_experts": 0, "num_experts_per_tok": 0,
+           "num_attention_heads": 16, "num_key_value_heads": 4, "mamba_n_heads": 64, "mamba_d_head": 32,
+           "mamba_d_state": 128, "mamba_n_groups": 1, "attention_multiplier": 0.125}  # fmt: skip
+LFM = {"layer_types": ["conv", "conv", "full_attention"] * 5 + ["conv"], "num_hidden_layers": 16, "hidden_size": 1536,
+       "intermediate_size": 4608, "block_auto_adjust_ff_dim": False, "num_attention_heads": 24,
+       "num_key_value_heads": 8, "conv_L_cache": 3}  # fmt: skip
+FALCON = {"num_hidden_layers": 36, "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8,
+          "num_key_value_heads": 2, "head_dim": 64, "mamba_d_ssm": 1536, "mamba_n_heads": 24, "mamba_d_head": 64,
+          "mamba_d_state": 128, "mamba_n_groups": 1}  # fmt: skip
+LARGE = {"qwen3_5_text": QWEN, "granitemoehybrid": GRANITE, "lfm2": LFM, "falcon_h1": FALCON}
+TINY = {
+    "qwen3_5_text": QWEN | {"layer_types": LAYERS, "num_hidden_layers": 4, "hidden_size": 128,
+                            "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32,
+                            "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+                            "linear_value_head_dim": 32},
+    "granitemoehybrid": GRANITE | {"layer_types": LAYERS, "num_hidden_layers": 4, "hidden_size": 128,
+                                   "shared_intermediate_size": 256, "num_attention_heads": 4,
+                                   "num_key_value_heads": 2, "mamba_n_heads": 8, "mamba_d_state": 32},
+    "lfm2": LFM | {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_hidden_layers": 4,
+                   "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "falcon_h1": FALCON | {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256,
+                           "num_attention_heads": 4, "head_dim": 32, "mamba_d_ssm": 256, "mamba_n_heads": 8,
+                           "mamba_d_head": 32, "mamba_d_state": 32},
+}  # fmt: skip
+VOCABULARY = {"large": 32_768, "tiny": 4_096}
+ONE = [128]
+EIGHT = [8, 20, 32, 12, 48, 4, 40, 28]  # tokens of the prompts
+TOKENS = 17  # of an answer
+Prompts = list[list[int]]
+Job = Callable[[Prompts, int], tuple[float, Prompts]]  # (prompts, tokens of an answer) → seconds, answers
+
+
+def build(kind: str, shape: dict[str, Any], vocabulary: int) -> PreTrainedModel:
+    config = AutoConfig.for_model(kind, vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2, **shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def theirs(hf: PreTrainedModel) -> Job:
+    hf.generation_config.eos_token_id = None
+
+    @torch.inference_mode()
+    def run(prompts: Prompts, tokens: int) -> tuple[float, Prompts]:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        start = time.perf_counter()
+        out = hf.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
+        return time.perf_counter() - start, out[:, longest:].tolist()
+
+    return run
+
+
+def ours(model: Model) -> Job:
+    llm = LLM(model, "fp32", max_batch_size=8, session_len=320, prefix_caching=False)
+
+    def run(prompts: Prompts, tokens: int) -> tuple[float, Prompts]:
+        start = time.perf_counter()
+        answers = llm.generate(prompts, SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0))
+        return time.perf_counter() - start, [answer.token_ids for answer in answers]
+
+    return run
+
+
+def measure(hf: PreTrainedModel, kind: str, rounds: int) -> dict[str, Any]:
+    vocabulary = hf.config.vocab_size
+    jobs = {"transformers": theirs(hf), "octavo": ours(Model.of(copy.deepcopy(hf), Path(kind)))}
+    generator = torch.Generator().manual_seed(1)
+    sets = {
+        name: [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+        for name, lengths in (("1", ONE), ("8", EIGHT))
+    }
+    answers = {name: job(sets["8"], 4)[1] for name, job in jobs.items()}  # warm, too
+    agreed = [a == b for a, b in zip(*answers.values(), strict=True)]
+    if sum(agreed) < 7:
+        raise SystemExit(f"{kind}: {sum(agreed)} of 8 answers agree: not the same model, so nothing is reported")
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            for batch, prompts in sets.items():
+                first, whole = job(prompts, 1)[0], job(prompts, TOKENS)[0]
+                found[name].setdefault(f"prefill {batch}", []).append(first)
+                found[name].setdefault(f"decode {batch}", []).append(whole - first)
+    tokens = {"prefill 1": sum(ONE), "decode 1": TOKENS - 1, "prefill 8": sum(EIGHT), "decode 8": 8 * (TOKENS - 1)}
+    return {
+        "answers_equal": sum(agreed),
+        "tokens_per_second": {
+            name: {part: round(tokens[part] / median(times), 1) for part, times in parts.items()}
+            for name, parts in found.items()
+        },
+        "times_as_fast": {
+            part: round(median(b / a for a, b in zip(found["octavo"][part], theirs, strict=True)), 2)
+            for part, theirs in found["transformers"].items()
+        },
+    }
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--kinds", nargs="+", default=list(LARGE))
+    cli.add_argument("--sizes", nargs="+", default=["tiny", "large"])
+    cli.add_argument("--rounds", type=int, default=3)
+    cli.add_argument("--out", type=Path)
+    args = cli.parse_args()
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    rows = []
+    for size in args.sizes:
+        for kind in args.kinds:
+            hf = build(kind, {"tiny": TINY, "large": LARGE}[size][kind], VOCABULARY[size])
+            row = {"kind": kind, "size": size, "parameters": sum(p.numel() for p in hf.parameters())}
+            rows.append(row | measure(hf, kind, args.rounds if size == "tiny" else max(1, args.rounds - 1)))
+            print(rows[-1], flush=True)
+    document = {"machine": describe(), "rounds": args.rounds, "tokens": TOKENS, "rows": rows}
+    if args.out:
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+#include "kernels.h"
+
+namespace octavo::recurrences::ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {convolve, delta_rule, scan, selective_scan};
+
+}  // namespace octavo::recurrences::ISA
