@@ -184,6 +184,6 @@ def test_every_verb_takes_them(
     run("accuracy", path, "--kv", "kv8,kv4", *calibrated, *text, "--answers", "0")
     run("doctor", path, "--budget", "5s", status=(0, 1))  # random weights may be advised against, not refused
     assert "refused" not in capsys.readouterr().out
-    run("tune", path, "--bits", "6", *calibrated, *text)
+    run("tune", path, "--bits", "6", *calibrated, *text[:-1], "256")
     run("quantize", path, "--work-dir", tmp_path / "4bit", *few)
     run("generate", tmp_path / "4bit", "--model-format", "awq", "--kv", "kv8", "--prompt", "Once", "--max-tokens", "4")

@@ -30,7 +30,8 @@ ADDED = ("text", "finish_reason", "prompt_tokens", "completion_tokens", "cached_
 class Generate:
     """Answers rows of a dataset:
 
-        dataset.map_batches(Generate, fn_constructor_kwargs={"model": …, "kv": "kv8"}, batch_size=256, concurrency=4)
+        dataset.map_batches(Generate, fn_constructor_kwargs={"model": …, "kv": "kv8"}, batch_size=256,
+                            compute=ray.data.ActorPoolStrategy(size=4))
 
     A row has a column `prompt` (text or token ids) or `messages`, and may have columns of request parameters
     (docs/PARAMETERS.md); all columns stay. It gets `text`, `finish_reason`, `prompt_tokens`, `completion_tokens`,

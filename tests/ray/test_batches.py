@@ -111,7 +111,11 @@ def test_a_dataset_is_answered_and_the_command_takes_parquet(
     rows = [{"id": i, "prompt": f"{i} Once upon a time", "max_tokens": 3} for i in range(5)]
     rows += [{"id": 5, "prompt": "Once", "max_tokens": -1}]
     dataset = ray.data.from_items(rows).map_batches(
-        Generate, fn_constructor_kwargs={"params": PARAMS, **MODEL}, batch_size=3, concurrency=1, num_cpus=0.25
+        Generate,
+        fn_constructor_kwargs={"params": PARAMS, **MODEL},
+        batch_size=3,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=0.25,
     )
     found = sorted(dataset.take_all(), key=lambda row: row["id"])
     assert [bool(row["error"]) for row in found] == [False] * 5 + [True]
