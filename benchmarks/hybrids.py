@@ -141,16 +141,17 @@ def main() -> None:
     args = cli.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    rows = []
+    rows: list[dict[str, Any]] = json.loads(args.out.read_text())["rows"] if args.out and args.out.is_file() else []
+    document: dict[str, Any] = {"machine": describe(), "rounds": args.rounds, "tokens": TOKENS, "rows": rows}
     for size in args.sizes:
         for kind in args.kinds:
             hf = build(kind, {"tiny": TINY, "large": LARGE}[size][kind], VOCABULARY[size])
             row = {"kind": kind, "size": size, "parameters": sum(p.numel() for p in hf.parameters())}
-            rows.append(row | measure(hf, kind, args.rounds if size == "tiny" else max(1, args.rounds - 1)))
+            rows[:] = [old for old in rows if (old["kind"], old["size"]) != (kind, size)]
+            rows.append(row | measure(hf, kind, args.rounds))
             print(rows[-1], flush=True)
-    document = {"machine": describe(), "rounds": args.rounds, "tokens": TOKENS, "rows": rows}
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
+            if args.out:  # kept after each model: a run may be cut short, and go on with others
+                args.out.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
 
 
