@@ -93,8 +93,12 @@ def ours(model: Model) -> Job:
 
     def run(prompts: Prompts, tokens: int) -> tuple[float, Prompts]:
         start = time.perf_counter()
-        answers = llm.generate(prompts, SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0))
-        return time.perf_counter() - start, [answer.token_ids for answer in answers]
+        sequences = [llm.sequence(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True)) for prompt in prompts]
+        for sequence in sequences:
+            llm.engine.add(sequence)
+        while llm.engine.busy:
+            llm.engine.step()
+        return time.perf_counter() - start, [sequence.output for sequence in sequences]
 
     return run
 
