@@ -37,15 +37,18 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Octavo needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
 	$(INSTALL) --editable '.[report,serve]'
 	touch $@
 
-.venv/installed-dev: .venv/installed
+# The test extra holds what the demo needs, so the native kernels are compiled once.
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(INSTALL) --editable '.[test,lint]'
-	touch $@
+	touch .venv/installed $@
 
 clean:
 	rm -rf .venv build dist *.egg-info

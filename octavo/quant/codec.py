@@ -127,14 +127,14 @@ def encode_decoded(x: Tensor, codec: Codec, static: Static | None = None) -> Row
     """Encode rows that may have been codes before: those get the same codes and scales again.
 
     A decoded row does not say which scale it had: its largest value is the middle of a cell, or by rounding beyond the
-    scale's range. Of the scale that `encode` chooses and its two neighbours this takes the one that gives the row back
-    most nearly, which for decoded rows is theirs.
+    scale's range, or less than the range of the scale below. Of the scale that `encode` chooses, the one below and two
+    above this takes the one that gives the row back most nearly, which for decoded rows is theirs.
     """
     best = encode(x, codec, static)
     if best.scales is None:
         return best
     codes, scales, error = best.codes, best.scales, _error(x, best, codec, static)
-    for step in (-1, 1):
+    for step in (-1, 1, 2):
         other = encode(x, codec, static, (best.scales.int() + step).clamp(0, 255))
         other_error = _error(x, other, codec, static)
         nearer = other_error < error

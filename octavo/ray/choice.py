@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from functools import lru_cache
 from hashlib import blake2b
+from heapq import nsmallest
 
+MASK = (1 << 64) - 1
 BOUND = 1.25  # of the mean load, which a home may have
 
 
@@ -24,8 +27,24 @@ def choose(key: str, loads: Mapping[str, int], free: int, rng: random.Random | N
     if not key:
         order = (rng or random.Random()).sample(sorted(loads), len(loads))
         return [order[:2], order[2:]]
-    home, *others = sorted(loads, key=lambda replica: blake2b(f"{key} {replica}".encode(), digest_size=8).digest())
+    own = _number(key)
+    home, *others = nsmallest(3, loads, key=lambda replica: _mixed(own ^ _number(replica)))
+    rest = [replica for replica in loads if replica != home and replica not in others]
     mean = (sum(loads.values()) + 1) / len(loads)
     if loads[home] < max(free, BOUND * mean):
-        return [[home], others[:2], others[2:]]
-    return [[home, *others[:2]], others[2:]]
+        return [[home], others, rest]
+    return [[home, *others], rest]
+
+
+@lru_cache(1 << 16)
+def _number(name: str) -> int:
+    """64 bits of a name, the same in every process."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
+
+
+def _mixed(x: int) -> int:
+    """Every bit of the result depends on every bit of x (the finalizer of splitmix64): two numbers may be joined by xor
+    before. A hash of both names would say as much, and takes four times as long for each replica."""
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & MASK
+    return x ^ x >> 31

@@ -206,9 +206,7 @@ def test_a_file_for_serve_deploy_is_one(deploy: Callable[..., None]):
     client.delete_apps(["default"])
     client.deploy_apps(config, _blocking=True)
     try:
-        assert soon(
-            lambda: httpx.get(f"{URL}/cache").status_code == 200 and replicas()[0]["format"] == "int8-token+edges"
-        )
+        assert soon(lambda: httpx.get(f"{URL}/cache").status_code == 200 and replicas()[0]["format"] == "kv8")
         assert ask("Once upon a time", 4).status_code == 200
     finally:
         client.delete_apps(["octavo"])
