@@ -68,9 +68,8 @@ def parts(text: str, names: Iterable[str], known: dict[str, Any]) -> SimpleNames
             wanted.discard(own)
             found.append(node)
     assert not wanted, f"not in this version: {wanted}"
-    exec(
-        compile(ast.Module(found, []), "<reader>", "exec"), known
-    )  # from a wheel of the package index, of a version named above
+    code = compile(ast.Module(found, []), "<reader>", "exec", dont_inherit=True)  # its annotations are values
+    exec(code, known)  # from a wheel of the package index, of a version named above
     return SimpleNamespace(**known)
 
 
