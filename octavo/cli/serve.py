@@ -96,6 +96,8 @@ def serve(
         from octavo.ray.cluster import require
 
         require("octavo serve --replicas")
+        if (uds, max_connections, patience) != (None, 1024, 30):
+            raise OctavoError("--uds, --max-connections and --patience are a single server's: leave them out")
     tell_loading(options.model)
     from octavo.cache.size import parse_bytes
 
@@ -121,8 +123,6 @@ def serve(
     if replicas is not None:
         from octavo.cli.replicas import serve_replicas
 
-        if (uds, max_connections, patience) != (None, 1024, 30):
-            raise OctavoError("--uds, --max-connections and --patience are a single server's: leave them out")
         asked = {
             "served_model_name": served_model_name or [],
             "api_key": api_key or [],
