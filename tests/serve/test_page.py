@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,7 +49,16 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def running(pamphlet: Model) -> Iterator[Running]:
-    with serving(LLM(pamphlet, kv="int8-token", session_len=1024, max_batch_size=4)) as running:
+    """Of a model of ordinary speed: answers must still grow when a browser on a busy machine looks."""
+    llm = LLM(pamphlet, kv="int8-token", session_len=1024, max_batch_size=4)
+    step = llm.engine.step
+
+    def slow() -> Any:
+        time.sleep(0.02)
+        return step()
+
+    llm.engine.step = slow  # type: ignore[method-assign]
+    with serving(llm) as running:
         yield running
 
 
