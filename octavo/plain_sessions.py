@@ -28,7 +28,7 @@ from octavo.artefact import replacing
 from octavo.cache import session
 from octavo.cache.session import FIRST, STATES, Codes, SavedSession
 from octavo.cache.store import KVCache, RowStore
-from octavo.errors import OctavoError, one_line
+from octavo.errors import OctavoError, Unsupported, one_line
 from octavo.llm import LLM
 from octavo.quant.codec import Rows, decode, encode, encode_decoded
 
@@ -37,7 +37,11 @@ VERSION = "1"
 
 
 def export_session(llm: LLM, saved: str | Path, plain: str | Path) -> int:
-    """Write a saved session of this model and cache format as plain rows; returns how many tokens they are of."""
+    """Write a saved session of this model and cache format as plain rows; returns how many tokens they are of.
+
+    Raises OctavoError for a file of another model or format, and Unsupported for a model that ranks hold together.
+    """
+    _require_undivided(llm)
     file = SavedSession.open(Path(saved))
     file.check(llm.session_identity, llm.model.bound.vocab_size)
     codes = file.codes(llm.cache)
@@ -67,6 +71,7 @@ def import_session(llm: LLM, plain: str | Path, saved: str | Path) -> int:
 
     Raises OctavoError, and writes nothing, for rows of another geometry, rows that are not finite, and other files.
     """
+    _require_undivided(llm)
     path = Path(plain)
     tokens, count, rows = _read(path, llm)
     size = llm.cache.layout.block_size
@@ -142,6 +147,12 @@ def _read(path: Path, llm: LLM) -> tuple[list[int], int, dict[str, Tensor]]:
     if strange := [name for name, x in rows.items() if not bool(x.isfinite().all())]:
         raise OctavoError(f"{path}: {strange[0]} holds values that are not finite")
     return tokens, count, rows
+
+
+def _require_undivided(llm: LLM) -> None:
+    """Codes are all heads', but a rank knows the static parts of its own alone."""
+    if not llm.model.bound.alone:
+        raise Unsupported("plain rows are made with an undivided model: leave tensor_parallel_size out")
 
 
 def _sides(cache: KVCache) -> Iterator[tuple[str, RowStore, RowStore | None]]:

@@ -13,6 +13,7 @@ from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
 from octavo.models.model import Model
 from octavo.parallel.heads import Share
+from octavo.plain_sessions import export_session, import_session
 from octavo.quant.calibration import Calibration
 from tests.conftest import observe
 from tests.parallel.models import CLOSE, FLIPPED, FORMATS, alone, answers, assert_equal, divided, prompts, tiny
@@ -101,3 +102,12 @@ def test_a_session_saved_by_two_ranks_is_read_by_one_and_the_reverse(one: Model,
         answer = fresh.generate([tokens], SamplingParams(max_tokens=8))[0]
         assert answer.cached_tokens == 192
         assert answer.token_ids == expected.token_ids
+
+
+def test_plain_rows_of_a_divided_model_are_refused(two: Model, tmp_path: Path):
+    """A rank knows the static parts of its own heads alone."""
+    llm = LLM(two, "int8-token", session_len=128, max_batch_size=2)
+    with pytest.raises(Unsupported, match="tensor_parallel_size"):
+        export_session(llm, tmp_path / "saved", tmp_path / "plain")
+    with pytest.raises(Unsupported, match="tensor_parallel_size"):
+        import_session(llm, tmp_path / "plain", tmp_path / "saved")
