@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -101,19 +100,16 @@ def serve(
     tell_loading(options.model)
     from octavo.cache.size import parse_bytes
 
-    # oneDNN, and torch around it, each keep what they have made for 1024 shapes, and a server's steps have a new one
-    # every time: hundreds of MiB. Both read their limit once.
-    for limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(limit, "128")
     try:
         from octavo.serve import logs
-        from octavo.serve.limits import Limits
+        from octavo.serve.limits import Limits, keep_few_shapes
         from octavo.serve.listening import Tls, bind, bind_unix, curl, listening, url
         from octavo.serve.server import Server
         from octavo.serve.sessions import SessionDir
     except ImportError as error:
         raise OctavoError(f"`octavo serve` needs {error.name}: {install('serve')}") from None
 
+    keep_few_shapes()
     if session_dir_size is not None and session_dir is None:
         raise OctavoError("--session-dir-size bounds what --session-dir keeps: give one")
     room = parse_bytes(session_dir_size or "10GiB")

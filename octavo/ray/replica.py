@@ -18,7 +18,7 @@ from ray.serve.exceptions import RayServeException
 from octavo.llm import LLM
 from octavo.serve import logs
 from octavo.serve.app import create_app
-from octavo.serve.limits import Limits
+from octavo.serve.limits import Limits, keep_few_shapes
 from octavo.serve.server import SWITCH
 from octavo.serve.service import Service
 from octavo.serve.sessions import SessionDir
@@ -40,8 +40,7 @@ class Replica:
     async def __init__(self, args: Args, responses: DeploymentHandle):  # type: ignore[misc]  # Ray waits for it
         logs.start(args.log_prompts, args.log_level, args.log_requests)
         sys.setswitchinterval(SWITCH)
-        for limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # as in cli/serve.py
-            os.environ.setdefault(limit, "128")
+        keep_few_shapes()
         llm = LLM(**args.llm)
         sessions = None
         if args.session_dir is not None:

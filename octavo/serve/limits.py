@@ -6,6 +6,7 @@ object is larger than any request needs, and the check of a request ends at its 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,13 @@ MAX_DEPTH = 128  # of lists and objects within each other
 MAX_KEYS = 4096  # of one object
 MAX_PARTS = 250_000  # lists and objects in a body, and names in all of its objects
 SMALL = 16 << 10  # bytes of a body that is read on the event loop, in less than a millisecond or two
+
+
+def keep_few_shapes() -> None:
+    """Before a model is loaded: oneDNN, and torch around it, each keep what they have made for 1024 shapes, and a
+    server's steps have a new one every time: hundreds of MiB. Both read their limit once."""
+    for limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(limit, "128")
 
 
 @dataclass(frozen=True)
