@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pytest
+
+from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.plan import plan_layers
 from octavo.cache.size import CacheSize
@@ -49,6 +52,20 @@ def step(engine: Engine) -> list[Sequence]:
     gained = engine.step()
     engine.scheduler.check()
     return gained
+
+
+def interrupt(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have one step fail once its forward has run: states have gone on."""
+    forward = engine.runner.run
+
+    def interrupted(batch: Batch) -> None:
+        forward(batch)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
 
 
 def drain(engine: Engine) -> None:

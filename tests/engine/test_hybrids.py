@@ -11,7 +11,7 @@ import pytest
 from octavo.engine.params import SamplingParams
 from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel, bind
-from tests.engine.driving import drain, engine, run, step
+from tests.engine.driving import drain, engine, interrupt, run, step
 from tests.models import zoo
 from tests.models.recurrent import ANSWER, NEAR, Answer, logprobs_of, own_answers, prompts
 
@@ -144,15 +144,6 @@ def test_a_step_that_fails_leaves_answers_as_they_were(
     made.add(sequence)
     for _ in range(3):
         made.step()
-    forward = made.runner.run
-
-    def interrupted(batch: object) -> None:
-        forward(batch)  # type: ignore[arg-type]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(made.runner, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        made.step()
-    monkeypatch.undo()
+    interrupt(made, monkeypatch)
     drain(made)
     assert sequence.output == wanted[0][0]

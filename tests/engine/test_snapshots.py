@@ -13,7 +13,7 @@ from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
 from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel, bind
-from tests.engine.driving import drain, engine, run, step
+from tests.engine.driving import drain, engine, interrupt, run, step
 from tests.models import zoo
 
 MODELS = ("qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1")
@@ -135,16 +135,7 @@ def test_a_step_that_fails_goes_on_from_the_last_snapshot(model: BoundModel, mon
     failing.add(sequence)
     for _ in range(4):
         step(failing)
-    forward = failing.runner.run
-
-    def interrupted(batch: object) -> None:
-        forward(batch)  # type: ignore[arg-type]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(failing.runner, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        failing.step()
-    monkeypatch.undo()
+    interrupt(failing, monkeypatch)
     step(failing)
     assert sequence.num_cached > 192, "it was not computed from its beginning"
     drain(failing)
