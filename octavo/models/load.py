@@ -75,7 +75,7 @@ _LARGEST = {
 class Division(Protocol):
     """How a model is divided among processes, each of which loads its own share (octavo/parallel)."""
 
-    def arguments(self, config: PreTrainedConfig) -> dict[str, Any]:
+    def arguments(self, architecture: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Any]:
         """Arguments of `from_pretrained` by which it reads the share alone. Raises Unsupported for a model that cannot
         be divided so."""
 
@@ -198,7 +198,8 @@ def _filled(
             tensors = internlm.llama_tensors(tensors, config)
         source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
     if division is not None:
-        source |= division.arguments(config)
+        with _described_by(path, config):
+            source |= division.arguments(architecture, config)
     idle: set[str] = set()
     if packed is not None:
         if tied_layers(architecture, config) & packed.places.keys():  # a head of its own, in 4 bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from octavo.models.files import base_of, is_adapter, quantization
 from octavo.models.locate import is_gguf
 from octavo.parallel.model import ParallelModel
 from octavo.parallel.ranks import Ranks
-from octavo.parallel.styles import settle
+from octavo.parallel.styles import by_outputs, general, settle
 
 ONE = "leave --tensor-parallel-size out"
 
@@ -37,8 +38,6 @@ def check(path: Path, name: str, loading: dict[str, Any]) -> None:
         raise Unsupported("a device map and --tensor-parallel-size each divide the model: give one")
     if loading.get("load_format", "auto") != "auto":
         raise Unsupported(f"dummy weights are not divided among ranks: {ONE}")
-    if loading.get("deterministic"):
-        raise Unsupported(f"sums over ranks are not made in one order, as --deterministic asks: {ONE}")
 
 
 class ByPlan:
@@ -47,12 +46,12 @@ class ByPlan:
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.kv_heads = 0
-        self.repeated: dict[str, str] = {}  # projections of KV heads that several ranks have
+        self.repeated: set[str] = set()  # projections to KV heads that several ranks have
+        self.joining: set[str] = set()  # layers that bring their inputs together
 
-    def arguments(self, config: PreTrainedConfig) -> dict[str, Any]:
+    def arguments(self, architecture: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Any]:
         text, ranks, name = config.get_text_config(), self.ranks.count, config.model_type
-        plan = text.base_model_tp_plan
-        if not plan:
+        if not text.base_model_tp_plan:
             raise Unsupported(
                 f"transformers has no tensor-parallel plan for {name}: {ONE}, or spread it over GPUs with "
                 "--device-map auto"
@@ -66,20 +65,24 @@ class ByPlan:
                 f"the {heads} query and {kv_heads} KV heads of {name} cannot be divided among {ranks} ranks: {remedy}"
             )
         self.kv_heads = kv_heads
-        prefix = "model." if text is config else "model.language_model."
+        with torch.device("meta"):
+            bare: Any = architecture
+            model = bare._from_config(deepcopy(config))
+        changed, self.joining = by_outputs(model, model.tp_plan)
         if kv_heads < ranks:
+            prefix = "model." if text is config else "model.language_model."
             self.repeated = {
-                prefix + key: "replicate"
-                for key, style in plan.items()
+                prefix + key
+                for key, style in text.base_model_tp_plan.items()
                 if style == "colwise" and key.endswith((".k_proj", ".v_proj"))
             }
-        return {"distributed_config": DistributedConfig(tp_size=ranks, tp_plan=self.repeated or None)}
+            changed |= dict.fromkeys(self.repeated, "replicate")
+        return {"distributed_config": DistributedConfig(tp_size=ranks, tp_plan=changed or None)}
 
     def settle(self, model: PreTrainedModel) -> None:
-        settle(model, model.tp_plan, self.ranks.rank, self.ranks.count)
-        ends = {key.rpartition(".")[2] for key in self.repeated}
+        settle(model, model.tp_plan, self.joining, self.ranks.rank, self.ranks.count)
         for name, module in model.named_modules():
-            if name.rpartition(".")[2] in ends and isinstance(module, nn.Linear):
+            if general(name) in self.repeated and isinstance(module, nn.Linear):
                 _one_head(module, self.ranks.rank * self.kv_heads // self.ranks.count, self.kv_heads)
 
     def join(self, bound: BoundModel) -> BoundModel:

@@ -65,6 +65,7 @@ def main() -> None:
 def follow(ranks: Ranks, path: Path, device: str, loading: dict[str, Any]) -> None:
     """Hold a share of the model in `path` until rank 0 ends."""
     own = own_device(torch.device(device), ranks)
+    Thread(target=ranks.beat, daemon=True).start()
     ranks.store.set(f"here {ranks.rank}", "")
     connect(ranks, own)
     model = Model.load(path, device=str(own), division=ByPlan(ranks), **loading)

@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +25,8 @@ GLANCE = timedelta(
     hours=1
 )  # after which a rank that waits for a command asks anew; the end of rank 0 it is told at once
 SETTLED = 5.0  # seconds in which the end of a rank is known, once an operation with it has failed
+BEAT = 1.0  # seconds from one sign of life to the next, and from look to look
+MISSED = 30  # looks in a row without one: the process stands still, or its machine cannot be reached
 
 
 class RankFailed(RuntimeError):
@@ -67,6 +70,28 @@ class Ranks:
         except dist.DistError:  # it has not come yet
             return False
 
+    def beat(self) -> None:
+        """Give signs of life for as long as this process runs, whatever else it does."""
+        store = self.store.clone()  # the other one's lock is held for as long as somebody waits
+        with suppress(dist.DistError):  # rank 0 is gone
+            while True:
+                store.add(f"beats {self.rank}", 1)
+                time.sleep(BEAT)
+
+    def watch(self) -> None:
+        """On rank 0: fail once another gives no sign of life. Looks are counted, not seconds: where this process has
+        stood still too, nobody is at fault."""
+        store, missed = self.store.clone(), dict.fromkeys(range(1, self.count), 0)
+        seen = dict.fromkeys(missed, 0)
+        while self.failure is None:
+            for rank in missed:
+                beats = store.add(f"beats {rank}", 0)
+                missed[rank] = missed[rank] + 1 if beats == seen[rank] else 0
+                seen[rank] = beats
+                if missed[rank] >= MISSED:
+                    self.fail(f"rank {rank} of {self.count} has given no sign of life for {MISSED * BEAT:.0f} s")
+            time.sleep(BEAT)
+
     def check(self) -> None:
         """Raise RankFailed once a rank has failed."""
         if self.failure is not None:
@@ -80,6 +105,9 @@ class Ranks:
                 process.kill()
             for tell in self.on_failure:
                 tell(RankFailed(reason))
+            if dist.group.WORLD is not None:  # who waits for another in a product is told
+                with suppress(Exception):
+                    dist.group.WORLD.abort()
 
     def explain(self, error: Exception) -> RankFailed:
         """What an operation with the others has failed by: the rank that ended, which shows a moment later."""

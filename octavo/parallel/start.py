@@ -94,10 +94,14 @@ def _of_torchrun(count: int) -> Ranks:
 
 def _await(ranks: Ranks) -> None:
     """Until all ranks are there. Raises RankFailed if one ends before."""
-    keys = [f"here {rank}" for rank in range(1, ranks.count)]
-    while not ranks.store.check(keys):
-        ranks.check()
-        time.sleep(0.02)
+    end = time.monotonic() + PATIENCE.total_seconds()
+    for rank in range(1, ranks.count):
+        while not ranks.store.check([f"here {rank}"]):
+            ranks.check()
+            if time.monotonic() > end:
+                ranks.fail(f"rank {rank} of {ranks.count} has not started within {PATIENCE}")
+            time.sleep(0.02)
+    Thread(target=ranks.watch, daemon=True).start()
 
 
 def _watch(ranks: Ranks, rank: int, child: subprocess.Popen[bytes]) -> None:

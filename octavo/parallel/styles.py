@@ -1,4 +1,9 @@
-"""A loaded share as plain layers: what transformers' tensor-parallel styles do when a model only infers.
+"""Which layers are divided, and a loaded share as plain layers that compute together with those of the other ranks.
+
+transformers' plan divides every second layer by its inputs and adds up what the ranks make of theirs. How such a sum
+rounds depends on the number of ranks; K and V then differ, and where they are coded, a code goes the other way. So here
+linear layers are divided by outputs alone: the ranks bring their inputs together before the product, and its outputs
+after it. Every output is summed in one place, in the one order of an undivided layer.
 
 transformers reads each rank's share into DTensors and wraps the forward of every module that the plan names. Here the
 shares become plain tensors and the wraps hooks on the modules' own forwards. So the layers can then be taken over as
@@ -8,7 +13,7 @@ those of an undivided model are (models/prepack.py, models/fused.py): they are s
 from __future__ import annotations
 
 import re
-from functools import partial
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,40 +23,61 @@ from torch.distributed.tensor import DTensor
 
 from octavo.errors import Unsupported
 
+Plan = dict[str, str]
+"""Modules and parameters, layer numbers as *, to transformers' styles."""
+
 # Styles by what they do at inference. A rank's columns need nothing: its next layer takes them.
 LOCAL = {"colwise", "packed_colwise", "packed_rowwise", "replicate", "local_params", "mla_kv_a_proj",
          "replicated_with_grad_allreduce"}  # fmt: skip
-SUMMED = {"rowwise", "moe_tp_experts", "all_reduce"}
 GATHERED = {"colwise_gather_output", "colwise_rep"}
-SPLIT = {"rowwise_split_input", "rowwise_rep"}  # takes its columns of an input that every rank has whole
+BY_INPUTS = {"rowwise"}  # whose inputs are divided already
+BY_WHOLE_INPUTS = {"rowwise_split_input", "rowwise_rep"}
+SUMMED = {"moe_tp_experts", "all_reduce"}  # experts, which are no linear layers
 LOOKED_UP = {"embedding_rowwise"}  # each rank has some rows of the table
-STYLES = LOCAL | SUMMED | GATHERED | SPLIT | LOOKED_UP
+STYLES = LOCAL | GATHERED | SUMMED | LOOKED_UP  # of modules
+PARTS = LOCAL | BY_INPUTS  # of experts' parameters: their module adds up what the ranks make of them
 
 
-def settle(model: nn.Module, plan: dict[str, str], rank: int, ranks: int) -> None:
-    """Make plain layers of the share of a model that was loaded by `plan`, modules and parameters (layer numbers as *)
-    to styles. Raises Unsupported for a style that is not known."""
-    if strange := {style for style in plan.values() if style not in STYLES}:
+def general(name: str) -> str:
+    """A module's name as plans have it: model.layers.3.mlp → model.layers.*.mlp"""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def by_outputs(model: nn.Module, plan: Plan) -> tuple[Plan, set[str]]:
+    """Styles in place of those that divide a linear layer of `model` by its inputs, and the layers to which each rank
+    brings but its own."""
+    linear = {general(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    summed = tuple(f"{name}." for name, style in plan.items() if style in SUMMED)
+    linear = {name for name in linear if not name.startswith(summed)}
+    found = {name: style for name, style in plan.items() if name in linear and style in BY_INPUTS | BY_WHOLE_INPUTS}
+    return dict.fromkeys(found, "colwise_gather_output"), {name for name in found if found[name] in BY_INPUTS}
+
+
+def settle(model: nn.Module, plan: Plan, joining: Collection[str], rank: int, ranks: int) -> None:
+    """Make plain layers of the share of a model that was loaded by `plan`; `joining` are the layers that bring their
+    inputs together. Raises Unsupported for a style that is not known."""
+    known = {general(name): STYLES for name, _ in model.named_modules()}
+    known |= {general(name): PARTS for name, _ in model.named_parameters()}
+    if strange := {style for name, style in plan.items() if name in known and style not in known[name]}:
         raise Unsupported(f"its plan divides layers as {', '.join(sorted(strange))}, which Octavo does not do")
-    sizes = {module: _width(module) for module in model.modules()}  # of all ranks together
+    inputs = {module: module.in_features for module in model.modules() if isinstance(module, nn.Linear)}
+    outputs = {module: _width(module) for module in model.modules()}  # of all ranks together
     _localize(model)
     for name, module in model.named_modules():
-        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+        style = plan.get(general(name))
         if style is None:
             continue
         vars(module).pop("forward", None)  # transformers' wrap; the class's own forward is as it was
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
-        if style in SUMMED | SPLIT:
-            if rank and getattr(module, "bias", None) is not None:
-                module.bias = None  # it is added once
-            module.register_forward_hook(lambda _, __, out: total(out))
-        if style in SPLIT:
-            module.register_forward_pre_hook(lambda _, args: (args[0].chunk(ranks, -1)[rank], *args[1:]))
+        if general(name) in joining:
+            _join_inputs(module, inputs[module], ranks)
         if style in GATHERED:
-            module.register_forward_hook(partial(_joined, width=sizes[module], ranks=ranks))
+            _join_outputs(module, outputs[module], ranks)
+        if style in SUMMED:
+            module.register_forward_hook(lambda _, __, out: total(out))
         if style in LOOKED_UP:
-            _look_up(module, rank * -(-sizes[module] // ranks))
+            _look_up(module, rank * -(-outputs[module] // ranks))
 
 
 def total(x: Tensor) -> Tensor:
@@ -61,12 +87,22 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def _joined(_: nn.Module, __: Any, x: Tensor, width: int, ranks: int) -> Tensor:
+def joined(x: Tensor, width: int, ranks: int) -> Tensor:
     """The ranks' columns side by side, `width` of them. As torch cuts a dimension, the last ranks may have fewer."""
-    x = nn.functional.pad(x, (0, -(-width // ranks) - x.shape[-1])).contiguous()
-    parts = [torch.empty_like(x) for _ in range(ranks)]
-    dist.all_gather(parts, x)
-    return torch.cat(parts, -1)[..., :width]
+    if missing := -(-width // ranks) - x.shape[-1]:
+        x = nn.functional.pad(x, (0, missing))
+    x = x.contiguous()
+    parts = x.new_empty(ranks, *x.shape)
+    dist.all_gather_into_tensor(parts, x)
+    return parts.movedim(0, -2).flatten(-2)[..., :width]
+
+
+def _join_inputs(module: nn.Module, width: int, ranks: int) -> None:
+    module.register_forward_pre_hook(lambda _, args: (joined(args[0], width, ranks), *args[1:]))
+
+
+def _join_outputs(module: nn.Module, width: int, ranks: int) -> None:
+    module.register_forward_hook(lambda _, __, out: joined(out, width, ranks))
 
 
 def _width(module: nn.Module) -> int:

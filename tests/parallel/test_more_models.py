@@ -1,4 +1,4 @@
-"""Two ranks answer as one on the bundled model, with one KV head for both, and under torchrun."""
+"""Two ranks answer as one on the bundled model, four with one KV head for all of them, and two under torchrun."""
 
 from __future__ import annotations
 
@@ -10,44 +10,27 @@ import pytest
 
 from octavo.engine.params import SamplingParams
 from octavo.llm import LLM
-from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from tests.conftest import observe
-from tests.parallel.models import CLOSE, FLIPPED, FORMATS, alone, answers, assert_equal, divided, prompts, tiny
+from tests.parallel.models import FORMATS, alone, assert_same_answers, divided, tiny
 
 pytestmark = pytest.mark.slow
 
 
-def assert_all_formats_equal(one: Model, two: Model, calibration: Calibration, text: list[int]) -> None:
-    """In chunks, after prefix hits and preemptions."""
-    for kv in FORMATS:
-        block = 64 if kv.startswith("k") else 16
-        asked = prompts(one.bound, block)
-        if text:
-            first, second, third = map(len, asked)
-            asked = [
-                text[:first],
-                text[: first // 2] + text[900 : 900 + second - first // 2],
-                text[2000 : 2000 + third],
-            ]
-        expected = answers(one.bound, kv, calibration, asked, block_size=block)
-        found = answers(two.bound, kv, calibration, asked, block_size=block, budget=5 * block // 2, blocks=13)
-        assert any(sequence.preemptions for sequence in found), kv
-        assert any(sequence.prefix_hit for sequence in found), kv
-        assert_equal(found, expected, CLOSE if kv == "fp32" else FLIPPED)
-
-
-def test_two_ranks_answer_as_one_on_pamphlet(pamphlet: Model, calibration: Calibration, text_ids: list[int]):
+def test_two_ranks_answer_as_one_on_pamphlet(calibration: Calibration, text_ids: list[int]):
+    one = alone(None)
     with divided(None) as two:
-        assert_all_formats_equal(pamphlet, two, calibration, text_ids)
+        for kv in FORMATS:
+            assert_same_answers(one, two, calibration, kv, text_ids)
 
 
-def test_two_ranks_with_one_kv_head_for_both_answer_as_one(tmp_path: Path):
+def test_four_ranks_with_one_kv_head_for_all_answer_as_one(tmp_path: Path):
     one = alone(tiny(tmp_path, 1))
     calibration = observe(one.bound, one.bound.random_tokens(200), one.fingerprint)
-    with divided(one.path) as two:
-        assert [(share.starts, share.total) for share in two.bound.shares] == [((0, 0), 1)] * 2  # type: ignore[attr-defined]
-        assert_all_formats_equal(one, two, calibration, [])
+    with divided(one.path, 4) as four:
+        assert [(share.starts, share.total) for share in four.bound.shares] == [((0,) * 4, 1)] * 2  # type: ignore[attr-defined]
+        for kv in FORMATS:
+            assert_same_answers(one, four, calibration, kv, one.bound.random_tokens(1200))
 
 
 def test_under_torchrun_rank_0_goes_on_alone(tmp_path: Path):
