@@ -21,7 +21,7 @@ from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
-    from octavo.cli.jsonl import Line, Output
+    from octavo.cli.answer_file import Line, Output
     from octavo.llm import LLM
 
 
@@ -127,7 +127,7 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
 def _many(
     options: ServeOptions, sampling: SamplingOptions, input: str, path: Path | None, chat: bool, logprobs: int | None
 ) -> None:
-    from octavo.cli.jsonl import Output, read_lines, shaping_of
+    from octavo.cli.answer_file import Output, read_lines, shaping_of
 
     shaping = shaping_of(options, chat, logprobs)
     try:
