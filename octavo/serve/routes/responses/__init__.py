@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from octavo.serve.account import Account
+from octavo.serve.accounting import Account
 from octavo.serve.errors import ApiError
 from octavo.serve.output.sending import GeneratedResponse
 from octavo.serve.requests.responses import ResponsesRequest
