@@ -12,6 +12,6 @@ limits.py      what one server takes on             connections.py  how many, ho
 fair_queue.py  whose turn it is                     worker.py       the engine's thread
 accounting.py  what a request came to               metrics.py      what is counted     logs.py  what is written down
 sessions.py    conversations kept in a directory, found again by the prompt's prefix
-store.py       what /v1/responses has answered, for requests that go on with it
+response_store.py   what /v1/responses has answered, for requests that go on with it
 page/          the chat at /
 """
