@@ -38,7 +38,7 @@ ORDER = (
     ("quantize",),
     ("serve",),
     ("measure",),
-    ("lines",),
+    ("jsonl",),
     ("ray",),
     ("cli",),
     ("__main__",),

@@ -21,7 +21,7 @@ from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
-    from octavo.cli.jsonl import Line, Output
+    from octavo.cli.answer_file import Line, Output
     from octavo.llm import LLM
 
 
@@ -80,7 +80,7 @@ def generate(
 
 def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool) -> None:
     from octavo.cache.size import format_bytes
-    from octavo.lines import answer
+    from octavo.jsonl import answer
     from octavo.measure.memory.footprint import Footprint
 
     start = time.perf_counter()
@@ -127,7 +127,7 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
 def _many(
     options: ServeOptions, sampling: SamplingOptions, input: str, path: Path | None, chat: bool, logprobs: int | None
 ) -> None:
-    from octavo.cli.jsonl import Output, read_lines, shaping_of
+    from octavo.cli.answer_file import Output, read_lines, shaping_of
 
     shaping = shaping_of(options, chat, logprobs)
     try:
@@ -152,7 +152,7 @@ def _many(
 def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams, chat: bool) -> None:
     """Answer the lines together, each written when it is complete."""
     from octavo.cli.progress import progress
-    from octavo.lines import answer, fields, parse
+    from octavo.jsonl import answer, fields, parse
 
     served: list[Line] = []
     requests: list[tuple[list[int], SamplingParams]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from octavo.quant.calibration import Calibration
-from octavo.scales.found import SIDES, Layers
+from octavo.scales.ranges import SIDES, Layers
 
 
 def range_table(calibration: Calibration) -> Table:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from octavo.cli.options import ServeOptions
 from octavo.errors import OctavoError
-from octavo.lines import own_id
+from octavo.jsonl import own_id
 
 # Options that change how fast answers are made, and not what they are.
 WITHOUT_EFFECT = {
