@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from octavo.errors import Unsupported
+from octavo.models.experts import PackedExperts
+from octavo.weights.linear import PackedLinear
 
 Plan = dict[str, str]
 """Modules and parameters, layer numbers as *, to transformers' styles."""
@@ -30,9 +32,10 @@ Plan = dict[str, str]
 LOCAL = {"colwise", "packed_colwise", "packed_rowwise", "replicate", "local_params", "mla_kv_a_proj",
          "replicated_with_grad_allreduce"}  # fmt: skip
 GATHERED = {"colwise_gather_output", "colwise_rep"}
+DIVIDED = {"colwise"} | GATHERED  # linear layers, by their outputs
 BY_INPUTS = {"rowwise"}  # whose inputs are divided already
 BY_WHOLE_INPUTS = {"rowwise_split_input", "rowwise_rep"}
-SUMMED = {"moe_tp_experts", "all_reduce"}  # experts, which are no linear layers
+SUMMED = {"moe_tp_experts", "all_reduce"}  # experts in one tensor, which are no linear layers
 LOOKED_UP = {"embedding_rowwise"}  # each rank has some rows of the table
 STYLES = LOCAL | GATHERED | SUMMED | LOOKED_UP  # of modules
 PARTS = LOCAL | BY_INPUTS  # of experts' parameters: their module adds up what the ranks make of them
@@ -46,11 +49,29 @@ def general(name: str) -> str:
 def by_outputs(model: nn.Module, plan: Plan) -> tuple[Plan, set[str]]:
     """Styles in place of those that divide a linear layer of `model` by its inputs, and the layers to which each rank
     brings but its own."""
-    linear = {general(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    changed: Plan = {}
+    joining: set[str] = set()
     summed = tuple(f"{name}." for name, style in plan.items() if style in SUMMED)
-    linear = {name for name in linear if not name.startswith(summed)}
-    found = {name: style for name, style in plan.items() if name in linear and style in BY_INPUTS | BY_WHOLE_INPUTS}
-    return dict.fromkeys(found, "colwise_gather_output"), {name for name in found if found[name] in BY_INPUTS}
+    for name, module in {general(name): module for name, module in model.named_modules()}.items():
+        if isinstance(module, PackedExperts):
+            own = f"{name}.*."
+            changed |= {name: "replicate", own + "gate_proj": "colwise", own + "up_proj": "colwise"}
+            changed[own + "down_proj"] = "colwise_gather_output"
+            joining.add(own + "down_proj")
+        elif is_linear(module) and not name.startswith(summed) and plan.get(name) in BY_INPUTS | BY_WHOLE_INPUTS:
+            changed[name] = "colwise_gather_output"
+            joining |= {name} if plan[name] in BY_INPUTS else set()
+    return changed, joining
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | PackedLinear]:
+    return isinstance(module, nn.Linear | PackedLinear)
+
+
+def own_rows(outputs: int, rank: int, ranks: int) -> slice:
+    """Which outputs of a divided layer are a rank's: as torch cuts a dimension, the last ranks may have fewer."""
+    size = -(-outputs // ranks)
+    return slice(min(outputs, rank * size), min(outputs, (rank + 1) * size))
 
 
 def settle(model: nn.Module, plan: Plan, joining: Collection[str], rank: int, ranks: int) -> None:
@@ -60,7 +81,7 @@ def settle(model: nn.Module, plan: Plan, joining: Collection[str], rank: int, ra
     known |= {general(name): PARTS for name, _ in model.named_parameters()}
     if strange := {style for name, style in plan.items() if name in known and style not in known[name]}:
         raise Unsupported(f"its plan divides layers as {', '.join(sorted(strange))}, which Octavo does not do")
-    inputs = {module: module.in_features for module in model.modules() if isinstance(module, nn.Linear)}
+    inputs = {module: module.in_features for module in model.modules() if is_linear(module)}
     outputs = {module: _width(module) for module in model.modules()}  # of all ranks together
     _localize(model)
     for name, module in model.named_modules():
@@ -69,7 +90,10 @@ def settle(model: nn.Module, plan: Plan, joining: Collection[str], rank: int, ra
             continue
         vars(module).pop("forward", None)  # transformers' wrap; the class's own forward is as it was
         if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
+            module.out_features = len(module.weight)
+        if isinstance(module, PackedLinear) and style in DIVIDED:
+            rows = own_rows(module.out_features, rank, ranks)
+            module.out_features = rows.stop - rows.start
         if general(name) in joining:
             _join_inputs(module, inputs[module], ranks)
         if style in GATHERED:
@@ -77,7 +101,7 @@ def settle(model: nn.Module, plan: Plan, joining: Collection[str], rank: int, ra
         if style in SUMMED:
             module.register_forward_hook(lambda _, __, out: total(out))
         if style in LOOKED_UP:
-            _look_up(module, rank * -(-outputs[module] // ranks))
+            _look_up(module, own_rows(outputs[module], rank, ranks).start)
 
 
 def total(x: Tensor) -> Tensor:
@@ -88,7 +112,7 @@ def total(x: Tensor) -> Tensor:
 
 
 def joined(x: Tensor, width: int, ranks: int) -> Tensor:
-    """The ranks' columns side by side, `width` of them. As torch cuts a dimension, the last ranks may have fewer."""
+    """The ranks' columns side by side, `width` of them, divided as `own_rows` says."""
     if missing := -(-width // ranks) - x.shape[-1]:
         x = nn.functional.pad(x, (0, missing))
     x = x.contiguous()
@@ -109,7 +133,7 @@ def _width(module: nn.Module) -> int:
     """Outputs of a linear layer, rows of an embedding's table; 0 of other modules."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings
-    return module.out_features if isinstance(module, nn.Linear) else 0
+    return module.out_features if is_linear(module) else 0
 
 
 def _localize(model: nn.Module) -> None:

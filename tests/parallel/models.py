@@ -18,6 +18,7 @@ from octavo.models.model import BUNDLED, Model
 from octavo.parallel import load
 from octavo.quant.calibration import Calibration
 from tests.engine.driving import engine, run
+from tests.models.forms import mixture
 
 FORMATS = ("fp32", "int8", "int8-token", "kv8", "k8v4", "kv4")
 TILES = BACKEND.layout
@@ -33,6 +34,16 @@ def tiny(directory: Path, kv_heads: int, **more: Any) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(directory)
+    return _with_tokenizer(directory)
+
+
+def packed_mixture(directory: Path) -> Path:
+    """A random Mixtral of four experts, all of its layers in 4 bits."""
+    mixture("mixtral", "awq", directory, vocab_size=4096, max_position_embeddings=1024)
+    return _with_tokenizer(directory)
+
+
+def _with_tokenizer(directory: Path) -> Path:
     for name in TOKENIZER:
         shutil.copy(BUNDLED / name, directory)
     return directory
@@ -63,7 +74,7 @@ def prompts(text: list[int]) -> list[list[int]]:
 
 
 def answers(
-    bound: BoundModel, kv: str, calibration: Calibration, asked: list[list[int]], **limits: Any
+    bound: BoundModel, kv: str, calibration: Calibration | None, asked: list[list[int]], **limits: Any
 ) -> list[Sequence]:
     """Greedy answers, and one that is drawn, each with log-probabilities."""
     made = engine(bound, kv, calibration, batch=4, layout=TILES, **limits)
@@ -71,7 +82,7 @@ def answers(
     return found + run(made, asked[:1], 12, logprobs=3, temperature=0.8, seed=5)
 
 
-def assert_same_answers(one: Model, two: Model, calibration: Calibration, kv: str, text: list[int]) -> None:
+def assert_same_answers(one: Model, two: Model, calibration: Calibration | None, kv: str, text: list[int]) -> None:
     """The divided model answers in small steps and in a cache too small for all, the other without either: tokens are
     equal, and log-probabilities to the last bit."""
     asked = prompts(text)

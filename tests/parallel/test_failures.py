@@ -42,7 +42,6 @@ def test_a_model_without_a_plan_is_refused_by_name():
     [
         ({"device_map": "auto"}, "device map"),
         ({"load_format": "dummy"}, "dummy weights"),
-        ({"model_format": "awq"}, "quantized weights"),
     ],
 )
 def test_options_that_do_not_go_together_with_ranks_are_refused(option: dict[str, object], named: str):

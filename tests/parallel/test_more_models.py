@@ -10,9 +10,10 @@ import pytest
 
 from octavo.engine.params import SamplingParams
 from octavo.llm import LLM
+from octavo.models.packed import weight_bytes
 from octavo.quant.calibration import Calibration
 from tests.conftest import observe
-from tests.parallel.models import FORMATS, alone, assert_same_answers, divided, tiny
+from tests.parallel.models import FORMATS, alone, assert_same_answers, divided, packed_mixture, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +32,14 @@ def test_four_ranks_with_one_kv_head_for_all_answer_as_one(tmp_path: Path):
         assert [(share.starts, share.total) for share in four.bound.shares] == [((0,) * 4, 1)] * 2  # type: ignore[attr-defined]
         for kv in FORMATS:
             assert_same_answers(one, four, calibration, kv, one.bound.random_tokens(1200))
+
+
+def test_weights_in_4_bits_and_their_experts_are_divided(tmp_path: Path):
+    one = alone(packed_mixture(tmp_path))
+    with divided(one.path) as two:
+        sizes = [weight_bytes(model.bound.hf) for model in (one, two)]
+        assert sizes[1] < 0.6 * sizes[0]
+        assert_same_answers(one, two, None, "kv8", one.bound.random_tokens(1200))
 
 
 def test_under_torchrun_rank_0_goes_on_alone(tmp_path: Path):
