@@ -54,6 +54,7 @@ def start(model: str | Path | None, count: int, *, device: str = "auto", **loadi
         if reason is not None:
             raise OctavoError(reason) from error
         raise
+    Thread(target=ranks.watch, daemon=True).start()  # not before: reading weights may take a process' only lock for long
     loaded.bound.close = finalize(loaded.bound, _end, ranks)  # type: ignore[attr-defined]
     return loaded
 
@@ -101,7 +102,6 @@ def _await(ranks: Ranks) -> None:
             if time.monotonic() > end:
                 ranks.fail(f"rank {rank} of {ranks.count} has not started within {PATIENCE}")
             time.sleep(0.02)
-    Thread(target=ranks.watch, daemon=True).start()
 
 
 def _watch(ranks: Ranks, rank: int, child: subprocess.Popen[bytes]) -> None:
