@@ -54,7 +54,8 @@ def start(model: str | Path | None, count: int, *, device: str = "auto", **loadi
         if reason is not None:
             raise OctavoError(reason) from error
         raise
-    Thread(target=ranks.watch, daemon=True).start()  # not before: reading weights may take a process' only lock for long
+    # Not before: reading weights may take the interpreter's lock for long.
+    Thread(target=ranks.watch, daemon=True).start()
     loaded.bound.close = finalize(loaded.bound, _end, ranks)  # type: ignore[attr-defined]
     return loaded
 
