@@ -117,7 +117,7 @@ def joined(x: Tensor, width: int, ranks: int) -> Tensor:
         x = nn.functional.pad(x, (0, missing))
     x = x.contiguous()
     parts = x.new_empty(ranks, *x.shape)
-    dist.all_gather_into_tensor(parts, x)
+    dist.all_gather(list(parts), x)
     return parts.movedim(0, -2).flatten(-2)[..., :width]
 
 
