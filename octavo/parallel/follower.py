@@ -66,7 +66,7 @@ def follow(ranks: Ranks, path: Path, device: str, loading: dict[str, Any]) -> No
     """Hold a share of the model in `path` until rank 0 ends."""
     own = own_device(torch.device(device), ranks)
     Thread(target=ranks.beat, daemon=True).start()
-    ranks.store.set(f"here {ranks.rank}", "")
+    ranks.store.set(f"here {ranks.rank}", str(os.getpid()))
     connect(ranks, own)
     model = Model.load(path, device=str(own), division=ByPlan(ranks), **loading)
     model.bound.obey()  # type: ignore[attr-defined]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ PATIENCE = timedelta(minutes=10)  # that a rank waits for the others in one oper
 GLANCE = timedelta(
     hours=1
 )  # after which a rank that waits for a command asks anew; the end of rank 0 it is told at once
+RUN = "TORCHELASTIC_RUN_ID"  # torchrun's name for what it has started
 SETTLED = 5.0  # seconds in which the end of a rank is known, once an operation with it has failed
 BEAT = 1.0  # seconds from one sign of life to the next, and from look to look
 MISSED = 30  # looks in a row without one: the process stands still, or its machine cannot be reached
@@ -41,6 +44,7 @@ class Ranks:
         self.failure: str | None = None  # why no more can be computed
         self.on_failure: list[Callable[[RankFailed], None]] = []
         self.processes: list[subprocess.Popen[bytes]] = []  # of the others, that this one has started
+        self.pids: dict[int, int] = {}  # of those that torchrun has started, wherever they are
         self._sent = 0
 
     def send(self, command: str, *arguments: Any) -> None:
@@ -103,9 +107,12 @@ class Ranks:
             self.failure = reason
             for process in self.processes:
                 process.kill()
+            for rank, pid in self.pids.items():
+                if _is_rank(pid, rank):
+                    os.kill(pid, signal.SIGKILL)
             for tell in self.on_failure:
                 tell(RankFailed(reason))
-            if dist.group.WORLD is not None:  # who waits for another in a product is told
+            if dist.group.WORLD is not None:  # over NCCL the end of a process ends no wait for it
                 with suppress(Exception):
                     dist.group.WORLD.abort()
 
@@ -116,6 +123,14 @@ class Ranks:
             time.sleep(0.05)
         self.fail(f"the ranks no longer compute together: {one_line(error)}")
         return RankFailed(self.failure)
+
+
+def _is_rank(pid: int, rank: int) -> bool:
+    """Whether a process of this machine is that rank of this run of torchrun."""
+    with suppress(OSError):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return {f"RANK={rank}".encode(), f"{RUN}={os.environ[RUN]}".encode()} <= set(environment)
+    return False
 
 
 def connect(ranks: Ranks, device: torch.device) -> None:

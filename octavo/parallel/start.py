@@ -24,7 +24,7 @@ from octavo.models.locate import locate
 from octavo.models.model import Model
 from octavo.parallel.division import ByPlan, check
 from octavo.parallel.follower import Task, follow
-from octavo.parallel.ranks import PATIENCE, RankFailed, Ranks, connect, own_device
+from octavo.parallel.ranks import PATIENCE, RUN, RankFailed, Ranks, connect, own_device
 
 LEAVING = 5.0  # seconds that a rank has for its end
 
@@ -36,7 +36,7 @@ def start(model: str | Path | None, count: int, *, device: str = "auto", **loadi
     name, path = locate(model)
     check(path, name, loading)
     kind = torch.device(device) if device != "auto" else find_device("auto")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if RUN in os.environ:
         ranks = _of_torchrun(count)
         if ranks.rank:
             follow(ranks, path, str(kind), loading)
@@ -103,6 +103,8 @@ def _await(ranks: Ranks) -> None:
             if time.monotonic() > end:
                 ranks.fail(f"rank {rank} of {ranks.count} has not started within {PATIENCE}")
             time.sleep(0.02)
+        if not ranks.processes:
+            ranks.pids[rank] = int(ranks.store.get(f"here {rank}"))
 
 
 def _watch(ranks: Ranks, rank: int, child: subprocess.Popen[bytes]) -> None:

@@ -53,14 +53,14 @@ def _with_tokenizer(directory: Path) -> Path:
 LOADING: dict[str, Any] = {"device": "cpu", "dtype": "float32", "deterministic": True}
 
 
-def alone(path: Path | None) -> Model:
-    return Model.load(path, **LOADING)
+def alone(path: Path | None, **loading: Any) -> Model:
+    return Model.load(path, **LOADING | loading)
 
 
 @contextmanager
-def divided(path: Path | None, ranks: int = 2) -> Iterator[Model]:
+def divided(path: Path | None, ranks: int = 2, **loading: Any) -> Iterator[Model]:
     """The model divided among ranks, which end with the block."""
-    model = load(path, ranks, **LOADING)
+    model = load(path, ranks, **LOADING | loading)
     try:
         yield model
     finally:
@@ -74,7 +74,7 @@ def prompts(text: list[int]) -> list[list[int]]:
 
 
 def answers(
-    bound: BoundModel, kv: str, calibration: Calibration | None, asked: list[list[int]], **limits: Any
+    bound: BoundModel, kv: str, calibration: Calibration, asked: list[list[int]], **limits: Any
 ) -> list[Sequence]:
     """Greedy answers, and one that is drawn, each with log-probabilities."""
     made = engine(bound, kv, calibration, batch=4, layout=TILES, **limits)
@@ -82,7 +82,7 @@ def answers(
     return found + run(made, asked[:1], 12, logprobs=3, temperature=0.8, seed=5)
 
 
-def assert_same_answers(one: Model, two: Model, calibration: Calibration | None, kv: str, text: list[int]) -> None:
+def assert_same_answers(one: Model, two: Model, calibration: Calibration, kv: str, text: list[int]) -> None:
     """The divided model answers in small steps and in a cache too small for all, the other without either: tokens are
     equal, and log-probabilities to the last bit."""
     asked = prompts(text)

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from octavo.engine.params import SamplingParams
 from octavo.llm import LLM
-from octavo.models.packed import weight_bytes
+from octavo.models.packed import packed_layers
 from octavo.quant.calibration import Calibration
 from tests.conftest import observe
 from tests.parallel.models import FORMATS, alone, assert_same_answers, divided, packed_mixture, tiny
@@ -35,11 +36,13 @@ def test_four_ranks_with_one_kv_head_for_all_answer_as_one(tmp_path: Path):
 
 
 def test_weights_in_4_bits_and_their_experts_are_divided(tmp_path: Path):
-    one = alone(packed_mixture(tmp_path))
-    with divided(one.path) as two:
-        sizes = [weight_bytes(model.bound.hf) for model in (one, two)]
-        assert sizes[1] < 0.6 * sizes[0]
-        assert_same_answers(one, two, None, "kv8", one.bound.random_tokens(1200))
+    """A text has the same logits but for what the choice of experts, which is no layer of its own, rounds otherwise."""
+    one = alone(packed_mixture(tmp_path), deterministic=False)
+    with divided(one.path, deterministic=False) as two:
+        packed, shares = ([layer.nbytes for layer in packed_layers(model.bound.hf).values()] for model in (one, two))
+        assert 2 * sum(shares) == sum(packed)
+        found, expected = (torch.cat(list(LLM(model, "fp32").reading.logits(range(100)))) for model in (two, one))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_under_torchrun_rank_0_goes_on_alone(tmp_path: Path):
