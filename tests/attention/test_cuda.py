@@ -17,6 +17,7 @@ from copy import copy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +54,26 @@ kernels = pytest.mark.skipif(
 )
 if not INTERPRETED:
     kernels = lambda test, skip=kernels: pytest.mark.gpu(skip(test))  # noqa: E731 - two marks as one
+
+
+def quicken() -> None:
+    """Triton's interpreter searches all of triton.language at every call of a device function, which takes most of its
+    time. Once for each module is enough in a process that does nothing else with Triton."""
+    from triton.runtime import interpreter
+
+    patch, done = interpreter._patch_lang, set[str]()
+
+    def patch_once(function: Any) -> Any:
+        if function.__module__ not in done:
+            done.add(function.__module__)
+            patch(function)
+        return interpreter._LangPatchScope()  # with nothing to undo
+
+    interpreter._patch_lang = patch_once
+
+
+if INTERPRETED:
+    quicken()
 
 # Of each row's norm: 15-bit queries and float16 weights, then the rounding of the answer itself.
 CLOSE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 8e-3}

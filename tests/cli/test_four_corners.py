@@ -128,7 +128,7 @@ def test_the_report_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.Monk
 
 def test_the_baseline_takes_the_type_of_the_four_bit_model(awq: Path):
     from octavo.cli.candidates import load_baseline
-    from octavo.cli.options import LoadOptions
+    from octavo.cli.loading import LoadOptions
     from octavo.models.model import Model
 
     four = Model.load(awq, dtype="fp16", device="cpu")
