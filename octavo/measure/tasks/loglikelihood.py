@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 
 from octavo.cache.batch import Batch
+from octavo.cache.holding import Holding
 from octavo.engine.engine import Engine
-from octavo.engine.reading import Text
 from octavo.errors import OctavoError
 
 
@@ -32,7 +32,7 @@ class Scored(NamedTuple):
 
 
 @dataclass(eq=False, kw_only=True)
-class _Text(Text):
+class _Text(Holding):
     """A request as a sequence: its last token is predicted, never computed.
 
     context …………… | continuation ………
@@ -76,7 +76,7 @@ def _text(index: int, request: Request, room: int) -> _Text:
             "raise --session-len, or enlarge the cache with --kv-cache-memory"
         )
     tokens = [*context, *continuation][-(room + 1) : -1]
-    return _Text(tokens, [], index=index, first=len(tokens) - len(continuation), targets=continuation)
+    return _Text(tokens=tokens, index=index, first=len(tokens) - len(continuation), targets=continuation)
 
 
 def _steps(texts: list[_Text], engine: Engine) -> Iterator[list[_Text]]:

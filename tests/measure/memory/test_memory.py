@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from octavo.cache.holding import Holding
 from octavo.devices import find_device
-from octavo.engine.reading import Text
 from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
 from octavo.measure.memory.costs import baseline, costs
@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_computed_and_says_why(internlm: Geometry) -> None:
 @pytest.mark.parametrize(("seconds", "by_model"), [(0.0, 3), (1e9, 3 * 200)])
 def test_every_slot_of_every_session_is_written(pamphlet: Model, seconds: float, by_model: int) -> None:
     llm = LLM(pamphlet, "int8-token", session_len=256, max_batch_size=3, prefix_caching=False)
-    sessions = [Text(list(range(i, i + 200)), []) for i in range(3)]
+    sessions = [Holding(tokens=list(range(i, i + 200))) for i in range(3)]
     for session in sessions:
         llm.engine.pool.start(session, llm.engine.pool.match(session.tokens))
     assert fill(llm, sessions, seconds) == by_model
