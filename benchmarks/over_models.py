@@ -17,7 +17,7 @@ from octavo.text_windows import token_windows
 
 
 def options(doc: str | None, data: str, models: str = "+", calibrates: bool = True) -> argparse.ArgumentParser:
-    """Models, the texts (`data` says which files), where what is made and results are kept, and on how much to calibrate."""
+    """Models, the texts (`data` says which files), what to calibrate on, and where what is made and found is kept."""
     cli = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("models", nargs=models, type=Path)
     cli.add_argument("--data", type=Path, required=models == "+", help=f"folder of {data}")

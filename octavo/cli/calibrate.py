@@ -13,7 +13,7 @@ from octavo.cli.calibration_texts import CalibrationTexts
 from octavo.cli.loading import LoadOptions
 from octavo.cli.options import Ray, Replicas, check_replicas, on_ray, takes
 from octavo.cli.progress import progress
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, require_writable
 from octavo.measure.budget import Windows
 from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, validate_choice
 
@@ -52,7 +52,7 @@ def calibrate(
             f"nothing can be written in {model.path}: the calibration goes to {directory}, where Octavo finds it",
             stacklevel=2,
         )
-    _require_writable(directory)
+    require_writable(directory, "--work-dir")
     source, windows, seconds = shown.draw(model, texts, WANTED, LEAST, time)
     from octavo.calibrate import calibrate as observe
 
@@ -94,16 +94,3 @@ def _show(options: LoadOptions, calibration: Calibration, path: Path, work_dir: 
     words += ["--model-format", options.model_format] if options.model_format != "hf" else []
     words += ["--calibration", str(work_dir)] if work_dir is not None else []
     console.print(f"next: {shlex.join(words)}", markup=False)
-
-
-def _require_writable(directory: Path) -> None:
-    """Fail before the work, not after it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".octavo-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OctavoError(
-            f"nothing can be written in {directory} ({error.strerror}); name another with --work-dir"
-        ) from None
