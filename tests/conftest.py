@@ -27,6 +27,18 @@ from octavo.quant.statistics import LayerStatistics
 NUMBERS = count()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker gets whole files, and all that needs the Ray cluster: what tests share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
+
+    return ByFile(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What a test serves may calibrate itself and keep that: not where the user's own calibrations are."""
