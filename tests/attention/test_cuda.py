@@ -30,7 +30,8 @@ from octavo.attention.cuda.step import Step
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, plan_layers
-from octavo.cache.store import KVCache, RowStore
+from octavo.cache.row_store import RowStore
+from octavo.cache.store import KVCache
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat
 from tests.attention.test_reference import (
