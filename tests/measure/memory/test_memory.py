@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -15,6 +16,7 @@ from octavo.cache.holding import Holding
 from octavo.devices import find_device
 from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
+from octavo.measure.memory import process
 from octavo.measure.memory.costs import baseline, costs
 from octavo.measure.memory.fill import fill
 from octavo.measure.memory.footprint import Footprint
@@ -157,6 +159,13 @@ def geometry_bytes(geometry: Geometry, format: str) -> int:
     return sum(shape.token_bytes(KVFormat.parse(format)) for shape in geometry.shapes)
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that need not be fresh are forks of this one: they have imported all already."""
+    monkeypatch.setattr(process, "get_context", lambda _: multiprocessing.get_context("fork"))
+
+
+@pytest.mark.usefixtures("forked")
 def test_what_does_not_fit_is_computed_and_says_why(internlm: Geometry) -> None:
     """The real check in a real process: no machine has a million sessions of a gigabyte."""
     theory = costs(internlm, [FP16], 2048, 0)
@@ -190,6 +199,7 @@ class Doomed(Source):
         raise AssertionError(context)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_process_that_is_killed_is_a_point_that_was_not_measured(internlm: Geometry) -> None:
     [cost] = costs(internlm, [FP16], 64, 0)
     [point] = points([dataclasses.replace(cost, weight_bytes=0)], [1], 64, {"fp16": Doomed(INTERNLM)})
