@@ -25,6 +25,7 @@ from octavo.quant.format import KVFormat
 from octavo.quant.statistics import LayerStatistics
 
 NUMBERS = count()
+SHARE = float(os.environ.get("SLOW_SHARE") or 1)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -58,8 +59,13 @@ def _cache_of_its_own(_caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def slowly() -> Callable[[int], int]:
     """Repetitions of a slow test: all of them, or the share that SLOW_SHARE names, one at least."""
-    share = float(os.environ.get("SLOW_SHARE") or 1)
-    return lambda repetitions: max(1, round(share * repetitions))
+    return lambda repetitions: max(1, round(SHARE * repetitions))
+
+
+def slow(*cases: Any) -> list[Any]:
+    """Parameters that make test leaves out: all of them, or the share that SLOW_SHARE names, one at least."""
+    marked = [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
+    return marked[: max(1, round(SHARE * len(cases)))]
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ from tests.attention.test_reference import (
     numpy_attention,
     stored,
 )
-from tests.conftest import ranging
+from tests.conftest import ranging, slow
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -80,13 +80,6 @@ if INTERPRETED:
 # Of each row's norm: 15-bit queries and float16 weights, then the rounding of the answer itself.
 CLOSE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-def slow(*cases: Any) -> list[Any]:
-    """Cases that are left out of make test: all of them, or in the interpreter the share that SLOW_SHARE names."""
-    share = float(os.environ.get("SLOW_SHARE") or 1) if INTERPRETED else 1.0
-    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
-            for case in cases[: max(1, round(share * len(cases)))]]  # fmt: skip
 
 
 CASES = [
@@ -427,6 +420,7 @@ def test_the_assembly_converts_as_its_plain_form_does() -> None:
         assert (execute(assembly.value, registers, 1)[0].view(np.int8) == plain).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="Triton is not installed, or interprets")
 def test_the_decode_kernel_spills_no_registers() -> None:
     script = Path(__file__).parents[2] / "scripts" / "compile_kernels.py"

@@ -16,8 +16,9 @@ from octavo.attention.cuda.step import Step
 from octavo.cache.batch import Batch
 from octavo.cache.plan import LayerPlan
 from octavo.cache.store import KVCache
-from tests.attention.test_cuda import BF16, DEVICE, FP16, FP32, assert_close, kernels, slow
+from tests.attention.test_cuda import BF16, DEVICE, FP16, FP32, assert_close, kernels
 from tests.attention.test_edges import Layer, Sequence, with_span
+from tests.conftest import slow
 
 CUTS = [5, 1, 33, 1, 40, 1, 19]
 LENGTH = sum(CUTS)  # the interpreter takes seconds for a hundred rows
