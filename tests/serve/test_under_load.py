@@ -127,9 +127,7 @@ def test_at_the_deadline_an_answer_is_what_there_is_and_one_not_begun_is_504(pam
         choice = post(running.url).json()["choices"][0]
         assert choice["finish_reason"] == "length"
         assert choice["text"]
-        running.server.service.worker.inbox.put(
-            lambda: time.sleep(2.5)
-        )  # a step that takes long, on a busy machine too
+        running.server.service.worker.inbox.put(lambda: time.sleep(2.5))  # as a step may on a busy machine
         for late in [Behind(running.url), Behind(running.url, stream=True)]:
             assert late.done().status_code == 504
             assert late.done().json()["error"]["code"] == "timeout"
