@@ -50,8 +50,9 @@ class CalibrationTexts:
         """The texts; None where the model writes. Raises OctavoError for what is not there."""
         from octavo.corpus import load_texts
 
-        known = self.calib_dataset not in (None, SELF)
-        return load_texts(self.calib_dataset, self.data_dir) if known else None
+        if self.calib_dataset is None or self.calib_dataset == SELF:
+            return None
+        return load_texts(self.calib_dataset, self.data_dir)
 
     def draw(
         self, model: Model, texts: Texts | None, wanted: Windows, least: Windows, time: Budget
