@@ -284,6 +284,7 @@ def test_nan_that_a_freed_block_held_reaches_no_row(case: Case) -> None:
 
 
 @kernels
+@pytest.mark.slow
 def test_a_short_chunk_over_a_long_prefix_is_split_as_a_decode_is(monkeypatch: pytest.MonkeyPatch) -> None:
     from octavo.attention.cuda import launch
 
