@@ -150,7 +150,7 @@ def _localize(model: nn.Module) -> None:
 def _look_up(module: Any, start: int) -> None:
     """An embedding whose table is divided by rows: each rank looks up what it has, and the sum is all of it."""
     rows = module.weight.shape[0]
-    module.num_embeddings = rows
+    module.num_embeddings, module.padding_idx = rows, None  # the latter is of training, and perhaps another rank's
 
     def forward(ids: Tensor) -> Tensor:
         own = ids - start

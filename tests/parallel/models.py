@@ -20,7 +20,7 @@ from octavo.quant.calibration import Calibration
 from tests.engine.driving import engine, run
 from tests.models.forms import mixture
 
-FORMATS = ("fp32", "int8", "int8-token", "kv8", "k8v4", "kv4")
+FORMATS = ("kv8", "fp32", "int8", "int8-token", "k8v4", "kv4")
 TILES = BACKEND.layout
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 

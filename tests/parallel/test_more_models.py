@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,19 +20,21 @@ from tests.parallel.models import FORMATS, alone, assert_same_answers, divided, 
 pytestmark = pytest.mark.slow
 
 
-def test_two_ranks_answer_as_one_on_pamphlet(calibration: Calibration, text_ids: list[int]):
+def test_two_ranks_answer_as_one_on_pamphlet(
+    calibration: Calibration, text_ids: list[int], slowly: Callable[[int], int]
+):
     one = alone(None)
     with divided(None) as two:
-        for kv in FORMATS:
+        for kv in FORMATS[: slowly(len(FORMATS))]:
             assert_same_answers(one, two, calibration, kv, text_ids)
 
 
-def test_four_ranks_with_one_kv_head_for_all_answer_as_one(tmp_path: Path):
+def test_four_ranks_with_one_kv_head_for_all_answer_as_one(tmp_path: Path, slowly: Callable[[int], int]):
     one = alone(tiny(tmp_path, 1))
     calibration = observe(one.bound, one.bound.random_tokens(200), one.fingerprint)
     with divided(one.path, 4) as four:
         assert [(share.starts, share.total) for share in four.bound.shares] == [((0,) * 4, 1)] * 2  # type: ignore[attr-defined]
-        for kv in FORMATS:
+        for kv in FORMATS[: slowly(len(FORMATS))]:
             assert_same_answers(one, four, calibration, kv, one.bound.random_tokens(1200))
 
 
