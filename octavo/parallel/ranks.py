@@ -39,7 +39,7 @@ class RankFailed(RuntimeError):
 class Ranks:
     """`count` ranks, of which this is `rank`; `local` of them are on this machine."""
 
-    def __init__(self, rank: int, count: int, local: int, store: dist.Store):
+    def __init__(self, rank: int, count: int, local: int, store: dist.TCPStore):
         self.rank, self.count, self.local, self.store = rank, count, local, store
         self.failure: str | None = None  # why no more can be computed
         self.on_failure: list[Callable[[RankFailed], None]] = []
@@ -76,16 +76,20 @@ class Ranks:
 
     def beat(self) -> None:
         """Give signs of life for as long as this process runs, whatever else it does."""
-        store = self.store.clone()  # the other one's lock is held for as long as somebody waits
         with suppress(dist.DistError):  # rank 0 is gone
+            store = self._connection()
             while True:
                 store.add(f"beats {self.rank}", 1)
                 time.sleep(BEAT)
 
+    def _connection(self) -> dist.Store:
+        """To the store, of one's own: whoever waits on another holds its lock."""
+        return dist.TCPStore(self.store.host, self.store.port, None, False, PATIENCE, wait_for_workers=False)
+
     def watch(self) -> None:
         """On rank 0: fail once another gives no sign of life. Looks are counted, not seconds: where this process has
         stood still too, nobody is at fault."""
-        store, missed = self.store.clone(), dict.fromkeys(range(1, self.count), 0)
+        store, missed = self._connection(), dict.fromkeys(range(1, self.count), 0)
         seen = dict.fromkeys(missed, 0)
         while self.failure is None:
             for rank in missed:
