@@ -16,7 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from octavo.cli.options import ServeOptions
+from octavo.cli.loading import ServeOptions
 from octavo.errors import OctavoError
 from octavo.jsonl import own_id
 

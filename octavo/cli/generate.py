@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.options import RAY, REPLICAS, ServeOptions, takes
+from octavo.cli.loading import ServeOptions
+from octavo.cli.options import Ray, Replicas, takes
 from octavo.cli.sampling import SamplingOptions, sampling_option
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
@@ -48,8 +49,8 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     logprobs: Annotated[int | None, sampling_option("logprobs")] = None,
-    ray: Annotated[str | None, RAY] = None,
-    replicas: Annotated[int | None, REPLICAS] = None,
+    ray: Ray = None,
+    replicas: Replicas = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")] = False,
 ) -> None:
     """Continue a prompt, or all prompts of a file at a time."""
