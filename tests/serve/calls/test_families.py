@@ -14,7 +14,7 @@ from octavo.grammars import Grammars
 from octavo.models.model import Model
 from octavo.serve.calls import CallDelta, FreeReader, HeldReader, Reader, Syntax, held_grammar, syntax_of
 from octavo.serve.calls.families import gemma, hermes, llama, mistral, plain
-from tests.serve.calls.published import FAMILIES, TEMPLATES
+from tests.serve.calls.published import DOCUMENTED, FAMILIES, TEMPLATES
 
 CITIES: dict[str, Any] = {
     "type": "object",
@@ -42,10 +42,10 @@ def read(reader: Reader, text: str, size: int) -> Found:
     return shown, [(name, json.loads(arguments)) for name, arguments in calls.values()]
 
 
-def called(tokenizer: Any, template: str, arguments: Sequence[Any], said: str = "") -> str:
-    """What a template makes of an assistant's message with calls of `weather`, without what frames a message."""
+def called(tokenizer: Any, template: str, arguments: Sequence[Any], said: str = "", name: str = "weather") -> str:
+    """What a template makes of an assistant's message with calls of one function, without what frames a message."""
     stop = syntax_of(template).stop
-    calls = [{"id": "abcdefgh1", "function": {"name": "weather", "arguments": one}} for one in arguments]
+    calls = [{"id": "abcdefgh1", "function": {"name": name, "arguments": one}} for one in arguments]
 
     def render(message: dict[str, Any]) -> str:
         told = [{"role": "user", "content": "?"}, {"role": "assistant", **message}]
@@ -109,6 +109,18 @@ def test_arguments_of_every_kind_are_read_as_the_template_writes_them(pamphlet: 
     written = called(pamphlet.tokenizer, TEMPLATES[model].text, [EVERYTHING])
     reader = FreeReader(syntax_of(TEMPLATES[model].text), ["weather"])
     assert read(reader, written, 3) == ("", [("weather", EVERYTHING)])
+
+
+@pytest.mark.parametrize("model", DOCUMENTED)
+def test_a_call_that_its_publisher_shows_is_written_read_and_held_to(pamphlet: Model, model: str):
+    name, arguments, shown = DOCUMENTED[model]
+    syntax, tokenizer = syntax_of(TEMPLATES[model].text), pamphlet.tokenizer
+    assert called(tokenizer, TEMPLATES[model].text, [arguments], name=name) == shown
+    assert read(FreeReader(syntax, [name]), shown, 3) == ("", [(name, arguments)])
+    city = {"type": "object", "properties": {key: {"type": "string"} for key in arguments}, "required": [*arguments]}
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    grammar = held_grammar(syntax, [{"name": name, "strict": True, "parameters": city}], {}, must=True, parallel=False)
+    assert takes(grammars, grammar, shown)
 
 
 def takes(grammars: Grammars, grammar: str, text: str) -> bool:
