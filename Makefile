@@ -3,7 +3,7 @@
 #   make wheel   a wheel in dist/ that needs no compiler, checked in a fresh environment
 #   make test    install the test extras, then the tests; `make test-slow` runs the slow ones that it leaves out, or
 #                with SLOW_SHARE=0.05 that share of their repetitions
-#   make test-clients   real clients of the server, each installed in an environment of its own below .clients/
+#   make test-clients   eleven real clients against a server of the bundled model, or of MODEL=DIR; installed below .clients/
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -25,8 +25,9 @@ test-slow: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses logical --maxprocesses 4
 
 test-clients: .venv/installed-dev
-	$(BIN)/python tests/clients/environments.py .clients
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' tests/clients
+	$(BIN)/python -m tests.clients $(if $(MODEL),--model $(MODEL))
+	$(BIN)/python -m tests.clients.templates .clients/templates
+	$(BIN)/python -m pytest tests/clients/test_templates.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
