@@ -26,8 +26,9 @@ from torch import Tensor
 
 from octavo.artefact import replacing
 from octavo.cache import session
+from octavo.cache.row_store import RowStore
 from octavo.cache.session import FIRST, STATES, Codes, SavedSession
-from octavo.cache.store import KVCache, RowStore
+from octavo.cache.store import KVCache
 from octavo.errors import OctavoError, Unsupported, one_line
 from octavo.llm import LLM
 from octavo.quant.codec import Rows, decode, encode, encode_decoded

@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
-from octavo.cli.jsonl import shaping_of
-from octavo.cli.options import ServeOptions
+from octavo.cli.answer_file import shaping_of
+from octavo.cli.loading import ServeOptions
 from octavo.cli.progress import progress
 from octavo.cli.sampling import SamplingOptions
 from octavo.errors import OctavoError

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli.options import ServeOptions, option, takes, tell_loading
+from octavo.cli.loading import ServeOptions
+from octavo.cli.options import option, takes, tell_loading
 from octavo.errors import OctavoError, install, one_line
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from octavo.errors import OctavoError, install
 from octavo.grammars.closing import Closing
-from octavo.grammars.pieces import Pieces
+from octavo.grammars.sentencepiece import Pieces
 from octavo.grammars.sources import growth, named, refused, source
 
 T = TypeVar("T")

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from octavo.cache.plan import LayerPlan
-from octavo.cache.store import KVCache, Page, RowStore
+from octavo.cache.row_store import RowStore
+from octavo.cache.store import KVCache, Page
 from octavo.devices import HOST
 from octavo.parallel.heads import Share
 

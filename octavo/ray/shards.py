@@ -26,7 +26,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from octavo.errors import OctavoError, one_line
-from octavo.lines import own_id
+from octavo.jsonl import own_id
 
 ROWS = 512  # of a shard; many batches, so that the last of them, which grows empty, weighs little
 KINDS = (".jsonl", ".parquet")

@@ -16,7 +16,7 @@ from octavo.cache.size import CacheSize
 from octavo.cache.snapshots import Snapshots
 from octavo.llm import LLM
 from octavo.quant.format import KVFormat
-from octavo.serve.account import Account
+from octavo.serve.accounting import Account
 from octavo.serve.sessions import SessionDir
 from octavo.serve.worker import Worker
 

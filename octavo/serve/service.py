@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from octavo.completion import Delta, Generation
-from octavo.engine.scoring import Scored, score
+from octavo.engine.prompt_logprobs import Scored, score
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.models.generation import is_greedy

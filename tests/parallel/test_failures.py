@@ -13,7 +13,7 @@ import pytest
 from transformers import GPT2Config, LlamaConfig
 
 from octavo.engine.params import SamplingParams
-from octavo.engine.turns import EngineFailed
+from octavo.engine.threads import EngineFailed
 from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
 from octavo.parallel import load

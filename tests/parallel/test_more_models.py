@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ from tests.parallel.models import CLOSE, FLIPPED, FORMATS, alone, answers, asser
 pytestmark = pytest.mark.slow
 
 
-def assert_all_formats_equal(one: Model, two: Model, calibration: Calibration, text: list[int]) -> None:
-    """In chunks, after prefix hits and preemptions."""
-    for kv in FORMATS:
+def assert_formats_equal(one: Model, two: Model, calibration: Calibration, text: list[int], count: int) -> None:
+    """In so many of them; in chunks, after prefix hits and preemptions."""
+    for kv in sorted(FORMATS, key=lambda kv: kv != "kv8")[:count]:
         block = 64 if kv.startswith("k") else 16
         asked = prompts(one.bound, block)
         if text:
@@ -37,17 +38,19 @@ def assert_all_formats_equal(one: Model, two: Model, calibration: Calibration, t
         assert_equal(found, expected, CLOSE if kv == "fp32" else FLIPPED)
 
 
-def test_two_ranks_answer_as_one_on_pamphlet(pamphlet: Model, calibration: Calibration, text_ids: list[int]):
+def test_two_ranks_answer_as_one_on_pamphlet(
+    pamphlet: Model, calibration: Calibration, text_ids: list[int], slowly: Callable[[int], int]
+):
     with divided(None) as two:
-        assert_all_formats_equal(pamphlet, two, calibration, text_ids)
+        assert_formats_equal(pamphlet, two, calibration, text_ids, slowly(len(FORMATS)))
 
 
-def test_two_ranks_with_one_kv_head_for_both_answer_as_one(tmp_path: Path):
+def test_two_ranks_with_one_kv_head_for_both_answer_as_one(tmp_path: Path, slowly: Callable[[int], int]):
     one = alone(tiny(tmp_path, 1))
     calibration = observe(one.bound, one.bound.random_tokens(200), one.fingerprint)
     with divided(one.path) as two:
         assert [(share.starts, share.total) for share in two.bound.shares] == [((0, 0), 1)] * 2  # type: ignore[attr-defined]
-        assert_all_formats_equal(one, two, calibration, [])
+        assert_formats_equal(one, two, calibration, [], slowly(len(FORMATS)))
 
 
 def test_under_torchrun_rank_0_goes_on_alone(tmp_path: Path):

@@ -15,7 +15,7 @@ from octavo.models.model import Model
 from octavo.parallel.heads import Share
 from octavo.plain_sessions import export_session, import_session
 from octavo.quant.calibration import Calibration
-from tests.conftest import observe
+from tests.conftest import observe, slow
 from tests.parallel.models import CLOSE, FLIPPED, FORMATS, alone, answers, assert_equal, divided, prompts, tiny
 
 
@@ -35,7 +35,7 @@ def calibration(one: Model) -> Calibration:
     return observe(one.bound, one.bound.random_tokens(200), one.fingerprint)
 
 
-@pytest.mark.parametrize("kv", FORMATS)
+@pytest.mark.parametrize("kv", ["fp32", "kv8", "kv4", *slow(*sorted({*FORMATS} - {"fp32", "kv8", "kv4"}))])
 def test_two_ranks_answer_as_one_with_chunks_hits_and_preemptions(
     one: Model, two: Model, calibration: Calibration, kv: str
 ):
