@@ -235,6 +235,17 @@ def test_calls_without_their_frame_are_held_to_their_schema_too(pamphlet: Model,
         )
 
 
+def test_an_answer_that_must_call_may_end_after_a_call_and_after_the_line_break_behind_it(pamphlet: Model):
+    """Small models write the line break that stands between calls, and then want to end: another call is not forced."""
+    grammars = Grammars(pamphlet.tokenizer, pamphlet.bound.vocab_size, pamphlet.eos_ids)
+    grammar = held_grammar(hermes.SYNTAX, FUNCTIONS, {}, must=True, parallel=True)
+    block = f"<tool_call>\n{CALL}\n</tool_call>"
+    for said, calls in ((block, 1), (f"{block}\n", 1), (f"{block}\n{block}", 2), (f"{block}\n{block}\n", 2)):
+        assert takes(grammars, grammar, said)
+        assert read(HeldReader(hermes.SYNTAX, ["weather"]), said, 3) == ("", [("weather", ROME)] * calls)
+    assert not takes(grammars, grammar, f"{block}\nIt is sunny.")
+
+
 def test_arguments_of_held_calls_are_passed_on_as_they_come():
     reader, text = HeldReader(hermes.SYNTAX, ["weather"]), f"<tool_call>\n{CALL}\n</tool_call>"
     pieces = [part for sign in text for part in reader.push(sign) if isinstance(part, CallDelta)]
