@@ -162,7 +162,7 @@ def before(args: argparse.Namespace) -> dict[str, Any]:
     with server(*SERVED) as (this, _), server(*SERVED, python=args.before) as (other, _):
         for round_ in range(-1, args.rounds):  # the first warms up
             rng = random.Random(round_)
-            for clients, count in ((64, 96), (16, 48)):
+            for clients, count in ((64, args.requests // 3), (16, args.requests // 6)):
                 starts = [rng.randrange(len(TEXT) - 600) for _ in range(count)]
                 fields = {"max_tokens": 64, "ignore_eos": True, "temperature": 0}
                 requests = [{"prompt": TEXT[at : at + 600], **fields} for at in starts]
