@@ -277,7 +277,9 @@ def _check_scores(prompts: Sequence[Sequence[int]], likeliest: int) -> None:
     """Refuse prompts with more log-probabilities than are kept for one request."""
     asked = sum(len(prompt) for prompt in prompts) * (likeliest + 1)
     if asked > MAX_SCORES:
-        message = f"prompt_logprobs={likeliest} is {asked} values for these prompts, and {MAX_SCORES} are kept: ask for fewer"
+        message = (
+            f"prompt_logprobs={likeliest} is {asked} values for these prompts, and {MAX_SCORES} are kept: ask for fewer"
+        )
         raise ApiError(400, message, param="prompt_logprobs")
 
 

@@ -125,7 +125,7 @@ def test_a_prompts_tokens_have_the_log_probabilities_of_one_forward(running: Run
 
 
 def test_more_log_probabilities_of_a_prompt_than_are_kept_are_refused(running: Running):
-    body = {"model": running.llm.model.name, "prompt": [5] * 1400, "max_tokens": 1, "prompt_logprobs": 100}
+    body = {"model": running.llm.model.name, "prompt": [[5] * 400] * 4, "max_tokens": 1, "prompt_logprobs": 100}
     refused = httpx.post(f"{running.url}/v1/completions", json=body)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "prompt_logprobs"
