@@ -6,7 +6,8 @@ with answers of one length. transformers takes those as one batch, padded on the
 all four kinds support: faster than one after another. Prefill is the time to the first tokens, decode that of the
 others. Ratios are of times within a round, and their median is given. What a preempted sequence saves is seen beside:
 the time to copy its states from a snapshot, and to compute the 64 tokens that this saves at least. That both compute
-the same model is checked by their tokens. The last line is one JSON document.
+the same model is checked by their tokens. With one thread (OMP_NUM_THREADS=1) it is the processor's time that counts,
+beside other programs too. The last line is one JSON document.
 
     python benchmarks/hybrids.py --out benchmarks/results/hybrids-cpu-zen3.json
 """
@@ -70,14 +71,19 @@ Job = Callable[[Prompts, int], tuple[float, float, Prompts]]
 """(prompts, tokens of an answer) → seconds to the first tokens and to the last ones, answers"""
 
 
-class Clock(StoppingCriteria):
+class First(StoppingCriteria):
     """When transformers had the first tokens."""
 
     first = 0.0
 
     def __call__(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        self.first = self.first or time.perf_counter()
+        self.first = self.first or now()
         return torch.zeros(len(ids), dtype=torch.bool)
+
+
+def now() -> float:
+    """By the clock on the wall; with one thread that of the processor, which runs for this process alone."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def build(kind: str, shape: dict[str, Any], vocabulary: int) -> PreTrainedModel:
@@ -95,30 +101,30 @@ def theirs(hf: PreTrainedModel) -> Job:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        clock, start = Clock(), time.perf_counter()
+        seen, start = First(), now()
         out = hf.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=tokens,
             do_sample=False,
-            stopping_criteria=StoppingCriteriaList([clock]),
+            stopping_criteria=StoppingCriteriaList([seen]),
         )
-        return clock.first - start, time.perf_counter() - start, out[:, longest:].tolist()
+        return seen.first - start, now() - start, out[:, longest:].tolist()
 
     return run
 
 
 def ours(llm: LLM) -> Job:
     def run(prompts: Prompts, tokens: int) -> tuple[float, float, Prompts]:
-        start = time.perf_counter()
+        start = now()
         sequences = [llm.sequence(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True)) for prompt in prompts]
         for sequence in sequences:
             llm.engine.add(sequence)
         first = 0.0
         while llm.engine.busy:
             llm.engine.step()
-            first = first or time.perf_counter()  # all prompts fit into one step
-        return first - start, time.perf_counter() - start, [sequence.output for sequence in sequences]
+            first = first or now()  # all prompts fit into one step
+        return first - start, now() - start, [sequence.output for sequence in sequences]
 
     return run
 
@@ -128,9 +134,9 @@ def restart(llm: LLM) -> dict[str, float]:
     states, copies = llm.cache.states, []
     assert states is not None
     for _ in range(9):
-        start = time.perf_counter()
+        start = now()
         states.copy(0, 1)
-        copies.append(time.perf_counter() - start)
+        copies.append(now() - start)
     blocks = [ours(llm)([list(range(3, 67))], 1)[0] for _ in range(3)]
     return {
         "slot_bytes": states.plan.nbytes,
@@ -185,13 +191,14 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     rows: list[dict[str, Any]] = json.loads(args.out.read_text())["rows"] if args.out and args.out.is_file() else []
-    document: dict[str, Any] = {"machine": describe(), "rounds": args.rounds, "tokens": TOKENS, "rows": rows}
+    document: dict[str, Any] = {"machine": describe(), "tokens": TOKENS, "rows": rows}
     for size in args.sizes:
         for kind in args.kinds:
             hf = build(kind, {"tiny": TINY, "large": LARGE}[size][kind], VOCABULARY[size])
-            row = {"kind": kind, "size": size, "parameters": sum(p.numel() for p in hf.parameters())}
-            rows[:] = [old for old in rows if (old["kind"], old["size"]) != (kind, size)]
-            rows.append(row | measure(hf, kind, args.rounds))
+            key = {"kind": kind, "size": size, "threads": torch.get_num_threads()}
+            rows[:] = [old for old in rows if any(old[name] != value for name, value in key.items())]
+            count = {"parameters": sum(p.numel() for p in hf.parameters()), "rounds": args.rounds}
+            rows.append(key | count | measure(hf, kind, args.rounds))
             print(rows[-1], flush=True)
             if args.out:  # kept after each model: a run may be cut short, and go on with others
                 args.out.write_text(json.dumps(document, indent=1) + "\n")

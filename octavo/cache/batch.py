@@ -150,7 +150,7 @@ class Batch:
         slots = [tensors.pop(f"slots {group}") for group in groups]
         tables = [_table([sequence.tables[group] for sequence in sequences]) for group in groups]
         batch = cls(
-            **tensors,  # type: ignore[arg-type]
+            **tensors,
             slots=slots[0],
             block_table=tables[0],
             q_lens=[1] * count,

@@ -159,7 +159,8 @@ def _trial(bound: BoundModel, count: int = TRIAL, step: StateStep | None = None)
 def _text(bound: BoundModel, cuts: Sequence[int]) -> Tensor:
     """Logits [tokens, vocabulary] of a text computed in steps of so many tokens, each of which attends to itself."""
     ids, whole = torch.tensor(bound.random_tokens(sum(cuts))), torch.arange(sum(cuts))
-    pool, slot, found = StatePool(bound.states, 1), torch.tensor([0]), []
+    pool, slot = StatePool(bound.states, 1), torch.tensor([0])
+    found: list[Tensor] = []
     for own, positions in zip(ids.split(list(cuts)), whole.split(list(cuts)), strict=True):
         step = StateStep(pool, slot, [len(own)], [not found])
         found.append(bound.forward(own, positions, torch.arange(len(own)), itself, step))
