@@ -3,7 +3,7 @@
 #   make wheel   a wheel in dist/ that needs no compiler, checked in a fresh environment
 #   make test    install the test extras, then the tests; `make test-slow` runs the slow ones that it leaves out, and
 #                `make test-all` both; with SLOW_SHARE=0.01 slow ones are repeated that share of the times
-#   make test-clients   real clients of the server, each installed in an environment of its own below .clients/
+#   make test-clients   real clients against a server of the bundled model, or of MODEL=DIR; installed below .clients/
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -30,8 +30,9 @@ test-all: .venv/installed-dev
 	$(PYTEST) -m 'slow or not slow'
 
 test-clients: .venv/installed-dev
-	$(BIN)/python tests/clients/environments.py .clients
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' tests/clients
+	$(BIN)/python -m tests.clients $(if $(MODEL),--model $(MODEL))
+	$(BIN)/python -m tests.clients.templates .clients/templates
+	$(BIN)/python -m pytest tests/clients/test_templates.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

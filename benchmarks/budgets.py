@@ -61,7 +61,7 @@ def table(rows: list[Document]) -> str:
     for found in (row for row in rows if row["verb"] == "accuracy"):
         text, greedy = found["text"], {row["name"]: row for row in found["text"]["greedy"]["rows"]}
         lines += [f"| {found['model']}, {text['scores'][0]['tokens']:,} tokens | perplexity | change, % | KL | "
-                  "same top token, % | greedy answers that part | after tokens, median |",
+                  "same top token, % | greedy answers that differ | first differing token, median |",
                   "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
         for score in text["scores"]:
             cells = [f"`{score['name']}`", f"{score['perplexity']:.3f}", "", "0", "", "", ""]

@@ -1,4 +1,4 @@
-"""`octavo serve`: the OpenAI-compatible server."""
+"""`octavo serve`: the server."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def serve(
         bool, typer.Option("--json", help="Tell on stdout, as one line of JSON, what is served.")
     ] = False,
 ) -> None:
-    """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
+    """Serve OpenAI's API, chat, completions and responses, Anthropic's messages, and a chat page."""
     if replicas is not None:
         from octavo.ray.cluster import require
 
@@ -156,7 +156,10 @@ def serve(
             chat = bool(getattr(llm.tokenizer, "chat_template", None))
             print(curl(sock, tls is not None, bool(api_key), chat), file=sys.stderr, flush=True)
         gc.freeze()  # what is loaded stays: looking through all of it again and again would stop the server for a while
-        server.run()
+        try:
+            server.run()
+        finally:
+            gc.unfreeze()  # what is frozen is never freed, not at the process's end either
 
 
 def _loaded(options: ServeOptions) -> LLM:

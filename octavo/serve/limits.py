@@ -18,6 +18,7 @@ from octavo.serve.errors import ApiError
 MAX_DEPTH = 128  # of lists and objects within each other
 MAX_KEYS = 4096  # of one object
 MAX_PARTS = 250_000  # lists and objects in a body, and names in all of its objects
+MAX_SCORES = 1 << 17  # log-probabilities of one request's prompts, which are kept until it is answered: some 20 MB
 SMALL = 16 << 10  # bytes of a body that is read on the event loop, in less than a millisecond or two
 
 

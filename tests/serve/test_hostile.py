@@ -271,6 +271,15 @@ def test_a_place_is_kept_for_a_client_that_was_here():
     assert started.count("many") == 6
 
 
+def test_a_queue_forgets_those_who_left_long_ago(monkeypatch: pytest.MonkeyPatch):
+    queue, now = FairQueue(4), 0.0
+    monkeypatch.setattr("octavo.serve.fair_queue.time.monotonic", lambda: now)
+    for i in range(100):
+        now += 1.0
+        ask(queue, f"client {i}", []).leave()
+    assert len(queue.left) == 30
+
+
 def test_a_full_queue_refuses_the_client_that_fills_it(pamphlet: Model):
     with serving(small(pamphlet, max_batch_size=1), limits=Limits(max_queue=3)) as running:
         asked = {"prompt": "a", "max_tokens": 300, "ignore_eos": True}
