@@ -218,9 +218,14 @@ class KVCache:
             static=sum(store.static_nbytes for store in self.stores),
         )
 
+    def counts(self) -> Tensor:
+        """int64 [layers, 2, 2], on the host: of K and of V of each layer the values that lay outside the codec's range
+        since the start, and all that were written."""
+        sides = [(layer.k, layer.v) for layer in self.layers]
+        found = [[[int(store.saturated), store.written] for store in side] for side in sides]
+        return torch.tensor(found, dtype=torch.int64).view(-1, 2, 2)
+
     def saturation(self) -> list[tuple[float, float]]:
         """Share of values that lay outside the codec's range since the start, (K, V) of each layer."""
-        return [
-            (layer.k.saturated.item() / max(layer.k.written, 1), layer.v.saturated.item() / max(layer.v.written, 1))
-            for layer in self.layers
-        ]
+        outside, written = self.counts().double().unbind(-1)
+        return [(k, v) for k, v in (outside / written.clamp(min=1)).tolist()]

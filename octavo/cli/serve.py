@@ -15,6 +15,7 @@ import typer
 from octavo.cli.loading import ServeOptions
 from octavo.cli.options import option, takes, tell_loading
 from octavo.errors import OctavoError, install, one_line
+from octavo.serve.limits import Limits, keep_few_shapes
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
@@ -62,13 +63,23 @@ def serve(
     ] = None,
     max_queue: Annotated[
         int, serving("Answers that may wait; beyond, the client with the most is refused with 429.", min=0)
-    ] = 256,
-    timeout: Annotated[float, serving("Seconds an answer may take, its time in the queue included.", min=0.001)] = 600,
-    max_body: Annotated[int, serving("Bytes a request may have.", min=1)] = 8 << 20,
-    max_connections: Annotated[int, serving("Open at a time; beyond, idle ones are closed.", min=1)] = 1024,
+    ] = Limits.max_queue,
+    timeout: Annotated[
+        float, serving("Seconds an answer may take, its time in the queue included.", min=0.001)
+    ] = Limits.timeout,
+    max_body: Annotated[int, serving("Bytes a request may have.", min=1)] = Limits.max_body,
+    max_connections: Annotated[
+        int | None,
+        serving(f"Open at a time; beyond, idle ones are closed. [default: {Limits.max_connections}]", min=1),
+    ] = None,
     patience: Annotated[
-        float, serving("Seconds a client may take to send a request, or to read more of its answer.", min=1)
-    ] = 30,
+        float | None,
+        serving(
+            "Seconds a client may take to send a request, or to read more of its answer. "
+            f"[default: {Limits.patience:g}]",
+            min=1,
+        ),
+    ] = None,
     grace: Annotated[float, serving("Seconds that running answers have to end at SIGTERM or Ctrl-C.", min=0)] = 30,
     replicas: Annotated[
         int | None, serving("Models side by side behind one address, each a process; needs octavo[ray].", min=1)
@@ -96,14 +107,13 @@ def serve(
         from octavo.ray.cluster import require
 
         require("octavo serve --replicas")
-        if (uds, max_connections, patience) != (None, 1024, 30):
+        if any(given is not None for given in (uds, max_connections, patience)):
             raise OctavoError("--uds, --max-connections and --patience are a single server's: leave them out")
     tell_loading(options.model)
     from octavo.cache.size import parse_bytes
 
     try:
         from octavo.serve import logs
-        from octavo.serve.limits import Limits, keep_few_shapes
         from octavo.serve.listening import Tls, bind, bind_unix, curl, listening, url
         from octavo.serve.server import Server
         from octavo.serve.sessions import SessionDir
@@ -144,7 +154,9 @@ def serve(
     with listening(bind_unix(uds) if uds else bind(host, port)) as sock:
         llm = _loaded(options)
         sessions = SessionDir(session_dir, room, llm) if session_dir else None
-        limits = Limits(max_queue, timeout, max_body, max_connections, patience)
+        limits = Limits(
+            max_queue, timeout, max_body, max_connections or Limits.max_connections, patience or Limits.patience
+        )
         doors: dict[str, Any] = {"tls": tls, "api_key": api_key or (), "cors_origins": tuple(cors_origin or ())}
         doors["ignore_unknown"] = ignore_unknown_fields
         server = Server(llm, sock, served_model_name or (), limits, grace=grace, sessions=sessions, **doors)

@@ -100,8 +100,9 @@ class Reading:
                 for sequence, n in work:
                     sequence.num_cached += n
         finally:
-            self.outside += sum(int(store.saturated.item()) for store in cache.stores)
-            self.written += sum(store.written for store in cache.stores)
+            outside, written = cache.counts()[[i for i, _ in cache.owners]].sum((0, 1)).tolist()
+            self.outside += outside
+            self.written += written
 
 
 def _chunks(length: int, size: int) -> list[list[int]]:

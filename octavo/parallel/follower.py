@@ -34,6 +34,7 @@ class Task:
     rank: int
     count: int
     port: int  # of the store, on this machine
+    key: bytes  # of its commands
     path: Path
     device: str
     threads: int
@@ -50,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(task.threads)
     store = dist.TCPStore("127.0.0.1", task.port, None, False, PATIENCE, wait_for_workers=False)
     try:
-        follow(Ranks(task.rank, task.count, task.count, store), task.path, task.device, task.loading)
+        follow(Ranks(task.rank, task.count, task.count, store, task.key), task.path, task.device, task.loading)
     except dist.DistNetworkError:  # rank 0 is gone
         pass
     except BaseException as error:
@@ -65,7 +66,8 @@ def main() -> None:
 def follow(ranks: Ranks, path: Path, device: str, loading: dict[str, Any]) -> None:
     """Hold a share of the model in `path` until rank 0 ends."""
     own = own_device(torch.device(device), ranks)
-    ranks.store.set(f"here {ranks.rank}", "")
+    Thread(target=ranks.beat, daemon=True).start()
+    ranks.store.set(f"here {ranks.rank}", str(os.getpid()))
     connect(ranks, own)
     model = Model.load(path, device=str(own), division=ByPlan(ranks), **loading)
     model.bound.obey()  # type: ignore[attr-defined]

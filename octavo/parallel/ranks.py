@@ -1,17 +1,22 @@
 """The processes that hold a model together, as each of them sees it.
 
 Products meet in torch.distributed's default group. Commands go from rank 0 to the others through a TCPStore: one that
-has nothing to do waits there for as long as it takes, and is told at once when rank 0 is gone.
+has nothing to do waits there for as long as it takes, and is told at once when rank 0 is gone. The store takes
+anybody's values and commands are pickles, so each is signed with a key that only the ranks have.
 """
 
 from __future__ import annotations
 
+import hmac
 import os
 import pickle
+import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +28,12 @@ PATIENCE = timedelta(minutes=10)  # that a rank waits for the others in one oper
 GLANCE = timedelta(
     hours=1
 )  # after which a rank that waits for a command asks anew; the end of rank 0 it is told at once
+SIGNATURE = 32  # bytes
+KEY = "OCTAVO_RANKS_KEY"  # a secret for the ranks that torchrun starts
+RUN = "TORCHELASTIC_RUN_ID"  # torchrun's name for what it has started
 SETTLED = 5.0  # seconds in which the end of a rank is known, once an operation with it has failed
+BEAT = 1.0  # seconds from one sign of life to the next, and from look to look
+MISSED = 30  # looks in a row without one: the process stands still, or its machine cannot be reached
 
 
 class RankFailed(RuntimeError):
@@ -33,18 +43,20 @@ class RankFailed(RuntimeError):
 class Ranks:
     """`count` ranks, of which this is `rank`; `local` of them are on this machine."""
 
-    def __init__(self, rank: int, count: int, local: int, store: dist.Store):
-        self.rank, self.count, self.local, self.store = rank, count, local, store
+    def __init__(self, rank: int, count: int, local: int, store: dist.TCPStore, key: bytes):
+        self.rank, self.count, self.local, self.store, self.key = rank, count, local, store, key
         self.failure: str | None = None  # why no more can be computed
         self.on_failure: list[Callable[[RankFailed], None]] = []
         self.processes: list[subprocess.Popen[bytes]] = []  # of the others, that this one has started
+        self.pids: dict[int, int] = {}  # of those that torchrun has started, wherever they are
         self._sent = 0
 
     def send(self, command: str, *arguments: Any) -> None:
         """Have the other ranks do something, which this one does too."""
         self.check()
         self._sent += 1
-        self.store.set(f"command {self._sent}", pickle.dumps((command, arguments)))  # type: ignore[arg-type]
+        pickled = pickle.dumps((command, arguments))
+        self.store.set(f"command {self._sent}", self._sign(pickled) + pickled)  # type: ignore[arg-type]
 
     def receive(self) -> tuple[str, tuple[Any, ...]]:
         """The next command, however long it takes. Raises DistError when rank 0 is gone."""
@@ -52,11 +64,21 @@ class Ranks:
         key = f"command {self._sent}"
         while not self._comes(key):
             pass
-        found = pickle.loads(self.store.get(key))
+        signature, pickled = (value := self.store.get(key))[:SIGNATURE], value[SIGNATURE:]
+        if not hmac.compare_digest(signature, self._sign(pickled)):
+            raise OctavoError(
+                f"{key} is not signed by rank 0: somebody else writes to the ranks' store, "
+                f"or {KEY} is not the same on all machines"
+            )
+        found: tuple[str, tuple[Any, ...]] = pickle.loads(pickled)
         if self.store.add(f"read {self._sent}", 1) == self.count - 1:
             self.store.delete_key(key)
             self.store.delete_key(f"read {self._sent}")
         return found
+
+    def _sign(self, pickled: bytes) -> bytes:
+        """Of the command whose turn it is, so that none can be sent twice."""
+        return hmac.digest(self.key, self._sent.to_bytes(8) + pickled, "sha256")
 
     def _comes(self, key: str) -> bool:
         try:
@@ -66,6 +88,32 @@ class Ranks:
             raise
         except dist.DistError:  # it has not come yet
             return False
+
+    def beat(self) -> None:
+        """Give signs of life for as long as this process runs, whatever else it does."""
+        with suppress(dist.DistError):  # rank 0 is gone
+            store = self._connection()
+            while True:
+                store.add(f"beats {self.rank}", 1)
+                time.sleep(BEAT)
+
+    def _connection(self) -> dist.Store:
+        """To the store, of one's own: whoever waits on another holds its lock."""
+        return dist.TCPStore(self.store.host, self.store.port, None, False, PATIENCE, wait_for_workers=False)
+
+    def watch(self) -> None:
+        """On rank 0: fail once another gives no sign of life. Looks are counted, not seconds: where this process has
+        stood still too, nobody is at fault."""
+        store, missed = self._connection(), dict.fromkeys(range(1, self.count), 0)
+        seen = dict.fromkeys(missed, 0)
+        while self.failure is None:
+            for rank in missed:
+                beats = store.add(f"beats {rank}", 0)
+                missed[rank] = missed[rank] + 1 if beats == seen[rank] else 0
+                seen[rank] = beats
+                if missed[rank] >= MISSED:
+                    self.fail(f"rank {rank} of {self.count} has given no sign of life for {MISSED * BEAT:.0f} s")
+            time.sleep(BEAT)
 
     def check(self) -> None:
         """Raise RankFailed once a rank has failed."""
@@ -78,8 +126,14 @@ class Ranks:
             self.failure = reason
             for process in self.processes:
                 process.kill()
+            for rank, pid in self.pids.items():
+                if _is_rank(pid, rank):
+                    os.kill(pid, signal.SIGKILL)
             for tell in self.on_failure:
                 tell(RankFailed(reason))
+            if dist.group.WORLD is not None:  # over NCCL the end of a process ends no wait for it
+                with suppress(Exception):
+                    dist.group.WORLD.abort()
 
     def explain(self, error: Exception) -> RankFailed:
         """What an operation with the others has failed by: the rank that ended, which shows a moment later."""
@@ -88,6 +142,14 @@ class Ranks:
             time.sleep(0.05)
         self.fail(f"the ranks no longer compute together: {one_line(error)}")
         return RankFailed(self.failure)
+
+
+def _is_rank(pid: int, rank: int) -> bool:
+    """Whether a process of this machine is that rank of this run of torchrun."""
+    with suppress(OSError):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return {f"RANK={rank}".encode(), f"{RUN}={os.environ[RUN]}".encode()} <= set(environment)
+    return False
 
 
 def connect(ranks: Ranks, device: torch.device) -> None:

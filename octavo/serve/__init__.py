@@ -3,7 +3,8 @@
 server.py      the process: uvicorn, signals        listening.py    address or UNIX socket, TLS
 app.py         all routes together                  access.py       what every request goes through: keys, counts
 routes/        a file or folder for each            openapi.py      their description
-requests/      what may be asked, field by field; requests/generate.py is the one value that all of them become
+requests/      what may be asked, field by field, and how a body is read within bounds (body.py);
+               requests/generate.py is the one value that all of them become
 prompts.py     what the engine is given of it       calls/          calls of functions, written and read in a text
 service.py     a request admitted, prepared, answered in time
 output/        what is sent: choices as one value, log-probabilities, response bodies, streams

@@ -17,10 +17,11 @@ from octavo.llm import LLM
 from octavo.models.generation import is_greedy
 from octavo.serve.errors import ApiError
 from octavo.serve.fair_queue import FairQueue
-from octavo.serve.limits import MAX_KEYS, MAX_SCORES, SMALL, Limits
+from octavo.serve.limits import MAX_SCORES, SMALL, Limits
 from octavo.serve.metrics import Metrics
 from octavo.serve.output.choices import Output
 from octavo.serve.prompts import Functions, engine_requests, tokens_of
+from octavo.serve.requests.body import MAX_KEYS
 from octavo.serve.requests.generate import Conversation, GenerateRequest, Prompt
 from octavo.serve.sessions import SessionDir
 from octavo.serve.worker import EngineFailure, Job, Worker

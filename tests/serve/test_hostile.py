@@ -21,9 +21,10 @@ from octavo.serve import logs
 from octavo.serve.connections import Connections
 from octavo.serve.errors import ApiError
 from octavo.serve.fair_queue import FairQueue, Ticket
-from octavo.serve.limits import MAX_KEYS, Limits, check_json
+from octavo.serve.limits import Limits
 from octavo.serve.listening import bind
 from octavo.serve.requests import ChatRequest, CompletionRequest, parse
+from octavo.serve.requests.body import MAX_KEYS, check_json
 from octavo.serve.server import Server
 from tests.serve.conftest import Running, serving, small, wait_until
 
