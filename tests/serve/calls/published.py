@@ -65,10 +65,11 @@ DOCUMENTED: dict[str, tuple[str, dict[str, Any], str]] = {
         "<start_function_call>call:get_current_temperature"
         "{location:<escape>Paris<escape>,unit:<escape>celsius<escape>}<end_function_call>",
     ),
-    "Mistral 7B v0.3": (  # github.com/mistralai/cookbook, concept-deep-dive/tokenization/tool_calling.md, but for the id
+    "Mistral 7B v0.3": (  # github.com/mistralai/cookbook, concept-deep-dive/tokenization/tool_calling.md; another id
         "calculator",
         {"operation": "2+2", "format": "celsius"},
-        '[TOOL_CALLS] [{"name": "calculator", "arguments": {"operation": "2+2", "format": "celsius"}, "id": "abcdefgh1"}]',
+        '[TOOL_CALLS] [{"name": "calculator", "arguments": {"operation": "2+2", "format": "celsius"}, '
+        '"id": "abcdefgh1"}]',
     ),
 }
 FAMILIES = {
