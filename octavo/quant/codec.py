@@ -12,6 +12,9 @@ The token scale is one byte, an index into a logarithmic table: row e holds rows
 `ABSMAX[e] = 2^((e + 1)/16 − 6)`, sixteen steps an octave over sixteen octaves. Eight bits: `code = round(y/s)` with
 s = ABSMAX/127, to even on ties. Four bits are mid-rise, `y ≈ (code − 7.5)·s` with s = ABSMAX/8: sixteen cells of equal
 width and none spent on a symmetric zero.
+
+A y that is not a number (NaN) is encoded as 0, and counts as saturated. A NaN in x makes every y NaN that the rotation
+mixes it with. Raw formats keep it.
 """
 
 from __future__ import annotations
@@ -97,7 +100,7 @@ def encode(x: Tensor, codec: Codec, static: Static | None = None, scales: Tensor
 
     Saturation is counted per value. Static: |y| > 128.5, which is more than one step beyond the calibrated range (its
     own end is y = ±127.5). Float: |y| > 464, half a step beyond the largest. Token: beyond the last entry of the
-    scale table.
+    scale table. All: what is not a number.
     """
     if codec.is_raw:
         return Rows(x.to(getattr(torch, codec.dtype)))
@@ -106,16 +109,18 @@ def encode(x: Tensor, codec: Codec, static: Static | None = None, scales: Tensor
         y = (y - static.mu) * static.reciprocal
     if codec.rotated:
         y = rotate(y)
+    wrong = y.isnan()
+    y = y.masked_fill(wrong, 0)
     if codec.kind == "float":
-        bits = y.nan_to_num(FP8_LARGEST).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
-        return Rows(bits, None, (y.abs() > FP8_LARGEST + 16).sum())
+        bits = y.clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
+        return Rows(bits, None, (wrong | (y.abs() > FP8_LARGEST + 16)).sum())
     if not codec.has_token_scale:
-        return Rows(y.round().clamp(-128, 127).to(torch.int8), None, (y.abs() > 128.5).sum())
+        return Rows(y.round().clamp(-128, 127).to(torch.int8), None, (wrong | (y.abs() > 128.5)).sum())
     levels = LEVELS[codec.bits]
     if scales is None:
         scales = torch.searchsorted(TOKEN_LIMIT[codec.bits].to(y.device), y.abs().amax(-1)).clamp_(max=255)
     y = y * TOKEN_RECIPROCAL[codec.bits].to(y.device)[scales.long()][..., None]
-    saturated = (y.abs() > levels + 0.5).sum()
+    saturated = (wrong | (y.abs() > levels + 0.5)).sum()
     if codec.bits == 4:
         codes = pack((y.floor() + 8).clamp_(0, 15).to(torch.uint8))
     else:

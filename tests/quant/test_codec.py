@@ -214,6 +214,20 @@ def test_static_saturation_counts_exactly_what_lies_a_step_beyond_the_range() ->
     assert int(encoded(x, INT8, UNIT).saturated) == (np.abs(x) > 128.5).sum() > 0
 
 
+@pytest.mark.parametrize("name", [name for name, codec in CODECS.items() if not codec.is_raw])
+def test_what_is_not_a_number_is_stored_as_0_and_counts_as_saturated(name: str) -> None:
+    """In each value that the rotation mixes with it, of one row of two."""
+    codec = CODECS[name]
+    rows = gaussian(2, 1, 64)
+    wrong, zero = rows.copy(), rows.copy()
+    wrong[1, 0, 5], zero[1, 0, slice(None) if codec.rotated else 5] = np.nan, 0
+    static = None if codec.has_token_scale else Static(mu=torch.zeros(1, 64), c=torch.ones(1, 64) / 8)
+    found, expected = encoded(wrong, codec, static), encoded(zero, codec, static)
+    assert torch.equal(found.codes, expected.codes)
+    assert found.scales is None or torch.equal(found.scales, expected.scales)
+    assert int(found.saturated) - int(expected.saturated) == (64 if codec.rotated else 1)
+
+
 def test_saturation_is_counted_in_calibrated_steps() -> None:
     x = gaussian(100, 2, 32, scale=0.01) + 7
     static = calibrated(x, "channel")

@@ -52,6 +52,8 @@ def encode(
         y = tl.where(inside, y, 0.0)
         if ROTATED:
             y = rotate(y, TOKENS, PADDED, DIM)
+        wrong = y != y
+        y = tl.where(wrong, 0.0, y)
         # |y| of the largest value that counts as inside: half a step beyond the largest code.
         levels: tl.constexpr = 128.0 if KIND == "static" else (8.0 if BITS == 4 else 127.0)
         largest: tl.constexpr = 464.0 if KIND == "float" else levels + 0.5
@@ -61,7 +63,7 @@ def encode(
             e = tl.minimum(tl.sum(above.to(tl.int32), 1), 255)
             y = y * tl.load(token_reciprocal + e)[:, None]
             tl.store(scales + (slots // BLOCK * HEADS + head) * BLOCK + slots % BLOCK, e.to(tl.uint8), live)
-        outside = tl.sum(tl.sum((tl.abs(y) > largest).to(tl.int32), 1), 0)
+        outside = tl.sum(tl.sum((wrong | (tl.abs(y) > largest)).to(tl.int32), 1), 0)
         tl.atomic_add(saturated, outside.to(tl.int64), outside > 0)
         if KIND == "float":
             value = fp8_bits(y)

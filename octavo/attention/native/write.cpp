@@ -9,13 +9,15 @@
 namespace octavo::ISA {
 namespace {
 
-// Codes of y[dim] times `factor`; returns how many values lie beyond `limit`. A NaN becomes the lowest code.
+f32v number(f32v x) { return x == x ? x : splat(0.0f); }
+
+// Codes of y[dim] times `factor`, NaN as 0; returns how many values do not lie within `limit`.
 int encode_int8(const float* y, int dim, float factor, float limit, uint8_t* code) {
     i32v beyond = {};
     for (int d = 0; d < dim; d += W) {
         const f32v x = load<f32v>(y + d) * factor;
-        beyond -= abs(x) > limit;
-        store_bytes(code + d, nearest(min(max(x, splat(-128.0f)), splat(127.0f))));
+        beyond -= ~(abs(x) <= limit);  // of a NaN too
+        store_bytes(code + d, nearest(min(max(number(x), splat(-128.0f)), splat(127.0f))));
     }
     return int(sum(to_float(beyond)));
 }
@@ -23,8 +25,8 @@ int encode_int8(const float* y, int dim, float factor, float limit, uint8_t* cod
 int encode_int4(const float* y, int dim, float factor, float limit, uint8_t* code) {
     i32v beyond = {};
     for (int d = 0; d < dim; d += W) {
-        const f32v x = load<f32v>(y + d) * factor, bounded = min(max(x, splat(-8.0f)), splat(7.0f));
-        beyond -= abs(x) > limit;
+        const f32v x = load<f32v>(y + d) * factor, bounded = min(max(number(x), splat(-8.0f)), splat(7.0f));
+        beyond -= ~(abs(x) <= limit);
         i32v floor = __builtin_convertvector(bounded, i32v);
         floor += to_float(floor) > bounded;
         store_bytes(code + d, floor + 8);
@@ -38,7 +40,7 @@ int encode(const Side& side, float* y, uint8_t* code, uint8_t* scale_index) {
     if (side.rotated) rotate(y, dim);
     if (!side.scales) return encode_int8(y, dim, 1.0f, 128.5f, code);
     f32v largest = {};
-    for (int d = 0; d < dim; d += W) largest = max(abs(load<f32v>(y + d)), largest);
+    for (int d = 0; d < dim; d += W) largest = max(abs(load<f32v>(y + d)), largest);  // of numbers
     *scale_index = uint8_t(std::lower_bound(side.token_limit, side.token_limit + 255, max(largest)) - side.token_limit);
     const float reciprocal = side.token_reciprocal[*scale_index];
     if (side.code == Code::INT8) return encode_int8(y, dim, reciprocal, 127.5f, code);
@@ -86,7 +88,10 @@ void put_row(const Side& side, int head, int64_t slot, float* row) {
             row[d] = (row[d] - side.mu[head * side.dim + d]) * side.reciprocal[head * side.dim + d];
     if (side.code == Code::FP8) {
         int out_of_range = 0;
-        for (int d = 0; d < side.dim; d++) out_of_range += std::fabs(row[d]) > 464.0f;  // half a step beyond
+        for (int d = 0; d < side.dim; d++) {
+            out_of_range += !(std::fabs(row[d]) <= 464.0f);  // half a step beyond the largest, or NaN
+            if (std::isnan(row[d])) row[d] = 0;
+        }
         count(side, out_of_range);
         return place_raw<fp8>(side, block, token, row);
     }
