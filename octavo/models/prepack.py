@@ -5,7 +5,7 @@ whole matrix in every call. Elsewhere torch's products of 16-bit numbers are slo
 panels (weights/panels.py): they stay in 16 bits, products and sums are float32, and unless a type was asked for so are
 activations, norms and residuals, which are small; what comes between products is then fused (fused.py). Either way each
 weight is rearranged once, when the model is loaded, and no second copy of it is kept. A tied embedding reads its rows
-out of the head's panels.
+out of the head's panels. The last layer then computes only what is due (due.py).
 
 A rearranged weight has no rows that a model's own code could read, as some routers' does. So only layers that a trial
 run calls are rearranged, and if the model then fails or computes something else, all is put back.
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from octavo import processor
 from octavo.errors import Unsupported
 from octavo.models.bind import BoundModel
+from octavo.models.due import shorten
 from octavo.models.fused import fuse
 from octavo.models.joined import join
 from octavo.models.packed import packed_layers, weight_bytes
@@ -60,10 +61,14 @@ def prepack(bound: BoundModel, computing: torch.dtype | None = None, determinist
         if deterministic:
             raise Unsupported(f"deterministic sums need a CPU and the native kernels: {why}")
         return
-    if not deterministic and processor.has_bf16():
-        if onednn_available():
-            attempt(bound, lambda called: into_tiles(bound.hf, called), SAME)
-        return
+    if deterministic or not processor.has_bf16():
+        _compute_in_panels(bound, computing, deterministic)
+    elif onednn_available():
+        attempt(bound, lambda called: into_tiles(bound.hf, called), SAME)
+    attempt(bound, lambda _: shorten(bound), SAME, due=slice(3, None, 5))
+
+
+def _compute_in_panels(bound: BoundModel, computing: torch.dtype | None, deterministic: bool) -> None:
     if deterministic:
         bound.layers = [replace(layer, exact=True) for layer in bound.layers]
         for packed in packed_layers(bound.hf).values():
@@ -101,18 +106,23 @@ def onednn_available() -> bool:
     )
 
 
-def attempt(bound: BoundModel, rearrange: Callable[[set[nn.Module]], Iterator[Undo]], tolerance: float) -> bool:
-    """Rearrange a model, given the linear layers that a trial run calls. If it then fails or computes something else,
-    all is put back."""
+def attempt(
+    bound: BoundModel,
+    rearrange: Callable[[set[nn.Module]], Iterator[Undo]],
+    tolerance: float,
+    due: slice = slice(None),
+) -> bool:
+    """Rearrange a model, given the linear layers that a trial run calls. If it then fails or computes something else
+    for the rows of the trial that are due, all is put back."""
     called: set[nn.Module] = set()
     linear = [module for module in bound.hf.modules() if type(module) is nn.Linear]
     handles = [module.register_forward_hook(lambda module, *_: called.add(module)) for module in linear]
-    before = _trial(bound)
+    before = _trial(bound, due=due)
     for handle in handles:
         handle.remove()
     undo = list(rearrange(called))
     try:
-        same = bool((_trial(bound) - before).norm() <= tolerance * before.norm())
+        same = bool((_trial(bound, due=due) - before).norm() <= tolerance * before.norm())
     except Exception:  # whatever a model does with rows that are not there
         same = False
     if not same:
@@ -129,15 +139,15 @@ def _exact(bound: BoundModel) -> bool:
     return all(torch.equal(_trial(bound, count), together[:count]) for count in (1, 2, TRIAL + 1))
 
 
-def _trial(bound: BoundModel, count: int = TRIAL) -> Tensor:
-    """Logits [count, vocabulary] of as many sessions of one token."""
+def _trial(bound: BoundModel, count: int = TRIAL, due: slice = slice(None)) -> Tensor:
+    """Logits [count, vocabulary] of as many sessions of one token, or of those that are due."""
     ids = torch.tensor(bound.random_tokens(count))
     rows = torch.arange(count)
 
     def alone(_: int, q: Tensor, __: Tensor, v: Tensor) -> Tensor:
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
-    return bound.forward(ids, torch.zeros_like(rows), rows, alone).float()
+    return bound.forward(ids, torch.zeros_like(rows), rows[due], alone).float()
 
 
 def into_tiles(model: nn.Module, called: set[nn.Module]) -> Iterator[Undo]:

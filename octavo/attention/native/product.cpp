@@ -198,7 +198,8 @@ void widen_into(const uint8_t* page, int width, Range k, float* tile, int depth,
 void multiply(const Side& side, Matrix a, int rows, const uint8_t* page, Bytes next, Range k, Matrix c,
                      const float* keep) {
     const int passes = (rows + DIRECT_ROWS - 1) / DIRECT_ROWS * (side.code == Code::INT4 ? 2 : 1);
-    Ahead ahead = {next.at, next.at + next.count, passes};
+    const int times = std::max<int>(1, int(next.count / side.head_bytes));  // a raw page after one of codes
+    Ahead ahead = {next.at, next.at + next.count, passes, times};
     by_kind(side, [&](auto kind, int first, int width) {
         direct<decltype(kind)>(a, rows, page, width, k, ahead, unit(side.code), c.from(0, first), keep);
     });
