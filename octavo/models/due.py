@@ -59,13 +59,26 @@ def _some(x: Any, rows: Tensor, count: int) -> Any:
 def shorten(bound: BoundModel) -> Iterator[Undo]:
     """Have the last layer of a model compute what is due, in place. Nothing is done where it keeps a state, which would
     go on twice, or has attention more than once."""
+    layer = _last_layer(bound)
+    if layer is None or bound.states:
+        return
+    put_back = become(layer, LastLayer)
+
+    def undo() -> None:
+        bound.shortened = False
+        put_back()
+
+    bound.shortened = True
+    yield undo
+
+
+def _last_layer(bound: BoundModel) -> nn.Module | None:
+    """The last of the model's layers, if it is the one that calls attention last, and calls it once."""
     modules = hook.attention_modules(bound.hf)
-    attention = modules.get(len(bound.layers) - 1)
+    last = modules.get(len(bound.layers) - 1)
     for layers in bound.hf.modules():
         if isinstance(layers, nn.ModuleList) and len(layers):
-            own = set(layers[-1].modules())
-            if attention in own and not bound.states and len(own.intersection(modules.values())) == 1:
-                back = become(layers[-1], LastLayer)
-                bound.shortened = True
-                yield lambda: (back(), setattr(bound, "shortened", False))  # type: ignore[func-returns-value]
-                return
+            own = [module for module in layers[-1].modules() if module in modules.values()]
+            if own == [last]:
+                return layers[-1]
+    return None

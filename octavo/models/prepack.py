@@ -3,7 +3,8 @@
 Where the processor multiplies bf16 numbers, bf16 weights go into oneDNN's tiles: given rows, its product rearranges the
 whole matrix in every call. Elsewhere torch's products of 16-bit numbers are slow, and weights of any type go into
 panels (weights/panels.py): they stay in 16 bits, products and sums are float32, and unless a type was asked for so are
-activations, norms and residuals, which are small; what comes between products is then fused (fused.py). Either way each
+activations, norms and residuals, which are small; what comes between products is then fused (fused.py, joined.py,
+whole_layers.py). Either way each
 weight is rearranged once, when the model is loaded, and no second copy of it is kept. A tied embedding reads its rows
 out of the head's panels. The last layer then computes only what is due (due.py).
 
@@ -28,6 +29,7 @@ from octavo.models.due import shorten
 from octavo.models.fused import fuse
 from octavo.models.joined import join
 from octavo.models.packed import packed_layers, weight_bytes
+from octavo.models.whole_layers import take_over
 from octavo.weights import cpu
 from octavo.weights.activations import exact
 from octavo.weights.linear import PackedLinear
@@ -86,6 +88,7 @@ def _compute_in_panels(bound: BoundModel, computing: torch.dtype | None, determi
     if bound.computes == torch.float32:
         attempt(bound, lambda _: fuse(bound.hf), SAME)
         attempt(bound, lambda _: join(bound.hf, lambda: _trial(bound)), SAME)
+        attempt(bound, lambda _: take_over(bound, lambda: _trial(bound)), SAME)
     if bound.computes != bound.dtype:
         bound.find_states()  # in the type that is computed in
     if deterministic and not _exact(bound):
