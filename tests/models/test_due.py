@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from octavo import LLM, SamplingParams
+from octavo.attention import cpu as attention
+from octavo.engine.params import SamplingParams
+from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel
 from octavo.models.due import LastLayer
 from octavo.models.model import Model
 from octavo.weights import cpu
+from tests.engine.driving import drain, engine
 from tests.models import zoo
 
+PARAMS = SamplingParams(max_tokens=5, ignore_eos=True, logprobs=3)
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native extension is not built")
 
 
@@ -86,12 +90,14 @@ def test_a_last_layer_whose_rows_are_not_alone_behind_attention_is_left_as_it_wa
 
 def test_answers_in_chunks_are_those_of_a_whole_model() -> None:
     """Prompts of several steps, of which no row, one or several are due."""
-    prompts = [list(range(3, 3 + length)) for length in (1, 40, 70)]
-    params = SamplingParams(max_tokens=5, ignore_eos=True, logprobs=3)
     answers = []
     for shortened in (True, False):
-        model = Model.of(tiny(), Path("tiny"))
-        model.bound.shortened = shortened
-        llm = LLM(model, "kv8", session_len=128, max_batch_size=3, max_batch_tokens=32)
-        answers.append([answer.sampled for answer in llm.generate(prompts, params)])
+        bound = Model.of(tiny(), Path("tiny")).bound
+        bound.shortened = shortened
+        made = engine(bound, "kv8", None, layout=attention.BACKEND.layout, blocks=20, batch=3, budget=32)
+        found = [Sequence(list(range(3, 3 + length)), PARAMS) for length in (1, 40, 70)]
+        for sequence in found:
+            made.add(sequence)
+        drain(made)
+        answers.append([sequence.sampled for sequence in found])
     assert answers[0] == answers[1]
