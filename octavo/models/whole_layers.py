@@ -36,25 +36,33 @@ class WholeLayer(nn.Module):
     watchers: list[Any]  # dicts of hooks of the modules within
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        attend, x, turns = hook.attends_to(), args[0] if args else None, kwargs.get("position_embeddings")
-        if not callable(attend) or any(self.watchers) or not _takes(self.native, x, turns):
+        attend, given = hook.attends_to(), _given(self.native, args, kwargs)
+        if not callable(attend) or any(self.watchers) or given is None:
             return super().forward(*args, **kwargs)
-        return _compute(self.native, x, turns, attend, 0 if attend is hook.itself else self.number)
+        return _compute(self.native, given, attend, 0 if attend is hook.itself else self.number)
 
 
-def _takes(native: cpu.Layer, x: Any, turns: Any) -> bool:
+Given = tuple[Tensor, Tensor, Tensor]
+"""Rows [rows, width], and RoPE's cos and sin [rows, dim]."""
+
+
+def _given(native: cpu.Layer, args: Any, kwargs: Any) -> Given | None:
+    """What a layer is given, if the native calls take it."""
+    x, turns = args[0] if args else None, kwargs.get("position_embeddings")
     if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.dim() != 3 or len(x) != 1:
-        return False
+        return None
+    if not isinstance(turns, tuple) or len(turns) != 2:
+        return None
+    cos, sin = turns
     shape = (1, x.shape[1], native.dim)
-    return isinstance(turns, tuple) and len(turns) == 2 and all(
-        turn.shape == shape and turn.dtype == torch.float32 and turn.stride(-1) == 1 for turn in turns
-    )  # fmt: skip
+    if any(turn.shape != shape or turn.dtype != torch.float32 or turn.stride(-1) != 1 for turn in (cos, sin)):
+        return None
+    return x[0].contiguous(), cos[0], sin[0]
 
 
-def _compute(native: cpu.Layer, x: Tensor, turns: tuple[Tensor, Tensor], attend: hook.Attend, number: int) -> Tensor:
-    rows = x[0].contiguous()
-    answers = attend(number, *native.before_attention(rows, turns[0][0], turns[1][0]))
-    return native.after_attention(answers.to(torch.float32).contiguous(), rows)[None]
+def _compute(native: cpu.Layer, given: Given, attend: hook.Attend, number: int) -> Tensor:
+    answers = attend(number, *native.before_attention(*given))
+    return native.after_attention(answers.to(torch.float32).contiguous(), given[0])[None]
 
 
 def take_over(bound: BoundModel, run: Callable[[], object]) -> Iterator[Undo]:
@@ -117,8 +125,8 @@ def _watchers(layer: nn.Module) -> list[Any]:
 
 @torch.inference_mode()
 def _answers(native: cpu.Layer, args: Any, kwargs: Any, output: Any) -> bool:
-    x, turns = args[0] if args else None, kwargs.get("position_embeddings")
-    if not isinstance(output, Tensor) or not _takes(native, x, turns):
+    given = _given(native, args, kwargs)
+    if given is None or not isinstance(output, Tensor):
         return False
-    found = _compute(native, x, turns, hook.itself, 0)
+    found = _compute(native, given, hook.itself, 0)
     return bool((found - output).norm() <= SAME * output.norm())
