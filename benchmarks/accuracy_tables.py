@@ -55,6 +55,21 @@ def formats() -> str:
     return short("\n\n".join(of_formats.table(model, rows) for model in ordered(rows)))
 
 
+def eight_bits() -> str:
+    """The larger KL of the two texts, windows of 1,024, in formats of 8 bits; how many times kv8's."""
+    rows = [row for row in load("formats-models")["rows"] if row["window"] == 1024]
+    names = ("kv8", "int8-token", "int8", "fp8", "fp8, not calibrated", "fp8 e4m3, scale 1")
+    lines = ["| 8 bits a value | SmolLM2 | times `kv8` | Qwen2.5 | times `kv8` |", "|---|" + "---:|" * 4]
+    for name in names:
+        cells = []
+        for model in MODELS:
+            losses = {n: [row["kl"] for row in rows if (row["model"], row["name"]) == (model, n)] for n in names}
+            ratio = max(losses[name], default=0) / max(losses["kv8"])
+            cells += [f"{max(losses[name]):.1e}", f"{ratio:,.0f}"] if losses[name] else ["", ""]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return short("\n".join(lines))
+
+
 def spans() -> str:
     """KL of longer own spans, by model and length."""
     rows = [row for row in load("formats-models")["rows"] if row["window"] >= 4096]
@@ -104,7 +119,7 @@ def short(text: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
-        lead, formats, spans, tasks, calibrations, long_context, tool_calls, corners, answers, budgets,
+        lead, formats, eight_bits, spans, tasks, calibrations, long_context, tool_calls, corners, answers, budgets,
     )
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe
+from over_models import keep, kept, options
 
 KV = "bf16,int8,kv8,k8v4,kv4"
 UNITS = {"h": 3600, "min": 60, "s": 1}
@@ -60,7 +61,7 @@ def table(rows: list[Document]) -> str:
     for found in (row for row in rows if row["verb"] == "accuracy"):
         text, greedy = found["text"], {row["name"]: row for row in found["text"]["greedy"]["rows"]}
         lines += [f"| {found['model']}, {text['scores'][0]['tokens']:,} tokens | perplexity | change, % | KL | "
-                  "same top token, % | greedy answers that part | after tokens, median |",
+                  "same top token, % | greedy answers that differ | first differing token, median |",
                   "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
         for score in text["scores"]:
             cells = [f"`{score['name']}`", f"{score['perplexity']:.3f}", "", "0", "", "", ""]
@@ -84,15 +85,11 @@ def times(rows: list[Document]) -> str:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("models", nargs="+", type=Path)
-    cli.add_argument("--data", type=Path, required=True, help="folder of wikitext2.*.txt")
-    cli.add_argument("--work-dir", type=Path, required=True, help="where calibrations are made")
+    cli = options(__doc__, "wikitext2.*.txt", calibrates=False)
     cli.add_argument("--verbs", nargs="+", default=["calibrate", "doctor", "accuracy"])
-    cli.add_argument("--out", type=Path, required=True)
     args = cli.parse_args()
 
-    rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
+    rows = kept(args.out)
     for model in args.models:
         for verb in args.verbs:
             command = [sys.executable, "-m", "octavo", *map(str, commands(model, args)[verb])]
@@ -100,7 +97,7 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             found = row(model.name, verb, time.perf_counter() - start, done.stdout, done.stderr)
             rows = [old for old in rows if (old["model"], old["verb"]) != (model.name, verb)] + [found]
-            args.out.write_text(json.dumps({"benchmark": "budgets", **describe(), "rows": rows}, indent=1) + "\n")
+            keep(args.out, {"benchmark": "budgets", **describe(), "rows": rows})
     print(times(rows), table(rows), sep="\n\n")
 
 

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from formats import keep
 from machine import describe
+from over_models import keep, kept, options
 from tasks import run
 
 Document = dict[str, Any]
@@ -39,7 +39,7 @@ def calibrate(model: Path, args: argparse.Namespace, *more: str) -> None:
     """Beside the model, unless it is there: each kind of weights has its own."""
     if not (model / "kv_calibration.safetensors").is_file():
         run("calibrate", model, *more, "--calib-dataset", "ptb", "--data-dir", args.data,
-            "--calib-samples", args.samples, "--calib-seqlen", 512)  # fmt: skip
+            "--calib-samples", args.samples, "--calib-seqlen", args.seqlen)  # fmt: skip
 
 
 def measure(model: Path, four: Path, args: argparse.Namespace) -> list[Document]:
@@ -77,20 +77,15 @@ def table(rows: list[Document]) -> str:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("models", nargs="+", type=Path)
-    cli.add_argument("--data", type=Path, required=True, help="folder of ptb.*.txt, wikitext2.*.txt")
-    cli.add_argument("--work-dir", type=Path, required=True, help="where 4-bit models and calibrations are kept")
+    cli = options(__doc__, "ptb.*.txt, wikitext2.*.txt")
     cli.add_argument("--kv", default="fp32,kv8,kv4")
     cli.add_argument("--text", default="wikitext2")
     cli.add_argument("--windows", type=int, default=2)
     cli.add_argument("--window", type=int, default=1024)
-    cli.add_argument("--samples", type=int, default=8, help="calibration windows of 512 tokens")
     cli.add_argument("--budget", default="10m", help="of quantizing")
-    cli.add_argument("--out", type=Path, required=True)
     args = cli.parse_args()
 
-    rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
+    rows = kept(args.out)
     for model in args.models:
         four, seconds = quantized(model, args)
         found = [row | {"quantize_seconds": seconds} for row in measure(model, four, args)]

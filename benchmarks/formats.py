@@ -12,24 +12,22 @@ measured in another way before is measured anew.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import peer_formats
 from machine import describe
+from over_models import calibrated, keep, kept, options
 
 from octavo import KVFormat
-from octavo.calibrate import calibrate
 from octavo.cli.progress import progress
 from octavo.corpus import load_texts
 from octavo.measure.accuracy.compare import compare
 from octavo.measure.candidate import Candidate
 from octavo.models.model import Model
-from octavo.quant.calibration import FILE_NAME, Calibration
-from octavo.text_windows import consecutive_windows, token_windows
+from octavo.quant.calibration import Calibration
+from octavo.text_windows import consecutive_windows
 
 TEXTS = ("wikitext2", "c4")
 BASELINE = Candidate("fp32", KVFormat.parse("fp32"))
@@ -60,22 +58,6 @@ def bits(candidate: Candidate, model: Model) -> float:
     shapes = [shape for shape in model.bound.shapes if shape.shares is None]
     values = sum(shape.kv_heads * (shape.k_dim + shape.v_dim) for shape in shapes)
     return 8 * sum(shape.token_bytes(candidate.format) for shape in shapes) / values
-
-
-def calibrated(model: Model, samples: int, seqlen: int, data: Path, work_dir: Path) -> Calibration:
-    """The model's calibration, kept between runs."""
-    directory = work_dir / model.path.name
-    if (directory / FILE_NAME).is_file():
-        found = Calibration.load(directory)
-        if (found.header.samples, found.header.seqlen) == (samples, seqlen):
-            return found
-    texts = load_texts("ptb", data)
-    windows = token_windows(texts, model.tokenizer, samples, seqlen)
-    with progress() as bar:
-        task = bar.add_task(f"{model.path.name}: calibrating", total=len(windows))
-        made = calibrate(model, windows, dataset=texts.name, progress=lambda done: bar.update(task, completed=done))
-    made.save(directory)
-    return made
 
 
 def measure(model: Model, calibration: Calibration, rows: list[Row], args: argparse.Namespace) -> None:
@@ -109,12 +91,6 @@ def measure(model: Model, calibration: Calibration, rows: list[Row], args: argpa
             keep(args.out, {"benchmark": "formats", **where, "rows": rows})
 
 
-def keep(path: Path, document: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(document, indent=1) + "\n")
-    part.replace(path)
-
-
 def table(model: str, rows: Sequence[Row]) -> str:
     """Markdown: mean KL by text and length; in the last column the largest change of perplexity."""
     own = [row for row in rows if row["model"] == model]
@@ -135,23 +111,17 @@ def table(model: str, rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("models", nargs="+", type=Path)
-    cli.add_argument("--data", type=Path, required=True, help="folder of ptb.*.txt, wikitext2.*.txt, c4_sample.jsonl")
-    cli.add_argument("--work-dir", type=Path, default=Path("benchmarks/work"), help="where calibrations are kept")
-    cli.add_argument("--samples", type=int, default=8, help="calibration windows")
-    cli.add_argument("--seqlen", type=int, default=512, help="tokens in one of them")
+    cli = options(__doc__, "ptb.*.txt, wikitext2.*.txt, c4_sample.jsonl")
     cli.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS)
     cli.add_argument("--window", type=int, default=1024)
     cli.add_argument("--windows", type=int, default=4, help="of each text")
     cli.add_argument("--formats", help="only these, and other formats of --kv, with ; between")
-    cli.add_argument("--out", type=Path, required=True)
     args = cli.parse_args()
 
-    rows: list[Row] = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
+    rows: list[Row] = kept(args.out)
     for path in args.models:
         model = Model.load(path, dtype="float32")
-        calibration = calibrated(model, args.samples, args.seqlen, args.data, args.work_dir)
+        calibration = calibrated(model, args)
         measure(model, calibration, rows, args)
         del model, calibration
     for name in dict.fromkeys(row["model"] for row in rows):

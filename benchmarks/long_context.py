@@ -18,8 +18,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from formats import BASELINE, calibrated, keep
+from formats import BASELINE
 from machine import describe
+from over_models import calibrated, keep, options
 
 from octavo.cli.progress import progress
 from octavo.corpus import load_texts
@@ -130,19 +131,13 @@ def _colour(name: str) -> str:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("models", nargs="*", type=Path)
-    cli.add_argument("--data", type=Path, help="folder of ptb.*.txt, wikitext2.*.txt")
+    cli = options(__doc__, "ptb.*.txt, wikitext2.*.txt", models="*")
     cli.add_argument("--text", default="wikitext2")
-    cli.add_argument("--work-dir", type=Path, default=Path("benchmarks/work"), help="where calibrations are kept")
-    cli.add_argument("--samples", type=int, default=8, help="calibration windows")
-    cli.add_argument("--seqlen", type=int, default=512, help="tokens in one of them")
     cli.add_argument("--formats", default="kv8,k8v4,kv4,int8")
     cli.add_argument("--positions", type=int, nargs="*", default=[8192], help="lengths of texts")
     cli.add_argument("--windows", type=int, default=1, help="texts of each length")
     cli.add_argument("--retrieval", type=int, nargs="*", default=[2048, 4096, 8192], help="lengths of lists")
     cli.add_argument("--questions", type=int, default=24)
-    cli.add_argument("--out", type=Path, required=True)
     cli.add_argument("--plot", type=Path, help="an .svg file")
     args = cli.parse_args()
 
@@ -151,7 +146,7 @@ def main() -> None:
         found |= json.loads(args.out.read_text())
     for path in args.models:
         model = Model.load(path, dtype="float32")
-        calibration = calibrated(model, args.samples, args.seqlen, args.data, args.work_dir)
+        calibration = calibrated(model, args)
         candidates = [Candidate(name, KVFormat.parse(name), calibration) for name in args.formats.split(",")]
         for kind, lengths, measure in (
             ("retrieval", args.retrieval, looked_up),

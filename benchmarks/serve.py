@@ -1,4 +1,4 @@
-"""The server under load, three measures on the bundled model.
+"""The server under load, four measures on the bundled model.
 
 (a) `storm`: 64 clients stream for two minutes; some leave midway, some at once, some send what is no request. Counted:
     answers by status, anything that was not intended, blocks still held at the end, the slope of the server's memory,
@@ -6,10 +6,13 @@
 (b) `throughput`: the same work through the server, streamed to 64 clients, and through LLM.generate, in turn.
 (c) `budget`: a KV cache of the same bytes in 16 bits and in others: sessions it holds, sessions that ran, and the time
     for a fixed set of long requests, in turn.
+(d) `before`: this server and another commit's, in turn: tokens a second by 64 and by 16 clients, and with 16 the time
+    to the first token. It needs the Python of an environment with that commit.
 
 Clients run in a process of their own. The last line is one JSON document.
 
     OMP_NUM_THREADS=2 python benchmarks/serve.py --out benchmarks/results/serve-zen3.json
+    OMP_NUM_THREADS=2 python benchmarks/serve.py --only before --before ../before/.venv/bin/python --rounds 3
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from machine import describe
 from octavo import LLM, SamplingParams
 from octavo.models.model import BUNDLED
 
-CLI = [sys.executable, "-c", "from octavo.cli import main; main()"]
+MAIN = ["-c", "from octavo.cli import main; main()"]
 TEXT = (BUNDLED / "evaluation.txt").read_text(encoding="utf-8")
 SERVED = ["--kv", "int8-token"]
 BUDGETED = ("bf16", "int8", "kv8", "k8v4", "kv4")
@@ -44,9 +47,10 @@ BUDGETED = ("bf16", "int8", "kv8", "k8v4", "kv4")
 
 
 @contextmanager
-def server(*options: str) -> Iterator[tuple[dict[str, Any], psutil.Process]]:
-    command = [*CLI, "serve", "--port", "0", "--json", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def server(*options: str, python: str = sys.executable) -> Iterator[tuple[dict[str, Any], psutil.Process]]:
+    command = [python, *MAIN, "serve", "--port", "0", "--json", *options]
+    elsewhere = tempfile.gettempdir()  # where Python finds no other octavo than the installed one
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=elsewhere)
     try:
         assert process.stdout
         state = json.loads(process.stdout.readline())
@@ -152,6 +156,38 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def before(args: argparse.Namespace) -> dict[str, Any]:
+    """The same requests to both servers, in turn; medians, and the range of the rounds' ratios, now over before."""
+    found: dict[str, list[tuple[float, float]]] = {}  # of a measure and a round: now, before
+    with server(*SERVED) as (this, _), server(*SERVED, python=args.before) as (other, _):
+        for round_ in range(-1, args.rounds):  # the first warms up
+            rng = random.Random(round_)
+            for clients, count in ((64, args.requests // 3), (16, args.requests // 6)):
+                starts = [rng.randrange(len(TEXT) - 600) for _ in range(count)]
+                fields = {"max_tokens": 64, "ignore_eos": True, "temperature": 0}
+                requests = [{"prompt": TEXT[at : at + 600], **fields} for at in starts]
+                pair = [this, other] if round_ % 2 else [other, this]
+                done = [result(client(state, "work", clients=clients, requests=requests)) for state in pair]
+                mine, old = done if round_ % 2 else done[::-1]
+                assert mine["tokens"] == old["tokens"] == 64 * count, (mine["unintended"], old["unintended"])
+                if round_ < 0:
+                    continue
+                rates = mine["tokens"] / mine["seconds"], old["tokens"] / old["seconds"]
+                found.setdefault(f"tokens_per_second_{clients}_clients", []).append(rates)
+                if clients == 16:
+                    firsts = statistics.median(mine["first"]), statistics.median(old["first"])
+                    found.setdefault("first_token_seconds_16_clients", []).append(firsts)
+    rows = {}
+    for name, pairs in found.items():
+        ratios = [now / then for now, then in pairs]
+        now, then = (round(statistics.median(column), 4) for column in zip(*pairs, strict=True))
+        spread = [round(min(ratios), 3), round(max(ratios), 3)]
+        rows[name] = {"now": now, "before": then, "ratio": round(statistics.median(ratios), 3), "range": spread}
+    there = subprocess.check_output([args.before, "-c", "import octavo; print(octavo.__path__[0])"], text=True).strip()
+    old = subprocess.check_output(["git", "-C", there, "rev-parse", "--short", "HEAD"], text=True).strip()
+    return {"commit_before": old, "rounds": args.rounds, "rows": rows}
+
+
 def budget(args: argparse.Namespace) -> dict[str, Any]:
     """Long requests, all at once, on caches of the same size."""
     rng = random.Random(0)
@@ -159,7 +195,9 @@ def budget(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         data = ["--calib-dataset", str(BUNDLED / "evaluation.txt")]
         calibrate = ["calibrate", *data, "--calib-samples", "8", "--calib-seqlen", "1024", "--work-dir", work]
-        subprocess.run([*CLI, *calibrate], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, *MAIN, *calibrate], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         common = ["--kv-cache-memory", args.memory, "--max-batch-size", "32"]
         states: dict[str, dict[str, Any]] = {}
         with ExitStack() as close:
@@ -200,7 +238,7 @@ def budget(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--only", choices=["storm", "throughput", "budget"])
+    cli.add_argument("--only", choices=["storm", "throughput", "budget", "before"])
     cli.add_argument("--seconds", type=float, default=120)
     cli.add_argument("--clients", type=int, default=64)
     cli.add_argument("--rounds", type=int, default=5)
@@ -208,10 +246,11 @@ def main() -> None:
     cli.add_argument("--long", type=int, default=32, help="requests of a round of `budget`")
     cli.add_argument("--answer", type=int, default=1000, help="tokens of each of them")
     cli.add_argument("--memory", default="48MiB", help="KV cache of `budget`")
+    cli.add_argument("--before", metavar="PYTHON", help="of an environment with the commit that `before` compares with")
     cli.add_argument("--out", type=Path)
     args = cli.parse_args()
     document = {"benchmark": "serve", **describe()}
-    for measure in (storm, throughput, budget):
+    for measure in (storm, throughput, budget, *([before] if args.before else [])):
         if args.only in (None, measure.__name__):
             document[measure.__name__] = measure(args)
             print(measure.__name__, json.dumps(document[measure.__name__]), file=sys.stderr)

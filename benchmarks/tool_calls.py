@@ -10,14 +10,12 @@ stand before every request, so that its rows are read as codes.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import jsonschema
-from formats import calibrated, keep
 from machine import describe
+from over_models import calibrated, keep, kept, options
 
 from octavo import LLM, SamplingParams
 from octavo.cli.progress import telling
@@ -163,21 +161,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("models", nargs="+", type=Path)
-    cli.add_argument("--data", type=Path, required=True, help="folder of ptb.*.txt")
-    cli.add_argument("--work-dir", type=Path, default=Path("benchmarks/work"), help="where calibrations are kept")
-    cli.add_argument("--samples", type=int, default=8, help="calibration windows")
-    cli.add_argument("--seqlen", type=int, default=512, help="tokens in one of them")
+    cli = options(__doc__, "ptb.*.txt")
     cli.add_argument("--formats", default="kv8,k8v4,kv4,int8")
     cli.add_argument("--every", type=int, default=1, help="only every so many-th request")
-    cli.add_argument("--out", type=Path, required=True)
     args = cli.parse_args()
 
-    rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
+    rows = kept(args.out)
     for path in args.models:
         model = Model.load(path, dtype="float32")
-        calibration = calibrated(model, args.samples, args.seqlen, args.data, args.work_dir)
+        calibration = calibrated(model, args)
         formats = [KVFormat.parse(name) for name in ("fp32", *args.formats.split(","))]
         candidates = [Candidate(str(f), f, calibration if f.takes_calibration else None) for f in formats]
         with telling("calls") as tell:

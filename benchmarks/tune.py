@@ -16,8 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from formats import AT_ONCE, BASELINE, calibrated, keep
+from formats import AT_ONCE, BASELINE
 from machine import describe
+from over_models import calibrated, keep, options
 
 from octavo import KVFormat
 from octavo.cache.size import CacheSize
@@ -159,12 +160,7 @@ def _mean(rows: list[Document]) -> tuple[float, float]:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("models", nargs="*", type=Path)
-    cli.add_argument("--data", type=Path, help="folder of ptb.*.txt, wikitext2.*.txt, c4_sample.jsonl")
-    cli.add_argument("--work-dir", type=Path, default=Path("benchmarks/work"), help="where calibrations are kept")
-    cli.add_argument("--samples", type=int, default=8, help="calibration windows")
-    cli.add_argument("--seqlen", type=int, default=512, help="tokens in one of them")
+    cli = options(__doc__, "ptb.*.txt, wikitext2.*.txt, c4_sample.jsonl", models="*")
     cli.add_argument("--parts", type=int, default=2, help="windows on which each part is measured")
     cli.add_argument("--length", type=int, default=512, help="tokens in one of them")
     cli.add_argument("--window", type=int, default=1024)
@@ -172,7 +168,6 @@ def main() -> None:
     cli.add_argument("--uniform", nargs="*", choices=FOR_ALL, default=FOR_ALL, help="formats for all layers")
     cli.add_argument("--bits", type=float, nargs="+", default=BITS, help="sizes of tuned formats")
     cli.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS)
-    cli.add_argument("--out", type=Path, required=True)
     cli.add_argument("--plot", type=Path, help="an .svg file")
     args = cli.parse_args()
 
@@ -181,7 +176,7 @@ def main() -> None:
         found |= json.loads(args.out.read_text())
     for path in args.models:
         model = Model.load(path, dtype="float32")
-        calibration = calibrated(model, args.samples, args.seqlen, args.data, args.work_dir)
+        calibration = calibrated(model, args)
         parts = sensitivity(model, calibration, found, args)
         for text in args.texts:
             compared(model, calibration, parts, found, text, args)

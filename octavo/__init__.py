@@ -1,4 +1,4 @@
-"""Octavo: calibrated int8 KV caches for Hugging Face language models."""
+"""Octavo: KV caches in 8 and 4 bits for Hugging Face language models."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

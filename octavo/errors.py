@@ -25,6 +25,19 @@ class Unsupported(OctavoError):
     """A model or option Octavo does not handle. Raised at load: nothing is accepted and then ignored."""
 
 
+def require_writable(directory: Path, option: str) -> None:
+    """Make the directory. Raise OctavoError, which names the `option` that chooses another, where nothing can be
+    written in it: before the work, not after it."""
+    from tempfile import TemporaryDirectory  # takes a while to import
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=directory, prefix=".octavo-"):
+            pass
+    except OSError as error:
+        raise OctavoError(f"nothing can be written in {directory} ({error.strerror}): name another {option}") from None
+
+
 @cache
 def warn_once(message: str) -> None:
     """A warning that each process shows once, at no line of ours: it is about a machine or a model."""

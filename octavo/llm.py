@@ -33,7 +33,7 @@ from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
 from octavo.engine.reading import Reading
 from octavo.engine.sequence import FinishReason, Sequence
-from octavo.engine.turns import Turns
+from octavo.engine.threads import Turns
 from octavo.engine.warmup import LargestStep
 from octavo.errors import OctavoError
 from octavo.grammars import Grammars

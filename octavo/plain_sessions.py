@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,11 +27,13 @@ from torch import Tensor
 
 from octavo.artefact import replacing
 from octavo.cache import session
+from octavo.cache.plan import Side
 from octavo.cache.session import FIRST, STATES, Codes, SavedSession
-from octavo.cache.store import KVCache, RowStore
-from octavo.errors import OctavoError, Unsupported, one_line
+from octavo.cache.store import KVCache
+from octavo.errors import OctavoError, one_line
 from octavo.llm import LLM
-from octavo.quant.codec import Rows, decode, encode, encode_decoded
+from octavo.quant.codec import Rows, Static, decode, encode, encode_decoded
+from octavo.quant.format import Codec
 
 FORMAT = "octavo kv rows"
 VERSION = "1"
@@ -39,20 +42,19 @@ VERSION = "1"
 def export_session(llm: LLM, saved: str | Path, plain: str | Path) -> int:
     """Write a saved session of this model and cache format as plain rows; returns how many tokens they are of.
 
-    Raises OctavoError for a file of another model or format, and Unsupported for a model that ranks hold together.
+    Raises OctavoError for a file of another model or format.
     """
-    _require_undivided(llm)
     file = SavedSession.open(Path(saved))
     file.check(llm.session_identity, llm.model.bound.vocab_size)
     codes = file.codes(llm.cache)
     size, count = llm.cache.layout.block_size, session.rows(codes)
     rows = {}
-    for name, store, raw in _sides(llm.cache):
-        coded = Rows(codes[f"{name}.codes"].transpose(0, 1), _transposed(codes.get(f"{name}.scales")))
-        x = decode(coded, store.codec, store.dim, store.static).transpose(0, 1)
-        if raw is not None and x.shape[1] == count:  # else page 0 is behind the window
-            x[:, :size] = codes[f"{_first(name)}.codes"].float()
-        rows[name] = x.contiguous()
+    for side in _sides(llm.cache):
+        coded = Rows(codes[f"{side.name}.codes"].transpose(0, 1), _transposed(codes.get(f"{side.name}.scales")))
+        x = decode(coded, side.codec, side.dim, side.static).transpose(0, 1)
+        if side.raw is not None and x.shape[1] == count:  # else page 0 is behind the window
+            x[:, :size] = codes[f"{side.first}.codes"].float()
+        rows[side.name] = x.contiguous()
     rows |= {name: codes[name] for name in codes if name.startswith(STATES)}
     about = {"format": FORMAT, "version": VERSION, "tokens": json.dumps(file.tokens), "kv": str(llm.format),
              "rows": str(count)}  # fmt: skip
@@ -71,7 +73,6 @@ def import_session(llm: LLM, plain: str | Path, saved: str | Path) -> int:
 
     Raises OctavoError, and writes nothing, for rows of another geometry, rows that are not finite, and other files.
     """
-    _require_undivided(llm)
     path = Path(plain)
     tokens, count, rows = _read(path, llm)
     size = llm.cache.layout.block_size
@@ -83,15 +84,16 @@ def import_session(llm: LLM, plain: str | Path, saved: str | Path) -> int:
     codes |= {name: rows[name] for name in rows if name.startswith(STATES)}
     if whole < count and len(codes) > 1:
         raise OctavoError(f"{path}: its states are those of {count} tokens, which are no whole blocks of {size}")
-    for name, store, raw in _sides(llm.cache):
+    for side in _sides(llm.cache):
+        name, raw = side.name, side.raw
         end = rows[name].shape[1] - (count - whole)
         held = shapes[f"{name}.codes"][1][1]
         if end < held:
             raise OctavoError(f"{path}: {name} has {rows[name].shape[1]} rows; its layer sees the last {held}")
         x = rows[name][:, end - held : end].transpose(0, 1)
-        coded = encode_decoded(x, store.codec, store.static)
+        coded = encode_decoded(x, side.codec, side.static)
         if raw is not None and held == whole:  # page 0 was never decoded
-            page = encode(x[:size], store.codec, store.static)
+            page = encode(x[:size], side.codec, side.static)
             coded.codes[:size] = page.codes
             if coded.scales is not None and page.scales is not None:
                 coded.scales[:size] = page.scales
@@ -99,8 +101,8 @@ def import_session(llm: LLM, plain: str | Path, saved: str | Path) -> int:
         if coded.scales is not None:
             codes[f"{name}.scales"] = coded.scales.transpose(0, 1).contiguous()
         if raw is not None:
-            first = x[:size] if held == whole else torch.zeros(size, store.heads, store.dim)  # behind the window
-            codes[f"{_first(name)}.codes"] = encode(first, raw.codec).codes.transpose(0, 1).contiguous()
+            first = x[:size] if held == whole else torch.zeros(size, side.heads, side.dim)  # behind the window
+            codes[f"{side.first}.codes"] = encode(first, raw).codes.transpose(0, 1).contiguous()
     session.save(Path(saved), tokens, codes, llm.session_identity)
     return session.rows(codes)
 
@@ -129,7 +131,7 @@ def _read(path: Path, llm: LLM) -> tuple[list[int], int, dict[str, Tensor]]:
     vocabulary = llm.model.bound.vocab_size
     if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < vocabulary for t in tokens):
         raise OctavoError(f"{path}: its tokens are not ids of this model's vocabulary of {vocabulary}")
-    expected = {name: (store.heads, store.dim) for name, store, _ in _sides(llm.cache)}
+    expected = {side.name: (side.heads, side.dim) for side in _sides(llm.cache)}
     states = {name: kind for name, kind in session.kinds(llm.cache, count).items() if name.startswith(STATES)}
     if not 0 <= count <= len(tokens):
         raise OctavoError(f"{path}: it has {len(tokens)} tokens, and rows of {count}")
@@ -149,24 +151,33 @@ def _read(path: Path, llm: LLM) -> tuple[list[int], int, dict[str, Tensor]]:
     return tokens, count, rows
 
 
-def _require_undivided(llm: LLM) -> None:
-    """Codes are all heads', but a rank knows the static parts of its own alone."""
-    if not llm.model.bound.alone:
-        raise Unsupported("plain rows are made with an undivided model: leave tensor_parallel_size out")
+@dataclass(frozen=True)
+class _Side:
+    """K or V of a layer that has a cache of its own, with all of its heads."""
+
+    layer: int
+    side: Side
+    heads: int
+    dim: int
+    codec: Codec
+    static: Static | None
+    raw: Codec | None  # of the rows of page 0, where there are edges
+
+    @property
+    def name(self) -> str:
+        return f"layers.{self.layer}.{self.side}"
+
+    @property
+    def first(self) -> str:
+        return f"layers.{self.layer}{FIRST}{self.side}"
 
 
-def _sides(cache: KVCache) -> Iterator[tuple[str, RowStore, RowStore | None]]:
-    """Every store by its name in both files, with that of its raw rows where there are edges."""
-    for i, layer in cache.owners:
-        raw = layer.raw or (None, None)
-        yield f"layers.{i}.k", layer.k, raw[0]
-        yield f"layers.{i}.v", layer.v, raw[1]
-
-
-def _first(name: str) -> str:
-    """layers.0.k → layers.0.first.k"""
-    layer, _, side = name.rpartition(".")
-    return f"{layer}{FIRST}{side}"
+def _sides(cache: KVCache) -> Iterator[_Side]:
+    for i, _ in cache.owners:
+        plan = cache.whole[i]
+        raw = plan.shape.raw_codec if plan.format.edges else None
+        for side, codec, dim, static in plan.sides:
+            yield _Side(i, side, plan.shape.kv_heads, dim, codec, static, raw)
 
 
 def _transposed(scales: Tensor | None) -> Tensor | None:

@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import octavo.calibrate
 from octavo.engine.reading import Reading
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import BUNDLED, Model
@@ -21,27 +24,48 @@ from octavo.quant.calibration import SYNTHETIC, Calibration, Header
 from octavo.quant.format import KVFormat
 from octavo.quant.statistics import LayerStatistics
 
+NUMBERS = count()
+SHARE = float(os.environ.get("SLOW_SHARE") or 1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker gets whole files, and all that needs the Ray cluster: what tests share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
+
+    return ByFile(config, log)
+
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_away_from_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What a test serves may calibrate itself and keep that: not where the user's own calibrations are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+        caches = tmp_path_factory.mktemp("caches")
+        patch.setenv("XDG_CACHE_HOME", str(caches / "shared"))
+        yield caches
 
 
 @pytest.fixture(autouse=True)
-def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _cache_of_its_own(_caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor where another test would find it. However busy the machine is, it is not refused."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr("octavo.calibrate.PATIENCE", math.inf)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(_caches / str(next(NUMBERS))))
+    monkeypatch.setattr(octavo.calibrate, "PATIENCE", math.inf)
 
 
 @pytest.fixture(scope="session")
 def slowly() -> Callable[[int], int]:
     """Repetitions of a slow test: all of them, or the share that SLOW_SHARE names, one at least."""
-    share = float(os.environ.get("SLOW_SHARE") or 1)
-    return lambda repetitions: max(1, round(share * repetitions))
+    return lambda repetitions: max(1, round(SHARE * repetitions))
+
+
+def slow(*cases: Any) -> list[Any]:
+    """Parameters that make test leaves out: all of them, or the share that SLOW_SHARE names, one at least."""
+    marked = [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
+    return marked[: max(1, round(SHARE * len(cases)))]
 
 
 @pytest.fixture(scope="session")

@@ -150,7 +150,7 @@ def test_an_answer_that_would_not_end_is_ended_as_its_schema_demands(pamphlet: M
     random, cut = torch.Generator().manual_seed(0), 0
     guide = grammars.guide("json_schema", schema)
     least = len(guide.closing.way(guide.matcher, 1000) or ())
-    for spare in range(0, 60, 6):
+    for spare in (0, 6, 12, 24, 48):
         guide, tokens = grammars.guide("json_schema", schema), list[int]()
         for room in range(least + spare, 0, -1):
             row = torch.randn(pamphlet.bound.vocab_size, generator=random) * 4
@@ -163,7 +163,7 @@ def test_an_answer_that_would_not_end_is_ended_as_its_schema_demands(pamphlet: M
         assert guide.matcher.is_accepting(), pamphlet.tokenizer.decode(tokens)
         json.loads(pamphlet.tokenizer.decode(tokens))
         cut += guide.cut
-    assert cut > 2
+    assert cut > 1
 
 
 def test_a_text_with_the_name_of_a_special_token_in_it_is_spelled(pamphlet: Model):

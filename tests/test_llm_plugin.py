@@ -37,10 +37,17 @@ def test_a_prompt_is_answered_and_the_conversation_goes_on(home: Path, tmp_path:
     more = llm(home, "-c", *options, "And then?")
     assert more.returncode == 0, more.stderr
     assert more.stdout.strip()
-    wrong = llm(home, "-m", "octavo/pamphlet", "-o", "kv", "int9", "Hello")
-    assert wrong.returncode != 0
-    assert "there is no KV format" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
+
+
+def test_a_format_that_there_is_none_of_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch):
+    from click.testing import CliRunner
+    from llm.cli import cli
+
+    monkeypatch.setenv("LLM_USER_PATH", str(home))
+    wrong = CliRunner().invoke(cli, ["-m", "octavo/pamphlet", "-o", "kv", "int9", "Hello"])
+    assert wrong.exit_code == 1
+    assert "there is no KV format" in wrong.output
+    assert "Traceback" not in wrong.output
 
 
 def test_llm_knows_the_bundled_model_without_loading_torch(home: Path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from octavo import LLM, OctavoError, SamplingParams
-from octavo.engine.turns import EngineFailed
+from octavo.engine.threads import EngineFailed
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 

@@ -24,7 +24,8 @@ from octavo.attention.raw_pages import RawPages
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerPlan, Side
-from octavo.cache.store import LayerCache, RowStore
+from octavo.cache.row_store import RowStore
+from octavo.cache.store import LayerCache
 from octavo.devices import HOST
 from octavo.native import FLOATS
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE

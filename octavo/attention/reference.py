@@ -22,7 +22,8 @@ from torch import Tensor
 from octavo.attention.backend import AttentionSpec, Backend
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
-from octavo.cache.store import LayerCache, RowStore
+from octavo.cache.row_store import RowStore
+from octavo.cache.store import LayerCache
 
 TILE_ELEMENTS = 1 << 21  # of the largest float32 temporary of a tile: 8 MB, about a core's share of cache
 TILE_TOKENS = 1 << 11  # a longer sum in float32 would lose the end of a long flat tail

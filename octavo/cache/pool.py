@@ -14,29 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from octavo.cache.blocks import BlockPool
 from octavo.cache.edges import EdgePool
+from octavo.cache.holding import Holding
 from octavo.cache.recurrent import SequenceStates
-from octavo.cache.snapshots import Snapshot, Turn
+from octavo.cache.snapshots import Snapshot
 from octavo.cache.states import StatePool
 
 GONE = 0  # in a table: a block that nobody sees. Kernels may look it up, so it is a block that there is
-
-
-class Holder(Protocol):
-    """A sequence, as far as it holds parts of a cache."""
-
-    tokens: list[int]
-    num_cached: int  # tokens whose K and V are in the cache
-    tables: list[list[int]]  # of each group: the blocks of its tokens, in their order
-    behind: list[int]  # of each group: leading blocks that have been given back
-    prefixes: list[bytes]  # hash of the prefix that each full block ends
-    first_page: int  # the raw page of page 0, where the format has edges
-    ring: int  # the first of the raw pages of its own span
-    state_slot: int | None  # of its states, where the model has layers that keep some
-    turn: Turn | None  # its snapshots
 
 
 @dataclass(frozen=True)
@@ -127,7 +113,7 @@ class CachePool(BlockPool):
         for pool, table, behind in zip(self.groups, hit.tables, self.behinds(len(hit)), strict=True):
             pool.release(table[behind:])
 
-    def start(self, holder: Holder, hit: Hit) -> None:
+    def start(self, holder: Holding, hit: Hit) -> None:
         """Let a sequence that holds nothing start on a hit, whose references become its own."""
         holder.tables, holder.behind = hit.tables, self.behinds(len(hit))
         holder.prefixes, holder.num_cached = hit.prefixes, len(hit) * self.block_size
@@ -136,11 +122,11 @@ class CachePool(BlockPool):
         if self.states is not None:
             self.states.start(holder, hit.snapshot, hit.cached * self.block_size)
 
-    def lacking(self, holder: Holder, tokens: int) -> list[int]:
+    def lacking(self, holder: Holding, tokens: int) -> list[int]:
         """Blocks of each group that a sequence needs more for its first `tokens` tokens."""
         return [self.blocks_for(tokens) - len(table) for table in holder.tables]
 
-    def reserve(self, holder: Holder, tokens: int) -> bool:
+    def reserve(self, holder: Holding, tokens: int) -> bool:
         """Give back what lies behind, and extend the block tables for `tokens` more tokens, if there are blocks enough;
         else take none."""
         for i, pool in enumerate(self.groups):
@@ -155,7 +141,7 @@ class CachePool(BlockPool):
             table += [pool.take() for _ in range(count)]
         return True
 
-    def seal_full(self, holder: Holder) -> None:
+    def seal_full(self, holder: Holding) -> None:
         """Make a sequence's blocks that have become full findable."""
         size = self.block_size
         while (len(holder.prefixes) + 1) * size <= holder.num_cached:
@@ -168,7 +154,7 @@ class CachePool(BlockPool):
             if self.edges is not None and i == 0:
                 self.edges.seal(holder.first_page, own)
 
-    def free_all(self, holder: Holder) -> None:
+    def free_all(self, holder: Holding) -> None:
         """Take back all that a sequence holds."""
         for pool, table, behind in zip(self.groups, holder.tables, holder.behind, strict=True):
             pool.release(table[behind:])
@@ -188,7 +174,7 @@ class CachePool(BlockPool):
         if self.states is not None:
             self.states.snapshots.clear()
 
-    def check_held(self, holders: Sequence[Holder]) -> None:
+    def check_held(self, holders: Sequence[Holding]) -> None:
         """Raise AssertionError unless all pools are whole and the references are exactly those of `holders`."""
         for i, pool in enumerate(self.groups):
             pool.check()

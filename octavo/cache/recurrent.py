@@ -9,22 +9,12 @@ cached: one copy, which costs less than computing the block that it saves at lea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 from torch import Tensor
 
+from octavo.cache.holding import Holding
 from octavo.cache.snapshots import Snapshot, Snapshots, Turn
 from octavo.cache.states import StatePool
-
-
-class Stateful(Protocol):
-    """A sequence, as far as it holds states."""
-
-    tokens: list[int]
-    num_cached: int
-    prefixes: list[bytes]
-    state_slot: int | None
-    turn: Turn | None
 
 
 class SequenceStates:
@@ -34,9 +24,9 @@ class SequenceStates:
         self.slots, self.block_size = slots, block_size
         self.snapshots = Snapshots(slots.snapshots, unit, findable)
         self.computed_again = 0  # tokens of prompts whose blocks were cached, but not the states at their end
-        self.coming: dict[Stateful, dict[int, int]] = {}  # of a sequence, slots of snapshots by their lengths
+        self.coming: dict[Holding, dict[int, int]] = {}  # of a sequence, slots of snapshots by their lengths
 
-    def start(self, holder: Stateful, snapshot: Snapshot | None, cached: int) -> None:
+    def start(self, holder: Holding, snapshot: Snapshot | None, cached: int) -> None:
         """A sequence starts from a snapshot; `cached` of its tokens have blocks that are cached."""
         holder.state_slot = self.slots.take()
         if snapshot is not None:
@@ -49,18 +39,18 @@ class SequenceStates:
         for length in [length for length in turn.marks if length >= turn.prompt]:
             turn.marks[length] = "answer"  # that it had said when it was preempted
 
-    def part(self, holder: Stateful, waiting: Iterable[Stateful]) -> None:
+    def part(self, holder: Holding, waiting: Iterable[Holding]) -> None:
         """Have a sequence that starts take a snapshot where those who wait part from its prompt."""
         if (turn := holder.turn) is not None and self.snapshots.slots:
             for other in waiting:
                 self._mark(turn, self._common(other.tokens, holder.tokens[: turn.prompt]), holder.num_cached)
 
-    def until_mark(self, holder: Stateful, tokens: int) -> int:
+    def until_mark(self, holder: Holding, tokens: int) -> int:
         """How many of its next `tokens` tokens a sequence computes in a step: those until a snapshot is due."""
         marks = holder.turn.marks if holder.turn is not None else ()
         return min([tokens, *(mark - holder.num_cached for mark in marks if mark > holder.num_cached)])
 
-    def comes(self, holder: Stateful, start: int, running: Sequence[Stateful]) -> bool:
+    def comes(self, holder: Holding, start: int, running: Sequence[Holding]) -> bool:
         """Whether one of those who run is about to compute more of a waiting sequence's prefix than the `start` tokens
         found. It takes a snapshot where they part, for which to wait costs less than to compute all that twice."""
         if not self.snapshots.slots:
@@ -72,7 +62,7 @@ class SequenceStates:
                     return True
         return False
 
-    def launched(self, holder: Stateful, length: int) -> None:
+    def launched(self, holder: Holding, length: int) -> None:
         """A forward is launched after which a sequence has the states of `length` tokens."""
         turn = holder.turn
         if turn is None or holder.state_slot is None:
@@ -82,7 +72,7 @@ class SequenceStates:
             self.slots.copy(holder.state_slot, self._of_snapshot(slot))
             self.coming.setdefault(holder, {})[length] = slot
 
-    def taken_in(self, holder: Stateful) -> None:
+    def taken_in(self, holder: Holding) -> None:
         """A sequence's step is taken in: a snapshot that was copied after it can be found."""
         coming, turn = self.coming.get(holder, {}), holder.turn
         slot = coming.pop(holder.num_cached, None)
@@ -93,19 +83,19 @@ class SequenceStates:
             place = turn.marks.get(holder.num_cached, "answer")
             self.snapshots.hold(turn, self.snapshots.put(slot, prefix, holder.num_cached, place, turn))
 
-    def stop(self, holder: Stateful) -> None:
+    def stop(self, holder: Holding) -> None:
         """A sequence runs no longer, for now or for ever."""
         if holder.state_slot is not None:
             self.slots.free(holder.state_slot)
             holder.state_slot = None
 
-    def finish(self, holder: Stateful) -> None:
+    def finish(self, holder: Holding) -> None:
         """A sequence has ended."""
         if holder.turn is not None:
             self.snapshots.hold(holder.turn, None)
             holder.turn = None
 
-    def forget_coming(self, holder: Stateful) -> None:
+    def forget_coming(self, holder: Holding) -> None:
         """What was copied of a sequence is of a step that is not taken in."""
         self.snapshots.free += self.coming.pop(holder, {}).values()
 
@@ -125,7 +115,7 @@ class SequenceStates:
             state.copy_(states[name])
         self.snapshots.put(slot, prefix, length, "prompt", Turn(length, goes_on=True))
 
-    def check(self, holders: Sequence[Stateful]) -> None:
+    def check(self, holders: Sequence[Holding]) -> None:
         """Raise AssertionError unless every slot is free, of `holders`, a snapshot's, or of one to come."""
         self.slots.check([holder.state_slot for holder in holders if holder.state_slot is not None])
         self.snapshots.check([slot for coming in self.coming.values() for slot in coming.values()])

@@ -28,7 +28,8 @@ from octavo.artefact import Artefact, Damaged
 from octavo.cache.layout import RowLayout
 from octavo.cache.plan import CPU
 from octavo.cache.pool import CachePool
-from octavo.cache.store import KVCache, Page, RowStore
+from octavo.cache.row_store import RowStore
+from octavo.cache.store import KVCache, Page
 from octavo.errors import OctavoError
 
 VERSION = 4

@@ -13,10 +13,14 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from octavo.cli.candidates import BASELINE, COMPARED, baseline_of, candidates, formats_option, load_baseline
+from octavo.cli.loading import LoadOptions
 from octavo.cli.options import (
-    RAY,
-    REPLICAS,
-    LoadOptions,
+    CalibrationPath,
+    Json,
+    OtherGranularity,
+    OtherHeadroom,
+    Ray,
+    Replicas,
     budget_option,
     check_calibration,
     check_replicas,
@@ -55,12 +59,9 @@ def accuracy(
             + COMPARED
         ),
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        option("File or directory of the calibration. [default: beside the model]", "--calibration", "--work-dir"),
-    ] = None,
-    granularity: Annotated[str | None, option("tensor, head or channel, in place of the calibration's.")] = None,
-    headroom: Annotated[float | None, option("Range served over range seen, in place of the calibration's.")] = None,
+    calibration: CalibrationPath = None,
+    granularity: OtherGranularity = None,
+    headroom: OtherHeadroom = None,
     baseline: Annotated[str | None, BASELINE] = None,
     data_dir: Annotated[Path | None, option("Where files of the named text or of the tasks are.")] = None,
     text: Annotated[
@@ -116,9 +117,9 @@ def accuracy(
         about_tasks("Where results are kept, so that a run can go on. [default: beside the calibration]"),
     ] = None,
     budget: Annotated[str, budget_option("--windows, --window and --answers, or --limit")] = DEFAULT,
-    ray: Annotated[str | None, RAY] = None,
-    replicas: Annotated[int | None, REPLICAS] = None,
-    json: Annotated[bool, option("One JSON document on stdout.", "--json")] = False,
+    ray: Ray = None,
+    replicas: Replicas = None,
+    json: Json = False,
 ) -> None:
     """Measure what a KV cache format of MODEL costs in accuracy."""
     reads = text is not None or (tasks is None and retrieval is None)

@@ -9,12 +9,12 @@ from typing import Any
 
 import typer
 
-from octavo.cli.jsonl import shaping_of
-from octavo.cli.options import ServeOptions
+from octavo.cli.answer_file import shaping_of
+from octavo.cli.loading import ServeOptions
 from octavo.cli.progress import progress
 from octavo.cli.sampling import SamplingOptions
 from octavo.errors import OctavoError
-from octavo.ray.cluster import cluster, placement
+from octavo.ray.cluster import cluster, placement, require
 
 
 def generate_on_ray(
@@ -29,16 +29,20 @@ def generate_on_ray(
 ) -> None:
     if options.tensor_parallel_size > 1:
         raise OctavoError("--ray gives each model one GPU: leave --tensor-parallel-size out")
+    require("--ray")
+    from octavo.ray.shards import Output
+
+    params = sampling.given() | ({} if logprobs is None else {"logprobs": logprobs})
+    answers = Output(input, output, shaping_of(options, chat, logprobs) | params)
+    left = answers.left()
+    done = sum(shard.rows for shard in answers.shards) - sum(shard.rows for shard in left)
+    if done:
+        _tell(f"{done:,} rows are answered in {output} already")
+    if not left:
+        return
     with cluster(address):
         from octavo.ray.generate import answer_files
-        from octavo.ray.shards import Output
 
-        params = sampling.given() | ({} if logprobs is None else {"logprobs": logprobs})
-        answers = Output(input, output, shaping_of(options, chat, logprobs) | params)
-        left = answers.left()
-        done = sum(shard.rows for shard in answers.shards) - sum(shard.rows for shard in left)
-        if done:
-            _tell(f"{done:,} rows are answered in {output} already")
         place = placement(replicas, options.device)
         start, total = time.perf_counter(), {"answered": 0, "refused": 0, "tokens": 0}
         by_replica: dict[str, dict[str, float]] = defaultdict(lambda: {"shards": 0, "tokens": 0, "seconds": 0.0})

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.cli.options import LoadOptions, complete, option
+from octavo.cli.loading import LoadOptions
+from octavo.cli.options import complete, option
 from octavo.errors import OctavoError
 from octavo.quant.format import ADVISED, KVFormat, check_name, is_tuned
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli.options import ServeOptions, takes
+from octavo.cli.loading import ServeOptions
+from octavo.cli.options import takes
 from octavo.cli.sampling import SamplingOptions
 from octavo.errors import OctavoError
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from octavo.cli.options import LoadOptions, budget_option, takes
+from octavo.cli.loading import LoadOptions
+from octavo.cli.options import Json, budget_option, takes
 from octavo.corpus import load_texts
 from octavo.errors import Unsupported
 from octavo.measure.budget import DEFAULT, Budget
@@ -24,7 +25,7 @@ def doctor(
         ),
     ] = None,
     budget: Annotated[str, budget_option()] = DEFAULT,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Examine MODEL: does it work, and which cache formats suit it? Status 0: it is healthy; 1: it is refused, or
     something is advised against."""

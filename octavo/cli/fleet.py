@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from octavo.cli.loading import ShapeOptions
 from octavo.cli.memory import CONTEXT
-from octavo.cli.options import ShapeOptions
 from octavo.errors import OctavoError
 
 

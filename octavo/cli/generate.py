@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.options import RAY, REPLICAS, ServeOptions, takes
+from octavo.cli.loading import ServeOptions
+from octavo.cli.options import Ray, Replicas, takes
 from octavo.cli.sampling import SamplingOptions, sampling_option
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
-    from octavo.cli.jsonl import Line, Output
+    from octavo.cli.answer_file import Line, Output
     from octavo.llm import LLM
 
 
@@ -48,8 +49,8 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     logprobs: Annotated[int | None, sampling_option("logprobs")] = None,
-    ray: Annotated[str | None, RAY] = None,
-    replicas: Annotated[int | None, REPLICAS] = None,
+    ray: Ray = None,
+    replicas: Replicas = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")] = False,
 ) -> None:
     """Continue a prompt, or all prompts of a file at a time."""
@@ -80,7 +81,7 @@ def generate(
 
 def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool) -> None:
     from octavo.cache.size import format_bytes
-    from octavo.lines import answer
+    from octavo.jsonl import answer
     from octavo.measure.memory.footprint import Footprint
 
     start = time.perf_counter()
@@ -127,7 +128,7 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
 def _many(
     options: ServeOptions, sampling: SamplingOptions, input: str, path: Path | None, chat: bool, logprobs: int | None
 ) -> None:
-    from octavo.cli.jsonl import Output, read_lines, shaping_of
+    from octavo.cli.answer_file import Output, read_lines, shaping_of
 
     shaping = shaping_of(options, chat, logprobs)
     try:
@@ -152,7 +153,7 @@ def _many(
 def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams, chat: bool) -> None:
     """Answer the lines together, each written when it is complete."""
     from octavo.cli.progress import progress
-    from octavo.lines import answer, fields, parse
+    from octavo.jsonl import answer, fields, parse
 
     served: list[Line] = []
     requests: list[tuple[list[int], SamplingParams]] = []

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from octavo.cli.candidates import formats_option
-from octavo.cli.options import ShapeOptions, numbers, option, takes
+from octavo.cli.loading import ShapeOptions
+from octavo.cli.options import DeviceName, Json, numbers, option, takes
 
 CONTEXT = 2048
 
@@ -32,13 +33,13 @@ def memory(
     baseline: Annotated[
         str | None, option("The same model with 16-bit weights, to measure beside MODEL with 4-bit ones.")
     ] = None,
-    device: Annotated[str, option("auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: DeviceName = "auto",
     load_format: Annotated[str, option("auto, or dummy to measure with random weights.")] = "auto",
     fill_seconds: Annotated[
         float,
         typer.Option(help="How long the model may fill sessions in one measurement; then random rows do.", min=0),
     ] = 20.0,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Measure the memory of MODEL with all sessions filled; with --config alone, compute it."""
     from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""The options that verbs share, and what they become: a model, an LLM."""
+"""Options that several verbs share, each said once, and the checks of what is given."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
@@ -20,21 +20,12 @@ from octavo.quant.format import (
     DEFAULT_GRANULARITY,
     DEFAULT_HEADROOM,
     NAMES,
-    RAW_NAMES,
     TUNED,
-    check_name,
     validate_choice,
 )
 
 if TYPE_CHECKING:
-    import torch
-
-    from octavo.llm import LLM
-    from octavo.models.model import Model
     from octavo.ray.cluster import Placement
-
-# `--quant-policy` of LMDeploy's page, where 4 meant int8; 8 is what LMDeploy calls int8 today.
-QUANT_POLICY = {0: None, 4: "int8", 8: "int8"}
 
 
 def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
@@ -87,8 +78,29 @@ def complete(incomplete: str) -> list[str]:
     return [f"{known},{name}" if known else name for name in names if name.startswith(last)]
 
 
-RAY = option("Work on a Ray cluster: its address, like auto or 10.0.0.1:6379; local starts one here.", panel="Ray")
-REPLICAS = option("Models on it. [default: one on each GPU, or on each machine]", min=1, panel="Ray")
+ModelName = Annotated[
+    str | None,
+    typer.Argument(help="A directory, Hub id or .gguf file. [default: the bundled model]", show_default=False),
+]
+ModelFormat = Annotated[str, option("How the weights are stored: hf, awq.")]
+Dtype = Annotated[str, option("auto, bf16, fp16 or fp32.")]
+DeviceName = Annotated[str, option("auto, cpu, cuda, cuda:1, …")]
+LoadFormat = Annotated[str, option("auto, or dummy for random weights of the config's shape.")]
+ChatTemplate = Annotated[Path | None, option("A Jinja file in place of the model's template.")]
+CalibrationPath = Annotated[
+    Path | None,
+    option("File or directory of the calibration. [default: beside the model]", "--calibration", "--work-dir"),
+]
+OtherGranularity = Annotated[str | None, option("tensor, head or channel, in place of the calibration's.")]
+OtherHeadroom = Annotated[float | None, option("Range served over range seen, in place of the calibration's.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Ray = Annotated[
+    str | None,
+    option("Work on a Ray cluster: its address, like auto or 10.0.0.1:6379; local starts one here.", panel="Ray"),
+]
+Replicas = Annotated[
+    int | None, option("Models on it. [default: one on each GPU, or on each machine]", min=1, panel="Ray")
+]
 
 
 def check_replicas(ray: str | None, replicas: int | None) -> None:
@@ -127,181 +139,6 @@ def numbers(text: str, name: str) -> list[int]:
     if min(found) < 1:
         raise OctavoError(f"{name} takes whole numbers with commas between, like 1,8; not {text!r}")
     return found
-
-
-@dataclass
-class LoadOptions:
-    """How the model is loaded."""
-
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A directory, Hub id or .gguf file. [default: the bundled model]", show_default=False),
-    ] = None
-    model_format: Annotated[str, option("How the weights are stored: hf, awq.")] = "hf"
-    dtype: Annotated[str, option("auto, bf16, fp16 or fp32.")] = "auto"
-    device: Annotated[str, option("auto, cpu, cuda, cuda:1, …")] = "auto"
-    device_map: Annotated[str | None, option("auto: spread the model over GPUs, memory and disk.")] = None
-    load_format: Annotated[str, option("auto, or dummy for random weights of the config's shape.")] = "auto"
-    chat_template: Annotated[Path | None, option("A Jinja file in place of the model's template.")] = None
-    session_len: Annotated[int | None, option("Longest session in tokens. [default: the model's]", min=2)] = None
-    deterministic: Annotated[
-        bool, option("On a CPU: the same bits whatever is computed together.", "--deterministic")
-    ] = False
-
-    def check(self) -> None:
-        """Raise OctavoError for what names no model, file or choice: without torch, before a weight is read."""
-        check_model(self.model)
-        check_choice("--dtype", self.dtype, ("auto", *RAW_NAMES.values(), *RAW_NAMES))
-        check_choice("--load-format", self.load_format, ("auto", "dummy"))
-        if self.chat_template is not None:
-            check_file("--chat-template", self.chat_template)
-
-    @property
-    def ranks(self) -> int:
-        """Processes that the model is divided among."""
-        return 1
-
-    def loading(self) -> dict[str, Any]:
-        """The same as arguments of Model.load, for processes elsewhere: plain values, and paths that are absolute."""
-        here = self.model is not None and Path(self.model).exists()
-        return {
-            "model": str(Path(str(self.model)).resolve()) if here else self.model,
-            "dtype": self.dtype,
-            "device": self.device,
-            "device_map": self.device_map,
-            "load_format": self.load_format,
-            "model_format": self.model_format,
-            "chat_template": self.chat_template and str(self.chat_template.resolve()),
-            "context": self.session_len,
-            "deterministic": self.deterministic,
-        }
-
-    def load(self, computing: torch.dtype | None = None, say: bool = True, told: bool = False) -> Model:
-        """`computing` as in Model.load. Says at once what is loaded, unless that was `told`, and then of a CPU what
-        computes, and in what."""
-        if not told:
-            tell_loading(self.model)
-        from octavo import cores
-        from octavo.parallel import load
-
-        cores.use()
-        loading = self.loading() | {"chat_template": self.chat_template, "computing": computing}
-        del loading["model"]  # its name stays as it was given
-        model = load(self.model, self.ranks, **loading)
-        if say and model.processor is not None:
-            print(f"CPU: {model.processor}", file=sys.stderr, flush=True)
-        return model
-
-
-@dataclass
-class ShapeOptions:
-    """A model whose sizes are asked for: its config is enough."""
-
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A directory, Hub id or .gguf file. [default: the bundled model]", show_default=False),
-    ] = None
-    config: Annotated[Path | None, option("A config.json in place of MODEL; no weights are needed.")] = None
-    model_format: Annotated[str, option("How the weights are stored: hf, awq.")] = "hf"
-    dtype: Annotated[str, option("auto, bf16, fp16 or fp32.")] = "auto"
-
-    def check(self) -> None:
-        """Raise OctavoError for what names no model or no type, before torch is imported."""
-        check_choice("--dtype", self.dtype, ("auto", *RAW_NAMES.values(), *RAW_NAMES))
-        if self.config is None:
-            check_model(self.model)
-        elif self.model is not None:
-            raise OctavoError(f"MODEL {self.model} and --config {self.config} exclude each other")
-        elif not self.config.is_file():
-            raise OctavoError(f"--config {self.config}: there is no such file; name a model's config.json")
-
-    def locate(self) -> tuple[str, Path]:
-        """Name and path of what describes the model: a directory, or the config alone."""
-        from octavo.models.locate import locate
-
-        if self.config is None:
-            return locate(self.model)
-        return self.config.stem if self.config.stem != "config" else self.config.resolve().parent.name, self.config
-
-
-@dataclass
-class ServeOptions(LoadOptions):
-    """How it is served."""
-
-    kv: Annotated[
-        str | None,
-        option(
-            "KV cache format: kv8, k8v4, kv4, tuned, int8, … [default: the model's 16 bits]", autocompletion=complete
-        ),
-    ] = None
-    quant_policy: Annotated[int | None, option("0: 16 bits, 4 or 8: int8, as on LMDeploy's page.")] = None
-    calibration: Annotated[
-        Path | None,
-        option("File or directory of the calibration. [default: beside the model]", "--calibration", "--work-dir"),
-    ] = None
-    granularity: Annotated[str | None, option("tensor, head or channel, in place of the calibration's.")] = None
-    headroom: Annotated[float | None, option("Range served over range seen, in place of the calibration's.")] = None
-    max_batch_size: Annotated[int, option("Sequences that run at a time.", min=1)] = 16
-    cache_max_entry_count: Annotated[
-        float | None, option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]")
-    ] = None
-    kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB; of each rank's.")] = None
-    snapshot_memory: Annotated[
-        str | None, option("Of it, for snapshots of a hybrid's states. [default: two for each session]")
-    ] = None
-    tensor_parallel_size: Annotated[int, option("Ranks to divide the model among, a GPU for each.", min=1)] = 1
-
-    @property
-    def ranks(self) -> int:
-        return self.tensor_parallel_size
-
-    def check(self) -> None:
-        super().check()
-        if (name := self.format_name()) is not None:
-            check_name(name)
-        check_calibration(self.calibration, self.granularity, self.headroom)
-
-    def llm(self, told: bool = False) -> LLM:
-        """Says at once what is loaded, unless that was `told`."""
-        if not told:
-            tell_loading(self.model)
-        from octavo.cli.progress import calibration_with_bar
-        from octavo.llm import LLM
-
-        model, name = self.load(told=True), self.format_name()
-        format = model.format(name, self.calibration)
-        return LLM(
-            model,
-            format,
-            calibration=calibration_with_bar(model, self.calibration, format),
-            granularity=self.granularity,  # type: ignore[arg-type]  # checked by LLM
-            headroom=self.headroom,
-            session_len=self.session_len,
-            max_batch_size=self.max_batch_size,
-            kv_cache_memory=self.kv_cache_memory,
-            cache_max_entry_count=self.cache_max_entry_count,
-            snapshot_memory=self.snapshot_memory,
-        )
-
-    def arguments(self) -> dict[str, Any]:
-        """The same as arguments of LLM, for processes elsewhere."""
-        given = self.loading()
-        given["session_len"] = given.pop("context")
-        given |= {"kv": self.format_name(), "calibration": self.calibration and str(self.calibration.resolve())}
-        names = ("granularity", "headroom", "max_batch_size", "kv_cache_memory", "cache_max_entry_count")
-        given |= {name: getattr(self, name) for name in (*names, "snapshot_memory", "tensor_parallel_size")}
-        return {name: value for name, value in given.items() if value is not None}
-
-    def format_name(self) -> str | None:
-        """The format that --kv or --quant-policy names."""
-        if self.quant_policy is None:
-            return self.kv
-        if self.quant_policy not in QUANT_POLICY:
-            raise OctavoError(f"--quant-policy is 0 (16 bits), 4 or 8 (both int8), not {self.quant_policy}")
-        policy = QUANT_POLICY[self.quant_policy]
-        if self.kv is not None and self.kv != policy and (policy or self.kv not in RAW_NAMES.values()):
-            raise OctavoError(f"--kv {self.kv} and --quant-policy {self.quant_policy} contradict each other; give one")
-        return policy or self.kv
 
 
 def takes(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -14,8 +14,9 @@ import typer
 
 from octavo.cli.candidates import formats_option
 from octavo.cli.fleet import Asked, plan_fleet
+from octavo.cli.loading import ShapeOptions
 from octavo.cli.memory import CONTEXT
-from octavo.cli.options import ShapeOptions, takes
+from octavo.cli.options import Json, takes
 from octavo.errors import OctavoError
 
 of_fleet = partial(typer.Option, rich_help_panel="A fleet")
@@ -41,7 +42,7 @@ def plan(
         Path | None,
         typer.Option(help="Draw memory over sessions, of the first two formats, to a .png, .svg or .pdf file."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    json: Json = False,
     fleet: Annotated[bool, of_fleet("--fleet", help="Compute how many replicas and GPUs serve --sessions.")] = False,
     sessions: Annotated[int | None, of_fleet(help="Open at a time.", min=1, max=10**9)] = None,
     tokens_per_second: Annotated[

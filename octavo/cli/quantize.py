@@ -7,26 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli.calibrate import SELF, draw_windows
-from octavo.cli.options import budget_option, check_model, tell_loading
+from octavo.cli.calibration_texts import CalibrationTexts
+from octavo.cli.options import ChatTemplate, DeviceName, Dtype, ModelName, check_model, takes, tell_loading
 from octavo.cli.progress import progress, say
 from octavo.errors import Unsupported
-from octavo.measure.budget import DEFAULT, Budget, Windows, duration
+from octavo.measure.budget import Windows, duration
 
 if TYPE_CHECKING:
     from octavo.quantize import Quantized
 
-TEXTS = "Texts that tell which weights matter"
-LOADING = "Loading"
 WANTED, LEAST = Windows(128, 512), Windows(16, 256)
 ROUNDING = 0.7  # of the time, for scales and rounding; windows of text get the rest
 
 
+@takes(CalibrationTexts)
 def quantize(
+    shown: CalibrationTexts,
     work_dir: Annotated[Path, typer.Option(help="A new directory for the 4-bit model.", show_default=False)],
-    model: Annotated[
-        str | None, typer.Argument(help="A directory or a Hub id. [default: the bundled model]", show_default=False)
-    ] = None,
+    model: ModelName = None,
     bits: Annotated[int, typer.Option(help="Of a weight: 4.")] = 4,
     group_size: Annotated[
         int | None,
@@ -37,41 +35,9 @@ def quantize(
     method: Annotated[
         str, typer.Option(help="awq: scaled and clipped by what the inputs are. rtn: rounded only, to compare with.")
     ] = "awq",
-    calib_dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="ptb, c4, wikitext2, pileval, a .txt or .jsonl file, or self: the model writes. [default: self]",
-            rich_help_panel=TEXTS,
-        ),
-    ] = None,
-    calib_samples: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Windows of text. [default: {WANTED.count}, or what --budget allows]", min=1, rich_help_panel=TEXTS
-        ),
-    ] = None,
-    calib_seqlen: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Tokens in a window. [default: {WANTED.length}, or what --budget allows]",
-            min=2,
-            rich_help_panel=TEXTS,
-        ),
-    ] = None,
-    budget: Annotated[str, budget_option("--calib-samples or --calib-seqlen")] = DEFAULT,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Where files of the named data sets are looked for first.", rich_help_panel=TEXTS),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Which windows are drawn.", rich_help_panel=TEXTS)] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="auto, bf16, fp16 or fp32; what is not quantized is stored so.", rich_help_panel=LOADING)
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=LOADING)] = "auto",
-    chat_template: Annotated[
-        Path | None,
-        typer.Option(help="A Jinja file in place of the model's template, stored too.", rich_help_panel=LOADING),
-    ] = None,
+    dtype: Dtype = "auto",
+    device: DeviceName = "auto",
+    chat_template: ChatTemplate = None,
 ) -> None:
     """Write MODEL with 4-bit weights into --work-dir.
 
@@ -82,14 +48,13 @@ def quantize(
     """
     if bits != 4:
         raise Unsupported(f"weights are quantized to 4 bits only, not to {bits}")
-    time = Budget.parse(budget)
+    time = shown.time
     check_model(model)
     tell_loading(model)
     from rich.console import Console
 
     from octavo import cores
     from octavo.cli.tables.quantize import error_table
-    from octavo.corpus import load_texts
     from octavo.models.locate import locate
     from octavo.models.model import Model
     from octavo.models.save import require_new, save_awq
@@ -97,7 +62,7 @@ def quantize(
     from octavo.quantize import quantize as round_weights
 
     validate(group_size or GROUP_SIZES[0], method)
-    texts = load_texts(calib_dataset, data_dir) if calib_dataset not in (None, SELF) else None
+    texts = shown.open()
     _, path = locate(model)
     require_16_bits(path)
     require_new(work_dir, path)
@@ -110,8 +75,7 @@ def quantize(
     cut = f": {search.steps} scales are tried, of {SEARCHES[0].steps}, to fit --budget {time}"
     say(f"searching and rounding: about {duration(seconds)}{cut if search != SEARCHES[0] else ''}")
     time = time.less(seconds)
-    given = calib_samples, calib_seqlen
-    source, windows, _ = draw_windows(loaded, calib_dataset, texts, given, WANTED, LEAST, time, seed)
+    source, windows, _ = shown.draw(loaded, texts, WANTED, LEAST, time)
     with progress() as bar:
         tasks: dict[str, Any] = {}
 

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from octavo.cli.options import ServeOptions
+from octavo.cli.loading import ServeOptions
 from octavo.cores import choose
 from octavo.errors import OctavoError
 from octavo.ray.cluster import LOCAL, cluster

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from octavo.cli.candidates import BASELINE, load_baseline
-from octavo.cli.options import LoadOptions, budget_option, option, takes, tell_loading
+from octavo.cli.loading import LoadOptions
+from octavo.cli.options import budget_option, option, takes, tell_loading
 from octavo.measure.budget import Budget
 
 DEFAULT = "5m"

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from octavo.cli.options import LoadOptions, takes, tell_loading
+from octavo.cli.loading import LoadOptions
+from octavo.cli.options import takes, tell_loading
 from octavo.cli.verbs import Verbs
 from octavo.errors import OctavoError
 

@@ -1,4 +1,4 @@
-"""`octavo serve`: the OpenAI-compatible server."""
+"""`octavo serve`: the server."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli.options import ServeOptions, option, takes, tell_loading
+from octavo.cli.loading import ServeOptions
+from octavo.cli.options import option, takes, tell_loading
 from octavo.errors import OctavoError, install, one_line
+from octavo.serve.limits import Limits, keep_few_shapes
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
@@ -61,13 +63,23 @@ def serve(
     ] = None,
     max_queue: Annotated[
         int, serving("Answers that may wait; beyond, the client with the most is refused with 429.", min=0)
-    ] = 256,
-    timeout: Annotated[float, serving("Seconds an answer may take, its time in the queue included.", min=0.001)] = 600,
-    max_body: Annotated[int, serving("Bytes a request may have.", min=1)] = 8 << 20,
-    max_connections: Annotated[int, serving("Open at a time; beyond, idle ones are closed.", min=1)] = 1024,
+    ] = Limits.max_queue,
+    timeout: Annotated[
+        float, serving("Seconds an answer may take, its time in the queue included.", min=0.001)
+    ] = Limits.timeout,
+    max_body: Annotated[int, serving("Bytes a request may have.", min=1)] = Limits.max_body,
+    max_connections: Annotated[
+        int | None,
+        serving(f"Open at a time; beyond, idle ones are closed. [default: {Limits.max_connections}]", min=1),
+    ] = None,
     patience: Annotated[
-        float, serving("Seconds a client may take to send a request, or to read more of its answer.", min=1)
-    ] = 30,
+        float | None,
+        serving(
+            "Seconds a client may take to send a request, or to read more of its answer. "
+            f"[default: {Limits.patience:g}]",
+            min=1,
+        ),
+    ] = None,
     grace: Annotated[float, serving("Seconds that running answers have to end at SIGTERM or Ctrl-C.", min=0)] = 30,
     replicas: Annotated[
         int | None, serving("Models side by side behind one address, each a process; needs octavo[ray].", min=1)
@@ -90,19 +102,18 @@ def serve(
         bool, typer.Option("--json", help="Tell on stdout, as one line of JSON, what is served.")
     ] = False,
 ) -> None:
-    """Serve OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
+    """Serve OpenAI's API, chat, completions and responses, Anthropic's messages, and a chat page."""
     if replicas is not None:
         from octavo.ray.cluster import require
 
         require("octavo serve --replicas")
-        if (uds, max_connections, patience) != (None, 1024, 30):
+        if any(given is not None for given in (uds, max_connections, patience)):
             raise OctavoError("--uds, --max-connections and --patience are a single server's: leave them out")
     tell_loading(options.model)
     from octavo.cache.size import parse_bytes
 
     try:
         from octavo.serve import logs
-        from octavo.serve.limits import Limits, keep_few_shapes
         from octavo.serve.listening import Tls, bind, bind_unix, curl, listening, url
         from octavo.serve.server import Server
         from octavo.serve.sessions import SessionDir
@@ -143,7 +154,9 @@ def serve(
     with listening(bind_unix(uds) if uds else bind(host, port)) as sock:
         llm = _loaded(options)
         sessions = SessionDir(session_dir, room, llm) if session_dir else None
-        limits = Limits(max_queue, timeout, max_body, max_connections, patience)
+        own = {"max_connections": max_connections, "patience": patience}
+        given = {name: value for name, value in own.items() if value is not None}
+        limits = Limits(max_queue, timeout, max_body, **given)
         doors: dict[str, Any] = {"tls": tls, "api_key": api_key or (), "cors_origins": tuple(cors_origin or ())}
         doors["ignore_unknown"] = ignore_unknown_fields
         server = Server(llm, sock, served_model_name or (), limits, grace=grace, sessions=sessions, **doors)
@@ -155,7 +168,10 @@ def serve(
             chat = bool(getattr(llm.tokenizer, "chat_template", None))
             print(curl(sock, tls is not None, bool(api_key), chat), file=sys.stderr, flush=True)
         gc.freeze()  # what is loaded stays: looking through all of it again and again would stop the server for a while
-        server.run()
+        try:
+            server.run()
+        finally:
+            gc.unfreeze()  # what is frozen is never freed, not at the process's end either
 
 
 def _loaded(options: ServeOptions) -> LLM:

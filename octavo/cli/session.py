@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from octavo.cli.options import ServeOptions, check_file, takes
+from octavo.cli.loading import ServeOptions
+from octavo.cli.options import check_file, takes
 from octavo.cli.verbs import Verbs
 
 app = Verbs(help="Saved sessions as plain numbers, K and V row by row, and back.")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.options import LoadOptions, budget_option, check_calibration, option, takes, tell_loading
+from octavo.cli.loading import LoadOptions
+from octavo.cli.options import Json, budget_option, check_calibration, option, takes, tell_loading
 from octavo.errors import OctavoError
 from octavo.measure.budget import DEFAULT, Budget, Windows
 
@@ -53,7 +54,7 @@ def tune(
         measuring(f"Tokens in a window. [default: {WANTED.length}, or what --budget allows]", min=LEAST.length),
     ] = None,
     budget: Annotated[str, budget_option("--windows and --window")] = DEFAULT,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Choose a KV cache format for each layer of MODEL, for --kv tuned.
 

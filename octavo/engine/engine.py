@@ -1,7 +1,7 @@
 """The engine: one loop over `step`, tokens in and tokens out. It knows nothing of text.
 
-One thread at a time may touch it; an LLM's threads take turns (turns.py). A step that does not end, because its forward
-was interrupted, has changed nothing that the next one would not do again.
+One thread at a time may touch it; an LLM's threads take turns (threads.py). A step that does not end, because its
+forward was interrupted, has changed nothing that the next one would not do again.
 
 A GPU works on its own once a step is launched. With `overlap` the engine launches the next step before it waits for the
 tokens of this one, where it is certain who runs in it: the new tokens go from one step to the next on the device. While

@@ -2,7 +2,7 @@
 
 `SamplingParams` is the table. The annotation of each field is its `Rule`: which values it takes, what it means and
 where it may be given. From it come the checks of `SamplingParams` itself, the options of `octavo generate` and
-`octavo chat` (cli/options.py), the lines of an --input file (cli/jsonl.py), the HTTP model (serve/requests/) and
+`octavo chat` (cli/options.py), the lines of an --input file (cli/answer_file.py), the HTTP model (serve/requests/) and
 docs/PARAMETERS.md (scripts/parameters.py).
 
 It is a dataclass and no pydantic model: pydantic comes with the extra `serve`, and the command line starts without it.

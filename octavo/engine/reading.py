@@ -13,8 +13,8 @@ from torch import Tensor
 
 from octavo.attention import backend_for
 from octavo.cache.batch import MAX_BATCH_TOKENS, Batch
+from octavo.cache.holding import Holding
 from octavo.cache.plan import own_span, plan_layers
-from octavo.cache.snapshots import Turn
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity, KVFormat
@@ -24,21 +24,6 @@ LOGIT_ROWS = 256  # tokens of a forward whose every row's logits are wanted: wit
 Observe = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 """Called in every layer of every forward with (layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v). What it returns,
 if anything, stands in for attention's output [T, heads, v_dim]."""
-
-
-@dataclass
-class Text:
-    """A text as what a batch is built of."""
-
-    tokens: list[int]
-    tables: list[list[int]]
-    first_page: int = -1
-    ring: int = -1
-    state_slot: int | None = None
-    turn: Turn | None = None
-    num_cached: int = 0
-    behind: list[int] = field(default_factory=list)
-    prefixes: list[bytes] = field(default_factory=list)
 
 
 @dataclass
@@ -87,9 +72,15 @@ class Reading:
         sequences, blocks = [], 0
         for i, tokens in enumerate(texts):
             own = -(-len(tokens) // layout.block_size)
-            table = list(range(blocks, blocks + own))
-            slot = i if bound.states else None
-            sequences.append(Text(list(tokens), [table], len(texts) * ring_pages + i, i * ring_pages, slot))
+            sequences.append(
+                Holding(
+                    tokens=list(tokens),
+                    tables=[list(range(blocks, blocks + own))],
+                    first_page=len(texts) * ring_pages + i,
+                    ring=i * ring_pages,
+                    state_slot=i if bound.states else None,
+                )
+            )
             blocks += own
         cache = bound.new_cache(plans, blocks, layout, len(texts) * (ring_pages + 1), len(texts))
         watched = observe is not None or self.simulate is not None
@@ -109,8 +100,9 @@ class Reading:
                 for sequence, n in work:
                     sequence.num_cached += n
         finally:
-            self.outside += sum(int(store.saturated.item()) for store in cache.stores)
-            self.written += sum(store.written for store in cache.stores)
+            outside, written = cache.counts()[[i for i, _ in cache.owners]].sum((0, 1)).tolist()
+            self.outside += outside
+            self.written += written
 
 
 def _chunks(length: int, size: int) -> list[list[int]]:

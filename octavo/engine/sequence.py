@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from octavo.cache.snapshots import Turn
+from octavo.cache.holding import Holding
 from octavo.engine.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Tally:
 
 
 @dataclass(eq=False)
-class Sequence:
+class Sequence(Holding):
     """A prompt and what has been generated after it. Only the scheduler changes it.
 
     tokens      [prompt …………………………… | generated ………]
@@ -72,15 +72,6 @@ class Sequence:
     error: str | None = None  # what went wrong, if the reason is "error"
 
     max_len: int = 0  # most tokens, prompt included; set when it is added
-    num_cached: int = 0  # tokens whose K and V are in the cache
-    # While it runs, of each group of layers (cache/pool.py):
-    tables: list[list[int]] = field(default_factory=list)  # its blocks
-    behind: list[int] = field(default_factory=list)  # leading blocks that no query sees any more, and that it gave back
-    first_page: int = -1  # raw page of page 0, and the first of its ring, while it runs on a cache with edges
-    ring: int = -1
-    turn: Turn | None = None  # its snapshots of states, until it ends
-    state_slot: int | None = None  # of its states, while it runs, where the model has layers that keep some
-    prefixes: list[bytes] = field(default_factory=list)  # hash of the prefix that each full block ends
     prefix_hit: int = 0  # prompt tokens that another sequence had computed
     preemptions: int = 0
     seen: Tally = field(default_factory=Tally)  # prompt and answer, as far as penalties have asked

@@ -7,7 +7,7 @@ shortest way; it is one, and the answer can take it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ MERGED = 12  # tokens, at most, that are worth saving by tokens of several signs
 
 
 class Closing:
-    """Ways to an end in a model's tokens."""
+    """Ways to an end of one grammar, in a model's tokens. `marks` are the special tokens that the grammar names."""
 
-    def __init__(self, tokens: Any, vocab_size: int, marks: Collection[int] = ()):
+    def __init__(self, tokens: Any, vocab_size: int, marks: Iterable[int] = ()):
         self.tokens = tokens
-        self.marks = torch.tensor(sorted(mark for mark in marks if tokens.is_special_token(mark)), dtype=torch.long)
+        self.marks = [mark for mark in marks if tokens.is_special_token(mark)]
         ids = {text: tokens.greedy_tokenize(text.decode()) for text in {*OUTSIDE, *WITHIN}}
         self.ids = {text: found[0] for text, found in ids.items() if len(found) == 1}
         self.bits = torch.zeros(-(-vocab_size // 32), dtype=torch.int32)
@@ -86,7 +86,7 @@ class Closing:
             token = self.ids.get(text)
             if token is not None and matcher.validate_tokens([token]) == 1:
                 return [token]
-        self._look(matcher)
+        matcher.unsafe_compute_mask_ptr(self.bits.data_ptr(), self.bits.nbytes)
         found = self.bits.nonzero()
         if not len(found):
             return []
@@ -96,12 +96,4 @@ class Closing:
 
     def _mark(self, matcher: Any) -> list[int]:
         """A special token that may come next: it ends a string that has such quotes."""
-        if not len(self.marks):
-            return []
-        self._look(matcher)
-        allowed = self.bits[self.marks // 32] >> (self.marks % 32) & 1
-        return self.marks[allowed.bool()][:1].tolist()
-
-    def _look(self, matcher: Any) -> None:
-        """Have what may come next in `bits`."""
-        matcher.unsafe_compute_mask_ptr(self.bits.data_ptr(), self.bits.nbytes)
+        return next(([mark] for mark in self.marks if matcher.validate_tokens([mark]) == 1), [])

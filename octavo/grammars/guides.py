@@ -9,6 +9,7 @@ following it costs afterwards is measured too: a grammar whose tokens take too l
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from octavo.errors import OctavoError, install
 from octavo.grammars.closing import Closing
-from octavo.grammars.pieces import Pieces
+from octavo.grammars.sentencepiece import Pieces
 from octavo.grammars.sources import growth, named, refused, source
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ COMPILE_SECONDS = 10  # of one schema; within the limits above none was seen to 
 START_SECONDS, TOKEN_SECONDS = 0.5, 0.005  # what the answers to one grammar may take on the engine's thread
 CANDIDATES = 16  # tokens that are tried where answers must end soon
 FEWEST_BYTES = 2  # of a token on the way to an end: names, quotes and brackets
+TOKEN = re.compile(r"<\[(\d+)\]>")  # a token by its id, in a grammar
 
 
 class Clock:
@@ -65,6 +67,7 @@ class Compiled:
 
     kind: str
     matcher: Any
+    closing: Closing
     clock: Clock
     growth: int  # tokens, at most, by which one token makes the shortest end longer
 
@@ -72,8 +75,8 @@ class Compiled:
 class GrammarGuide:
     """One answer's way through a grammar, to an end within the tokens that it may have. Belongs to one sequence."""
 
-    def __init__(self, compiled: Compiled, closing: Closing, vocab_size: int):
-        self.compiled, self.closing = compiled, closing
+    def __init__(self, compiled: Compiled, vocab_size: int):
+        self.compiled, self.closing = compiled, compiled.closing
         self.matcher, self.clock = compiled.matcher.deep_copy(), compiled.clock
         self.bits = torch.zeros(-(-vocab_size // 32), dtype=torch.int32)
         self.cut = False  # whether an end was chosen because tokens ran out
@@ -112,9 +115,8 @@ class GrammarGuide:
 
     def _end_in_time(self, row: Tensor, room: int) -> None:
         """Leave only tokens after which there is room for an end, once it could be missed by the next token."""
-        way = self.closing.way(self.matcher, room)
-        if way is None and 0 < len(self.way) <= room and self.closing.completes(self.matcher, self.way):
-            way = self.way
+        known = 0 < len(self.way) <= room and self.closing.completes(self.matcher, self.way)
+        way = self.way if known else self.closing.way(self.matcher, room)
         self.way = way or []
         if way is None:  # too late: the shortest end that is known is longer
             self.next_look = -1
@@ -154,7 +156,7 @@ class Grammars:
             raise OctavoError(f"{kind} needs llguidance: {install('serve')}", kind) from None
         except ValueError as error:
             raise refused(kind, first_line(str(error))) from None
-        return GrammarGuide(self._compiled(kind, text, growth(kind, value)), self._closing, self.vocab_size)
+        return GrammarGuide(self._compiled(kind, text, growth(kind, value)), self.vocab_size)
 
     def prepare(self) -> None:
         """Have the vocabulary ready for the first grammar: seconds for a large one, on the interpreter's lock."""
@@ -178,12 +180,8 @@ class Grammars:
             raise refused(kind, f"compiling it takes more than {COMPILE_SECONDS} s") from None
         if reason:
             raise refused(kind, first_line(reason))
-        return Compiled(kind, matcher, Clock(), growth // FEWEST_BYTES)
-
-    @cached_property
-    def _closing(self) -> Closing:
-        marks = set(self.tokenizer.added_tokens_decoder) - {*self.eos_ids}
-        return Closing(self._tokens, self.vocab_size, marks)
+        closing = Closing(tokens, self.vocab_size, {int(id) for id in TOKEN.findall(grammar)})
+        return Compiled(kind, matcher, closing, Clock(), growth // FEWEST_BYTES)
 
     @cached_property
     def _tokens(self) -> Any:

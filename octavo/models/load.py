@@ -75,9 +75,12 @@ _LARGEST = {
 class Division(Protocol):
     """How a model is divided among processes, each of which loads its own share (octavo/parallel)."""
 
-    def arguments(self, config: PreTrainedConfig) -> dict[str, Any]:
+    def arguments(self, architecture: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Any]:
         """Arguments of `from_pretrained` by which it reads the share alone. Raises Unsupported for a model that cannot
         be divided so."""
+
+    def rows(self, layer: str, outputs: int) -> slice:
+        """Which outputs of a layer in 4 bits are in the share: those are read by Octavo itself."""
 
     def settle(self, model: PreTrainedModel) -> None:
         """Make of the loaded share plain layers that compute together with the others'."""
@@ -197,8 +200,6 @@ def _filled(
         if fused:
             tensors = internlm.llama_tensors(tensors, config)
         source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
-    if division is not None:
-        source |= division.arguments(config)
     idle: set[str] = set()
     if packed is not None:
         if tied_layers(architecture, config) & packed.places.keys():  # a head of its own, in 4 bits
@@ -210,6 +211,9 @@ def _filled(
             packed.rename(partial(internlm.llama_layers, config=config))
         architecture = with_packed_layers(architecture, partial(packed.packs, plain=set(tensors)))
         idle = packed.idle(tensors)
+    if division is not None:
+        with _described_by(path, config):
+            source |= division.arguments(architecture, config)
     del tensors
 
     # Where `device_map` sends layers to disk, .bin weights are rewritten there. The folder lives as long as the model.
@@ -246,7 +250,7 @@ def _filled(
             listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise OctavoError(f"The weights in {path} {what} {listed}: fetch config.json and the weights again.")
     if packed is not None:
-        fill(model, packed)
+        fill(model, packed, division.rows if division is not None else None)
     if division is not None:
         division.settle(model)
     return model

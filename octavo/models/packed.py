@@ -86,8 +86,9 @@ def fitting_group(model: PreTrainedModel) -> int:
     return max(GROUP_SIZES, key=lambda group: (sizes[group], group))
 
 
-def fill(model: PreTrainedModel, packed: PackedLayers) -> None:
-    """Pack every layer anew, one at a time. Raises OctavoError naming what is missing, left over or misshapen."""
+def fill(model: PreTrainedModel, packed: PackedLayers, share: Callable[[str, int], slice] | None = None) -> None:
+    """Pack every layer anew, one at a time; of its outputs those that `share` says, by its name and their number.
+    Raises OctavoError naming what is missing, left over or misshapen."""
     layers = packed_layers(model)
     for name in sorted(packed.places.keys() - layers.keys()):
         raise Unsupported(f"{packed.places[name][0]} is quantized, and no linear layer of this model has that name.")
@@ -99,7 +100,8 @@ def fill(model: PreTrainedModel, packed: PackedLayers) -> None:
         source, rows = packed.places.get(name, (name, None))
         if weight is None or source != last:
             last, weight = source, packed.weight(source, outputs.get(source, layer.out_features), layer.in_features)
-        layer.fill(weight if rows is None else weight.rows(rows))
+        own = weight if rows is None else weight.rows(rows)
+        layer.fill(own if share is None else own.rows(share(name, layer.out_features)))
 
 
 def noise(

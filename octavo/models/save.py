@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, require_writable
 from octavo.models import internlm
 from octavo.models.files import read_json, weight_files
 
@@ -36,14 +36,7 @@ def require_new(directory: Path, source: Path) -> None:
         raise OctavoError(f"{directory} is the model that is quantized: name another directory with --work-dir")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise OctavoError(f"{directory} is there already and not empty: name a new directory with --work-dir")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-"):
-            pass
-    except OSError as error:
-        raise OctavoError(
-            f"nothing can be written in {directory.parent} ({error.strerror}); name another with --work-dir"
-        ) from None
+    require_writable(directory.parent, "--work-dir")
 
 
 def save_awq(

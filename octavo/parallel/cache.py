@@ -1,4 +1,6 @@
-"""A rank's share of a cache. Saved sessions see all heads: rank 0 gathers their pages, and divides them again."""
+"""A rank's share of a cache. Saved sessions see all heads: rank 0 gathers their pages, and divides them again. So do
+counts of values.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from octavo.cache.plan import LayerPlan
-from octavo.cache.store import KVCache, Page, RowStore
+from octavo.cache.row_store import RowStore
+from octavo.cache.store import KVCache, Page
 from octavo.devices import HOST
 from octavo.parallel.heads import Share
 
@@ -19,6 +22,7 @@ class ParallelCache(KVCache):
     """One on each rank, under the same number; made by ParallelModel."""
 
     rank: int
+    ranks: int
     number: int
     shares: list[Share]  # of each layer
     whole: list[LayerPlan]
@@ -32,6 +36,19 @@ class ParallelCache(KVCache):
         self._given = copies
         self.together("write", self.number, [list(own) for own in pages])
         self._given = ()
+
+    def counts(self) -> Tensor:
+        return self.together("count", self.number)
+
+    def gather_counts(self) -> Tensor:
+        """On every rank: the counts of all heads, on rank 0."""
+        own = super().counts()
+        parts = [] if self.rank else [torch.empty_like(own) for _ in range(self.ranks)]
+        dist.gather(own, parts or None)
+        for i, plan in enumerate(self.plans if parts else ()):
+            givers = self.shares[i if plan.shape.shares is None else plan.shape.shares].givers
+            own[i] = sum(parts[rank][i] for rank in givers)
+        return own
 
     def gather(self, pages: list[list[int]]) -> list[Page]:
         """On every rank: all heads' pages, on rank 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from transformers.distributed import DistributedConfig
 
 from octavo.errors import Unsupported
 from octavo.models.bind import BoundModel
-from octavo.models.files import base_of, is_adapter, quantization
+from octavo.models.files import is_adapter
 from octavo.models.locate import is_gguf
 from octavo.parallel.model import ParallelModel
 from octavo.parallel.ranks import Ranks
-from octavo.parallel.styles import settle
+from octavo.parallel.styles import DIVIDED, Plan, by_outputs, general, is_linear, own_rows, settle
+from octavo.weights.linear import PackedLinear
 
 ONE = "leave --tensor-parallel-size out"
 
@@ -30,15 +32,10 @@ def check(path: Path, name: str, loading: dict[str, Any]) -> None:
             f"{name} is a LoRA adapter, which is not divided among ranks: {ONE}, or merge it first with peft's "
             "merge_and_unload"
         )
-    if quantization(base_of(path))[0] is not None or loading.get("model_format", "hf") != "hf":
-        raise Unsupported(f"{name} has quantized weights, which are not divided among ranks: {ONE}, or name the 16-bit "
-                          "model")  # fmt: skip
     if loading.get("device_map") is not None:
         raise Unsupported("a device map and --tensor-parallel-size each divide the model: give one")
     if loading.get("load_format", "auto") != "auto":
         raise Unsupported(f"dummy weights are not divided among ranks: {ONE}")
-    if loading.get("deterministic"):
-        raise Unsupported(f"sums over ranks are not made in one order, as --deterministic asks: {ONE}")
 
 
 class ByPlan:
@@ -47,12 +44,13 @@ class ByPlan:
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.kv_heads = 0
-        self.repeated: dict[str, str] = {}  # projections of KV heads that several ranks have
+        self.repeated: set[str] = set()  # projections to KV heads that several ranks have
+        self.plan: Plan = {}
+        self.joining: set[str] = set()  # layers that bring their inputs together
 
-    def arguments(self, config: PreTrainedConfig) -> dict[str, Any]:
+    def arguments(self, architecture: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Any]:
         text, ranks, name = config.get_text_config(), self.ranks.count, config.model_type
-        plan = text.base_model_tp_plan
-        if not plan:
+        if not text.base_model_tp_plan:
             raise Unsupported(
                 f"transformers has no tensor-parallel plan for {name}: {ONE}, or spread it over GPUs with "
                 "--device-map auto"
@@ -66,21 +64,32 @@ class ByPlan:
                 f"the {heads} query and {kv_heads} KV heads of {name} cannot be divided among {ranks} ranks: {remedy}"
             )
         self.kv_heads = kv_heads
-        prefix = "model." if text is config else "model.language_model."
+        with torch.device("meta"):
+            bare: Any = architecture
+            model = bare._from_config(deepcopy(config))
+        changed, self.joining = by_outputs(model, model.tp_plan)
         if kv_heads < ranks:
+            prefix = "model." if text is config else "model.language_model."
             self.repeated = {
-                prefix + key: "replicate"
-                for key, style in plan.items()
+                prefix + key
+                for key, style in text.base_model_tp_plan.items()
                 if style == "colwise" and key.endswith((".k_proj", ".v_proj"))
             }
-        return {"distributed_config": DistributedConfig(tp_size=ranks, tp_plan=self.repeated or None)}
+            changed |= dict.fromkeys(self.repeated, "replicate")
+        self.plan = model.tp_plan | changed
+        return {"distributed_config": DistributedConfig(tp_size=ranks, tp_plan=changed or None)}
+
+    def rows(self, layer: str, outputs: int) -> slice:
+        if general(layer) in self.repeated:
+            return own_rows(outputs, self.ranks.rank * self.kv_heads // self.ranks.count, self.kv_heads)
+        divided = self.plan.get(general(layer)) in DIVIDED
+        return own_rows(outputs, self.ranks.rank, self.ranks.count) if divided else slice(0, outputs)
 
     def settle(self, model: PreTrainedModel) -> None:
-        settle(model, model.tp_plan, self.ranks.rank, self.ranks.count)
-        ends = {key.rpartition(".")[2] for key in self.repeated}
+        settle(model, self.plan, self.joining, self.ranks.rank, self.ranks.count)
         for name, module in model.named_modules():
-            if name.rpartition(".")[2] in ends and isinstance(module, nn.Linear):
-                _one_head(module, self.ranks.rank * self.kv_heads // self.ranks.count, self.kv_heads)
+            if general(name) in self.repeated and is_linear(module):
+                _keep(module, self.rows(name, module.out_features))
 
     def join(self, bound: BoundModel) -> BoundModel:
         if bound.states:
@@ -90,13 +99,8 @@ class ByPlan:
         return ParallelModel(bound, self.ranks)
 
 
-def _one_head(projection: nn.Linear, head: int, heads: int) -> None:
-    """Keep of a projection to K or V one head's outputs."""
-
-    def part(x: torch.Tensor) -> nn.Parameter:
-        return nn.Parameter(x.chunk(heads)[head].clone(), requires_grad=False)
-
-    projection.weight = part(projection.weight)
-    if projection.bias is not None:
-        projection.bias = part(projection.bias)
-    projection.out_features = len(projection.weight)
+def _keep(layer: nn.Linear | PackedLinear, rows: slice) -> None:
+    """Of a layer that was read whole, some outputs; one in 4 bits has no others already."""
+    for name, x in list(layer.named_parameters(recurse=False)):
+        setattr(layer, name, nn.Parameter(x[rows].clone(), requires_grad=False))
+    layer.out_features = rows.stop - rows.start

@@ -65,7 +65,8 @@ def main() -> None:
 def follow(ranks: Ranks, path: Path, device: str, loading: dict[str, Any]) -> None:
     """Hold a share of the model in `path` until rank 0 ends."""
     own = own_device(torch.device(device), ranks)
-    ranks.store.set(f"here {ranks.rank}", "")
+    Thread(target=ranks.beat, daemon=True).start()
+    ranks.store.set(f"here {ranks.rank}", str(os.getpid()))
     connect(ranks, own)
     model = Model.load(path, device=str(own), division=ByPlan(ranks), **loading)
     model.bound.obey()  # type: ignore[attr-defined]

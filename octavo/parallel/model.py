@@ -43,6 +43,7 @@ class ParallelModel(BoundModel):
         self.shares = self._find_shares()
         self._commands: dict[str, Callable[..., Any]] = {
             "cache": self._new_cache,
+            "count": lambda number: self._caches[number].gather_counts(),
             "drop": self._drop,
             "free": self._free_memory,
             "read": lambda number, pages: self._caches[number].gather(pages),
@@ -123,7 +124,8 @@ class ParallelModel(BoundModel):
         layers = zip(self.shares, plans, self.shapes, strict=True)
         own = [share.sliced(plan, shape, self.ranks.rank) for share, plan, shape in layers]
         cache = self._caches[number] = ParallelCache(own, *size)
-        cache.rank, cache.number, cache.together = self.ranks.rank, number, self.together
+        cache.rank, cache.ranks = self.ranks.rank, self.ranks.count
+        cache.number, cache.together = number, self.together
         cache.shares, cache.whole = self.shares, plans
         return cache
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +26,10 @@ PATIENCE = timedelta(minutes=10)  # that a rank waits for the others in one oper
 GLANCE = timedelta(
     hours=1
 )  # after which a rank that waits for a command asks anew; the end of rank 0 it is told at once
+RUN = "TORCHELASTIC_RUN_ID"  # torchrun's name for what it has started
 SETTLED = 5.0  # seconds in which the end of a rank is known, once an operation with it has failed
+BEAT = 1.0  # seconds from one sign of life to the next, and from look to look
+MISSED = 30  # looks in a row without one: the process stands still, or its machine cannot be reached
 
 
 class RankFailed(RuntimeError):
@@ -33,11 +39,12 @@ class RankFailed(RuntimeError):
 class Ranks:
     """`count` ranks, of which this is `rank`; `local` of them are on this machine."""
 
-    def __init__(self, rank: int, count: int, local: int, store: dist.Store):
+    def __init__(self, rank: int, count: int, local: int, store: dist.TCPStore):
         self.rank, self.count, self.local, self.store = rank, count, local, store
         self.failure: str | None = None  # why no more can be computed
         self.on_failure: list[Callable[[RankFailed], None]] = []
         self.processes: list[subprocess.Popen[bytes]] = []  # of the others, that this one has started
+        self.pids: dict[int, int] = {}  # of those that torchrun has started, wherever they are
         self._sent = 0
 
     def send(self, command: str, *arguments: Any) -> None:
@@ -67,6 +74,32 @@ class Ranks:
         except dist.DistError:  # it has not come yet
             return False
 
+    def beat(self) -> None:
+        """Give signs of life for as long as this process runs, whatever else it does."""
+        with suppress(dist.DistError):  # rank 0 is gone
+            store = self._connection()
+            while True:
+                store.add(f"beats {self.rank}", 1)
+                time.sleep(BEAT)
+
+    def _connection(self) -> dist.Store:
+        """To the store, of one's own: whoever waits on another holds its lock."""
+        return dist.TCPStore(self.store.host, self.store.port, None, False, PATIENCE, wait_for_workers=False)
+
+    def watch(self) -> None:
+        """On rank 0: fail once another gives no sign of life. Looks are counted, not seconds: where this process has
+        stood still too, nobody is at fault."""
+        store, missed = self._connection(), dict.fromkeys(range(1, self.count), 0)
+        seen = dict.fromkeys(missed, 0)
+        while self.failure is None:
+            for rank in missed:
+                beats = store.add(f"beats {rank}", 0)
+                missed[rank] = missed[rank] + 1 if beats == seen[rank] else 0
+                seen[rank] = beats
+                if missed[rank] >= MISSED:
+                    self.fail(f"rank {rank} of {self.count} has given no sign of life for {MISSED * BEAT:.0f} s")
+            time.sleep(BEAT)
+
     def check(self) -> None:
         """Raise RankFailed once a rank has failed."""
         if self.failure is not None:
@@ -78,8 +111,14 @@ class Ranks:
             self.failure = reason
             for process in self.processes:
                 process.kill()
+            for rank, pid in self.pids.items():
+                if _is_rank(pid, rank):
+                    os.kill(pid, signal.SIGKILL)
             for tell in self.on_failure:
                 tell(RankFailed(reason))
+            if dist.group.WORLD is not None:  # over NCCL the end of a process ends no wait for it
+                with suppress(Exception):
+                    dist.group.WORLD.abort()
 
     def explain(self, error: Exception) -> RankFailed:
         """What an operation with the others has failed by: the rank that ended, which shows a moment later."""
@@ -88,6 +127,14 @@ class Ranks:
             time.sleep(0.05)
         self.fail(f"the ranks no longer compute together: {one_line(error)}")
         return RankFailed(self.failure)
+
+
+def _is_rank(pid: int, rank: int) -> bool:
+    """Whether a process of this machine is that rank of this run of torchrun."""
+    with suppress(OSError):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return {f"RANK={rank}".encode(), f"{RUN}={os.environ[RUN]}".encode()} <= set(environment)
+    return False
 
 
 def connect(ranks: Ranks, device: torch.device) -> None:

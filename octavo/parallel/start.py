@@ -24,7 +24,7 @@ from octavo.models.locate import locate
 from octavo.models.model import Model
 from octavo.parallel.division import ByPlan, check
 from octavo.parallel.follower import Task, follow
-from octavo.parallel.ranks import PATIENCE, RankFailed, Ranks, connect, own_device
+from octavo.parallel.ranks import PATIENCE, RUN, RankFailed, Ranks, connect, own_device
 
 LEAVING = 5.0  # seconds that a rank has for its end
 
@@ -36,7 +36,7 @@ def start(model: str | Path | None, count: int, *, device: str = "auto", **loadi
     name, path = locate(model)
     check(path, name, loading)
     kind = torch.device(device) if device != "auto" else find_device("auto")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if RUN in os.environ:
         ranks = _of_torchrun(count)
         if ranks.rank:
             follow(ranks, path, str(kind), loading)
@@ -54,6 +54,8 @@ def start(model: str | Path | None, count: int, *, device: str = "auto", **loadi
         if reason is not None:
             raise OctavoError(reason) from error
         raise
+    # Not before: reading weights may take the interpreter's lock for long.
+    Thread(target=ranks.watch, daemon=True).start()
     loaded.bound.close = finalize(loaded.bound, _end, ranks)  # type: ignore[attr-defined]
     return loaded
 
@@ -94,10 +96,15 @@ def _of_torchrun(count: int) -> Ranks:
 
 def _await(ranks: Ranks) -> None:
     """Until all ranks are there. Raises RankFailed if one ends before."""
-    keys = [f"here {rank}" for rank in range(1, ranks.count)]
-    while not ranks.store.check(keys):
-        ranks.check()
-        time.sleep(0.02)
+    end = time.monotonic() + PATIENCE.total_seconds()
+    for rank in range(1, ranks.count):
+        while not ranks.store.check([f"here {rank}"]):
+            ranks.check()
+            if time.monotonic() > end:
+                ranks.fail(f"rank {rank} of {ranks.count} has not started within {PATIENCE}")
+            time.sleep(0.02)
+        if not ranks.processes:
+            ranks.pids[rank] = int(ranks.store.get(f"here {rank}"))
 
 
 def _watch(ranks: Ranks, rank: int, child: subprocess.Popen[bytes]) -> None:

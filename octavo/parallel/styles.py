@@ -1,4 +1,9 @@
-"""A loaded share as plain layers: what transformers' tensor-parallel styles do when a model only infers.
+"""Which layers are divided, and a loaded share as plain layers that compute together with those of the other ranks.
+
+transformers' plan divides every second layer by its inputs and adds up what the ranks make of theirs. How such a sum
+rounds depends on the number of ranks; K and V then differ, and where they are coded, a code goes the other way. So here
+linear layers are divided by outputs alone: the ranks bring their inputs together before the product, and its outputs
+after it. Every output is summed in one place, in the one order of an undivided layer.
 
 transformers reads each rank's share into DTensors and wraps the forward of every module that the plan names. Here the
 shares become plain tensors and the wraps hooks on the modules' own forwards. So the layers can then be taken over as
@@ -8,8 +13,8 @@ those of an undivided model are (models/prepack.py, models/fused.py): they are s
 from __future__ import annotations
 
 import re
-from functools import partial
-from typing import Any
+from collections.abc import Collection
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -17,41 +22,86 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from octavo.errors import Unsupported
+from octavo.models.experts import PackedExperts
+from octavo.weights.linear import PackedLinear
+
+Plan = dict[str, str]
+"""Modules and parameters, layer numbers as *, to transformers' styles."""
 
 # Styles by what they do at inference. A rank's columns need nothing: its next layer takes them.
 LOCAL = {"colwise", "packed_colwise", "packed_rowwise", "replicate", "local_params", "mla_kv_a_proj",
          "replicated_with_grad_allreduce"}  # fmt: skip
-SUMMED = {"rowwise", "moe_tp_experts", "all_reduce"}
 GATHERED = {"colwise_gather_output", "colwise_rep"}
-SPLIT = {"rowwise_split_input", "rowwise_rep"}  # takes its columns of an input that every rank has whole
+DIVIDED = {"colwise"} | GATHERED  # linear layers, by their outputs
+BY_INPUTS = {"rowwise"}  # whose inputs are divided already
+BY_WHOLE_INPUTS = {"rowwise_split_input", "rowwise_rep"}
+SUMMED = {"moe_tp_experts", "all_reduce"}  # experts in one tensor, which are no linear layers
 LOOKED_UP = {"embedding_rowwise"}  # each rank has some rows of the table
-STYLES = LOCAL | SUMMED | GATHERED | SPLIT | LOOKED_UP
+STYLES = LOCAL | GATHERED | SUMMED | LOOKED_UP  # of modules
+PARTS = LOCAL | BY_INPUTS  # of experts' parameters: their module adds up what the ranks make of them
 
 
-def settle(model: nn.Module, plan: dict[str, str], rank: int, ranks: int) -> None:
-    """Make plain layers of the share of a model that was loaded by `plan`, modules and parameters (layer numbers as *)
-    to styles. Raises Unsupported for a style that is not known."""
-    if strange := {style for style in plan.values() if style not in STYLES}:
+def general(name: str) -> str:
+    """A module's name as plans have it: model.layers.3.mlp → model.layers.*.mlp"""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def by_outputs(model: nn.Module, plan: Plan) -> tuple[Plan, set[str]]:
+    """Styles in place of those that divide a linear layer of `model` by its inputs, and the layers to which each rank
+    brings but its own."""
+    changed: Plan = {}
+    joining: set[str] = set()
+    summed = tuple(f"{name}." for name, style in plan.items() if style in SUMMED)
+    for name, module in {general(name): module for name, module in model.named_modules()}.items():
+        if isinstance(module, PackedExperts):
+            own = f"{name}.*."
+            changed |= {name: "replicate", own + "gate_proj": "colwise", own + "up_proj": "colwise"}
+            changed[own + "down_proj"] = "colwise_gather_output"
+            joining.add(own + "down_proj")
+        elif is_linear(module) and not name.startswith(summed) and plan.get(name) in BY_INPUTS | BY_WHOLE_INPUTS:
+            changed[name] = "colwise_gather_output"
+            joining |= {name} if plan[name] in BY_INPUTS else set()
+    return changed, joining
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | PackedLinear]:
+    return isinstance(module, nn.Linear | PackedLinear)
+
+
+def own_rows(outputs: int, rank: int, ranks: int) -> slice:
+    """Which outputs of a divided layer are a rank's: as torch cuts a dimension, the last ranks may have fewer."""
+    size = -(-outputs // ranks)
+    return slice(min(outputs, rank * size), min(outputs, (rank + 1) * size))
+
+
+def settle(model: nn.Module, plan: Plan, joining: Collection[str], rank: int, ranks: int) -> None:
+    """Make plain layers of the share of a model that was loaded by `plan`; `joining` are the layers that bring their
+    inputs together. Raises Unsupported for a style that is not known."""
+    known = {general(name): STYLES for name, _ in model.named_modules()}
+    known |= {general(name): PARTS for name, _ in model.named_parameters()}
+    if strange := {style for name, style in plan.items() if name in known and style not in known[name]}:
         raise Unsupported(f"its plan divides layers as {', '.join(sorted(strange))}, which Octavo does not do")
-    sizes = {module: _width(module) for module in model.modules()}  # of all ranks together
+    inputs = {module: module.in_features for module in model.modules() if is_linear(module)}
+    outputs = {module: _width(module) for module in model.modules()}  # of all ranks together
     _localize(model)
     for name, module in model.named_modules():
-        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+        style = plan.get(general(name))
         if style is None:
             continue
         vars(module).pop("forward", None)  # transformers' wrap; the class's own forward is as it was
         if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
-        if style in SUMMED | SPLIT:
-            if rank and getattr(module, "bias", None) is not None:
-                module.bias = None  # it is added once
-            module.register_forward_hook(lambda _, __, out: total(out))
-        if style in SPLIT:
-            module.register_forward_pre_hook(lambda _, args: (args[0].chunk(ranks, -1)[rank], *args[1:]))
+            module.out_features = len(module.weight)
+        if isinstance(module, PackedLinear) and style in DIVIDED:
+            rows = own_rows(module.out_features, rank, ranks)
+            module.out_features = rows.stop - rows.start
+        if general(name) in joining:
+            _join_inputs(module, inputs[module], ranks)
         if style in GATHERED:
-            module.register_forward_hook(partial(_joined, width=sizes[module], ranks=ranks))
+            _join_outputs(module, outputs[module], ranks)
+        if style in SUMMED:
+            module.register_forward_hook(lambda _, __, out: total(out))
         if style in LOOKED_UP:
-            _look_up(module, rank * -(-sizes[module] // ranks))
+            _look_up(module, own_rows(outputs[module], rank, ranks).start)
 
 
 def total(x: Tensor) -> Tensor:
@@ -61,19 +111,29 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def _joined(_: nn.Module, __: Any, x: Tensor, width: int, ranks: int) -> Tensor:
-    """The ranks' columns side by side, `width` of them. As torch cuts a dimension, the last ranks may have fewer."""
-    x = nn.functional.pad(x, (0, -(-width // ranks) - x.shape[-1])).contiguous()
-    parts = [torch.empty_like(x) for _ in range(ranks)]
-    dist.all_gather(parts, x)
-    return torch.cat(parts, -1)[..., :width]
+def joined(x: Tensor, width: int, ranks: int) -> Tensor:
+    """The ranks' columns side by side, `width` of them, divided as `own_rows` says."""
+    if missing := -(-width // ranks) - x.shape[-1]:
+        x = nn.functional.pad(x, (0, missing))
+    x = x.contiguous()
+    parts = x.new_empty(ranks, *x.shape)
+    dist.all_gather(list(parts), x)
+    return parts.movedim(0, -2).flatten(-2)[..., :width]
+
+
+def _join_inputs(module: nn.Module, width: int, ranks: int) -> None:
+    module.register_forward_pre_hook(lambda _, args: (joined(args[0], width, ranks), *args[1:]))
+
+
+def _join_outputs(module: nn.Module, width: int, ranks: int) -> None:
+    module.register_forward_hook(lambda _, __, out: joined(out, width, ranks))
 
 
 def _width(module: nn.Module) -> int:
     """Outputs of a linear layer, rows of an embedding's table; 0 of other modules."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings
-    return module.out_features if isinstance(module, nn.Linear) else 0
+    return module.out_features if is_linear(module) else 0
 
 
 def _localize(model: nn.Module) -> None:
@@ -90,7 +150,7 @@ def _localize(model: nn.Module) -> None:
 def _look_up(module: Any, start: int) -> None:
     """An embedding whose table is divided by rows: each rank looks up what it has, and the sum is all of it."""
     rows = module.weight.shape[0]
-    module.num_embeddings = rows
+    module.num_embeddings, module.padding_idx = rows, None  # the latter is of training, and perhaps another rank's
 
     def forward(ids: Tensor) -> Tensor:
         own = ids - start

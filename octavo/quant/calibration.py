@@ -110,9 +110,9 @@ class Calibration:
                 f"the model has {len(shapes)} of {sorted(set(shapes))}; {again}"
             )
 
-    def save(self, directory: Path) -> Path:
+    def save(self, directory: str | Path) -> Path:
         """Write the artefact, whole or not at all, and return its path."""
-        path = directory / FILE_NAME
+        path = Path(directory) / FILE_NAME
         tensors = {
             f"layers.{i}.{side}.{name}": tensor.clone(memory_format=torch.contiguous_format)  # layers may share one
             for i, sides in enumerate(self.layers)
@@ -120,7 +120,7 @@ class Calibration:
             for name, tensor in statistics.items()
         }
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             artefact.write(path, asdict(self.header), tensors)
         except (OSError, OctavoError) as error:
             raise OctavoError(
@@ -130,8 +130,9 @@ class Calibration:
         return path
 
     @classmethod
-    def load(cls, path: Path) -> Calibration:
+    def load(cls, path: str | Path) -> Calibration:
         """Read the artefact from its file or the directory that holds it."""
+        path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         if not path.is_file():
             raise OctavoError(f"there is no calibration at {path}; make it with `octavo calibrate`")

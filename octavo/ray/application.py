@@ -13,7 +13,7 @@ from octavo.ray.args import Args
 from octavo.ray.ingress import Ingress
 from octavo.ray.replica import Replica
 from octavo.ray.router import ByPrefix
-from octavo.serve.store import InMemory
+from octavo.serve.response_store import InMemory
 
 LATE = 10.0  # seconds after which the ingress gives a request up that its replica should have
 SAVING = 30.0  # seconds that a replica has after its last answer

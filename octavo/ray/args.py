@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from octavo.cache.size import parse_bytes
+from octavo.serve.limits import Limits
 
 
 class Args(BaseModel, extra="forbid"):
@@ -19,9 +20,9 @@ class Args(BaseModel, extra="forbid"):
     served_model_name: list[str] = []
     api_key: list[str] = []  # by default what OCTAVO_API_KEY holds where a replica runs
     cors_origin: list[str] = []
-    max_queue: int = Field(256, ge=0)
-    timeout: float = Field(600.0, gt=0)
-    max_body: int = Field(8 << 20, ge=1)
+    max_queue: int = Field(Limits.max_queue, ge=0)
+    timeout: float = Field(Limits.timeout, gt=0)
+    max_body: int = Field(Limits.max_body, ge=1)
     grace: float = Field(30.0, ge=0)
     session_dir: str | None = None
     session_dir_size: str = "10GiB"

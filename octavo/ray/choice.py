@@ -12,9 +12,9 @@ import random
 from collections.abc import Mapping
 from functools import lru_cache
 from hashlib import blake2b
-from heapq import nsmallest
 
-MASK = (1 << 64) - 1
+import numpy as np
+
 BOUND = 1.25  # of the mean load, which a home may have
 
 
@@ -27,9 +27,9 @@ def choose(key: str, loads: Mapping[str, int], free: int, rng: random.Random | N
     if not key:
         order = (rng or random.Random()).sample(sorted(loads), len(loads))
         return [order[:2], order[2:]]
-    own = _number(key)
-    home, *others = nsmallest(3, loads, key=lambda replica: _mixed(own ^ _number(replica)))
-    rest = [replica for replica in loads if replica != home and replica not in others]
+    names = tuple(loads)
+    home, *others = (names[i] for i in _first(_mixed(np.uint64(_number(key)) ^ _numbers(names)), 3))
+    rest = [replica for replica in names if replica != home and replica not in others]
     mean = (sum(loads.values()) + 1) / len(loads)
     if loads[home] < max(free, BOUND * mean):
         return [[home], others, rest]
@@ -42,9 +42,22 @@ def _number(name: str) -> int:
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
 
 
-def _mixed(x: int) -> int:
-    """Every bit of the result depends on every bit of x (the finalizer of splitmix64): two numbers may be joined by xor
-    before. A hash of both names would say as much, and takes four times as long for each replica."""
-    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & MASK
-    return x ^ x >> 31
+@lru_cache(16)
+def _numbers(names: tuple[str, ...]) -> np.ndarray:
+    return np.array([_number(name) for name in names], np.uint64)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """Every bit of a result depends on every bit of its x (the finalizer of splitmix64): two numbers may be joined by
+    xor before."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+def _first(x: np.ndarray, count: int) -> np.ndarray:
+    """Where the `count` smallest are, or all of fewer, in their order."""
+    if len(x) > count:
+        found = np.argpartition(x, count)[:count]
+        return found[np.argsort(x[found])]
+    return np.argsort(x)

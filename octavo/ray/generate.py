@@ -18,7 +18,7 @@ import ray.data
 
 from octavo.engine.params import SamplingParams, allowed
 from octavo.errors import OctavoError
-from octavo.lines import answer, checked, fields, parse
+from octavo.jsonl import answer, checked, fields, parse
 from octavo.llm import LLM
 from octavo.ray.cluster import Placement
 from octavo.ray.shards import Output, Shard, read

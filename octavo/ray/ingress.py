@@ -18,8 +18,9 @@ from starlette.responses import Response
 from octavo.ray import merged
 from octavo.ray.keys import key_of
 from octavo.serve.errors import ANTHROPIC, ApiError, refusal
-from octavo.serve.limits import SMALL, check_json
+from octavo.serve.limits import SMALL
 from octavo.serve.output.events import event
+from octavo.serve.requests.body import check_json
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

@@ -19,10 +19,10 @@ from octavo.llm import LLM
 from octavo.serve import logs
 from octavo.serve.app import create_app
 from octavo.serve.limits import Limits, keep_few_shapes
+from octavo.serve.response_store import Kept
 from octavo.serve.server import SWITCH
 from octavo.serve.service import Service
 from octavo.serve.sessions import SessionDir
-from octavo.serve.store import Kept
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

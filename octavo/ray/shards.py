@@ -26,10 +26,11 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from octavo.errors import OctavoError, one_line
-from octavo.lines import own_id
+from octavo.jsonl import own_id
 
 ROWS = 512  # of a shard; many batches, so that the last of them, which grows empty, weighs little
 KINDS = (".jsonl", ".parquet")
+PATIENCE = 30  # seconds for which Google's store is asked again; by default it is a quarter of an hour
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,28 @@ class Place:
         if "://" not in path:
             return cls(), os.path.abspath(path)
         scheme, _, rest = path.partition("://")
-        return cls(f"{scheme}://{rest.partition('/')[0]}"), rest
+        options = f"?retry_limit_seconds={PATIENCE}" if scheme in ("gs", "gcs") else ""
+        return cls(f"{scheme}://{rest.partition('/')[0]}{options}"), rest
 
 
 class Output:
     """The directory of the answers to all files that `pattern` names. Raises OctavoError where it holds other ones."""
 
     def __init__(self, pattern: str, directory: str, options: dict[str, Any], rows: int = ROWS):
-        self.inputs, pattern = Place.of(pattern)
+        self.inputs, files = Place.of(pattern)
         self.place, self.directory = Place.of(directory)
         try:
-            files = _files(self.inputs.fs, pattern)
-            self.kind = Path(files[0]).suffix
-            self.shards = [shard for shard in _cut(self.inputs.fs, files, rows) if shard.rows]
+            found = _files(self.inputs.fs, files)
+            if not found:
+                raise OctavoError(f"--input {pattern} names no file")
+            kinds = {Path(file).suffix for file in found}
+            if len(kinds) > 1 or not kinds <= set(KINDS):
+                raise OctavoError(
+                    f"--input {pattern} names {', '.join(sorted(kinds))} files: with --ray it takes .jsonl files, or "
+                    ".parquet files"
+                )
+            self.kind = kinds.pop()
+            self.shards = [shard for shard in _cut(self.inputs.fs, found, rows) if shard.rows]
             self.place.fs.create_dir(self.directory, recursive=True)
             self._take_up(options)
         except (OSError, pa.ArrowException) as error:
@@ -139,16 +149,10 @@ def _parquet_rows(place: Place, shard: Shard) -> Iterator[dict[str, Any]]:
 
 def _files(fs: pa.fs.FileSystem, pattern: str) -> list[str]:
     if isinstance(fs, pa.fs.LocalFileSystem):
-        found = sorted(glob.glob(pattern, recursive=True))
-    else:
-        base = pattern.partition("*")[0].rpartition("/")[0]
-        below = fs.get_file_info(pa.fs.FileSelector(base, recursive=True))
-        found = sorted(info.path for info in below if info.is_file and fnmatch(info.path, pattern))
-    kinds = {Path(file).suffix for file in found}
-    if len(kinds) != 1 or not kinds <= set(KINDS):
-        held = f"files of several kinds ({', '.join(sorted(kinds))})" if found else "no file"
-        raise OctavoError(f"--input {pattern} names {held}: with --ray it takes .jsonl files, or .parquet files")
-    return found
+        return sorted(glob.glob(pattern, recursive=True))
+    base = pattern.partition("*")[0].rpartition("/")[0]
+    below = fs.get_file_info(pa.fs.FileSelector(base, recursive=True))
+    return sorted(info.path for info in below if info.is_file and fnmatch(info.path, pattern))
 
 
 def _cut(fs: pa.fs.FileSystem, files: list[str], rows: int) -> Iterator[Shard]:

@@ -15,7 +15,7 @@ from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity
 from octavo.scales import compressed_tensors, lmdeploy, modelopt, onnxruntime, sglang, turbomind
-from octavo.scales.found import Choice, Layers, calibration_of, check
+from octavo.scales.ranges import Choice, Layers, calibration_of, check
 
 
 class Format(Protocol):

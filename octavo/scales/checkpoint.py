@@ -21,7 +21,7 @@ from octavo.cache.plan import LayerShape, Side
 from octavo.errors import OctavoError, one_line
 from octavo.models.files import read_json, weight_files
 from octavo.models.save import require_new
-from octavo.scales.found import FP8, INT8, SIDES, Found, Layers
+from octavo.scales.ranges import FP8, INT8, SIDES, Found, Layers
 
 LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
 # What follows the layer's number, by the projects that write it. A capture says the side; without one it is both.

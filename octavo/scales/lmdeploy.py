@@ -18,7 +18,7 @@ from octavo.cache.plan import LayerShape, Side
 from octavo.errors import OctavoError
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.scales.found import Choice, Found, Layers
+from octavo.scales.ranges import Choice, Found, Layers
 
 GRANULARITIES = ("channel",)
 HEADROOM = 1.0  # the ranges themselves: scales are made of them later

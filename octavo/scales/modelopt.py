@@ -15,7 +15,7 @@ from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.scales import checkpoint
 from octavo.scales.checkpoint import read
-from octavo.scales.found import FP8, SIDES, Choice
+from octavo.scales.ranges import FP8, SIDES, Choice
 
 __all__ = ["GRANULARITIES", "HEADROOM", "read", "write"]
 

@@ -22,7 +22,7 @@ from octavo.errors import OctavoError
 from octavo.models.files import read_json
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.scales.found import SIDES, Choice, Found, Layers
+from octavo.scales.ranges import SIDES, Choice, Found, Layers
 
 GRANULARITIES = ("channel", "tensor")
 HEADROOM = None  # that of the calibration

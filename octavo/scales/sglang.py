@@ -19,7 +19,7 @@ from octavo.errors import OctavoError
 from octavo.models.files import read_json
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.scales.found import FP8, Choice, Found, Layers
+from octavo.scales.ranges import FP8, Choice, Found, Layers
 from octavo.scales.ranks import over_heads
 
 GRANULARITIES = ("tensor",)

@@ -22,7 +22,7 @@ from octavo.cache.plan import LayerShape
 from octavo.errors import OctavoError
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.scales.found import INT8, SIDES, Choice, Found, Layers
+from octavo.scales.ranges import INT8, SIDES, Choice, Found, Layers
 from octavo.scales.ranks import over_heads
 
 GRANULARITIES = ("tensor",)

@@ -14,11 +14,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from octavo.serve import page
+from octavo.serve.access import Gate
 from octavo.serve.errors import ApiError, refusal
-from octavo.serve.gate import Gate
+from octavo.serve.response_store import InMemory, Store
 from octavo.serve.routes import completions, messages, models, responses, state, tokens
 from octavo.serve.service import Service
-from octavo.serve.store import InMemory, Store
 
 
 def create_app(

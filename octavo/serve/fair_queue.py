@@ -36,7 +36,7 @@ class FairQueue:
     def __init__(self, places: int):
         self.places = self.free = places
         self.held: Counter[str] = Counter()
-        self.left: dict[str, float] = {}  # when those who hold no place any more gave back their last
+        self.left: dict[str, float] = {}  # when those who hold no place any more gave back their last; oldest first
         self.lines: dict[str, deque[Ticket]] = {}  # of every client that waits; the one served longest ago is first
 
     def ask(self, client: str, start: Callable[[], None], priority: int = 0) -> Ticket:
@@ -59,6 +59,7 @@ class FairQueue:
         self.held[ticket.client] -= 1
         if not self.held[ticket.client]:
             del self.held[ticket.client]
+            self._forget()
             self.left[ticket.client] = time.monotonic()
         self._give()
 
@@ -89,9 +90,14 @@ class FairQueue:
 
     def _kept(self) -> int:
         """Places that are kept for clients who hold none: at most half of them."""
-        since = time.monotonic() - KEPT
-        self.left = {client: at for client, at in self.left.items() if at > since}
+        self._forget()
         return min(len(self.left), self.places // 2)
+
+    def _forget(self) -> None:
+        """Keep no place for those who left long ago."""
+        since = time.monotonic() - KEPT
+        while self.left and self.left[oldest := next(iter(self.left))] <= since:
+            del self.left[oldest]
 
     def _tidy(self, client: str) -> None:
         if not self.lines[client]:

@@ -16,7 +16,7 @@ from octavo.cache.size import CacheSize
 from octavo.cache.snapshots import Snapshots
 from octavo.llm import LLM
 from octavo.quant.format import KVFormat
-from octavo.serve.account import Account
+from octavo.serve.accounting import Account
 from octavo.serve.sessions import SessionDir
 from octavo.serve.worker import Worker
 
@@ -83,10 +83,11 @@ class Metrics:
         engine, counts, cache = self.llm.engine, self.worker.counts, self.llm.cache
         pool, scheduler, edges = engine.pool, engine.scheduler, engine.pool.edges
         snapshots = pool.states.snapshots if pool.states is not None else Snapshots(0, pool.block_size)
+        fullest = max(group.used / len(group) for group in pool.groups)  # the group that admission waits for
         gauges = {
             "vllm:num_requests_running": ("Choices in the batch.", len(scheduler.running)),
             "vllm:num_requests_waiting": ("Choices that wait for the engine.", self.waiting()),
-            "vllm:kv_cache_usage_perc": ("Share of the blocks that running answers hold.", pool.used / len(pool)),
+            "vllm:kv_cache_usage_perc": ("Share of the blocks that running answers hold.", fullest),
             "octavo_blocks_total": ("Blocks of the KV cache.", len(pool)),
             "octavo_blocks_used": ("Blocks that running answers hold.", pool.used),
             "octavo_raw_pages_total": ("Raw pages, of rows at edges.", cache.raw_pages),

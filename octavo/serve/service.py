@@ -11,16 +11,17 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from octavo.completion import Delta, Generation
-from octavo.engine.scoring import Scored, score
+from octavo.engine.prompt_logprobs import Scored, score
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.models.generation import is_greedy
 from octavo.serve.errors import ApiError
 from octavo.serve.fair_queue import FairQueue
-from octavo.serve.limits import MAX_KEYS, SMALL, Limits
+from octavo.serve.limits import MAX_SCORES, SMALL, Limits
 from octavo.serve.metrics import Metrics
 from octavo.serve.output.choices import Output
 from octavo.serve.prompts import Functions, engine_requests, tokens_of
+from octavo.serve.requests.body import MAX_KEYS
 from octavo.serve.requests.generate import Conversation, GenerateRequest, Prompt
 from octavo.serve.sessions import SessionDir
 from octavo.serve.worker import EngineFailure, Job, Worker
@@ -60,6 +61,7 @@ class Service:
         # grammars.
         self.reading, self.read_queue = ThreadPoolExecutor(1, thread_name_prefix="octavo read"), FairQueue(1)
         self.preparing, self.prepare_queue = ThreadPoolExecutor(2, thread_name_prefix="octavo prepare"), FairQueue(2)
+        self.score_queue = FairQueue(1)  # each prompt that is scored has a cache of its own, beside the engine's
         self.engine_queue = FairQueue(places)  # so that nobody waits in the engine, where the first come is the first
 
     @property
@@ -147,8 +149,10 @@ class Service:
                         for tokens in {tuple(generation.sequence.tokens) for generation in job.generations}:
                             await self.sessions.restore(self.worker, tokens)
                     if request.prompt_logprobs is not None:
-                        for prompt in output.prompts:
-                            output.prompt_tokens.append(await self._scored(prompt, request.prompt_logprobs))
+                        _check_scores(output.prompts, request.prompt_logprobs)
+                        async with self.score_queue.place(client):
+                            for prompt in output.prompts:
+                                output.prompt_tokens.append(await self._scored(prompt, request.prompt_logprobs))
             except TimeoutError:
                 raise _late() from None
             self._queue(client, job, request.priority)
@@ -268,6 +272,16 @@ class Service:
         except OctavoError as error:
             raise ApiError.of(error, names) from None
         return generations
+
+
+def _check_scores(prompts: Sequence[Sequence[int]], likeliest: int) -> None:
+    """Refuse prompts with more log-probabilities than are kept for one request."""
+    asked = sum(len(prompt) for prompt in prompts) * (likeliest + 1)
+    if asked > MAX_SCORES:
+        message = (
+            f"prompt_logprobs={likeliest} is {asked} values for these prompts, and {MAX_SCORES} are kept: ask for fewer"
+        )
+        raise ApiError(400, message, param="prompt_logprobs")
 
 
 def _full() -> ApiError:

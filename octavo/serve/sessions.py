@@ -53,7 +53,7 @@ class SessionDir:
         self.kind = sha256(repr(self.identity).encode()).hexdigest()[:8]  # of two formats in one directory
         self.sizes: dict[Path, int] = {}  # of every file, least recently used first
         self.chains: dict[Path, list[bytes]] = {}  # of every file, the hashes of its prefixes
-        self.index: dict[bytes, Path] = {}  # such a hash → a file that has its block
+        self.index: dict[bytes, dict[Path, None]] = {}  # such a hash → the files that have its block
         self.fresh: dict[bytes, tuple[Tokens[int], float]] = {}  # last hash → tokens not yet saved, and when they ended
         self.strange: set[Path] = set()  # files that are left alone
         self.restored_tokens = 0
@@ -66,7 +66,7 @@ class SessionDir:
         except OSError as error:
             raise OctavoError(f"--session-dir {path} cannot be used: {error.strerror}") from None
         for file in found:
-            self._take_in(file)
+            self._take_in(file, self._open(file))
         self._shrink()
 
     @property
@@ -102,7 +102,7 @@ class SessionDir:
                 try:
                     await self._save(worker, tokens)
                 except Exception as error:  # the disk is full, a step is failing: the next may do
-                    logger.warning("a session is not kept: %s", error)
+                    logger.warning("a conversation is not saved in %s until its next turn: %s", self.path, error)
                 self.fresh.pop(last, None)
 
     async def look(self) -> None:
@@ -112,7 +112,7 @@ class SessionDir:
         self.strange &= there
         self._forget([file for file in known - there if file in self.sizes])
         for file in there - known - self.sizes.keys():
-            self._take_in(file)
+            self._take_in(file, await asyncio.to_thread(self._open, file))
         self._shrink()
 
     async def restore(self, worker: Worker, tokens: Tokens[int]) -> None:
@@ -152,8 +152,7 @@ class SessionDir:
         file = self._file(chain[-1])
         written = await asyncio.to_thread(session.save, file, tokens, codes, self.identity)
         self._add(file, written, chain)
-        earlier = set(chain[:-1])
-        self._remove([old for old, its in self.chains.items() if earlier.issuperset(its)])
+        self._remove([old for prefix in chain[:-1] if (old := self._file(prefix)) in self.sizes])
         self._shrink()
 
     def _read(self, file: Path, prefix: Tokens[int]) -> Copies:
@@ -164,23 +163,30 @@ class SessionDir:
             raise Exchanged(f"{file}: holds another conversation than its name says")
         return session.to_blocks(self.cache, saved.codes(self.cache))
 
-    def _take_in(self, file: Path) -> None:
-        """A file that this server has not written."""
+    def _open(self, file: Path) -> tuple[int, list[bytes]] | OctavoError | OSError:
+        """Size and hashes of a file that this server has not written, or why it is of no use."""
         try:
             saved, size = SavedSession.open(file), file.stat().st_size
             saved.check(self.identity, self.vocab_size)
-        except Damaged as error:
-            logger.warning("a saved session is removed: %s", error)
-            self._remove([file])
+            return size, self._chain(saved.tokens)
         except (OctavoError, OSError) as error:
-            logger.warning("a saved session is left alone: %s", error)
-            self.strange.add(file)
+            return error
+
+    def _take_in(self, file: Path, found: tuple[int, list[bytes]] | OctavoError | OSError) -> None:
+        if isinstance(found, tuple):
+            self._add(file, *found)
+        elif isinstance(found, Damaged):
+            logger.warning("a saved session is removed: %s", found)
+            self._remove([file])
         else:
-            self._add(file, size, self._chain(saved.tokens))
+            logger.warning("a saved session is left alone: %s", found)
+            self.strange.add(file)
 
     def _add(self, file: Path, size: int, chain: list[bytes]) -> None:
+        self._forget([file])
         self.sizes[file], self.chains[file] = size, chain
-        self.index.update(dict.fromkeys(chain, file))
+        for prefix in chain:
+            self.index.setdefault(prefix, {})[file] = None
 
     def _remove(self, files: Collection[Path]) -> None:
         for file in files:
@@ -192,9 +198,10 @@ class SessionDir:
         """Leave files alone from now on."""
         for file in files:
             self.sizes.pop(file, None)
-            self.chains.pop(file, None)
-        if files:  # others may have some of their blocks too
-            self.index = {prefix: other for other, chain in self.chains.items() for prefix in chain}
+            for prefix in self.chains.pop(file, ()):
+                del self.index[prefix][file]  # others may have this block too
+                if not self.index[prefix]:
+                    del self.index[prefix]
 
     def _touch(self, file: Path) -> None:
         """Its use is remembered over restarts too."""
@@ -217,7 +224,7 @@ class SessionDir:
         """A file that has the blocks of a prefix. Where layers keep states, of which a file has those at its end alone,
         one that ends with it."""
         if self.pool.states is None:
-            return self.index.get(prefix)
+            return next(iter(self.index.get(prefix, ())), None)
         return file if (file := self._file(prefix)) in self.sizes else None
 
     def _file(self, last: bytes) -> Path:

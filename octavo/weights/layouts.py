@@ -37,7 +37,7 @@ class Int4Weight:
     def group_size(self) -> int:
         return self.codes.shape[1] // self.scales.shape[1]
 
-    def rows(self, chosen: Tensor) -> Int4Weight:
+    def rows(self, chosen: Tensor | slice) -> Int4Weight:
         """Some of its outputs."""
         return Int4Weight(self.codes[chosen], self.zeros[chosen], self.scales[chosen], self.order)
 

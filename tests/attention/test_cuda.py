@@ -1,8 +1,9 @@
 """The Triton kernels against float64 attention over the decoded values of the same codes; codes bit for bit.
 
-Where there is no GPU one test runs this file again, and test_cuda_edges.py, in a process of its own, in Triton's
+Where there is no GPU one test runs this file again, with test_cuda_edges.py, in a process of its own, in Triton's
 interpreter: a kernel is interpreted or compiled for as long as its process lives. The interpreter shows that the
-arithmetic and the indexing are right; that a GPU computes the same shows only on a GPU.
+arithmetic and the indexing are right; that a GPU computes the same shows only on a GPU. It takes seconds for a hundred
+rows, so make test leaves out the cases that are slow there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from copy import copy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +31,8 @@ from octavo.attention.cuda.step import Step
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, plan_layers
-from octavo.cache.store import KVCache, RowStore
+from octavo.cache.row_store import RowStore
+from octavo.cache.store import KVCache
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat
 from tests.attention.test_reference import (
@@ -42,7 +45,7 @@ from tests.attention.test_reference import (
     numpy_attention,
     stored,
 )
-from tests.conftest import ranging
+from tests.conftest import ranging, slow
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -54,29 +57,52 @@ kernels = pytest.mark.skipif(
 if not INTERPRETED:
     kernels = lambda test, skip=kernels: pytest.mark.gpu(skip(test))  # noqa: E731 - two marks as one
 
+
+def quicken() -> None:
+    """Triton's interpreter searches all of triton.language at every call of a device function, which takes most of its
+    time. Once for each module is enough in a process that does nothing else with Triton."""
+    from triton.runtime import interpreter
+
+    patch, done = interpreter._patch_lang, set[str]()
+
+    def patch_once(function: Any) -> Any:
+        if function.__module__ not in done:
+            done.add(function.__module__)
+            patch(function)
+        return interpreter._LangPatchScope()  # with nothing to undo
+
+    interpreter._patch_lang = patch_once
+
+
+if INTERPRETED:
+    quicken()
+
 # Of each row's norm: 15-bit queries and float16 weights, then the rounding of the answer itself.
 CLOSE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
+
 CASES = [
     (Case("bf16", 64, 64, 2, 3, 64, window=33, softcap=20.0, sinks=True), BF16),
-    (Case("fp16", 80, 80, 1, 4, 64), FP16),
-    (Case("fp32", 96, 64, 1, 1, 64, sinks=True), FP32),
-    (Case("bf16", 64, 64, 1, 1, 64), FP16),
-    (Case("int8", 64, 64, 2, 3, 64), FP32),
     (Case("int8", 80, 96, 1, 4, 64, softcap=5.0, place=2.0), BF16),
-    (Case("int8", 128, 128, 1, 8, 64, window=64), FP16),
-    (Case("int8", 256, 256, 1, 1, 64, sinks=True, place=3.0), FP32),
     (Case("fp8", 80, 64, 1, 3, 64, window=70), BF16),
     (Case("int8-token", 96, 80, 1, 3, 64, window=50, sinks=True, calibrated=False), FP32),
-    (Case("int8-token", 64, 64, 1, 1, 64, softcap=20.0), FP16),
-    (Case("int8-token-unrotated", 80, 80, 1, 1, 64), FP32),
-    (Case("int4-token", 64, 128, 2, 1, 64, calibrated=False), FP32),
-    (Case("int4-token", 80, 96, 1, 8, 64, softcap=5.0, sinks=True, place=3.0), FP32),
-    (Case("int4-token-unrotated", 256, 64, 1, 3, 64), BF16),
-    (Case("int8-token/int4-token", 128, 80, 1, 4, 64, window=70), FP32),
-    (Case("bf16/int4-token", 64, 64, 1, 3, 64, calibrated=False), BF16),
     (Case("int4-token/fp16", 96, 96, 1, 4, 64), FP16),
+    *slow(
+        (Case("int4-token", 80, 96, 1, 8, 64, softcap=5.0, sinks=True, place=3.0), FP32),
+        (Case("fp16", 80, 80, 1, 4, 64), FP16),
+        (Case("fp32", 96, 64, 1, 1, 64, sinks=True), FP32),
+        (Case("bf16", 64, 64, 1, 1, 64), FP16),
+        (Case("int8", 64, 64, 2, 3, 64), FP32),
+        (Case("int8", 128, 128, 1, 8, 64, window=64), FP16),
+        (Case("int8", 256, 256, 1, 1, 64, sinks=True, place=3.0), FP32),
+        (Case("int8-token", 64, 64, 1, 1, 64, softcap=20.0), FP16),
+        (Case("int8-token-unrotated", 80, 80, 1, 1, 64), FP32),
+        (Case("int4-token", 64, 128, 2, 1, 64, calibrated=False), FP32),
+        (Case("int4-token-unrotated", 256, 64, 1, 3, 64), BF16),
+        (Case("int8-token/int4-token", 128, 80, 1, 4, 64, window=70), FP32),
+        (Case("bf16/int4-token", 64, 64, 1, 3, 64, calibrated=False), BF16),
+    ),
 ]
 
 
@@ -138,22 +164,18 @@ def assert_close(out: Tensor, expected: np.ndarray) -> None:
     assert (error <= CLOSE[out.dtype] * np.linalg.norm(expected, axis=-1) + 1e-6).all(), error.max()
 
 
-def interpret(file: str, *options: str) -> None:
-    """Run the tests of a file in Triton's interpreter, unless its kernels run here."""
-    if AVAILABLE:
-        pytest.skip("the kernels are tested directly")
+@pytest.mark.skipif(AVAILABLE, reason="the kernels are tested directly")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_kernels_in_tritons_interpreter(which: str) -> None:
     pytest.importorskip("triton")
+    files = [__file__, str(Path(__file__).with_name("test_cuda_edges.py"))]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, file],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", which, *files],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},  # its products are too small to share
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-4000:]
-
-
-def test_the_kernels_in_tritons_interpreter() -> None:
-    interpret(__file__)
 
 
 @kernels
@@ -165,7 +187,7 @@ def test_steps_are_plain_attention_over_the_decoded_cache(case: Case, dtype: tor
 
 
 @kernels
-@pytest.mark.parametrize("name", ["int8", "int4-token", "bf16"])
+@pytest.mark.parametrize("name", ["int4-token", *slow("int8", "bf16")])
 def test_a_long_tail_under_a_strong_first_token_keeps_its_weight(name: str) -> None:
     """12 nats above 8k others, which hold a twentieth of the weight; the context is split over programs."""
     tokens, dim = 8192, 32
@@ -194,7 +216,7 @@ def test_a_long_tail_under_a_strong_first_token_keeps_its_weight(name: str) -> N
 
 
 @kernels
-@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("sinks", [False, *slow(True)])
 def test_a_row_that_attends_to_nothing_is_zero(sinks: bool) -> None:
     layer = PagedLayer(Case("int8", block_size=64, place=3, sinks=sinks), 2)
     layer.step([(0, 20), (1, 20)])
@@ -209,7 +231,7 @@ def test_a_row_that_attends_to_nothing_is_zero(sinks: bool) -> None:
 
 
 @kernels
-@pytest.mark.parametrize("name", ["int8", "int8-token", "int4-token"])
+@pytest.mark.parametrize("name", ["int8", *slow("int8-token", "int4-token")])
 def test_saturation_is_counted_as_the_specification_counts_it(name: str) -> None:
     case = Case(name, block_size=64)
     layers = [Layer(case), PagedLayer(case)]
@@ -252,7 +274,7 @@ def test_a_layer_that_shares_another_reads_its_cache_and_writes_none() -> None:
 
 
 @kernels
-@pytest.mark.parametrize("case", [Case("bf16", 64, 80, 1, 3, 64), Case("fp32", 64, 64, 1, 1, 64)], ids=str)
+@pytest.mark.parametrize("case", [Case("bf16", 64, 80, 1, 3, 64), *slow(Case("fp32", 64, 64, 1, 1, 64))], ids=str)
 def test_nan_that_a_freed_block_held_reaches_no_row(case: Case) -> None:
     layer = PagedLayer(case, 2)
     for store in layer.cache.stores:
@@ -262,6 +284,7 @@ def test_nan_that_a_freed_block_held_reaches_no_row(case: Case) -> None:
 
 
 @kernels
+@pytest.mark.slow
 def test_a_short_chunk_over_a_long_prefix_is_split_as_a_decode_is(monkeypatch: pytest.MonkeyPatch) -> None:
     from octavo.attention.cuda import launch
 
@@ -398,6 +421,7 @@ def test_the_assembly_converts_as_its_plain_form_does() -> None:
         assert (execute(assembly.value, registers, 1)[0].view(np.int8) == plain).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="Triton is not installed, or interprets")
 def test_the_decode_kernel_spills_no_registers() -> None:
     script = Path(__file__).parents[2] / "scripts" / "compile_kernels.py"

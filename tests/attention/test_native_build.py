@@ -23,7 +23,7 @@ NATIVE = ROOT / "octavo" / "attention" / "native"
 SHARED = ROOT / "octavo" / "native"
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 FLAGS.append(f"-I{SHARED}")
-SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]  # -O2 compiles half as fast
+SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]  # -O2 compiles half as fast
 
 
 def isa_flags(isa: str) -> list[str]:

@@ -19,7 +19,8 @@ from octavo.attention import AttentionSpec, attend, reference
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, plan_layers
-from octavo.cache.store import KVCache, RowStore
+from octavo.cache.row_store import RowStore
+from octavo.cache.store import KVCache
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.codec import Rows, decode, encode
 from octavo.quant.format import CODECS, KVFormat

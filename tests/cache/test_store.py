@@ -12,7 +12,8 @@ from torch import Tensor
 
 from octavo.cache.layout import SLACK, Layout, RowLayout
 from octavo.cache.plan import LayerShape, plan_layers
-from octavo.cache.store import KVCache, Memory, RowStore
+from octavo.cache.row_store import RowStore
+from octavo.cache.store import KVCache, Memory
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.codec import Rows, Static, decode, encode, rotate
 from octavo.quant.format import CODECS, KVFormat

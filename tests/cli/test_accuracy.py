@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from octavo.cli import main
-from octavo.cli.options import LoadOptions
+from octavo.cli.loading import LoadOptions
 from octavo.errors import install
 from octavo.measure import tasks
 from octavo.measure.budget import Windows

@@ -20,7 +20,7 @@ from octavo.cache.session import SavedSession
 from octavo.cli import main
 from octavo.cli.chat import Chat, _Stop
 from octavo.cli.conversation import Conversation
-from octavo.cli.options import LoadOptions
+from octavo.cli.loading import LoadOptions
 from octavo.cli.wrap import Wrap
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError

@@ -99,6 +99,7 @@ def test_memory_of_all_four(octavo: Run, awq: Path):
     assert rows["int4", "int8"]["total"] == rows["int4", "int8"]["weights"] + rows["bf16", "int8"]["cache"]
 
 
+@pytest.mark.slow
 def test_the_report_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
     sizes: dict[str, dict[str, Any]] = {
@@ -128,7 +129,7 @@ def test_the_report_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.Monk
 
 def test_the_baseline_takes_the_type_of_the_four_bit_model(awq: Path):
     from octavo.cli.candidates import load_baseline
-    from octavo.cli.options import LoadOptions
+    from octavo.cli.loading import LoadOptions
     from octavo.models.model import Model
 
     four = Model.load(awq, dtype="fp16", device="cpu")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from octavo.cli import main
-from octavo.cli.options import LoadOptions
+from octavo.cli.loading import LoadOptions
 from octavo.engine.params import SamplingParams
 from octavo.llm import LLM, Delta
 from octavo.models.model import Model

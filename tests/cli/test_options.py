@@ -13,7 +13,8 @@ import typer
 from typer.testing import CliRunner
 
 from octavo.cli import commands, main
-from octavo.cli.options import LoadOptions, ServeOptions, takes
+from octavo.cli.loading import LoadOptions, ServeOptions
+from octavo.cli.options import takes
 from octavo.cli.sampling import SamplingOptions
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
@@ -145,27 +146,36 @@ def test_help_names_types_of_options_that_take_a_value_alone(verb: list[str], mo
     assert "<str>" in text or not verb
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("chat ./nowhere", "There is no directory ./nowhere"),
-        ("chat smollm/mistyped", "There is no directory smollm/mistyped with a config.json, and the Hub cannot be"),
-        ("memory smollm/mistyped", "There is no directory smollm/mistyped with a config.json, and the Hub cannot be"),
-        ("chat --kv kv9", "did you mean kv8?"),
-        ("accuracy --kv bf16,int8_token", "did you mean int8-token?"),
-        ("speed --kv k8v", "did you mean k8v4?"),
-        ("doctor --dtype fb16", "--dtype fb16: did you mean fp16?"),
-        ("doctor --budget soon", "--budget soon: write a time like 90s"),
-        ("calibrate --calib-dataset nothing.txt", "no set of texts named nothing.txt"),
-        ("serve --calibration nowhere", "there is no calibration at nowhere"),
-        ("generate --prompt x --headroom 0", "a headroom of 0.0 makes no sense"),
-        ("chat --chat-template none.jinja", "--chat-template none.jinja: there is no such file"),
-    ],
-)
-def test_wrong_arguments_are_refused_before_torch_is_imported(line: str, message: str) -> None:
-    code = f"import sys; from octavo.cli import main\ntry: main({line.split()})\nfinally: print('torch' in sys.modules)"
+WRONG = {
+    "chat ./nowhere": "There is no directory ./nowhere",
+    "chat smollm/mistyped": "There is no directory smollm/mistyped with a config.json, and the Hub cannot be",
+    "memory smollm/mistyped": "There is no directory smollm/mistyped with a config.json, and the Hub cannot be",
+    "chat --kv kv9": "did you mean kv8?",
+    "accuracy --kv bf16,int8_token": "did you mean int8-token?",
+    "speed --kv k8v": "did you mean k8v4?",
+    "doctor --dtype fb16": "--dtype fb16: did you mean fp16?",
+    "doctor --budget soon": "--budget soon: write a time like 90s",
+    "calibrate --calib-dataset nothing.txt": "no set of texts named nothing.txt",
+    "serve --calibration nowhere": "there is no calibration at nowhere",
+    "generate --prompt x --headroom 0": "a headroom of 0.0 makes no sense",
+    "chat --chat-template none.jinja": "--chat-template none.jinja: there is no such file",
+}
+EACH = """
+import sys
+from octavo.cli import main
+for line in sys.argv[1:]:
+    try:
+        main(line.split())
+    except SystemExit as end:
+        print(end.code, "torch" in sys.modules)
+    print(file=sys.stderr)
+"""
+
+
+def test_wrong_arguments_are_refused_before_torch_is_imported() -> None:
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline)
-    assert (done.returncode, done.stdout.strip()) == (2, "False"), done.stderr
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
+    done = subprocess.run([sys.executable, "-c", EACH, *WRONG], capture_output=True, text=True, env=offline)
+    assert done.stdout.splitlines() == ["2 False"] * len(WRONG), done.stderr
+    for told, message in zip(done.stderr.strip().split("\n\n"), WRONG.values(), strict=True):
+        assert told.startswith("error: ")
+        assert message in told

@@ -1,4 +1,4 @@
-"""What docs/SERVE.md promises of the routes, asked of a server that runs: `python tests/clients/promises.py URL`.
+"""What docs/SERVE.md promises of the routes, asked of a server that runs: `python -m tests.clients.promises URL`.
 
 Each check is a request as a client sends it, and what must be true of the answer whatever the model says. A model that
 knows tools (Qwen2.5) makes them mean the most; its answers are held, so a model that does not passes them too.

@@ -18,12 +18,12 @@ from octavo.models.packed import noise
 from octavo.models.prepack import prepack
 from octavo.quant.calibration import SYNTHETIC, Calibration
 from octavo.weights.checkpoint import read_format
-from tests.conftest import observe
+from tests.conftest import observe, slow
 from tests.engine.driving import drain, engine
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native extension is not built")
 
-FORMATS = ("fp32", "bf16", "int8", "int8-token", "kv8", "k8v4", "kv4")
+FORMATS = ("fp32", "int8", "kv8", "kv4", *slow("k8v4", "bf16", "int8-token"))
 REQUESTS, VOCABULARY = 20, 307
 KINDS = [  # greedy and seeded, in turn
     {}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 0.8, "top_k": 9}, {"repetition_penalty": 1.2},

@@ -13,11 +13,12 @@ from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
 from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel, bind
+from tests.conftest import slow
 from tests.engine.driving import drain, engine, interrupt, run, step
 from tests.models import zoo
 
-MODELS = ("qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1")
-FORMATS = ("fp32", "k8v4", *(pytest.param(kv, marks=pytest.mark.slow) for kv in ("kv8", "kv4")))
+MODELS = ("qwen3_5_text", "lfm2", *slow("falcon_h1", "granitemoehybrid"))
+FORMATS = ("fp32", "k8v4", *slow("kv8", "kv4"))
 ANSWER = 8
 NEAR = 1e-4  # of log-probabilities
 
@@ -76,7 +77,7 @@ def test_a_hit_answers_as_a_cold_cache_at_every_depth(model: BoundModel, kv: str
     expect_same(together, ask(cold, spoken + text(33, 7), *others))
 
 
-@pytest.mark.parametrize("kv", ["kv8", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kv", ["kv8", *slow("fp32")])
 def test_the_preempted_go_on_from_their_last_snapshots(model: BoundModel, kv: str):
     """A cache that is too small for both: the later one is put back, and answers as if it had not been."""
     prompts = [text(200, 1), text(200, 2)]

@@ -112,9 +112,9 @@ def four_bits(name: str, path: Path) -> PreTrainedModel:
     return model
 
 
-def mixture(kind: str, layout: str, path: Path) -> PreTrainedModel:
+def mixture(kind: str, layout: str, path: Path, **sizes: Any) -> PreTrainedModel:
     """Experts in 4 bits, a tensor for each as the checkpoints of that model type have them."""
-    config = CONFIG_MAPPING[kind](**SIZES | MIXTURES[kind] | {"intermediate_size": 32})
+    config = CONFIG_MAPPING[kind](**SIZES | MIXTURES[kind] | {"intermediate_size": 32} | sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).float().eval()

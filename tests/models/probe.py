@@ -7,12 +7,14 @@ those of the model's own eager attention over each sequence alone, without a cac
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from octavo.attention import attend
 from octavo.cache.batch import Batch
@@ -58,24 +60,26 @@ class Outcome:
 @cache
 def probe(name: str) -> Outcome:
     """What happens to the model of that name. Any other exception than a refusal is the binding's bug."""
+    hf = zoo.build(name)
+    own = deepcopy(hf)  # which is never bound
     try:
-        bound = bind(zoo.build(name))
+        bound = bind(hf)
     except Unsupported as refusal:
         return Outcome(name, "refused", reason=str(refusal).removesuffix(f". {LISTED}"))
-    error = largest_error(name, bound)
+    error = largest_error(own, bound)
     return Outcome(name, "exact" if error < TOLERANCE else "wrong", error=error, features=features(bound))
 
 
-def largest_error(name: str, bound: BoundModel) -> float:
+def largest_error(own: PreTrainedModel, bound: BoundModel) -> float:
+    """Of a bound model beside `own`, the same that is not bound."""
     generator = torch.Generator().manual_seed(0)
     full = torch.randint(3, zoo.VOCABULARY, (sum(LENGTHS),), generator=generator).split(LENGTHS)
-    return packed_error(bound, full, eager(name, full))
+    return packed_error(bound, full, eager(own, full))
 
 
 @torch.inference_mode()
-def eager(name: str, full: tuple[Tensor, ...]) -> list[Tensor]:
+def eager(hf: PreTrainedModel, full: tuple[Tensor, ...]) -> list[Tensor]:
     """Logits [length, vocabulary] of each sequence alone, by a model that was never bound."""
-    hf = zoo.build(name)
     hf.set_attn_implementation("eager")
     return [hf(input_ids=ids[None], use_cache=False).logits[0] for ids in full]
 

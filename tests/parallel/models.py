@@ -11,19 +11,18 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from octavo.attention.cpu import BACKEND
 from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel
 from octavo.models.model import BUNDLED, Model
 from octavo.parallel import load
 from octavo.quant.calibration import Calibration
 from tests.engine.driving import engine, run
+from tests.models.forms import mixture
 
-FORMATS = ("fp32", "int8", "int8-token", "kv8", "k8v4", "kv4")
+FORMATS = ("kv8", "fp32", "int8", "int8-token", "k8v4", "kv4")
+TILES = BACKEND.layout
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-CLOSE = 1e-4  # log-probabilities, where K and V are kept as they are
-FLIPPED = (
-    0.02  # where they are coded: a sum over ranks rounds otherwise, and a value between two codes goes to the other
-)
 
 
 def tiny(directory: Path, kv_heads: int, **more: Any) -> Path:
@@ -35,45 +34,62 @@ def tiny(directory: Path, kv_heads: int, **more: Any) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(directory)
+    return _with_tokenizer(directory)
+
+
+def packed_mixture(directory: Path) -> Path:
+    """A random Mixtral of four experts, all of its layers in 4 bits."""
+    mixture("mixtral", "awq", directory, vocab_size=4096, max_position_embeddings=1024)
+    return _with_tokenizer(directory)
+
+
+def _with_tokenizer(directory: Path) -> Path:
     for name in TOKENIZER:
         shutil.copy(BUNDLED / name, directory)
     return directory
 
 
-def alone(path: Path | None) -> Model:
-    return Model.load(path, device="cpu", dtype="float32")
+# On every processor the products and attention whose sums do not depend on what is computed together.
+LOADING: dict[str, Any] = {"device": "cpu", "dtype": "float32", "deterministic": True}
+
+
+def alone(path: Path | None, **loading: Any) -> Model:
+    return Model.load(path, **LOADING | loading)
 
 
 @contextmanager
-def divided(path: Path | None, ranks: int = 2) -> Iterator[Model]:
+def divided(path: Path | None, ranks: int = 2, **loading: Any) -> Iterator[Model]:
     """The model divided among ranks, which end with the block."""
-    model = load(path, ranks, device="cpu", dtype="float32")
+    model = load(path, ranks, **LOADING | loading)
     try:
         yield model
     finally:
         model.bound.close()  # type: ignore[attr-defined]
 
 
-def prompts(bound: BoundModel, block: int) -> list[list[int]]:
+def prompts(text: list[int]) -> list[list[int]]:
     """Of six blocks each or nine, nearly full: two that begin alike, by two blocks and more, and one that does not."""
-    length = 6 * block - 6
-    one, other, third = (bound.random_tokens(length, seed=seed) for seed in range(3))
-    return [one, one[: length // 2] + other, third]
+    length = 6 * TILES.block_size - 6
+    return [text[:length], text[: length // 2] + text[length : 2 * length], text[2 * length : 3 * length]]
 
 
 def answers(
     bound: BoundModel, kv: str, calibration: Calibration, asked: list[list[int]], **limits: Any
 ) -> list[Sequence]:
     """Greedy answers, and one that is drawn, each with log-probabilities."""
-    made = engine(bound, kv, calibration, batch=4, **limits)
+    made = engine(bound, kv, calibration, batch=4, layout=TILES, **limits)
     found = run(made, asked, 12, logprobs=3)
     return found + run(made, asked[:1], 12, logprobs=3, temperature=0.8, seed=5)
 
 
-def assert_equal(found: list[Sequence], expected: list[Sequence], within: float = CLOSE) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert one.output == other.output
-        for a, b in zip(one.sampled, other.sampled, strict=True):
-            assert a.logprob is not None
-            assert b.logprob is not None
-            assert abs(a.logprob - b.logprob) < within
+def assert_same_answers(one: Model, two: Model, calibration: Calibration, kv: str, text: list[int]) -> None:
+    """The divided model answers in small steps and in a cache too small for all, the other without either: tokens are
+    equal, and log-probabilities to the last bit."""
+    asked = prompts(text)
+    expected = answers(one.bound, kv, calibration, asked)
+    found = answers(two.bound, kv, calibration, asked, budget=5 * TILES.block_size // 2, blocks=13)
+    assert any(sequence.preemptions for sequence in found), kv
+    assert any(sequence.prefix_hit for sequence in found), kv
+    for own, other in zip(found, expected, strict=True):
+        assert own.output == other.output, kv
+        assert own.sampled == other.sampled, kv

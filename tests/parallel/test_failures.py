@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from octavo.engine.params import SamplingParams
-from octavo.engine.turns import EngineFailed
+from octavo.engine.threads import EngineFailed
 from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
-from octavo.parallel import load
+from octavo.parallel import load, ranks
 from octavo.parallel.division import ByPlan
 from octavo.parallel.ranks import Ranks
 from tests.parallel.models import alone, divided, tiny
@@ -29,12 +29,12 @@ def of(count: int) -> ByPlan:
 def test_heads_that_the_ranks_do_not_divide_are_refused_with_numbers_that_do():
     config = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
     with pytest.raises(Unsupported, match=r"9 query and 3 KV heads of llama .* among 2 ranks: use 3 or 9"):
-        of(2).arguments(config)
+        of(2).arguments(LlamaForCausalLM, config)
 
 
 def test_a_model_without_a_plan_is_refused_by_name():
     with pytest.raises(Unsupported, match="no tensor-parallel plan for gpt2"):
-        of(2).arguments(GPT2Config())
+        of(2).arguments(GPT2LMHeadModel, GPT2Config())
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,6 @@ def test_a_model_without_a_plan_is_refused_by_name():
     [
         ({"device_map": "auto"}, "device map"),
         ({"load_format": "dummy"}, "dummy weights"),
-        ({"deterministic": True}, "--deterministic"),
-        ({"model_format": "awq"}, "quantized weights"),
     ],
 )
 def test_options_that_do_not_go_together_with_ranks_are_refused(option: dict[str, object], named: str):
@@ -76,6 +74,22 @@ def test_killed_ranks_end_every_answer_with_one_error_in_ten_seconds(tmp_path: P
             with pytest.raises(EngineFailed, match="rank 1"):
                 llm.generate(["again"])
             assert time.monotonic() - begun < 10
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_ends_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stopped in the middle of an answer, it breaks no connection; that it gives no sign of life is seen."""
+    monkeypatch.setattr(ranks, "MISSED", 3)
+    with divided(tiny(tmp_path, 2)) as model:
+        llm = LLM(model, "int8-token", session_len=512)
+        pieces = llm.generate(["a b c"] * 3, SamplingParams(max_tokens=400, ignore_eos=True), stream=True)
+        next(pieces)
+        os.kill(_children(model)[0].pid, signal.SIGSTOP)
+        with pytest.raises(EngineFailed, match="rank 1 of 2 has given no sign of life"):
+            for _ in pieces:
+                pass
+        with pytest.raises(EngineFailed, match="rank 1"):
+            llm.generate(["again"])
 
 
 @pytest.mark.slow

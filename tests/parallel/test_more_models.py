@@ -1,53 +1,51 @@
-"""Two ranks answer as one on the bundled model, with one KV head for both, and under torchrun."""
+"""Two ranks answer as one on the bundled model, four with one KV head for all of them, and two under torchrun."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from octavo.engine.params import SamplingParams
 from octavo.llm import LLM
-from octavo.models.model import Model
+from octavo.models.packed import packed_layers
 from octavo.quant.calibration import Calibration
 from tests.conftest import observe
-from tests.parallel.models import CLOSE, FLIPPED, FORMATS, alone, answers, assert_equal, divided, prompts, tiny
+from tests.parallel.models import FORMATS, alone, assert_same_answers, divided, packed_mixture, tiny
 
 pytestmark = pytest.mark.slow
 
 
-def assert_all_formats_equal(one: Model, two: Model, calibration: Calibration, text: list[int]) -> None:
-    """In chunks, after prefix hits and preemptions."""
-    for kv in FORMATS:
-        block = 64 if kv.startswith("k") else 16
-        asked = prompts(one.bound, block)
-        if text:
-            first, second, third = map(len, asked)
-            asked = [
-                text[:first],
-                text[: first // 2] + text[900 : 900 + second - first // 2],
-                text[2000 : 2000 + third],
-            ]
-        expected = answers(one.bound, kv, calibration, asked, block_size=block)
-        found = answers(two.bound, kv, calibration, asked, block_size=block, budget=5 * block // 2, blocks=13)
-        assert any(sequence.preemptions for sequence in found), kv
-        assert any(sequence.prefix_hit for sequence in found), kv
-        assert_equal(found, expected, CLOSE if kv == "fp32" else FLIPPED)
-
-
-def test_two_ranks_answer_as_one_on_pamphlet(pamphlet: Model, calibration: Calibration, text_ids: list[int]):
+def test_two_ranks_answer_as_one_on_pamphlet(
+    calibration: Calibration, text_ids: list[int], slowly: Callable[[int], int]
+):
+    one = alone(None)
     with divided(None) as two:
-        assert_all_formats_equal(pamphlet, two, calibration, text_ids)
+        for kv in FORMATS[: slowly(len(FORMATS))]:
+            assert_same_answers(one, two, calibration, kv, text_ids)
 
 
-def test_two_ranks_with_one_kv_head_for_both_answer_as_one(tmp_path: Path):
+def test_four_ranks_with_one_kv_head_for_all_answer_as_one(tmp_path: Path, slowly: Callable[[int], int]):
     one = alone(tiny(tmp_path, 1))
     calibration = observe(one.bound, one.bound.random_tokens(200), one.fingerprint)
-    with divided(one.path) as two:
-        assert [(share.starts, share.total) for share in two.bound.shares] == [((0, 0), 1)] * 2  # type: ignore[attr-defined]
-        assert_all_formats_equal(one, two, calibration, [])
+    with divided(one.path, 4) as four:
+        assert [(share.starts, share.total) for share in four.bound.shares] == [((0,) * 4, 1)] * 2  # type: ignore[attr-defined]
+        for kv in FORMATS[: slowly(len(FORMATS))]:
+            assert_same_answers(one, four, calibration, kv, one.bound.random_tokens(1200))
+
+
+def test_weights_in_4_bits_and_their_experts_are_divided(tmp_path: Path):
+    """A text has the same logits but for what the choice of experts, which is no layer of its own, rounds otherwise."""
+    one = alone(packed_mixture(tmp_path), deterministic=False)
+    with divided(one.path, deterministic=False) as two:
+        packed, shares = ([layer.nbytes for layer in packed_layers(model.bound.hf).values()] for model in (one, two))
+        assert 2 * sum(shares) == sum(packed)
+        found, expected = (torch.cat(list(LLM(model, "fp32").reading.logits(range(100)))) for model in (two, one))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_under_torchrun_rank_0_goes_on_alone(tmp_path: Path):

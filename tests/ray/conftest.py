@@ -94,11 +94,17 @@ def replicas() -> list[dict[str, Any]]:
     return httpx.get(f"{URL}/cache", timeout=60).json()["replicas"]
 
 
-def kill(replica: str) -> None:
-    """End its process at once."""
+def kill(begins: str) -> None:
+    """End the process of Serve's actor whose name begins so, at once."""
     import ray
+    from ray.util import list_named_actors
 
-    ray.kill(ray.get_actor(f"SERVE_REPLICA::default#Replica#{replica}", namespace="serve"))
+    names = (actor["name"] for actor in list_named_actors(all_namespaces=True))
+    ray.kill(ray.get_actor(next(name for name in names if name.startswith(begins)), namespace="serve"))
+
+
+def kill_replica(name: str) -> None:
+    kill(f"SERVE_REPLICA::default#Replica#{name}")
 
 
 def together(count: int, work: Callable[[int], Any]) -> list[Any]:

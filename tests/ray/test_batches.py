@@ -19,12 +19,16 @@ from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.measure.accuracy.compare import compare
 from octavo.measure.candidate import Candidate
+from octavo.measure.tasks import select
+from octavo.measure.tasks.results import Results
+from octavo.measure.tasks.run import run
 from octavo.models.model import Model
 from octavo.quant.format import KVFormat
 from octavo.ray.cluster import Placement
 from octavo.ray.generate import Generate, answer_files
-from octavo.ray.measuring import comparing, observing
+from octavo.ray.measuring import asking, comparing, observing
 from octavo.ray.shards import Output, read
+from tests.measure.tasks.raw_files import write_raw_files
 from tests.ray.conftest import MODEL
 
 TWO = Placement(2, 0.25, 0)
@@ -170,3 +174,17 @@ def test_parts_of_a_calibration_and_of_a_comparison_come_to_one_run(pamphlet: Mo
     parts = scores(comparing(LOADING, None, candidates, TWO, done.append)(windows))
     assert repr(one) == repr(parts)
     assert torch.tensor(one[1].kl).item() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_task_asked_by_a_worker_for_each_format_comes_to_one_run(pamphlet: Model, tmp_path: Path):
+    pytest.importorskip("lm_eval", reason="the extra octavo[tasks] is not installed")
+    write_raw_files(tmp_path)
+    parts, _ = select("winogrande", tmp_path)
+    candidates = [Candidate(name, KVFormat.parse(name)) for name in ("fp32", "int8-token")]
+    here, there = (
+        run(pamphlet, candidates, parts, Results(tmp_path / name), limit=4, session_len=512, elsewhere=elsewhere)
+        for name, elsewhere in (("here", None), ("there", asking(LOADING, TWO)))
+    )
+    assert repr(here) == repr(there)

@@ -99,6 +99,7 @@ def test_the_caches_of_replicas_add_up_but_for_what_they_share():
     assert {name: found[name] for name in own} == own | {"blocks_total": 6}
 
 
+@pytest.mark.slow
 def test_ray_is_imported_by_nothing_that_does_not_ask_for_it():
     """Neither the command line, the server nor an LLM; and the keys and the choice need none of it either."""
     modules = "octavo.cli, octavo.llm, octavo.serve.server, octavo.serve.app, octavo.measure, octavo.ray.choice"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import yaml
 
 from octavo.models.model import Model
-from tests.ray.conftest import URL, ask, kill, replicas, soon, together
+from tests.ray.conftest import URL, ask, kill, kill_replica, replicas, soon, together
 from tests.serve.conftest import serving, small
 
 pytestmark = pytest.mark.slow
@@ -98,7 +99,8 @@ def test_a_response_is_gone_on_with_whoever_made_it(deploy: Callable[..., None])
     first = httpx.post(f"{URL}/v1/responses", json={"input": "Tell me a story.", "max_output_tokens": 4}, timeout=60)
     id = first.json()["id"]
     for one in replicas():
-        kill(one["replica"])
+        if one["generated_tokens"]:
+            kill_replica(one["replica"])
     later = {"input": "Go on.", "previous_response_id": id, "max_output_tokens": 4}
     assert httpx.post(f"{URL}/v1/responses", json=later, timeout=300).json()["previous_response_id"] == id
     assert same(httpx.get(f"{URL}/v1/responses/{id}").json()) == same(first.json())
@@ -115,6 +117,27 @@ def test_a_client_that_leaves_ends_its_answer(deploy: Callable[..., None]):
     soon(lambda: not sum(one["sessions_running"] for one in replicas()))
     assert sum(one["generated_tokens"] for one in replicas()) < 400
     assert "octavo_requests_aborted_total" in httpx.get(f"{URL}/metrics").text
+
+
+@pytest.mark.parametrize("process", ["SERVE_REPLICA::default#Ingress#", "SERVE_PROXY_ACTOR-"])
+def test_a_stream_whose_way_is_cut_ends_so_that_clients_raise(deploy: Callable[..., None], process: str):
+    """Of the ingress and of Ray's proxy nobody is left to tell an error. The connection breaks in the middle of the
+    answer, which no client of HTTP takes for its end; soon there is a new one."""
+    deploy()
+    body = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{URL}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        kill(process)
+        with pytest.raises(httpx.TransportError):
+            list(lines)
+
+    def answered() -> bool:
+        with suppress(httpx.TransportError):
+            return ask("Once upon a time").status_code == 200
+        return False
+
+    soon(answered)
 
 
 def test_killed_replicas_cost_no_request_without_an_error(
@@ -152,7 +175,7 @@ def test_killed_replicas_cost_no_request_without_an_error(
 
     for _ in range(slowly(20)):
         alive = soon(lambda: len(found := replicas()) > 1 and found)
-        timer = threading.Timer(rng.uniform(0, 0.4), kill, [rng.choice(alive)["replica"]])
+        timer = threading.Timer(rng.uniform(0, 0.4), kill_replica, [rng.choice(alive)["replica"]])
         timer.start()
         for how in together(6, one):
             came[how] += 1

@@ -21,9 +21,10 @@ from octavo.serve import logs
 from octavo.serve.connections import Connections
 from octavo.serve.errors import ApiError
 from octavo.serve.fair_queue import FairQueue, Ticket
-from octavo.serve.limits import MAX_KEYS, Limits, check_json
+from octavo.serve.limits import Limits
 from octavo.serve.listening import bind
 from octavo.serve.requests import ChatRequest, CompletionRequest, parse
+from octavo.serve.requests.body import MAX_KEYS, check_json
 from octavo.serve.server import Server
 from tests.serve.conftest import Running, serving, small, wait_until
 
@@ -269,6 +270,15 @@ def test_a_place_is_kept_for_a_client_that_was_here():
     for ticket in many[:3]:
         ticket.leave()
     assert started.count("many") == 6
+
+
+def test_a_queue_forgets_those_who_left_long_ago(monkeypatch: pytest.MonkeyPatch):
+    queue, now = FairQueue(4), 0.0
+    monkeypatch.setattr("octavo.serve.fair_queue.time.monotonic", lambda: now)
+    for i in range(100):
+        now += 1.0
+        ask(queue, f"client {i}", []).leave()
+    assert len(queue.left) == 30
 
 
 def test_a_full_queue_refuses_the_client_that_fills_it(pamphlet: Model):

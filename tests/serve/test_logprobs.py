@@ -124,6 +124,13 @@ def test_a_prompts_tokens_have_the_log_probabilities_of_one_forward(running: Run
         assert {1, 2} <= {one["rank"] for one in told.values()}
 
 
+def test_more_log_probabilities_of_a_prompt_than_are_kept_are_refused(running: Running):
+    body = {"model": running.llm.model.name, "prompt": [[5] * 400] * 4, "max_tokens": 1, "prompt_logprobs": 100}
+    refused = httpx.post(f"{running.url}/v1/completions", json=body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "prompt_logprobs"
+
+
 def test_an_echo_with_log_probabilities_scores_the_prompt_too(running: Running):
     plain = post(running, max_tokens=3, logprobs=1)["choices"][0]
     choice = post(running, max_tokens=3, logprobs=1, echo=True)["choices"][0]

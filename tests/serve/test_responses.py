@@ -10,7 +10,7 @@ import httpx2 as httpx
 import pytest
 
 from octavo.serve.requests.responses import ResponsesRequest
-from octavo.serve.store import InMemory, Kept
+from octavo.serve.response_store import InMemory, Kept
 from tests.serve.conftest import Running
 from tests.serve.test_tools import WEATHER as NESTED
 

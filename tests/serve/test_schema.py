@@ -33,7 +33,7 @@ def test_no_request_is_answered_500(running: Running, operation: schemathesis.AP
 
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
-        max_examples=(40 if limit else 15) if posts else 3,
+        max_examples=(20 if limit else 8) if posts else 3,
         deadline=None,
         derandomize=True,
         phases=[Phase.generate],

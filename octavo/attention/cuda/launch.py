@@ -23,7 +23,8 @@ from octavo.attention.cuda.step import Step
 from octavo.attention.cuda.write import write
 from octavo.attention.raw_pages import RawPages
 from octavo.cache.batch import Batch
-from octavo.cache.store import LayerCache, RowStore
+from octavo.cache.row_store import RowStore
+from octavo.cache.store import LayerCache
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL
 
 LOG2E = math.log2(math.e)

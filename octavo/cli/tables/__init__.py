@@ -12,7 +12,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
 from rich.text import Text, TextType
 
-LEFT = {"", "format", "weights", "kind", "KV", "tokens", "task", "dataset", "metric"}  # columns of words
+# Columns of words.
+LEFT = {"", "format", "weights", "kind", "KV", "tokens", "task", "dataset", "metric", "layers", "scale absorbed by"}
 BETWEEN = 2  # characters from column to column
 LOOK: dict[str, Any] = {
     "title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0),

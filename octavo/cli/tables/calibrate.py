@@ -4,34 +4,27 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from octavo.cli.tables import table
 from octavo.quant.calibration import Calibration
-from octavo.scales.found import SIDES, Layers
+from octavo.scales.ranges import SIDES, Layers
 
 
 def range_table(calibration: Calibration) -> Table:
     """What was seen, layer by layer: the range of all values, and the width of the widest and the median channel."""
-    table = Table(title="Ranges of K and V seen")
-    table.add_column("layer", justify="right")
-    for side in ("K", "V"):
-        for name in ("min", "max", "widest", "median"):
-            table.add_column(f"{side} {name}", justify="right")
+    rows = table("Ranges of K and V seen", "layer", *_columns("min", "max", "widest", "median"))
     for i, sides in enumerate(calibration.layers):
         cells = []
         for side in ("k", "v"):
             low, high = sides[side]["min"], sides[side]["max"]
             width = (high - low).flatten()
             cells += [low.min(), high.max(), width.max(), width.median()]
-        table.add_row(str(i), *(f"{value.item():.2f}" for value in cells))
-    return table
+        rows.add_row(str(i), *(f"{value.item():.2f}" for value in cells))
+    return rows
 
 
 def found_table(layers: Layers) -> Table:
     """What another project's scales say."""
-    table = Table(title="Scales")
-    table.add_column("layer", justify="right")
-    for side in ("K", "V"):
-        for name in ("per", "from", "to", "scale"):
-            table.add_column(f"{side} {name}", justify="right")
+    rows = table("Scales", "layer", *_columns("per", "from", "to", "scale"))
     for i, sides in sorted(layers.items()):
         cells = []
         for found in (sides[side] for side in SIDES):
@@ -39,5 +32,9 @@ def found_table(layers: Layers) -> Table:
             if found.scale is not None and found.scale.numel() > 1:
                 scale += f" … {found.scale.max().item():.4g}"
             cells += [found.granularity, f"{found.low.min().item():.2f}", f"{found.high.max().item():.2f}", scale]
-        table.add_row(str(i), *cells)
-    return table
+        rows.add_row(str(i), *cells)
+    return rows
+
+
+def _columns(*names: str) -> list[str]:
+    return [f"{side} {name}" for side in "KV" for name in names]

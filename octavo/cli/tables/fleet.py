@@ -36,8 +36,8 @@ def assumptions(wanted: Wanted, gpu: Gpu) -> list[str]:
         f"- A GPU has {format_bytes(gpu.memory)}, of which {gpu.kept:.0%} are held back for the runtime.",
         f"- It reads {gpu.bandwidth / 1e12:.2f} TB/s, of which a decode step reaches {gpu.streamed:.0%}; prompts reach "
         f"{gpu.computed:.0%} of {gpu.operations / 1e12:.0f} TFLOP/s.",
-        f"- A step costs {1000 * gpu.overhead:.1f} ms on the host, and twice a layer {1e6 * gpu.all_reduce:.0f} µs for "
-        "an all-reduce where a replica has several GPUs.",
+        f"- A step costs {1000 * gpu.overhead:.1f} ms on the host, and four times a layer {1e6 * gpu.gather:.0f} µs "
+        "to gather rows where a replica has several GPUs.",
         f"- For each generated token {wanted.prompt:g} prompt tokens are computed; prefix hits cost nothing.",
         "- A session keeps its rows while it is open; sessions spread evenly over replicas (docs/SCALE.md says how far "
         "that is true).",

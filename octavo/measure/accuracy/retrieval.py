@@ -15,7 +15,7 @@ from typing import Any
 
 from octavo.measure.candidate import Candidate
 from octavo.measure.statistics import mean, standard_error
-from octavo.measure.tasks.scoring import Request, Scored, score
+from octavo.measure.tasks.loglikelihood import Request, Scored, score
 from octavo.models.model import Model
 from octavo.progress import Progress
 from octavo.text import opening

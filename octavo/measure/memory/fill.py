@@ -12,13 +12,13 @@ from functools import cache
 import torch
 
 from octavo.cache.batch import MAX_BATCH_TOKENS, Batch
-from octavo.engine.reading import Text
+from octavo.cache.holding import Holding
 from octavo.llm import LLM
 
 ROWS = 128  # random rows written at a time, so few that they need no memory to speak of
 
 
-def fill(llm: LLM, sessions: list[Text], seconds: float) -> int:
+def fill(llm: LLM, sessions: list[Holding], seconds: float) -> int:
     """Fill all sessions, each with blocks of its own, to their last token, at first by the model and after `seconds` by
     random rows; then decode that token in one step of all. Returns the number of tokens that the model wrote."""
     runner, pool, size = llm.engine.runner, llm.engine.pool, llm.engine.pool.block_size

@@ -4,7 +4,7 @@ A replica is a model on `ranks` GPUs (octavo/parallel). Each of them holds its s
 and a session that is open keeps its rows there whether it is answered at the moment or not. A decode step of b sessions
 takes as long as its bytes and operations need one after the other:
 
-    seconds = overhead + (weights + b · session) / ranks / bandwidth + 2 · layers · all-reduce
+    seconds = overhead + (weights + b · session) / ranks / bandwidth + 4 · layers · gather
               + b · prompt · 2 · parameters / ranks / operations
 
 where `prompt` is how many prompt tokens are computed for each token that is generated. With fewer KV heads than ranks a
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from octavo.errors import OctavoError
-from octavo.measure.memory.costs import INT4, Cost, costs, weight_kinds
+from octavo.measure.memory.costs import Cost, costs, weight_kinds
 from octavo.models.geometry import Geometry
 from octavo.quant.format import Format
 
@@ -37,7 +37,7 @@ class Gpu:
     streamed: float = 0.7  # share of it that a decode step reaches
     operations: float = 989e12  # a second
     computed: float = 0.5  # share of them that long prompts reach
-    all_reduce: float = 15e-6  # seconds, between the GPUs of one machine
+    gather: float = 10e-6  # seconds, between the GPUs of one machine
     overhead: float = 1e-3  # seconds of a step on the host
 
 
@@ -72,8 +72,7 @@ class Fleet:
 
 
 def fleets(geometry: Geometry, formats: Sequence[Format], wanted: Wanted, gpu: Gpu | None = None) -> list[Fleet]:
-    """For each kind of weights, each format that can be served so. Weights in 4 bits are not divided. Raises
-    OctavoError where none can be."""
+    """For each kind of weights, each format that can be served so. Raises OctavoError where none can be."""
     gpu = gpu or Gpu()
     kinds = list(weight_kinds(geometry))
     every = [
@@ -89,7 +88,7 @@ def fleets(geometry: Geometry, formats: Sequence[Format], wanted: Wanted, gpu: G
 
 
 def _smallest(geometry: Geometry, cost: Cost, wanted: Wanted, gpu: Gpu) -> Fleet | None:
-    options = [_of(geometry, cost, wanted, gpu, ranks) for ranks in RANKS if ranks == 1 or cost.weights != INT4]
+    options = [_of(geometry, cost, wanted, gpu, ranks) for ranks in RANKS]
     return min(
         (fleet for fleet in options if fleet is not None), key=lambda fleet: (fleet.gpus, fleet.ranks), default=None
     )
@@ -109,7 +108,7 @@ def _of(geometry: Geometry, cost: Cost, wanted: Wanted, gpu: Gpu, ranks: int) ->
     def seconds(running: int) -> float:
         read = (cost.weight_bytes + running * session) / ranks / (gpu.bandwidth * gpu.streamed)
         prompts = running * wanted.prompt * 2 * geometry.parameters / ranks / (gpu.operations * gpu.computed)
-        meeting = 2 * len(geometry.shapes) * gpu.all_reduce if ranks > 1 else 0.0
+        meeting = 4 * len(geometry.shapes) * gpu.gather if ranks > 1 else 0.0
         return gpu.overhead + read + meeting + prompts
 
     def rate(replicas: int) -> float:

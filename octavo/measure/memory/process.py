@@ -19,10 +19,10 @@ import torch
 from transformers.utils import logging
 
 from octavo import cores
+from octavo.cache.holding import Holding
 from octavo.cache.size import format_bytes
 from octavo.calibrate import calibrate
 from octavo.devices import Device, device_of
-from octavo.engine.reading import Text
 from octavo.errors import OctavoError, one_line
 from octavo.llm import LLM
 from octavo.measure.memory.fill import fill
@@ -164,7 +164,7 @@ def _fill_and_look(request: Request, device: Device, before: int) -> Filled:
         prefix_caching=False,
     )
     pool = llm.engine.pool
-    sessions = [Text(model.bound.random_tokens(request.context, seed=i), []) for i in range(request.batch)]
+    sessions = [Holding(tokens=model.bound.random_tokens(request.context, seed=i)) for i in range(request.batch)]
     for session in sessions:
         pool.start(session, pool.match(session.tokens))
     by_model = fill(llm, sessions, request.source.fill_seconds)

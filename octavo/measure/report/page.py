@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from octavo.cache.size import format_bytes
-from octavo.errors import OctavoError
+from octavo.errors import require_writable
 from octavo.measure import machine
 from octavo.measure.as_json import dumps
 from octavo.measure.budget import NO_LIMIT, Budget
@@ -61,13 +61,7 @@ def write_report(
 def require_directory(directory: Path) -> None:
     """Raise OctavoError where no report can be drawn or written, before the work."""
     svg.require_matplotlib()
-    try:
-        (directory / "plots").mkdir(parents=True, exist_ok=True)
-        probe = directory / ".octavo-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OctavoError(f"nothing can be written in {directory} ({error.strerror}): name another --out") from None
+    require_writable(directory / "plots", "--out")
 
 
 def render(found: Survey, directory: Path) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
-from octavo.measure.tasks.scoring import Request, score
+from octavo.measure.tasks.loglikelihood import Request, score
 from octavo.progress import Count
 
 MAX_TOKENS = 256  # of an answer whose task names no limit, as in the harness's `hf` model

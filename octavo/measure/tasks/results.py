@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, require_writable
 from octavo.measure.candidate import Candidate
 from octavo.measure.tasks import Part
 from octavo.measure.tasks.data_files import digest
@@ -43,14 +43,7 @@ class Results:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / ".octavo-probe").touch()
-            (directory / ".octavo-probe").unlink()
-        except OSError as error:
-            raise OctavoError(
-                f"nothing can be written in {directory} ({error.strerror}): name another --results"
-            ) from None
+        require_writable(directory, "--results")
 
     def path(self, key: dict[str, Any]) -> Path:
         mark = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()

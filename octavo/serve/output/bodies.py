@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from octavo.engine.scoring import Scored
+from octavo.engine.prompt_logprobs import Scored
 from octavo.serve.calls import CallDelta
 from octavo.serve.errors import ApiError
 from octavo.serve.output.choices import Choice, ChoiceDelta, Output

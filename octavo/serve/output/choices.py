@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Literal
 
 from octavo.completion import Completion, Delta
-from octavo.engine.scoring import Scored
+from octavo.engine.prompt_logprobs import Scored
 from octavo.serve.calls import CallDelta, Reader
 from octavo.serve.output.logprobs import ShownToken, TokenTexts
 from octavo.serve.requests.generate import GenerateRequest

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.completion import Completion
-from octavo.engine.scoring import Scored
+from octavo.engine.prompt_logprobs import Scored
 from octavo.engine.sequence import Sampled
 from octavo.token_bytes import TokenBytes
 

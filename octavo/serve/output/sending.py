@@ -10,7 +10,7 @@ from contextlib import aclosing, suppress
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from octavo.serve.account import Account
+from octavo.serve.accounting import Account
 from octavo.serve.errors import ApiError, refusal
 from octavo.serve.output.bodies import ResponseBody
 from octavo.serve.output.choices import ChoiceDelta

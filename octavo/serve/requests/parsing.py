@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from octavo.serve.errors import ApiError
-from octavo.serve.limits import check_json
+from octavo.serve.requests.body import check_json
 from octavo.serve.requests.sampling import WITHOUT_EFFECT, without_effect
 
 logger = logging.getLogger("octavo")

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, JsonValue
 from pydantic_core import from_json
 
-from octavo.serve.limits import FirstError
+from octavo.serve.requests.body import FirstError
 
 Int31 = Annotated[int, Field(ge=0, lt=1 << 31)]
 Schema = dict[str, JsonValue]

@@ -1,1 +1,1 @@
-"""The routes, a file for each kind. A path asks for the key unless gate.py says that it is open."""
+"""The routes, a file for each kind. A path asks for the key unless access.py says that it is open."""

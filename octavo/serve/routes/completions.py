@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.responses import Response
 from starlette.routing import Route
 
-from octavo.serve.account import Account
+from octavo.serve.accounting import Account
 from octavo.serve.output.bodies import ChatBody, TextBody
 from octavo.serve.output.sending import GeneratedResponse
 from octavo.serve.requests import ChatRequest, CompletionRequest

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from octavo.serve.account import LEFT, Account
+from octavo.serve.accounting import LEFT, Account
 from octavo.serve.errors import ApiError
 from octavo.serve.limits import SMALL
 from octavo.serve.requests import parse

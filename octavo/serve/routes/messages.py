@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from octavo.serve.account import Account
+from octavo.serve.accounting import Account
 from octavo.serve.calls import CallDelta
 from octavo.serve.errors import ApiError
 from octavo.serve.output.bodies import ResponseBody

@@ -8,7 +8,7 @@ from pydantic import model_validator
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from octavo.serve.account import Account
+from octavo.serve.accounting import Account
 from octavo.serve.errors import ApiError
 from octavo.serve.requests.generate import Conversation, GenerateRequest
 from octavo.serve.requests.messages import ChatMessage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from octavo.cache.holding import Holding
 from octavo.devices import find_device
-from octavo.engine.reading import Text
 from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
+from octavo.measure.memory import process
 from octavo.measure.memory.costs import baseline, costs
 from octavo.measure.memory.fill import fill
 from octavo.measure.memory.footprint import Footprint
@@ -157,6 +159,13 @@ def geometry_bytes(geometry: Geometry, format: str) -> int:
     return sum(shape.token_bytes(KVFormat.parse(format)) for shape in geometry.shapes)
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that need not be fresh are forks of this one: they have imported all already."""
+    monkeypatch.setattr(process, "get_context", lambda _: multiprocessing.get_context("fork"))
+
+
+@pytest.mark.usefixtures("forked")
 def test_what_does_not_fit_is_computed_and_says_why(internlm: Geometry) -> None:
     """The real check in a real process: no machine has a million sessions of a gigabyte."""
     theory = costs(internlm, [FP16], 2048, 0)
@@ -169,7 +178,7 @@ def test_what_does_not_fit_is_computed_and_says_why(internlm: Geometry) -> None:
 @pytest.mark.parametrize(("seconds", "by_model"), [(0.0, 3), (1e9, 3 * 200)])
 def test_every_slot_of_every_session_is_written(pamphlet: Model, seconds: float, by_model: int) -> None:
     llm = LLM(pamphlet, "int8-token", session_len=256, max_batch_size=3, prefix_caching=False)
-    sessions = [Text(list(range(i, i + 200)), []) for i in range(3)]
+    sessions = [Holding(tokens=list(range(i, i + 200))) for i in range(3)]
     for session in sessions:
         llm.engine.pool.start(session, llm.engine.pool.match(session.tokens))
     assert fill(llm, sessions, seconds) == by_model
@@ -190,6 +199,7 @@ class Doomed(Source):
         raise AssertionError(context)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_process_that_is_killed_is_a_point_that_was_not_measured(internlm: Geometry) -> None:
     [cost] = costs(internlm, [FP16], 64, 0)
     [point] = points([dataclasses.replace(cost, weight_bytes=0)], [1], 64, {"fp16": Doomed(INTERNLM)})

@@ -20,8 +20,8 @@ from lm_eval.tasks import TaskManager
 from octavo import LLM, OctavoError, SamplingParams, Unsupported
 from octavo.measure.tasks import HERE, select
 from octavo.measure.tasks.harness import OctavoLM
+from octavo.measure.tasks.loglikelihood import Request, score
 from octavo.measure.tasks.run import load_tasks, quiet
-from octavo.measure.tasks.scoring import Request, score
 from octavo.models.model import Model
 from tests.measure.tasks.raw_files import write_raw_files
 

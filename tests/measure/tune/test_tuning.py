@@ -12,7 +12,7 @@ import torch
 from octavo import LLM, OctavoError, SamplingParams
 from octavo.cache.size import CacheSize
 from octavo.cli import main
-from octavo.cli.options import LoadOptions
+from octavo.cli.loading import LoadOptions
 from octavo.measure.tune.choice import token_budget
 from octavo.measure.tune.sensitivity import FEW, MORE, Sensitivity, measure, readings
 from octavo.measure.tune.tuning import Tuning, tune

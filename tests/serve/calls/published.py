@@ -3,17 +3,18 @@
 `templates/` has texts of our own, so that no model's licence binds this repository: what they write of calls and of
 their results is what the published ones write, and the prose that explains tools to the model is shorter. The published
 ones, each under its model's licence, come in the source release of a package, which `make test-clients` downloads;
-test_published.py compares the two and reads and holds calls by the published ones too.
+tests/clients/test_templates.py compares the two, and reads and holds calls by the published ones too. Of models that it
+has no template of, DOCUMENTED has what their publishers show of a call.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent / "templates"
-ORIGINALS = Path(os.environ.get("OCTAVO_CLIENTS", ".clients")) / "templates"
+ORIGINALS = Path(".clients/templates")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,26 @@ TEMPLATES = {
     "FunctionGemma": Published("FunctionGemma", "functiongemma", None),
     "InternLM 2.5 and 3": Published("InternLM", "internlm", None),
     "another": Published("plain JSON", "other", None),
+}
+# Of a model: the function that is called, its arguments, and the call as its publisher writes it.
+DOCUMENTED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "InternLM 2.5 and 3": (  # github.com/InternLM/InternLM, chat/chat_format.md
+        "get_current_weather",
+        {"location": "Shanghai"},
+        '<|action_start|><|plugin|>\n{"name": "get_current_weather", "parameters": {"location": "Shanghai"}}'
+        "<|action_end|>",
+    ),
+    "FunctionGemma": (  # ai.google.dev/gemma/docs/functiongemma/formatting-and-best-practices
+        "get_current_temperature",
+        {"location": "Paris", "unit": "celsius"},
+        "<start_function_call>call:get_current_temperature"
+        "{location:<escape>Paris<escape>,unit:<escape>celsius<escape>}<end_function_call>",
+    ),
+    "Mistral 7B v0.3": (  # as Mistral's own mistral_common 1.13.1 writes it for tokenizers of version 3
+        "get_current_weather",
+        {"location": "Paris"},
+        '[TOOL_CALLS] [{"name": "get_current_weather", "arguments": {"location": "Paris"}, "id": "abcdefgh1"}]',
+    ),
 }
 FAMILIES = {
     "Hermes": TEMPLATES["Qwen2.5"].text,

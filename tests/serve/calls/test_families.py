@@ -14,7 +14,7 @@ from octavo.grammars import Grammars
 from octavo.models.model import Model
 from octavo.serve.calls import CallDelta, FreeReader, HeldReader, Reader, Syntax, held_grammar, syntax_of
 from octavo.serve.calls.families import gemma, hermes, llama, mistral, plain
-from tests.serve.calls.published import FAMILIES, TEMPLATES
+from tests.serve.calls.published import DOCUMENTED, FAMILIES, TEMPLATES
 
 CITIES: dict[str, Any] = {
     "type": "object",
@@ -42,10 +42,10 @@ def read(reader: Reader, text: str, size: int) -> Found:
     return shown, [(name, json.loads(arguments)) for name, arguments in calls.values()]
 
 
-def called(tokenizer: Any, template: str, arguments: Sequence[Any], said: str = "") -> str:
-    """What a template makes of an assistant's message with calls of `weather`, without what frames a message."""
+def called(tokenizer: Any, template: str, arguments: Sequence[Any], said: str = "", name: str = "weather") -> str:
+    """What a template makes of an assistant's message with calls of one function, without what frames a message."""
     stop = syntax_of(template).stop
-    calls = [{"id": "abcdefgh1", "function": {"name": "weather", "arguments": one}} for one in arguments]
+    calls = [{"id": "abcdefgh1", "function": {"name": name, "arguments": one}} for one in arguments]
 
     def render(message: dict[str, Any]) -> str:
         told = [{"role": "user", "content": "?"}, {"role": "assistant", **message}]
@@ -109,6 +109,18 @@ def test_arguments_of_every_kind_are_read_as_the_template_writes_them(pamphlet: 
     written = called(pamphlet.tokenizer, TEMPLATES[model].text, [EVERYTHING])
     reader = FreeReader(syntax_of(TEMPLATES[model].text), ["weather"])
     assert read(reader, written, 3) == ("", [("weather", EVERYTHING)])
+
+
+@pytest.mark.parametrize("model", DOCUMENTED)
+def test_a_call_that_its_publisher_shows_is_written_read_and_held_to(pamphlet: Model, model: str):
+    name, arguments, shown = DOCUMENTED[model]
+    syntax, tokenizer = syntax_of(TEMPLATES[model].text), pamphlet.tokenizer
+    assert called(tokenizer, TEMPLATES[model].text, [arguments], name=name) == shown
+    assert read(FreeReader(syntax, [name]), shown, 3) == ("", [(name, arguments)])
+    city = {"type": "object", "properties": {key: {"type": "string"} for key in arguments}, "required": [*arguments]}
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    grammar = held_grammar(syntax, [{"name": name, "strict": True, "parameters": city}], {}, must=True, parallel=False)
+    assert takes(grammars, grammar, shown)
 
 
 def takes(grammars: Grammars, grammar: str, text: str) -> bool:
@@ -221,6 +233,17 @@ def test_calls_without_their_frame_are_held_to_their_schema_too(pamphlet: Model,
             "",
             [("weather", ROME)] * said.count("Rome"),
         )
+
+
+def test_an_answer_that_must_call_may_end_after_a_call_and_after_the_line_break_behind_it(pamphlet: Model):
+    """Small models write the line break that stands between calls, and then want to end: another call is not forced."""
+    grammars = Grammars(pamphlet.tokenizer, pamphlet.bound.vocab_size, pamphlet.eos_ids)
+    grammar = held_grammar(hermes.SYNTAX, FUNCTIONS, {}, must=True, parallel=True)
+    block = f"<tool_call>\n{CALL}\n</tool_call>"
+    for said, calls in ((block, 1), (f"{block}\n", 1), (f"{block}\n{block}", 2), (f"{block}\n{block}\n", 2)):
+        assert takes(grammars, grammar, said)
+        assert read(HeldReader(hermes.SYNTAX, ["weather"]), said, 3) == ("", [("weather", ROME)] * calls)
+    assert not takes(grammars, grammar, f"{block}\nIt is sunny.")
 
 
 def test_arguments_of_held_calls_are_passed_on_as_they_come():

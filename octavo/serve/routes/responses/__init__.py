@@ -8,14 +8,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from octavo.serve.account import Account
+from octavo.serve.accounting import Account
 from octavo.serve.errors import ApiError
 from octavo.serve.output.sending import GeneratedResponse
 from octavo.serve.requests.responses import ResponsesRequest
+from octavo.serve.response_store import Store
 from octavo.serve.routes.endpoint import answered_by
 from octavo.serve.routes.responses.body import ResponsesBody
 from octavo.serve.service import Service
-from octavo.serve.store import Store
 from octavo.text import Message
 
 GONE = "there is no response of that id here, or not any more: send its conversation as the input"

@@ -14,7 +14,7 @@ from octavo.serve.output.events import event
 from octavo.serve.output.logprobs import ShownToken, chat_logprobs
 from octavo.serve.requests.responses import ResponsesRequest
 from octavo.serve.requests.strict import read_json
-from octavo.serve.store import Kept, Store
+from octavo.serve.response_store import Kept, Store
 from octavo.text import Message
 
 ECHOED = ("instructions", "previous_response_id", "max_output_tokens", "temperature", "top_p", "max_tool_calls", "user")

@@ -40,8 +40,10 @@ def held_grammar(
     ]
     if must:
         first = "" if syntax.bare else begin
-        following = f"({text(syntax.joint or '')} {begin} inside){{0,{MOST_CALLS - 1}}}" if more else ""
-        return "\n".join([f"start: {first} inside {following}", *rules])
+        joint = text(syntax.joint or "")
+        following = f"({joint} {begin} inside){{0,{MOST_CALLS - 1}}}" if more else ""
+        ended = f"({joint})?" if more and joint else ""  # what comes between calls promises no other: it may end there
+        return "\n".join([f"start: {first} inside {following} {ended}", *rules])
     if syntax.bare:
         start = f"start: inside | {begin} inside | FREE?" if begin else "start: inside | FREE?"
         return "\n".join([start, *rules, r"FREE: /[^{\[ \t\r\n](.|\n)*/"])

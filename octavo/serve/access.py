@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo.serve.account import Account
+from octavo.serve.accounting import Account
 from octavo.serve.errors import ApiError, refusal
 from octavo.serve.service import Service
 

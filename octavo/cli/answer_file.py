@@ -16,9 +16,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from octavo.cli.options import ServeOptions
+from octavo.cli.loading import ServeOptions
 from octavo.errors import OctavoError
-from octavo.lines import own_id
+from octavo.jsonl import own_id
 
 # Options that change how fast answers are made, and not what they are.
 WITHOUT_EFFECT = {

@@ -1,4 +1,4 @@
-"""Calls in what a grammar held to a syntax (held.py): their form is known, so they are passed on as they come."""
+"""Calls in what a grammar held to a syntax (grammar.py): their form is known, so they are passed on as they come."""
 
 from __future__ import annotations
 

@@ -8,13 +8,13 @@ sampled, and a prefix hit ends before the first row whose prediction is scored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from octavo.cache.batch import Batch
-from octavo.cache.snapshots import Turn
+from octavo.cache.holding import Holding
 from octavo.engine.engine import Engine
 from octavo.errors import OctavoError
 
@@ -31,8 +31,8 @@ class Scored(NamedTuple):
     greedy: bool  # every token of it is the most likely one
 
 
-@dataclass(eq=False)
-class _Text:
+@dataclass(eq=False, kw_only=True)
+class _Text(Holding):
     """A request as a sequence: its last token is predicted, never computed.
 
     context …………… | continuation ………
@@ -41,17 +41,8 @@ class _Text:
     """
 
     index: int  # of the request
-    tokens: list[int]
     first: int
     targets: list[int]
-    first_page: int = -1
-    ring: int = -1
-    state_slot: int | None = None
-    turn: Turn | None = None
-    num_cached: int = 0
-    tables: list[list[int]] = field(default_factory=list)
-    behind: list[int] = field(default_factory=list)
-    prefixes: list[bytes] = field(default_factory=list)
     logprob: float = 0.0
     greedy: bool = True
 
@@ -85,7 +76,7 @@ def _text(index: int, request: Request, room: int) -> _Text:
             "raise --session-len, or enlarge the cache with --kv-cache-memory"
         )
     tokens = [*context, *continuation][-(room + 1) : -1]
-    return _Text(index, tokens, len(tokens) - len(continuation), continuation)
+    return _Text(tokens=tokens, index=index, first=len(tokens) - len(continuation), targets=continuation)
 
 
 def _steps(texts: list[_Text], engine: Engine) -> Iterator[list[_Text]]:

@@ -1,0 +1,102 @@
+"""The texts that a model is shown: sets and files, or what it writes itself; and how much of them there is time for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
+
+from octavo.cli.options import budget_option, option
+from octavo.cli.progress import progress, say
+from octavo.errors import OctavoError
+from octavo.measure.budget import DEFAULT, Budget, Windows
+
+if TYPE_CHECKING:
+    from octavo.corpus import Texts
+    from octavo.models.model import Model
+
+SELF = "self"
+WIDTH = 16  # windows that the model writes at a time
+
+
+def of_texts(help: str, *names: str, **more: object) -> object:
+    return option(help, *names, panel="Texts", **more)
+
+
+@dataclass
+class CalibrationTexts:
+    """The options that say what the model is shown."""
+
+    calib_dataset: Annotated[
+        str | None,
+        of_texts("ptb, c4, wikitext2, pileval, a .txt or .jsonl file, or self: the model writes. [default: self]"),
+    ] = None
+    calib_samples: Annotated[
+        int | None, of_texts("Windows of text. [default: what is of use, or what --budget allows]", min=1)
+    ] = None
+    calib_seqlen: Annotated[
+        int | None, of_texts("Tokens in a window. [default: 512, or what --budget allows]", min=2)
+    ] = None
+    budget: Annotated[str, budget_option("--calib-samples or --calib-seqlen")] = DEFAULT
+    data_dir: Annotated[Path | None, of_texts("Where files of the named data sets are looked for first.")] = None
+    seed: Annotated[int, of_texts("Which windows are drawn.")] = 0
+
+    @property
+    def time(self) -> Budget:
+        return Budget.parse(self.budget)
+
+    def open(self) -> Texts | None:
+        """The texts; None where the model writes. Raises OctavoError for what is not there."""
+        from octavo.corpus import load_texts
+
+        if self.calib_dataset is None or self.calib_dataset == SELF:
+            return None
+        return load_texts(self.calib_dataset, self.data_dir)
+
+    def draw(
+        self, model: Model, texts: Texts | None, wanted: Windows, least: Windows, time: Budget
+    ) -> tuple[str, list[list[int]], float]:
+        """Name of what was read, the windows to observe, and the seconds that this will take: of `texts`, or of the
+        model's own if None. Their count and length are those given, or what fits into `time` between `wanted` and
+        `least`."""
+        from octavo.llm import LLM
+        from octavo.measure.pace import Pace
+        from octavo.text_windows import CHAT_SHARE, self_windows, token_windows
+
+        count, length, context = self.calib_samples, self.calib_seqlen, model.bound.max_context
+        if length is not None and length > context:
+            raise OctavoError(f"--calib-seqlen {length} is beyond the model's context of {context}")
+        wanted = Windows(count or wanted.count, length or min(wanted.length, context))
+        least = wanted if count or length else least
+        if model.synthetic:
+            if self.calib_dataset is not None:
+                raise OctavoError("--load-format dummy observes one random batch: leave --calib-dataset out")
+            words = "synthetic: one random batch, for weights that are random too"
+            return words, model.bound.random_tokens(1, wanted.length, seed=self.seed), 0.0
+        start = perf_counter()
+        say("measuring a few steps")
+        pace = Pace.measure(model.bound, wanted.length)
+        chats = CHAT_SHARE if model.tokenizer.chat_template else 0
+
+        def writing(size: Windows) -> float:
+            """Of sampling the windows from the model, in two turns: texts, then answers in chats."""
+            turns = (round(size.count * (1 - chats)), round(size.count * chats))
+            whole, rest = zip(*(divmod(n, WIDTH) for n in turns), strict=True)
+            last = sum(pace.write(n, size.length) for n in rest if n)
+            return sum(whole) * pace.write(WIDTH, size.length) + last if texts is None else 0.0
+
+        fit = time.less(perf_counter() - start).fit(wanted, least, lambda size: pace.read(size.tokens) + writing(size))
+        count, length, seconds = fit.size.count, fit.size.length, pace.read(fit.size.tokens)
+        say(f"{'text that the model writes' if texts is None else texts.name}: {fit}")
+        if texts is not None:
+            return texts.name, list(token_windows(texts, model.tokenizer, count, length, seed=self.seed)), seconds
+        with progress() as bar:
+            task = bar.add_task("sampling text from the model", total=count * length, seconds=writing(fit.size))
+            llm = LLM(model, session_len=min(length + 1, context), max_batch_size=WIDTH)
+
+            def tell(done: int, _: int) -> None:
+                bar.update(task, completed=done)
+
+            windows = self_windows(llm, count, length, seed=self.seed, progress=tell)
+        return "self: text sampled from the model", windows, seconds

@@ -1,0 +1,204 @@
+"""What the command line says of a model: how it is loaded and served, or where its sizes are; and what that becomes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from octavo.cli.options import (
+    CalibrationPath,
+    ChatTemplate,
+    DeviceName,
+    Dtype,
+    LoadFormat,
+    ModelFormat,
+    ModelName,
+    OtherGranularity,
+    OtherHeadroom,
+    check_calibration,
+    check_choice,
+    check_file,
+    check_model,
+    complete,
+    option,
+    tell_loading,
+)
+from octavo.errors import OctavoError
+from octavo.quant.format import RAW_NAMES, check_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from octavo.llm import LLM
+    from octavo.models.model import Model
+
+# `--quant-policy` of LMDeploy's page, where 4 meant int8; 8 is what LMDeploy calls int8 today.
+QUANT_POLICY = {0: None, 4: "int8", 8: "int8"}
+
+
+@dataclass
+class LoadOptions:
+    """How the model is loaded."""
+
+    model: ModelName = None
+    model_format: ModelFormat = "hf"
+    dtype: Dtype = "auto"
+    device: DeviceName = "auto"
+    device_map: Annotated[str | None, option("auto: spread the model over GPUs, memory and disk.")] = None
+    load_format: LoadFormat = "auto"
+    chat_template: ChatTemplate = None
+    session_len: Annotated[int | None, option("Longest session in tokens. [default: the model's]", min=2)] = None
+    deterministic: Annotated[
+        bool, option("On a CPU: the same bits whatever is computed together.", "--deterministic")
+    ] = False
+
+    def check(self) -> None:
+        """Raise OctavoError for what names no model, file or choice: without torch, before a weight is read."""
+        check_model(self.model)
+        check_choice("--dtype", self.dtype, ("auto", *RAW_NAMES.values(), *RAW_NAMES))
+        check_choice("--load-format", self.load_format, ("auto", "dummy"))
+        if self.chat_template is not None:
+            check_file("--chat-template", self.chat_template)
+
+    @property
+    def ranks(self) -> int:
+        """Processes that the model is divided among."""
+        return 1
+
+    def loading(self) -> dict[str, Any]:
+        """The same as arguments of Model.load, for processes elsewhere: plain values, and paths that are absolute."""
+        here = self.model is not None and Path(self.model).exists()
+        return {
+            "model": str(Path(str(self.model)).resolve()) if here else self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "device_map": self.device_map,
+            "load_format": self.load_format,
+            "model_format": self.model_format,
+            "chat_template": self.chat_template and str(self.chat_template.resolve()),
+            "context": self.session_len,
+            "deterministic": self.deterministic,
+        }
+
+    def load(self, computing: torch.dtype | None = None, say: bool = True, told: bool = False) -> Model:
+        """`computing` as in Model.load. Says at once what is loaded, unless that was `told`, and then of a CPU what
+        computes, and in what."""
+        if not told:
+            tell_loading(self.model)
+        from octavo import cores
+        from octavo.parallel import load
+
+        cores.use()
+        loading = self.loading() | {"chat_template": self.chat_template, "computing": computing}
+        del loading["model"]  # its name stays as it was given
+        model = load(self.model, self.ranks, **loading)
+        if say and model.processor is not None:
+            print(f"CPU: {model.processor}", file=sys.stderr, flush=True)
+        return model
+
+
+@dataclass
+class ShapeOptions:
+    """A model whose sizes are asked for: its config is enough."""
+
+    model: ModelName = None
+    config: Annotated[Path | None, option("A config.json in place of MODEL; no weights are needed.")] = None
+    model_format: ModelFormat = "hf"
+    dtype: Dtype = "auto"
+
+    def check(self) -> None:
+        """Raise OctavoError for what names no model or no type, before torch is imported."""
+        check_choice("--dtype", self.dtype, ("auto", *RAW_NAMES.values(), *RAW_NAMES))
+        if self.config is None:
+            check_model(self.model)
+        elif self.model is not None:
+            raise OctavoError(f"MODEL {self.model} and --config {self.config} exclude each other")
+        elif not self.config.is_file():
+            raise OctavoError(f"--config {self.config}: there is no such file; name a model's config.json")
+
+    def locate(self) -> tuple[str, Path]:
+        """Name and path of what describes the model: a directory, or the config alone."""
+        from octavo.models.locate import locate
+
+        if self.config is None:
+            return locate(self.model)
+        return self.config.stem if self.config.stem != "config" else self.config.resolve().parent.name, self.config
+
+
+@dataclass
+class ServeOptions(LoadOptions):
+    """How it is served."""
+
+    kv: Annotated[
+        str | None,
+        option(
+            "KV cache format: kv8, k8v4, kv4, tuned, int8, … [default: the model's 16 bits]", autocompletion=complete
+        ),
+    ] = None
+    quant_policy: Annotated[int | None, option("0: 16 bits, 4 or 8: int8, as on LMDeploy's page.")] = None
+    calibration: CalibrationPath = None
+    granularity: OtherGranularity = None
+    headroom: OtherHeadroom = None
+    max_batch_size: Annotated[int, option("Sequences that run at a time.", min=1)] = 16
+    cache_max_entry_count: Annotated[
+        float | None, option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]")
+    ] = None
+    kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB; of each rank's.")] = None
+    snapshot_memory: Annotated[
+        str | None, option("Of it, for snapshots of a hybrid's states. [default: two for each session]")
+    ] = None
+    tensor_parallel_size: Annotated[int, option("Ranks to divide the model among, a GPU for each.", min=1)] = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor_parallel_size
+
+    def check(self) -> None:
+        super().check()
+        if (name := self.format_name()) is not None:
+            check_name(name)
+        check_calibration(self.calibration, self.granularity, self.headroom)
+
+    def llm(self, told: bool = False) -> LLM:
+        """Says at once what is loaded, unless that was `told`."""
+        if not told:
+            tell_loading(self.model)
+        from octavo.cli.progress import calibration_with_bar
+        from octavo.llm import LLM
+
+        model, name = self.load(told=True), self.format_name()
+        format = model.format(name, self.calibration)
+        return LLM(
+            model,
+            format,
+            calibration=calibration_with_bar(model, self.calibration, format),
+            granularity=self.granularity,  # type: ignore[arg-type]  # checked by LLM
+            headroom=self.headroom,
+            session_len=self.session_len,
+            max_batch_size=self.max_batch_size,
+            kv_cache_memory=self.kv_cache_memory,
+            cache_max_entry_count=self.cache_max_entry_count,
+            snapshot_memory=self.snapshot_memory,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as arguments of LLM, for processes elsewhere."""
+        given = self.loading()
+        given["session_len"] = given.pop("context")
+        given |= {"kv": self.format_name(), "calibration": self.calibration and str(self.calibration.resolve())}
+        names = ("granularity", "headroom", "max_batch_size", "kv_cache_memory", "cache_max_entry_count")
+        given |= {name: getattr(self, name) for name in (*names, "snapshot_memory", "tensor_parallel_size")}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def format_name(self) -> str | None:
+        """The format that --kv or --quant-policy names."""
+        if self.quant_policy is None:
+            return self.kv
+        if self.quant_policy not in QUANT_POLICY:
+            raise OctavoError(f"--quant-policy is 0 (16 bits), 4 or 8 (both int8), not {self.quant_policy}")
+        policy = QUANT_POLICY[self.quant_policy]
+        if self.kv is not None and self.kv != policy and (policy or self.kv not in RAW_NAMES.values()):
+            raise OctavoError(f"--kv {self.kv} and --quant-policy {self.quant_policy} contradict each other; give one")
+        return policy or self.kv
