@@ -10,7 +10,8 @@ from collections.abc import Sequence as Rows
 from numbers import Integral
 from typing import Any
 
-from octavo.engine.params import SamplingParams, brief, is_number, is_text
+from octavo.engine.params import SamplingParams
+from octavo.engine.values import brief, is_number, is_text
 from octavo.errors import OctavoError
 from octavo.text import Message
 

@@ -62,7 +62,7 @@ class Hook:
         }
         self.pinned = bool(kinds & {"dynamic", "longrope"})  # its RoPE is right up to the context that it is bound for
         try:
-            self.bound = bind(hf, short_context(hf.config))
+            self.bound = bind(hf, short_context(hf.config), prove=False)  # states stay transformers' own
             if not self.bound.layers:
                 raise Unsupported(f"{hf.config.model_type} has no attention: there are no K and V to keep as codes")
             hf.set_attn_implementation(_beside(self.before))

@@ -39,3 +39,4 @@ class Backend:
     attend: Attend
     refuses: Callable[[LayerPlan], str | None]  # why it cannot read such a layer here; None if it can
     capturable: bool = False  # in a CUDA graph: it looks at no value of a step on the host
+    recordable: bool = False  # on a tape (engine/tapes.py): nor does it, and native kernels tell who listens

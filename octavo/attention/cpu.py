@@ -33,7 +33,7 @@ from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
 TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile, 8 MB in bf16; at least one head's whole context
 SIDES: tuple[Side, Side] = ("k", "v")
 extension = native.load("octavo.attention._native")
-_native = extension.module
+_native = native.functions(extension)
 
 # Whether attention is float32 in one order of sums, so that a row's bits do not depend on its company. Where the
 # processor multiplies bf16 and bytes, that is not the fastest way, and done for layers that ask for it.
@@ -204,7 +204,7 @@ class _Step:
         q_start, kv_len, table, slots = (x.data_ptr() for x in self.keep)
         edges = self.edges.addresses if self.edges is not None else [0] * 6
         self.native = _native.Plan(len(batch.q_lens), q_start, kv_len, table, batch.block_table.shape[1], slots, *edges)
-        self.written = int((batch.slots >= 0).sum())  # rows
+        self.written = 0 if batch.fixed else int((batch.slots >= 0).sum())  # rows
         self.singles = 1 in batch.q_lens
         starts = batch.q_start
         # However short, a piece of a prompt is a chunk: prompts are computed alike however they are cut.
@@ -285,4 +285,4 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-BACKEND = Backend("native", Layout(order="tiles"), attend, refuses)
+BACKEND = Backend("native", Layout(order="tiles"), attend, refuses, recordable=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -39,8 +40,9 @@ class Cached(Protocol):
 class Batch:
     """T packed rows of B sequences, in order. Index tensors are int64.
 
-    Lengths are there twice: tensors for kernels, lists for what the host decides (shapes of temporaries, grids). Fixed
-    buffers (engine/graphs.py) hold any step of their size, so there `kv_lens` are upper bounds and `kv_len` is right.
+    Lengths are there twice: tensors for kernels, lists for what the host decides (shapes of temporaries, grids). One in
+    `fixed` buffers (engine/graphs.py) stands for any step of its size: its `kv_lens` are upper bounds, `kv_len` is
+    right, and who runs it counts what is written.
     """
 
     ids: Tensor  # [T]
@@ -58,6 +60,7 @@ class Batch:
     first: Tensor | None = None  # [B] raw page of page 0
     ring: Tensor | None = None  # [B] first of span/block_size raw pages in a row: row t beyond page 0 is at t mod span
     state_slots: Tensor | None = None  # [B] where layers keep states: each sequence's slot
+    fixed: bool = False
     plan: dict[Any, Any] = field(default_factory=dict)  # what an attention implementation keeps for a group's layers
     others: list[Batch] = field(default_factory=list)  # the step as the other groups have it: their slots and tables
 
@@ -77,6 +80,8 @@ class Batch:
         after all of the sequence's own.
         """
         q_lens = [n for _, n in work]
+        if newest is None and max(q_lens) == 1:
+            return cls._of_tokens([sequence for sequence, _ in work], block_size, span, states)
         if newest is None:
             kv_lens = [sequence.num_cached + n for sequence, n in work]
             ids = torch.tensor([token for (sequence, _), n, end in zip(work, q_lens, kv_lens, strict=True)
@@ -109,6 +114,50 @@ class Batch:
             replace(batch, slots=own, block_table=other, plan={})
             for own, other in zip(slots[1:], table[1:], strict=True)
         ]
+        return batch
+
+    @classmethod
+    def _of_tokens(cls, sequences: Sequence[Cached], block_size: int, span: int, states: bool) -> Batch:
+        """A step of one token for each sequence: its numbers are few, and become one tensor."""
+        count, at = len(sequences), [sequence.num_cached for sequence in sequences]
+        groups = range(len(sequences[0].tables))
+        numbers: dict[str, list[Any]] = {
+            "ids": [sequence.tokens[i] for sequence, i in zip(sequences, at, strict=True)],
+            "positions": at,
+            "kv_len": [i + 1 for i in at],
+            "q_start": list(range(count + 1)),
+            "logits_at": [
+                row for row, sequence in enumerate(sequences) if sequence.num_cached + 1 >= len(sequence.tokens)
+            ],
+        }
+        for group in groups:
+            places = (divmod(i, block_size) for i in at)
+            numbers[f"slots {group}"] = [
+                sequence.tables[group][block] * block_size + place
+                for sequence, (block, place) in zip(sequences, places, strict=True)
+            ]
+        if states:
+            numbers["state_slots"] = [sequence.state_slot for sequence in sequences]
+        if span:
+            numbers["first"] = [sequence.first_page for sequence in sequences]
+            numbers["ring"] = [sequence.ring for sequence in sequences]
+            numbers["raw_slots"] = [
+                (first * block_size + i) if i < block_size else ring * block_size + i % span
+                for i, first, ring in zip(at, numbers["first"], numbers["ring"], strict=True)
+            ]
+        flat = torch.frombuffer(array("q", chain.from_iterable(numbers.values())), dtype=torch.int64)
+        tensors = dict(zip(numbers, flat.split([len(column) for column in numbers.values()]), strict=True))
+        slots = [tensors.pop(f"slots {group}") for group in groups]
+        tables = [_table([sequence.tables[group] for sequence in sequences]) for group in groups]
+        batch = cls(
+            **tensors,
+            slots=slots[0],
+            block_table=tables[0],
+            q_lens=[1] * count,
+            kv_lens=numbers["kv_len"],
+        )
+        batch.others = [replace(batch, slots=own, block_table=table, plan={})
+                        for own, table in zip(slots[1:], tables[1:], strict=True)]  # fmt: skip
         return batch
 
     def of(self, group: int) -> Batch:

@@ -5,13 +5,13 @@ Theory first, then what was measured. Tables go to stdout, progress to stderr; w
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
+from octavo.cli.accuracy_options import TaskOptions, TextOptions
 from octavo.cli.candidates import BASELINE, COMPARED, baseline_of, candidates, formats_option, load_baseline
 from octavo.cli.loading import LoadOptions
 from octavo.cli.options import (
@@ -30,28 +30,21 @@ from octavo.cli.options import (
     takes,
 )
 from octavo.errors import OctavoError
-from octavo.measure.accuracy.sizes import ANSWERS, LEAST, WANTED
-from octavo.measure.budget import DEFAULT, Budget, Windows
+from octavo.measure.accuracy.sizes import LEAST
+from octavo.measure.budget import DEFAULT, Budget
 
 if TYPE_CHECKING:
-    from octavo.corpus import Texts
     from octavo.measure.candidate import Candidate
     from octavo.measure.tasks.run import Elsewhere
     from octavo.models.model import Model
     from octavo.ray.cluster import Placement
 
 
-def about_text(help: str, *names: str, **more: Any) -> Any:
-    return option(help, *names, panel="On a text", **more)
-
-
-def about_tasks(help: str, *names: str, **more: Any) -> Any:
-    return option(help, *names, panel="On benchmark tasks", **more)
-
-
-@takes(LoadOptions)
+@takes(LoadOptions, TextOptions, TaskOptions)
 def accuracy(
     options: LoadOptions,
+    on_text: TextOptions,
+    on_tasks: TaskOptions,
     kv: Annotated[
         str | None,
         formats_option(
@@ -64,27 +57,6 @@ def accuracy(
     headroom: OtherHeadroom = None,
     baseline: Annotated[str | None, BASELINE] = None,
     data_dir: Annotated[Path | None, option("Where files of the named text or of the tasks are.")] = None,
-    text: Annotated[
-        str | None,
-        about_text(
-            "A .txt or .jsonl file, or ptb, c4, wikitext2, pileval. [default: evaluation.txt of the bundled model]"
-        ),
-    ] = None,
-    windows: Annotated[
-        int | None,
-        about_text(f"At most so many windows of it. [default: {WANTED.count}, or what --budget allows]", min=1),
-    ] = None,
-    window: Annotated[
-        int | None, about_text(f"Tokens in a window. [default: {WANTED.length}, or what --budget allows]", min=2)
-    ] = None,
-    answers: Annotated[
-        int | None,
-        about_text(
-            f"Beginnings of windows that are answered, to see where answers part. [default: {ANSWERS.count}, or what "
-            "--budget allows]",
-            min=0,
-        ),
-    ] = None,
     retrieval: Annotated[
         str | None,
         option(
@@ -92,52 +64,27 @@ def accuracy(
             panel="On long contexts",
         ),
     ] = None,
-    tasks: Annotated[
-        str | None,
-        about_tasks(
-            "all, or some of winogrande, nq_open, gsm8k, bbh, openbookqa, openbookqa_fact, eprstmt, crows_pairs, "
-            "bbh/word_sorting, …"
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        about_tasks("The first so many documents, of bbh of each subset. [default: what --budget allows]", min=1),
-    ] = None,
-    shots: Annotated[
-        int | None,
-        about_tasks(
-            "Examples before each question, the same before all; crows_pairs takes none, bbh has its own. [default: as "
-            "the task says]",
-            min=0,
-        ),
-    ] = None,
-    max_batch_size: Annotated[int | None, about_tasks("Documents at a time. [default: 16]", min=1)] = None,
-    results: Annotated[
-        Path | None,
-        about_tasks("Where results are kept, so that a run can go on. [default: beside the calibration]"),
-    ] = None,
     budget: Annotated[str, budget_option("--windows, --window and --answers, or --limit")] = DEFAULT,
     ray: Ray = None,
     replicas: Replicas = None,
     json: Json = False,
 ) -> None:
     """Measure what a KV cache format of MODEL costs in accuracy."""
-    reads = text is not None or (tasks is None and retrieval is None)
-    of_tasks = {"--limit": limit, "--shots": shots, "--max-batch-size": max_batch_size, "--results": results}
-    _refuse(of_tasks, tasks is not None, "--tasks")
-    _refuse({"--windows": windows, "--window": window, "--answers": answers}, reads, "--text")
+    reads = on_text.text is not None or (on_tasks.tasks is None and retrieval is None)
+    if not reads:
+        on_text.refuse()
     check_calibration(calibration, granularity, headroom)
     check_replicas(ray, replicas)
-    if ray is not None and baseline is not None and tasks is not None:
+    if ray is not None and baseline is not None and on_tasks.tasks is not None:
         raise OctavoError("--baseline on tasks is measured here, not on Ray: leave --ray out")
     time = Budget.parse(budget)
     lengths = numbers(retrieval, "--retrieval") if retrieval is not None else []
-    parts, skipped = _parts(tasks, data_dir) if tasks is not None else ([], {})
-    source = _text(text, data_dir) if reads else None
+    parts, skipped = on_tasks.parts(data_dir)
+    source = on_text.open(data_dir) if reads else None
     model, begun = options.load(), perf_counter()
     from octavo.cli.progress import telling
     from octavo.cli.tables.accuracy import show_retrieval, show_tasks, show_text, show_theory
-    from octavo.measure.accuracy.results import about, on_text
+    from octavo.measure.accuracy.results import about, measure_text
     from octavo.measure.as_json import dumps
     from octavo.measure.candidate import beside
     from octavo.text_windows import consecutive_windows
@@ -149,10 +96,10 @@ def accuracy(
 
     def over(done: int) -> bool:
         """Whether the budget ends the reading of windows that were not asked for by number."""
-        return (windows, window) == (None, None) and done >= LEAST.count and time.over(begun)
+        return (on_text.windows, on_text.window) == (None, None) and done >= LEAST.count and time.over(begun)
 
     if source is not None:
-        size, asked = _fit(model, source.name, len(compared), (windows, window, answers), context, time)
+        size, asked = on_text.fit(model, source.name, len(compared), context, time)
         read = consecutive_windows(source, model.tokenizer, size.length, size.count)
     found = about(model, compared)
     if not json:
@@ -161,7 +108,7 @@ def accuracy(
         if source is not None:
             with telling("reading") as tell:
                 measure = _comparing(options, baseline, model, compared, place, lambda n: tell("reading", n, len(read)))
-                found["text"] = on_text(model, compared, source.name, read, asked, tell, over, measure)
+                found["text"] = measure_text(model, compared, source.name, read, asked, tell, over, measure)
             if not json:
                 show_text(found)
         if lengths:
@@ -169,40 +116,12 @@ def accuracy(
             if not json:
                 show_retrieval(found)
         if parts:
-            where = results or model.work_dir / "accuracy"
-            sizes = {"limit": limit, "session_len": context, "max_batch_size": max_batch_size or 16, "shots": shots}
-            elsewhere = _asking(options, place)
-            tested = _on_tasks(model, compared, parts, where, time, sizes, elsewhere)
+            tested = on_tasks.run(model, compared, parts, context, time, _asking(options, place))
             found["tasks"] = tested | {"skipped": skipped}
             if not json:
                 show_tasks(found)
     if json:
         print(dumps(found))
-
-
-def _refuse(given: dict[str, Any], right: bool, other: str) -> None:
-    names = [name for name, value in given.items() if value is not None]
-    if names and not right:
-        raise OctavoError(f"{names[0]} goes with {other}, which is not given")
-
-
-def _parts(tasks: str, data_dir: Path | None) -> tuple[list[Any], dict[str, str]]:
-    from octavo.measure.tasks import data_files, require_harness, select
-
-    parts, skipped = select(tasks, data_dir)
-    require_harness()
-    for part in parts:
-        data_files.check(part)
-    return parts, skipped
-
-
-def _text(text: str | None, data_dir: Path | None) -> Texts:
-    from octavo.corpus import load_texts
-    from octavo.models.locate import BUNDLED
-
-    texts = load_texts(str(BUNDLED / "evaluation.txt") if text is None else text, data_dir, "test")
-    next(iter(texts))  # refuses what cannot be read
-    return texts
 
 
 def _candidates(
@@ -216,34 +135,6 @@ def _candidates(
     if len(found) == 1 and found[0].format != raw:
         found.insert(0, Candidate(str(raw), raw))
     return found
-
-
-def _fit(
-    model: Model,
-    name: str,
-    formats: int,
-    given: tuple[int | None, int | None, int | None],
-    context: int,
-    budget: Budget,
-) -> tuple[Windows, Windows]:
-    """The windows to read and the answers to write. Says how many, and how long they take."""
-    from octavo.cli.progress import say
-    from octavo.measure.accuracy.sizes import choose
-    from octavo.measure.pace import Pace
-
-    length = given[1]
-    if length is not None and length > context:
-        raise OctavoError(
-            f"a window of {length} tokens is longer than {model.name}'s sessions of {context}: lower --window"
-        )
-    start = perf_counter()
-    say("measuring a few steps")
-    pace = Pace.measure(model.bound, length or min(WANTED.length, context))
-    read, write = choose(pace, budget.less(perf_counter() - start), formats, given, context)
-    say(f"{name}: {read.of(formats)}")
-    if write.size.count:
-        say(f"greedy answers: {write.of(formats)}")
-    return read.size, write.size
 
 
 def _retrieval(model: Model, candidates: Sequence[Candidate], lengths: Sequence[int], context: int) -> dict[str, Any]:
@@ -300,36 +191,3 @@ def _asking(options: LoadOptions, place: Placement | None) -> Elsewhere | None:
     from octavo.ray.measuring import asking
 
     return asking(options.loading(), place)
-
-
-def _on_tasks(
-    model: Model,
-    candidates: Sequence[Candidate],
-    parts: Sequence[Any],
-    directory: Path,
-    budget: Budget,
-    sizes: dict[str, Any],
-    elsewhere: Elsewhere | None,
-) -> dict[str, Any]:
-    from octavo.cli.progress import telling
-    from octavo.measure.tasks.results import Results
-    from octavo.measure.tasks.run import run
-
-    try:
-        with telling("loading tasks") as tell:
-            rows = run(
-                model,
-                candidates,
-                parts,
-                Results(directory),
-                budget=budget,
-                progress=tell,
-                say=tell.say,
-                elsewhere=elsewhere,
-                **sizes,
-            )
-    except KeyboardInterrupt:
-        print(f"interrupted: what is done is kept in {directory}; the same command goes on", file=sys.stderr)
-        raise
-    found = [asdict(row) | {"solved": row.solved} for row in rows]
-    return {"how": "measured", **sizes, "results": str(directory), "rows": found}

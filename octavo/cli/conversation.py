@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.engine.params import is_text
+from octavo.engine.values import is_text
 from octavo.errors import OctavoError
 from octavo.inputs import read_messages
 from octavo.measure.memory.footprint import Footprint

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, make_dataclass, replace
 from typing import Annotated, Any
 
 from octavo.cli.options import option
-from octavo.engine.params import MAX_TOKENS, TABLE, Kind, Number, SamplingParams, Strings, Switch, TokenIds, allowed
+from octavo.engine.params import MAX_TOKENS, TABLE, SamplingParams, allowed
+from octavo.engine.values import Kind, Number, Strings, Switch, TokenIds
 from octavo.errors import OctavoError
 
 GENERATE_ALONE = {"logprobs"}  # an option that `chat`, which shows text, does not have

@@ -154,9 +154,9 @@ def serve(
     with listening(bind_unix(uds) if uds else bind(host, port)) as sock:
         llm = _loaded(options)
         sessions = SessionDir(session_dir, room, llm) if session_dir else None
-        own = {"max_connections": max_connections, "patience": patience}
-        given = {name: value for name, value in own.items() if value is not None}
-        limits = Limits(max_queue, timeout, max_body, **given)
+        limits = Limits(
+            max_queue, timeout, max_body, max_connections or Limits.max_connections, patience or Limits.patience
+        )
         doors: dict[str, Any] = {"tls": tls, "api_key": api_key or (), "cors_origins": tuple(cors_origin or ())}
         doors["ignore_unknown"] = ignore_unknown_fields
         server = Server(llm, sock, served_model_name or (), limits, grace=grace, sessions=sessions, **doors)

@@ -71,6 +71,7 @@ class Engine:
             self.runner.capture(max_batch_size, self.scheduler.max_context)
         else:
             device.keep()
+            self.runner.record(max_batch_size, self.scheduler.max_context)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises OctavoError if it can never fit."""

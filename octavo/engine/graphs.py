@@ -59,19 +59,24 @@ class StepBuffers:
         """Copy a decode step in, padded to `size` rows: everything of the host in one copy, for which the device's
         queue does not stop."""
         n, used = len(batch.q_lens), len(self.names) * self.rows + self.groups * size * self.width
-        host = device_of(self.memory.device).pinned(torch.Size([used]), torch.int64).zero_()
+        here = self.memory.device == HOST
+        host = self.memory if here else device_of(self.memory.device).pinned(torch.Size([used]), torch.int64)
         columns, tables = self._parts(host, size)
+        if n < size or not here:
+            host.zero_()
+            for name in columns:
+                if "slots" in name:
+                    columns[name].fill_(-1)
         sampled = batch.ids.device != HOST  # by the step before, and never seen by the host
         for name, column in columns.items():
-            if "slots" in name:
-                column.fill_(-1)
             field, _, of = name.partition(" ")
             if name != "ids" or not sampled:
                 column[:n] = getattr(batch.of(int(of or 0)), field)
         for group, table in enumerate(tables):
             own = batch.of(group).block_table
             table[:n, : own.shape[1]] = own
-        self.memory[:used].copy_(host, non_blocking=True)
+        if not here:
+            self.memory[:used].copy_(host, non_blocking=True)
         if sampled:
             self.memory[:n] = batch.ids
 
@@ -87,10 +92,17 @@ class StepBuffers:
             q_lens=[1] * size,
             kv_lens=[self.width * self.block_size] * size,
             logits_at=self.places[:size],
+            fixed=True,
         )
         batch.others = [replace(batch, slots=own, block_table=table, plan={})
                         for own, table in zip(slots[1:], tables[1:], strict=True)]  # fmt: skip
         return batch
+
+    def holds(self, batch: Batch) -> bool:
+        """Whether this is a decode step of all its sequences, and not too large."""
+        rows, width = batch.block_table.shape
+        fits = rows <= self.rows and width <= self.width
+        return fits and len(batch.positions) == rows == len(batch.logits_at)
 
     def clear(self) -> None:
         """A step of padded rows alone."""
@@ -121,10 +133,8 @@ class DecodeGraphs:
         return forward(self.buffers.batch(size))
 
     def takes(self, batch: Batch) -> bool:
-        """Whether this is a decode step of all its sequences, and not too large."""
-        rows, width = batch.block_table.shape
-        fits = rows <= self.buffers.rows and width <= self.buffers.width
-        return fits and len(batch.positions) == rows == len(batch.logits_at)
+        """Whether this is a step that they can hold."""
+        return self.buffers.holds(batch)
 
     def run(self, batch: Batch) -> Tensor:
         """Logits [sequences, vocabulary]; they stay until the next step of the same size."""

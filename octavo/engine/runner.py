@@ -11,6 +11,7 @@ from octavo.attention import backend_of
 from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
 from octavo.engine.graphs import Capture, DecodeGraphs, NotCapturable, StepBuffers, cuda_capture, sizes
+from octavo.engine.tapes import LONGEST, MOST, DecodeTapes
 from octavo.models.bind import BoundModel
 
 
@@ -19,14 +20,14 @@ class Runner:
 
     def __init__(self, model: BoundModel, cache: KVCache):
         self.model, self.cache = model, cache
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | DecodeTapes | None = None
 
     def run(self, batch: Batch) -> Tensor:
         """Logits [sequences whose next token is due, vocabulary], in the model's dtype, where the model is: on a GPU
         they are still being computed."""
         if self.graphs is not None and self.graphs.takes(batch):
             logits = self.graphs.run(batch)
-            for store in self.cache.stores:  # what the host counted while a graph was captured, it counts here
+            for store in self.cache.stores:  # what is written without the host
                 store.written += len(batch.q_lens) * store.heads * store.dim
             return logits
         return self._forward(batch)
@@ -42,19 +43,28 @@ class Runner:
         for store, before in zip(self.cache.stores, written, strict=True):
             store.written = before
 
+    def record(self, max_batch_size: int, max_context: int) -> None:
+        """Have decode steps on a CPU recorded as they come, where attention is the native kernels'."""
+        if self.model.alone and backend_of(self.cache.layout).recordable:
+            buffers = self._buffers(min(max_batch_size, MOST), min(max_context, LONGEST))
+            self.graphs = DecodeTapes(self.model, self._forward, buffers)
+
     def captured(
         self, max_batch_size: int, max_context: int, rows: Iterable[int], how: Capture | None = None
     ) -> DecodeGraphs:
         """Decode steps of so many rows, captured; raises NotCapturable."""
-        device, size = self.model.device, self.cache.layout.block_size
         if how is None:
             self._check_capturable()
+        buffers = self._buffers(max_batch_size, max_context)
+        return DecodeGraphs(self._forward, buffers, how or cuda_capture(self.model.device), rows)
+
+    def _buffers(self, rows: int, max_context: int) -> StepBuffers:
+        device, size = self.model.device, self.cache.layout.block_size
         width = -(-max_context // size)
         if self.cache.reaches[0] is None:  # no table is longer than the cache, whatever the model's context
             width = min(width, self.cache.num_blocks)
         edges, states = self.cache.span > 0, self.cache.states is not None
-        buffers = StepBuffers(max_batch_size, width, size, device, edges, len(self.cache.blocks), states)
-        return DecodeGraphs(self._forward, buffers, how or cuda_capture(device), rows)
+        return StepBuffers(rows, width, size, device, edges, len(self.cache.blocks), states)
 
     def _check_capturable(self) -> None:
         if not self.model.alone:

@@ -46,19 +46,35 @@ NEEDED = {  # by layers of other types
 }
 
 
-def bind(hf: PreTrainedModel, context: int | None = None) -> BoundModel:
+def bind(hf: PreTrainedModel, context: int | None = None, prove: bool = True) -> BoundModel:
     """Bind a loaded model in place; raises `Unsupported` with the reason where the result could be wrong.
 
     `context` is the longest sequence to be served, the model's own limit by default: RoPE variants that change their
-    frequencies with the length are pinned to it, so that a sequence's neighbours never change its answer.
+    frequencies with the length are pinned to it, so that a sequence's neighbours never change its answer. Without
+    `prove` layers that keep states are found, and `prove_states` is left to a caller who goes on to change the weights
+    or the type they are computed in.
     """
+    with _listed():
+        return _bind(hf, context, prove)
+
+
+def prove_states(bound: BoundModel) -> None:
+    """Have the layers of a model that keep states show that they compute packed steps exactly, as `bind` does; raises
+    `Unsupported`."""
+    with _listed():
+        bound.find_states()
+
+
+@contextmanager
+def _listed() -> Iterator[None]:
+    """A refusal says where all that is served is listed."""
     try:
-        return _bind(hf, context)
+        yield
     except Unsupported as refusal:
         raise Unsupported(f"{refusal}. {LISTED}") from refusal.__cause__
 
 
-def _bind(hf: PreTrainedModel, context: int | None) -> BoundModel:
+def _bind(hf: PreTrainedModel, context: int | None, prove: bool) -> BoundModel:
     config = hf.config.get_text_config()
     name = hf.config.model_type
     if getattr(hf.config, "is_encoder_decoder", False):
@@ -83,7 +99,7 @@ def _bind(hf: PreTrainedModel, context: int | None) -> BoundModel:
         hf.set_attn_implementation(NAME)
         if config._attn_implementation != NAME:
             raise Unsupported(f"{name} did not accept the attention function; it kept {config._attn_implementation!r}")
-    bound.find_states()
+    bound.find_states(prove)
     with Trace(bound) as trace:
         trace.run()
     _expect_all_layers(bound, len(trace.specs))

@@ -1,4 +1,5 @@
-"""Modules of a model that one native pass computes: RMS norms, an MLP's gate with its two products, RoPE in attention.
+"""Modules of a model that one native pass computes: RMS norms, also with a gate, an MLP's gate with its two products,
+RoPE in attention.
 
 Between its products a model's own code makes a pass over memory for every operation, in float32 on a CPU a seventh of
 the time. No module is known by its class: one that looks the part is asked for random rows, and taken over if its
@@ -10,9 +11,9 @@ its own forward with another function under that name; the file, and other model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from octavo.weights.panels import PanelLinear
 
 Undo = Callable[[], None]
 ROTATION = "apply_rotary_pos_emb"  # in every file of transformers
+GATES = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")  # names of an MLP's layers
 SAME = 1e-4  # relative, of all rows: 4-bit layers round their inputs, and so differ a little where those do
 
 
@@ -37,6 +39,21 @@ class FusedNorm(nn.Module):
         if x.dtype != torch.float32:
             return super().forward(x)  # of the module's own class
         return cpu.rms_norm(x, self.scale, self.epsilon)
+
+
+class FusedGatedNorm(nn.Module):
+    """Of the root mean square of each group of numbers, before or after a gate: norm(x ∘ silu(gate)) ∘ scale or
+    norm(x) ∘ scale ∘ silu(gate)."""
+
+    scale: Tensor
+    epsilon: float
+    group: int
+    gate_first: bool
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        if gate is None or x.dtype != torch.float32 or gate.dtype != torch.float32:
+            return super().forward(x, gate)
+        return cpu.gated_norm(x, gate, self.scale, self.epsilon, self.group, self.gate_first)
 
 
 class FusedGate(nn.Module):
@@ -69,33 +86,62 @@ def _multiplied_together(gate: Any, up: Any) -> bool:
 def fuse(model: nn.Module) -> Iterator[Undo]:
     """Take over the modules of a model on a CPU that are found to compute one of the formulas, in place."""
     for module in model.modules():
-        if (norm := _norm(module)) is not None:
+        if (gated := _gated_norm(module)) is not None:
+            yield become(module, FusedGatedNorm, **gated)
+        elif (norm := _norm(module)) is not None:
             yield become(module, FusedNorm, scale=norm[0], epsilon=norm[1])
-        elif _is_gated(module):
-            yield become(module, FusedGate)
+        elif (layers := _gate(module)) is not None:
+            yield become(module, FusedGate, **layers)
         elif (rotating := _rotating(type(module))) is not None:  # type: ignore[arg-type]
             yield become(module, rotating)
 
 
 def _norm(module: nn.Module) -> tuple[Tensor, float] | None:
     """The scale and epsilon of an RMS norm; None if it is none."""
+    if (found := _weight_and_epsilon(module)) is None:
+        return None
+    weight, epsilon = found
+    x = _rows(len(weight))
+    normal = F.rms_norm(x, x.shape[1:], eps=epsilon)
+    scales = (weight, 1 + weight)
+    return next(((scale, epsilon) for scale in scales if _answers(module, (x,), lambda: normal * scale)), None)  # noqa: B023
+
+
+def _gated_norm(module: nn.Module) -> dict[str, Any] | None:
+    """What a FusedGatedNorm has of a module; None if it is none."""
+    if (found := _weight_and_epsilon(module)) is None:
+        return None
+    scale, epsilon = found
+    dim = len(scale)
+    x, gate = _rows(2 * dim).split(dim, -1)
+    group = getattr(module, "group_size", dim // getattr(module, "n_groups", 1))
+    for gate_first in (True, False):
+        if _answers(module, (x, gate), lambda: cpu.gated_norm(x, gate, scale, epsilon, group, gate_first)):  # noqa: B023
+            return {"scale": scale, "epsilon": epsilon, "group": group, "gate_first": gate_first}
+    return None
+
+
+def _weight_and_epsilon(module: nn.Module) -> tuple[Tensor, float] | None:
+    """Of a module that may be a norm: a weight for each channel, and nothing else."""
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     own = dict(module.named_parameters())
     if not isinstance(epsilon, float) or own.keys() != {"weight"} or own["weight"].dim() != 1:
         return None
-    weight = own["weight"].detach().float()
-    x = _rows(len(weight))
-    normal = F.rms_norm(x, x.shape[1:], eps=epsilon)
-    scales = (weight, 1 + weight)
-    return next(((scale, epsilon) for scale in scales if _answers(module, x, lambda: normal * scale)), None)  # noqa: B023
+    return own["weight"].detach().float(), epsilon
 
 
-def _is_gated(module: nn.Module) -> bool:
-    size = getattr(getattr(module, "gate_proj", None), "in_features", None)
-    if size is None or not {"up_proj", "down_proj"} <= dict(module.named_children()).keys():
-        return False
-    x = _rows(size)
-    return _answers(module, x, lambda: FusedGate.forward(module, x))  # type: ignore[arg-type]
+def _gate(module: nn.Module) -> dict[str, nn.Module] | None:
+    """The layers of an MLP with a gate by FusedGate's names, where it has others; None if it is none."""
+    children = dict(module.named_children())
+    layers = next(({own: children[name] for own, name in zip(GATES[0], names, strict=True)}
+                   for names in GATES if children.keys() >= set(names)), None)  # fmt: skip
+    size = getattr(layers["gate_proj"], "in_features", None) if layers else None
+    if layers is None or size is None:
+        return None
+    x, made = _rows(size), SimpleNamespace(**layers)
+    if not _answers(module, (x,), lambda: FusedGate.forward(made, x)):  # type: ignore[arg-type]
+        return None
+    return {name: layer for name, layer in layers.items() if name not in children}
 
 
 @lru_cache
@@ -138,11 +184,11 @@ def _rows(size: int) -> Tensor:
     return torch.randn(3, size, generator=torch.Generator().manual_seed(0))
 
 
-def _answers(module: nn.Module, x: Tensor, formula: Callable[[], Tensor]) -> bool:
+def _answers(module: nn.Module, given: Sequence[Tensor], formula: Callable[[], Tensor]) -> bool:
     try:
         with torch.inference_mode():
             expected = formula()
-            return bool((module(x).float() - expected).norm() <= SAME * expected.norm())
+            return bool((module(*given).float() - expected).norm() <= SAME * expected.norm())
     except Exception:  # whatever a module does that is something else
         return False
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from octavo import processor
 from octavo.devices import HOST, find_device
 from octavo.errors import OctavoError
-from octavo.models.bind import BoundModel, bind
+from octavo.models.bind import BoundModel, bind, prove_states
 from octavo.models.files import base_of, config_json
 from octavo.models.fingerprint import fingerprint
 from octavo.models.generation import eos_token_ids, generation_settings
@@ -109,7 +109,7 @@ class Model:
                 f"are used, and sessions end at {context}. A larger --session-len takes the others, at every length",
                 stacklevel=3,
             )
-        bound = bind(hf, context)
+        bound = bind(hf, context, prove=False)
         if division is not None:
             bound = division.join(bound)
         warn_of_strangers(tokenizer, bound.vocab_size, name)
@@ -119,6 +119,8 @@ class Model:
             raise OctavoError("deterministic sums need weights on one device: leave the device map out")
         if device_map is None and not plain_weights:  # accelerate moves weights about, which must stay plain for it
             prepack(bound, computing, deterministic)
+        else:
+            prove_states(bound)
         known = [token for token in tokenizer(SENTENCE)["input_ids"] if token < bound.vocab_size]
         fit_table(bound, known or bound.random_tokens(TOKENS))
         return cls(bound, tokenizer, path, name, eos, settings, load_format == "dummy")
@@ -131,7 +133,7 @@ class Model:
 
         It counts as one of random weights and is named as `path`, which need not be there.
         """
-        bound = bind(hf, context)
+        bound = bind(hf, context, prove=False)
         prepack(bound, computing)
         fit_table(bound, bound.random_tokens(TOKENS))
         return cls(bound, None, path, path.name, frozenset(), synthetic=True)

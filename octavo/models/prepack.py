@@ -23,12 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from octavo import processor
+from octavo.cache.states import StatePool
 from octavo.errors import Unsupported
-from octavo.models.bind import BoundModel
+from octavo.models import states
+from octavo.models.bind import BoundModel, prove_states
 from octavo.models.due import shorten
 from octavo.models.fused import fuse
+from octavo.models.hook import itself
 from octavo.models.joined import join
 from octavo.models.packed import packed_layers, weight_bytes
+from octavo.models.states import StateStep
 from octavo.models.whole_layers import take_over
 from octavo.weights import cpu
 from octavo.weights.activations import exact
@@ -38,6 +42,7 @@ from octavo.weights.panels import PanelEmbedding, PanelLinear, TypedEmbedding, u
 OPERATORS = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")  # private: not in every torch
 TRIAL = 16  # sessions of one token
 COMPANY = 45
+CUTS = (1,) * COMPANY, (1, TRIAL, COMPANY - TRIAL - 1)  # of a text of as many tokens
 SAME = 0.05  # relative: sums in another order round otherwise, and what is wrong is far off
 CLOSE = 0.25  # the same where each number is rounded otherwise: bf16 costs deep models a tenth
 SMALL = 0.1  # of a model's bytes: more than that is not doubled to compute in float32
@@ -54,11 +59,23 @@ Undo = Callable[[], None]
 
 
 def prepack(bound: BoundModel, computing: torch.dtype | None = None, deterministic: bool = False) -> None:
-    """Rearrange the weights of a model on a CPU in place, one at a time, and choose what it computes in.
+    """Rearrange the weights of a model on a CPU in place, one at a time, choose what it computes in, and then have its
+    layers that keep states show that they compute packed steps exactly.
 
     `computing` is the type of its activations; None leaves it to the processor. `deterministic` takes panels on every
     processor, for sums whose bits do not depend on what is computed together; it raises OctavoError where it cannot.
     """
+    _rearrange(bound, computing, deterministic)
+    prove_states(bound)
+    if deterministic and not _exact(bound):
+        name = bound.hf.config.model_type
+        raise Unsupported(
+            f"{name} has products beside those of its linear layers, or functions whose bits depend on a number's "
+            "place: leave --deterministic out"
+        )
+
+
+def _rearrange(bound: BoundModel, computing: torch.dtype | None, deterministic: bool) -> None:
     if why := cpu.refuses(bound.device):
         if deterministic:
             raise Unsupported(f"deterministic sums need a CPU and the native kernels: {why}")
@@ -89,10 +106,6 @@ def _compute_in_panels(bound: BoundModel, computing: torch.dtype | None, determi
         attempt(bound, lambda _: fuse(bound.hf), SAME)
         attempt(bound, lambda _: join(bound.hf, lambda: _trial(bound)), SAME)
         attempt(bound, lambda _: take_over(bound, lambda: _trial(bound)), SAME)
-    if bound.computes != bound.dtype:
-        bound.find_states()  # in the type that is computed in
-    if deterministic and not _exact(bound):
-        raise Unsupported(f"{name} has products beside those of its linear layers: leave --deterministic out")
 
 
 def is_prepacked(model: nn.Module) -> bool:
@@ -135,22 +148,36 @@ def attempt(
 
 
 def _exact(bound: BoundModel) -> bool:
-    """Whether no product is torch's own, and logits of lone tokens have the same bits among others as alone."""
-    if any(parameter.dim() > 1 for parameter in _beside_layers(bound.hf)):
+    """Whether no product is torch's own, and logits of lone tokens have the same bits among others as alone; of a model
+    with states, those of a text in whatever steps."""
+    mixers = states.native_mixers(bound.hf)
+    convolutions = {id(parameter) for mixer in mixers for parameter in mixer.parameters()}
+    if any(parameter.dim() > 1 and id(parameter) not in convolutions for parameter in _beside_layers(bound.hf)):
         return False
-    together = _trial(bound, COMPANY)
-    return all(torch.equal(_trial(bound, count), together[:count]) for count in (1, 2, TRIAL + 1))
+    if len(mixers) < len(bound.mixers):
+        return False
+    one, *more = (_trial(bound, count, bound.new_step([1] * count)) for count in (COMPANY, 1, 2, TRIAL + 1))
+    if not all(torch.equal(few, one[: len(few)]) for few in more):
+        return False
+    return not mixers or all(torch.equal(_text(bound, cuts), _text(bound, [COMPANY])) for cuts in CUTS)
 
 
-def _trial(bound: BoundModel, count: int = TRIAL, due: slice = slice(None)) -> Tensor:
-    """Logits [count, vocabulary] of as many sessions of one token, or of those that are due."""
-    ids = torch.tensor(bound.random_tokens(count))
-    rows = torch.arange(count)
+def _trial(bound: BoundModel, count: int = TRIAL, step: StateStep | None = None, due: slice = slice(None)) -> Tensor:
+    """Logits [count, vocabulary] of as many sessions of one token, or of those that are due; without a `step`, of one
+    session to layers that keep states."""
+    ids, rows = torch.tensor(bound.random_tokens(count)), torch.arange(count)
+    return bound.forward(ids, torch.zeros_like(rows), rows[due], itself, step).float()
 
-    def alone(_: int, q: Tensor, __: Tensor, v: Tensor) -> Tensor:
-        return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
-    return bound.forward(ids, torch.zeros_like(rows), rows[due], alone).float()
+def _text(bound: BoundModel, cuts: Sequence[int]) -> Tensor:
+    """Logits [tokens, vocabulary] of a text computed in steps of so many tokens, each of which attends to itself."""
+    ids, whole = torch.tensor(bound.random_tokens(sum(cuts))), torch.arange(sum(cuts))
+    pool, slot = StatePool(bound.states, 1), torch.tensor([0])
+    found: list[Tensor] = []
+    for own, positions in zip(ids.split(list(cuts)), whole.split(list(cuts)), strict=True):
+        step = StateStep(pool, slot, [len(own)], [not found])
+        found.append(bound.forward(own, positions, torch.arange(len(own)), itself, step))
+    return torch.cat(found)
 
 
 def into_tiles(model: nn.Module, called: set[nn.Module]) -> Iterator[Undo]:

@@ -1,4 +1,5 @@
-"""What the native extensions share on the side of Python: how one is loaded, torch's threads, and numbers of types.
+"""What the native extensions share on the side of Python: how one is loaded, torch's threads, numbers of types, and who
+listens to calls.
 
 An extension may be missing (no compiler when the package was installed): `load` says why, and its caller does without.
 """
@@ -7,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -69,6 +72,44 @@ def load(name: str) -> Extension:
     except (OSError, AttributeError, StopIteration) as error:
         return Extension(extension, f"this torch exports no thread pool ({error})")
     return Extension(extension, None)
+
+
+Listener = Callable[[Callable[..., Any], tuple[Any, ...]], None]
+
+
+class _Thread(threading.local):
+    listener: Listener | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Within, `listener` is told of each call of a kernel by this thread: the function, and its arguments."""
+    before, _thread.listener = _thread.listener, listener
+    try:
+        yield
+    finally:
+        _thread.listener = before
+
+
+def functions(extension: Extension) -> Any:
+    """What an extension has, its functions so that `listening` hears of calls that return no object."""
+    names = vars(extension.module) if extension.module is not None else {}
+    kinds = (type, int, str)
+    return SimpleNamespace(**{name: x if isinstance(x, kinds) or not callable(x) else _heard(x)
+                              for name, x in names.items()})  # fmt: skip
+
+
+def _heard(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        result = function(*args)
+        if _thread.listener is not None and (result is None or isinstance(result, int)):
+            _thread.listener(function, args)
+        return result
+
+    return call
 
 
 def _torch_parallel_for() -> int | None:

@@ -34,6 +34,7 @@ class Task:
     rank: int
     count: int
     port: int  # of the store, on this machine
+    key: bytes  # of its commands
     path: Path
     device: str
     threads: int
@@ -50,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(task.threads)
     store = dist.TCPStore("127.0.0.1", task.port, None, False, PATIENCE, wait_for_workers=False)
     try:
-        follow(Ranks(task.rank, task.count, task.count, store), task.path, task.device, task.loading)
+        follow(Ranks(task.rank, task.count, task.count, store, task.key), task.path, task.device, task.loading)
     except dist.DistNetworkError:  # rank 0 is gone
         pass
     except BaseException as error:

@@ -1,11 +1,13 @@
 """The processes that hold a model together, as each of them sees it.
 
 Products meet in torch.distributed's default group. Commands go from rank 0 to the others through a TCPStore: one that
-has nothing to do waits there for as long as it takes, and is told at once when rank 0 is gone.
+has nothing to do waits there for as long as it takes, and is told at once when rank 0 is gone. The store takes
+anybody's values and commands are pickles, so each is signed with a key that only the ranks have.
 """
 
 from __future__ import annotations
 
+import hmac
 import os
 import pickle
 import signal
@@ -26,6 +28,8 @@ PATIENCE = timedelta(minutes=10)  # that a rank waits for the others in one oper
 GLANCE = timedelta(
     hours=1
 )  # after which a rank that waits for a command asks anew; the end of rank 0 it is told at once
+SIGNATURE = 32  # bytes
+KEY = "OCTAVO_RANKS_KEY"  # a secret for the ranks that torchrun starts
 RUN = "TORCHELASTIC_RUN_ID"  # torchrun's name for what it has started
 SETTLED = 5.0  # seconds in which the end of a rank is known, once an operation with it has failed
 BEAT = 1.0  # seconds from one sign of life to the next, and from look to look
@@ -39,8 +43,8 @@ class RankFailed(RuntimeError):
 class Ranks:
     """`count` ranks, of which this is `rank`; `local` of them are on this machine."""
 
-    def __init__(self, rank: int, count: int, local: int, store: dist.TCPStore):
-        self.rank, self.count, self.local, self.store = rank, count, local, store
+    def __init__(self, rank: int, count: int, local: int, store: dist.TCPStore, key: bytes):
+        self.rank, self.count, self.local, self.store, self.key = rank, count, local, store, key
         self.failure: str | None = None  # why no more can be computed
         self.on_failure: list[Callable[[RankFailed], None]] = []
         self.processes: list[subprocess.Popen[bytes]] = []  # of the others, that this one has started
@@ -51,7 +55,8 @@ class Ranks:
         """Have the other ranks do something, which this one does too."""
         self.check()
         self._sent += 1
-        self.store.set(f"command {self._sent}", pickle.dumps((command, arguments)))  # type: ignore[arg-type]
+        pickled = pickle.dumps((command, arguments))
+        self.store.set(f"command {self._sent}", self._sign(pickled) + pickled)  # type: ignore[arg-type]
 
     def receive(self) -> tuple[str, tuple[Any, ...]]:
         """The next command, however long it takes. Raises DistError when rank 0 is gone."""
@@ -59,11 +64,21 @@ class Ranks:
         key = f"command {self._sent}"
         while not self._comes(key):
             pass
-        found = pickle.loads(self.store.get(key))
+        signature, pickled = (value := self.store.get(key))[:SIGNATURE], value[SIGNATURE:]
+        if not hmac.compare_digest(signature, self._sign(pickled)):
+            raise OctavoError(
+                f"{key} is not signed by rank 0: somebody else writes to the ranks' store, "
+                f"or {KEY} is not the same on all machines"
+            )
+        found: tuple[str, tuple[Any, ...]] = pickle.loads(pickled)
         if self.store.add(f"read {self._sent}", 1) == self.count - 1:
             self.store.delete_key(key)
             self.store.delete_key(f"read {self._sent}")
         return found
+
+    def _sign(self, pickled: bytes) -> bytes:
+        """Of the command whose turn it is, so that none can be sent twice."""
+        return hmac.digest(self.key, self._sent.to_bytes(8) + pickled, "sha256")
 
     def _comes(self, key: str) -> bool:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import secrets
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from octavo.models.locate import locate
 from octavo.models.model import Model
 from octavo.parallel.division import ByPlan, check
 from octavo.parallel.follower import Task, follow
-from octavo.parallel.ranks import PATIENCE, RUN, RankFailed, Ranks, connect, own_device
+from octavo.parallel.ranks import KEY, PATIENCE, RUN, RankFailed, Ranks, connect, own_device
 
 LEAVING = 5.0  # seconds that a rank has for its end
 
@@ -62,7 +63,7 @@ def start(model: str | Path | None, count: int, *, device: str = "auto", **loadi
 
 def _started(count: int, path: Path, device: torch.device, loading: dict[str, Any]) -> Ranks:
     store = dist.TCPStore("127.0.0.1", 0, None, True, PATIENCE, wait_for_workers=False)
-    ranks = Ranks(0, count, count, store)
+    ranks = Ranks(0, count, count, store, secrets.token_bytes(32))
     threads = torch.get_num_threads()
     if device.type == "cpu" and not any(map(os.environ.get, TOLD)):
         threads = max(1, threads // count)
@@ -77,7 +78,7 @@ def _started(count: int, path: Path, device: torch.device, loading: dict[str, An
         ranks.processes.append(child)
         assert child.stdin is not None
         with suppress(BrokenPipeError):  # it has ended, which is seen below
-            pickle.dump(Task(rank, count, store.port, path, str(device), threads, loading), child.stdin)
+            pickle.dump(Task(rank, count, store.port, ranks.key, path, str(device), threads, loading), child.stdin)
             child.stdin.flush()
         Thread(target=_watch, args=(ranks, rank, child), daemon=True).start()
     return ranks
@@ -91,7 +92,7 @@ def _of_torchrun(count: int) -> Ranks:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port + 1, None, rank == 0, PATIENCE, wait_for_workers=False)
-    return Ranks(rank, count, local, store)
+    return Ranks(rank, count, local, store, os.environ.get(KEY, "").encode())
 
 
 def _await(ranks: Ranks) -> None:

@@ -18,7 +18,7 @@ from octavo import native
 from octavo.devices import HOST
 
 extension = native.load("octavo.recurrences._native")
-_native = extension.module
+_native = native.functions(extension)
 
 
 def refuses(device: torch.device) -> str | None:

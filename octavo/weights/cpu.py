@@ -19,7 +19,7 @@ from octavo.native import FLOATS
 
 FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # native/elementwise.h
 extension = native.load("octavo.weights._native")
-_native = extension.module
+_native = native.functions(extension)
 
 Weight = tuple[Tensor, int, Tensor | None]
 """Panels, outputs, and a bias of the rows' type. What is multiplied together has one type and number of inputs."""
@@ -130,6 +130,19 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     _native.rms_norm(
         rows.data_ptr(), len(rows), rows.stride(0), rows.shape[1], weight.data_ptr(), epsilon, y.data_ptr(),
         torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float, group: int, gate_first: bool) -> Tensor:
+    """The same of each `group` of a row's numbers: norm(x ∘ silu(gate)) ∘ weight, or norm(x) ∘ weight ∘ silu(gate).
+    x and gate [..., dim], weight [dim], all float32."""
+    rows, gates = (t.reshape(-1, t.shape[-1]) for t in (x, gate))
+    rows, gates = (t if t.stride(1) == 1 else t.contiguous() for t in (rows, gates))
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _native.gated_norm(
+        rows.data_ptr(), rows.stride(0), gates.data_ptr(), gates.stride(0), *rows.shape, group, weight.data_ptr(),
+        epsilon, gate_first, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 

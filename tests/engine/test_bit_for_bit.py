@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo.attention import cpu
 from octavo.engine.params import SamplingParams
 from octavo.engine.sequence import Sequence
+from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel, bind
 from octavo.models.packed import noise
 from octavo.models.prepack import prepack
@@ -20,6 +21,8 @@ from octavo.quant.calibration import SYNTHETIC, Calibration
 from octavo.weights.checkpoint import read_format
 from tests.conftest import observe, slow
 from tests.engine.driving import drain, engine
+from tests.models import zoo
+from tests.models.recurrent import SIZED
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native extension is not built")
 
@@ -97,10 +100,10 @@ def threads(count: int) -> Iterator[None]:
 
 
 def answers(
-    model: BoundModel, kv: str, calibration: Calibration | None, alone: bool = False, **how: int
+    model: BoundModel, kv: str, calibration: Calibration | None, alone: bool = False, count: int = REQUESTS, **how: int
 ) -> list[Sequence]:
-    made = engine(model, kv, calibration, layout=cpu.BACKEND.layout, **{"blocks": 200} | how)
-    found = requests()
+    made = engine(model, kv, calibration, layout=cpu.BACKEND.layout, **{"blocks": 200, "snapshots": 20} | how)
+    found = requests()[:count]
     for sequence in found:
         made.add(sequence)
         if alone:
@@ -145,3 +148,22 @@ def test_nor_where_activations_are_bf16_or_weights_of_4_bits(computing: torch.dt
         alone = answers(model, "kv8", None, alone=True, hits=False)
         for how in ({"batch": REQUESTS}, {"batch": 7, "budget": 16}):
             expect_equal(answers(model, "kv8", None, **how), alone)
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_nor_of_a_hybrid(name: str) -> None:
+    """Its recurrences go on from states: alone, together, after prefix hits, in chunks and preempted."""
+    hf = zoo.build(name, hidden_size=64, vocab_size=VOCABULARY, max_position_embeddings=512, **SIZED[name])
+    model = bind(hf)
+    prepack(model, torch.float32, deterministic=True)
+    with threads(1):
+        alone = answers(model, "kv8", None, alone=True, count=7, hits=False)
+        for way in ("together", "in chunks of 16", "preempted"):
+            expect_equal(answers(model, "kv8", None, count=7, **WAYS[way][1]), alone)
+
+
+def test_a_hybrid_whose_bits_depend_on_their_place_is_refused() -> None:
+    """Its rows of four gates are no whole register."""
+    model = bind(zoo.build("qwen3_5_text"))
+    with pytest.raises(OctavoError, match="leave --deterministic out"):
+        prepack(model, torch.float32, deterministic=True)

@@ -21,10 +21,11 @@ from octavo.engine.params import SamplingParams
 from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel
 from octavo.quant.format import KVFormat
+from tests.conftest import slow
 from tests.engine.driving import drain, run, step
 
 SIZE = 16
-SPANS = [SIZE, 2 * SIZE, 4 * SIZE]
+SPANS = [SIZE, 4 * SIZE, *slow(2 * SIZE)]
 
 
 def engine(

@@ -17,7 +17,7 @@ from tests.models import zoo
 from tests.models.recurrent import ANSWER, NEAR, Answer, logprobs_of, own_answers, prompts
 
 BLOCK = 16  # tokens; formats with edges have spans of 64
-MODELS = ("qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1")
+MODELS = ("qwen3_5_text", "lfm2", "falcon_h1", *slow("granitemoehybrid"))
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 
+from octavo.attention import cpu
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
 from octavo.engine.sequence import Sequence
@@ -16,6 +18,7 @@ from octavo.models.bind import BoundModel, bind
 from tests.conftest import slow
 from tests.engine.driving import drain, engine, interrupt, run, step
 from tests.models import zoo
+from tests.models.recurrent import served
 
 MODELS = ("qwen3_5_text", "lfm2", *slow("falcon_h1", "granitemoehybrid"))
 FORMATS = ("fp32", "k8v4", *slow("kv8", "kv4"))
@@ -33,7 +36,7 @@ def text(length: int, seed: int) -> list[int]:
     return torch.randint(3, zoo.VOCABULARY, (length,), generator=generator).tolist()
 
 
-def made(model: BoundModel, kv: str = "fp32", snapshots: int = 12, **how: int) -> Engine:
+def made(model: BoundModel, kv: str = "fp32", snapshots: int = 12, **how: Any) -> Engine:
     return engine(model, kv, **{"blocks": 60, "block_size": 64, "snapshots": snapshots} | how)
 
 
@@ -147,9 +150,10 @@ def test_a_step_that_fails_goes_on_from_the_last_snapshot(model: BoundModel, mon
 @pytest.mark.slow
 def test_no_slot_and_no_snapshot_leaks_in_ten_thousand_steps(model: BoundModel, slowly: Callable[[int], int]):
     """Conversations that go on, are edited and end early, small requests, aborts and failed steps, in a cache that is
-    too small. Every step is checked; in the end every answer is what a cold cache gives."""
-    chosen = Random(0)
-    busy = made(model, "kv8", snapshots=5, blocks=20, batch=4, budget=200)
+    too small. Every step is checked; in the end every answer is what a cold cache gives, bit for bit where sums do not
+    depend on the company: elsewhere a number that rounds otherwise may be another code."""
+    chosen, native = Random(0), served(model.hf.config.model_type)
+    busy = made(native, "kv8", snapshots=5, blocks=20, batch=4, budget=200, layout=cpu.BACKEND.layout)
     histories = [text(chosen.randrange(20, 200), seed) for seed in range(4)]
     asked: list[Sequence] = []
     for count in range(slowly(2500)):
@@ -170,12 +174,12 @@ def test_no_slot_and_no_snapshot_leaks_in_ten_thousand_steps(model: BoundModel, 
             step(busy)
     drain(busy)
     expect_nothing_held(busy)
-    cold = made(model, "kv8", snapshots=0)
-    for sequence in asked[:: max(1, len(asked) // 20)]:
+    cold = made(native, "kv8", snapshots=0, layout=cpu.BACKEND.layout)
+    for sequence in asked[:: max(1, len(asked) // 100)]:
         if sequence.output and sequence.finish_reason != "abort":
             again = Sequence(
                 sequence.tokens[: sequence.num_prompt], SamplingParams(max_tokens=len(sequence.output), logprobs=1)
             )
             cold.add(again)
             drain(cold)
-            expect_same([sequence], [again], 1e-2)  # rounding that differs may change a code by one
+            expect_same([sequence], [again], 0.0 if cpu.exact else 1e-2)

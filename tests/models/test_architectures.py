@@ -15,7 +15,7 @@ import transformers
 from octavo.models.bind import bind
 from scripts.architectures import PAGE, page
 from tests.conftest import slow
-from tests.models import zoo
+from tests.models import recurrent, zoo
 from tests.models.forms import FORMS, measure
 from tests.models.probe import TOLERANCE, largest_error, probe
 
@@ -55,6 +55,14 @@ def test_the_probe_sees_a_wrong_spec(name: str, broken: dict[str, Any]) -> None:
     bound = bind(zoo.build(name))
     bound.layers = [replace(layer, **broken) for layer in bound.layers]
     assert largest_error(zoo.build(name), bound) > 30 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "zamba2"])
+def test_where_transformers_own_steps_differ_from_its_own_forward_ours_are_the_forwards(name: str) -> None:
+    """Its steps of one token leave out the least time step, which its forward over several tokens keeps."""
+    found = recurrent.measure(name)
+    assert found.error < recurrent.NEAR < found.own
+    assert found.by_token == pytest.approx(found.own, abs=recurrent.NEAR)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from octavo.engine.params import SamplingParams
@@ -23,7 +24,7 @@ from tests.parallel.models import alone, divided, tiny
 
 
 def of(count: int) -> ByPlan:
-    return ByPlan(Ranks(0, count, count, None))  # type: ignore[arg-type]  # it is not asked for anything
+    return ByPlan(Ranks(0, count, count, None, b""))  # type: ignore[arg-type]  # it is not asked for anything
 
 
 def test_heads_that_the_ranks_do_not_divide_are_refused_with_numbers_that_do():
@@ -53,6 +54,24 @@ def test_options_that_do_not_go_together_with_ranks_are_refused(option: dict[str
 def test_a_number_of_ranks_that_cannot_be_is_refused(ranks: int):
     with pytest.raises(OctavoError, match="tensor_parallel_size"):
         LLM(tensor_parallel_size=ranks)
+
+
+def test_a_command_that_rank_0_has_not_signed_is_not_run():
+    store, ran = dist.HashStore(), []
+
+    class Harmful:
+        def __reduce__(self) -> tuple[object, ...]:
+            return ran.append, (1,)
+
+    first, second = (Ranks(rank, 2, 2, store, b"a secret") for rank in (0, 1))  # type: ignore[arg-type]
+    first.send("step", 1)
+    assert second.receive() == ("step", (1,))
+    other = Ranks(0, 2, 2, store, b"a guess")  # type: ignore[arg-type]
+    other.send("step", 1)
+    other.send("harm", Harmful())
+    with pytest.raises(OctavoError, match="not signed by rank 0"):
+        second.receive()
+    assert not ran
 
 
 @pytest.mark.slow

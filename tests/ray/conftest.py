@@ -27,7 +27,7 @@ MODEL: dict[str, Any] = {
 def cluster() -> Iterator[str]:
     """Its address. A test machine may stand still for minutes: no node counts as dead for that."""
     slow = {"health_check_failure_threshold": 60, "health_check_period_ms": 10_000, "health_check_timeout_ms": 60_000}
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "300"}
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     import ray
     from ray.cluster_utils import Cluster

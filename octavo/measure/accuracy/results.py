@@ -35,7 +35,7 @@ def about(model: Model, candidates: Sequence[Candidate]) -> dict[str, Any]:
     }
 
 
-def on_text(
+def measure_text(
     model: Model,
     candidates: Sequence[Candidate],
     name: str,

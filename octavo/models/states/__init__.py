@@ -7,10 +7,10 @@ Nothing here knows an architecture.
 """
 
 from octavo.models.states.find import STATELESS, TYPES, Found, find, install, may_keep_states, uninstall
-from octavo.models.states.mixers import Mixer, StateStep, stepping
+from octavo.models.states.mixers import Mixer, StateStep, native_mixers, stepping
 from octavo.models.states.proof import TOKENS, prove
 
 __all__ = [
-    "STATELESS", "TOKENS", "TYPES", "Found", "Mixer", "StateStep", "find", "install", "may_keep_states", "prove",
-    "stepping", "uninstall",
+    "STATELESS", "TOKENS", "TYPES", "Found", "Mixer", "StateStep", "find", "install", "may_keep_states",
+    "native_mixers", "prove", "stepping", "uninstall",
 ]  # fmt: skip

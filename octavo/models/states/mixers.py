@@ -63,9 +63,9 @@ class StateStep:
 
     @cached_property
     def places(self) -> Places:
-        """For native kernels, where rows and states lie: the slot of nobody is the last."""
+        """For native kernels, where rows and states lie: the slot of nobody, −1, is the last."""
         starts = torch.tensor([0, *accumulate(self.q_lens)])
-        return Places(starts, torch.where(self.slots < 0, self.pool.slots, self.slots))
+        return Places(starts, self.slots.remainder(self.pool.slots + self.pool.snapshots + 1))
 
     def parts(self, device: torch.device, by_token: bool) -> list[Part]:
         """The calls that a mixer on `device` gets. `by_token`: one for each token, where rows have others before."""
@@ -186,6 +186,13 @@ class PackedMixer(nn.Module):
             out[part.rows] = found
         assert out is not None
         return out[None]
+
+
+def native_mixers(hf: nn.Module) -> list[nn.Module]:
+    """The mixers of a model that native kernels compute."""
+    return [
+        module for module in hf.modules() if isinstance(module, PackedMixer) and vars(module)[MIXER].native is not None
+    ]
 
 
 def own_forward(module: nn.Module) -> Any:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from octavo.engine.params import CONSTRAINTS, TABLE, Strings
+from octavo.engine.params import CONSTRAINTS, TABLE
+from octavo.engine.values import Strings
 from octavo.serve.requests.strict import Name, Schema, Strict
 
 _choices = TABLE["choice"].kind

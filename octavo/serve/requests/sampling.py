@@ -7,7 +7,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, JsonValue, create_model, model_validator
 
-from octavo.engine.params import MAX_LOGPROBS, Biases, Kind, Number, Strings, Switch, TokenIds, allowed
+from octavo.engine.params import MAX_LOGPROBS, allowed
+from octavo.engine.values import Biases, Kind, Number, Strings, Switch, TokenIds
 from octavo.serve.requests.constraints import Constrained
 from octavo.serve.requests.strict import Int31, Strict
 

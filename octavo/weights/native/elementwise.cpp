@@ -48,6 +48,30 @@ void rms_norm(const float* x, int64_t rows, int64_t stride, int64_t dim, const f
     });
 }
 
+void gated_norm(const float* x, int64_t stride, const float* gate, int64_t gate_stride, int64_t rows, int64_t dim,
+                int64_t group, const float* weight, float epsilon, bool gate_first, float* y, const Pool& pool) {
+    in_pieces(rows, dim, pool, [&](int64_t from, int64_t to) {
+        for (int64_t r = from; r < to; r++)
+            for (int64_t first = 0; first < dim; first += group) {
+                const float *in = x + r * stride + first, *z = gate + r * gate_stride + first, *w = weight + first;
+                float* out = y + r * dim + first;
+                f32v squares[4] = {};
+                each_vector(group, [&](int64_t i, int n) {
+                    const f32v own = load_some(in + i, n), v = gate_first ? own * silu(load_some(z + i, n)) : own;
+                    f32v& some = squares[i / W % 4];
+                    some = fma(v, v, some);
+                    store_some(out + i, v, n);
+                });
+                const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / float(group);
+                const f32v factor = splat(1 / std::sqrt(mean + epsilon));
+                each_vector(group, [&](int64_t i, int n) {
+                    const f32v v = load_some(out + i, n) * factor * load_some(w + i, n);
+                    store_some(out + i, gate_first ? v : v * silu(load_some(z + i, n)), n);
+                });
+            }
+    });
+}
+
 // x·½(1 + tanh u) = x·σ(2u) with u = √(2/π)·(x + 0.044715x³).
 f32v gelu_tanh(f32v x) { return x * sigmoid(1.5957691f * x * (1.0f + 0.044715f * x * x)); }
 // x·½(1 + erf(x/√2)); Abramowitz and Stegun 7.1.26, off by 1.5e-7 at most.
@@ -110,6 +134,6 @@ void rope(const Heads& x, int64_t rows, int64_t dim, const float* cos, int64_t c
 }  // namespace
 
 extern const ElementwiseKernels elementwise;
-const ElementwiseKernels elementwise = {activate, rms_norm, silu_gate, rope};
+const ElementwiseKernels elementwise = {activate, rms_norm, gated_norm, silu_gate, rope};
 
 }  // namespace octavo::weights::ISA

@@ -65,6 +65,13 @@ void rms_norm(uint64_t x, int64_t rows, int64_t stride, int64_t dim, uint64_t we
                                    compiled.pool(threads));
 }
 
+void gated_norm(uint64_t x, int64_t stride, uint64_t gate, int64_t gate_stride, int64_t rows, int64_t dim, int64_t group,
+                uint64_t weight, float epsilon, bool gate_first, uint64_t y, int threads) {
+    compiled->elementwise.gated_norm(at<const float>(x), stride, at<const float>(gate), gate_stride, rows, dim, group,
+                                     at<const float>(weight), epsilon, gate_first, at<float>(y),
+                                     compiled.pool(threads));
+}
+
 void activate(int function, uint64_t x, int64_t count, int type, uint64_t y, int threads) {
     compiled->elementwise.activate(weights::Function(function), at<const void>(x), count, Float(type), at<void>(y),
                                    compiled.pool(threads));
@@ -127,6 +134,7 @@ NB_MODULE(_native, m) {
     m.def("pack_panels", &pack_panels, nb::call_guard<nb::gil_scoped_release>());
     m.def("activate", &activate, nb::call_guard<nb::gil_scoped_release>());
     m.def("rms_norm", &rms_norm, nb::call_guard<nb::gil_scoped_release>());
+    m.def("gated_norm", &gated_norm, nb::call_guard<nb::gil_scoped_release>());
     m.def("silu_gate", &silu_gate, nb::call_guard<nb::gil_scoped_release>());
     m.def("rope", &rope, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<Layer>(m, "Layer");

@@ -1,0 +1,178 @@
+"""What `octavo accuracy` measures on: a text, and benchmark tasks; and how much of them there is time for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+from octavo.cli.options import option
+from octavo.errors import OctavoError
+from octavo.measure.accuracy.sizes import ANSWERS, WANTED
+from octavo.measure.budget import Budget, Windows
+
+if TYPE_CHECKING:
+    from octavo.corpus import Texts
+    from octavo.measure.candidate import Candidate
+    from octavo.measure.tasks.run import Elsewhere
+    from octavo.models.model import Model
+
+
+def about_text(help: str, *names: str, **more: Any) -> Any:
+    return option(help, *names, panel="On a text", **more)
+
+
+def about_tasks(help: str, *names: str, **more: Any) -> Any:
+    return option(help, *names, panel="On benchmark tasks", **more)
+
+
+def expect_alone(given: dict[str, Any], other: str) -> None:
+    """Raise OctavoError for options that mean nothing without another."""
+    if names := [name for name, value in given.items() if value is not None]:
+        raise OctavoError(f"{names[0]} goes with {other}, which is not given")
+
+
+@dataclass
+class TextOptions:
+    """A text to be read, and how much of it."""
+
+    text: Annotated[
+        str | None,
+        about_text(
+            "A .txt or .jsonl file, or ptb, c4, wikitext2, pileval. [default: evaluation.txt of the bundled model]"
+        ),
+    ] = None
+    windows: Annotated[
+        int | None,
+        about_text(f"At most so many windows of it. [default: {WANTED.count}, or what --budget allows]", min=1),
+    ] = None
+    window: Annotated[
+        int | None, about_text(f"Tokens in a window. [default: {WANTED.length}, or what --budget allows]", min=2)
+    ] = None
+    answers: Annotated[
+        int | None,
+        about_text(
+            f"Beginnings of windows that are answered, to see where answers part. [default: {ANSWERS.count}, or what "
+            "--budget allows]",
+            min=0,
+        ),
+    ] = None
+
+    def refuse(self) -> None:
+        """Where no text is read."""
+        expect_alone({"--windows": self.windows, "--window": self.window, "--answers": self.answers}, "--text")
+
+    def open(self, data_dir: Path | None) -> Texts:
+        """The text, of which some can be read."""
+        from octavo.corpus import load_texts
+        from octavo.models.locate import BUNDLED
+
+        texts = load_texts(str(BUNDLED / "evaluation.txt") if self.text is None else self.text, data_dir, "test")
+        next(iter(texts))  # refuses what cannot be read
+        return texts
+
+    def fit(self, model: Model, name: str, formats: int, context: int, budget: Budget) -> tuple[Windows, Windows]:
+        """The windows to read and the answers to write. Says how many, and how long they take."""
+        from octavo.cli.progress import say
+        from octavo.measure.accuracy.sizes import choose
+        from octavo.measure.pace import Pace
+
+        if self.window is not None and self.window > context:
+            raise OctavoError(
+                f"a window of {self.window} tokens is longer than {model.name}'s sessions of {context}: lower --window"
+            )
+        start = perf_counter()
+        say("measuring a few steps")
+        pace = Pace.measure(model.bound, self.window or min(WANTED.length, context))
+        given = self.windows, self.window, self.answers
+        read, write = choose(pace, budget.less(perf_counter() - start), formats, given, context)
+        say(f"{name}: {read.of(formats)}")
+        if write.size.count:
+            say(f"greedy answers: {write.of(formats)}")
+        return read.size, write.size
+
+
+@dataclass
+class TaskOptions:
+    """Benchmark tasks, and how much of them."""
+
+    tasks: Annotated[
+        str | None,
+        about_tasks(
+            "all, or some of winogrande, nq_open, gsm8k, bbh, openbookqa, openbookqa_fact, eprstmt, crows_pairs, "
+            "bbh/word_sorting, …"
+        ),
+    ] = None
+    limit: Annotated[
+        int | None,
+        about_tasks("The first so many documents, of bbh of each subset. [default: what --budget allows]", min=1),
+    ] = None
+    shots: Annotated[
+        int | None,
+        about_tasks(
+            "Examples before each question, the same before all; crows_pairs takes none, bbh has its own. [default: as "
+            "the task says]",
+            min=0,
+        ),
+    ] = None
+    max_batch_size: Annotated[int | None, about_tasks("Documents at a time. [default: 16]", min=1)] = None
+    results: Annotated[
+        Path | None,
+        about_tasks("Where results are kept, so that a run can go on. [default: beside the calibration]"),
+    ] = None
+
+    def check(self) -> None:
+        if self.tasks is None:
+            given = {"--limit": self.limit, "--shots": self.shots, "--max-batch-size": self.max_batch_size}
+            expect_alone(given | {"--results": self.results}, "--tasks")
+
+    def parts(self, data_dir: Path | None) -> tuple[list[Any], dict[str, str]]:
+        """What is asked, and what is left out with the reason."""
+        from octavo.measure.tasks import data_files, require_harness, select
+
+        if self.tasks is None:
+            return [], {}
+        parts, skipped = select(self.tasks, data_dir)
+        require_harness()
+        for part in parts:
+            data_files.check(part)
+        return parts, skipped
+
+    def run(
+        self,
+        model: Model,
+        candidates: Sequence[Candidate],
+        parts: Sequence[Any],
+        context: int,
+        budget: Budget,
+        elsewhere: Elsewhere | None,
+    ) -> dict[str, Any]:
+        """Rows of every benchmark, in sessions of `context` tokens; `elsewhere` asks on a cluster."""
+        from octavo.cli.progress import telling
+        from octavo.measure.tasks.results import Results
+        from octavo.measure.tasks.run import run
+
+        directory = self.results or model.work_dir / "accuracy"
+        sizes = {"limit": self.limit, "session_len": context, "max_batch_size": self.max_batch_size or 16,
+                 "shots": self.shots}  # fmt: skip
+        try:
+            with telling("loading tasks") as tell:
+                rows = run(
+                    model,
+                    candidates,
+                    parts,
+                    Results(directory),
+                    budget=budget,
+                    progress=tell,
+                    say=tell.say,
+                    elsewhere=elsewhere,
+                    **sizes,  # type: ignore[arg-type]
+                )
+        except KeyboardInterrupt:
+            print(f"interrupted: what is done is kept in {directory}; the same command goes on", file=sys.stderr)
+            raise
+        found = [asdict(row) | {"solved": row.solved} for row in rows]
+        return {"how": "measured", **sizes, "results": str(directory), "rows": found}
