@@ -65,10 +65,11 @@ DOCUMENTED: dict[str, tuple[str, dict[str, Any], str]] = {
         "<start_function_call>call:get_current_temperature"
         "{location:<escape>Paris<escape>,unit:<escape>celsius<escape>}<end_function_call>",
     ),
-    "Mistral 7B v0.3": (  # as Mistral's own mistral_common 1.13.1 writes it for tokenizers of version 3
-        "get_current_weather",
-        {"location": "Paris"},
-        '[TOOL_CALLS] [{"name": "get_current_weather", "arguments": {"location": "Paris"}, "id": "abcdefgh1"}]',
+    "Mistral 7B v0.3": (  # github.com/mistralai/cookbook, concept-deep-dive/tokenization/tool_calling.md; another id
+        "calculator",
+        {"operation": "2+2", "format": "celsius"},
+        '[TOOL_CALLS] [{"name": "calculator", "arguments": {"operation": "2+2", "format": "celsius"}, '
+        '"id": "abcdefgh1"}]',
     ),
 }
 FAMILIES = {
