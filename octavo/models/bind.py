@@ -16,7 +16,7 @@ packed step or that count positions in a way of their own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from transformers import AttentionInterface, PreTrainedModel
@@ -25,9 +25,11 @@ from octavo.attention import AttentionSpec
 from octavo.errors import LISTED, Unsupported
 from octavo.models import states
 from octavo.models.bound import BoundModel as BoundModel
+from octavo.models.files import quiet
 from octavo.models.hook import NAME, attention
 from octavo.models.rope import pin_rope, short_context
 from octavo.models.trace import Trace
+from octavo.recurrences.cpu import refuses
 
 UNLIMITED = 1 << 30  # context of a model that names no limit
 LAYER_TYPES = {"full_attention", "sliding_attention"} | states.TYPES | states.STATELESS
@@ -54,15 +56,22 @@ def bind(hf: PreTrainedModel, context: int | None = None, prove: bool = True) ->
     `prove` layers that keep states are found, and `prove_states` is left to a caller who goes on to change the weights
     or the type they are computed in.
     """
-    with _listed():
+    with _listed(), _unadvised(hf):
         return _bind(hf, context, prove)
 
 
 def prove_states(bound: BoundModel) -> None:
     """Have the layers of a model that keep states show that they compute packed steps exactly, as `bind` does; raises
     `Unsupported`."""
-    with _listed():
+    with _listed(), _unadvised(bound.hf):
         bound.find_states()
+
+
+@contextmanager
+def _unadvised(hf: PreTrainedModel) -> Iterator[None]:
+    """transformers advises to install kernels for recurrences, also where native ones compute them."""
+    with quiet() if refuses(hf.get_input_embeddings().weight.device) is None else nullcontext():
+        yield
 
 
 @contextmanager
