@@ -355,12 +355,13 @@ def test_adversarial_rows_stay_close(name: str, kind: str) -> None:
 
 @every_isa
 @native
-@pytest.mark.parametrize("name", ["int8", "int8-token", "int4-token"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "int8-token", "int4-token"])
 def test_saturation_is_counted_as_the_specification_counts_it(name: str) -> None:
+    """Of what is not a number too."""
     layers = [kind(Case(name, block_size=64)) for kind in (Layer, NativeLayer)]
     for layer in layers:
         q, k, v = layer.queries(40), layer.keys(40) * 3, layer.values(40) * 3
-        k[3, 0, 5] = 1e6
+        k[3, 0, 5], k[4, 0, 7], v[5, 0, :] = 1e6, torch.nan, torch.nan
         layer.feed([(0, 40)], q, k, v)
     counts = [[(store.saturated.item(), store.written) for store in layer.cache.stores] for layer in layers]
     assert counts[0] == counts[1]
