@@ -39,28 +39,29 @@ class Context:
             raise SystemExit(f"llama.cpp makes no context with {kv} and flash attention")
         self.batch = llama.llama_batch_init(CHUNK, 0, 1)
         self.lengths: list[int] = []
-        self.logits = np.empty((0, 0), dtype=np.float32)
+        self.logits: list[np.ndarray] = []  # of each sequence; after a step they are llama.cpp's own memory
+        self.chosen: list[int] = []  # the most likely token of each
 
     def answers(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
         """Greedy answers of so many tokens to all prompts together."""
         self.prefill(prompts)
-        chosen = [self.logits.argmax(-1)]
+        chosen = [self.chosen]
         while len(chosen) < tokens:
             self.step()
-            chosen.append(self.logits.argmax(-1))
-        return np.stack(chosen, 1).tolist()
+            chosen.append(self.chosen)
+        return [list(answer) for answer in zip(*chosen, strict=True)]
 
     def prefill(self, prompts: list[list[int]]) -> None:
         """Forget all, then compute the prompts."""
         llama.llama_memory_clear(llama.llama_get_memory(self.context), True)
         self.lengths = [len(prompt) for prompt in prompts]
-        logits = []
+        self.logits = []
         for sequence, prompt in enumerate(prompts):
             for start in range(0, len(prompt), CHUNK):
                 part = prompt[start : start + CHUNK]
                 self.decode([(token, start + i, sequence) for i, token in enumerate(part)], last_only=True)
-            logits.append(self.row(self.batch.n_tokens - 1))
-        self.logits = np.stack(logits)
+            self.logits.append(self.row(self.batch.n_tokens - 1).copy())
+        self.choose()
 
     def copy(self, count: int) -> None:
         """Give each of `count` sequences a copy of the first one's K and V, and its logits."""
@@ -71,14 +72,17 @@ class Context:
             if not llama.llama_state_seq_set_data(self.context, state, size, sequence):
                 raise SystemExit("llama.cpp takes no copy of a sequence")
         self.lengths = self.lengths[:1] * count
-        self.logits = self.logits[:1].repeat(count, 0)
+        self.logits, self.chosen = self.logits[:1] * count, self.chosen[:1] * count
 
     def step(self) -> None:
         """The most likely token of each sequence, and its logits after it."""
-        tokens = self.logits.argmax(-1)
-        self.decode([(int(token), self.lengths[i], i) for i, token in enumerate(tokens)], last_only=False)
+        self.decode([(token, self.lengths[i], i) for i, token in enumerate(self.chosen)], last_only=False)
         self.lengths = [length + 1 for length in self.lengths]
-        self.logits = np.stack([self.row(i) for i in range(len(tokens))])
+        self.logits = [self.row(i) for i in range(len(self.chosen))]
+        self.choose()
+
+    def choose(self) -> None:
+        self.chosen = [int(logits.argmax()) for logits in self.logits]
 
     def decode(self, rows: list[tuple[int, int, int]], last_only: bool) -> None:
         """One llama_decode of (token, position, sequence)."""
@@ -93,11 +97,11 @@ class Context:
 
     def row(self, i: int) -> np.ndarray:
         logits = llama.llama_get_logits_ith(self.context, i)  # waits for the computation
-        return np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).copy()
+        return np.ctypeslib.as_array(logits, shape=(self.vocabulary,))
 
     def top(self, n: int = 100) -> list[dict[int, float]]:
         """The n most likely tokens of each sequence with their log-probabilities, best first."""
-        logits = self.logits.astype(np.float64)
+        logits = np.stack(self.logits).astype(np.float64)
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         order = np.argsort(-logprobs, -1)[:, :n]
         return [{int(t): float(row[t]) for t in best} for row, best in zip(logprobs, order, strict=True)]

@@ -148,7 +148,7 @@ def jobs() -> str:
 
 Prompts of WikiText-2 all at once, an answer of fixed length to each, 16-bit weights; tokens a second, medians.
 llama.cpp decodes all sequences in one batch; OpenVINO is GenAI's continuous batching, with KV in 8 bits and products in
-float32.
+float32. "From parts": computed from the prefill of two prompts and from steps of all sequences over copies of one.
 """
     for label, document in found.items():
         for row in document["rows"]:
@@ -161,7 +161,7 @@ float32.
             )  # fmt: skip
             title = f"{label}, {row['model']}: {row['batch']} prompts of {row['prompt']} tokens, answers of "
             rounds = "one round" if row["rounds"] == 1 else f"{row['rounds']} rounds"
-            title += f"{row['tokens']}, {rounds}, commit {row['commit']}"
+            title += f"{row['tokens']}, {rounds}{' from parts' if row.get('copied') else ''}, commit {row['commit']}"
             over = f"job: {ours.removeprefix('octavo ')} over it"
             text += part(title, ["", "prefill", "decode", "whole job", over], rows)
     return text

@@ -27,11 +27,11 @@ from octavo.models.model import BUNDLED, Model
 from octavo.models.output import output_norms
 from octavo.progress import Count
 from octavo.quant.calibration import Calibration, Header
-from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Format, Granularity, validate_choice
+from octavo.quant.format import BLOCK, DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Format, Granularity, validate_choice
 from octavo.quant.statistics import LayerStatistics
 from octavo.text import opening
 
-FIRST_PAGE = 64  # rows of a window that mean and std leave out: sinks, outliers that edges keep raw
+FIRST_PAGE = BLOCK  # rows of a window that mean and std leave out: sinks, outliers that edges keep raw
 NEAR = 128  # positions up to here get as many windows as each doubling beyond, see _offsets
 FARTHEST = 1 << 17  # where windows end for a model that names no context of its own
 SHORT = (8, 256)  # windows and tokens in each, of a calibration that is made before serving

@@ -283,7 +283,11 @@ class LLM:
         }
         for field, ids in asked.items():
             if strange := [token for token in ids if not 0 <= token < vocabulary]:
-                raise OctavoError(f"token {strange[0]} is not in the model's vocabulary of {vocabulary}", field)
+                raise OctavoError(
+                    f"token {strange[0]} is not in the model's vocabulary of {vocabulary}: ids are from 0 to "
+                    f"{vocabulary - 1}, as its own tokenizer has them",
+                    field,
+                )
         eos = frozenset() if params.ignore_eos else self.model.eos_ids
         kind = params.constraint
         guide = self.grammars.guide(kind, getattr(params, kind)) if kind else None

@@ -24,26 +24,20 @@ from torch import Tensor
 
 from octavo.cache.batch import Batch
 from octavo.cache.blocks import BlockPool
+from octavo.cache.holding import Held
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerPlan
-from octavo.cache.pool import GONE
 from octavo.cache.store import KVCache, LayerCache
 from octavo.errors import OctavoError
 
 SMALL = 8  # blocks: a memory of so few is left as it is
 
 
-@dataclass(eq=False)
-class Row:
+@dataclass(eq=False, kw_only=True)
+class Row(Held):
     """A sequence, as a batch is built of it."""
 
-    tables: list[list[int]]  # of each group, GONE where blocks were given back
-    behind: list[int]  # how many were
-    first_page: int = -1
-    ring: int = -1
-    state_slot: int | None = None
     before: int | None = None  # the number of the span that is recorded
-    num_cached: int = 0
     num_new: int = 0
 
     @property
@@ -122,7 +116,7 @@ class Sequences:
     def start(self, count: int) -> None:
         """Have `count` sequences without rows."""
         self._drop_all()
-        self.rows = [Row([[] for _ in self.pools], [0] * len(self.pools)) for _ in range(count)]
+        self.rows = [Row(tables=[[] for _ in self.pools], behind=[0] * len(self.pools)) for _ in range(count)]
         self._arrange_pages([], self.pages_each)
 
     def crop(self, counts: Sequence[int]) -> None:
@@ -184,10 +178,7 @@ class Sequences:
     def _let_go(self, row: Row) -> None:
         """Give back the blocks that no later query sees."""
         for group, (pool, table) in enumerate(zip(self.pools, row.tables, strict=True)):
-            before = row.behind[group]
-            row.behind[group] = max(before, min(pool.behind(row.num_cached), len(table)))
-            pool.release(table[before : row.behind[group]])
-            table[before : row.behind[group]] = [GONE] * (row.behind[group] - before)
+            row.behind[group] = pool.let_go(table, row.behind[group], row.num_cached)
 
     def _drop_all(self) -> None:
         """Give back all blocks of all sequences."""

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from struct import pack
 
+GONE = 0  # in a table: a block that nobody sees. Kernels may look it up, so it is a block that there is
+
 
 @dataclass(slots=True)
 class Block:
@@ -62,6 +64,14 @@ class BlockPool:
     def behind(self, tokens: int) -> int:
         """Leading blocks that no query sees any more once so many tokens are stored."""
         return 0 if self.reach is None else max(0, tokens - self.reach + 1) // self.block_size
+
+    def let_go(self, table: list[int], behind: int, tokens: int) -> int:
+        """Give back those blocks of a table that no query sees once so many tokens are stored. The first `behind` were
+        given back before; returns how many now are."""
+        after = max(behind, min(self.behind(tokens), len(table)))
+        self.release(table[behind:after])
+        table[behind:after] = [GONE] * (after - behind)
+        return after
 
     def take(self) -> int:
         """A block of one's own; what it held is forgotten. The caller has looked at `len(pool.free)`."""

@@ -8,15 +8,21 @@ from octavo.cache.snapshots import Turn
 
 
 @dataclass(eq=False, kw_only=True)
-class Holding:
-    """A sequence, as far as the cache knows it: what it holds while it runs."""
+class Held:
+    """Where the rows and states of a sequence lie."""
 
-    tokens: list[int]
     num_cached: int = 0  # tokens whose K and V are in the cache
     tables: list[list[int]] = field(default_factory=list)  # of each group of layers: the blocks of its tokens
     behind: list[int] = field(default_factory=list)  # of each group: leading blocks that no query sees, given back
-    prefixes: list[bytes] = field(default_factory=list)  # hash of the prefix that each full block ends
     first_page: int = -1  # the raw page of page 0, where the format has edges
     ring: int = -1  # the first of the raw pages of its own span
     state_slot: int | None = None  # of its states, where the model has layers that keep some
+
+
+@dataclass(eq=False, kw_only=True)
+class Holding(Held):
+    """A sequence, as far as the cache knows it: what it holds while it runs, and what others find it by."""
+
+    tokens: list[int]
+    prefixes: list[bytes] = field(default_factory=list)  # hash of the prefix that each full block ends
     turn: Turn | None = None  # its snapshots of states, until it ends

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo.devices import device_of
-from octavo.quant.format import Codec
+from octavo.quant.format import BLOCK, Codec
 
 LANES = 16  # 32-bit lanes of the widest register that reads a row of V
 SLACK = 64  # bytes after the last block where rows are no whole registers: the last one reads beyond the row's end
@@ -33,7 +33,7 @@ class Layout:
     """How the blocks of a cache lie: row by row, in the `tiles` that the CPU kernels read, or in the `pages` that the
     GPU kernels read, where each operand of a product lies along its sum, as the tensor cores take bytes."""
 
-    block_size: int = 64
+    block_size: int = BLOCK
     order: Literal["rows", "tiles", "pages"] = "rows"
 
     def of(self, side: Literal["k", "v"], codec: Codec, dim: int) -> RowLayout:

@@ -15,14 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from octavo.cache.blocks import BlockPool
+from octavo.cache.blocks import GONE, BlockPool
 from octavo.cache.edges import EdgePool
 from octavo.cache.holding import Holding
 from octavo.cache.recurrent import SequenceStates
 from octavo.cache.snapshots import Snapshot
 from octavo.cache.states import StatePool
-
-GONE = 0  # in a table: a block that nobody sees. Kernels may look it up, so it is a block that there is
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,7 @@ class CachePool(BlockPool):
         """Give back what lies behind, and extend the block tables for `tokens` more tokens, if there are blocks enough;
         else take none."""
         for i, pool in enumerate(self.groups):
-            table, behind = holder.tables[i], holder.behind[i]
-            holder.behind[i] = max(behind, min(pool.behind(holder.num_cached), len(table)))
-            pool.release(table[behind : holder.behind[i]])
-            table[behind : holder.behind[i]] = [GONE] * (holder.behind[i] - behind)
+            holder.behind[i] = pool.let_go(holder.tables[i], holder.behind[i], holder.num_cached)
         needed = self.lacking(holder, holder.num_cached + tokens)
         if any(count > len(pool.free) for count, pool in zip(needed, self.groups, strict=True)):
             return False

@@ -1,7 +1,7 @@
 """The engine: one loop over `step`, tokens in and tokens out. It knows nothing of text.
 
 One thread at a time may touch it; an LLM's threads take turns (threads.py). A step that does not end, because its
-forward was interrupted, has changed nothing that the next one would not do again.
+forward was interrupted, is computed again by the next, with the same tokens; so is what was launched after it.
 
 A GPU works on its own once a step is launched. With `overlap` the engine launches the next step before it waits for the
 tokens of this one, where it is certain who runs in it: the new tokens go from one step to the next on the device. While
@@ -95,13 +95,14 @@ class Engine:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Around a step. One that does not end would write the same rows again the next time, but states have gone on:
-        where there are any, what runs goes on from its last snapshot, as if it had been preempted."""
+        """Around a step. One that does not end is computed again, and writes the same rows; what was launched after it
+        is dropped, or its tokens would be missing. But states have gone on: where there are any, what runs goes on
+        from its last snapshot, as if it had been preempted."""
         try:
             yield
         except BaseException:
+            self.launched = None
             if self.cache.states is not None:
-                self.launched = None
                 self.scheduler.restart()
             raise
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from octavo.attention import backend_for
 from octavo.cache.batch import MAX_BATCH_TOKENS, Batch
+from octavo.cache.edges import EdgePool
 from octavo.cache.holding import Holding
 from octavo.cache.plan import own_span, plan_layers
 from octavo.models.bind import BoundModel
@@ -68,21 +69,18 @@ class Reading:
         plans = plan_layers(bound.whole, formats, self.calibration, self.granularity, self.headroom)
         layout = backend_for(plans).layout
         span = own_span([plan.format for plan in plans], layout.block_size)
-        ring_pages = span // layout.block_size
+        raw_pages = len(texts) * (span // layout.block_size + 1) if span else 0
+        edges = EdgePool(span, layout.block_size, raw_pages, len(texts), prefix_caching=False) if span else None
         sequences, blocks = [], 0
         for i, tokens in enumerate(texts):
             own = -(-len(tokens) // layout.block_size)
-            sequences.append(
-                Holding(
-                    tokens=list(tokens),
-                    tables=[list(range(blocks, blocks + own))],
-                    first_page=len(texts) * ring_pages + i,
-                    ring=i * ring_pages,
-                    state_slot=i if bound.states else None,
-                )
-            )
+            table, slot = list(range(blocks, blocks + own)), i if bound.states else None
+            sequence = Holding(tokens=list(tokens), tables=[table], state_slot=slot)
+            if edges is not None:
+                sequence.first_page, sequence.ring = edges.take(tokens, hit=False)
+            sequences.append(sequence)
             blocks += own
-        cache = bound.new_cache(plans, blocks, layout, len(texts) * (ring_pages + 1), len(texts))
+        cache = bound.new_cache(plans, blocks, layout, raw_pages, len(texts))
         watched = observe is not None or self.simulate is not None
 
         def watch(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

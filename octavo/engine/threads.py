@@ -120,12 +120,12 @@ class Turns:
     def _sleep(self) -> None:
         """Until the turn is given back."""
         assert self._holder != get_ident(), "a step of the engine cannot wait for the engine"
-        bed = Lock()
-        bed.acquire()
-        self._asleep.append(bed)
-        if self._turn.locked():  # whoever has it finds the bed when it is given back
+        woken = Lock()
+        woken.acquire()  # until `_wake` releases it
+        self._asleep.append(woken)
+        if self._turn.locked():  # whoever has it finds the lock when it is given back
             with let_through():
-                bed.acquire()
+                woken.acquire()
 
     def _wake(self) -> None:
         while self._asleep:

@@ -129,7 +129,7 @@ class Biases:
 
 @dataclass(frozen=True)
 class Schema:
-    """A JSON schema, which the grammar checks (grammar.py)."""
+    """A JSON schema, which the grammar checks (octavo/grammars)."""
 
     expected = "a JSON schema, that is an object"
 

@@ -37,6 +37,7 @@ class BoundModel:
 
     alone = True  # whether this process holds all of it; else see octavo/parallel
     interruptible = True  # whether Ctrl-C may end a forward
+    shortened = False  # whether the last layer computes only rows that are due: see due.py
 
     def __init__(self, hf: PreTrainedModel, max_context: int, attends: bool = True):
         self.hf = hf
@@ -138,12 +139,16 @@ class BoundModel:
         its beginning. Several threads may run forwards over one model at a time; each attends to what its own was
         given.
         """
+        due, at = None, logits_at
+        if self.shortened and len(logits_at) < len(ids):
+            at = torch.arange(len(logits_at), device=logits_at.device)
+            due = logits_at if len(logits_at) else logits_at.new_zeros(1)  # not every module takes 0 rows
         through = let_through() if self.interruptible else nullcontext()  # Ctrl-C may end it
-        with attending(attend), states.stepping(step), through:
+        with attending(attend, due), states.stepping(step), through:
             logits = self.hf(
-                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_at
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=at
             ).logits[0]
-        return logits if len(logits) == len(logits_at) else logits[logits_at]  # a model that keeps every row's
+        return logits if len(logits) == len(at) else logits[at]  # a model that keeps every row's
 
     def new_cache(
         self,

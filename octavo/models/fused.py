@@ -87,13 +87,13 @@ def fuse(model: nn.Module) -> Iterator[Undo]:
     """Take over the modules of a model on a CPU that are found to compute one of the formulas, in place."""
     for module in model.modules():
         if (gated := _gated_norm(module)) is not None:
-            yield _become(module, FusedGatedNorm, **gated)
+            yield become(module, FusedGatedNorm, **gated)
         elif (norm := _norm(module)) is not None:
-            yield _become(module, FusedNorm, scale=norm[0], epsilon=norm[1])
+            yield become(module, FusedNorm, scale=norm[0], epsilon=norm[1])
         elif (layers := _gate(module)) is not None:
-            yield _become(module, FusedGate, **layers)
+            yield become(module, FusedGate, **layers)
         elif (rotating := _rotating(type(module))) is not None:  # type: ignore[arg-type]
-            yield _become(module, rotating)
+            yield become(module, rotating)
 
 
 def _norm(module: nn.Module) -> tuple[Tensor, float] | None:
@@ -193,7 +193,8 @@ def _answers(module: nn.Module, given: Sequence[Tensor], formula: Callable[[], T
         return False
 
 
-def _become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> Undo:
+def become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> Undo:
+    """Put a class before a module's own: it may call its forward."""
     own, before = type(module), set(vars(module))
     for name, value in attributes.items():
         object.__setattr__(module, name, value)  # no parameter or buffer: nothing that is saved or moved

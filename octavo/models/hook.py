@@ -31,6 +31,7 @@ class _Thread(threading.local):
     """What the forward that this thread runs attends to; None between forwards."""
 
     attend: Attend | Recorder | None = None
+    due: Tensor | None = None
 
 
 _thread = _Thread()
@@ -41,14 +42,29 @@ def attends_to() -> Attend | Recorder | None:
     return _thread.attend
 
 
+def rows_due() -> Tensor | None:
+    """The rows of this thread's forward whose logits are wanted; None if all may be."""
+    return _thread.due
+
+
 @contextmanager
-def attending(attend: Attend | Recorder) -> Iterator[None]:
+def attending(attend: Attend | Recorder, due: Tensor | None = None) -> Iterator[None]:
     assert _thread.attend is None, "a forward cannot start within another forward of the same thread"
-    _thread.attend = attend
+    _thread.attend, _thread.due = attend, due
     try:
         yield
     finally:
-        _thread.attend = None
+        _thread.attend = _thread.due = None
+
+
+@contextmanager
+def answering(attend: Attend) -> Iterator[None]:
+    """Within a forward: what it attends to for a while."""
+    before, _thread.attend = _thread.attend, attend
+    try:
+        yield
+    finally:
+        _thread.attend = before
 
 
 def attention_modules(hf: nn.Module) -> dict[int, nn.Module]:

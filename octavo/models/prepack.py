@@ -3,9 +3,10 @@
 Where the processor multiplies bf16 numbers, bf16 weights go into oneDNN's tiles: given rows, its product rearranges the
 whole matrix in every call. Elsewhere torch's products of 16-bit numbers are slow, and weights of any type go into
 panels (weights/panels.py): they stay in 16 bits, products and sums are float32, and unless a type was asked for so are
-activations, norms and residuals, which are small; what comes between products is then fused (fused.py). Either way each
+activations, norms and residuals, which are small; what comes between products is then fused (fused.py, joined.py,
+whole_layers.py). Either way each
 weight is rearranged once, when the model is loaded, and no second copy of it is kept. A tied embedding reads its rows
-out of the head's panels.
+out of the head's panels. The last layer then computes only what is due (due.py).
 
 A rearranged weight has no rows that a model's own code could read, as some routers' does. So only layers that a trial
 run calls are rearranged, and if the model then fails or computes something else, all is put back.
@@ -26,11 +27,13 @@ from octavo.cache.states import StatePool
 from octavo.errors import Unsupported
 from octavo.models import states
 from octavo.models.bind import BoundModel, prove_states
+from octavo.models.due import shorten
 from octavo.models.fused import fuse
 from octavo.models.hook import itself
 from octavo.models.joined import join
 from octavo.models.packed import packed_layers, weight_bytes
 from octavo.models.states import StateStep
+from octavo.models.whole_layers import take_over
 from octavo.weights import cpu
 from octavo.weights.activations import exact
 from octavo.weights.linear import PackedLinear
@@ -77,10 +80,14 @@ def _rearrange(bound: BoundModel, computing: torch.dtype | None, deterministic: 
         if deterministic:
             raise Unsupported(f"deterministic sums need a CPU and the native kernels: {why}")
         return
-    if not deterministic and processor.has_bf16():
-        if onednn_available():
-            attempt(bound, lambda called: into_tiles(bound.hf, called), SAME)
-        return
+    if deterministic or not processor.has_bf16():
+        _compute_in_panels(bound, computing, deterministic)
+    elif onednn_available():
+        attempt(bound, lambda called: into_tiles(bound.hf, called), SAME)
+    attempt(bound, lambda _: shorten(bound), SAME, due=slice(3, None, 5))
+
+
+def _compute_in_panels(bound: BoundModel, computing: torch.dtype | None, deterministic: bool) -> None:
     if deterministic:
         bound.layers = [replace(layer, exact=True) for layer in bound.layers]
         for packed in packed_layers(bound.hf).values():
@@ -98,6 +105,7 @@ def _rearrange(bound: BoundModel, computing: torch.dtype | None, deterministic: 
     if bound.computes == torch.float32:
         attempt(bound, lambda _: fuse(bound.hf), SAME)
         attempt(bound, lambda _: join(bound.hf, lambda: _trial(bound)), SAME)
+        attempt(bound, lambda _: take_over(bound, lambda: _trial(bound)), SAME)
 
 
 def is_prepacked(model: nn.Module) -> bool:
@@ -114,18 +122,23 @@ def onednn_available() -> bool:
     )
 
 
-def attempt(bound: BoundModel, rearrange: Callable[[set[nn.Module]], Iterator[Undo]], tolerance: float) -> bool:
-    """Rearrange a model, given the linear layers that a trial run calls. If it then fails or computes something else,
-    all is put back."""
+def attempt(
+    bound: BoundModel,
+    rearrange: Callable[[set[nn.Module]], Iterator[Undo]],
+    tolerance: float,
+    due: slice = slice(None),
+) -> bool:
+    """Rearrange a model, given the linear layers that a trial run calls. If it then fails or computes something else
+    for the rows of the trial that are due, all is put back."""
     called: set[nn.Module] = set()
     linear = [module for module in bound.hf.modules() if type(module) is nn.Linear]
     handles = [module.register_forward_hook(lambda module, *_: called.add(module)) for module in linear]
-    before = _trial(bound)
+    before = _trial(bound, due=due)
     for handle in handles:
         handle.remove()
     undo = list(rearrange(called))
     try:
-        same = bool((_trial(bound) - before).norm() <= tolerance * before.norm())
+        same = bool((_trial(bound, due=due) - before).norm() <= tolerance * before.norm())
     except Exception:  # whatever a model does with rows that are not there
         same = False
     if not same:
@@ -149,11 +162,11 @@ def _exact(bound: BoundModel) -> bool:
     return not mixers or all(torch.equal(_text(bound, cuts), _text(bound, [COMPANY])) for cuts in CUTS)
 
 
-def _trial(bound: BoundModel, count: int = TRIAL, step: StateStep | None = None) -> Tensor:
-    """Logits [count, vocabulary] of as many sessions of one token; without a `step`, of one session to layers that keep
-    states."""
+def _trial(bound: BoundModel, count: int = TRIAL, step: StateStep | None = None, due: slice = slice(None)) -> Tensor:
+    """Logits [count, vocabulary] of as many sessions of one token, or of those that are due; without a `step`, of one
+    session to layers that keep states."""
     ids, rows = torch.tensor(bound.random_tokens(count)), torch.arange(count)
-    return bound.forward(ids, torch.zeros_like(rows), rows, itself, step).float()
+    return bound.forward(ids, torch.zeros_like(rows), rows[due], itself, step).float()
 
 
 def _text(bound: BoundModel, cuts: Sequence[int]) -> Tensor:

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -32,6 +33,7 @@ public:
         active = usable.front();
     }
     const Kernels* operator->() const { return active; }
+    const Kernels& operator*() const { return *active; }
     Pool pool(int threads) const { return {parallel_for, threads}; }
 
     void define(nanobind::module_& m) {

@@ -275,6 +275,12 @@ inline f32v look_up(const float* table, const uint8_t* index) {
     const i32v at = (i32v)_mm512_cvtepu8_epi32(load<__m128i>(index));
     const i32v first = (i32v)_mm512_permutexvar_ps((__m512i)at, load<__m512>(table));
     return (f32v)(first + (at >> 4 << 23));
+#elif defined(__AVX2__)
+    const __m256i at = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(index)));
+    const __m256 low = _mm256_permutevar8x32_ps(load<__m256>(table), at);  // by the lowest three bits
+    const __m256 high = _mm256_permutevar8x32_ps(load<__m256>(table + 8), at);
+    const i32v first = (i32v)_mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32(at, 28));  // by the fourth
+    return (f32v)(first + ((i32v)at >> 4 << 23));
 #else
     f32v x;
     for (int i = 0; i < W; i++) x[i] = table[index[i]];

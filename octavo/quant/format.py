@@ -101,7 +101,8 @@ TUNED = "tuned"  # formats chosen layer by layer, which a model's own artefact h
 NAMES = ("kv8", "k8v4", "kv4")  # what to serve with
 ADVISED = (*NAMES, "int8")  # what measurements compare with the model's 16 bits, best first
 DIGITS = {"16": "bf16", "8": "int8-token", "4": "int4-token"}  # of short names
-SPAN = 64  # rows of a query's own span unless said otherwise
+BLOCK = 64  # rows of a block of the cache, and of a raw page; the native kernels have no other
+SPAN = BLOCK  # rows of a query's own span unless said otherwise
 EDGES = {"edges": SPAN, "edges128": 128, "edges256": 256}
 RAW_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # by the name of a torch dtype
 

@@ -17,7 +17,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,17 +97,15 @@ class Output:
         self._put(self._name("part", shard, self.kind), _lines(good) if self.kind == ".jsonl" else _table(good))
 
     def _take_up(self, options: dict[str, Any]) -> None:
-        asked = blake2b(json.dumps(options, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
-        manifest = {"asked": asked, "shards": [asdict(shard) for shard in self.shards]}
+        asked = {"options": options, "shards": [asdict(shard) for shard in self.shards]}
+        asked = json.loads(json.dumps(asked, sort_keys=True, default=str))
         path = f"{self.directory}/manifest.json"
         if self.place.fs.get_file_info(path).type == pa.fs.FileType.NotFound:
-            self._put("manifest.json", json.dumps(manifest).encode())
+            self._put("manifest.json", json.dumps(asked).encode())
             return
         with self.place.fs.open_input_stream(path) as file:
-            if file.read() != json.dumps(manifest).encode():
-                raise OctavoError(
-                    f"{self.directory} holds answers to other files, or made with other options: name another --output"
-                )
+            if (other := _differs(file.read(), asked)) is not None:
+                raise OctavoError(f"{self.directory} holds answers to {other}: name another --output")
 
     def _put(self, name: str, content: bytes) -> None:
         part = f"{self.directory}/.{name}.{os.getpid()}.part"
@@ -190,3 +187,17 @@ def _table(rows: list[dict[str, Any]]) -> bytes:
     out = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows), out)
     return bytes(out.getvalue())
+
+
+def _differs(manifest: bytes, asked: dict[str, Any]) -> str | None:
+    """In what a directory's manifest differs from what is asked; None if it does not."""
+    try:
+        before = json.loads(manifest)
+        options, shards = before["options"], before["shards"]
+        changed = [name for name in {**options, **asked["options"]} if options.get(name) != asked["options"].get(name)]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "something that its manifest.json does not say"
+    if changed:
+        told = (f"{name} {options.get(name)}, not {asked['options'].get(name)}" for name in changed)
+        return f"the same with other options ({'; '.join(told)})"
+    return None if shards == asked["shards"] else "other files, or to these before they changed"

@@ -25,6 +25,10 @@ Weight = tuple[Tensor, int, Tensor | None]
 """Panels, outputs, and a bias of the rows' type. What is multiplied together has one type and number of inputs."""
 
 
+Norm = tuple[Tensor, float]
+"""Scale and epsilon of an RMS norm."""
+
+
 def unavailable() -> str | None:
     """Why the kernels cannot be used here; None if they can."""
     return extension.unavailable
@@ -161,6 +165,43 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         sin.stride(0), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+class Layer:
+    """A decoder layer of the usual form as native/layer.h has it. `norms` before attention, behind it, of q and of k
+    are (scale, epsilon), the last two may be None; `linears` are q, k, v, o, gate, up and down, all of one type."""
+
+    def __init__(self, heads: int, kv_heads: int, dim: int, norms: Sequence[Norm | None], linears: Sequence[Weight]):
+        self.heads, self.kv_heads, self.dim, self.inner = heads, kv_heads, dim, linears[4][1]
+        self.keep = norms, linears  # as long as their addresses
+        addresses = [(out, panels.shape[1], panels.data_ptr(), _address(bias)) for panels, out, bias in linears]
+        self.native = _native.layer(
+            heads, kv_heads, dim, FLOATS[linears[0][0].dtype],
+            [(0, 0.0) if norm is None else (norm[0].data_ptr(), norm[1]) for norm in norms], addresses,
+        )  # fmt: skip
+
+    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [rows, heads, dim], k and v [rows, kv_heads, dim] of x [rows, width], with cos and sin [rows, dim]."""
+        rows = len(x)
+        q = torch.empty(rows, self.heads, self.dim, dtype=x.dtype)
+        k, v = torch.empty(2, rows, self.kv_heads, self.dim, dtype=x.dtype).unbind()
+        h = torch.empty_like(x)
+        _native.before_attention(
+            self.native, x.data_ptr(), rows, cos.data_ptr(), cos.stride(0), sin.data_ptr(), sin.stride(0),
+            h.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return q, k, v
+
+    def after_attention(self, answers: Tensor, x: Tensor) -> Tensor:
+        """What the layer makes of x [rows, width] and attention's answers [rows, heads, dim]."""
+        rows = len(x)
+        middle, y = torch.empty_like(x), torch.empty_like(x)
+        inner = torch.empty(rows, self.inner, dtype=x.dtype)
+        _native.after_attention(
+            self.native, answers.data_ptr(), x.data_ptr(), rows, middle.data_ptr(), inner.data_ptr(), y.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return y
 
 
 def peak(seconds: float) -> float:

@@ -23,8 +23,10 @@ class PanelLinear(nn.Linear):
 
     def operand(self, x: Tensor) -> cpu.Weight:
         """The layer as products with rows of x's type take it."""
-        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
-        return self.weight, self.out_features, bias
+        own = self._parameters  # attributes that are parameters are slow: nn.Module looks for them last
+        weight, bias = own["weight"], own["bias"]
+        assert weight is not None
+        return weight, self.out_features, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
 
 class TypedEmbedding(nn.Embedding):

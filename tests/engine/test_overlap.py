@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from octavo.engine.params import SamplingParams
-from octavo.engine.sequence import Sequence
+from octavo.engine.sampling import Choice
+from octavo.engine.sequence import Sampled, Sequence
 from octavo.models.bind import BoundModel
 from tests.engine.driving import drain, engine, step
 
@@ -36,6 +37,30 @@ def test_a_token_that_ends_an_answer_ends_it_though_the_next_step_is_under_way(l
     waits, overlaps = answers(llama, False, stops), answers(llama, True, stops)
     assert [s.output for s in overlaps] == [s.output for s in waits]
     assert "stop" in {s.finish_reason for s in overlaps}
+
+
+def test_a_step_that_is_interrupted_while_it_waits_for_its_tokens_loses_none(
+    llama: BoundModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = answers(llama, False)
+    read, left = Choice.read, [3]
+
+    def interrupted(choice: Choice) -> list[Sampled]:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return read(choice)
+
+    one = engine(llama, block_size=4, overlap=True)
+    found = [Sequence(prompt, SamplingParams(max_tokens=20)) for prompt in PROMPTS]
+    for sequence in found:
+        one.add(sequence)
+    monkeypatch.setattr(Choice, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        drain(one)
+    assert one.busy
+    drain(one)
+    assert [s.output for s in found] == [s.output for s in waits]
 
 
 def test_a_decode_step_is_launched_before_the_one_before_it_is_read(llama: BoundModel):

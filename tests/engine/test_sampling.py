@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from octavo.engine.params import MAX_LOGPROBS, SamplingParams
-from octavo.engine.sampling import choose, sample
+from octavo.engine.sampling import argmax, choose, sample
 from octavo.engine.sequence import Sampled, Sequence
 from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
@@ -109,6 +109,17 @@ def p_value(counts: Counter[int], probabilities: list[float]) -> float:
 
 
 # --- distributions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [1, 12, 127, 384])
+def test_the_best_column_is_torchs_own_among_ties_and_numbers_that_are_none(columns: int):
+    """Of few different numbers, of infinite ones, with a NaN, and without a row."""
+    x = torch.randint(3, (50, columns), generator=torch.Generator().manual_seed(0)).float()
+    x[10:20] = -torch.inf
+    x[20:30, columns // 2] = torch.inf
+    x[30:40, columns // 3] = torch.nan
+    assert torch.equal(argmax(x), x.argmax(-1))
+    assert argmax(x[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)

@@ -65,7 +65,7 @@ def test_files_are_cut_into_shards_and_every_row_is_read_once(prompts: Path, tmp
     assert [shard.number for shard in output.left()] == [0, 1]
     output.write(output.shards[0], [{"id": 1}], [])
     assert [shard.number for shard in Output(f"{prompts}/*.jsonl", str(tmp_path / "out100"), {}, 100).left()] == [1]
-    with pytest.raises(OctavoError, match="other options"):
+    with pytest.raises(OctavoError, match=r"other options \(kv None, not kv8\): name another"):
         Output(f"{prompts}/*.jsonl", str(tmp_path / "out100"), {"kv": "kv8"}, 100)
     (prompts / "c.jsonl").write_text('{"prompt": "more"}\n')
     with pytest.raises(OctavoError, match="other files"):

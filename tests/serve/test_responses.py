@@ -203,6 +203,7 @@ def test_items_become_the_messages_that_templates_know():
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
         ({"input": [{"type": "function_call", "call_id": "a", "name": "b", "arguments": "[]"}]}, "input.0.arguments"),
+        ({"input": [{"type": "strange"}]}, "input.0"),
         ({"background": True}, "background"),
         ({"conversation": "c"}, "conversation"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),

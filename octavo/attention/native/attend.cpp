@@ -217,7 +217,7 @@ private:
         };
         const float *k_scales = scales(here.k, next.k, k_scale), *v_scales = scales(here.v, next.v, v_scale);
         const Range any = see(page);
-        product(here.k, here, next.bytes(next.k), raw ? natural : folded, {0, call.k.dim}, scores, nullptr);
+        product(here.k, here, next.bytes(next.k), raw ? natural : folded, any, scores, nullptr);
         for (int r = 0; r < rows; r++)
             keep[r] = soften(scores.from(r).at, k_scales, v_scales, raw ? 0 : shift[r], call.attention.softcap, seen[r],
                              sums.from(r));
@@ -237,10 +237,12 @@ private:
         return {seen.front().from, seen.back().to};
     }
 
-    // Products with a page of one side. Of a tile only what some row sees: neighbours see up to nearly the same token.
-    void product(const Side& side, const Place& place, Bytes next, Matrix a, Range k, Matrix c, const float* keep) {
-        if (!tiled) return multiply(side, a, rows, place.codes(side), next, k, c, keep);
+    // Products with a page of one side, of which some row sees `tokens`. Of a tile only what some of its rows see:
+    // neighbours see up to nearly the same token.
+    void product(const Side& side, const Place& place, Bytes next, Matrix a, Range tokens, Matrix c, const float* keep) {
+        if (!tiled) return multiply(side, a, rows, place.codes(side), next, tokens, c, keep);
         const int depth = side.is_k ? side.dim : BLOCK;
+        const Range k = side.is_k ? Range{0, depth} : tokens;
         widen_page(side, place.codes(side), k, panel);
         for (int i = 0; i < panels(side.is_k ? BLOCK : side.dim); i++)
             for (int r = 0; r < rows; r += TILE_ROWS) {

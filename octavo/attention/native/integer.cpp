@@ -176,7 +176,7 @@ constexpr int64_t APART = sizeof(Row) / sizeof(float);  // of two rows' numbers
 
 void scores_of(const Side& k, const uint8_t* block, const uint8_t* next, Row* rows, int count) {
     if (!is_integer(k))
-        return multiply(k, {rows->real, APART}, count, block, {next, k.head_bytes}, {0, k.dim}, {rows->weight, APART}, nullptr);
+        return multiply(k, {rows->real, APART}, count, block, {next, k.head_bytes}, {0, BLOCK}, {rows->weight, APART}, nullptr);
     over_block(k, next, count, [&](auto four, auto together, int first, Ahead& ahead) {
         dot_codes<decltype(four)::value, decltype(together)::value>(block, ahead, rows + first, k.dim);
     });

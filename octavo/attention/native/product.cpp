@@ -122,31 +122,38 @@ inline void with_rows(int rows, F&& f) {
 
 // ------------------------------------------------------------------------------------- few rows: widened in registers
 
+// Rows of a pass, and registers of columns for so many rows: sums enough that the next multiply-add need not wait for the
+// last one's, and no more than there are registers for.
 #if defined(__AVX512F__) || defined(__ARM_NEON)
-constexpr int DIRECT_ROWS = 4, DIRECT_REGISTERS = 4;
+constexpr int DIRECT_ROWS = 4;
+constexpr int registers(int) { return 4; }
 #else
-constexpr int DIRECT_ROWS = 4, DIRECT_REGISTERS = 2;
+constexpr int DIRECT_ROWS = 6;
+constexpr int registers(int rows) { return rows > 2 ? 2 : 4; }
 #endif
 
-// Columns from n on, N registers of them at a time and fewer at the end.
-template <class T, int N>
-void direct_columns(Matrix a, int rows, const uint8_t* page, int width, Range k, Ahead& ahead, float unit,
-                    Matrix c, const float* keep, int n = 0) {
-    for (; N == 1 ? n < width : n + N * W <= width; n += N * W)
-        for (int r = 0; r < rows; r += DIRECT_ROWS)
-            with_rows<DIRECT_ROWS>(std::min(rows - r, DIRECT_ROWS), [&](auto together) {
-                chains<T, decltype(together)::value, N>(a.from(r), page + n * CELL<T>, int64_t(width) * CELL<T>, k, ahead,
-                                                        unit, c.from(r, n), keep ? keep + r : nullptr, width - n);
-            });
+// The first `columns` from n on, N registers of them at a time and fewer at the end.
+template <class T, int R, int N>
+void direct_columns(Matrix a, const uint8_t* page, int width, int columns, Range k, Ahead& ahead, float unit, Matrix c,
+                    const float* keep, int n = 0) {
+    for (; n < columns && (N == 1 || n + N * W <= width); n += N * W)
+        chains<T, R, N>(a, page + n * CELL<T>, int64_t(width) * CELL<T>, k, ahead, unit, c.from(0, n), keep, width - n);
     if constexpr (N > 1)
-        if (n < width) direct_columns<T, N / 2>(a, rows, page, width, k, ahead, unit, c, keep, n);
+        if (n < columns) direct_columns<T, R, N / 2>(a, page, width, columns, k, ahead, unit, c, keep, n);
 }
 
 template <class T>
-void direct(Matrix a, int rows, const uint8_t* page, int width, Range k, Ahead& ahead, float unit, Matrix c,
-            const float* keep) {
-    if (rows <= 2) direct_columns<T, 4>(a, rows, page, width, k, ahead, unit, c, keep);
-    else direct_columns<T, DIRECT_REGISTERS>(a, rows, page, width, k, ahead, unit, c, keep);
+void direct(Matrix a, int rows, const uint8_t* page, int width, int columns, Range k, Ahead& ahead, float unit,
+            Matrix c, const float* keep) {
+    const int passes = (rows + DIRECT_ROWS - 1) / DIRECT_ROWS;
+    for (int pass = 0; pass < passes; pass++) {  // as equal as they can be
+        const int r = rows * pass / passes, end = rows * (pass + 1) / passes;
+        with_rows<DIRECT_ROWS>(end - r, [&](auto together) {
+            constexpr int R = decltype(together)::value;
+            direct_columns<T, R, registers(R)>(a.from(r), page, width, columns, k, ahead, unit, c.from(r),
+                                               keep ? keep + r : nullptr);
+        });
+    }
 }
 
 // f(kind of number, first column, columns) for the matrices, side by side, that a page is.
@@ -195,12 +202,15 @@ void widen_into(const uint8_t* page, int width, Range k, float* tile, int depth,
 
 }  // namespace
 
-void multiply(const Side& side, Matrix a, int rows, const uint8_t* page, Bytes next, Range k, Matrix c,
-                     const float* keep) {
+void multiply(const Side& side, Matrix a, int rows, const uint8_t* page, Bytes next, Range tokens, Matrix c,
+              const float* keep) {
+    const Range k = side.is_k ? Range{0, side.dim} : tokens;
     const int passes = (rows + DIRECT_ROWS - 1) / DIRECT_ROWS * (side.code == Code::INT4 ? 2 : 1);
-    Ahead ahead = {next.at, next.at + next.count, passes};
+    const int times = std::max<int>(1, int(next.count / side.head_bytes));  // a raw page after one of codes
+    Ahead ahead = {next.at, next.at + next.count, passes, times};
     by_kind(side, [&](auto kind, int first, int width) {
-        direct<decltype(kind)>(a, rows, page, width, k, ahead, unit(side.code), c.from(0, first), keep);
+        direct<decltype(kind)>(a, rows, page, width, side.is_k ? tokens.to : width, k, ahead, unit(side.code),
+                               c.from(0, first), keep);
     });
 }
 

@@ -26,8 +26,10 @@ struct Bytes {
     int64_t count;
 };
 
-// Few rows: c = a·page, or c·keep[r] + a·page, the page's codes widened in registers; `next` is read soon.
-void multiply(const Side& side, Matrix a, int rows, const uint8_t* page, Bytes next, Range k, Matrix c, const float* keep);
+// Few rows: c = a·page, or c·keep[r] + a·page, the page's codes widened in registers; `next` is read soon. Only `tokens`
+// count: scores of others may be left as they are, and their values are not read.
+void multiply(const Side& side, Matrix a, int rows, const uint8_t* page, Bytes next, Range tokens, Matrix c,
+              const float* keep);
 
 // Many rows: a page is first widened, those k of it that are asked for, into a tile [panels, depth, PANEL] of floats, where
 // columns of a panel lie side by side.

@@ -8,7 +8,7 @@ sensitive one: perplexity can hide damage that goes both ways. What they come to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from octavo.engine.reading import LOGIT_ROWS, Reading
 from octavo.measure.candidate import Candidate
+from octavo.measure.statistics import standard_error
 from octavo.models.model import Model
 from octavo.progress import Count
+from octavo.quant.format import BLOCK
 
-BINS, BIN = 8, 64  # pieces that a window is looked at in, and what a piece's length is a multiple of
+BINS, BIN = 8, BLOCK  # pieces that a window is looked at in, and what a piece's length is a multiple of
 
 
 @dataclass
@@ -210,6 +212,18 @@ def kl(reference: Tensor, own: Tensor) -> Tensor:
     return (reference.exp() * (reference - own)).sum(-1)
 
 
+def losses(readings: Sequence[Reading], window: Sequence[int], progress: Callable[[], None]) -> Iterator[float]:
+    """Mean KL from the unquantized cache over `window`, nats a token, of each of some readings by one model. `progress`
+    is called after each, and after the one that they are compared with, which comes first."""
+    first = [logits.log_softmax(-1) for logits in Reading(readings[0].bound).logits(window)]
+    progress()
+    for reading in readings:
+        parts = zip(first, reading.logits(window), strict=True)
+        total = sum(kl(expected, logits.log_softmax(-1)).double().sum().item() for expected, logits in parts)
+        progress()
+        yield total / len(window)
+
+
 def _bins(per_token: Tensor) -> list[tuple[int, Tensor]]:
     """[windows, tokens] cut into at most BINS pieces of whole blocks, the last of what is left: (start, piece)."""
     width = BIN * -(-per_token.shape[1] // (BIN * BINS))
@@ -219,5 +233,4 @@ def _bins(per_token: Tensor) -> list[tuple[int, Tensor]]:
 
 def _standard_error(per_token: Tensor) -> float:
     """Of the mean of [windows, tokens], over windows: tokens of one text are not independent."""
-    means = per_token.mean(1)
-    return (means.std() / len(means) ** 0.5).item() if len(means) > 1 else math.nan
+    return standard_error(per_token.mean(1).tolist())

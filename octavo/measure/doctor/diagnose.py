@@ -14,6 +14,7 @@ in 16 bits, and what a format loses shows in the rows between. Layers are tried 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count as counting
 from pathlib import Path
 from time import perf_counter
 
@@ -26,7 +27,7 @@ from octavo.corpus import load_texts
 from octavo.engine.reading import Reading
 from octavo.errors import OctavoError
 from octavo.llm import LLM
-from octavo.measure.accuracy.compare import compare
+from octavo.measure.accuracy.compare import compare, losses
 from octavo.measure.budget import NO_LIMIT, Budget, Windows, duration
 from octavo.measure.candidate import Candidate
 from octavo.measure.doctor.advice import findings
@@ -151,25 +152,15 @@ def sensitivity(
     """Mean KL, nats, over `window` with a single layer in each of LAYER_FORMATS and the others unquantized."""
     raw = bound.raw_format
     owners = [i for i, shape in enumerate(bound.shapes) if shape.shares is None]
-    reference = _log_probabilities(Reading(bound), window)
-    probabilities = reference.exp()
-    found: dict[str, list[float]] = {}
-    done = 0
-    for name in LAYER_FORMATS:
-        format = KVFormat.parse(name)
-        kl = []
+    readings = []
+    for format in map(KVFormat.parse, LAYER_FORMATS):
+        own = calibration if format.needs_calibration else None
         for layer in owners:
             formats = [format if i == layer else raw for i in range(len(bound.layers))]
-            reading = Reading(bound, formats, calibration if format.needs_calibration else None)
-            own = _log_probabilities(reading, window)
-            kl.append((probabilities * (reference - own)).sum(-1).mean().item())
-            progress(done := done + 1)
-        found[name] = kl
-    return found
-
-
-def _log_probabilities(reading: Reading, window: Sequence[int]) -> Tensor:
-    return torch.cat([logits.log_softmax(-1) for logits in reading.logits(window)])
+            readings.append(Reading(bound, formats, own))
+    done = counting()  # 0 is the reading that the others are compared with
+    kl = list(losses(readings, window, lambda: progress(next(done))))
+    return {name: kl[i * len(owners) : (i + 1) * len(owners)] for i, name in enumerate(LAYER_FORMATS)}
 
 
 def _windows(model: Model, text: str | None, size: Windows) -> tuple[str, list[list[int]], list[list[int]]]:

@@ -29,7 +29,7 @@ class Cost:
     kv: Format
     token: int  # bytes of one token in all layers
     session: int  # bytes of a session filled to the context; its last block counts whole
-    static: int  # bytes once, whatever the number of sessions
+    static: int  # bytes of the calibrated static part, once, whatever the number of sessions
     sessions: int  # that fit beside the weights
     spare: int = 0  # bytes of raw pages and states that are there whatever the number of sessions
     states: int = 0  # bytes of a session in layers that keep states of fixed size, its snapshots included
@@ -93,7 +93,7 @@ def costs(
 
 
 def _static(geometry: Geometry, format: Format) -> int:
-    """mu, c and 1/c in float32, of the sides that need a calibration."""
+    """mu, c and 1/c in float32, of the sides that have them once the format is calibrated."""
     layers = zip(geometry.shapes, by_layer(format, len(geometry.shapes)), strict=True)
     sides = [(s, codec, dim) for s, own in layers for codec, dim in ((own.k, s.k_dim), (own.v, s.v_dim))]
-    return sum(12 * s.kv_heads * dim for s, codec, dim in sides if s.shares is None and codec.needs_calibration)
+    return sum(12 * s.kv_heads * dim for s, codec, dim in sides if s.shares is None and not codec.is_raw)

@@ -57,7 +57,7 @@ def score(engine: Engine, requests: Sequence[Request], progress: Callable[[int],
     A context too long for a session loses its beginning, as in other backends.
     """
     if engine.busy:
-        raise ValueError("an engine that serves cannot score")
+        raise ValueError("the engine has requests to answer: score texts before them, after them, or with another LLM")
     room = engine.scheduler.max_context
     results: dict[int, Scored] = {}
     for texts in _steps([_text(i, request, room) for i, request in enumerate(requests)], engine):

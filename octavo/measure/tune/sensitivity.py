@@ -8,12 +8,12 @@ in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from octavo.cache.plan import Side
 from octavo.engine.reading import Reading
-from octavo.measure.accuracy.compare import kl
+from octavo.measure.accuracy.compare import losses
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import CODECS, SPAN, Codec, KVFormat
@@ -49,27 +49,6 @@ class Sensitivity:
         return sum(part.values for part in self.parts)
 
 
-def losses(
-    bound: BoundModel,
-    calibration: Calibration | None,
-    window: Sequence[int],
-    formats: Iterable[KVFormat | Iterable[KVFormat]],
-    progress: Callable[[], None],
-) -> Iterator[float]:
-    """Mean KL from the unquantized cache over `window`, nats a token, with each of `formats`, one for all layers or one
-    for each. `progress` is called after each reading, of which there is one more."""
-    reference = [logits.log_softmax(-1) for logits in Reading(bound).logits(window)]
-    progress()
-    for format in formats:
-        own = Reading(bound, format, calibration).logits(window)
-        total = sum(
-            kl(first, logits.log_softmax(-1)).double().sum().item()
-            for first, logits in zip(reference, own, strict=True)
-        )
-        progress()
-        yield total / len(window)
-
-
 def readings(bound: BoundModel) -> int:
     """Of each window, that `measure` takes."""
     return 1 + len(UNIFORM) + len(_sides(bound))
@@ -90,11 +69,12 @@ def measure(
         own = KVFormat(FEW, raw.v, SPAN) if side == "k" else KVFormat(raw.k, FEW, SPAN)
         return [own if i == layer else raw for i in range(len(bound.shapes))]
 
-    trials: list[KVFormat | Iterable[KVFormat]] = [*map(KVFormat.parse, UNIFORM), *(alone(*side) for side in sides)]
+    formats: list[KVFormat | Iterable[KVFormat]] = [*map(KVFormat.parse, UNIFORM), *(alone(*side) for side in sides)]
+    trials = [Reading(bound, own, calibration) for own in formats]
     for window in windows:
         if found and not go_on(len(found)):
             break
-        found.append(list(losses(bound, calibration, window, trials, progress)))
+        found.append(list(losses(trials, window, progress)))
     means = [sum(column) / len(found) for column in zip(*found, strict=True)]
     uniform, few = dict(zip(UNIFORM, means[: len(UNIFORM)], strict=True)), means[len(UNIFORM) :]
     parts = parts_of(bound, dict(zip(sides, few, strict=True)), uniform["kv8"])

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from octavo.engine.reading import Reading
+from octavo.measure.accuracy.compare import losses
 from octavo.measure.tune.choice import choose, formats_of
-from octavo.measure.tune.sensitivity import FEW, SIDES, UNIFORM, Sensitivity, losses
+from octavo.measure.tune.sensitivity import FEW, SIDES, UNIFORM, Sensitivity
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat, LayerFormats
@@ -75,7 +77,7 @@ def tune(
     """The formats that lose least within `budget` bytes a token, measured once over `windows`, those of `sensitivity`,
     which are of `text`."""
     formats = formats_of(bound, sensitivity.parts, choose(sensitivity.parts, budget))
-    found = [next(losses(bound, calibration, window, [formats], progress)) for window in windows]
+    found = [next(losses([Reading(bound, formats, calibration)], window, progress)) for window in windows]
     measured = sensitivity.uniform | {formats.name: sum(found) / len(found)}
     each = {name: [KVFormat.parse(name)] * len(formats) for name in UNIFORM} | {formats.name: list(formats)}
     rows = []

@@ -20,6 +20,13 @@ CODES = {
     "missing": "missing_required_parameter",
     "value_error": "invalid_value",
 }
+WORDS = {  # where pydantic's own speak of Python
+    "missing": "is missing",
+    "none_required": "is not supported here: leave it out",
+    "too_short": "is empty",
+    "string_too_short": "is empty",
+    "union_tag_not_found": "its type is none of those that are taken here",
+}
 MOST_UNKNOWN = 64  # fields of a request that are left out
 
 told: set[str] = set()  # fields that the log has told of
@@ -53,7 +60,7 @@ def _refusal(errors: list[Any]) -> ApiError:
     code = CODES.get(first["type"], "invalid_type" if first["type"].endswith("_type") else "invalid_value")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{where}: there is no such field, or it is not supported", param=where, code=code)
-    message = first["msg"].removeprefix("Value error, ")
+    message = WORDS.get(first["type"], first["msg"]).removeprefix("Value error, ")
     if first["type"] == "value_error":
         name = message.partition(":")[0]
         where = f"{where}.{name}" if where else name

@@ -3,6 +3,7 @@
 
 #include "elementwise.h"
 #include "int4.h"
+#include "layer.h"
 #include "panels.h"
 
 namespace nb = nanobind;
@@ -49,7 +50,7 @@ void multiply_panels(const std::vector<uint64_t>& products, bool gated, int64_t 
     std::vector<weights::Product> list;
     for (size_t i = 0; i + 3 < products.size(); i += 4)
         list.push_back({{int64_t(products[i]), in, at<const void>(products[i + 1]), Float(weight_type)},
-                        at<const void>(products[i + 2]), at<void>(products[i + 3])});
+                        at<const void>(products[i + 2]), at<void>(products[i + 3]), nullptr});
     compiled->panels.multiply(list.data(), int(list.size()), gated, at<const void>(x), rows, stride, Float(type),
                               compiled.pool(threads));
 }
@@ -86,6 +87,34 @@ void rope(uint64_t x, int64_t heads, int64_t stride, int64_t row_stride, int64_t
                                  cos_stride, at<const float>(sin), sin_stride, at<float>(y), compiled.pool(threads));
 }
 
+using weights::Layer;
+
+// Four norms of a weight's address and an epsilon; seven linear layers of outputs, inputs, a weight's and a bias' address.
+Layer make_layer(int64_t heads, int64_t kv_heads, int64_t dim, int weight_type,
+                 const std::vector<std::pair<uint64_t, float>>& norms, const std::vector<std::vector<uint64_t>>& linears) {
+    auto norm = [&](int i) { return weights::Norm{at<const float>(norms.at(i).first), norms[i].second}; };
+    auto linear = [&](int i) {
+        const std::vector<uint64_t>& x = linears.at(i);
+        const weights::Panels panels = {int64_t(x.at(0)), int64_t(x.at(1)), at<const void>(x.at(2)), Float(weight_type)};
+        return weights::Linear{panels, at<const void>(x.at(3))};
+    };
+    return {heads, kv_heads, dim, norm(0), norm(1), norm(2), norm(3), linear(0), linear(1), linear(2), linear(3),
+            linear(4), linear(5), linear(6)};
+}
+
+void before_attention(const Layer& layer, uint64_t x, int64_t rows, uint64_t cos, int64_t cos_stride, uint64_t sin,
+                      int64_t sin_stride, uint64_t h, uint64_t q, uint64_t k, uint64_t v, int threads) {
+    const weights::Turns turns = {at<const float>(cos), at<const float>(sin), cos_stride, sin_stride};
+    weights::before_attention(*compiled, layer, at<const float>(x), rows, turns, at<float>(h), at<float>(q), at<float>(k),
+                              at<float>(v), compiled.pool(threads));
+}
+
+void after_attention(const Layer& layer, uint64_t answers, uint64_t x, int64_t rows, uint64_t middle, uint64_t inner,
+                     uint64_t y, int threads) {
+    weights::after_attention(*compiled, layer, at<const float>(answers), at<const float>(x), rows, at<float>(middle),
+                             at<float>(inner), at<float>(y), compiled.pool(threads));
+}
+
 int64_t spin(int64_t steps, int threads) { return compiled->panels.spin(steps, compiled.pool(threads)); }
 
 }  // namespace
@@ -108,6 +137,10 @@ NB_MODULE(_native, m) {
     m.def("gated_norm", &gated_norm, nb::call_guard<nb::gil_scoped_release>());
     m.def("silu_gate", &silu_gate, nb::call_guard<nb::gil_scoped_release>());
     m.def("rope", &rope, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<Layer>(m, "Layer");
+    m.def("layer", &make_layer);
+    m.def("before_attention", &before_attention, nb::call_guard<nb::gil_scoped_release>());
+    m.def("after_attention", &after_attention, nb::call_guard<nb::gil_scoped_release>());
     m.def("spin", &spin, nb::call_guard<nb::gil_scoped_release>());
     m.attr("PANEL") = weights::PANEL;
 }

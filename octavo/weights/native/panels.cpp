@@ -107,7 +107,7 @@ struct Rows {
             }
         });
     }
-    // Sums c [rows, row] of outputs from `begin` on, at most n, to y with the bias.
+    // Sums c [rows, row] of outputs from `begin` on, at most n, to y with what is added.
     void finish(const Product& p, const float* c, int64_t row, int64_t first, int64_t rows, int64_t begin,
                 int64_t n) const {
         n = std::min(n, p.weight.out - begin);
@@ -115,8 +115,13 @@ struct Rows {
             using T = decltype(kind);
             const T* shift = p.bias ? static_cast<const T*>(p.bias) + begin : nullptr;
             for (int64_t r = 0; r < rows; r++, c += row) {
-                T* to = static_cast<T*>(p.y) + (first + r) * p.weight.out + begin;
-                for (int64_t o = 0; o < n; o++) from_float(shift ? c[o] + to_float(shift[o]) : c[o], to[o]);
+                const int64_t at = (first + r) * p.weight.out + begin;
+                T* to = static_cast<T*>(p.y) + at;
+                const T* plus = p.plus ? static_cast<const T*>(p.plus) + at : nullptr;
+                for (int64_t o = 0; o < n; o++) {
+                    const float sum = shift ? c[o] + to_float(shift[o]) : c[o];
+                    from_float(plus ? to_float(plus[o]) + sum : sum, to[o]);
+                }
             }
         });
     }

@@ -16,11 +16,12 @@ struct Panels {
     Float type;
 };
 
-// What one weight makes of the rows: y [rows, out] = x·Wᵀ + bias [out], or null.
+// What one weight makes of the rows: y [rows, out] = plus + (x·Wᵀ + bias [out]). Bias and plus may be null.
 struct Product {
     Panels weight;
     const void* bias;
     void* y;
+    const void* plus = nullptr;
 };
 
 struct PanelKernels {

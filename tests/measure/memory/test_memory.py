@@ -69,14 +69,19 @@ def test_the_page_s_differences(internlm: Geometry) -> None:
 
 
 @pytest.mark.parametrize("sessions", [1, 5])
-@pytest.mark.parametrize("name", ["bf16", "int8", "int4-token", "kv8", "k8v4", "kv4", "int8+edges128", "kv4+edges256"])
+@pytest.mark.parametrize(
+    "name",
+    ["bf16", "int8", "fp8", "bf16/int8-token", "int4-token", "kv8", "k8v4", "kv4", "int8+edges128", "kv4+edges256"],
+)
 def test_what_is_computed_is_what_the_cache_takes_to_the_byte(pamphlet: Model, name: str, sessions: int) -> None:
-    """Codes, scales and with edges raw pages: two a session of the shortest own span, and four spare ones."""
+    """Codes, scales, the calibrated static part, and with edges raw pages: two a session of the shortest own span, and
+    four spare ones."""
     geometry, format, context = Geometry.trace(BUNDLED, "fp32"), KVFormat.parse(name), 200
     [cost] = costs(geometry, [format], context, 1 << 30)
     calibration = observe(pamphlet.bound, list(range(100)), pamphlet.fingerprint)
     llm = LLM(pamphlet, format, calibration=calibration, session_len=context, max_batch_size=sessions)
     assert cost.cache(sessions) == llm.cache.nbytes
+    assert cost.static == llm.cache.memory().static
     held = Footprint.of(llm, context)
     assert (held.nbytes, held.nbytes_16) == (cost.session, 4 * 64 * geometry_bytes(geometry, "bf16"))
     raw_page = 64 * geometry_bytes(geometry, "fp32")
