@@ -35,8 +35,9 @@ def profile(bound: BoundModel, step: Callable[[], Any], steps: int) -> dict[str,
     """Mean seconds of a step: in the model's linear layers, in attention (hook, cache and kernel), in the rest of the
     model (transformers' Python, norms, RoPE), and in the engine (schedule, batch, sample, commit)."""
     clock = Clock()
-    unrecorded = bound.hf.register_forward_hook(lambda *_: None)  # a tape (engine/tapes.py) would go past the clocks
     linears = [m for m in bound.hf.modules() if isinstance(m, nn.Linear)]
+    # A step with hooks is neither a tape (engine/tapes.py) nor of whole layers, which would go past the clocks.
+    hooks = [module.register_forward_hook(lambda *_: None) for module in linears]
     for module in linears:
         module.forward = clock.around("linear", module.forward)  # type: ignore[method-assign]
     bound.forward = clock.around("forward", bound.forward)  # type: ignore[method-assign]
@@ -46,7 +47,8 @@ def profile(bound: BoundModel, step: Callable[[], Any], steps: int) -> dict[str,
         for _ in range(steps):
             timed()
     finally:
-        unrecorded.remove()
+        for each in hooks:
+            each.remove()
         AttentionInterface.register(hook.NAME, hook.attention)
         for clocked in (bound, *linears):
             del clocked.forward

@@ -22,6 +22,7 @@ from rows import dry_run, emit, guarded
 
 from octavo import LLM, SamplingParams
 from octavo.calibrate import calibrate
+from octavo.engine.graphs import DecodeGraphs
 from octavo.measure.memory.process import Source
 from octavo.measure.speed.roofline import cache_bytes, read_bytes
 from octavo.models.model import Model
@@ -88,7 +89,7 @@ def session(model: Model, kv: str, calibration: Any, batch: int, context: int, s
         if step >= 4:  # the first ones fill the pipeline
             found.wall.append(time.perf_counter() - start)
             found.launch.append(spent[0])
-    if (graphs := engine.runner.graphs) is not None:
+    if isinstance(graphs := engine.runner.graphs, DecodeGraphs):
         # The last step once more, as one launch: what its graph takes is the device's time and none of the host's.
         found.graph.append(1e-3 * medians({"graph": graphs.replays[batch]}, model.bound.device, 10)["graph"])
 

@@ -101,7 +101,7 @@ def _post(request: str, summary: str, streams: bool = True, error: str = "Error"
     body = {"application/json": {"schema": {"$ref": f"#/components/schemas/{request}"}}}
     answer = {"application/json": {"schema": {"type": "object"}}}
     if streams:
-        answer["text/event-stream"] = {"schema": {"type": "string"}}
+        answer["text/event-stream"] = {}  # events, a JSON document in the data of each
     return {
         "summary": summary,
         "security": KEY,

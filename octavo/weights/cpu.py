@@ -6,6 +6,7 @@ The extension may be missing (no compiler when the package was installed): `unav
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -179,6 +180,10 @@ class Layer:
             heads, kv_heads, dim, FLOATS[linears[0][0].dtype],
             [(0, 0.0) if norm is None else (norm[0].data_ptr(), norm[1]) for norm in norms], addresses,
         )  # fmt: skip
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        """Of a copied model: by the addresses of its own weights."""
+        return Layer(self.heads, self.kv_heads, self.dim, *copy.deepcopy(self.keep, memo))
 
     def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [rows, heads, dim], k and v [rows, kv_heads, dim] of x [rows, width], with cos and sin [rows, dim]."""
