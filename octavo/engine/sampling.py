@@ -81,8 +81,6 @@ def choose(logits: Tensor, sequences: Rows[Sequence], ahead: bool = False) -> Ch
         top = likeliest(logits, min(max(most), logits.shape[-1]))
     failed = {}
     for i, sequence in enumerate(sequences):
-        if not _changes(sequence, ahead):
-            continue
         try:
             _adjust(logits[i], sequence, ahead)
         except Exception:  # what one request asks for must not end the others
@@ -97,13 +95,6 @@ def choose(logits: Tensor, sequences: Rows[Sequence], ahead: bool = False) -> Ch
         return Choice(tokens, wanted, finite, failed)
     chosen, best = (logprobs.gather(-1, ids).clamp_min(LEAST_LOGPROB) for ids in (tokens[:, None], top))
     return Choice(tokens, wanted, finite, failed, chosen[:, 0], (best, top))
-
-
-def _changes(sequence: Sequence, ahead: bool) -> bool:
-    """Whether a request changes its logits."""
-    asked = sequence.params
-    penalty = asked.repetition_penalty != 1 or asked.presence_penalty or asked.frequency_penalty
-    return bool(penalty or asked.logit_bias or sequence.guide or sequence.answered + ahead < asked.min_tokens)
 
 
 def _adjust(row: Tensor, sequence: Sequence, ahead: bool) -> None:
