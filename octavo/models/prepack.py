@@ -4,9 +4,8 @@ Where the processor multiplies bf16 numbers, bf16 weights go into oneDNN's tiles
 whole matrix in every call. Elsewhere torch's products of 16-bit numbers are slow, and weights of any type go into
 panels (weights/panels.py): they stay in 16 bits, products and sums are float32, and unless a type was asked for so are
 activations, norms and residuals, which are small; what comes between products is then fused (fused.py, joined.py,
-whole_layers.py). Either way each
-weight is rearranged once, when the model is loaded, and no second copy of it is kept. A tied embedding reads its rows
-out of the head's panels. The last layer then computes only what is due (due.py).
+whole_layers.py). Either way each weight is rearranged once, when the model is loaded, and no second copy of it is kept.
+A tied embedding reads its rows out of the head's panels. The last layer then computes only what is due (due.py).
 
 A rearranged weight has no rows that a model's own code could read, as some routers' does. So only layers that a trial
 run calls are rearranged, and if the model then fails or computes something else, all is put back.
@@ -14,6 +13,7 @@ run calls are rearranged, and if the model then fails or computes something else
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -39,6 +39,7 @@ from octavo.weights.activations import exact
 from octavo.weights.linear import PackedLinear
 from octavo.weights.panels import PanelEmbedding, PanelLinear, TypedEmbedding, unpacked
 
+logger = logging.getLogger("octavo")
 OPERATORS = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")  # private: not in every torch
 TRIAL = 16  # sessions of one token
 COMPANY = 45
@@ -140,6 +141,7 @@ def attempt(
     try:
         same = bool((_trial(bound, due=due) - before).norm() <= tolerance * before.norm())
     except Exception:  # whatever a model does with rows that are not there
+        logger.debug("a model is left as it was where a trial failed", exc_info=True)
         same = False
     if not same:
         for back in reversed(undo):
