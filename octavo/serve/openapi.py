@@ -97,11 +97,19 @@ def document() -> dict[str, Any]:
     }
 
 
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+"""Of a stream: `data` is a JSON document, or [DONE]."""
+
+
 def _post(request: str, summary: str, streams: bool = True, error: str = "Error") -> dict[str, Any]:
     body = {"application/json": {"schema": {"$ref": f"#/components/schemas/{request}"}}}
-    answer = {"application/json": {"schema": {"type": "object"}}}
+    answer: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if streams:
-        answer["text/event-stream"] = {}  # events, a JSON document in the data of each
+        answer["text/event-stream"] = {"schema": EVENT}
     return {
         "summary": summary,
         "security": KEY,
