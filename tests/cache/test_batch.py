@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from octavo.cache.batch import Batch
+from octavo.cache.holding import Holding
 
 
 @dataclass
@@ -107,3 +108,24 @@ def test_every_row_goes_where_its_sequence_says(step: tuple[int, list[tuple[Sequ
     assert batch.slots.tolist() == [sequence.block_table[at // size] * size + at % size for sequence, at in rows]
     last = [i for i, (sequence, at) in enumerate(rows) if at == len(sequence.tokens) - 1]
     assert batch.logits_at.tolist() == last
+
+
+def test_a_step_of_one_token_each_has_what_those_sequences_have_beside_a_chunk() -> None:
+    """With edges, states, and two groups of layers: the two ways to a batch are one."""
+    alone = [
+        Holding(tokens=list(range(at + 1)), num_cached=at, first_page=i, ring=10 + 2 * i, state_slot=20 + i,
+                tables=[list(range(5 * i, 5 * i + 5)), list(range(30 + 5 * i, 35 + 5 * i))])
+        for i, at in enumerate((0, 3, 63, 64, 130, 200))
+    ]  # fmt: skip
+    chunk = Holding(
+        tokens=[1, 2], first_page=9, ring=28, state_slot=29, tables=[[50, 51, 52, 53, 54], [55, 56, 57, 58, 59]]
+    )
+    work = [(sequence, 1) for sequence in alone]
+    few, more = (Batch.build(own, 64, span=128, states=True) for own in (work, [*work, (chunk, 2)]))
+    for group in (0, 1):
+        own, beside = few.of(group), more.of(group)
+        for name in ("ids", "positions", "slots", "block_table", "kv_len", "logits_at", "raw_slots", "first", "ring",
+                     "state_slots"):  # fmt: skip
+            assert torch.equal(getattr(own, name), getattr(beside, name)[: len(alone)]), name
+        assert torch.equal(own.q_start, beside.q_start[: len(alone) + 1])
+        assert own.kv_lens == beside.kv_lens[: len(alone)]
