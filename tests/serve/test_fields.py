@@ -13,8 +13,11 @@ from openai import OpenAI
 
 from octavo import SamplingParams
 from octavo.engine.params import SamplingParams as Params
+from octavo.serve.errors import ApiError
 from octavo.serve.fair_queue import FairQueue
-from octavo.serve.requests import parsing
+from octavo.serve.requests import ChatRequest, parsing
+from octavo.serve.requests.anthropic import MessagesRequest
+from octavo.serve.requests.responses import ResponsesRequest
 from octavo.serve.requests.sampling import WITHOUT_EFFECT
 from tests.serve.conftest import Running
 
@@ -183,6 +186,34 @@ def test_unknown_fields_are_left_out_where_the_server_is_told_to(
         assert post(running, **unknown).status_code == 200
     assert {"mood", "frobnicate", "shape"} <= {record.message.split()[2] for record in caplog.records}
     assert post(running, temperature="hot").status_code == 400
+
+
+MOOD: Any = {"mood": 1}
+TEXT: Any = {"type": "text", "text": "a", **MOOD}
+USE: Any = {"type": "tool_use", "id": "a", "name": "b", "input": {}, **MOOD}
+RESULT: Any = {"type": "tool_result", "tool_use_id": "a", "content": [TEXT], **MOOD}
+
+
+@pytest.mark.parametrize(
+    ("kind", "messages", "named"),
+    [
+        (MessagesRequest, [{"role": "user", "content": [TEXT]}], "messages.0.content.0.mood"),
+        (MessagesRequest, [{"role": "assistant", "content": [USE]}], "messages.0.content.0.mood"),
+        (MessagesRequest, [{"role": "user", "content": [RESULT]}], "messages.0.content.0.content.0.mood"),
+        (MessagesRequest, [{"role": "user", "content": "a", "mood[": 1}], "messages.0.mood["),
+        (ResponsesRequest, [{"role": "user", "content": "a", **MOOD}], "input.0.mood"),
+        (ChatRequest, [{"role": "user", "content": [TEXT]}], "messages.0.content.0.mood"),
+    ],
+    ids=["text", "tool use", "tool result", "brackets", "item", "chat"],
+)
+def test_unknown_fields_within_parts_are_named_and_left_out(kind: Any, messages: Any, named: str):
+    """Though a part may be one of several kinds, whose name pydantic puts into the path."""
+    more: dict[str, Any] = {"model": "m", "max_tokens": 1} if kind is MessagesRequest else {}
+    body = json.dumps({named.partition(".")[0]: messages, **more}).encode()
+    with pytest.raises(ApiError) as refused:
+        parsing.parse(body, kind, 100)
+    assert (refused.value.param, refused.value.code) == (named, "unknown_parameter")
+    assert "mood" not in parsing.parse(body, kind, 100, ignore_unknown=True).model_dump_json()
 
 
 def test_an_answer_can_go_on_with_the_last_message(running: Running):

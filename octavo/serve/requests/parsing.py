@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import reduce
+from operator import getitem
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -14,7 +16,7 @@ from octavo.serve.requests.sampling import WITHOUT_EFFECT, without_effect
 
 logger = logging.getLogger("octavo")
 R = TypeVar("R", bound=BaseModel)
-TAGS = ("str", "int", "constrained-str", "NamedTool", "MessageItem", "CallItem", "OutputItem", "ReasoningItem")
+MEMBERS = ("str", "int", "constrained-str", "NamedTool")  # of unions, by their names; others' have brackets
 CODES = {
     "extra_forbidden": "unknown_parameter",
     "missing": "missing_required_parameter",
@@ -43,20 +45,20 @@ def parse(body: bytes, kind: type[R], longest: int, ignore_unknown: bool = False
             return kind.model_validate_json(body)
         except ValidationError as error:
             errors = error.errors(include_url=False, include_context=False, include_input=False)
-        unknown = [one["loc"] for one in errors if one["type"] == "extra_forbidden"]
+        unknown = [_path(one) for one in errors if one["type"] == "extra_forbidden"]
         if not ignore_unknown or not unknown:
             break
-        for where in unknown:
-            _tell(str(where[-1]), f"the field {where[-1]} is not known here, and ignored")
-            _leave_out(value, where)
+        for *outer, name in unknown:
+            _tell(str(name), f"the field {name} is not known here, and ignored")
+            reduce(getitem, outer, value).pop(name, None)
         body = json.dumps(value).encode()
     raise _refusal(errors)
 
 
 def _refusal(errors: list[Any]) -> ApiError:
-    # Of a union every member complains: the one that came furthest is meant. Its tag is no part of the field's name.
+    # Of a union every member complains: the one that came furthest is meant.
     first = max((one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]), key=lambda one: len(one["loc"]))
-    where = ".".join(str(part) for part in first["loc"] if not _is_tag(part))
+    where = ".".join(map(str, _path(first)))
     code = CODES.get(first["type"], "invalid_type" if first["type"].endswith("_type") else "invalid_value")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{where}: there is no such field, or it is not supported", param=where, code=code)
@@ -68,15 +70,17 @@ def _refusal(errors: list[Any]) -> ApiError:
     return ApiError(400, f"{where}: {message}" if where else message, param=where or None, code=code)
 
 
-def _is_tag(part: Any) -> bool:
-    return part in TAGS or "[" in str(part)
-
-
-def _leave_out(value: Any, where: tuple[Any, ...]) -> None:
-    for part in where[:-1]:
-        if not _is_tag(part) or (isinstance(value, dict) and part in value):
-            value = value[part]
-    value.pop(where[-1], None)
+def _path(error: Any) -> list[Any]:
+    """The names and numbers that lead to what is wrong. Pydantic puts the member of a union in between, and behind the
+    number of an element in a list of a tagged union its tag, which may be the name of a field as well."""
+    where = [str(part) for part in error["loc"]]
+    found = []
+    for i, part in enumerate(where):
+        unknown = error["type"] == "extra_forbidden" and i == len(where) - 1  # it may have any name
+        tag = i > 1 and where[i - 2].startswith("list[tagged-union[")
+        if unknown or not (tag or part in MEMBERS or "[" in part):
+            found.append(error["loc"][i])
+    return found
 
 
 def _tell(name: str, message: str) -> None:
