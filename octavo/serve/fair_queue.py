@@ -38,6 +38,7 @@ class FairQueue:
         self.held: Counter[str] = Counter()
         self.left: dict[str, float] = {}  # when those who hold no place any more gave back their last; oldest first
         self.lines: dict[str, deque[Ticket]] = {}  # of every client that waits; the one served longest ago is first
+        self.timer: asyncio.TimerHandle | None = None  # until a place that others wait for need not be kept any longer
 
     def ask(self, client: str, start: Callable[[], None], priority: int = 0) -> Ticket:
         """Have `start` called once there is a place, which may be at once."""
@@ -78,6 +79,9 @@ class FairQueue:
         while self.free > 0 and self.lines:
             client = min(self.lines, key=lambda client: self.held[client])
             if self.held[client] and self.free <= self._kept():
+                if self.timer is None:
+                    wait = next(iter(self.left.values())) + KEPT - time.monotonic()
+                    self.timer = asyncio.get_running_loop().call_later(wait, self._give_again)
                 return
             ticket = self.lines[client].popleft()
             self.lines[client] = self.lines.pop(client)  # to the end
@@ -87,6 +91,10 @@ class FairQueue:
             self.left.pop(client, None)
             ticket.begun = True
             ticket.start()
+
+    def _give_again(self) -> None:
+        self.timer = None
+        self._give()
 
     def _kept(self) -> int:
         """Places that are kept for clients who hold none: at most half of them."""

@@ -49,13 +49,17 @@ class Job:
 
     async def batches(self) -> AsyncIterator[list[Delta]]:
         """All that has come since the last batch, until every answer is complete; raises what ended the request."""
-        while not self.complete or self.deltas:
-            await self.wake.wait()
-            self.wake.clear()
-            if self.error:
+        while True:
+            if self.error:  # it may have ended before the first batch, or after the last
                 raise self.error
-            deltas, self.deltas = self.deltas, []
-            yield deltas
+            if self.deltas:
+                deltas, self.deltas = self.deltas, []
+                yield deltas
+            elif self.complete:
+                return
+            else:
+                await self.wake.wait()
+                self.wake.clear()
 
     @property
     def complete(self) -> bool:

@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2 as httpx
@@ -25,16 +26,18 @@ from octavo.serve.limits import Limits
 from octavo.serve.listening import bind
 from octavo.serve.requests import ChatRequest, CompletionRequest, parse
 from octavo.serve.requests.body import MAX_KEYS, check_json
+from octavo.serve.response_store import InMemory, Kept
 from octavo.serve.server import Server
 from tests.serve.conftest import Running, serving, small, wait_until
 
 HELLO = {"role": "user", "content": "a"}
+PATHS = {"messages": "chat/completions", "input": "responses"}
 NAMES = [f"p{i}" for i in range(6000)]
 
 
 def post(url: str, fields: Any, source: str = "127.0.0.1") -> httpx.Response:
     with httpx.Client(transport=httpx.HTTPTransport(local_address=source), timeout=60) as client:
-        path = "chat/completions" if "messages" in fields else "completions"
+        path = next((path for name, path in PATHS.items() if name in fields), "completions")
         return client.post(f"{url}/v1/{path}", json=fields)
 
 
@@ -261,15 +264,33 @@ def test_the_client_with_the_fewest_places_is_next():
 
 
 def test_a_place_is_kept_for_a_client_that_was_here():
-    queue, started = FairQueue(4), list[str]()
-    ask(queue, "few", started).leave()
-    many = [ask(queue, "many", started) for _ in range(8)]
-    assert started.count("many") == 3
-    ask(queue, "few", started)
-    assert started[-1] == "few"
-    for ticket in many[:3]:
-        ticket.leave()
-    assert started.count("many") == 6
+    async def run() -> None:
+        queue, started = FairQueue(4), list[str]()
+        ask(queue, "few", started).leave()
+        many = [ask(queue, "many", started) for _ in range(8)]
+        assert started.count("many") == 3
+        ask(queue, "few", started)
+        assert started[-1] == "few"
+        for ticket in many[:3]:
+            ticket.leave()
+        assert started.count("many") == 6
+
+    asyncio.run(run())
+
+
+def test_a_kept_place_is_given_on_once_it_is_kept_no_longer(monkeypatch: pytest.MonkeyPatch):
+    """Nobody needs to come or leave for it."""
+    monkeypatch.setattr("octavo.serve.fair_queue.KEPT", 0.05)
+
+    async def run() -> None:
+        queue, given = FairQueue(2), asyncio.Event()
+        ask(queue, "many", [])
+        ask(queue, "few", []).leave()
+        queue.ask("many", given.set)
+        assert not given.is_set()
+        await asyncio.wait_for(given.wait(), 20)
+
+    asyncio.run(run())
 
 
 def test_a_queue_forgets_those_who_left_long_ago(monkeypatch: pytest.MonkeyPatch):
@@ -296,6 +317,33 @@ def test_a_full_queue_refuses_the_client_that_fills_it(pamphlet: Model):
         for thread in threads:
             thread.join(60)
         assert sorted(answers) == [200, 200, 200, 429]
+        running.assert_idle()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_makes_room_while_it_is_made_into_tokens_is_refused_and_not_kept(
+    pamphlet: Model, stream: bool, monkeypatch: pytest.MonkeyPatch
+):
+    kept: list[Kept] = []
+
+    async def add(_: InMemory, one: Kept) -> None:
+        kept.append(one)
+
+    monkeypatch.setattr(InMemory, "add", add)
+    with serving(small(pamphlet, max_batch_size=1), limits=Limits(max_queue=1)) as running:
+        service, gate = running.server.service, threading.Event()
+        asked = {"input": "a", "max_output_tokens": 1, "stream": stream}
+        with ThreadPoolExecutor(3) as clients:
+            for _ in range(2):  # as two long prompts that are made into tokens
+                service.preparing.submit(gate.wait)
+            answers = []
+            for i, source in enumerate(("127.0.0.2", "127.0.0.2", "127.0.0.1")):
+                answers.append(clients.submit(post, running.url, asked, source))
+                wait_until(lambda i=i: len({client for client, _ in service.jobs.values()}) == 1 + i // 2)
+                wait_until(lambda i=i: service.admitted == min(i + 1, 2))
+            gate.set()
+        assert [answer.result().status_code for answer in answers] == [200, 429, 200]
+        assert len(kept) == 2
         running.assert_idle()
 
 
