@@ -5,7 +5,9 @@
     errors-000012.jsonl   its rows that cannot be answered, and why; no file where there are none
 
 A shard is done once its part is there: it is written last, under another name first. Parts in the order of their names
-hold the rows in the order of the input. Every row has `id`, its own or `file:line`, and its file and line.
+hold the rows in the order of the input. Every row has `id`, its own or `file:line`, and its file and line. All parts in
+Parquet have the same columns: `logprobs` is null where none were asked for, and `id` has the type that it has in the
+input; where some rows have none, or files differ in its type, all ids are texts.
 """
 
 from __future__ import annotations
@@ -29,6 +31,17 @@ from octavo.jsonl import own_id
 
 ROWS = 512  # of a shard; many batches, so that the last of them, which grows empty, weighs little
 KINDS = (".jsonl", ".parquet")
+TOKEN = [("token", pa.int64()), ("text", pa.string()), ("logprob", pa.float64())]
+COLUMNS: list[tuple[str, pa.DataType]] = [  # behind `id`: those of octavo.jsonl.answer, and where the row comes from
+    ("file", pa.string()),
+    ("line", pa.int64()),
+    ("text", pa.string()),
+    ("finish_reason", pa.string()),
+    ("prompt_tokens", pa.int64()),
+    ("completion_tokens", pa.int64()),
+    ("cached_tokens", pa.int64()),
+    ("logprobs", pa.list_(pa.struct([*TOKEN, ("top", pa.list_(pa.struct(TOKEN)))]))),
+]
 PATIENCE = 30  # seconds for which Google's store is asked again; by default it is a quarter of an hour
 
 
@@ -80,6 +93,7 @@ class Output:
                     ".parquet files"
                 )
             self.kind = kinds.pop()
+            self.ids = _id_type(self.inputs.fs, found) if self.kind == ".parquet" else None
             self.shards = [shard for shard in _cut(self.inputs.fs, found, rows) if shard.rows]
             self.place.fs.create_dir(self.directory, recursive=True)
             self._take_up(options)
@@ -92,9 +106,11 @@ class Output:
         return [shard for shard in self.shards if self._name("part", shard, self.kind) not in there]
 
     def write(self, shard: Shard, good: list[dict[str, Any]], bad: list[dict[str, Any]]) -> None:
+        if self.ids == pa.string():
+            good, bad = ([{**row, "id": str(row["id"])} for row in rows] for rows in (good, bad))
         if bad:
             self._put(self._name("errors", shard, ".jsonl"), _lines(bad))
-        self._put(self._name("part", shard, self.kind), _lines(good) if self.kind == ".jsonl" else _table(good))
+        self._put(self._name("part", shard, self.kind), _table(good, self.ids) if self.ids else _lines(good))
 
     def _take_up(self, options: dict[str, Any]) -> None:
         asked = {"options": options, "shards": [asdict(shard) for shard in self.shards]}
@@ -152,6 +168,26 @@ def _files(fs: pa.fs.FileSystem, pattern: str) -> list[str]:
     return sorted(info.path for info in below if info.is_file and fnmatch(info.path, pattern))
 
 
+def _id_type(fs: pa.fs.FileSystem, files: list[str]) -> pa.DataType:
+    """The type of all ids of the answers to Parquet files."""
+    found = {kind for path in files for kind in _id_types(fs, path)}
+    return found.pop() if len(found) == 1 else pa.string()
+
+
+def _id_types(fs: pa.fs.FileSystem, path: str) -> Iterator[pa.DataType]:
+    """Those of a file's rows: text where one has none, `file:line`."""
+    with fs.open_input_file(path) as source:
+        file = pq.ParquetFile(source)
+        if "id" not in file.schema_arrow.names:
+            yield pa.string()
+            return
+        kind = file.schema_arrow.field("id").type
+        kept = pa.types.is_primitive, pa.types.is_decimal, pa.types.is_binary
+        yield kind if any(test(kind) for test in kept) else pa.string()
+        if any(file.read_row_group(i, ["id"]).column(0).null_count for i in range(file.num_row_groups)):
+            yield pa.string()
+
+
 def _cut(fs: pa.fs.FileSystem, files: list[str], rows: int) -> Iterator[Shard]:
     number = 0
     for path in files:
@@ -180,12 +216,13 @@ def _cut_lines(fs: pa.fs.FileSystem, path: str, rows: int) -> Iterator[tuple[int
 
 
 def _lines(rows: list[dict[str, Any]]) -> bytes:
-    return b"".join(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for row in rows)
+    texts = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)  # an id of Parquet may be a date
+    return b"".join(text.encode("utf-8", "replace") + b"\n" for text in texts)
 
 
-def _table(rows: list[dict[str, Any]]) -> bytes:
+def _table(rows: list[dict[str, Any]], ids: pa.DataType) -> bytes:
     out = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), out)
+    pq.write_table(pa.Table.from_pylist(rows, pa.schema([("id", ids), *COLUMNS])), out)
     return bytes(out.getvalue())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from octavo.calibrate import calibrate
 from octavo.cli import main
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
+from octavo.jsonl import answer
 from octavo.llm import LLM
 from octavo.measure.accuracy.compare import compare
 from octavo.measure.candidate import Candidate
@@ -72,6 +74,40 @@ def test_files_are_cut_into_shards_and_every_row_is_read_once(prompts: Path, tmp
         Output(f"{prompts}/*.jsonl", str(tmp_path / "out100"), {}, 100)
     with pytest.raises(OctavoError, match="no file"):
         Output(f"{prompts}/*.parquet", str(tmp_path / "none"), {})
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept"),
+    [
+        ([[7, 8], [9, 1]], [[7, 8], [9, 1]]),
+        ([[7, None], [9, 1]], [["7", "0.parquet:2"], ["9", "1"]]),
+        ([[7, 8], ["a", "b"]], [["7", "8"], ["a", "b"]]),
+        ([[7, 8], None], [["7", "8"], ["1.parquet:1", "1.parquet:2"]]),
+        ([[date(2026, 11, 30), date(2026, 12, 1)]], [[date(2026, 11, 30), date(2026, 12, 1)]]),
+    ],
+    ids=["one type", "one is null", "two types", "a file without", "dates"],
+)
+def test_parquet_of_all_answers_has_one_schema_and_loses_nothing(
+    ids: list[Any], kept: list[Any], tmp_path: Path, pamphlet: Model
+):
+    """Only some rows ask for log-probabilities; one is refused and written as JSON."""
+    for i, own in enumerate(ids):
+        rows = {"prompt": ["Once", "Upon"]} | ({"id": own} if own else {})
+        pq.write_table(pa.table(rows), tmp_path / f"{i}.parquet")
+    output = Output(f"{tmp_path}/*.parquet", str(tmp_path / "out"), {})
+    llm = LLM(pamphlet, kv="fp32", session_len=64)
+    params = [SamplingParams(max_tokens=2, logprobs=asked) for asked in (None, 2)]
+    answers = [answer(llm, one) for one in llm.generate(["Once", "Upon"], params)]
+    assert "logprobs" in answers[1].keys() - answers[0].keys()
+    written: list[dict[str, Any]] = []
+    for shard, own in zip(output.shards, kept, strict=True):
+        read_ids = [id for id, _, _ in read(output.inputs, shard)]
+        good = [{"id": id, "file": "f", "line": 1, **one} for id, one in zip(read_ids, answers, strict=True)]
+        output.write(shard, good, [{"id": read_ids[0], "error": "no"}])
+        written += [{**row, "id": id, "logprobs": row.get("logprobs")} for row, id in zip(good, own, strict=True)]
+        refused = lines(tmp_path / "out" / f"errors-{shard.number:06}.jsonl")
+        assert refused == [{"id": own[0] if isinstance(own[0], int) else str(own[0]), "error": "no"}]
+    assert pq.read_table(sorted((tmp_path / "out").glob("part-*"))).to_pylist() == written
 
 
 @pytest.mark.slow
