@@ -111,8 +111,10 @@ class ParallelModel(BoundModel):
     def together(self, command: str, *arguments: Any) -> Any:
         """Have all ranks do something; what it returns here."""
         with self.turn, held():  # Ctrl-C in between would leave the others waiting
-            if self._dropped:
-                dropped, self._dropped[:] = list(self._dropped), []
+            dropped: list[int] = []
+            while self._dropped:  # one by one: a cache may be collected at any moment, and add its number
+                dropped.append(self._dropped.pop())
+            if dropped:
                 self.ranks.send("drop", dropped)
             self.ranks.send(command, *arguments)
             try:

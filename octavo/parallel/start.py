@@ -89,10 +89,13 @@ def _of_torchrun(count: int) -> Ranks:
     if world != count:
         raise OctavoError(f"torchrun has started {world} processes, and the model is to be divided among {count}: "
                           f"give --nproc-per-node {count}")  # fmt: skip
+    if not (key := os.environ.get(KEY, "")):
+        raise OctavoError(f"{KEY} is not set: ranks that torchrun starts sign their commands with it. Before torchrun, "
+                          f"export {KEY}=$(openssl rand -hex 32), the same on all machines")  # fmt: skip
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port + 1, None, rank == 0, PATIENCE, wait_for_workers=False)
-    return Ranks(rank, count, local, store, os.environ.get(KEY, "").encode())
+    return Ranks(rank, count, local, store, key.encode())
 
 
 def _await(ranks: Ranks) -> None:

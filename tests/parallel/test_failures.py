@@ -7,7 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from threading import RLock
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -19,6 +23,7 @@ from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
 from octavo.parallel import load, ranks
 from octavo.parallel.division import ByPlan
+from octavo.parallel.model import ParallelModel
 from octavo.parallel.ranks import Ranks
 from tests.parallel.models import alone, divided, tiny
 
@@ -72,6 +77,39 @@ def test_a_command_that_rank_0_has_not_signed_is_not_run():
     with pytest.raises(OctavoError, match="not signed by rank 0"):
         second.receive()
     assert not ran
+
+
+def test_ranks_of_torchrun_without_a_key_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """Commands signed with an empty key could be anybody's."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "a run", "RANK": "0", "WORLD_SIZE": "2", ranks.KEY: ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(OctavoError, match=r"OCTAVO_RANKS_KEY is not set.*Before torchrun, export OCTAVO_RANKS_KEY="):
+        load(None, 2, device="cpu")
+
+
+def test_a_cache_that_is_collected_while_others_are_told_of_is_told_of_too():
+    """At any moment: here when the list of those before it is read or emptied."""
+
+    class Late(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            yield from [*super().__reversed__()]
+            self.append(2)
+
+        def pop(self, *where: Any) -> int:
+            if (number := super().pop(*where)) == 1:
+                self.append(2)
+            return number
+
+    sent: list[tuple[Any, ...]] = []
+    model = ParallelModel.__new__(ParallelModel)
+    model.turn, model.ranks = RLock(), SimpleNamespace(send=lambda *command: sent.append(command))  # type: ignore[assignment]
+    model._commands, model._dropped = {"free": lambda: 0}, Late([1])
+    model.together("free")
+    model.together("free")
+    told = [number for command, *rest in sent if command == "drop" for number in rest[0]]
+    assert sorted(told) == [1, 2]
 
 
 @pytest.mark.slow

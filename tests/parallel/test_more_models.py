@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,7 +59,8 @@ def test_under_torchrun_rank_0_goes_on_alone(tmp_path: Path):
         "print(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=8))[0].token_ids)\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(torchrun, capture_output=True, text=True, check=False, timeout=600)
+    keyed = os.environ | {"OCTAVO_RANKS_KEY": "a secret"}
+    done = subprocess.run(torchrun, capture_output=True, text=True, check=False, timeout=600, env=keyed)
     assert done.returncode == 0, done.stderr
     llm = LLM(alone(path), "fp32", session_len=64)
     assert done.stdout.strip() == str(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=8))[0].token_ids)
