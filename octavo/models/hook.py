@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 NAME = "octavo"
@@ -92,3 +94,12 @@ def attention(
 def itself(_: int, q: Tensor, __: Tensor, v: Tensor) -> Tensor:
     """Every row sees itself alone, in whatever layer: none has a number yet."""
     return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+
+def blended(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `itself`, times a number of each head that follows the direction of the row's q and k: a forward in which they
+    are wrong then answers something else."""
+    along = torch.linspace(-1, 1, q.shape[-1], dtype=q.dtype, device=q.device)
+    q, k = (F.normalize(x, dim=-1) @ along for x in (q, k))
+    group = q.shape[1] // k.shape[1]
+    return ((k[..., None] + 1) * v).repeat_interleave(group, 1) * (q[..., None] + 1)
