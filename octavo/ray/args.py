@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from octavo.cache.size import parse_bytes
 from octavo.serve.limits import Limits
 
 
@@ -31,7 +30,3 @@ class Args(BaseModel, extra="forbid"):
     log_requests: bool = True
     log_prompts: bool = False
     route: Literal["prefix", "random"] = "prefix"  # random: any two replicas are the choice, to compare with
-
-    @property
-    def session_dir_bytes(self) -> int:
-        return parse_bytes(self.session_dir_size)
