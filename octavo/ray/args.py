@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from octavo.serve.limits import Limits
+from octavo.units import parse_bytes
 
 
 class Args(BaseModel, extra="forbid"):
