@@ -31,3 +31,7 @@ class Args(BaseModel, extra="forbid"):
     log_requests: bool = True
     log_prompts: bool = False
     route: Literal["prefix", "random"] = "prefix"  # random: any two replicas are the choice, to compare with
+
+    @property
+    def session_dir_bytes(self) -> int:
+        return parse_bytes(self.session_dir_size)

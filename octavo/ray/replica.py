@@ -35,7 +35,6 @@ class Replica:
     """A model behind the routes, in a process of its own."""
 
     async def __init__(self, args: Args, responses: DeploymentHandle):  # type: ignore[misc]  # Ray waits for it
-        from octavo.cache.size import parse_bytes
         from octavo.llm import LLM
         from octavo.serve import logs
         from octavo.serve.app import create_app
@@ -49,8 +48,7 @@ class Replica:
         llm = LLM(**args.llm)
         sessions = None
         if args.session_dir is not None:
-            size = parse_bytes(args.session_dir_size)
-            sessions = SessionDir(Path(args.session_dir), size, llm, shared=True)
+            sessions = SessionDir(Path(args.session_dir), args.session_dir_bytes, llm, shared=True)
         limits = Limits(args.max_queue, args.timeout, args.max_body)
         names = args.served_model_name or [llm.model.name]
         self.failed = False
