@@ -37,7 +37,9 @@ def cluster(address: str, option: str = "--ray") -> Iterator[None]:
     own = {"object_store_memory": OBJECTS, "include_dashboard": False} if address == LOCAL else {}
     try:
         ray.init(address, **own)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # what did not start in time is a plain Exception
+        if address == LOCAL:
+            raise OctavoError(f"Ray cannot start on this machine: {one_line(error)}") from error
         raise OctavoError(
             f"there is no Ray cluster at {address} ({one_line(error)}); `{option} local` starts one on this machine"
         ) from None
