@@ -124,7 +124,7 @@ def test_a_stream_whose_way_is_killed_breaks_and_the_address_answers_again(
     for its end; Ray starts what was killed anew."""
     deploy()
     body = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
-    for _ in range(slowly(20)):
+    for _ in range(slowly(5)):
         with httpx.stream("POST", f"{URL}/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
