@@ -115,10 +115,10 @@ def _gated_norm(module: nn.Module) -> dict[str, Any] | None:
         return None
     scale, epsilon = found
     dim = len(scale)
-    rows = _rows(2 * dim).split(dim, -1)
+    x, gate = _rows(2 * dim).split(dim, -1)
     group = getattr(module, "group_size", dim // getattr(module, "n_groups", 1))
     for gate_first in (True, False):
-        if _answers(module, rows, lambda *given: cpu.gated_norm(*given, scale, epsilon, group, gate_first)):  # noqa: B023
+        if _answers(module, (x, gate), lambda x, z: cpu.gated_norm(x, z, scale, epsilon, group, gate_first)):  # noqa: B023
             return {"scale": scale, "epsilon": epsilon, "group": group, "gate_first": gate_first}
     return None
 

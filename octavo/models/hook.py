@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NAME = "octavo"
+OF_ALL_MODULES = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
+"""torch's own: the forward hooks that it calls for whatever module."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v [T, kv_heads, v_dim]) → [T, heads, v_dim]"""
@@ -97,9 +99,9 @@ def itself(_: int, q: Tensor, __: Tensor, v: Tensor) -> Tensor:
 
 
 def blended(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `itself`, times a number of each head that follows the direction of the row's q and k: a forward in which they
-    are wrong then answers something else."""
-    along = torch.linspace(-1, 1, q.shape[-1], dtype=q.dtype, device=q.device)
-    q, k = (F.normalize(x, dim=-1) @ along for x in (q, k))
+    """As `itself`, each head changed by some, as the directions of the row's q and k say: a forward in which they
+    are wrong then answers something else. In float32: rounding of q and k that other rounding then follows adds up."""
+    along = torch.linspace(-0.25, 0.25, q.shape[-1], device=q.device)
+    by_q, by_k = (1 + F.normalize(x.float(), dim=-1) @ along for x in (q, k))
     group = q.shape[1] // k.shape[1]
-    return ((k[..., None] + 1) * v).repeat_interleave(group, 1) * (q[..., None] + 1)
+    return ((by_k[..., None] * v).repeat_interleave(group, 1) * by_q[..., None]).to(v.dtype)

@@ -125,7 +125,8 @@ def _native(bound: BoundModel, layer: nn.Module, number: int) -> cpu.Layer | Non
 
 def _watchers(layer: nn.Module) -> list[Any]:
     inner = [module for module in layer.modules() if module is not layer]
-    return list(chain.from_iterable((module._forward_hooks, module._forward_pre_hooks) for module in inner))
+    own = chain.from_iterable((module._forward_hooks, module._forward_pre_hooks) for module in inner)
+    return [*own, *hook.OF_ALL_MODULES]
 
 
 @torch.inference_mode()
