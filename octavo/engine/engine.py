@@ -58,9 +58,9 @@ class Engine:
         size, edges = cache.layout.block_size, None
         if cache.span:
             edges = EdgePool(cache.span, size, cache.raw_pages, max_batch_size, prefix_caching)
-        narrower = [BlockPool(blocks, size, prefix_caching, reach)
-                    for blocks, reach in zip(cache.blocks[1:], cache.reaches[1:], strict=True)]  # fmt: skip
-        self.pool = CachePool(cache.num_blocks, size, prefix_caching, edges, cache.reaches[0], narrower, cache.states)
+        groups = [BlockPool(blocks, size, prefix_caching, reach)
+                  for blocks, reach in zip(cache.blocks, cache.reaches, strict=True)]  # fmt: skip
+        self.pool = CachePool(groups, edges, cache.states)
         context = min(model.max_context, max_context or model.max_context)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens, context)
         device = device_of(model.device)

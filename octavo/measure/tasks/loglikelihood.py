@@ -103,7 +103,8 @@ def _families(texts: list[_Text], engine: Engine) -> list[tuple[list[int], list[
         heads = [text.tokens[: text.first] for text in own]
         pairs = zip(min(heads), max(heads), strict=False)  # the first and the last of all differ soonest
         shared = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        room = engine.pool.blocks_for(len(shared)) + engine.pool.blocks_for(len(own[0].tokens)) <= len(engine.pool)
+        blocks = engine.pool.groups[0]
+        room = blocks.blocks_for(len(shared)) + blocks.blocks_for(len(own[0].tokens)) <= len(blocks)
         if len(begin) == size and len({text.context for text in own}) > 1 and room and _width(engine, shared):
             families.append((shared, own))
     apart = {text.index for _, own in families for text in own}
@@ -128,7 +129,7 @@ def _steps(texts: list[_Text], engine: Engine, shared: list[int]) -> Iterator[li
             step: list[_Text] = []
             for text in (group[turn] for group in wave if turn < len(group)):
                 lengths = (len(tokens) for tokens in (shared, text.tokens, *(own.tokens for own in step)))
-                if step and sum(map(pool.blocks_for, lengths)) > len(pool):
+                if step and sum(map(pool.blocks_for, lengths)) > len(pool.groups[0]):
                     yield step
                     step = []
                 step.append(text)
