@@ -80,7 +80,7 @@ class Sequences:
             self._take_blocks(group, [row for row, _ in work])
         if self.span:
             self.recording = self._record(work) if self.records else None
-        return Batch.build(work, self.size, span=self.span)
+        return self.cache.batch(work)
 
     def record(self, layer: LayerCache, k: Tensor, v: Tensor) -> None:
         """Keep what this step would overwrite: before it attends, with its rows k and v [T, kv_heads, dim]."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.cache.batch import Batch
+from octavo.cache.holding import Held
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerPlan, LayerShape, own_span, reaches
 from octavo.cache.row_store import RowStore
@@ -175,6 +177,10 @@ class KVCache:
             for of, pair in ((".", (layer.k, layer.v)), (FIRST, layer.raw or ()))
             for side, store in zip("kv", pair, strict=False)
         ]
+
+    def batch(self, work: Sequence[tuple[Held, int]], newest: Tensor | None = None) -> Batch:
+        """The step in which each sequence computes its next n tokens, `newest` as for `Batch.build`."""
+        return Batch.build(work, self.layout.block_size, newest, self.span, self.states is not None)
 
     def read_pages(self, pages: Sequence[Sequence[int]]) -> list[Page]:
         """Copies of blocks, or raw pages, of each of the `paged_stores`."""

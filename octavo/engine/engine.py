@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from octavo.cache.batch import MAX_BATCH_TOKENS, Batch
+from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.blocks import BlockPool
 from octavo.cache.edges import EdgePool
 from octavo.cache.pool import CachePool
@@ -108,8 +108,7 @@ class Engine:
 
     def _launch(self, work: Work, newest: Tensor | None = None) -> Launched:
         """Queue a step on the device. With `newest`, the tokens of the step before, it follows one not committed."""
-        batch = Batch.build(work, self.pool.block_size, newest, self.cache.span, self.cache.states is not None)
-        logits = self.runner.run(batch)
+        logits = self.runner.run(self.cache.batch(work, newest))
         self.scheduler.launched(work, ahead=newest is not None)
         if newest is not None:
             return Launched(work, choose(logits, [sequence for sequence, _ in work], ahead=True))

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-from octavo.cache.batch import Batch
 from octavo.cache.holding import Holding
 from octavo.engine.engine import Engine
 from octavo.errors import OctavoError
@@ -209,8 +208,7 @@ def _forward(engine: Engine, work: list[tuple[_Text, int]]) -> None:
         targets += [text.targets[position - text.first] for position in scored]
         owners.append((text, len(scored)))
         start += count
-    cache = engine.cache
-    batch = Batch.build(work, engine.pool.block_size, span=cache.span, states=cache.states is not None)
+    batch = engine.cache.batch(work)
     logits = engine.runner.run(replace(batch, logits_at=torch.tensor(rows, dtype=torch.int64)))
     wanted = torch.tensor(targets, dtype=torch.int64, device=logits.device)
     logprobs = logits.float().log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
