@@ -39,7 +39,7 @@ def llm(pamphlet: Model) -> LLM:
 def assert_idle(llm: LLM) -> None:
     llm.engine.scheduler.check()
     assert not llm.engine.busy
-    assert len(llm.engine.pool.free) == len(llm.engine.pool)
+    assert not llm.engine.pool.groups[0].used
     assert llm.begun == []
 
 
