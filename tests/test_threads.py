@@ -277,7 +277,8 @@ def test_ctrl_c_within_the_tables_of_a_step_waits_until_they_are_whole(llm: LLM,
         llm.engine.pool.clear()
         seen.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(llm.engine.pool, name, interrupt(getattr(llm.engine.pool, name)))
+            [blocks] = llm.engine.pool.groups
+            patch.setattr(blocks, name, interrupt(getattr(blocks, name)))
             with pytest.raises(KeyboardInterrupt):
                 llm.generate([[5] * 100, [6] * 70], SamplingParams(max_tokens=30, ignore_eos=True))
         assert set(seen) == {name}
