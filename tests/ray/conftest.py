@@ -81,7 +81,7 @@ def deploy(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         client = _get_global_client()
         client.deploy_apps(ServeDeploySchema.model_validate(config))
         name = changed.get("served_model_name", ["pamphlet"])[0]
-        soon(lambda: running() == [name] * replicas)
+        soon(lambda: running() == [name] * replicas, 3 * PATIENCE)
 
     return run
 
