@@ -34,7 +34,6 @@ def plan_fleet(
     json: bool,
 ) -> None:
     """Print the table, or the JSON document."""
-    from octavo.cache.size import parse_bytes
     from octavo.cli.candidates import formats
     from octavo.cli.tables import console
     from octavo.cli.tables.fleet import assumptions, fleet_table
@@ -42,6 +41,7 @@ def plan_fleet(
     from octavo.measure.memory.fleet import Gpu, Wanted, fleets
     from octavo.models.geometry import Geometry
     from octavo.quant.format import ADVISED
+    from octavo.units import parse_bytes
 
     if asked.sessions is None:
         raise OctavoError("--fleet needs --sessions: how many are open at a time")

@@ -16,7 +16,7 @@ from octavo.cli.candidates import formats_option
 from octavo.cli.fleet import Asked, plan_fleet
 from octavo.cli.loading import ShapeOptions
 from octavo.cli.memory import CONTEXT
-from octavo.cli.options import Json, takes
+from octavo.cli.options import Json, amount, takes
 from octavo.errors import OctavoError
 
 of_fleet = partial(typer.Option, rich_help_panel="A fleet")
@@ -26,7 +26,10 @@ of_fleet = partial(typer.Option, rich_help_panel="A fleet")
 def plan(
     options: ShapeOptions,
     memory: Annotated[
-        str | None, typer.Option(help="Memory of the device, like 80GiB. [default: this one's; 80 GB with --fleet]")
+        str | None,
+        typer.Option(
+            help="Memory of the device, like 80GiB. [default: this one's; 80 GB with --fleet]", callback=amount
+        ),
     ] = None,
     context: Annotated[
         int | None, typer.Option(help=f"Tokens of every session. [default: {CONTEXT}, or the model's context]")
@@ -36,7 +39,10 @@ def plan(
         formats_option("Formats to compare, the baseline first. [default: the model's own, kv8, k8v4, kv4, int8]"),
     ] = None,
     reserve: Annotated[
-        str, typer.Option(help="Held back for activations and the runtime, like 2GiB. [default: 10 % with --fleet]")
+        str,
+        typer.Option(
+            help="Held back for activations and the runtime, like 2GiB. [default: 10 % with --fleet]", callback=amount
+        ),
     ] = "0",
     plot: Annotated[
         Path | None,
@@ -54,7 +60,6 @@ def plan(
     ] = None,
 ) -> None:
     """Compute how many sessions of MODEL fit, or how many GPUs they need. Nothing is run, and a config is enough."""
-    from octavo.cache.size import format_bytes, parse_bytes
     from octavo.cli.candidates import formats
     from octavo.cli.tables import console
     from octavo.cli.tables.memory import fit_table
@@ -65,6 +70,7 @@ def plan(
     from octavo.measure.report.picture import check_picture, draw_growth
     from octavo.models.geometry import Geometry
     from octavo.quant.format import ADVISED
+    from octavo.units import format_bytes, parse_bytes
 
     asked = Asked(sessions, tokens_per_second, bandwidth, prompt)
     if fleet:

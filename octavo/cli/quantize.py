@@ -129,8 +129,8 @@ def _listed(names: list[str]) -> str:
 
 
 def _sizes(quantized: Quantized, before: Path, after: Path) -> str:
-    from octavo.cache.size import format_bytes
     from octavo.models.files import weight_files
+    from octavo.units import format_bytes
 
     old, new = (sum(file.stat().st_size for file in weight_files(path)) for path in (before, after))
     return (

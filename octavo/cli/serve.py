@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from octavo.cli.loading import ServeOptions
-from octavo.cli.options import option, takes, tell_loading
+from octavo.cli.options import amount, option, takes, tell_loading
 from octavo.errors import OctavoError, install, one_line
 from octavo.serve.limits import Limits, keep_few_shapes
 
@@ -88,7 +88,8 @@ def serve(
         Path | None, serving("Keep conversations' caches here, over restarts too.", file_okay=False)
     ] = None,
     session_dir_size: Annotated[
-        str | None, serving("Bytes they may take; the least recently used are removed. [default: 10GiB]")
+        str | None,
+        serving("Bytes they may take; the least recently used are removed. [default: 10GiB]", callback=amount),
     ] = None,
     ignore_unknown_fields: Annotated[
         bool, serving("Leave out fields of requests that are not known, in place of refusing them.")
@@ -110,7 +111,7 @@ def serve(
         if any(given is not None for given in (uds, max_connections, patience)):
             raise OctavoError("--uds, --max-connections and --patience are a single server's: leave them out")
     tell_loading(options.model)
-    from octavo.cache.size import parse_bytes
+    from octavo.units import parse_bytes
 
     try:
         from octavo.serve import logs
@@ -203,7 +204,7 @@ def _facts(llm: LLM) -> dict[str, Any]:
 
 
 def _banner(state: dict[str, Any]) -> None:
-    from octavo.cache.size import format_bytes
+    from octavo.units import format_bytes
 
     print(
         f"{state['model']}: a chat at {state['url']}/, the API at {state['url']}/v1\n"
