@@ -249,6 +249,25 @@ inline f32v load_float(const fp8* p) {
     return (f32v)((i32v)size | (code & 0x80) << 24);
 }
 
+// 2·W neighbouring numbers in two registers, whose lanes stand as is quickest; `in_order` brings them, or sums of such, into
+// the order of memory.
+template <class T>
+inline void load_pair(const T* p, f32v& a, f32v& b) { a = load_float(p), b = load_float(p + W); }
+template <class T>
+inline void in_order(f32v&, f32v&) {}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline void load_pair(const bf16* p, f32v& a, f32v& b) {  // zeros below each: two operations in place of four
+    const __m256i both = load<__m256i>(p);
+    a = (f32v)_mm256_unpacklo_epi16(__m256i{}, both), b = (f32v)_mm256_unpackhi_epi16(__m256i{}, both);
+}
+template <>
+inline void in_order<bf16>(f32v& a, f32v& b) {
+    const f32v low = a;
+    a = (f32v)_mm256_permute2f128_ps((__m256)low, (__m256)b, 0x20);
+    b = (f32v)_mm256_permute2f128_ps((__m256)low, (__m256)b, 0x31);
+}
+#endif
+
 constexpr float MAGIC = 0x1.8p23f;  // added to |x| < 2²²: rounds to an integer, half to even, and holds it in the low bits
 inline i32v nearest(f32v x) { return (i32v)(x + MAGIC) - (i32v)splat(MAGIC); }
 

@@ -157,6 +157,7 @@ inline void fetch(const void* from, int64_t bytes) {
 template <int R, int C, class T, class Ahead>
 inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool first, float* c, int64_t row,
                   Ahead ahead) {
+    constexpr int PAIR = R > 1 && WIDE > 1 ? 2 : 1;  // registers that are loaded together
     f32v sum[R][C] = {};
     for (int64_t k = 0; k < n; k += STRIDE) {
         ahead(k);
@@ -165,7 +166,11 @@ inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool fir
         for (int64_t i = 0; i < steps; i++, x++, w += PANEL) {
             f32v b[C];
 #pragma GCC unroll 16
-            for (int j = 0; j < C; j++) b[j] = load_float(w + j / WIDE * apart + j % WIDE * W);
+            for (int j = 0; j < C; j += PAIR) {
+                const T* from = w + j / WIDE * apart + j % WIDE * W;
+                if constexpr (PAIR == 2) load_pair(from, b[j], b[j + 1]);
+                else b[j] = load_float(from);
+            }
 #pragma GCC unroll 32
             for (int r = 0; r < R; r++) {
                 const f32v a = splat(x[r * LINE]);
@@ -178,6 +183,8 @@ inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool fir
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
         for (int j = 0; j < C; j++) {
+            if constexpr (PAIR == 2)
+                if (j % 2 == 0) in_order<T>(sum[r][j], sum[r][j + 1]);
             float* to = c + r * row + j * W;
             store(to, first ? sum[r][j] : load<f32v>(to) + sum[r][j]);
         }
