@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from octavo.measure.candidate import Candidate
     from octavo.measure.tasks.run import Elsewhere
     from octavo.models.model import Model
-    from octavo.ray.cluster import Placement
+    from octavo.progress import Count
+    from octavo.ray.measuring import Workers
 
 
 @takes(LoadOptions, TextOptions, TaskOptions)
@@ -104,10 +106,10 @@ def accuracy(
     found = about(model, compared)
     if not json:
         show_theory(found)
-    with on_ray(ray, replicas, options.device) as place:
+    with on_ray(ray, replicas, options.device) as workers:
         if source is not None:
             with telling("reading") as tell:
-                measure = _comparing(options, baseline, model, compared, place, lambda n: tell("reading", n, len(read)))
+                measure = _comparing(options, baseline, model, compared, workers, partial(tell, "reading"))
                 found["text"] = measure_text(model, compared, source.name, read, asked, tell, over, measure)
             if not json:
                 show_text(found)
@@ -116,7 +118,7 @@ def accuracy(
             if not json:
                 show_retrieval(found)
         if parts:
-            tested = on_tasks.run(model, compared, parts, context, time, _asking(options, place))
+            tested = on_tasks.run(model, compared, parts, context, time, _asking(options, workers))
             found["tasks"] = tested | {"skipped": skipped}
             if not json:
                 show_tasks(found)
@@ -164,30 +166,23 @@ def _comparing(
     baseline: str | None,
     model: Model,
     compared: Sequence[Candidate],
-    place: Placement | None,
-    progress: Callable[[int], None],
+    workers: Workers | None,
+    progress: Count,
 ) -> Callable[..., Any] | None:
-    """What reads windows on the cluster; None without one. `progress` is called with how many have been read."""
-    if place is None:
+    """What reads windows on the cluster; None without one."""
+    if workers is None:
         return None
     from octavo.ray.measuring import comparing
-
-    read = 0
-
-    def add(windows: int) -> None:
-        nonlocal read
-        read += windows
-        progress(read)
 
     other = None
     if baseline is not None:
         other = baseline_of(options, baseline, model).loading() | {"computing": model.bound.computes}
-    return comparing(options.loading(), other, compared, place, add)
+    return comparing(options.loading(), other, compared, workers, progress)
 
 
-def _asking(options: LoadOptions, place: Placement | None) -> Elsewhere | None:
-    if place is None:
+def _asking(options: LoadOptions, workers: Workers | None) -> Elsewhere | None:
+    if workers is None:
         return None
     from octavo.ray.measuring import asking
 
-    return asking(options.loading(), place)
+    return asking(options.loading(), workers)

@@ -116,8 +116,10 @@ def serve(
     try:
         from octavo.serve import logs
         from octavo.serve.listening import Tls, bind, bind_unix, curl, listening, url
-        from octavo.serve.server import Server
-        from octavo.serve.sessions import SessionDir
+
+        if replicas is None:  # they import the rest, seconds of it, themselves
+            from octavo.serve.server import Server
+            from octavo.serve.sessions import SessionDir
     except ImportError as error:
         raise OctavoError(f"`octavo serve` needs {error.name}: {install('serve')}") from None
 
