@@ -6,11 +6,12 @@ the time. No module is known by its class: one that looks the part is asked for 
 answer is that of the formula. In another type than float32 a module goes on as before.
 
 RoPE is no module but a function of the model's file, which attention finds by its name. A module that takes part gets
-its own forward with another function under that name; the file, and other models made from it, stay as they are.
+its own forward with another function under that name.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from types import FunctionType, SimpleNamespace
@@ -20,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.models.changes import Undo, become, with_functions
 from octavo.weights import cpu
 from octavo.weights.panels import PanelLinear
 
-Undo = Callable[[], None]
+logger = logging.getLogger("octavo")
 ROTATION = "apply_rotary_pos_emb"  # in every file of transformers
 GATES = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")  # names of an MLP's layers
 SAME = 1e-4  # relative, of all rows: 4-bit layers round their inputs, and so differ a little where those do
@@ -162,6 +164,7 @@ def _rotating(attention: type[nn.Module]) -> type[nn.Module] | None:
             if not all(map(torch.equal, own(q, k, cos, sin), _rotated(q, k, cos, sin))):
                 return None
     except Exception:  # whatever a function of that name does that is something else
+        logger.debug("%s keeps its own rotation", attention.__name__, exc_info=True)
         return None
 
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -171,9 +174,7 @@ def _rotating(attention: type[nn.Module]) -> type[nn.Module] | None:
             return _rotated(q, k, cos, sin)
         return own(q, k, cos, sin, *args, **kwargs)
 
-    names = {**forward.__globals__, ROTATION: rotated}
-    same = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    same.__kwdefaults__ = forward.__kwdefaults__
+    same = with_functions(forward, {ROTATION: rotated})
     return type("FusedRotation", (nn.Module,), {"forward": same, "__module__": __name__})
 
 
@@ -193,19 +194,5 @@ def _answers(module: nn.Module, given: Sequence[Tensor], formula: Callable[[], T
             expected = formula()
             return bool((module(*given).float() - expected).norm() <= SAME * expected.norm())
     except Exception:  # whatever a module does that is something else
+        logger.debug("%s is not fused", type(module).__name__, exc_info=True)
         return False
-
-
-def become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> Undo:
-    """Put a class before a module's own: it may call its forward."""
-    own, before = type(module), set(vars(module))
-    for name, value in attributes.items():
-        object.__setattr__(module, name, value)  # no parameter or buffer: nothing that is saved or moved
-    module.__class__ = type(own.__name__, (kind, own), {"__module__": own.__module__, "__doc__": own.__doc__})
-
-    def undo() -> None:
-        module.__class__ = own
-        for name in set(vars(module)) - before:
-            delattr(module, name)
-
-    return undo

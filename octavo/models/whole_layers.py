@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from octavo.models import hook
 from octavo.models.bind import BoundModel
-from octavo.models.fused import SAME, FusedNorm, become
+from octavo.models.changes import Undo, become, watched
+from octavo.models.fused import SAME, FusedNorm
 from octavo.weights import cpu
 from octavo.weights.panels import PanelLinear
 
-Undo = Callable[[], None]
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -36,7 +36,7 @@ class WholeLayer(nn.Module):
     watchers: list[Any]  # dicts of hooks of the modules within
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        attend, given = hook.attends_to(), _given(self.native, args, kwargs)
+        attend, given = hook.attended.get(), _given(self.native, args, kwargs)
         if not callable(attend) or any(self.watchers) or given is None:
             return super().forward(*args, **kwargs)
         return _compute(self.native, given, attend, 0 if attend is hook.itself else self.number)
@@ -78,16 +78,18 @@ def take_over(bound: BoundModel, run: Callable[[], object]) -> Iterator[Undo]:
     def note(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         calls[layer] = args, kwargs, output
 
-    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in found]
-    try:
+    with watched(layer.register_forward_hook(note, with_kwargs=True) for layer in found):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     for layer, (args, kwargs, output) in calls.items():
         native, number = found[layer]
         if _answers(native, args, kwargs, output):
             yield become(layer, WholeLayer, native=native, number=number, watchers=_watchers(layer))
+
+
+def apart_of(bound: BoundModel) -> str | None:
+    """How many layers of a model were not taken over, in words; None if all were."""
+    whole, every = sum(isinstance(module, WholeLayer) for module in bound.hf.modules()), len(bound.layers)
+    return f"computes {every - whole} of {every} layers module by module, which is slower" if whole < every else None
 
 
 def _native(bound: BoundModel, layer: nn.Module, number: int) -> cpu.Layer | None:

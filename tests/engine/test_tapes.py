@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from octavo.attention import cpu
+from octavo.cache.batch import Batch
 from octavo.engine import tapes
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
@@ -58,6 +59,19 @@ def test_a_recorded_step_gives_what_the_step_gives_bit_for_bit(name: str, kv: st
     assert tapes_of(recorded).refused is None
     assert tapes_of(recorded).tapes.keys() == {1, 2, 3, 4}
     assert [store.written for store in recorded.cache.stores] == [store.written for store in plain.cache.stores]
+
+
+def test_a_replayed_step_that_names_blocks_that_are_not_there_is_refused() -> None:
+    """Native calls are made again past the Python that checks shapes: where rows lie is checked within them."""
+    recorded = engine(made("llama"), "fp32", layout=cpu.BACKEND.layout)
+    answers(recorded)
+    lost = Sequence([3, 4], SamplingParams())
+    lost.num_cached, lost.tables = 1, [[recorded.cache.num_blocks]]
+    batch = Batch.build([(lost, 1)], 64)
+    assert 1 in tapes_of(recorded).tapes
+    assert recorded.runner.graphs.takes(batch)
+    with pytest.raises(ValueError, match="the native kernels expect tables of blocks that there are"):
+        recorded.runner.run(batch)
 
 
 def test_a_step_that_looks_at_values_on_the_host_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

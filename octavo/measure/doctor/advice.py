@@ -11,7 +11,8 @@ WIDE = 8  # a channel that many times as wide as the median is an outlier; model
 def findings(found: Diagnosis) -> list[Finding]:
     """Everything to know about an accepted model, most basic first."""
     own = [_binding(found), _self_check(found), _positions(found), _keys(found), _outliers(found)]
-    return [finding for finding in own if finding is not None] + _formats(found)
+    slower = [Finding("note", "processor", f"the model {what}") for what in found.slower]
+    return [finding for finding in own if finding is not None] + slower + _formats(found)
 
 
 def _binding(found: Diagnosis) -> Finding:

@@ -73,7 +73,8 @@ def diagnose(
     start, bound = perf_counter(), model.bound
     bound.expect_rows()
     tell, say = progress or (lambda *_: None), say or (lambda _: None)
-    found = Diagnosis(model.name, True, weights=model.weight_kind, processor=model.processor, anatomy=examine(bound))
+    found = Diagnosis(model.name, True, weights=model.weight_kind, processor=model.processor, slower=bound.slower)
+    found.anatomy = examine(bound)
     tell("checking that sequences do not mix", 0, 0)
     found.self_check = self_check(bound)
     pace = Pace.measure(bound, WANTED.length)

@@ -14,11 +14,11 @@
 #include "panels.h"
 
 #include <algorithm>
-#include <memory>
 #include <numeric>
 #include <vector>
 
 #include "parallel.h"
+#include "scratch.h"
 #include "vectors.h"
 
 namespace octavo::weights::ISA {
@@ -52,30 +52,6 @@ static_assert(COLUMNS % PANEL == 0);
 
 constexpr int floor_power_of_2(int n) { return n < 2 ? 1 : 2 * floor_power_of_2(n / 2); }
 
-template <class F>
-void with_type(Float type, F&& f) {
-    if (type == Float::BF16) f(bf16{});
-    else if (type == Float::FP16) f(fp16{});
-    else f(float{});
-}
-
-// Memory of a thread, kept from call to call.
-class Scratch {
-public:
-    float* take(int64_t count) {
-        if (count > size) {
-            memory.reset(new float[count + LINE]);
-            size = count;
-        }
-        const uint64_t start = reinterpret_cast<uint64_t>(memory.get());
-        return memory.get() + (-start % (4 * LINE)) / 4;
-    }
-
-private:
-    static constexpr int LINE = 16;
-    std::unique_ptr<float[]> memory;
-    int64_t size = 0;
-};
 thread_local Scratch scratch;
 
 // `total` in `count` parts, as equal as they can be.
@@ -94,7 +70,7 @@ struct Rows {
 
     // `height` rows from `first`, n ≤ CHAIN inputs of each from k, as floats, LINE apart.
     void take(int64_t first, int64_t height, int64_t k, int64_t n, float* to) const {
-        with_type(type, [&](auto kind) {
+        with_float(type, [&](auto kind) {
             for (int64_t r = 0; r < height; r++, to += LINE) {
                 const auto* from = static_cast<const decltype(kind)*>(x) + (first + r) * stride + k;
                 const auto* later = from + std::min(NEXT, height - 1 - r) * stride;
@@ -111,7 +87,7 @@ struct Rows {
     void finish(const Product& p, const float* c, int64_t row, int64_t first, int64_t rows, int64_t begin,
                 int64_t n) const {
         n = std::min(n, p.weight.out - begin);
-        with_type(type, [&](auto kind) {
+        with_float(type, [&](auto kind) {
             using T = decltype(kind);
             const T* shift = p.bias ? static_cast<const T*>(p.bias) + begin : nullptr;
             for (int64_t r = 0; r < rows; r++, c += row) {
@@ -151,6 +127,25 @@ struct Rows {
 inline void fetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
+
+// 2·W neighbouring numbers in two registers, whose lanes stand as is quickest; `in_order` brings them, or sums of such, into
+// the order of memory.
+template <class T>
+inline void load_pair(const T* p, f32v& a, f32v& b) { a = load_float(p), b = load_float(p + W); }
+template <class T>
+inline void in_order(f32v&, f32v&) {}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline void load_pair(const bf16* p, f32v& a, f32v& b) {  // zeros below each: two operations in place of four
+    const __m256i both = load<__m256i>(p);
+    a = (f32v)_mm256_unpacklo_epi16(__m256i{}, both), b = (f32v)_mm256_unpackhi_epi16(__m256i{}, both);
+}
+template <>
+inline void in_order<bf16>(f32v& a, f32v& b) {
+    const f32v low = a;
+    a = (f32v)_mm256_permute2f128_ps((__m256)low, (__m256)b, 0x20);
+    b = (f32v)_mm256_permute2f128_ps((__m256)low, (__m256)b, 0x31);
+}
+#endif
 
 // One chain for R rows and C registers of columns: x [R, LINE], panels of w `apart` elements from one to the next.
 // c [R, row] becomes the sums, or has them added. Before input k of every STRIDE, ahead(k) fetches what is read later.
@@ -301,7 +296,7 @@ void many(const Call& call, const Pool& pool) {
         const int64_t begin = ranges.first(range) * turn, end = ranges.first(range + 1) * turn;
         const Parts groups = Parts::of_at_most(height, ROWS);
         const bool direct = groups.count <= DIRECT;
-        float* tile = scratch.take(CHAIN * COLUMNS + height * (LINE + (end - begin) * COLUMNS));
+        float* tile = scratch.reset(CHAIN * COLUMNS + height * (LINE + (end - begin) * COLUMNS));
         float* inputs = tile + CHAIN * COLUMNS;
         float* sums = inputs + height * LINE;  // [end − begin, height, COLUMNS]
         for (int64_t k = 0; k < in; k += CHAIN) {
@@ -350,10 +345,10 @@ void multiply(const Product* products, int number, bool gated, const void* x, in
     const Rows rows{x, count, stride, type};
     const Call call{products, number, gated, rows};
     const int64_t in = call.in();
-    with_type(products->weight.type, [&](auto weight) {
+    with_float(products->weight.type, [&](auto weight) {
         using T = decltype(weight);
         if (count > ROWS) return many<T>(call, pool);
-        float* inputs = scratch.take((in + CHAIN - 1) / CHAIN * count * LINE);
+        float* inputs = scratch.reset((in + CHAIN - 1) / CHAIN * count * LINE);
         for (int64_t k = 0; k < in; k += CHAIN)
             rows.take(0, count, k, std::min(CHAIN, in - k), inputs + k / CHAIN * count * LINE);
         few<T>(call, inputs, pool);
