@@ -67,6 +67,7 @@ class Engine:
         asynchronous = device.asynchronous and model.alone
         self.overlap = asynchronous if overlap is None else overlap
         self.launched: Launched | None = None
+        self.interrupted = False  # whether the last step has not ended, and states have gone on in it
         if device.asynchronous:
             self.runner.capture(max_batch_size, self.scheduler.max_context)
         else:
@@ -88,6 +89,9 @@ class Engine:
     def step(self) -> list[Sequence]:
         """One forward of the model; returns the sequences that gained a token, some of them finished by it."""
         with self._whole():
+            if self.interrupted:
+                self.scheduler.restart()
+                self.interrupted = False
             step = self.launched or self._launch(self.scheduler.schedule())  # [(sequence, n_new)]
             following = self.scheduler.following(step.work) if self.overlap else None
             self.launched = self._launch(following, step.choice.tokens) if following else None
@@ -96,14 +100,13 @@ class Engine:
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """Around a step. One that does not end is computed again, and writes the same rows; what was launched after it
-        is dropped, or its tokens would be missing. But states have gone on: where there are any, what runs goes on
-        from its last snapshot, as if it had been preempted."""
+        is dropped, or its tokens would be missing. But states have gone on: where there are any, what still runs when
+        the next step begins goes on from its last snapshot, as if it had been preempted."""
         try:
             yield
         except BaseException:
             self.launched = None
-            if self.cache.states is not None:
-                self.scheduler.restart()
+            self.interrupted = self.cache.states is not None
             raise
 
     def _launch(self, work: Work, newest: Tensor | None = None) -> Launched:

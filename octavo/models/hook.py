@@ -11,11 +11,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.contexts import during
 
 NAME = "octavo"
+OF_ALL_MODULES = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
+"""torch's own: the forward hooks that it calls for whatever module."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v [T, kv_heads, v_dim]) → [T, heads, v_dim]"""
@@ -68,3 +72,12 @@ def attention(
 def itself(_: int, q: Tensor, __: Tensor, v: Tensor) -> Tensor:
     """Every row sees itself alone, in whatever layer: none has a number yet."""
     return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+
+def blended(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `itself`, each head changed by some, as the directions of the row's q and k say: a forward in which they
+    are wrong then answers something else. In float32: rounding of q and k that other rounding then follows adds up."""
+    along = torch.linspace(-0.25, 0.25, q.shape[-1], device=q.device)
+    by_q, by_k = (1 + F.normalize(x.float(), dim=-1) @ along for x in (q, k))
+    group = q.shape[1] // k.shape[1]
+    return ((by_k[..., None] * v).repeat_interleave(group, 1) * by_q[..., None]).to(v.dtype)

@@ -15,6 +15,7 @@ by that, or because it is of a form that the kernels do not know, is logged, and
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,11 +28,11 @@ from octavo import processor
 from octavo.cache.states import StatePool
 from octavo.errors import Unsupported, one_line
 from octavo.models import states
-from octavo.models.bind import BoundModel, prove_states
+from octavo.models.bind import UNLIMITED, BoundModel, prove_states
 from octavo.models.changes import Undo, become, put, watched
 from octavo.models.due import shorten
 from octavo.models.fused import fuse
-from octavo.models.hook import itself
+from octavo.models.hook import Attend, blended, itself
 from octavo.models.joined import join
 from octavo.models.packed import packed_layers, weight_bytes
 from octavo.models.states import StateStep
@@ -46,6 +47,7 @@ OWN_ORDER = "multiplies weights in their own order, which is slower"
 OPERATORS = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")  # private: not in every torch
 TRIAL = 16  # sessions of one token
 COMPANY = 45
+GOLDEN = (math.sqrt(5) - 1) / 2  # the fractions of its multiples fill [0, 1) evenly, however many there are
 CUTS = (1,) * COMPANY, (1, TRIAL, COMPANY - TRIAL - 1)  # of a text of as many tokens
 SAME = 0.05  # relative: sums in another order round otherwise, and what is wrong is far off
 CLOSE = 0.25  # the same where each number is rounded otherwise: bf16 costs deep models a tenth
@@ -116,7 +118,9 @@ def _compute_in_panels(bound: BoundModel, computing: torch.dtype | None, determi
         apart = "multiplies layers of the same rows one by one, which is slower"
         attempt(bound, apart, lambda _: join(bound.hf, lambda: _trial(bound)), SAME)
         whole = "computes its layers module by module, which is slower"
-        if attempt(bound, whole, lambda _: take_over(bound, lambda: _trial(bound)), SAME) and (left := apart_of(bound)):
+        if attempt(bound, whole, lambda _: take_over(bound, lambda attend: _trial(bound, attend=attend)), SAME) and (
+            left := apart_of(bound)
+        ):
             note(bound, left, "they are not of the form that the native calls know", logging.INFO)
 
 
@@ -179,17 +183,28 @@ def _exact(bound: BoundModel) -> bool:
         return False
     if len(mixers) < len(bound.mixers):
         return False
-    one, *more = (_trial(bound, count, bound.new_step([1] * count)) for count in (COMPANY, 1, 2, TRIAL + 1))
+    one, *more = (
+        _trial(bound, count, bound.new_step([1] * count), attend=itself) for count in (COMPANY, 1, 2, TRIAL + 1)
+    )
     if not all(torch.equal(few, one[: len(few)]) for few in more):
         return False
     return not mixers or all(torch.equal(_text(bound, cuts), _text(bound, [COMPANY])) for cuts in CUTS)
 
 
-def _trial(bound: BoundModel, count: int = TRIAL, step: StateStep | None = None, due: slice = slice(None)) -> Tensor:
+def _trial(
+    bound: BoundModel,
+    count: int = TRIAL,
+    step: StateStep | None = None,
+    due: slice = slice(None),
+    attend: Attend = blended,
+) -> Tensor:
     """Logits [count, vocabulary] of as many sessions of one token, or of those that are due; without a `step`, of one
-    session to layers that keep states."""
+    session to layers that keep states. Their positions are all over the model's context, the first of them 0: RoPE, and
+    what else follows the position, shows."""
     ids, rows = torch.tensor(bound.random_tokens(count)), torch.arange(count)
-    return bound.forward(ids, torch.zeros_like(rows), rows[due], itself, step).float()
+    context = bound.max_context if bound.max_context < UNLIMITED else COMPANY
+    positions = (rows * GOLDEN % 1 * context).long()
+    return bound.forward(ids, positions, rows[due], attend, step).float()
 
 
 def _text(bound: BoundModel, cuts: Sequence[int]) -> Tensor:

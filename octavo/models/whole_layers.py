@@ -65,24 +65,29 @@ def _compute(native: cpu.Layer, given: Given, attend: hook.Attend, number: int) 
     return native.after_attention(answers.to(torch.float32).contiguous(), given[0])[None]
 
 
-def take_over(bound: BoundModel, run: Callable[[], object]) -> Iterator[Undo]:
-    """Take over the layers of a model on a CPU that are found to be of the form, in place. `run` is a forward in which
-    every row attends to itself alone."""
+def take_over(bound: BoundModel, run: Callable[[hook.Attend], object]) -> Iterator[Undo]:
+    """Take over the layers of a model on a CPU that are found to be of the form, in place. `run` is a forward of rows
+    at different positions, which attends by what it is given."""
     found: dict[nn.Module, tuple[cpu.Layer, int]] = {}
     for number, attention in hook.attention_modules(bound.hf).items():
         for layer in bound.hf.modules():
             if getattr(layer, "self_attn", None) is attention and (native := _native(bound, layer, number)):
                 found[layer] = native, number
     calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
+    attended: dict[int, tuple[Tensor, ...]] = {}
 
     def note(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         calls[layer] = args, kwargs, output
 
+    def attend(number: int, *sides: Tensor) -> Tensor:
+        attended[number] = sides
+        return hook.itself(number, *sides)
+
     with watched(layer.register_forward_hook(note, with_kwargs=True) for layer in found):
-        run()
+        run(attend)
     for layer, (args, kwargs, output) in calls.items():
         native, number = found[layer]
-        if _answers(native, args, kwargs, output):
+        if _answers(native, args, kwargs, attended[number], output):
             yield become(layer, WholeLayer, native=native, number=number, watchers=_watchers(layer))
 
 
@@ -122,13 +127,24 @@ def _native(bound: BoundModel, layer: nn.Module, number: int) -> cpu.Layer | Non
 
 def _watchers(layer: nn.Module) -> list[Any]:
     inner = [module for module in layer.modules() if module is not layer]
-    return list(chain.from_iterable((module._forward_hooks, module._forward_pre_hooks) for module in inner))
+    own = chain.from_iterable((module._forward_hooks, module._forward_pre_hooks) for module in inner)
+    return [*own, *hook.OF_ALL_MODULES]
 
 
 @torch.inference_mode()
-def _answers(native: cpu.Layer, args: Any, kwargs: Any, output: Any) -> bool:
+def _answers(native: cpu.Layer, args: Any, kwargs: Any, sides: tuple[Tensor, ...], output: Any) -> bool:
+    """Whether the native calls hand attention the same q, k and v, and make the same of its answer."""
     given = _given(native, args, kwargs)
     if given is None or not isinstance(output, Tensor):
         return False
-    found = _compute(native, given, hook.itself, 0)
-    return bool((found - output).norm() <= SAME * output.norm())
+    found: list[Tensor] = []
+
+    def attend(_: int, *own: Tensor) -> Tensor:
+        found.extend(own)
+        return hook.itself(0, *sides)
+
+    found.append(_compute(native, given, attend, 0))
+    return all(
+        own.shape == theirs.shape and bool((own - theirs).norm() <= SAME * theirs.norm())
+        for own, theirs in zip(found, (*sides, output), strict=True)
+    )
