@@ -63,7 +63,7 @@ def generate_on_ray(
             answer_files(answers, options.arguments(), params, chat, place, show)
         for name, own in sorted(by_replica.items()):
             rate = own["tokens"] / own["seconds"]
-            _tell(f"replica {name[-8:]}: {own['shards']:.0f} shards, {own['tokens']:,.0f} tokens, {rate:.1f} tok/s")
+            _tell(f"replica {name[:8]}: {own['shards']:.0f} shards, {own['tokens']:,.0f} tokens, {rate:.1f} tok/s")
         seconds = time.perf_counter() - start
         _tell(f"{total['answered']:,} rows answered, {total['tokens']:,} tokens in {seconds:.1f} s")
         if total["refused"]:

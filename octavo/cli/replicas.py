@@ -41,6 +41,7 @@ def serve_replicas(
     with cluster(LOCAL, "--replicas"):
         from ray import serve
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         from octavo.ray.application import app
         from octavo.ray.args import Args
 

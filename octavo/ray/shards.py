@@ -44,7 +44,8 @@ COLUMNS: list[tuple[str, pa.DataType]] = [  # behind `id`: those of octavo.jsonl
     ("cached_tokens", pa.int64()),
     ("logprobs", pa.list_(pa.struct([*TOKEN, ("top", pa.list_(pa.struct(TOKEN)))]))),
 ]
-PATIENCE = 30  # seconds for which Google's store is asked again; by default it is a quarter of an hour
+GOOGLE = "?retry_limit_seconds=30"  # for which it is asked again; by default it is a quarter of an hour
+OPTIONS = {"s3": "?allow_delayed_open=true", "gs": GOOGLE, "gcs": GOOGLE}  # the first: a small file is one request
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ class Place:
         scheme, found, rest = path.partition("://")
         if not found or scheme == "file":
             return cls(), os.path.abspath(rest or path)
-        options = f"?retry_limit_seconds={PATIENCE}" if scheme in ("gs", "gcs") else ""
-        return cls(f"{scheme}://{rest.partition('/')[0]}{options}"), rest
+        return cls(f"{scheme}://{rest.partition('/')[0]}{OPTIONS.get(scheme, '')}"), rest
 
 
 @cache
