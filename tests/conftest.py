@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import octavo.calibrate
+import octavo.calibrate.serving
 from octavo.engine.reading import Reading
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import BUNDLED, Model
@@ -53,7 +53,7 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _cache_of_its_own(_caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor where another test would find it. However busy the machine is, it is not refused."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(_caches / str(next(NUMBERS))))
-    monkeypatch.setattr(octavo.calibrate, "PATIENCE", math.inf)
+    monkeypatch.setattr(octavo.calibrate.serving, "PATIENCE", math.inf)
 
 
 @pytest.fixture(scope="session")

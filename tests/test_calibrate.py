@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from octavo.calibrate import calibrate, calibration_for, shift_invariant, window_offsets
+from octavo.calibrate import calibrate, calibration_for
+from octavo.calibrate.positions import shift_invariant, window_offsets
 from octavo.cli import main
 from octavo.errors import OctavoError
 from octavo.llm import LLM
@@ -164,7 +165,7 @@ class TestBeforeServing:
         assert steps == [(i, 8) for i in range(1, 9)]
         assert made.header.positions[1] == pamphlet.bound.max_context - 1
         assert (pamphlet.work_dir / FILE_NAME).is_file()
-        monkeypatch.setattr("octavo.calibrate.calibrate", None)
+        monkeypatch.setattr("octavo.calibrate.serving.calibrate", None)
         found = calibration_for(pamphlet, None, INT4)
         assert found is not None
         assert found.header == made.header
@@ -172,7 +173,7 @@ class TestBeforeServing:
     def test_where_it_would_take_too_long_the_command_is_named_and_nothing_is_kept(
         self, pamphlet: Model, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("octavo.calibrate.PATIENCE", 0.0)
+        monkeypatch.setattr("octavo.calibrate.serving.PATIENCE", 0.0)
         with (
             pytest.warns(UserWarning, match="needs a"),
             pytest.raises(OctavoError, match=r"octavo calibrate pamphlet .*--kv kv8"),

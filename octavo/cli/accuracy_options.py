@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from octavo.cli.options import option
 from octavo.errors import OctavoError
-from octavo.measure.accuracy.sizes import ANSWERS, WANTED
+from octavo.measure.accuracy.sizes import ANSWERS, LEAST, WANTED
 from octavo.measure.budget import Budget, Windows
 
 if TYPE_CHECKING:
@@ -21,12 +21,7 @@ if TYPE_CHECKING:
     from octavo.models.model import Model
 
 
-def about_text(help: str, *names: str, **more: Any) -> Any:
-    return option(help, *names, panel="On a text", **more)
-
-
-def about_tasks(help: str, *names: str, **more: Any) -> Any:
-    return option(help, *names, panel="On benchmark tasks", **more)
+about_text, about_tasks = partial(option, panel="On a text"), partial(option, panel="On benchmark tasks")
 
 
 def expect_alone(given: dict[str, Any], other: str) -> None:
@@ -68,9 +63,8 @@ class TextOptions:
     def open(self, data_dir: Path | None) -> Texts:
         """The text, of which some can be read."""
         from octavo.corpus import load_texts
-        from octavo.models.locate import BUNDLED
 
-        texts = load_texts(str(BUNDLED / "evaluation.txt") if self.text is None else self.text, data_dir, "test")
+        texts = load_texts(self.text, data_dir, "test")
         next(iter(texts))  # refuses what cannot be read
         return texts
 
@@ -93,6 +87,37 @@ class TextOptions:
         if write.size.count:
             say(f"greedy answers: {write.of(formats)}")
         return read.size, write.size
+
+    def read(
+        self,
+        model: Model,
+        compared: Sequence[Candidate],
+        texts: Texts,
+        sizes: tuple[Windows, Windows],
+        late: Callable[[], bool],
+        elsewhere: Callable[[Callable[[int], None]], Callable[..., Any]] | None,
+    ) -> dict[str, Any]:
+        """The text in every format, in the `sizes` that fit; of windows that were not asked for by number fewer where
+        it gets `late`. `elsewhere` makes what reads them on a cluster."""
+        from octavo.cli.progress import telling
+        from octavo.measure.accuracy.results import measure_text
+        from octavo.text_windows import consecutive_windows
+
+        size, answers = sizes
+        windows, read = consecutive_windows(texts, model.tokenizer, size.length, size.count), 0
+
+        def enough(done: int) -> bool:
+            return (self.windows, self.window) == (None, None) and done >= LEAST.count and late()
+
+        with telling("reading") as tell:
+
+            def add(count: int) -> None:
+                nonlocal read
+                read += count
+                tell("reading", read, len(windows))
+
+            measure = elsewhere(add) if elsewhere is not None else None
+            return measure_text(model, compared, texts.name, windows, answers, tell, enough, measure)
 
 
 @dataclass
@@ -151,7 +176,7 @@ class TaskOptions:
         elsewhere: Elsewhere | None,
     ) -> dict[str, Any]:
         """Rows of every benchmark, in sessions of `context` tokens; `elsewhere` asks on a cluster."""
-        from octavo.cli.progress import telling
+        from octavo.cli.progress import say, telling
         from octavo.measure.tasks.results import Results
         from octavo.measure.tasks.run import run
 
@@ -172,7 +197,7 @@ class TaskOptions:
                     **sizes,  # type: ignore[arg-type]
                 )
         except KeyboardInterrupt:
-            print(f"interrupted: what is done is kept in {directory}; the same command goes on", file=sys.stderr)
+            say(f"interrupted: what is done is kept in {directory}; the same command goes on")
             raise
         found = [asdict(row) | {"solved": row.solved} for row in rows]
         return {"how": "measured", **sizes, "results": str(directory), "rows": found}

@@ -9,7 +9,6 @@ options is refused before a model is loaded.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -79,9 +78,10 @@ class Output:
             old = path.read_bytes() if path.is_file() else b""  # a device is no file
             kept = self._recognize(old, {line.number: line.request for line in lines})
             if kept != old:
-                part = path.with_name(f".{path.name}.{os.getpid()}.part")
-                part.write_bytes(kept)
-                part.replace(path)
+                from octavo.artefact import replacing  # imports torch
+
+                with replacing(path) as part:
+                    part.write_bytes(kept)
             self.file: BinaryIO = path.open("ab")
         except OSError as error:
             raise OctavoError(f"{path} cannot be written: {error.strerror}") from None

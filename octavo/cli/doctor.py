@@ -30,8 +30,8 @@ def doctor(
     """Examine MODEL: does it work, and which cache formats suit it? Status 0: it is healthy; 1: it is refused, or
     something is advised against."""
     time = Budget.parse(budget)
-    if text not in (None, "self"):
-        load_texts(str(text))  # refuses what is not there before the model is loaded
+    if text != "self":
+        load_texts(text)  # refuses what is not there before the model is loaded
     try:
         model = options.load(say=False)  # it is in the table
     except Unsupported as refusal:

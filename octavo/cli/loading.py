@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from octavo.cli.options import (
     CalibrationPath,
     ChatTemplate,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from octavo.llm import LLM
+    from octavo.models.geometry import Geometry
     from octavo.models.model import Model
 
 # `--quant-policy` of LMDeploy's page, where 4 meant int8; 8 is what LMDeploy calls int8 today.
@@ -99,6 +102,9 @@ class LoadOptions:
         return model
 
 
+CONTEXT = 2048  # tokens of sessions whose sizes are asked for
+
+
 @dataclass
 class ShapeOptions:
     """A model whose sizes are asked for: its config is enough."""
@@ -107,6 +113,9 @@ class ShapeOptions:
     config: Annotated[Path | None, option("A config.json in place of MODEL; no weights are needed.")] = None
     model_format: ModelFormat = "hf"
     dtype: Dtype = "auto"
+    context: Annotated[
+        int | None, typer.Option(help=f"Tokens of every session. [default: {CONTEXT}, or the model's context]")
+    ] = None
 
     def check(self) -> None:
         """Raise OctavoError for what names no model or no type, before torch is imported."""
@@ -125,6 +134,13 @@ class ShapeOptions:
         if self.config is None:
             return locate(self.model)
         return self.config.stem if self.config.stem != "config" else self.config.resolve().parent.name, self.config
+
+    def trace(self, path: Path) -> tuple[Geometry, int]:
+        """The model's sizes, and the tokens of every session."""
+        from octavo.models.geometry import Geometry
+
+        geometry = Geometry.trace(path, self.dtype, self.model_format)
+        return geometry, min(CONTEXT, geometry.max_context) if self.context is None else self.context
 
 
 @dataclass

@@ -10,16 +10,11 @@ from octavo.cli.candidates import formats_option
 from octavo.cli.loading import ShapeOptions
 from octavo.cli.options import DeviceName, Json, numbers, option, takes
 
-CONTEXT = 2048
-
 
 @takes(ShapeOptions)
 def memory(
     options: ShapeOptions,
     batch_size: Annotated[str, typer.Option(help="Sessions at a time.")] = "8,16,32,48",
-    context: Annotated[
-        int | None, typer.Option(help=f"Tokens of every session. [default: {CONTEXT}, or the model's context]")
-    ] = None,
     kv: Annotated[
         str | None,
         formats_option(
@@ -55,13 +50,11 @@ def memory(
     from octavo.measure.memory.costs import costs, own_kind
     from octavo.measure.memory.points import points, saved
     from octavo.measure.memory.process import Source
-    from octavo.models.geometry import Geometry
 
     batches, where = numbers(batch_size, "--batch-size"), find_device(device)
     name, path = options.locate()
     with_weights = Source(path, options.dtype, str(where), load_format, options.model_format, fill_seconds)
-    geometry = Geometry.trace(path, options.dtype, options.model_format)
-    length = min(CONTEXT, geometry.max_context) if context is None else context
+    geometry, length = options.trace(path)
     room = device_of(where).memory()
     chosen = kinds(geometry, weights)
     theory = costs(geometry, formats(geometry, kv, (name, path)), length, room, chosen)

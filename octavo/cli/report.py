@@ -46,8 +46,7 @@ def report(
     from octavo.corpus import load_texts
 
     time = Budget.parse(budget)
-    if text is not None:
-        load_texts(text)  # a name mistyped is known before the model is loaded
+    load_texts(text)  # a name mistyped is known before the model is loaded
     tell_loading(options.model)
     from octavo.cache.size import parse_bytes
     from octavo.cli.progress import progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 WANTED, LEAST = Windows(4, 512), Windows(1, 256)
 LAST = 2  # readings of each window that the check of the choice takes
 
-
-def measuring(help: str, *names: str, **more: object) -> object:
-    return option(help, *names, panel="Measuring", **more)
+measuring = partial(option, panel="Measuring")
 
 
 @takes(LoadOptions)
@@ -126,10 +125,9 @@ def _windows(
     from octavo.corpus import load_texts
     from octavo.measure.pace import Pace
     from octavo.measure.tune.sensitivity import readings
-    from octavo.models.locate import BUNDLED
     from octavo.text_windows import token_windows
 
-    texts = load_texts(str(BUNDLED / "evaluation.txt") if text is None else text, data_dir)
+    texts = load_texts(text, data_dir)
     bound, work = model.bound, readings(model.bound) + LAST
     longest = min(WANTED.length, bound.max_context)
     wanted = Windows(count or WANTED.count, length or longest)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.errors import OctavoError
-from octavo.measure.memory.plan import Fit
+from octavo.measure.memory.costs import Cost
 from octavo.measure.report.svg import LIGHT, ROLES, STYLE, require_matplotlib, standalone
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def check_picture(path: Path) -> None:
     require_matplotlib()
 
 
-def draw_growth(plan: Sequence[Fit], memory: int, context: int, name: str, path: Path) -> None:
+def draw_growth(plan: Sequence[Cost], memory: int, context: int, name: str, path: Path) -> None:
     """Memory over the number of sessions of `context` tokens, up to where `memory` is full.
 
     Raises OctavoError where matplotlib is missing, the file cannot be written, or not one session fits.

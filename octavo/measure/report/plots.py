@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo.measure.accuracy.clipping import Shares
 from octavo.measure.accuracy.retrieval import Retrieval
-from octavo.measure.memory.plan import Fit
+from octavo.measure.memory.costs import Cost
 from octavo.measure.report.svg import MUTED, PAPER, SERIES, STYLE
 from octavo.measure.speed.roofline import Ceiling
 from octavo.measure.speed.throughput import Speed
@@ -36,7 +36,7 @@ def colour(kv: str) -> str:
     return COLOURS.get(kv, SERIES[0])
 
 
-def growth(fits: Sequence[Fit], memory: int) -> Figure:
+def growth(fits: Sequence[Cost], memory: int) -> Figure:
     """Total memory over the number of sessions, up to where `memory` is full."""
     figure, axes = _figure(3.4)
     full = memory / 2**30
@@ -46,17 +46,17 @@ def growth(fits: Sequence[Fit], memory: int) -> Figure:
     levels: list[float] = []  # where each row of labels ends
     for fit in lines:
         x, style = fit.sessions, "-" if fit.weights != "int4" else (0, (4, 2))
-        axes.plot([0, x], [fit.weight_bytes / 2**30, full], color=colour(fit.kv), linestyle=style)
-        axes.plot(x, full, "o", color=colour(fit.kv), markersize=5)
+        axes.plot([0, x], [fit.weight_bytes / 2**30, full], color=colour(fit.format), linestyle=style)
+        axes.plot(x, full, "o", color=colour(fit.format), markersize=5)
         right = max(x, label)
         level = next((i for i, end in enumerate(levels) if end < right - label), len(levels))
         levels[level : level + 1] = [right]
         height = full * (1.05 + 0.17 * level)
-        axes.plot([x, x], [full, height], color=colour(fit.kv), linewidth=0.6)
-        name = f"{fit.weights} weights, {fit.kv} cache\n{x:,} sessions"
+        axes.plot([x, x], [full, height], color=colour(fit.format), linewidth=0.6)
+        name = f"{fit.weights} weights, {fit.format} cache\n{x:,} sessions"
         axes.annotate(
             name, (right, height), (-4, -2), textcoords="offset points", va="bottom", ha="right", fontsize=9,
-            color=colour(fit.kv),
+            color=colour(fit.format),
         )  # fmt: skip
     axes.axhline(full, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
     axes.set(xlim=(0, widest * 1.04), ylim=(0, full * (1.08 + 0.17 * len(levels))))

@@ -17,6 +17,7 @@ from octavo.cache.batch import Batch
 from octavo.cache.holding import Holding
 from octavo.engine.engine import Engine
 from octavo.errors import OctavoError
+from octavo.progress import silent
 
 
 class Request(NamedTuple):
@@ -51,7 +52,7 @@ class _Text(Holding):
         return len(self.tokens) - self.num_cached
 
 
-def score(engine: Engine, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Scored]:
+def score(engine: Engine, requests: Sequence[Request], progress: Callable[[int], None] = silent) -> list[Scored]:
     """Scores in the requests' order; `progress` is called with the number of them done.
 
     A context too long for a session loses its beginning, as in other backends.
@@ -63,8 +64,7 @@ def score(engine: Engine, requests: Sequence[Request], progress: Callable[[int],
     for texts in _steps([_text(i, request, room) for i, request in enumerate(requests)], engine):
         _run(engine, texts)
         results |= {text.index: Scored(text.logprob, text.greedy) for text in texts}
-        if progress is not None:
-            progress(len(results))
+        progress(len(results))
     return [results[i] for i in range(len(requests))]
 
 

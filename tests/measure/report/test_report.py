@@ -15,12 +15,13 @@ pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
 from octavo.errors import OctavoError, install
 from octavo.measure.budget import Windows
 from octavo.measure.doctor import diagnose as doctor
-from octavo.measure.memory.plan import Fit
+from octavo.measure.memory.costs import Cost
 from octavo.measure.report import page, plots, sizes, survey, svg
 from octavo.measure.report.page import numbers, prose, scientific, write_report
 from octavo.measure.report.survey import Survey
 from octavo.measure.speed import roofline
 from octavo.models.model import Model
+from octavo.quant.format import KVFormat
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -108,7 +109,7 @@ def test_page_and_markdown_hold_the_measured_numbers(written: tuple[Survey, Path
         for finding in found.diagnosis.findings:
             assert finding.topic in text
         for corner in found.corners:
-            assert f"{corner.fit.sessions:,}" in text
+            assert f"{corner.cost.sessions:,}" in text
         assert "octavo report DIR --baseline pamphlet" in text
         assert found.fingerprint in text
 
@@ -150,8 +151,10 @@ def test_the_page_leads_with_kv8_and_counts_its_raw_pages(written: tuple[Survey,
 
 def test_labels_of_lines_that_end_close_together_stand_above_one_another() -> None:
     kinds = (("bf16", "bf16", 15, 8), ("bf16", "int8", 15, 4), ("int4", "bf16", 5, 8), ("int4", "int8", 5, 4))
-    fits = [Fit(w, kv, a << 30, b << 26, ((24 - a) << 30) // (b << 26)) for w, kv, a, b in kinds]
-    figure = plots.growth(fits, 24 << 30)
+    costs = [
+        Cost(w, a << 30, KVFormat.parse(kv), 0, b << 26, 0, ((24 - a) << 30) // (b << 26)) for w, kv, a, b in kinds
+    ]
+    figure = plots.growth(costs, 24 << 30)
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(boxes) == 4
