@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -136,6 +137,14 @@ def ranging(low: Tensor, high: Tensor) -> dict[str, Tensor]:
     token formats int8's steps where all channels are as wide."""
     middle, width = (low + high) / 2, high - low
     return {"min": low, "max": high, "mean": middle, "std": width / 255, "reader": torch.ones_like(low)}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60, pause: float = 0.005) -> None:
+    """Look again and again whether what another thread or process does has come to pass; fail if it never does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(pause)
 
 
 @contextmanager

@@ -294,8 +294,8 @@ def test_a_short_chunk_over_a_long_prefix_is_split_as_a_decode_is(monkeypatch: p
 
     layer = PagedLayer(Case("int8", 64, 64, 1, 4, 64, sinks=True))
     layer.step([(0, 170)])
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 2)  # noqa: ARG005
-    made = launch._layer(layer.spec, layer.cache.layers[0])
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)  # noqa: ARG005
+    made = launch.layer_of(layer.spec, layer.cache.layers[0])
     made.chunk = replace(made.chunk, shortest=1)
     seen = sums(monkeypatch)
     layer.step([(0, 20)])  # of one tile
@@ -355,13 +355,13 @@ def test_tiles_that_read_most_come_first() -> None:
 
 @kernels
 def test_the_operator_declares_what_it_writes() -> None:
-    from octavo.attention.cuda.launch import _layer
+    from octavo.attention.cuda.launch import layer_of
 
     layer = PagedLayer(Case("int8-token", block_size=64), 2)
     layer.step([(0, 20), (1, 9)])
     batch = Batch.build([(layer.sequences[0], 1), (layer.sequences[1], 3)], 64).on(DEVICE)
     q, k, v = (x.to(DEVICE) for x in (layer.queries(4), layer.keys(4), layer.values(4)))
-    made, step = _layer(layer.spec, layer.cache.layers[0]), Step.of(batch)
+    made, step = layer_of(layer.spec, layer.cache.layers[0]), Step.of(batch)
     given = (q, k, v, batch.slots, batch.block_table, step.q_start, step.kv_len)
     given += (step.tiles(1), step.tiles(made.chunk.queries), [], [], made.memory, made.number)
     torch.library.opcheck(torch.ops.octavo.attend.default, given, test_utils=("test_schema", "test_faketensor"))

@@ -26,7 +26,8 @@ from octavo.serve.listening import bind
 from octavo.serve.requests import ChatRequest, CompletionRequest, parse
 from octavo.serve.requests.body import MAX_KEYS, check_json
 from octavo.serve.server import Server
-from tests.serve.conftest import Running, serving, small, wait_until
+from tests.conftest import wait_until
+from tests.serve.conftest import Running, serving, small
 
 HELLO = {"role": "user", "content": "a"}
 NAMES = [f"p{i}" for i in range(6000)]

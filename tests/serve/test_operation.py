@@ -22,7 +22,8 @@ from octavo.cli import main
 from octavo.models.model import Model
 from octavo.serve import logs
 from octavo.serve.listening import Tls, bind_unix, listening, url
-from tests.serve.conftest import Running, serving, small, wait_until
+from tests.conftest import wait_until
+from tests.serve.conftest import Running, serving, small
 
 CHAT = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 8, "temperature": 0}
 

@@ -24,7 +24,8 @@ from octavo.models.model import Model
 from octavo.serve import sessions as module
 from octavo.serve.sessions import SessionDir
 from octavo.serve.worker import Worker
-from tests.serve.conftest import Running, serving, small, wait_until
+from tests.conftest import wait_until
+from tests.serve.conftest import Running, serving, small
 
 PLENTY = 1 << 30
 
