@@ -12,14 +12,13 @@ bundled model's context is shorter. The last line is one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe
+from machine import describe, tell
 from random_llama import calibrated, random_llama, served
 from step_profile import profile
 from transformers import DynamicCache, PreTrainedModel
@@ -154,9 +153,7 @@ def main() -> None:
         "step": shares,
         "prefill": prefill,
     }
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    tell(document, args.out)
 
 
 if __name__ == "__main__":

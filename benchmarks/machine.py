@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from functools import cache
@@ -18,6 +19,13 @@ HERE = Path(__file__).parent
 
 def describe() -> dict[str, Any]:
     return {"commit": commit(), **machine.describe(torch.device("cpu"))}
+
+
+def tell(document: dict[str, Any], out: Path | None) -> None:
+    """Print the results on one line, and keep them in a file if one is named."""
+    if out is not None:
+        out.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
 
 
 @cache

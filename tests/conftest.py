@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import octavo.calibrate.serving
+from octavo.cli import main
 from octavo.engine.reading import Reading
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import BUNDLED, Model
@@ -137,6 +138,13 @@ def ranging(low: Tensor, high: Tensor) -> dict[str, Tensor]:
     token formats int8's steps where all channels are as wide."""
     middle, width = (low + high) / 2, high - low
     return {"min": low, "max": high, "mean": middle, "std": width / 255, "reader": torch.ones_like(low)}
+
+
+def status_of(*argv: object) -> int:
+    """The exit status of a command line, run in this process."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in argv])
+    return int(end.value.code or 0)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60, pause: float = 0.005) -> None:

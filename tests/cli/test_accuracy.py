@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from octavo.cli import main
 from octavo.cli.loading import LoadOptions
 from octavo.errors import install
 from octavo.measure import tasks
 from octavo.measure.budget import Windows
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
+from tests.conftest import status_of
 from tests.measure.tasks.raw_files import write_raw_files
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "eval"
@@ -34,9 +34,7 @@ def octavo(pamphlet: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*argv: object) -> int:
-        with pytest.raises(SystemExit) as exit:
-            main(["accuracy", *map(str, argv)])
-        return int(exit.value.code or 0)
+        return status_of("accuracy", *argv)
 
     return run
 

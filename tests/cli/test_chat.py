@@ -27,6 +27,7 @@ from octavo.errors import OctavoError
 from octavo.llm import LLM, Completion, Delta
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
+from tests.conftest import status_of
 
 STOP = object()  # in a script: Ctrl-C
 
@@ -312,9 +313,7 @@ def test_a_model_without_a_template(
 ) -> None:
     monkeypatch.setattr(pamphlet.tokenizer, "chat_template", None)
     monkeypatch.setattr(LoadOptions, "load", lambda *_, **__: pamphlet)
-    with pytest.raises(SystemExit) as exit:
-        main(["chat"])
-    assert exit.value.code == 2
+    assert status_of("chat") == 2
     err = capsys.readouterr().err
     assert "--chat-template" in err
     assert "octavo generate" in err
@@ -339,9 +338,7 @@ def test_the_command_itself(
     raw = io.TextIOWrapper(io.BytesIO(b"Tell me a story\xff\n"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", raw)
     options = ["--kv", "int8-token", "--session-len", "128", "--temperature", "0", "--max-tokens", "9"]
-    with pytest.raises(SystemExit) as exit:
-        main(["chat", "turbomind", *options])
-    assert not exit.value.code
+    assert status_of("chat", "turbomind", *options) == 0
     llm = LLM(pamphlet, "int8-token", session_len=128)
     expected = llm.chat([{"role": "user", "content": "Tell me a story\ufffd"}], SamplingParams(max_tokens=9))
     assert capsys.readouterr().out == expected.text + "\n"

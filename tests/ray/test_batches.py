@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from octavo.calibrate import calibrate
-from octavo.cli import main
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
@@ -28,6 +27,7 @@ from octavo.ray.cluster import Placement
 from octavo.ray.generate import Generate, answer_files
 from octavo.ray.measuring import asking, comparing, observing
 from octavo.ray.shards import Output, read
+from tests.conftest import status_of
 from tests.measure.tasks.raw_files import write_raw_files
 from tests.ray.conftest import MODEL
 
@@ -140,10 +140,9 @@ def test_a_dataset_is_answered_and_the_command_takes_parquet(
         "256",
     ]
     command += ["--input", str(tmp_path / "*.parquet"), "--output", str(tmp_path / "out"), "--temperature", "0"]
-    with pytest.raises(SystemExit) as ended:
-        main(command)
+    status = status_of(*command)
     ray.init(cluster, log_to_driver=False)
-    assert ended.value.code == 1
+    assert status == 1
     table = pq.read_table(tmp_path / "out" / "part-000000.parquet").to_pylist()
     assert [(row["id"], row["text"]) for row in table] == [(row["id"], row["text"]) for row in found[:5]]
     said = capfd.readouterr().err

@@ -18,11 +18,10 @@ import httpx2 as httpx
 import pytest
 
 from octavo import LLM, OctavoError
-from octavo.cli import main
 from octavo.models.model import Model
 from octavo.serve import logs
 from octavo.serve.listening import Tls, bind_unix, listening, url
-from tests.conftest import wait_until
+from tests.conftest import status_of, wait_until
 from tests.serve.conftest import Running, serving, small
 
 CHAT = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 8, "temperature": 0}
@@ -237,9 +236,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line(monkeypatch: pytest.MonkeyPat
         raise KeyError("rope_scaling")
 
     monkeypatch.setattr(LLM, "__init__", load)
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", "--port", "0"])
-    assert ended.value.code == 2
+    assert status_of("serve", "--port", "0") == 2
     told = capsys.readouterr().err
     assert "Traceback" not in told
     assert told.splitlines()[-1:] == [

@@ -27,7 +27,7 @@ VOID = {"meta", "br", "link", "img", "hr", "input"}
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Survey, Path]:
+def written(pamphlet: Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[Survey, Path]:
     """A report on the bundled model, in sizes that take seconds."""
     small = {
         sizes: {"COMPARED": Windows(2, 128), "CALIBRATED": Windows(2, 64), "LONGEST": 512, "SHORTEST": 512,
@@ -41,7 +41,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Survey, Path]:
         for module, values in small.items():
             for name, value in values.items():
                 patch.setattr(module, name, value)
-        return write_report(Model.load(device="cpu"), directory, memory=8 << 30), directory
+        return write_report(pamphlet, directory, memory=8 << 30), directory
 
 
 class Page(HTMLParser):
@@ -142,7 +142,7 @@ def test_the_numbers_are_one_json_document(written: tuple[Survey, Path]) -> None
 
 def test_the_page_leads_with_kv8_and_counts_its_raw_pages(written: tuple[Survey, Path]) -> None:
     found, directory = written
-    assert [cost.format for cost in found.costs] == ["bf16", "kv8", "k8v4", "kv4", "int8"]
+    assert [cost.format for cost in found.costs] == ["fp32", "kv8", "k8v4", "kv4", "int8"]
     pages = 2 * 64 * found.costs[0].token
     assert found.costs[1].session == found.context * found.costs[1].token + pages
     ratio = found.costs[0].session / found.costs[1].session
