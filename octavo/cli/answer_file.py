@@ -68,8 +68,8 @@ class Output:
     """The file of answers, one JSON object in each line, written as they come."""
 
     def __init__(self, path: Path | None, lines: Iterable[Line]):
-        """Take up the file if there is one; with no path stdout. `answered` are the numbers of the lines in it. A torn
-        last line is cut off, and so are errors: their lines get another chance."""
+        """Take up the file if there is one; with no path stdout. `answered` are the numbers of the lines in it. A last
+        line that is incomplete is cut off, and so are errors: their lines get another chance."""
         self.path = path
         self.answered: set[int] = set()
         if path is None:
