@@ -50,6 +50,7 @@ def memory(
     from octavo.measure.memory.costs import costs, own_kind
     from octavo.measure.memory.points import points, saved
     from octavo.measure.memory.process import Source
+    from octavo.progress import silent
 
     batches, where = numbers(batch_size, "--batch-size"), find_device(device)
     name, path = options.locate()
@@ -69,7 +70,7 @@ def memory(
         sources |= baseline_source(baseline, geometry, with_weights)
     with progress() if sources else nullcontext() as bar:
         task = bar.add_task("measuring", total=len(batches) * len(theory)) if bar else None
-        found = points(theory, batches, length, sources, (lambda _: bar.advance(task)) if bar else None)
+        found = points(theory, batches, length, sources, (lambda _: bar.advance(task)) if bar else silent)
     if not json:
         show(found, length, device_of(where).measures, out)
         return

@@ -37,8 +37,8 @@ def show(conversation: Conversation, console: Console) -> None:
     facts = Table.grid(padding=(0, 3, 0, 0))
     facts.add_row("tokens", f"{here.tokens:,} of {conversation.capacity:,}")
     if here.blocks:
-        last = f"the last one holds {here.last_block}" if here.last_block < size.block_size else "all of them full"
-        facts.add_row("blocks", f"{here.blocks} of {cache.num_blocks:,}, of {size.block_size} tokens each; {last}")
+        filled = f"the last one holds {here.last_block}" if here.last_block < size.block_size else "all of them full"
+        facts.add_row("blocks", f"{here.blocks} of {cache.num_blocks:,}, of {size.block_size} tokens each; {filled}")
     if (last := conversation.last) and last.cached_tokens is not None:
         found = f"{last.cached_tokens:,} of its {last.prompt_tokens:,} tokens were in the cache already"
         facts.add_row("last prompt", f"{found} ({last.cached_tokens / last.prompt_tokens:.0%})")

@@ -60,10 +60,16 @@ if not INTERPRETED:
 
 def quicken() -> None:
     """Triton's interpreter searches all of triton.language at every call of a device function, which takes most of its
-    time. Once for each module is enough in a process that does nothing else with Triton."""
+    time. Once for each module is enough in a process that does nothing else with Triton. Most of the rest goes to the
+    types of values, which it makes anew for each: one of a name is enough."""
+    from triton.language import core
     from triton.runtime import interpreter
 
-    patch, done = interpreter._patch_lang, set[str]()
+    patch, find_type, done = interpreter._patch_lang, interpreter._get_np_dtype, set[str]()
+    make_block, make_tensor = core.block_type.__init__, core.tensor.__init__
+    found: dict[str, Any] = {}
+    blocks: dict[Any, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
 
     def patch_once(function: Any) -> Any:
         if function.__module__ not in done:
@@ -71,7 +77,26 @@ def quicken() -> None:
             patch(function)
         return interpreter._LangPatchScope()  # with nothing to undo
 
-    interpreter._patch_lang = patch_once
+    def find_type_once(kind: Any) -> Any:
+        if kind.name not in found:
+            found[kind.name] = find_type(kind)
+        return found[kind.name]
+
+    def make_block_once(self: Any, element: Any, shape: Any) -> None:
+        key = (element.name, *(getattr(size, "value", size) for size in shape))
+        if key not in blocks:
+            make_block(self, element, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    def make_tensor_once(self: Any, handle: Any, kind: Any) -> None:
+        if kind.name not in tensors:
+            make_tensor(self, None, kind)
+            tensors[kind.name] = dict(vars(self))
+        vars(self).update(tensors[kind.name], handle=handle)
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, find_type_once
+    core.block_type.__init__, core.tensor.__init__ = make_block_once, make_tensor_once
 
 
 if INTERPRETED:

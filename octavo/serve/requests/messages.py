@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -16,8 +15,8 @@ class TextPart(Strict):
     cache_control: dict[str, JsonValue] | None = None
 
 
-def text_of(content: str | Sequence[Any] | None) -> str:
-    """The text of a content: itself, or that of its parts."""
+def text_of(content: Any) -> str:
+    """The text of a content: a text, parts that have some, or None."""
     return content if isinstance(content, str) else "".join(part.text for part in content or ())
 
 
