@@ -91,7 +91,7 @@ def accuracy(
     if baseline is not None:
         compared = beside(load_baseline(options, baseline, model), model, compared)
     context = min(model.bound.max_context, options.session_len or model.bound.max_context)
-    fit = on_text.fit(model, source.name, len(compared), context, time) if source is not None else None
+    drawn = on_text.draw(model, source, len(compared), context, time) if source is not None else None
     found = about(model, compared)
 
     def tell(show: Callable[[dict[str, Any]], None]) -> None:
@@ -100,9 +100,9 @@ def accuracy(
 
     tell(show_theory)
     with on_ray(ray, replicas, options.device) as place:
-        if source is not None and fit is not None:
+        if source is not None and drawn is not None:
             measure = _comparing(options, baseline, model, compared, place)
-            found["text"] = on_text.read(model, compared, source, fit, lambda: time.over(begun), measure)
+            found["text"] = on_text.read(model, compared, source.name, *drawn, lambda: time.over(begun), measure)
             tell(show_text)
         if lengths:
             found["retrieval"] = _retrieval(model, compared, lengths, context)

@@ -68,11 +68,14 @@ class TextOptions:
         next(iter(texts))  # refuses what cannot be read
         return texts
 
-    def fit(self, model: Model, name: str, formats: int, context: int, budget: Budget) -> tuple[Windows, Windows]:
-        """The windows to read and the answers to write. Says how many, and how long they take."""
+    def draw(
+        self, model: Model, texts: Texts, formats: int, context: int, budget: Budget
+    ) -> tuple[list[list[int]], Windows]:
+        """The windows to read, and how many answers to write. Says how long they take."""
         from octavo.cli.progress import say
         from octavo.measure.accuracy.sizes import choose
         from octavo.measure.pace import Pace
+        from octavo.text_windows import consecutive_windows
 
         if self.window is not None and self.window > context:
             raise OctavoError(
@@ -83,28 +86,27 @@ class TextOptions:
         pace = Pace.measure(model.bound, self.window or min(WANTED.length, context))
         given = self.windows, self.window, self.answers
         read, write = choose(pace, budget.less(perf_counter() - start), formats, given, context)
-        say(f"{name}: {read.of(formats)}")
+        say(f"{texts.name}: {read.of(formats)}")
         if write.size.count:
             say(f"greedy answers: {write.of(formats)}")
-        return read.size, write.size
+        return consecutive_windows(texts, model.tokenizer, read.size.length, read.size.count), write.size
 
     def read(
         self,
         model: Model,
         compared: Sequence[Candidate],
-        texts: Texts,
-        sizes: tuple[Windows, Windows],
+        name: str,
+        windows: list[list[int]],
+        answers: Windows,
         late: Callable[[], bool],
         elsewhere: Callable[[Callable[[int], None]], Callable[..., Any]] | None,
     ) -> dict[str, Any]:
-        """The text in every format, in the `sizes` that fit; of windows that were not asked for by number fewer where
-        it gets `late`. `elsewhere` makes what reads them on a cluster."""
+        """The text of that name in every format; of windows that were not asked for by number fewer where it gets
+        `late`. `elsewhere` makes what reads them on a cluster."""
         from octavo.cli.progress import telling
         from octavo.measure.accuracy.results import measure_text
-        from octavo.text_windows import consecutive_windows
 
-        size, answers = sizes
-        windows, read = consecutive_windows(texts, model.tokenizer, size.length, size.count), 0
+        read = 0
 
         def enough(done: int) -> bool:
             return (self.windows, self.window) == (None, None) and done >= LEAST.count and late()
@@ -117,7 +119,7 @@ class TextOptions:
                 tell("reading", read, len(windows))
 
             measure = elsewhere(add) if elsewhere is not None else None
-            return measure_text(model, compared, texts.name, windows, answers, tell, enough, measure)
+            return measure_text(model, compared, name, windows, answers, tell, enough, measure)
 
 
 @dataclass

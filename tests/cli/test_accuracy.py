@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,18 @@ def error(octavo: Run, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]
         return lines[-1]
 
     return run
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of 8 tokens, however many a task asks for."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    def shortened(asked: dict[str, Any], most: int) -> dict[str, Any]:
+        return {**normalize_gen_kwargs(asked, most), "max_gen_toks": 8}
+
+    monkeypatch.setattr("octavo.measure.tasks.harness.normalize_gen_kwargs", shortened)
 
 
 @pytest.fixture(scope="session")
@@ -227,12 +238,12 @@ def test_more_documents_are_added_to_those_that_were_asked_and_answers_are_the_s
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("short")
 def test_examples_stand_before_questions_and_are_not_asked_themselves(
     octavo: Run, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With --shots the first documents are examples: of the questions' own file they are not asked, of another they
     leave all questions. Results without examples are others."""
-    pytest.importorskip("lm_eval")
     (raw / "gsm8k/train.head200.jsonl").write_text('{"question": "What is 9?", "answer": "#### 9"}\n' * 2)
     same = ["--data-dir", raw, "--kv", "fp32,int8-token", "--json", "--results", tmp_path / "kept"]
     counts = {}
@@ -280,15 +291,11 @@ def test_all_runs_what_it_finds_and_names_the_rest(
     assert "crows_pairs in int8-token" in err
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.skipif(not DATA.is_dir(), reason="the benchmarks' public files are not at ../shared/data/eval")
 def test_every_task_runs_on_its_public_files(
-    octavo: Run, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    octavo: Run, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("lm_eval")
-    from octavo.measure.tasks.harness import OctavoLM
-
-    asked = OctavoLM._params  # bbh asks for answers of 1024 tokens
-    monkeypatch.setattr(OctavoLM, "_params", lambda *args: replace(asked(*args), max_tokens=8))
     names = ["winogrande", "nq_open", "gsm8k", "bbh/snarks", "bbh/navigate", "openbookqa", "eprstmt", "crows_pairs"]
     common = ["--data-dir", DATA, "--calibration", calibrated, "--results", tmp_path / "kept", "--limit", "1", "--json"]
     assert octavo("--tasks", ",".join(names), "--kv", "fp16,int8", *common) == 0

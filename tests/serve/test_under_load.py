@@ -6,8 +6,6 @@ import asyncio
 import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -305,28 +303,15 @@ def test_other_origins_are_let_in_only_by_name(pamphlet: Model, running: Running
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def start(*options: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-    code = "from octavo.cli import main; main()"
-    command = [sys.executable, "-c", code, "serve", "--kv", "int8-token", "--port", "0", "--json", *options]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout
-    return process, json.loads(process.stdout.readline())
-
-
-def test_after_a_signal_no_answer_begins_and_after_the_grace_time_the_running_ones_are_cut_off():
-    process, state = start("--grace", "1")
-    assert state["model"] == "pamphlet"
-    assert state["sessions"] * 2048 == state["cache_tokens"]
-    wait_until(lambda: _up(state["url"]))
-    whole, streamed = (Behind(state["url"], max_tokens=2000, stream=stream) for stream in (False, True))
-    wait_until(lambda: httpx.get(f"{state['url']}/cache").json()["sessions_running"] == 2)
-    process.send_signal(signal.SIGINT)
-    wait_until(lambda: not _up(state["url"]))
-    _, errors = process.communicate(timeout=60)
-    assert whole.done().status_code == 503
-    assert "the server was stopped" in streamed.done().text
-    assert "Once upon" not in errors
-    assert "Traceback" not in errors
+def test_after_a_signal_no_answer_begins_and_after_the_grace_time_the_running_ones_are_cut_off(pamphlet: Model):
+    """What uvicorn calls at SIGINT is called here; test_operation.py sends a process a signal."""
+    with serving(small(pamphlet, session_len=2048), grace=0.5) as running:
+        whole, streamed = (Behind(running.url, max_tokens=2000, stream=stream) for stream in (False, True))
+        wait_until(lambda: len(running.llm.engine.scheduler.running) == 2)
+        running.server.uvicorn.handle_exit(signal.SIGINT, None)
+        wait_until(lambda: not _up(running.url))
+        assert whole.done().status_code == 503
+        assert "the server was stopped" in streamed.done().text
 
 
 def _up(url: str) -> bool:
