@@ -172,15 +172,18 @@ def engine() -> str:
     text = f"""
 ## A decode step
 
-The engine's whole step on the bundled model at 512 tokens, as a share of the time of transformers' forward pass alone
-with its DynamicCache; below 1 the engine is faster. {commits(found)}.
+The engine's whole step (schedule, batch, forward, sample) in milliseconds; every format and transformers' forward alone
+with its DynamicCache decode in turn, one step each. {commits(found)}.
 """
     for label, document in found.items():
-        names = list(dict.fromkeys(row["kv"] for row in document["rows"]))
-        batches = list(dict.fromkeys(row["batch"] for row in document["rows"]))
-        ratio = {(row["batch"], row["kv"]): row["ratio"] for row in document["rows"]}
-        rows = ([f"batch {batch}", *(ratio[batch, name] for name in names)] for batch in batches)
-        text += part(label, ["", *names], rows)
+        cases = [f"{row['model']}, {row['batch']} × {row['context']}" for row in document["rows"]]
+        steps = [row["step_ms"] for row in document["rows"]]
+        rows = ([case, *step.values()] for case, step in zip(cases, steps, strict=True))
+        text += part(f"{label}, milliseconds", ["model, batch × tokens", *steps[0]], rows)
+        pairs = [[f"{pair['quartiles'][1]:.2f}" for pair in row["pairs"]] for row in document["rows"]]
+        names = (f"`{pair['kv']}` over `{pair['over']}`" for pair in document["rows"][0]["pairs"])
+        rows = ([case, *ratios] for case, ratios in zip(cases, pairs, strict=True))
+        text += part("Speed of a step, one format over another:", ["", *names], rows)
     return text
 
 

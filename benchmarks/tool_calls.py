@@ -2,8 +2,8 @@
 
 Prompts are made by the model's chat template and calls are read by the server's own reader. A call is valid if it
 parses, satisfies the function's schema and names the function that was asked for; it is right if its arguments are those
-that the request names. In float32, so that formats differ in their caches alone. The functions and an example session
-stand before every request, so that its rows are read as codes.
+that the request names. The functions stand before every request, so that its rows are read as codes. The baseline is the
+model's own 16 bits.
 
     python benchmarks/tool_calls.py MODEL --work-dir DIR --data ../shared/data/text --out benchmarks/results/tool-calls.json
 """  # noqa: E501
@@ -168,9 +168,9 @@ def main() -> None:
 
     rows = kept(args.out)
     for path in args.models:
-        model = Model.load(path, dtype="float32")
+        model = Model.load(path)
         calibration = calibrated(model, args)
-        formats = [KVFormat.parse(name) for name in ("fp32", *args.formats.split(","))]
+        formats = [model.bound.raw_format, *map(KVFormat.parse, args.formats.split(","))]
         candidates = [Candidate(str(f), f, calibration if f.takes_calibration else None) for f in formats]
         with telling("calls") as tell:
             found = measure(model, candidates, cases()[:: args.every], tell)

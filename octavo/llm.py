@@ -24,7 +24,7 @@ from octavo.cache import session
 from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
-from octavo.cache.size import CacheSize, num_blocks, num_snapshots, parse_bytes
+from octavo.cache.size import CacheSize, num_blocks, num_snapshots
 from octavo.cache.store import KVCache
 from octavo.calibrate import calibration_for, warn_outside, warn_uncalibrated
 from octavo.completion import Completion, Delta, Generation, Outbox
@@ -54,6 +54,7 @@ from octavo.parallel import load
 from octavo.quant.calibration import SYNTHETIC, Calibration
 from octavo.quant.format import Format, Granularity
 from octavo.text import Message, TextStream, encode_chat, encode_prompt
+from octavo.units import parse_bytes
 
 Params = SamplingParams | Rows[SamplingParams] | None
 T = TypeVar("T")

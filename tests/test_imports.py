@@ -20,7 +20,7 @@ PACKAGE = ROOT / "octavo"
 # From the ground up. A part imports from earlier groups and from itself; parts of one group know nothing of each other.
 ORDER = (
     ("cores", "errors", "interrupts", "progress"),
-    ("artefact", "devices", "native"),
+    ("artefact", "devices", "native", "units"),
     ("quant",),
     ("cache",),
     ("attention",),

@@ -179,8 +179,8 @@ class Chat:
         from rich.markup import escape
 
         from octavo import __version__
-        from octavo.cache.size import format_bytes
         from octavo.measure.memory.footprint import Footprint
+        from octavo.units import format_bytes
 
         llm, one = self.conversation.llm, Footprint.of(self.conversation.llm, 1)
         where = f"{llm.model.bound.device} · sessions of up to {self.conversation.capacity:,} tokens"

@@ -38,13 +38,13 @@ def plan_fleet(
     options: ShapeOptions, asked: FleetOptions, memory: str | None, reserve: str, kv: str | None, json: bool
 ) -> None:
     """Print the table, or the JSON document."""
-    from octavo.cache.size import parse_bytes
     from octavo.cli.candidates import formats
     from octavo.cli.tables import console
     from octavo.cli.tables.fleet import assumptions, fleet_table
     from octavo.measure.as_json import dumps
     from octavo.measure.memory.fleet import Gpu, Wanted, fleets
     from octavo.quant.format import ADVISED
+    from octavo.units import parse_bytes
 
     if asked.sessions is None:
         raise OctavoError("--fleet needs --sessions: how many are open at a time")

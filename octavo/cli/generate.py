@@ -81,9 +81,9 @@ def generate(
 
 
 def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool) -> None:
-    from octavo.cache.size import format_bytes
     from octavo.jsonl import answer
     from octavo.measure.memory.footprint import Footprint
+    from octavo.units import format_bytes
 
     start = time.perf_counter()
     pieces = (

@@ -19,6 +19,7 @@ from octavo.cli.options import (
     ModelName,
     OtherGranularity,
     OtherHeadroom,
+    amount,
     check_calibration,
     check_choice,
     check_file,
@@ -161,9 +162,12 @@ class ServeOptions(LoadOptions):
     cache_max_entry_count: Annotated[
         float | None, option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]")
     ] = None
-    kv_cache_memory: Annotated[str | None, option("Size of the KV cache, like 4GiB; of each rank's.")] = None
+    kv_cache_memory: Annotated[
+        str | None, option("Size of the KV cache, like 4GiB; of each rank's.", callback=amount)
+    ] = None
     snapshot_memory: Annotated[
-        str | None, option("Of it, for snapshots of a hybrid's states. [default: two for each session]")
+        str | None,
+        option("Of it, for snapshots of a hybrid's states. [default: two for each session]", callback=amount),
     ] = None
     tensor_parallel_size: Annotated[int, option("Ranks to divide the model among, a GPU for each.", min=1)] = 1
 

@@ -37,6 +37,7 @@ def memory(
     json: Json = False,
 ) -> None:
     """Measure the memory of MODEL with all sessions filled; with --config alone, compute it."""
+    batches = numbers(batch_size, "--batch-size")
     from contextlib import nullcontext
 
     from octavo import processor
@@ -52,7 +53,7 @@ def memory(
     from octavo.measure.memory.process import Source
     from octavo.progress import silent
 
-    batches, where = numbers(batch_size, "--batch-size"), find_device(device)
+    where = find_device(device)
     name, path = options.locate()
     with_weights = Source(path, options.dtype, str(where), load_format, options.model_format, fill_seconds)
     geometry, length = options.trace(path)

@@ -23,6 +23,7 @@ from octavo.quant.format import (
     TUNED,
     validate_choice,
 )
+from octavo.units import parse_bytes
 
 if TYPE_CHECKING:
     from octavo.ray.cluster import Placement
@@ -65,6 +66,13 @@ def tell_loading(model: str | None) -> None:
     size = sum(file.stat().st_size for file in files) / 2**20
     weights = "from the Hub" if path is None else f"{size:,.0f} MiB of weights"
     print(f"loading {model or BUNDLED.name}: {weights}", file=sys.stderr, flush=True)
+
+
+def amount(text: str | None) -> str | None:
+    """Callback of an option that names an amount of memory, which is checked before torch is imported."""
+    if text is not None:
+        parse_bytes(text)
+    return text
 
 
 def option(help: str, *names: str, panel: str = "Model and cache", **more: Any) -> Any:

@@ -13,7 +13,7 @@ import typer
 from octavo.cli.candidates import formats_option
 from octavo.cli.fleet import FleetOptions, plan_fleet
 from octavo.cli.loading import ShapeOptions
-from octavo.cli.options import Json, takes
+from octavo.cli.options import Json, amount, takes
 from octavo.errors import OctavoError
 
 
@@ -22,14 +22,20 @@ def plan(
     options: ShapeOptions,
     asked: FleetOptions,
     memory: Annotated[
-        str | None, typer.Option(help="Memory of the device, like 80GiB. [default: this one's; 80 GB with --fleet]")
+        str | None,
+        typer.Option(
+            help="Memory of the device, like 80GiB. [default: this one's; 80 GB with --fleet]", callback=amount
+        ),
     ] = None,
     kv: Annotated[
         str | None,
         formats_option("Formats to compare, the baseline first. [default: the model's own, kv8, k8v4, kv4, int8]"),
     ] = None,
     reserve: Annotated[
-        str, typer.Option(help="Held back for activations and the runtime, like 2GiB. [default: 10 % with --fleet]")
+        str,
+        typer.Option(
+            help="Held back for activations and the runtime, like 2GiB. [default: 10 % with --fleet]", callback=amount
+        ),
     ] = "0",
     plot: Annotated[
         Path | None,
@@ -38,7 +44,6 @@ def plan(
     json: Json = False,
 ) -> None:
     """Compute how many sessions of MODEL fit, or how many GPUs they need. Nothing is run, and a config is enough."""
-    from octavo.cache.size import format_bytes, parse_bytes
     from octavo.cli.candidates import formats
     from octavo.cli.tables import console
     from octavo.cli.tables.memory import fit_table
@@ -47,6 +52,7 @@ def plan(
     from octavo.measure.memory.costs import costs, int4_bits, weight_kinds
     from octavo.measure.report.picture import check_picture, draw_growth
     from octavo.quant.format import ADVISED
+    from octavo.units import format_bytes, parse_bytes
 
     if asked.fleet:
         if plot is not None:

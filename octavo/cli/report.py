@@ -9,7 +9,7 @@ import typer
 
 from octavo.cli.candidates import BASELINE, load_baseline
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import budget_option, option, takes, tell_loading
+from octavo.cli.options import amount, budget_option, option, takes, tell_loading
 from octavo.measure.budget import Budget
 
 DEFAULT = "5m"
@@ -37,7 +37,10 @@ def report(
         ),
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="Memory that sessions are counted in, like 80GiB. [default: this machine's]")
+        str | None,
+        typer.Option(
+            help="Memory that sessions are counted in, like 80GiB. [default: this machine's]", callback=amount
+        ),
     ] = None,
     budget: Annotated[str, budget_option()] = DEFAULT,
     json: Annotated[bool, typer.Option("--json", help="The numbers as one JSON document on stdout, too.")] = False,
@@ -48,10 +51,10 @@ def report(
     time = Budget.parse(budget)
     load_texts(text)  # a name mistyped is known before the model is loaded
     tell_loading(options.model)
-    from octavo.cache.size import parse_bytes
     from octavo.cli.progress import progress
     from octavo.measure.as_json import dumps
     from octavo.measure.report.page import require_directory, write_report
+    from octavo.units import parse_bytes
 
     require_directory(out)
     size = parse_bytes(memory) if memory is not None else None

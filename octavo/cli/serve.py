@@ -40,23 +40,22 @@ def serve(
     except ImportError as error:
         raise OctavoError(f"`octavo serve` needs {error.name}: {install('serve')}") from None
 
-    room = server.session_bytes
     logs.start(**server.logging)
     if tls := Tls(server.ssl_certfile, server.ssl_keyfile) if server.ssl_certfile else None:
         tls.check()
     if server.replicas is None:
-        _serve_one(options, server, tls, room, as_json)
+        _serve_one(options, server, tls, as_json)
     else:
         from octavo.cli.replicas import serve_replicas
 
         serve_replicas(options, server, server.replicas, as_json)
 
 
-def _serve_one(options: ServeOptions, asked: ServerOptions, tls: Tls | None, room: int, as_json: bool) -> None:
-    """`room` is the bytes that saved sessions may take."""
+def _serve_one(options: ServeOptions, asked: ServerOptions, tls: Tls | None, as_json: bool) -> None:
     from octavo.serve.listening import bind, bind_unix, curl, listening, url
     from octavo.serve.server import Server
     from octavo.serve.sessions import SessionDir
+    from octavo.units import parse_bytes
 
     with listening(bind_unix(asked.uds) if asked.uds else bind(asked.host, asked.port)) as sock:
         llm = _loaded(options)
@@ -69,7 +68,7 @@ def _serve_one(options: ServeOptions, asked: ServerOptions, tls: Tls | None, roo
             api_key=asked.api_key or (),
             cors_origins=tuple(asked.cors_origin or ()),
             grace=asked.grace,
-            sessions=SessionDir(asked.session_dir, room, llm) if asked.session_dir else None,
+            sessions=SessionDir(asked.session_dir, parse_bytes(asked.session_room), llm) if asked.session_dir else None,
             ignore_unknown=asked.ignore_unknown_fields,
         )
         state = {"url": url(sock, tls is not None), "model": server.service.name, **_facts(llm)}
@@ -115,7 +114,7 @@ def _facts(llm: LLM) -> dict[str, Any]:
 
 
 def _banner(state: dict[str, Any]) -> None:
-    from octavo.cache.size import format_bytes
+    from octavo.units import format_bytes
 
     say(
         f"{state['model']}: a chat at {state['url']}/, the API at {state['url']}/v1\n"

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from octavo.cli.options import option
+from octavo.cli.options import amount, option
 from octavo.errors import OctavoError
 from octavo.serve.limits import Limits
 
@@ -77,7 +77,8 @@ class ServerOptions:
         Path | None, serving("Keep conversations' caches here, over restarts too.", file_okay=False)
     ] = None
     session_dir_size: Annotated[
-        str | None, serving(f"Bytes they may take; the least recently used are removed. [default: {SESSIONS}]")
+        str | None,
+        serving(f"Bytes they may take; the least recently used are removed. [default: {SESSIONS}]", callback=amount),
     ] = None
     ignore_unknown_fields: Annotated[
         bool, serving("Leave out fields of requests that are not known, in place of refusing them.")
@@ -108,11 +109,9 @@ class ServerOptions:
         return {"prompts": self.log_prompts, "level": self.log_level.value, "requests": requests}
 
     @property
-    def session_bytes(self) -> int:
+    def session_room(self) -> str:
         """What saved sessions may take."""
-        from octavo.cache.size import parse_bytes
-
-        return parse_bytes(self.session_dir_size or SESSIONS)
+        return self.session_dir_size or SESSIONS
 
     @property
     def limits(self) -> Limits:
@@ -127,7 +126,7 @@ class ServerOptions:
             **{name: getattr(self, name) for name in names},
             **{name: getattr(self, name) or [] for name in several},
             "session_dir": self.session_dir and str(self.session_dir.resolve()),
-            "session_dir_size": self.session_dir_size or SESSIONS,
+            "session_dir_size": self.session_room,
             "log_level": self.log_level.value,
             "log_requests": self.log_requests is LogRequests.line,
         }

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show(conversation: Conversation, console: Console) -> None:
-    from octavo.cache.size import format_bytes
+    from octavo.units import format_bytes
 
     llm, here = conversation.llm, conversation.footprint()
     size, cache, whole_16 = here.size, llm.cache, here.size_16.of_blocks(llm.cache.blocks)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import Json, budget_option, check_calibration, option, takes, tell_loading
+from octavo.cli.options import Json, amount, budget_option, check_calibration, option, takes, tell_loading
 from octavo.errors import OctavoError
 from octavo.measure.budget import DEFAULT, Budget, Windows
 
@@ -30,7 +30,7 @@ def tune(
         float | None, typer.Option(help="Bits of a value on average, scales included: from 4.1 to 16.", min=1, max=32)
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="In place of --bits: what the KV cache may take, like 4GiB, …")
+        str | None, typer.Option(help="In place of --bits: what the KV cache may take, like 4GiB, …", callback=amount)
     ] = None,
     sessions: Annotated[int, typer.Option(help="… for so many sessions at a time …", min=1)] = 16,
     context: Annotated[
@@ -60,7 +60,7 @@ def tune(
     K and V of each layer are stored in 4 bits one at a time, and what that changes at the model's output is measured.
     Then 4, 8 and 16 bits are given out so that least is lost within the size that is asked for.
     """
-    from octavo.cache.size import parse_bytes
+    from octavo.units import parse_bytes
 
     if (bits is None) == (memory is None):
         raise OctavoError("how large may it be? Give --bits 5, or --memory 4GiB with --sessions and --context")

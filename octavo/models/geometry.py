@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from octavo.cache.plan import LayerShape
-from octavo.cache.size import format_bytes
 from octavo.cache.states import StatePlan
 from octavo.devices import HOST, device_of
 from octavo.errors import OctavoError, one_line
 from octavo.models.bind import BoundModel, bind
 from octavo.models.load import load_model
 from octavo.models.packed import fitting_group, packable, packed_layers, parameters, weight_bytes
+from octavo.units import format_bytes
 
 
 @dataclass(frozen=True)

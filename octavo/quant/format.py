@@ -139,8 +139,9 @@ class KVFormat:
         except KeyError as missing:
             near = get_close_matches(str(missing.args[0]), [*NAMES, TUNED, *CODECS, *EDGES], n=1)
             hint = f"did you mean {near[0]}? The" if near else "the"
+            where = f" in {name!r}" if missing.args[0] != name else ""
             raise OctavoError(
-                f"there is no KV format {missing} in {name!r}; {hint} formats are "
+                f"there is no KV format {missing}{where}; {hint} formats are "
                 f"{', '.join((*NAMES, TUNED, *CODECS))}, K/V pairs such as int8/int4-token, and any of them with "
                 "+edges, +edges128 or +edges256"
             ) from None

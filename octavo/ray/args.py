@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from octavo.cache.size import parse_bytes
 from octavo.serve.limits import Limits
+from octavo.units import parse_bytes
 
 
 class Args(BaseModel, extra="forbid"):

@@ -27,10 +27,10 @@ from shutil import rmtree
 from octavo.artefact import PART, Damaged
 from octavo.cache import session
 from octavo.cache.session import Copies, SavedSession
-from octavo.cache.size import format_bytes
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.serve.worker import Worker
+from octavo.units import format_bytes
 
 logger = logging.getLogger("octavo")
 QUIET = 5.0  # seconds without a request after which a conversation is saved

@@ -123,16 +123,13 @@ def test_contestants_agree_with_the_model_and_strangers_end_the_comparison(
         benchmark.errors({**ours, "stranger": Transformers(stranger, quantized=False)}, exact)
 
 
-def test_a_step_is_split_into_parts_and_the_clocks_are_taken_off(hf: LlamaForCausalLM) -> None:
-    from contestants import Octavo
-    from random_llama import served
-    from step_profile import profile
+def test_formats_and_transformers_decode_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    import engine_cpu
 
-    model = served(copy.deepcopy(hf))
-    contestant = Octavo(model, None, "bf16", 1, 128)
-    contestant.prefill([[1, 2, 3]])
-    parts = profile(model.bound, contestant.llm.engine.step, 3)
-    assert len(parts) == 4
-    assert all(seconds > 0 for seconds in parts.values())
-    assert "forward" not in vars(model.bound)
-    assert contestant.decode(1) > 0
+    monkeypatch.setattr(engine_cpu, "FORMATS", ("bf16", "kv8"))
+    monkeypatch.setattr(engine_cpu, "PAIRS", (("kv8", "bf16"),))
+    row = engine_cpu.measure(None, None, batch=2, context=70, steps=6)
+    assert set(row["step_ms"]) == {"transformers' forward", "bf16", "kv8"}
+    assert all(value > 0 for value in (*row["step_ms"].values(), *row["prefill_tokens_per_second"].values()))
+    low, middle, high = row["pairs"][0]["quartiles"]
+    assert low <= middle <= high

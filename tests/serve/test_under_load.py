@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -25,7 +24,6 @@ from octavo.text import TextStream
 from tests.conftest import wait_until
 from tests.serve.conftest import Running, serving, small
 
-ROOT = Path(__file__).parents[2]
 LONG: Any = {"model": "pamphlet", "prompt": "Once upon a time", "max_tokens": 500, "extra_body": {"ignore_eos": True}}
 
 

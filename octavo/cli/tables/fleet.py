@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from octavo.cache.size import format_bytes
 from octavo.cli.tables import closes, mib, table
 from octavo.measure.memory.fleet import Fleet, Gpu, Wanted
+from octavo.units import format_bytes
 
 
 def fleet_table(found: Sequence[Fleet], wanted: Wanted) -> Table:

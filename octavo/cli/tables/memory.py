@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from octavo.cache.size import format_bytes
 from octavo.cli.tables import closes, mib, table
 from octavo.measure.memory.costs import Cost
 from octavo.measure.memory.points import Point, saved
+from octavo.units import format_bytes
 
 
 def cost_table(theory: Sequence[Cost], context: int, room: int) -> Table:

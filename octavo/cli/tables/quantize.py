@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from octavo.cache.size import format_bytes
 from octavo.cli.tables import table
 from octavo.models.files import weight_files
 from octavo.quantize import Quantized, Rounded
+from octavo.units import format_bytes
 
 
 def show(quantized: Quantized, read: str, kept: Sequence[str], before: Path, after: Path) -> None:

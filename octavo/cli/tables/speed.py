@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from octavo.cache.size import format_bytes
 from octavo.cli.tables import table
 from octavo.measure.speed.roofline import Ceiling
 from octavo.measure.speed.throughput import Speed
+from octavo.units import format_bytes
 
 
 def ceiling_table(theory: Sequence[Ceiling]) -> Table:

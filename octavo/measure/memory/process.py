@@ -20,7 +20,6 @@ from transformers.utils import logging
 
 from octavo import cores
 from octavo.cache.holding import Holding
-from octavo.cache.size import format_bytes
 from octavo.calibrate import calibrate
 from octavo.devices import Device, device_of
 from octavo.errors import OctavoError, one_line
@@ -30,6 +29,7 @@ from octavo.models.load import load_model
 from octavo.models.model import Model
 from octavo.models.packed import weight_bytes
 from octavo.quant.format import Format
+from octavo.units import format_bytes
 
 WARM_UP = 64  # tokens
 OVERHEAD = 1 << 30  # bytes beside weights and cache: Python, its libraries, activations

@@ -16,7 +16,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from octavo.cache.size import format_bytes
 from octavo.errors import require_writable
 from octavo.measure import machine
 from octavo.measure.as_json import dumps
@@ -26,6 +25,7 @@ from octavo.measure.report.survey import Survey, gather
 from octavo.models.model import Model
 from octavo.progress import Share, silent
 from octavo.quant.calibration import Calibration
+from octavo.units import format_bytes
 
 RETRIEVAL = "Values found, by where in the context they stand"
 NBSP, MINUS = "\u00a0", "\u2212"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from octavo.cache.batch import MAX_BATCH_TOKENS
-from octavo.cache.size import CacheSize, format_bytes
+from octavo.cache.size import CacheSize
 from octavo.devices import device_of
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
@@ -25,6 +25,7 @@ from octavo.measure.candidate import Candidate
 from octavo.measure.speed.roofline import Ceiling, ceilings
 from octavo.models.model import Model
 from octavo.progress import silent
+from octavo.units import format_bytes
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,17 @@
 The rows of many texts are packed into steps as the engine packs them, their codes are written and then read, and the
 prefix cache is shared with it: a score is that of served generation. What it does not share is the schedule: nothing is
 sampled, and a prefix hit ends before the first row whose prediction is scored.
+
+Texts that begin alike are a family. What they share, examples or a long document, is computed once and stays while they
+are scored; each begins with a copy of it, its last block included, which the prefix cache would not have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -51,6 +56,10 @@ class _Text(Holding):
     def pending(self) -> int:
         return len(self.tokens) - self.num_cached
 
+    @property
+    def context(self) -> tuple[int, ...]:
+        return tuple(self.tokens[: self.first + 1])
+
 
 def score(engine: Engine, requests: Sequence[Request], progress: Callable[[int], None] = silent) -> list[Scored]:
     """Scores in the requests' order; `progress` is called with the number of them done.
@@ -61,10 +70,13 @@ def score(engine: Engine, requests: Sequence[Request], progress: Callable[[int],
         raise ValueError("the engine has requests to answer: score texts before them, after them, or with another LLM")
     room = engine.scheduler.max_context
     results: dict[int, Scored] = {}
-    for texts in _steps([_text(i, request, room) for i, request in enumerate(requests)], engine):
-        _run(engine, texts)
-        results |= {text.index: Scored(text.logprob, text.greedy) for text in texts}
-        progress(len(results))
+    for shared, family in _families([_text(i, request, room) for i, request in enumerate(requests)], engine):
+        with _held(engine, shared) as stem:
+            for texts in _steps(family, engine, shared):
+                with _running(engine, texts, stem):
+                    _compute(engine, texts)
+                results |= {text.index: Scored(text.logprob, text.greedy) for text in texts}
+                progress(len(results))
     return [results[i] for i in range(len(requests))]
 
 
@@ -79,56 +91,108 @@ def _text(index: int, request: Request, room: int) -> _Text:
     return _Text(tokens=tokens, index=index, first=len(tokens) - len(continuation), targets=continuation)
 
 
-def _steps(texts: list[_Text], engine: Engine) -> Iterator[list[_Text]]:
-    """Texts to be run together: a text that begins as another does comes a step after it, whose blocks it shares.
-    Longest first, so that time estimates err on the long side."""
+def _families(texts: list[_Text], engine: Engine) -> list[tuple[list[int], list[_Text]]]:
+    """Texts of several contexts with the same first block, each with the tokens that all of them share and none scores;
+    then the others, which share none. Longest first, so that time estimates err on the long side."""
+    size, families = engine.pool.block_size, []
+    texts = sorted(texts, key=lambda text: -len(text.tokens))
+    alike: dict[tuple[int, ...], list[_Text]] = {}
+    for text in texts:
+        alike.setdefault(tuple(text.tokens[: min(size, text.first)]), []).append(text)
+    for begin, own in alike.items():
+        heads = [text.tokens[: text.first] for text in own]
+        pairs = zip(min(heads), max(heads), strict=False)  # the first and the last of all differ soonest
+        shared = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        room = engine.pool.blocks_for(len(shared)) + engine.pool.blocks_for(len(own[0].tokens)) <= len(engine.pool)
+        if len(begin) == size and len({text.context for text in own}) > 1 and room and _width(engine, shared):
+            families.append((shared, own))
+    apart = {text.index for _, own in families for text in own}
+    return [*families, ([], [text for text in texts if text.index not in apart])]
+
+
+def _width(engine: Engine, shared: list[int]) -> int:
+    """How many texts run at a time: what is shared takes a sequence's place."""
+    return engine.scheduler.max_batch_size - bool(shared)
+
+
+def _steps(texts: list[_Text], engine: Engine, shared: list[int]) -> Iterator[list[_Text]]:
+    """Texts to be run together: of those with one context each comes a step after the other, whose blocks it shares."""
+    pool, width = engine.pool, _width(engine, shared)
     contexts: dict[tuple[int, ...], list[_Text]] = {}
-    for text in sorted(texts, key=lambda text: -len(text.tokens)):
-        contexts.setdefault(tuple(text.tokens[: text.first + 1]), []).append(text)
-    groups, width = list(contexts.values()), engine.scheduler.max_batch_size
-    step: list[_Text] = []
-    read: set[tuple[int, ...]] = set()  # first blocks of texts of the steps before
-    block = engine.pool.block_size
+    for text in texts:
+        contexts.setdefault(text.context, []).append(text)
+    groups = list(contexts.values())
     for start in range(0, len(groups), width):
         wave = groups[start : start + width]
         for turn in range(max(map(len, wave))):
+            step: list[_Text] = []
             for text in (group[turn] for group in wave if turn < len(group)):
-                begins = {tuple(other.tokens[:block]) for other in step}
-                waits = tuple(text.tokens[:block]) in begins - read and text.first >= block
-                if step and (waits or not _fits([*step, text], engine)):
+                lengths = (len(tokens) for tokens in (shared, text.tokens, *(own.tokens for own in step)))
+                if step and sum(map(pool.blocks_for, lengths)) > len(pool):
                     yield step
-                    read |= begins
                     step = []
                 step.append(text)
             yield step
-            read |= {tuple(other.tokens[:block]) for other in step}
-            step = []
 
 
-def _fits(step: list[_Text], engine: Engine) -> bool:
-    blocks = sum(engine.pool.blocks_for(len(text.tokens)) for text in step)
-    tokens = sum(len(text.tokens) for text in step)
-    return tokens <= engine.scheduler.max_batch_tokens and blocks <= len(engine.pool)
+@contextmanager
+def _held(engine: Engine, tokens: list[int]) -> Iterator[_Text | None]:
+    """A text whose rows stay in the cache, for others to begin with; None if it has none."""
+    if not tokens:
+        yield None
+        return
+    stem = _Text(tokens=tokens, index=-1, first=len(tokens), targets=[])
+    with _running(engine, [stem]):
+        _compute(engine, [stem])
+        yield stem
 
 
-def _run(engine: Engine, texts: list[_Text]) -> None:
+@contextmanager
+def _running(engine: Engine, texts: list[_Text], stem: _Text | None = None) -> Iterator[None]:
+    """Texts in the cache, as far as they are cached, or `stem` has their rows, which all of them begin with."""
     pool = engine.pool
     try:
         for text in texts:
             pool.start(text, pool.match(text.tokens[: text.first + 1]))
-        while any(text.pending for text in texts):
-            work, budget = [], engine.scheduler.max_batch_tokens
-            for text in texts:
-                if rows := min(text.pending, budget):
-                    if not pool.reserve(text, rows):
-                        raise AssertionError("a step's texts fit into the cache")
-                    work.append((text, rows))
-                    budget -= rows
-            _forward(engine, work)
+            if stem is not None and text.num_cached < stem.num_cached:
+                _copy(engine, stem, text)
+        yield
     finally:
         for text in texts:
             if text.tables:
                 pool.free_all(text)
+
+
+def _copy(engine: Engine, stem: _Text, text: _Text) -> None:
+    """Have the rows of `stem` in `text` that no hit has given it."""
+    cache, pool, start = engine.cache, engine.pool, len(text.prefixes)
+    if not pool.reserve(text, stem.num_cached - text.num_cached):
+        raise AssertionError("a step's texts fit into the cache")
+
+    def pages(held: _Text) -> list[list[int]]:
+        """Of each of the cache's paged stores."""
+        raw = [held.first_page, *range(held.ring, held.ring + cache.span // pool.block_size)]
+        tables = [(held.tables[cache.group_of[i]][start:], layer.raw) for i, layer in cache.owners]
+        return [own for table, edges in tables for own in (table, table, *((raw, raw) if edges else ()))]
+
+    cache.write_pages(pages(text), cache.read_pages(pages(stem)))
+    if cache.states is not None and stem.state_slot is not None and text.state_slot is not None:
+        cache.states.copy(stem.state_slot, text.state_slot)
+    text.num_cached = stem.num_cached
+    pool.seal_full(text)
+
+
+def _compute(engine: Engine, texts: list[_Text]) -> None:
+    """The rows of `texts` that are not cached."""
+    while any(text.pending for text in texts):
+        work, budget = [], engine.scheduler.max_batch_tokens
+        for text in texts:
+            if rows := min(text.pending, budget):
+                if not engine.pool.reserve(text, rows):
+                    raise AssertionError("a step's texts fit into the cache")
+                work.append((text, rows))
+                budget -= rows
+        _forward(engine, work)
 
 
 def _forward(engine: Engine, work: list[tuple[_Text, int]]) -> None:

@@ -58,9 +58,10 @@ def row(benchmark: Benchmark, names: Sequence[str], results: dict[str, list[Resu
         raise OctavoError(
             f"the formats were asked other questions in {benchmark.name}: remove its files from --results"
         )
+    whole = len(common) == max(1, len(benchmark.subsets))
     changes = {name: [own - old for own, old in zip(values[name], values[base], strict=True)] for name in others}
     return Row(
-        name=benchmark.name,
+        name=benchmark.name if whole else f"{benchmark.name} ({len(common)} of {len(benchmark.subsets)})",
         kind=benchmark.kind,
         metric=benchmark.label,
         higher_is_better=benchmark.higher_is_better,
@@ -69,5 +70,5 @@ def row(benchmark: Benchmark, names: Sequence[str], results: dict[str, list[Resu
         errors={name: standard_error(values[name]) for name in names},
         differences={name: mean(changes[name]) for name in others},
         difference_errors={name: standard_error(changes[name]) for name in others},
-        guess=benchmark.guess if len(common) == max(1, len(benchmark.subsets)) else None,  # of all subsets
+        guess=benchmark.guess if whole else None,
     )

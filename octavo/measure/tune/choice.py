@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-from octavo.cache.size import CacheSize, format_bytes
+from octavo.cache.size import CacheSize
 from octavo.errors import OctavoError
 from octavo.measure.tune.sensitivity import CacheSide, Sensitivity
 from octavo.models.bind import BoundModel
 from octavo.quant.format import SPAN, Codec, KVFormat, LayerFormats
+from octavo.units import format_bytes
 
 
 def choose(parts: Sequence[CacheSide], budget: int) -> list[Codec]:

@@ -23,7 +23,10 @@ from octavo.measure.tasks.harness import OctavoLM
 from octavo.measure.tasks.loglikelihood import Request, score
 from octavo.measure.tasks.run import load_tasks, quiet
 from octavo.models.model import Model
+from tests.conftest import slow, tiny_llama
+from tests.engine.test_windows import build
 from tests.measure.tasks.raw_files import write_raw_files
+from tests.models import zoo
 
 CONTEXT = 512
 
@@ -142,6 +145,33 @@ def test_a_prefix_hit_changes_no_score_and_saves_rows(pamphlet: Model, text_ids:
     rows = sum(len(context) + 89 for context, _ in requests)
     assert written[1] < written[0] < rows * per_row
     assert len(llm.engine.pool.free) == len(llm.engine.pool)
+
+
+MODELS = {
+    "edges": lambda: tiny_llama(max_position_embeddings=256),
+    "windows": lambda: build("mixed"),
+    "states": lambda: zoo.build("lfm2", max_position_embeddings=256),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "kv"),
+    [("edges", "int8-token+edges128"), ("edges", "kv8"), ("windows", "int8-token"), *slow(("states", "kv8"))],
+)
+def test_what_texts_share_is_computed_once_and_changes_no_score(model: str, kv: str) -> None:
+    """Contexts that begin alike, up to the middle of a block; two choices after each."""
+    served = Model.of(MODELS[model](), Path(model))
+    ids = served.bound.random_tokens(700)
+    shared, rest = ids[:150], range(200, 600, 100)
+    requests = [Request(shared + ids[at : at + 20], ids[at + n : at + n + 10]) for at in rest for n in (20, 40)]
+    sizes = {"session_len": 256, "max_batch_size": 4}
+    cold, llm = (LLM(served, kv, **sizes, prefix_caching=caching) for caching in (False, True))
+    alone = [score(cold.engine, [one])[0].logprob for one in requests]
+    assert [one.logprob for one in score(llm.engine, requests)] == pytest.approx(alone, rel=1e-3)
+    llm.engine.scheduler.check()
+    [(_, first), *_] = llm.cache.owners
+    row = first.k.heads * first.k.dim
+    assert first.k.written // row <= len(shared) + len(requests) * 29, "more than its own rows of each, and the shared"
 
 
 def test_scores_are_those_of_served_generation(pamphlet: Model, text_ids: list[int]) -> None:
