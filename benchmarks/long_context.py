@@ -28,7 +28,7 @@ from octavo.measure.accuracy.compare import compare
 from octavo.measure.accuracy.retrieval import make_context, retrieve
 from octavo.measure.candidate import Candidate
 from octavo.measure.report.plots import colour
-from octavo.measure.report.svg import standalone
+from octavo.measure.report.svg import drawn, standalone
 from octavo.models.model import Model
 from octavo.quant.format import KVFormat
 from octavo.text_windows import consecutive_windows
@@ -121,7 +121,7 @@ def draw(found: Document, path: Path) -> None:
     grid[0][0].set_ylabel("KL from the unquantized cache, nats")
     grid[1][0].set_ylabel("change of a value's log-probability, nats")
     grid[0][0].legend(frameon=False)
-    path.write_text(standalone(figure, "long-context"))
+    path.write_text(standalone(drawn(figure, "long-context")))
 
 
 def _colour(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from octavo.cli.options import option
+from octavo.cli.options import TEXTS, option
 from octavo.errors import OctavoError
 from octavo.measure.accuracy.sizes import ANSWERS, LEAST, WANTED
 from octavo.measure.budget import Budget, Windows
@@ -36,9 +36,7 @@ class TextOptions:
 
     text: Annotated[
         str | None,
-        about_text(
-            "A .txt or .jsonl file, or ptb, c4, wikitext2, pileval. [default: evaluation.txt of the bundled model]"
-        ),
+        about_text(f"What is read: {TEXTS}. [default: evaluation.txt of the bundled model]"),
     ] = None
     windows: Annotated[
         int | None,

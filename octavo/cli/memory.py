@@ -79,19 +79,16 @@ def memory(
     for point in found:
         cache, total = saved(point, found)
         rows.append({**point.document(), "saved_cache": cache, "saved_total": total})
-    print(
-        dumps(
-            {
-                "command": "memory",
-                "model": name,
-                "machine": about,
-                "dtype": str(geometry.dtype)[6:],
-                "context": length,
-                "unit": "bytes",
-                "weights": {"how": "computed", "bytes": geometry.weights},
-                "memory": {"how": "measured", "bytes": room},
-                "theory": [{"how": "computed", **row.document()} for row in theory],
-                "points": rows,
-            }
-        )
-    )
+    document = {
+        "command": "memory",
+        "model": name,
+        "machine": about,
+        "dtype": str(geometry.dtype)[6:],
+        "context": length,
+        "unit": "bytes",
+        "weights": {"how": "computed", "bytes": geometry.weights},
+        "memory": {"how": "measured", "bytes": room},
+        "theory": [{"how": "computed", **row.document()} for row in theory],
+        "points": rows,
+    }
+    print(dumps(document))

@@ -73,22 +73,19 @@ def plan(
         drawn = {str(format) for format in chosen[:2]}
         draw_growth([cost for cost in found if cost.format in drawn], room, length, name, plot)
     if json:
-        print(
-            dumps(
-                {
-                    "command": "plan",
-                    "how": "computed",
-                    "model": name,
-                    "memory": whole,
-                    "reserve": whole - room,
-                    "context": length,
-                    "unit": "bytes",
-                    "int4_bits_per_weight": int4_bits(geometry.group),
-                    "fits": [cost.fit() for cost in found],
-                    "plot": str(plot) if plot is not None else None,
-                }
-            )
-        )
+        document = {
+            "command": "plan",
+            "how": "computed",
+            "model": name,
+            "memory": whole,
+            "reserve": whole - room,
+            "context": length,
+            "unit": "bytes",
+            "int4_bits_per_weight": int4_bits(geometry.group),
+            "fits": [cost.fit() for cost in found],
+            "plot": str(plot) if plot is not None else None,
+        }
+        print(dumps(document))
         return
     out = console()
     out.print(f"{name}, {format_bytes(whole)}, {format_bytes(whole - room)} of it held back", markup=False)

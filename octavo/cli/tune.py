@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import Json, amount, budget_option, check_calibration, option, takes, tell_loading
+from octavo.cli.options import (
+    TEXTS,
+    Json,
+    amount,
+    budget_option,
+    calibration_option,
+    check_calibration,
+    option,
+    takes,
+    tell_loading,
+)
 from octavo.errors import OctavoError
 from octavo.measure.budget import DEFAULT, Budget, Windows
 
@@ -36,13 +46,10 @@ def tune(
     context: Annotated[
         int | None, typer.Option(help="… of so many tokens. [default: the model's context]", min=2)
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        option("File or directory of the calibration; the formats go beside it.", "--calibration", "--work-dir"),
-    ] = None,
+    calibration: Annotated[Path | None, calibration_option("The formats go beside it.")] = None,
     text: Annotated[
         str | None,
-        measuring("A .txt or .jsonl file, or ptb, c4, wikitext2, pileval. [default: a bundled English prose]"),
+        measuring(f"What is read: {TEXTS}. [default: a bundled English text]"),
     ] = None,
     data_dir: Annotated[Path | None, measuring("Where files of the named text are.")] = None,
     windows: Annotated[

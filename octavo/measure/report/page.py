@@ -67,9 +67,10 @@ def require_directory(directory: Path) -> None:
 def render(found: Survey, directory: Path) -> None:
     """Write the page, the Markdown file with its plots, and the numbers."""
     figures = draw(found)
-    for name, (figure, _) in figures.items():
-        (directory / "plots" / f"{name}.svg").write_text(svg.standalone(figure, name), encoding="utf-8")
-    inline = {name: svg.inline(figure, name, title) for name, (figure, title) in figures.items()}
+    drawn = {name: svg.drawn(figure, name) for name, (figure, _) in figures.items()}
+    for name, text in drawn.items():
+        (directory / "plots" / f"{name}.svg").write_text(svg.standalone(text), encoding="utf-8")
+    inline = {name: svg.inline(drawn[name], name, title) for name, (_, title) in figures.items()}
     style = (files("octavo") / "data/report/report.css").read_text(encoding="utf-8")
     environment = _environment()
     for name, more in (("report.html", {"figures": inline, "style": style}), ("report.md", {"figures": figures})):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from octavo.errors import OctavoError
 from octavo.measure.memory.costs import Cost
-from octavo.measure.report.svg import LIGHT, ROLES, STYLE, require_matplotlib, standalone
+from octavo.measure.report.svg import LIGHT, ROLES, STYLE, drawn, require_matplotlib, standalone
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def draw_growth(plan: Sequence[Cost], memory: int, context: int, name: str, path
         figure.suptitle(f"{name} (computed), sessions of {context:,} tokens", x=0.01, ha="left", fontsize=11)
         try:
             if path.suffix.lower() == ".svg":
-                path.write_text(standalone(figure, path.stem), encoding="utf-8")
+                path.write_text(standalone(drawn(figure, path.stem)), encoding="utf-8")
             else:
                 _in_light(figure)
                 figure.savefig(path, dpi=160, facecolor="white")
