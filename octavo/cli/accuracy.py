@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from octavo.measure.candidate import Candidate
     from octavo.measure.tasks.run import Elsewhere
     from octavo.models.model import Model
-    from octavo.ray.cluster import Placement
+    from octavo.progress import Count
+    from octavo.ray.measuring import Workers
 
 
 @takes(LoadOptions, TextOptions, TaskOptions)
@@ -99,16 +100,16 @@ def accuracy(
             show(found)
 
     tell(show_theory)
-    with on_ray(ray, replicas, options.device) as place:
+    with on_ray(ray, replicas, options.device) as workers:
         if source is not None and drawn is not None:
-            measure = _comparing(options, baseline, model, compared, place)
+            measure = _comparing(options, baseline, model, compared, workers)
             found["text"] = on_text.read(model, compared, source.name, *drawn, lambda: time.over(begun), measure)
             tell(show_text)
         if lengths:
             found["retrieval"] = _retrieval(model, compared, lengths, context)
             tell(show_retrieval)
         if parts:
-            tested = on_tasks.run(model, compared, parts, context, time, _asking(options, place))
+            tested = on_tasks.run(model, compared, parts, context, time, _asking(options, workers))
             found["tasks"] = tested | {"skipped": skipped}
             tell(show_tasks)
     if json:
@@ -151,23 +152,22 @@ def _retrieval(model: Model, candidates: Sequence[Candidate], lengths: Sequence[
 
 
 def _comparing(
-    options: LoadOptions, baseline: str | None, model: Model, compared: Sequence[Candidate], place: Placement | None
-) -> Callable[[Callable[[int], None]], Callable[..., Any]] | None:
-    """What reads windows on the cluster, made of what is called with the number of those that were read since; None
-    without a cluster."""
-    if place is None:
+    options: LoadOptions, baseline: str | None, model: Model, compared: Sequence[Candidate], workers: Workers | None
+) -> Callable[[Count], Callable[..., Any]] | None:
+    """What reads windows on the cluster, made of what is told their progress; None without a cluster."""
+    if workers is None:
         return None
     from octavo.ray.measuring import comparing
 
     other = None
     if baseline is not None:
         other = baseline_of(options, baseline, model).loading() | {"computing": model.bound.computes}
-    return partial(comparing, options.loading(), other, compared, place)
+    return partial(comparing, options.loading(), other, compared, workers)
 
 
-def _asking(options: LoadOptions, place: Placement | None) -> Elsewhere | None:
-    if place is None:
+def _asking(options: LoadOptions, workers: Workers | None) -> Elsewhere | None:
+    if workers is None:
         return None
     from octavo.ray.measuring import asking
 
-    return asking(options.loading(), place)
+    return asking(options.loading(), workers)

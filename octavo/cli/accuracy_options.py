@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from octavo.measure.candidate import Candidate
     from octavo.measure.tasks.run import Elsewhere
     from octavo.models.model import Model
+    from octavo.progress import Count
 
 
 about_text, about_tasks = partial(option, panel="On a text"), partial(option, panel="On benchmark tasks")
@@ -97,26 +98,18 @@ class TextOptions:
         windows: list[list[int]],
         answers: Windows,
         late: Callable[[], bool],
-        elsewhere: Callable[[Callable[[int], None]], Callable[..., Any]] | None,
+        elsewhere: Callable[[Count], Callable[..., Any]] | None,
     ) -> dict[str, Any]:
         """The text of that name in every format; of windows that were not asked for by number fewer where it gets
         `late`. `elsewhere` makes what reads them on a cluster."""
         from octavo.cli.progress import telling
         from octavo.measure.accuracy.results import measure_text
 
-        read = 0
-
         def enough(done: int) -> bool:
             return (self.windows, self.window) == (None, None) and done >= LEAST.count and late()
 
         with telling("reading") as tell:
-
-            def add(count: int) -> None:
-                nonlocal read
-                read += count
-                tell("reading", read, len(windows))
-
-            measure = elsewhere(add) if elsewhere is not None else None
+            measure = elsewhere(partial(tell, "reading")) if elsewhere is not None else None
             return measure_text(model, compared, name, windows, answers, tell, enough, measure)
 
 

@@ -56,13 +56,13 @@ def calibrate(
     source, windows, seconds = shown.draw(model, texts, WANTED, LEAST, time)
     from octavo.calibrate import calibrate as observe
 
-    with on_ray(ray, replicas, options.device) as place, progress() as bar:
+    with on_ray(ray, replicas, options.device) as workers, progress() as bar:
         task = bar.add_task("observing K and V", total=len(windows), seconds=seconds)
         elsewhere = None
-        if place is not None:
+        if workers is not None:
             from octavo.ray.measuring import observing
 
-            elsewhere = observing(options.loading(), place, lambda done: bar.advance(task, done))
+            elsewhere = observing(options.loading(), workers, lambda done, _: bar.update(task, completed=done))
         calibration = observe(
             model,
             windows,

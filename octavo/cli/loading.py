@@ -124,6 +124,10 @@ class ShapeOptions:
         elif not self.config.is_file():
             raise OctavoError(f"--config {self.config}: there is no such file; name a model's config.json")
 
+    def tell(self) -> None:
+        """The first line of a command that computes sizes, while torch is still imported."""
+        print(f"reading the sizes of {self.config or self.model or 'pamphlet'}", file=sys.stderr, flush=True)
+
     def locate(self) -> tuple[str, Path]:
         """Name and path of what describes the model: a directory, or the config alone."""
         from octavo.models.locate import locate

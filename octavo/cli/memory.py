@@ -38,6 +38,7 @@ def memory(
 ) -> None:
     """Measure the memory of MODEL with all sessions filled; with --config alone, compute it."""
     batches = numbers(batch_size, "--batch-size")
+    options.tell()
     from contextlib import nullcontext
 
     from octavo import processor

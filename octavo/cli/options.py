@@ -26,7 +26,7 @@ from octavo.quant.format import (
 from octavo.units import parse_bytes
 
 if TYPE_CHECKING:
-    from octavo.ray.cluster import Placement
+    from octavo.ray.measuring import Workers
 
 
 def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
@@ -125,15 +125,17 @@ def check_replicas(ray: str | None, replicas: int | None) -> None:
 
 
 @contextmanager
-def on_ray(address: str | None, replicas: int | None, device: str) -> Iterator[Placement | None]:
-    """The cluster that --ray names, and where models go on it; None without one."""
+def on_ray(address: str | None, replicas: int | None, device: str) -> Iterator[Workers | None]:
+    """Models on the cluster that --ray names; None without one."""
     if address is None:
         yield None
         return
     from octavo.ray.cluster import cluster, placement
 
     with cluster(address):
-        yield placement(replicas, device)
+        from octavo.ray.measuring import Workers
+
+        yield Workers(placement(replicas, device))
 
 
 def budget_option(counts: str = "") -> Any:

@@ -44,6 +44,7 @@ def plan(
     json: Json = False,
 ) -> None:
     """Compute how many sessions of MODEL fit, or how many GPUs they need. Nothing is run, and a config is enough."""
+    options.tell()
     from octavo.cli.candidates import formats
     from octavo.cli.tables import console
     from octavo.cli.tables.memory import fit_table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,6 +38,9 @@ def serve(
     try:
         from octavo.serve import logs
         from octavo.serve.listening import Tls
+
+        if server.replicas is None:  # they import the rest, seconds of it, themselves
+            import_module("octavo.serve.server")
     except ImportError as error:
         raise OctavoError(f"`octavo serve` needs {error.name}: {install('serve')}") from None
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from octavo.cache.plan import LayerPlan
@@ -16,13 +15,13 @@ from octavo.cache.row_store import RowStore
 from octavo.cache.store import KVCache, Page
 from octavo.devices import HOST
 from octavo.parallel.heads import Share
+from octavo.parallel.ranks import Ranks
 
 
 class ParallelCache(KVCache):
     """One on each rank, under the same number; made by ParallelModel."""
 
-    rank: int
-    ranks: int
+    ranks: Ranks
     number: int
     shares: list[Share]  # of each layer
     whole: list[LayerPlan]
@@ -43,8 +42,7 @@ class ParallelCache(KVCache):
     def gather_counts(self) -> Tensor:
         """On every rank: the counts of all heads, on rank 0."""
         own = super().counts()
-        parts = [] if self.rank else [torch.empty_like(own) for _ in range(self.ranks)]
-        dist.gather(own, parts or None)
+        parts = self.ranks.gathered(own)
         for i, plan in enumerate(self.plans if parts else ()):
             givers = self.shares[i if plan.shape.shares is None else plan.shape.shares].givers
             own[i] = sum(parts[rank][i] for rank in givers)
@@ -74,17 +72,12 @@ class ParallelCache(KVCache):
         own, share = x.to(HOST).contiguous(), self.shares[layer]
         if not len(own):
             return own.new_empty(0, share.total, *own.shape[2:])
-        parts = [] if self.rank else [torch.empty_like(own) for _ in share.starts]
-        dist.gather(own.view(torch.uint8), [part.view(torch.uint8) for part in parts] or None)
+        parts = self.ranks.gathered(own)
         return torch.cat([parts[rank] for rank in share.givers], 1) if parts else own
 
     def _part(self, layer: int, store: Tensor, pages: int, x: Tensor | None) -> Tensor:
         """This rank's heads of [pages, heads, …], which rank 0 alone has."""
         own, share = torch.empty(pages, *store.shape[1:], dtype=store.dtype), self.shares[layer]
-        if pages:
-            each = range(len(share.starts))
-            parts = (
-                None if x is None else [x[:, share.own(rank)].to(HOST).contiguous().view(torch.uint8) for rank in each]
-            )
-            dist.scatter(own.view(torch.uint8), parts)
-        return own
+        each = range(self.ranks.count)
+        parts = None if x is None else [x[:, share.own(rank)].to(HOST).contiguous() for rank in each]
+        return self.ranks.scattered(own, parts) if pages else own

@@ -17,7 +17,7 @@ from octavo.models.files import is_adapter
 from octavo.models.locate import is_gguf
 from octavo.parallel.model import ParallelModel
 from octavo.parallel.ranks import Ranks
-from octavo.parallel.styles import DIVIDED, Plan, by_outputs, general, is_linear, own_rows, settle
+from octavo.parallel.styles import DIVIDED, Plan, by_outputs, general, is_linear, settle
 from octavo.weights.linear import PackedLinear
 
 ONE = "leave --tensor-parallel-size out"
@@ -81,12 +81,12 @@ class ByPlan:
 
     def rows(self, layer: str, outputs: int) -> slice:
         if general(layer) in self.repeated:
-            return own_rows(outputs, self.ranks.rank * self.kv_heads // self.ranks.count, self.kv_heads)
-        divided = self.plan.get(general(layer)) in DIVIDED
-        return own_rows(outputs, self.ranks.rank, self.ranks.count) if divided else slice(0, outputs)
+            size, head = outputs // self.kv_heads, self.ranks.rank * self.kv_heads // self.ranks.count
+            return slice(head * size, (head + 1) * size)
+        return self.ranks.own(outputs) if self.plan.get(general(layer)) in DIVIDED else slice(0, outputs)
 
     def settle(self, model: PreTrainedModel) -> None:
-        settle(model, self.plan, self.joining, self.ranks.rank, self.ranks.count)
+        settle(model, self.plan, self.joining, self.ranks)
         for name, module in model.named_modules():
             if general(name) in self.repeated and is_linear(module):
                 _keep(module, self.rows(name, module.out_features))

@@ -6,7 +6,6 @@ computes attention on every rank (fused projections whose output is gathered) le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,10 +24,10 @@ class Share:
     total: int
 
     @classmethod
-    def of(cls, rows: Sequence[Tensor]) -> Share:
-        """`rows` [tokens, heads, dim] are K of the same tokens on each rank, in the order of ranks."""
+    def of(cls, rows: Tensor) -> Share:
+        """`rows` [ranks, tokens, heads, dim] are K of the same tokens on each rank."""
         starts: list[int] = []
-        count = total = rows[0].shape[1]
+        count = total = rows.shape[2]
         for i, own in enumerate(rows[1:], 1):
             starts.append(total - count)
             if not torch.allclose(own, rows[i - 1], rtol=1e-3, atol=1e-5):

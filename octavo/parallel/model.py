@@ -61,7 +61,7 @@ class ParallelModel(BoundModel):
         return [share.whole(shape) for share, shape in zip(self.shares, self.shapes, strict=True)]
 
     def everywhere(self, x: Tensor) -> Tensor:
-        return torch.cat(self._each(x))
+        return self.ranks.each(x).flatten(0, 1)
 
     def new_cache(
         self,
@@ -124,8 +124,7 @@ class ParallelModel(BoundModel):
         layers = zip(self.shares, plans, self.shapes, strict=True)
         own = [share.sliced(plan, shape, self.ranks.rank) for share, plan, shape in layers]
         cache = self._caches[number] = ParallelCache(own, *size)
-        cache.rank, cache.ranks = self.ranks.rank, self.ranks.count
-        cache.number, cache.together = number, self.together
+        cache.ranks, cache.number, cache.together = self.ranks, number, self.together
         cache.shares, cache.whole = self.shares, plans
         return cache
 
@@ -140,8 +139,7 @@ class ParallelModel(BoundModel):
         """The least that a rank has; on the host they share it."""
         free = device_of(self.device).free_memory()
         least = torch.tensor(free // self.ranks.local if self.device == HOST else free)
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        return int(least)
+        return int(self.ranks.total(least, dist.ReduceOp.MIN))
 
     def _find_shares(self) -> list[Share]:
         seen: dict[int, Tensor] = {}
@@ -153,9 +151,4 @@ class ParallelModel(BoundModel):
         ids = torch.tensor(self.random_tokens(SHOWN), device=self.device)
         rows = torch.arange(SHOWN, device=self.device)
         self.forward(ids, rows, rows[-1:], attend)
-        return [Share.of(self._each(seen[layer])) for layer in range(len(self.layers))]
-
-    def _each(self, x: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.ranks.count)]
-        dist.all_gather(parts, x.contiguous())
-        return parts
+        return [Share.of(self.ranks.each(seen[layer])) for layer in range(len(self.layers))]

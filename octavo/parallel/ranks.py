@@ -1,6 +1,7 @@
 """The processes that hold a model together, as each of them sees it.
 
-Products meet in torch.distributed's default group. Commands go from rank 0 to the others through a TCPStore: one that
+Products meet in torch.distributed's default group, and each rank counts these meetings: one that does not come to where
+rank 0 waits is stuck. Commands go from rank 0 to the others through a TCPStore: one that
 has nothing to do waits there for as long as it takes, and is told at once when rank 0 is gone. The store takes
 anybody's values and commands are pickles, so each is signed with a key that only the ranks have.
 """
@@ -13,7 +14,7 @@ import pickle
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from octavo.errors import OctavoError, one_line
 
@@ -34,6 +36,7 @@ RUN = "TORCHELASTIC_RUN_ID"  # torchrun's name for what it has started
 SETTLED = 5.0  # seconds in which the end of a rank is known, once an operation with it has failed
 BEAT = 1.0  # seconds from one sign of life to the next, and from look to look
 MISSED = 30  # looks in a row without one: the process stands still, or its machine cannot be reached
+STUCK = 120  # looks in a row at a rank that lives, but does not come to where rank 0 waits for it
 
 
 class RankFailed(RuntimeError):
@@ -49,7 +52,47 @@ class Ranks:
         self.on_failure: list[Callable[[RankFailed], None]] = []
         self.processes: list[subprocess.Popen[bytes]] = []  # of the others, that this one has started
         self.pids: dict[int, int] = {}  # of those that torchrun has started, wherever they are
+        self.meetings = 0  # operations of all ranks that this one has come to
         self._sent = 0
+
+    def each(self, x: Tensor) -> Tensor:
+        """`x` of every rank, in their order: [ranks, …]."""
+        x = x.contiguous()
+        found = x.new_empty(self.count, *x.shape)
+        self.meetings += 1
+        dist.all_gather(list(found), x)
+        return found
+
+    def joined(self, x: Tensor, width: int) -> Tensor:
+        """The ranks' columns side by side, `width` of them, divided as `own` says."""
+        if missing := -(-width // self.count) - x.shape[-1]:
+            x = torch.nn.functional.pad(x, (0, missing))
+        return self.each(x).movedim(0, -2).flatten(-2)[..., :width]
+
+    def own(self, outputs: int) -> slice:
+        """Which outputs of a divided layer are this rank's: as torch cuts a dimension, the last may have fewer."""
+        size = -(-outputs // self.count)
+        return slice(min(outputs, self.rank * size), min(outputs, (self.rank + 1) * size))
+
+    def total(self, x: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """The sum over all ranks, or what another operation makes of their `x`."""
+        x = x.contiguous()
+        self.meetings += 1
+        dist.all_reduce(x, operation)
+        return x
+
+    def gathered(self, x: Tensor) -> list[Tensor]:
+        """On rank 0 every rank's `x`, in their order; nothing on the others. Bytes are sent, whatever the type."""
+        parts = [] if self.rank else [torch.empty_like(x) for _ in range(self.count)]
+        self.meetings += 1
+        dist.gather(x.view(torch.uint8), [part.view(torch.uint8) for part in parts] or None)
+        return parts
+
+    def scattered(self, own: Tensor, parts: Sequence[Tensor] | None) -> Tensor:
+        """`own`, filled with this rank's of the `parts` that rank 0 alone has."""
+        self.meetings += 1
+        dist.scatter(own.view(torch.uint8), None if parts is None else [part.view(torch.uint8) for part in parts])
+        return own
 
     def send(self, command: str, *arguments: Any) -> None:
         """Have the other ranks do something, which this one does too."""
@@ -90,11 +133,13 @@ class Ranks:
             return False
 
     def beat(self) -> None:
-        """Give signs of life for as long as this process runs, whatever else it does."""
+        """Give signs of life for as long as this process runs, whatever else it does, and say how far it is."""
         with suppress(dist.DistError):  # rank 0 is gone
-            store = self._connection()
+            store, told = self._connection(), 0
             while True:
                 store.add(f"beats {self.rank}", 1)
+                store.add(f"meetings {self.rank}", (now := self.meetings) - told)
+                told = now
                 time.sleep(BEAT)
 
     def _connection(self) -> dist.Store:
@@ -102,17 +147,20 @@ class Ranks:
         return dist.TCPStore(self.store.host, self.store.port, None, False, PATIENCE, wait_for_workers=False)
 
     def watch(self) -> None:
-        """On rank 0: fail once another gives no sign of life. Looks are counted, not seconds: where this process has
-        stood still too, nobody is at fault."""
-        store, missed = self._connection(), dict.fromkeys(range(1, self.count), 0)
-        seen = dict.fromkeys(missed, 0)
+        """On rank 0: fail once another gives no sign of life, or does not come to where this one waits. Looks are
+        counted, not seconds: where this process has stood still too, nobody is at fault."""
+        store, seen = self._connection(), dict.fromkeys(range(1, self.count), (0, 0))
+        silent, behind = dict.fromkeys(seen, 0), dict.fromkeys(seen, 0)
         while self.failure is None:
-            for rank in missed:
-                beats = store.add(f"beats {rank}", 0)
-                missed[rank] = missed[rank] + 1 if beats == seen[rank] else 0
-                seen[rank] = beats
-                if missed[rank] >= MISSED:
+            for rank, (beats, meetings) in seen.items():
+                own = self.meetings
+                seen[rank] = store.add(f"beats {rank}", 0), store.add(f"meetings {rank}", 0)
+                silent[rank] = silent[rank] + 1 if seen[rank][0] == beats else 0
+                behind[rank] = behind[rank] + 1 if seen[rank][1] == meetings < own else 0
+                if silent[rank] >= MISSED:
                     self.fail(f"rank {rank} of {self.count} has given no sign of life for {MISSED * BEAT:.0f} s")
+                elif behind[rank] >= STUCK:
+                    self.fail(f"rank {rank} of {self.count} lives, but has not got on for {STUCK * BEAT:.0f} s")
             time.sleep(BEAT)
 
     def check(self) -> None:

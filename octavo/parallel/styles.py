@@ -17,12 +17,12 @@ from collections.abc import Collection
 from typing import Any, TypeGuard
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from octavo.errors import Unsupported
 from octavo.models.experts import PackedExperts
+from octavo.parallel.ranks import Ranks
 from octavo.weights.linear import PackedLinear
 
 Plan = dict[str, str]
@@ -68,13 +68,7 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | PackedLinear]:
     return isinstance(module, nn.Linear | PackedLinear)
 
 
-def own_rows(outputs: int, rank: int, ranks: int) -> slice:
-    """Which outputs of a divided layer are a rank's: as torch cuts a dimension, the last ranks may have fewer."""
-    size = -(-outputs // ranks)
-    return slice(min(outputs, rank * size), min(outputs, (rank + 1) * size))
-
-
-def settle(model: nn.Module, plan: Plan, joining: Collection[str], rank: int, ranks: int) -> None:
+def settle(model: nn.Module, plan: Plan, joining: Collection[str], ranks: Ranks) -> None:
     """Make plain layers of the share of a model that was loaded by `plan`; `joining` are the layers that bring their
     inputs together. Raises Unsupported for a style that is not known."""
     known = {general(name): STYLES for name, _ in model.named_modules()}
@@ -92,41 +86,24 @@ def settle(model: nn.Module, plan: Plan, joining: Collection[str], rank: int, ra
         if isinstance(module, nn.Linear):
             module.out_features = len(module.weight)
         if isinstance(module, PackedLinear) and style in DIVIDED:
-            rows = own_rows(module.out_features, rank, ranks)
+            rows = ranks.own(module.out_features)
             module.out_features = rows.stop - rows.start
         if general(name) in joining:
             _join_inputs(module, inputs[module], ranks)
         if style in GATHERED:
             _join_outputs(module, outputs[module], ranks)
         if style in SUMMED:
-            module.register_forward_hook(lambda _, __, out: total(out))
+            module.register_forward_hook(lambda _, __, out: ranks.total(out))
         if style in LOOKED_UP:
-            _look_up(module, own_rows(outputs[module], rank, ranks).start)
+            _look_up(module, ranks.own(outputs[module]).start, ranks)
 
 
-def total(x: Tensor) -> Tensor:
-    """The sum over all ranks."""
-    x = x.contiguous()
-    dist.all_reduce(x)
-    return x
+def _join_inputs(module: nn.Module, width: int, ranks: Ranks) -> None:
+    module.register_forward_pre_hook(lambda _, args: (ranks.joined(args[0], width), *args[1:]))
 
 
-def joined(x: Tensor, width: int, ranks: int) -> Tensor:
-    """The ranks' columns side by side, `width` of them, divided as `own_rows` says."""
-    if missing := -(-width // ranks) - x.shape[-1]:
-        x = nn.functional.pad(x, (0, missing))
-    x = x.contiguous()
-    parts = x.new_empty(ranks, *x.shape)
-    dist.all_gather(list(parts), x)
-    return parts.movedim(0, -2).flatten(-2)[..., :width]
-
-
-def _join_inputs(module: nn.Module, width: int, ranks: int) -> None:
-    module.register_forward_pre_hook(lambda _, args: (joined(args[0], width, ranks), *args[1:]))
-
-
-def _join_outputs(module: nn.Module, width: int, ranks: int) -> None:
-    module.register_forward_hook(lambda _, __, out: joined(out, width, ranks))
+def _join_outputs(module: nn.Module, width: int, ranks: Ranks) -> None:
+    module.register_forward_hook(lambda _, __, out: ranks.joined(out, width))
 
 
 def _width(module: nn.Module) -> int:
@@ -147,7 +124,7 @@ def _localize(model: nn.Module) -> None:
                 setattr(module, name, done[id(parameter)])
 
 
-def _look_up(module: Any, start: int) -> None:
+def _look_up(module: Any, start: int, ranks: Ranks) -> None:
     """An embedding whose table is divided by rows: each rank looks up what it has, and the sum is all of it."""
     rows = module.weight.shape[0]
     module.num_embeddings, module.padding_idx = rows, None  # the latter is of training, and perhaps another rank's
@@ -156,6 +133,6 @@ def _look_up(module: Any, start: int) -> None:
         own = ids - start
         inside = (own >= 0) & (own < rows)
         found = type(module).forward(module, torch.where(inside, own, 0))  # the class may change later
-        return total(found * inside[..., None])
+        return ranks.total(found * inside[..., None])
 
     module.forward = forward

@@ -4,6 +4,8 @@
 with another model replaces the replicas one after the other, each once its answers have ended.
 """
 
+from functools import partial
+
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
@@ -17,6 +19,7 @@ from octavo.serve.response_store import InMemory
 
 LATE = 10.0  # seconds after which the ingress gives a request up that its replica should have
 SAVING = 30.0  # seconds that a replica has after its last answer
+POLL = 0.2  # seconds after which who is told to end looks again whether its requests have
 LOOKS = 64  # requests a replica takes beside those it answers: they only look
 ONGOING = 100_000  # requests that pass through one ingress
 
@@ -29,28 +32,21 @@ def app(args: Args) -> Application:
     routing = RequestRouterConfig(
         request_router_class=ByPrefix, request_router_kwargs={"free": free, "by_key": args.route == "prefix"}
     )
-    light = {"num_cpus": 0}
-    quiet = LoggingConfig(enable_access_log=False)  # of Ray's own; replicas write a line for each request
-    responses = serve.deployment(
-        InMemory, name="Responses", ray_actor_options=light, max_ongoing_requests=ONGOING, logging_config=quiet
+    deployment = partial(
+        serve.deployment,
+        graceful_shutdown_timeout_s=args.grace + SAVING,
+        graceful_shutdown_wait_loop_s=POLL,
+        logging_config=LoggingConfig(enable_access_log=False),  # of Ray's own; replicas write a line for each request
     )
-    replica = serve.deployment(
+    light = partial(deployment, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=ONGOING)
+    responses = light(InMemory, name="Responses")
+    ingress = light(Ingress, name="Ingress", num_replicas=args.ingresses)
+    replica = deployment(
         Replica,
         name="Replica",
         num_replicas=args.replicas,
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
         max_ongoing_requests=batch + args.max_queue + LOOKS,
-        graceful_shutdown_timeout_s=args.grace + SAVING,
         request_router_config=routing,
-        logging_config=quiet,
-    )
-    ingress = serve.deployment(
-        Ingress,
-        name="Ingress",
-        num_replicas=args.ingresses,
-        ray_actor_options=light,
-        max_ongoing_requests=ONGOING,
-        graceful_shutdown_timeout_s=args.grace + SAVING,
-        logging_config=quiet,
     )
     return ingress.bind(replica.bind(args, responses.bind()), args.timeout + LATE, args.max_body)

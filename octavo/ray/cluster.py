@@ -13,6 +13,12 @@ from octavo.errors import OctavoError, install, one_line
 LOCAL = "local"
 OBJECTS = 200 << 20  # bytes of Ray's object store on this machine: prompts and answers pass through it, no tensors
 
+OURS = {  # where nobody has chosen otherwise
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's default from 2.60 on; it warns until then
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a proxy that died is started anew after three looks
+}
+
 
 def require(option: str) -> None:
     """Raise OctavoError where Ray is not installed."""
@@ -25,14 +31,15 @@ def cluster(address: str, option: str = "--ray") -> Iterator[None]:
     """The cluster at `address` (as `ray.init` takes it, like auto, 10.0.0.1:6379 or ray://head:10001), or one of this
     machine's own, local. Raises OctavoError where there is none."""
     require(option)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's default from 2.60 on; it warns until then
+    os.environ.update(OURS | os.environ)
     import ray
 
     own = {"object_store_memory": OBJECTS, "include_dashboard": False} if address == LOCAL else {}
     try:
         ray.init(address, **own)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # what did not start in time is a plain Exception
+        if address == LOCAL:
+            raise OctavoError(f"Ray cannot start on this machine: {one_line(error)}") from error
         raise OctavoError(
             f"there is no Ray cluster at {address} ({one_line(error)}); `{option} local` starts one on this machine"
         ) from None

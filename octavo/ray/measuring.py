@@ -1,4 +1,4 @@
-"""Measurements on a cluster: every worker loads the model and takes a part, and the parts add up to one run.
+"""Measurements on a cluster: every worker loads the model once and takes parts, which add up to one run.
 
 Statistics of a calibration are merged as they are summed (quant/sums.py), a comparison on a text is kept token by token
 until all windows are read, and tasks are kept document by document: nothing is averaged before it is all there.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util import ActorPool
 
 from octavo.calibrate import Observe, Observed, observed
 from octavo.errors import OctavoError, one_line
@@ -24,20 +26,62 @@ from octavo.measure.tasks import Part
 from octavo.measure.tasks.results import Result, Results
 from octavo.measure.tasks.run import Elsewhere, run
 from octavo.models.model import Model
+from octavo.progress import Count
 from octavo.ray.cluster import Placement
 
 Windows = Sequence[Sequence[int]]
-Progress = Callable[[int], None]  # how many are done
 Loading = dict[str, Any]  # arguments of Model.load
+Job = tuple[Callable[..., Any], *tuple[Any, ...]]  # a function and its arguments
+EACH = 4  # parts that a worker gets: progress is seen, and one that dies costs little
+TRIES = 3  # times that a worker which dies is started anew, and its job done again
 
 
-def observing(loading: Loading, place: Placement, progress: Progress) -> Observe:
+class Workers:
+    """Processes of the cluster, which keep the models that they have loaded; they end with this."""
+
+    def __init__(self, place: Placement):
+        worker = ray.remote(num_cpus=place.cpus, num_gpus=place.gpus, max_restarts=TRIES, max_task_retries=TRIES)
+        self.count = place.count
+        self.pool = ActorPool([worker(_Worker).remote() for _ in range(place.count)])
+
+    def parts(self, count: int) -> list[slice]:
+        """`count` things cut into some slices for each worker, all but equal."""
+        ends = [count * i // (EACH * self.count) for i in range(EACH * self.count + 1)]
+        return [slice(a, b) for a, b in pairwise(ends) if a < b]
+
+    def all(self, jobs: Sequence[Job], done: Callable[[int], None] = lambda _: None) -> list[Any]:
+        """What the jobs return, in their order; `done` is called with the number of each that ends. Raises OctavoError
+        for what the model or the machines refuse."""
+        for job in enumerate(jobs):
+            self.pool.submit(lambda worker, job: worker.do.remote(*job), job)
+        found: dict[int, Any] = {}
+        try:
+            while self.pool.has_next():
+                number, result = self.pool.get_next_unordered()
+                found[number] = result
+                done(number)
+            return [found[number] for number in range(len(jobs))]
+        except RayTaskError as error:
+            if isinstance(error.cause, OctavoError):
+                raise error.cause from None
+            raise OctavoError(f"a worker failed: {one_line(error.cause)}") from error
+        except RayError as error:
+            raise OctavoError(f"the work on the cluster ended: {one_line(error)}") from error
+
+
+class _Worker:
+    def do(self, number: int, job: Job) -> tuple[int, Any]:
+        function, *arguments = job
+        return number, function(*arguments)
+
+
+def observing(loading: Loading, workers: Workers, progress: Count) -> Observe:
     """`observed` on the cluster, for `calibrate`."""
 
     def observe(windows: Windows, offsets: Sequence[int]) -> Observed:
-        parts = _parts(len(windows), place.count)
-        jobs = [(_observed, (loading, windows[part], offsets[part], part.start)) for part in parts]
-        found: list[Observed] = _all(jobs, place, lambda i: progress(parts[i].stop - parts[i].start))
+        parts = workers.parts(len(windows))
+        jobs: list[Job] = [(_observed, loading, windows[part], offsets[part], part.start) for part in parts]
+        found: list[Observed] = workers.all(jobs, _counting(parts, progress))
         total, *others = found
         for other in others:
             for layer, statistics in other.items():
@@ -48,67 +92,60 @@ def observing(loading: Loading, place: Placement, progress: Progress) -> Observe
 
 
 def comparing(
-    loading: Loading, baseline: Loading | None, candidates: Sequence[Candidate], place: Placement, progress: Progress
+    loading: Loading, baseline: Loading | None, candidates: Sequence[Candidate], workers: Workers, progress: Count
 ) -> Callable[[Windows], list[Measured]]:
     """`measured` on the cluster; `baseline` loads the model that candidates name which are not of the first."""
 
     def measure(windows: Windows) -> list[Measured]:
-        parts = _parts(len(windows), place.count)
+        parts = workers.parts(len(windows))
         others = [candidate.model is not None and baseline is not None for candidate in candidates]
         plain = [replace(candidate, model=None) for candidate in candidates]
-        jobs = [(_measured, (loading, baseline, plain, others, windows[part])) for part in parts]
-        found: list[list[Measured]] = _all(jobs, place, lambda i: progress(parts[i].stop - parts[i].start))
+        jobs: list[Job] = [(_measured, loading, baseline, plain, others, windows[part]) for part in parts]
+        found: list[list[Measured]] = workers.all(jobs, _counting(parts, progress))
         return [Measured.of_all(own) for own in zip(*found, strict=True)]
 
     return measure
 
 
-def asking(loading: Loading, place: Placement) -> Elsewhere:
+def asking(loading: Loading, workers: Workers) -> Elsewhere:
     """Tasks on the cluster, for `run`: each part in each format is one job."""
 
     def ask(asked: Sequence[tuple[Candidate, Part, Result, int | None]], sizes: dict[str, Any]) -> Iterator[Result]:
-        jobs = [(_asked, (loading, candidate, part, kept, limit, sizes)) for candidate, part, kept, limit in asked]
-        yield from _all(jobs, place, lambda _: None)
+        jobs: list[Job] = [(_asked, loading, *one, sizes) for one in asked]
+        yield from workers.all(jobs)
 
     return ask
 
 
-def _parts(count: int, workers: int) -> list[slice]:
-    """Slices of `count` things for as many workers, all but equally many."""
-    ends = [count * i // workers for i in range(workers + 1)]
-    return [slice(a, b) for a, b in pairwise(ends) if a < b]
+def _counting(parts: Sequence[slice], progress: Count) -> Callable[[int], None]:
+    """What tells, as parts of some things end, how many things are done."""
+    done: list[int] = []
+
+    def count(number: int) -> None:
+        done.append(parts[number].stop - parts[number].start)
+        progress(sum(done), parts[-1].stop)
+
+    return count
 
 
-def _all(jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], place: Placement, done: Progress) -> list[Any]:
-    """What the jobs return, in their order; `done` is called with the number of each that ends. A worker that dies has
-    its job done again by another. Raises OctavoError for what the model or the machines refuse."""
-    remote = [ray.remote(num_cpus=place.cpus, num_gpus=place.gpus)(function) for function, _ in jobs]
-    refs = [task.remote(*arguments) for task, (_, arguments) in zip(remote, jobs, strict=True)]
-    left = list(refs)
-    try:
-        while left:
-            ready, left = ray.wait(left)
-            for ref in ready:
-                ray.get(ref)
-                done(refs.index(ref))
-        return list(ray.get(refs))
-    except RayTaskError as error:
-        if isinstance(error.cause, OctavoError):
-            raise error.cause from None
-        raise OctavoError(f"a worker failed: {one_line(error.cause)}") from error
-    except RayError as error:
-        raise OctavoError(f"the work on the cluster ended: {one_line(error)}") from error
+def _loaded(loading: Loading) -> Model:
+    return _load(tuple(loading.items()))
+
+
+@lru_cache(2)
+def _load(loading: tuple[tuple[str, Any], ...]) -> Model:
+    return Model.load(**dict(loading))
 
 
 def _observed(loading: Loading, windows: Windows, offsets: Sequence[int], first: int) -> Observed:
-    return observed(Model.load(**loading), windows, offsets, first=first)
+    return observed(_loaded(loading), windows, offsets, first=first)
 
 
 def _measured(
     loading: Loading, baseline: Loading | None, plain: list[Candidate], others: list[bool], windows: Windows
 ) -> list[Measured]:
-    model = Model.load(**loading)
-    other = Model.load(**baseline) if baseline is not None else None
+    model = _loaded(loading)
+    other = _loaded(baseline) if baseline is not None else None
     own = [replace(one, model=other) if is_other else one for one, is_other in zip(plain, others, strict=True)]
     return measured(model, own, windows)
 
@@ -119,5 +156,5 @@ def _asked(
     with TemporaryDirectory() as directory:
         results = Results(Path(directory))
         results.save(kept)
-        run(Model.load(**loading), [candidate], [part], results, limit=limit, **sizes)
+        run(_loaded(loading), [candidate], [part], results, limit=limit, **sizes)
         return results.load(kept.key)

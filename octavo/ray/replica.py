@@ -1,4 +1,7 @@
-"""A replica: the server's own HTTP application, asked through Ray in place of a socket."""
+"""A replica: the server's own HTTP application, asked through Ray in place of a socket.
+
+Torch is imported where a replica starts: whoever deploys this, and the ingress, need none.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,14 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from octavo.llm import LLM
-from octavo.serve import logs
-from octavo.serve.app import create_app
 from octavo.serve.limits import Limits, keep_few_shapes
-from octavo.serve.response_store import Kept
-from octavo.serve.server import SWITCH
-from octavo.serve.service import Service
-from octavo.serve.sessions import SessionDir
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
     from starlette.types import Message
 
     from octavo.ray.args import Args
+    from octavo.serve.response_store import Kept
 
 logger = logging.getLogger("octavo")
 STORE_TIMEOUT = 10.0  # seconds
@@ -38,6 +35,13 @@ class Replica:
     """A model behind the routes, in a process of its own."""
 
     async def __init__(self, args: Args, responses: DeploymentHandle):  # type: ignore[misc]  # Ray waits for it
+        from octavo.llm import LLM
+        from octavo.serve import logs
+        from octavo.serve.app import create_app
+        from octavo.serve.server import SWITCH
+        from octavo.serve.service import Service
+        from octavo.serve.sessions import SessionDir
+
         logs.start(args.log_prompts, args.log_level, args.log_requests)
         sys.setswitchinterval(SWITCH)
         keep_few_shapes()

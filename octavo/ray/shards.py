@@ -14,15 +14,17 @@ import glob
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
+from fsspec.utils import glob_translate
 
 from octavo.errors import OctavoError, one_line
 from octavo.jsonl import own_id
@@ -45,22 +47,27 @@ class Shard:
 
 @dataclass(frozen=True)
 class Place:
-    """A filesystem by its URI (as pyarrow names them: s3://…, gs://…, hdfs://…), none for the local one."""
+    """A filesystem by its URI, as pyarrow names them: s3://…, gs://…, hdfs://…, fsspec+…://; none for the local one."""
 
     uri: str = ""
 
     @property
     def fs(self) -> pa.fs.FileSystem:
-        return pa.fs.FileSystem.from_uri(self.uri)[0] if self.uri else pa.fs.LocalFileSystem()
+        return _filesystem(self.uri)
 
     @classmethod
     def of(cls, path: str) -> tuple[Place, str]:
         """Where a path is, and what it is there."""
-        if "://" not in path:
-            return cls(), os.path.abspath(path)
-        scheme, _, rest = path.partition("://")
+        scheme, found, rest = path.partition("://")
+        if not found or scheme == "file":
+            return cls(), os.path.abspath(rest or path)
         options = f"?retry_limit_seconds={PATIENCE}" if scheme in ("gs", "gcs") else ""
         return cls(f"{scheme}://{rest.partition('/')[0]}{options}"), rest
+
+
+@cache
+def _filesystem(uri: str) -> pa.fs.FileSystem:
+    return pa.fs.FileSystem.from_uri(uri)[0] if uri else pa.fs.LocalFileSystem()
 
 
 class Output:
@@ -83,7 +90,7 @@ class Output:
             self.shards = [shard for shard in _cut(self.inputs.fs, found, rows) if shard.rows]
             self.place.fs.create_dir(self.directory, recursive=True)
             self._take_up(options)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ImportError, ValueError, pa.ArrowException) as error:
             raise OctavoError(f"{pattern} or {directory}: {one_line(error)}") from None
 
     def left(self) -> list[Shard]:
@@ -147,9 +154,10 @@ def _parquet_rows(place: Place, shard: Shard) -> Iterator[dict[str, Any]]:
 def _files(fs: pa.fs.FileSystem, pattern: str) -> list[str]:
     if isinstance(fs, pa.fs.LocalFileSystem):
         return sorted(glob.glob(pattern, recursive=True))
-    base = pattern.partition("*")[0].rpartition("/")[0]
+    base = re.split(r"[*?[]", pattern)[0].rpartition("/")[0]
     below = fs.get_file_info(pa.fs.FileSelector(base, recursive=True))
-    return sorted(info.path for info in below if info.is_file and fnmatch(info.path, pattern))
+    named = re.compile(glob_translate(pattern.strip("/")))
+    return sorted(info.path for info in below if info.is_file and named.fullmatch(info.path.strip("/")))
 
 
 def _cut(fs: pa.fs.FileSystem, files: list[str], rows: int) -> Iterator[Shard]:

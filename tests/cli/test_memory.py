@@ -49,8 +49,13 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def document(result: tuple[int, str, str]) -> dict[str, Any]:
     status, out, err = result
-    assert (status, err) == (0, "")
+    assert (status, _said(err)) == (0, [])
     return json.loads(out)
+
+
+def _said(err: str) -> list[str]:
+    """Lines on stderr but for the first, which is there while torch is imported."""
+    return [line for line in err.splitlines() if not line.startswith("reading the sizes of ")]
 
 
 def test_the_page_s_table_from_a_config_alone(octavo: Run) -> None:
@@ -67,7 +72,7 @@ def test_the_page_s_table_from_a_config_alone(octavo: Run) -> None:
 
 def test_the_table_for_people_says_the_same(octavo: Run) -> None:
     status, out, err = octavo("memory", "--config", INTERNLM, "--batch-size", "48")
-    assert (status, err) == (0, "")
+    assert (status, _said(err)) == (0, [])
     rows = {tuple(line.split()[:2]): line.split()[2:] for line in out.splitlines()}
     assert rows["48", "fp16"] == ["13,966", "49,152", "63,118", "computed"]
     assert rows["48", "int8"] == ["13,966", "24,576", "38,542", "24,576", "computed"]
@@ -168,9 +173,9 @@ def test_a_plan_for_the_bundled_model_and_this_machine(octavo: Run) -> None:
 def test_wrong_values_are_one_line_and_status_2(octavo: Run, arguments: list[object], words: str) -> None:
     status, out, err = octavo(*arguments)
     assert (status, out) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert words in err
+    [line] = _said(err)
+    assert line.startswith("error: ")
+    assert words in line
 
 
 def test_the_command_line_starts_without_torch() -> None:

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from octavo.engine.params import SamplingParams
 from octavo.engine.threads import EngineFailed
 from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
+from octavo.models.model import Model
 from octavo.parallel import load, ranks
 from octavo.parallel.division import ByPlan
 from octavo.parallel.ranks import Ranks
@@ -95,20 +98,45 @@ def test_killed_ranks_end_every_answer_with_one_error_in_ten_seconds(tmp_path: P
             assert time.monotonic() - begun < 10
 
 
+class Endless:
+    """A rank that reads it as a command is in a loop of Python ever after."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return exec, ("while True: pass",)
+
+
+def stopped(model: Model) -> None:
+    os.kill(_children(model)[0].pid, signal.SIGSTOP)
+
+
+def looping(model: Model) -> None:
+    bound: Any = model.bound
+    with bound.turn:
+        bound.ranks.send("step", Endless())
+
+
 @pytest.mark.slow
-def test_a_rank_that_stands_still_ends_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Stopped in the middle of an answer, it breaks no connection; that it gives no sign of life is seen."""
+@pytest.mark.parametrize(
+    ("stand_still", "seen"), [(stopped, "has given no sign of life for 3 s"), (looping, "has not got on for 5 s")]
+)
+def test_a_rank_that_stands_still_ends_the_engine(
+    stand_still: Callable[[Model], None], seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In the middle of an answer. Stopped, it gives no sign of life; in an endless loop it does, but does not come to
+    where rank 0 waits. Neither breaks a connection."""
     monkeypatch.setattr(ranks, "MISSED", 3)
+    monkeypatch.setattr(ranks, "STUCK", 5)
     with divided(tiny(tmp_path, 2)) as model:
         llm = LLM(model, "int8-token", session_len=512)
         pieces = llm.generate(["a b c"] * 3, SamplingParams(max_tokens=400, ignore_eos=True), stream=True)
         next(pieces)
-        os.kill(_children(model)[0].pid, signal.SIGSTOP)
-        with pytest.raises(EngineFailed, match="rank 1 of 2 has given no sign of life"):
+        stand_still(model)
+        with pytest.raises(EngineFailed, match=f"rank 1 of 2 .*{seen}"):
             for _ in pieces:
                 pass
         with pytest.raises(EngineFailed, match="rank 1"):
             llm.generate(["again"])
+        assert _children(model)[0].wait(10) == -signal.SIGKILL
 
 
 @pytest.mark.slow

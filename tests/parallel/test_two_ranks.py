@@ -64,10 +64,11 @@ def test_a_text_is_scored_as_on_one_rank(one: Model, two: Model):
 def test_shares_are_found_by_what_the_ranks_compute():
     """Divided, held by two ranks each, and held by all."""
     a, b, c, d = torch.randn(4, 3, 1, 8)
-    assert Share.of([a, b, c, d]) == Share((0, 1, 2, 3), 1, 4)
-    assert Share.of([a, a, b, b]) == Share((0, 0, 1, 1), 1, 2)
-    assert Share.of([a, a]) == Share((0, 0), 1, 1)
-    assert Share.of([a, a, b, b]).givers == [0, 2]
+    assert Share.of(torch.stack([a, b, c, d])) == Share((0, 1, 2, 3), 1, 4)
+    assert Share.of(torch.stack([a, a])) == Share((0, 0), 1, 1)
+    shared = Share.of(torch.stack([a, a, b, b]))
+    assert shared == Share((0, 0, 1, 1), 1, 2)
+    assert shared.givers == [0, 2]
 
 
 def test_what_is_observed_inside_a_divided_model_is_refused(two: Model):

@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine, one CPU each, and what is deployed on it."""
+"""A Ray cluster of two nodes on this machine, one CPU each, and what is deployed on it: started once for all tests."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
+import yaml
 
 PORT = 8917
 URL = f"http://127.0.0.1:{PORT}"
-MODEL: dict[str, Any] = {
-    "dtype": "fp32",
-    "kv": "fp32",
-    "device": "cpu",
-    "session_len": 512,
-    "max_batch_size": 4,
-}
+SIZES: dict[str, Any] = {"session_len": 512, "max_batch_size": 4}
+EXACT: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "deterministic": True}
+FILE = Path(__file__).parents[2] / "docs" / "serve.yaml"
+REPLICA, INGRESS, PROXY = "SERVE_REPLICA::octavo#Replica#", "SERVE_REPLICA::octavo#Ingress#", "SERVE_PROXY_ACTOR"
+LOOKS = 0.5  # seconds from one look at what may have died to the next, in place of Serve's ten
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     """Its address. A test machine may stand still for minutes: no node counts as dead for that."""
     slow = {"health_check_failure_threshold": 60, "health_check_period_ms": 10_000, "health_check_timeout_ms": 60_000}
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "300"}
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "300"
+    os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = str(LOOKS)
     import ray
     from ray.cluster_utils import Cluster
 
@@ -54,22 +55,26 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.fixture
-def deploy(cluster: str) -> Callable[..., None]:
-    """Deploys the application as `serve deploy` does a file, and waits until it runs. What is the same stays as it is;
-    `replicas` alone scales."""
+def deploy(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Deploys docs/serve.yaml as `serve deploy` does, but smaller and with exact sums, and waits until it runs. What is
+    the same stays as it is; `replicas` alone scales."""
     from ray import serve
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
     assert cluster
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": PORT})
+    sessions = tmp_path_factory.getbasetemp() / "sessions"
 
     def run(replicas: int = 2, **changed: Any) -> None:
-        args = {"llm": MODEL, "cpus": 0.25, "grace": 20, "log_requests": False, **changed}
-        deployments = [{"name": "Replica", "num_replicas": replicas}]
-        app = {"name": "default", "import_path": "octavo.ray:app", "args": args, "deployments": deployments}
+        config = yaml.safe_load(FILE.read_text("utf-8"))
+        (app,) = config["applications"]
+        app["args"]["llm"] |= EXACT | SIZES
+        app["args"] |= {"cpus": 0.25, "grace": 20, "log_requests": False, "session_dir": str(sessions), **changed}
+        app["deployments"] = [{"name": name, "health_check_period_s": LOOKS} for name in ("Replica", "Ingress")]
+        app["deployments"][0]["num_replicas"] = replicas
         client = _get_global_client()
-        client.deploy_apps(ServeDeploySchema.model_validate({"applications": [app]}))
+        client.deploy_apps(ServeDeploySchema.model_validate(config))
         name = changed.get("served_model_name", ["pamphlet"])[0]
         soon(lambda: running() == [name] * replicas)
 
@@ -104,7 +109,7 @@ def kill(begins: str) -> None:
 
 
 def kill_replica(name: str) -> None:
-    kill(f"SERVE_REPLICA::default#Replica#{name}")
+    kill(f"{REPLICA}{name}")
 
 
 def together(count: int, work: Callable[[int], Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from octavo.calibrate import calibrate
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
-from octavo.measure.accuracy.compare import compare
+from octavo.measure.accuracy.compare import compare, scores
 from octavo.measure.candidate import Candidate
 from octavo.measure.tasks import select
 from octavo.measure.tasks.results import Results
@@ -25,14 +25,14 @@ from octavo.models.model import Model
 from octavo.quant.format import KVFormat
 from octavo.ray.cluster import Placement
 from octavo.ray.generate import Generate, answer_files
-from octavo.ray.measuring import asking, comparing, observing
-from octavo.ray.shards import Output, read
+from octavo.ray.measuring import Workers, asking, comparing, observing
+from octavo.ray.shards import Output, Place, read
 from tests.conftest import status_of
 from tests.measure.tasks.raw_files import write_raw_files
-from tests.ray.conftest import MODEL
+from tests.ray.conftest import SIZES
 
-TWO = Placement(2, 0.25, 0)
 LOADING = {"device": "cpu", "dtype": "fp32"}
+MODEL: dict[str, Any] = {"kv": "fp32", **LOADING, **SIZES}
 PARAMS = {"max_tokens": 4, "temperature": 0.0}
 
 
@@ -74,34 +74,96 @@ def test_files_are_cut_into_shards_and_every_row_is_read_once(prompts: Path, tmp
         Output(f"{prompts}/*.parquet", str(tmp_path / "none"), {})
 
 
+def test_a_filesystem_of_another_kind_is_read_and_written_and_gone_on_with():
+    """By its URI, with Parquet for Parquet: `*` stays in one folder, `**` does not."""
+    there, root = Place.of("fsspec+memory://bucket")[0].fs, "fsspec+memory://bucket"
+    rows = [{"id": i, "prompt": f"{i} Once upon a time", "seed": None if i else 7} for i in range(5)]
+    for name in ("in/a", "in/b", "in/below/c"):
+        there.create_dir(f"bucket/{name.rpartition('/')[0]}", recursive=True)
+        pq.write_table(pa.Table.from_pylist(rows), f"bucket/{name}.parquet", filesystem=there, row_group_size=2)
+    assert len(Output(f"{root}/in/**/*.parquet", f"{root}/deep", {}, rows=3).shards) == 6
+    output = Output(f"{root}/in/*.parquet", f"{root}/out", {}, rows=3)
+    found = [read(output.inputs, shard) for shard in output.shards]
+    assert [[(id, line) for id, line, _ in part] for part in found] == [[(0, 1), (1, 2), (2, 3)], [(3, 4), (4, 5)]] * 2
+    assert [row for _, _, row in found[0][:2]] == [rows[0], {"id": 1, "prompt": "1 Once upon a time"}]
+    output.write(output.shards[1], [{"id": 3, "text": "…"}], [{"id": 4, "error": "…"}])
+    assert [shard.number for shard in Output(f"{root}/in/*.parquet", f"{root}/out", {}, rows=3).left()] == [0, 2, 3]
+    kept = {Path(info.path).name for info in there.get_file_info(pa.fs.FileSelector("bucket/out"))}
+    assert kept == {"manifest.json", "part-000001.parquet", "errors-000001.jsonl"}
+    assert pq.read_table("bucket/out/part-000001.parquet", filesystem=there).to_pylist() == [{"id": 3, "text": "…"}]
+    for nothing, says in ((f"{root}/in/*.jsonl", "names no file"), ("nowhere://in/*.jsonl", "nowhere://in")):
+        with pytest.raises(OctavoError, match=says):
+            Output(nothing, f"{root}/none", {})
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_files_are_answered_in_order_and_gone_on_with(prompts: Path, tmp_path: Path, pamphlet: Model):
     """Each answer is the one of an LLM here, bad rows are in files of their own, and what is done is not done again."""
     output = Output(f"{prompts}/*.jsonl", str(tmp_path / "out"), {}, rows=6)
+    done = {"id": "done before", "file": output.shards[3].file, "line": 1}
+    output.write(output.shards[3], [done], [])
     seen: list[dict[str, Any]] = []
-    answer_files(output, MODEL, PARAMS, False, TWO, seen.append)
-    assert sum(one["answered"] for one in seen) == 23
-    assert sum(one["refused"] for one in seen) == 2
+    answer_files(output, MODEL, PARAMS, False, Placement(2, 0.25, 0), seen.append)
+    assert output.left() == []
+    assert [sum(one[what] for one in seen) for what in ("answered", "refused")] == [17, 2]
     found = [row for part in sorted((tmp_path / "out").glob("part-*")) for row in lines(part)]
-    assert [row["id"] for row in found][-1] == "own 10"
     assert [(row["file"], row["line"]) for row in found] == sorted((row["file"], row["line"]) for row in found)
     bad = [row for part in sorted((tmp_path / "out").glob("errors-*")) for row in lines(part)]
     assert [row["id"] for row in bad] == ["a.jsonl:7", "bad"]
     assert "not JSON" in bad[0]["error"]
-    llm = LLM(pamphlet, **{name: value for name, value in MODEL.items() if name in ("kv", "session_len")})
-    asked = ["0 Once upon a time", "Once 10"]
-    here = llm.generate(asked, [SamplingParams(**PARAMS), SamplingParams(**(PARAMS | {"max_tokens": 2}))])
-    assert [found[0]["text"], found[-1]["text"]] == [one.text for one in here]
-    lost = sorted((tmp_path / "out").glob("part-*"))[1]
-    before = {part: part.stat().st_mtime_ns for part in (tmp_path / "out").glob("part-*") if part != lost}
-    content = lost.read_bytes()
-    lost.unlink()
-    again: list[dict[str, Any]] = []
-    answer_files(output, MODEL, PARAMS, False, TWO, again.append)
-    assert len(again) == 1
-    assert lost.read_bytes() == content
-    assert {part: part.stat().st_mtime_ns for part in before} == before
+    assert found.pop(12) == done
+    asked = [f"{i} Once upon a time" for i in range(12)] + [f"Once {i}" for i in range(6, 11)]
+    params = [SamplingParams(**PARAMS)] * 12 + [SamplingParams(**PARAMS | {"max_tokens": 2})] * 5
+    assert [row["text"] for row in found] == [
+        one.text for one in LLM(pamphlet, "fp32", **SIZES).generate(asked, params)
+    ]
+
+
+@pytest.fixture(scope="module")
+def workers(cluster: str) -> Workers:
+    assert cluster
+    return Workers(Placement(2, 0.25, 0))
+
+
+@pytest.mark.slow
+def test_parts_of_a_calibration_and_of_a_comparison_come_to_one_run(
+    workers: Workers, pamphlet: Model, text_ids: list[int]
+):
+    """Statistics of eight parts, by two workers, have the bits of one run's, and so have scores."""
+    windows = [text_ids[i : i + 96] for i in range(0, 8 * 96, 96)]
+    assert len(workers.parts(len(windows))) == 8
+    told: list[tuple[int, int]] = []
+    here = calibrate(pamphlet, windows, dataset="a test")
+    there = calibrate(
+        pamphlet, windows, dataset="a test", observe=observing(LOADING, workers, lambda *how: told.append(how))
+    )
+    assert told == [(done, 8) for done in range(1, 9)]
+    assert there.header == here.header
+    for own, other in zip(here.layers, there.layers, strict=True):
+        for side in ("k", "v"):
+            assert own[side].keys() == other[side].keys()
+            for name in own[side]:
+                assert np.array_equal(own[side][name].numpy(), other[side][name].numpy()), (side, name)
+    candidates = [Candidate("fp32", KVFormat.parse("fp32")), Candidate("int8", KVFormat.parse("int8"), here)]
+    one = compare(pamphlet, candidates[0], candidates[1:], windows)
+    parts = scores(comparing(LOADING, None, candidates, workers, lambda *how: told.append(how))(windows))
+    assert repr(one) == repr(parts)
+    assert torch.tensor(one[1].kl).item() > 0
+
+
+@pytest.mark.slow
+def test_a_task_asked_by_workers_comes_to_one_run(workers: Workers, pamphlet: Model, tmp_path: Path):
+    """Each format is a job."""
+    pytest.importorskip("lm_eval", reason="the extra octavo[tasks] is not installed")
+    write_raw_files(tmp_path)
+    parts, _ = select("winogrande", tmp_path)
+    candidates = [Candidate(name, KVFormat.parse(name)) for name in ("fp32", "int8-token")]
+    here, there = (
+        run(pamphlet, candidates, parts, Results(tmp_path / name), limit=4, session_len=512, elsewhere=elsewhere)
+        for name, elsewhere in (("here", None), ("there", asking(LOADING, workers)))
+    )
+    assert repr(here) == repr(there)
 
 
 @pytest.mark.slow
@@ -125,20 +187,8 @@ def test_a_dataset_is_answered_and_the_command_takes_parquet(
     assert [bool(row["error"]) for row in found] == [False] * 5 + [True]
     assert all(row["completion_tokens"] == 3 and row["text"] for row in found[:5])
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    ray.shutdown()
-    command = [
-        "generate",
-        "--ray",
-        cluster,
-        "--replicas",
-        "1",
-        "--dtype",
-        "fp32",
-        "--kv",
-        "fp32",
-        "--session-len",
-        "256",
-    ]
+    ray.shutdown()  # the command is a client of its own
+    command = ["generate", "--ray", cluster, "--replicas", "1", "--dtype", "fp32", "--kv", "fp32"]
     command += ["--input", str(tmp_path / "*.parquet"), "--output", str(tmp_path / "out"), "--temperature", "0"]
     status = status_of(*command)
     ray.init(cluster, log_to_driver=False)
@@ -148,42 +198,3 @@ def test_a_dataset_is_answered_and_the_command_takes_parquet(
     said = capfd.readouterr().err
     assert "replica " in said
     assert "errors-*.jsonl" in said
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_parts_of_a_calibration_and_of_a_comparison_come_to_one_run(pamphlet: Model, text_ids: list[int]):
-    """Four workers' statistics have the bits of one run's, and so have scores: what each read was only taken apart."""
-    windows = [text_ids[i : i + 96] for i in range(0, 8 * 96, 96)]
-    four = Placement(4, 0.25, 0)
-    done: list[int] = []
-    here = calibrate(pamphlet, windows, dataset="a test")
-    there = calibrate(pamphlet, windows, dataset="a test", observe=observing(LOADING, four, done.append))
-    assert sum(done) == 8
-    assert there.header == here.header
-    for own, other in zip(here.layers, there.layers, strict=True):
-        for side in ("k", "v"):
-            assert own[side].keys() == other[side].keys()
-            for name in own[side]:
-                assert np.array_equal(own[side][name].numpy(), other[side][name].numpy()), (side, name)
-    candidates = [Candidate("fp32", KVFormat.parse("fp32")), Candidate("int8", KVFormat.parse("int8"), here)]
-    from octavo.measure.accuracy.compare import scores
-
-    one = compare(pamphlet, candidates[0], candidates[1:], windows)
-    parts = scores(comparing(LOADING, None, candidates, TWO, done.append)(windows))
-    assert repr(one) == repr(parts)
-    assert torch.tensor(one[1].kl).item() > 0
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_a_task_asked_by_a_worker_for_each_format_comes_to_one_run(pamphlet: Model, tmp_path: Path):
-    pytest.importorskip("lm_eval", reason="the extra octavo[tasks] is not installed")
-    write_raw_files(tmp_path)
-    parts, _ = select("winogrande", tmp_path)
-    candidates = [Candidate(name, KVFormat.parse(name)) for name in ("fp32", "int8-token")]
-    here, there = (
-        run(pamphlet, candidates, parts, Results(tmp_path / name), limit=4, session_len=512, elsewhere=elsewhere)
-        for name, elsewhere in (("here", None), ("there", asking(LOADING, TWO)))
-    )
-    assert repr(here) == repr(there)

@@ -102,10 +102,13 @@ def test_the_caches_of_replicas_add_up_but_for_what_they_share():
 
 @pytest.mark.slow
 def test_ray_is_imported_by_nothing_that_does_not_ask_for_it():
-    """Neither the command line, the server nor an LLM; and the keys and the choice need none of it either."""
+    """Neither the command line, the server nor an LLM; and the keys and the choice need none of it either. Who deploys
+    replicas, and the ingress, need no torch."""
     modules = "octavo.cli, octavo.llm, octavo.serve.server, octavo.serve.app, octavo.measure, octavo.ray.choice"
-    code = f"import sys, {modules}; print('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    for imported, absent in ((modules, "ray"), ("octavo.ray.application", "torch")):
+        code = f"import sys, {imported}; print({absent!r} in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout == "False\n", imported
 
 
 @pytest.mark.parametrize(

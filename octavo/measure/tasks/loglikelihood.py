@@ -71,9 +71,11 @@ def score(engine: Engine, requests: Sequence[Request], progress: Callable[[int],
     room = engine.scheduler.max_context
     results: dict[int, Scored] = {}
     for shared, family in _families([_text(i, request, room) for i, request in enumerate(requests)], engine):
-        with _held(engine, shared) as stem:
+        stem = [_Text(tokens=shared, index=-1, first=len(shared), targets=[])] if shared else []
+        with _running(engine, stem):
+            _compute(engine, stem)
             for texts in _steps(family, engine, shared):
-                with _running(engine, texts, stem):
+                with _running(engine, texts, *stem):
                     _compute(engine, texts)
                 results |= {text.index: Scored(text.logprob, text.greedy) for text in texts}
                 progress(len(results))
@@ -133,18 +135,6 @@ def _steps(texts: list[_Text], engine: Engine, shared: list[int]) -> Iterator[li
                     step = []
                 step.append(text)
             yield step
-
-
-@contextmanager
-def _held(engine: Engine, tokens: list[int]) -> Iterator[_Text | None]:
-    """A text whose rows stay in the cache, for others to begin with; None if it has none."""
-    if not tokens:
-        yield None
-        return
-    stem = _Text(tokens=tokens, index=-1, first=len(tokens), targets=[])
-    with _running(engine, [stem]):
-        _compute(engine, [stem])
-        yield stem
 
 
 @contextmanager

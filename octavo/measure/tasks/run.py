@@ -158,7 +158,8 @@ class _Asking:
 
 def _examples_of_its_own(task: Task, shots: int) -> int:
     """How many of the questions are the examples: all `shots`, or none where these are of another split."""
-    examples = list(task.fewshot_docs() or ())[:shots]
+    with quiet():
+        examples = list(task.fewshot_docs() or ())[:shots]
     return shots if examples == [task.eval_docs[i] for i in range(len(examples))] else 0
 
 
