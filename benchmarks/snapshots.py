@@ -21,7 +21,7 @@ from memory import table
 from traces import TRACES, Request, with_small
 
 from octavo.cache.blocks import prefix_hash
-from octavo.cache.snapshots import Part, Place, Snapshot, Snapshots
+from octavo.cache.snapshots import Place, Segment, Snapshot, Snapshots
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "SNAPSHOTS.md"
@@ -36,8 +36,8 @@ class Recent(Snapshots):
 
     KEPT = 0.0
 
-    def _into(self, part: Part, snapshot: Snapshot) -> None:
-        super()._into(part, snapshot)
+    def _into(self, segment: Segment, snapshot: Snapshot) -> None:
+        super()._into(segment, snapshot)
         snapshot.rank = (0, snapshot.rank[1])
 
 
@@ -52,9 +52,9 @@ class Length(Snapshots):
 
     KEPT = 0.0
 
-    def _into(self, part: Part, snapshot: Snapshot) -> None:
-        super()._into(part, snapshot)
-        snapshot.rank = (part.age + snapshot.length, snapshot.rank[1])
+    def _into(self, segment: Segment, snapshot: Snapshot) -> None:
+        super()._into(segment, snapshot)
+        snapshot.rank = (segment.age + snapshot.length, snapshot.rank[1])
 
 
 class OnePart(Snapshots):
@@ -161,8 +161,8 @@ class Trace:
     def _take(
         self, snapshots: Snapshots, hit: Snapshot | None, start: int, shared: int, request: Request, hashes: list[bytes]
     ) -> int:
-        turn = snapshots.begin(hit, len(request.prompt))
-        turn.since = start
+        trail = snapshots.begin(hit, len(request.prompt))
+        trail.since = start
         marks = sorted(snapshots.marks(start, shared, len(request.prompt)).items())
         end = len(hashes) * self.unit
         if end > len(request.prompt) and end > start and not isinstance(snapshots, PromptsAlone):
@@ -170,7 +170,7 @@ class Trace:
         for length, place in marks:
             slot = snapshots.take()
             assert slot is not None, "one request at a time holds nothing"
-            snapshots.put(slot, hashes[length // self.unit - 1], length, place, turn)
+            snapshots.put(slot, hashes[length // self.unit - 1], length, place, trail)
         return len(marks)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from machine import describe
 
 from octavo.cli import main as octavo
+from octavo.measure.tasks import BENCHMARKS
 
 Document = dict[str, Any]
 
@@ -82,7 +83,7 @@ def table(document: Document) -> str:
         base, *others = formats
         cells = [document["model"], "shots", "n", f"`{base}`", "solved", *(f"`{name}` −" for name in others)]
         lines += [f"| {' | '.join(cells)} |", "|---|" + "---:|" * 3 + "---|" + "---:|" * len(others)]
-        for row in document["tasks"]["rows"]:
+        for row in sorted(document["tasks"]["rows"], key=lambda row: list(BENCHMARKS).index(row["name"].split()[0])):
             if tuple(row["scores"]) == formats:
                 score = f"{row['scores'][base]:.1f} ± {row['errors'][base]:.1f}"
                 changes = [f"{row['differences'][n]:+.1f} ± {row['difference_errors'][n]:.1f}" for n in others]

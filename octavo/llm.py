@@ -33,7 +33,7 @@ from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
 from octavo.engine.reading import Reading
 from octavo.engine.sequence import FinishReason, Sequence
-from octavo.engine.threads import Turns
+from octavo.engine.threads import EngineTurns
 from octavo.engine.warmup import LargestStep
 from octavo.errors import OctavoError
 from octavo.grammars import Grammars
@@ -156,7 +156,7 @@ class LLM:
         self.grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
         self._generations: dict[Sequence, Generation] = {}
         self._looked = False  # whether values outside the format's range have been looked for
-        self._turns = Turns(self._step)
+        self._turns = EngineTurns(self._step)
         bound.on_failure(self._turns.fail)
 
     def __reduce__(self) -> NoReturn:

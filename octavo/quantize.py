@@ -2,7 +2,7 @@
 
 One pass over windows of text, through the same attention as serving, keeps of every linear layer's input the mean
 magnitude of its channels and a sample of rows. Then each group of layers that share an input is scaled where something
-in front of it can absorb the scale (weights/scale_folding.py), the model must still compute what it did, and layer
+in front of it can absorb the scale (models/scale_folding.py), the model must still compute what it did, and layer
 after layer is rounded and replaced by its packed self, so that from there on memory shrinks.
 """
 
@@ -23,11 +23,11 @@ from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import BoundModel
 from octavo.models.packed import GROUP_SIZES, packable
 from octavo.models.prepack import is_prepacked
+from octavo.models.scale_folding import Fold, absorb, find_folds
 from octavo.progress import Progress, silent
 from octavo.weights.awq import TINY, Search, round_to_nearest, search_scale, search_shrink
-from octavo.weights.layouts import AWQ, Int4Weight
+from octavo.weights.layouts import Int4Weight, pack_awq
 from octavo.weights.linear import PackedLinear
-from octavo.weights.scale_folding import Fold, absorb, find_folds
 
 Method = Literal["awq", "rtn"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -276,7 +276,7 @@ def _round(
             output = (rows @ weight.T).square().mean().clamp(min=TINY)
             plain += ((rows @ (unscaled - weight).T).square().mean() / output).item() / len(fold.layers)
             error += ((rows @ (rounded.dequantize() - weight).T).square().mean() / output).item() / len(fold.layers)
-            tensors |= {f"{name}.{key}": tensor.cpu() for key, tensor in AWQ.pack(rounded).items()}
+            tensors |= {f"{name}.{key}": tensor.cpu() for key, tensor in pack_awq(rounded).items()}
             _replace(hf, name, rounded)
             weights += weight.numel()
             done += 1

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from octavo import LLM, KVFormat, SamplingParams
-from octavo.cache.size import CacheSize, format_bytes
+from octavo.cache.size import CacheSize
 from octavo.cli import main
 from octavo.cli.progress import progress
 from octavo.corpus import load_texts
@@ -19,6 +19,7 @@ from octavo.measure.candidate import Candidate
 from octavo.measure.report.page import write_report
 from octavo.models.model import BUNDLED, Model
 from octavo.text_windows import consecutive_windows
+from octavo.units import format_bytes
 
 WORK_DIR = Path("demo")
 PROMPTS = ("Once upon a time there was a little fox who", "The old printer took the sheet from the press and")

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "octavo"
 
 # From the ground up. A part imports from earlier groups and from itself; parts of one group know nothing of each other.
 ORDER = (
-    ("cores", "errors", "interrupts", "progress"),
+    ("contexts", "cores", "errors", "interrupts", "progress"),
     ("artefact", "devices", "native", "units"),
     ("quant",),
     ("cache",),

@@ -43,7 +43,7 @@ def story(llm: LLM) -> Completion:
 def assert_idle(llm: LLM) -> None:
     llm.engine.scheduler.check()
     assert not llm.engine.busy
-    assert len(llm.engine.pool.free) == len(llm.engine.pool)
+    assert not llm.engine.pool.groups[0].used
     assert llm.begun == []
 
 
@@ -457,13 +457,13 @@ def test_the_format_may_be_a_value_and_is_by_default_the_models_own(pamphlet: Mo
     assert str(LLM(pamphlet, **ROOM).format) == "fp32"
     mixed = LLM(pamphlet, kv=KVFormat.parse("k8v4"), **ROOM)
     assert str(mixed.format) == "k8v4"
-    assert mixed.cache.block_nbytes < llm.cache.block_nbytes / 4
+    assert mixed.cache.size.block < llm.cache.size.block / 4
 
 
 @pytest.mark.parametrize("memory", ["3MiB", "3072 kib", 3 << 20, "3145728B"])
 def test_the_cache_takes_the_memory_that_was_asked_for_and_not_a_block_more(pamphlet: Model, memory: str | int):
     cache = LLM(pamphlet, kv="fp32", kv_cache_memory=memory).cache
-    assert 3 << 20 >= cache.nbytes > (3 << 20) - cache.block_nbytes
+    assert 3 << 20 >= cache.nbytes > (3 << 20) - cache.size.block
     assert cache.nbytes == sum(store.codes.nbytes for store in cache.stores)
 
 

@@ -31,7 +31,7 @@ def codes(llm: LLM, tokens: list[int]) -> session.Codes:
 def assert_idle(llm: LLM) -> None:
     llm.engine.scheduler.check()
     assert not llm.engine.busy
-    assert len(llm.engine.pool.free) == len(llm.engine.pool)
+    assert not llm.engine.pool.groups[0].used
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,9 @@ def test_what_was_evicted_or_never_computed_is_computed_for_the_file(
     warm = new(pamphlet, "int8-token")
     warm.generate(prompt, LENGTH)
     saved = codes(warm, prompt)
-    for _ in range(len(warm.engine.pool) - 2):  # all but the first blocks of the prefix are reused
-        warm.engine.pool.release([warm.engine.pool.take()])
+    [blocks] = warm.engine.pool.groups
+    for _ in range(len(blocks) - 2):  # all but the first blocks of the prefix are reused
+        blocks.release([blocks.take()])
     warm.save(tmp_path / "warm", prompt)
     assert len(warm.engine.pool.find(prompt)) == 2
     for name in ("cold", "warm"):

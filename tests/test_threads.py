@@ -39,7 +39,7 @@ def llm(pamphlet: Model) -> LLM:
 def assert_idle(llm: LLM) -> None:
     llm.engine.scheduler.check()
     assert not llm.engine.busy
-    assert len(llm.engine.pool.free) == len(llm.engine.pool)
+    assert not llm.engine.pool.groups[0].used
     assert llm.begun == []
 
 
@@ -277,7 +277,8 @@ def test_ctrl_c_within_the_tables_of_a_step_waits_until_they_are_whole(llm: LLM,
         llm.engine.pool.clear()
         seen.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(llm.engine.pool, name, interrupt(getattr(llm.engine.pool, name)))
+            [blocks] = llm.engine.pool.groups
+            patch.setattr(blocks, name, interrupt(getattr(blocks, name)))
             with pytest.raises(KeyboardInterrupt):
                 llm.generate([[5] * 100, [6] * 70], SamplingParams(max_tokens=30, ignore_eos=True))
         assert set(seen) == {name}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from octavo.errors import OctavoError, Unsupported
 from octavo.models import states
 from octavo.models.bind import bind, short_context
-from octavo.models.hook import NAME
+from octavo.models.hook import NAME, attended
 from octavo.models.model import Model
 
 BESIDE = "octavo-beside"  # our function beside that of the name that follows
@@ -37,11 +36,10 @@ class Step(Protocol):
     def end(self, done: bool) -> None: ...
 
 
-class _Thread(threading.local):
-    step: Step | None = None
-
-
-_thread = _Thread()
+def _step() -> Step | None:
+    """That of the forward that this thread runs, where it is one over a CodedCache."""
+    found = attended.get()
+    return found if hasattr(found, "begin") else None
 
 
 class Hook:
@@ -130,12 +128,12 @@ class Hook:
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise OctavoError("attention_mask must be [batch, tokens]: a mask of another form hides what codes cannot")
         cache.begin(*rows.shape[:2], mask)
-        _thread.step = cache
+        attended.set(cache)
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
         """After a forward, `output` None if it failed."""
-        step, _thread.step = _thread.step, None
-        if step is not None:
+        if (step := _step()) is not None:
+            attended.set(None)
             step.end(output is not None)
 
 
@@ -148,8 +146,7 @@ def _beside(before: str) -> str:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        step = _thread.step
-        if step is None:
+        if (step := _step()) is None:
             return _function(before, module)(module, query, key, value, attention_mask, **kwargs)
         if torch.is_grad_enabled() and query.requires_grad:
             raise OctavoError("attention on codes has no gradients: run the model under torch.inference_mode()")
@@ -160,7 +157,7 @@ def _beside(before: str) -> str:
     if before in masks:
         made = masks[before]
         AttentionMaskInterface.register(
-            name, lambda *args, **kwargs: None if _thread.step is not None else made(*args, **kwargs)
+            name, lambda *args, **kwargs: None if _step() is not None else made(*args, **kwargs)
         )
     return name
 

@@ -35,15 +35,11 @@ SMALL = 8  # blocks: a memory of so few is left as it is
 
 @dataclass(eq=False, kw_only=True)
 class Row(Held):
-    """A sequence, as a batch is built of it."""
+    """A sequence, as a batch is built of it. It has as many `tokens` as there are once the step is done; which they
+    are only the model knows."""
 
     before: int | None = None  # the number of the span that is recorded
     num_new: int = 0
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        """As many as there are once the step is done. Which they are only the model knows."""
-        return range(self.num_cached + self.num_new)
 
 
 @dataclass
@@ -72,7 +68,7 @@ class Sequences:
         committed has changed nothing."""
         work = []
         for row, count in zip(self.rows, counts, strict=True):
-            row.num_new = count
+            row.num_new, row.tokens = count, range(row.num_cached + count)
             self._cut(row)  # of a step that failed
             if not self.records:
                 self._let_go(row)
@@ -84,7 +80,7 @@ class Sequences:
             self._take_blocks(group, [row for row, _ in work])
         if self.span:
             self.recording = self._record(work) if self.records else None
-        return Batch.build(work, self.size, span=self.span)
+        return self.cache.batch(work)
 
     def record(self, layer: LayerCache, k: Tensor, v: Tensor) -> None:
         """Keep what this step would overwrite: before it attends, with its rows k and v [T, kv_heads, dim]."""

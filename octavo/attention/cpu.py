@@ -12,6 +12,7 @@ The extension may be missing (no compiler when the package was installed): `unav
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from octavo import native
 from octavo.attention.backend import AttentionSpec, Backend
-from octavo.attention.prefill import Part, capped, flash
+from octavo.attention.prefill import ChunkPart, capped, flash
 from octavo.attention.raw_pages import RawPages
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
@@ -27,13 +28,14 @@ from octavo.cache.plan import LayerPlan, Side
 from octavo.cache.row_store import RowStore
 from octavo.cache.store import LayerCache
 from octavo.devices import HOST
-from octavo.native import FLOATS
+from octavo.native import address, expect, in_rows
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
 
 TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile, 8 MB in bf16; at least one head's whole context
 SIDES: tuple[Side, Side] = ("k", "v")
 extension = native.load("octavo.attention._native")
 _native = native.functions(extension)
+FLOATS = extension.floats
 
 # Whether attention is float32 in one order of sums, so that a row's bits do not depend on its company. Where the
 # processor multiplies bf16 and bytes, that is not the fastest way, and done for layers that ask for it.
@@ -64,14 +66,14 @@ def refuses(plan: LayerPlan) -> str | None:
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """As `octavo.attention.attend`."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(in_rows, (q, k, v))
     owner, layer, step = spec.shape.shares is None, _layer(spec, cache), _step(batch, cache)
     out = torch.empty(len(q), spec.heads, cache.v.dim, dtype=q.dtype)
     if exact or spec.exact or cache.raw is not None:
         edges = step.edges.sides(cache, batch, owner) if step.edges is not None else NO_EDGES
         _native.attend(
             _side(cache.k), _side(cache.v), *edges, layer.attention, step.native, owner,
-            *_rows(q), *_rows(k), *_rows(v), out.data_ptr(), torch.get_num_threads(),
+            _rows(q), _rows(k), _rows(v), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if owner:
             for store in (cache.k, cache.v):
@@ -82,7 +84,7 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
         write(cache.v, v, batch.slots)
     if step.singles:
         _native.decode(
-            _side(cache.k), _side(cache.v), layer.attention, step.native, *_rows(q), out.data_ptr(),
+            _side(cache.k), _side(cache.v), layer.attention, step.native, _rows(q), out.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
     for chunk in step.chunks:
@@ -90,16 +92,24 @@ def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tens
     return out
 
 
-def _rows(x: Tensor) -> tuple[int, int, int, int]:
-    """Rows [tokens, heads, dim] as the kernels take them."""
-    return x.data_ptr(), FLOATS[x.dtype], x.stride(0), x.stride(1)
+def _rows(x: Tensor) -> tuple[int, ...]:
+    """Rows [tokens, heads, dim] as the kernels take them, which check their shape."""
+    return x.data_ptr(), FLOATS[x.dtype], *x.shape, x.stride(0), x.stride(1)
+
+
+def _addresses(numbers: Sequence[Tensor], lengths: Sequence[int]) -> list[int]:
+    """Of tensors of numbers that say where something lies; the kernels see that it is there."""
+    for x, length in zip(numbers, lengths, strict=True):
+        right = x.dtype == torch.int64 and x.is_contiguous() and x.device == HOST and len(x) == length
+        expect(right, "contiguous int64 numbers in the host's memory, as many as the step has sequences or rows")
+    return [x.data_ptr() for x in numbers]
 
 
 def write(store: RowStore, x: Tensor, slots: Tensor) -> None:
     """As `RowStore.write`."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    tokens = _native.write(_side(store), *_rows(x), slots.data_ptr(), len(x), torch.get_num_threads())
+    x = in_rows(x)
+    [to] = _addresses([slots], [len(x)])
+    tokens = _native.write(_side(store), _rows(x), to, len(x), torch.get_num_threads())
     store.written += tokens * store.heads * store.dim
 
 
@@ -107,16 +117,18 @@ def read(store: RowStore, heads: slice, blocks: Tensor, dtype: torch.dtype) -> T
     """Rows of some heads and blocks [n] as numbers that only the static part separates from x:
     [heads, n·block_size, dim]."""
     count = heads.stop - heads.start
+    [start] = _addresses([blocks], [len(blocks)])
     out = torch.empty(count, len(blocks) * store.layout.block_size, store.dim, dtype=dtype)
     _native.read(
-        _side(store), heads.start, count, blocks.data_ptr(), len(blocks), FLOATS[dtype], out.data_ptr(),
+        _side(store), heads.start, count, start, len(blocks), FLOATS[dtype], out.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def stream(store: RowStore, blocks: Tensor) -> int:
-    """Read the codes of blocks [n] and nothing else: the yardstick of benchmarks/attention_cpu.py."""
+    """Read the codes of blocks [n], which must be there, and nothing else: the yardstick of
+    benchmarks/attention_cpu.py."""
     return _native.stream(_side(store), blocks.data_ptr(), len(blocks), torch.get_num_threads())
 
 
@@ -167,8 +179,9 @@ class _Layer:
     def __init__(self, spec: AttentionSpec):
         self.spec = spec
         self.sinks = spec.sinks.float().contiguous() if spec.sinks is not None else None
+        expect(self.sinks is None or self.sinks.shape == (spec.heads,), "a sink of each head")
         self.attention = _native.Attention(
-            spec.heads, spec.scale, spec.window or 0, spec.softcap or 0.0, _address(self.sinks)
+            spec.heads, spec.scale, spec.window or 0, spec.softcap or 0.0, address(self.sinks)
         )
 
 
@@ -183,15 +196,15 @@ class _Chunk:
 
     def __init__(self, rows: slice, kv_len: int, table: Tensor):
         self.rows, self.kv_len, self.table = rows, kv_len, table
-        self.by_window: dict[int | None, tuple[Tensor, list[Part]]] = {}
+        self.by_window: dict[int | None, tuple[Tensor, list[ChunkPart]]] = {}
 
-    def seen(self, window: int | None) -> tuple[Tensor, list[Part]]:
+    def seen(self, window: int | None) -> tuple[Tensor, list[ChunkPart]]:
         """The blocks [n] that its queries see, and its parts among the tokens of those blocks."""
         if window not in self.by_window:
             n, size = self.rows.stop - self.rows.start, _native.BLOCK
             first = 0 if window is None else max(0, self.kv_len - n + 1 - window) // size
             blocks = self.table[first : -(-self.kv_len // size)]
-            self.by_window[window] = blocks, Part.of_chunk(n, self.kv_len - first * size, window)
+            self.by_window[window] = blocks, ChunkPart.of_chunk(n, self.kv_len - first * size, window)
         return self.by_window[window]
 
 
@@ -201,9 +214,10 @@ class _Step:
     def __init__(self, batch: Batch, cache: LayerCache):
         self.edges = _Edges(batch, cache) if cache.raw is not None else None
         self.keep = batch.q_start, batch.kv_len, batch.block_table, batch.slots  # as long as their addresses
-        q_start, kv_len, table, slots = (x.data_ptr() for x in self.keep)
+        sequences, rows = len(batch.q_lens), sum(batch.q_lens)
+        q_start, kv_len, table, slots = _addresses(self.keep, (sequences + 1, sequences, sequences, rows))
         edges = self.edges.addresses if self.edges is not None else [0] * 6
-        self.native = _native.Plan(len(batch.q_lens), q_start, kv_len, table, batch.block_table.shape[1], slots, *edges)
+        self.native = _native.Plan(sequences, q_start, kv_len, table, batch.block_table.shape[1], slots, *edges)
         self.written = 0 if batch.fixed else int((batch.slots >= 0).sum())  # rows
         self.singles = 1 in batch.q_lens
         starts = batch.q_start
@@ -230,12 +244,11 @@ class _Edges:
     """Raw pages of a step: which hold what its queries read, and where its own rows go."""
 
     def __init__(self, batch: Batch, cache: LayerCache):
-        assert batch.raw_slots is not None, "the batch was built without the span of the cache"
-        assert batch.first is not None
-        assert batch.ring is not None
         self.pages = pages = RawPages.of(batch, cache)
-        self.keep = batch.first, batch.ring, batch.raw_slots, pages.hand, pages.slots  # as long as their addresses
-        self.addresses = [cache.span, *(x.data_ptr() for x in self.keep)]
+        raw_slots, first, ring = batch.edges
+        self.keep = first, ring, raw_slots, pages.hand, pages.slots  # as long as their addresses
+        sequences, rows = len(batch.q_lens), sum(batch.q_lens)
+        self.addresses = [cache.span, *_addresses(self.keep, (sequences, sequences, rows, sequences, rows))]
         self.hand: dict[tuple[Any, ...], list[RowStore]] = {}  # pages in hand, of layers of one shape
 
     def sides(self, cache: LayerCache, batch: Batch, owner: bool) -> Sides:
@@ -262,27 +275,27 @@ def _side(store: RowStore) -> Any:
         if store.layout.block_size != _native.BLOCK:
             raise ValueError(f"blocks of {store.layout.block_size} tokens; the native kernels have {_native.BLOCK}")
         codec, static = store.codec, store.static
+        if static is not None:
+            for x in (static.mu, static.c, static.reciprocal):
+                expect(x.shape == (store.heads, store.dim) and x.is_contiguous(), "a static part [heads, dim]")
         tables: list[Tensor | None] = [None] * 3
         if codec.has_token_scale:
             tables = [table[codec.bits] for table in (TOKEN_SCALE, TOKEN_RECIPROCAL, TOKEN_LIMIT)]
         store.native = _native.side(
-            codec.kernel_number,
+            _native.CODES["float8_e4m3fn" if codec.kind == "float" else codec.dtype],
             store.heads,
             store.dim,
             store.layout.order in ("k-tiles", "columns"),
             codec.rotated,
             store.codes.data_ptr(),
-            _address(store.scales),
-            *(_address(x) for x in ((static.mu, static.c, static.reciprocal) if static else (None,) * 3)),
-            *(_address(table) for table in tables),
+            address(store.scales),
+            *(address(x) for x in ((static.mu, static.c, static.reciprocal) if static else (None,) * 3)),
+            *(address(table) for table in tables),
             store.codes[0, 0].nbytes,
             store.saturated.data_ptr(),
+            store.num_blocks,
         )
     return store.native
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 BACKEND = Backend("native", Layout(order="tiles"), attend, refuses, recordable=True)

@@ -18,7 +18,7 @@ WINDOW_ROWS = 256  # queries that share a tile of a window's keys, or as many as
 
 
 @dataclass(frozen=True)
-class Part:
+class ChunkPart:
     """Some queries of a chunk and some keys among which they see: query i of the part stands at key `offset + i`."""
 
     rows: slice
@@ -29,7 +29,7 @@ class Part:
     masks: dict[Any, Tensor] = field(default_factory=dict)  # kept by all parts of a chunk: most of them look alike
 
     @classmethod
-    def of_chunk(cls, n: int, length: int, window: int | None) -> list[Part]:
+    def of_chunk(cls, n: int, length: int, window: int | None) -> list[ChunkPart]:
         """Parts of the last n of `length` tokens that skip what is hidden from all: future keys and those left behind
         by the window. Without a window they are the chunk itself and all that came before it."""
         past, parts = length - n, []
@@ -69,7 +69,7 @@ class Part:
             total.copy_(torch.logaddexp(total, its_total))
 
 
-def flash(q: Tensor, keys: Tensor, values: Tensor, shift: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+def flash(q: Tensor, keys: Tensor, values: Tensor, shift: Tensor, part: ChunkPart) -> tuple[Tensor, Tensor]:
     """torch's own attention of q [heads, group, n, k_dim] over keys [heads, m, k_dim] and values [heads, m, v_dim]:
     the output [heads, group, n, v_dim], and log Σ exp(score + shift) [heads, group, n]."""
     v_dim = values.shape[-1]
@@ -85,7 +85,9 @@ def flash(q: Tensor, keys: Tensor, values: Tensor, shift: Tensor, part: Part) ->
     return out[..., :v_dim], total + shift
 
 
-def capped(q: Tensor, keys: Tensor, values: Tensor, shift: Tensor, part: Part, softcap: float) -> tuple[Tensor, Tensor]:
+def capped(
+    q: Tensor, keys: Tensor, values: Tensor, shift: Tensor, part: ChunkPart, softcap: float
+) -> tuple[Tensor, Tensor]:
     """As `flash` in float32, with scores of softcap·tanh((score + shift)/softcap); some queries at a time."""
     out, total = q.new_empty(*q.shape[:3], values.shape[-1]), torch.empty_like(shift)
     step = max(1, SCORES // (q.shape[0] * q.shape[1] * keys.shape[1]))

@@ -29,8 +29,7 @@ class RawPages:
         return batch.plan["raw pages"]
 
     def __init__(self, batch: Batch, span: int, size: int, whole: bool = False):
-        assert batch.first is not None, "the batch was built without the span of the cache"
-        assert batch.ring is not None
+        _, first, ring = batch.edges
         hand = torch.full((2, len(batch.q_lens)), -1)
         slots = torch.full((len(batch.ids),), -1)
         self.count = 0  # pages in hand
@@ -53,13 +52,13 @@ class RawPages:
                             for page in range(origin if whole else max(origin, 1), -(-begin // size))]  # fmt: skip
                 self.count += -(-kv_len // size) - origin
             row += n
-        device = batch.ring.device
+        device = ring.device
         # [B] page 0 in hand, and the first page in hand of the own span; −1: it has none.
         self.first, self.hand = send(hand, device)
         self.slots = send(slots, device)  # [T] of new rows in hand
         of, page, self.to = send(torch.tensor(earlier, dtype=torch.int64).view(-1, 3), device).unbind(1)
         # Pages of the cache, and the pages in hand where their rows go.
-        self.earlier = torch.where(page == page_0, batch.first[of], batch.ring[of] + page)
+        self.earlier = torch.where(page == page_0, first[of], ring[of] + page)
 
     def earlier_rows(self, batch: Batch, cache: LayerCache, owner: bool) -> list[Tensor]:
         """What the `earlier` pages of K and of V hold. The owner of the cache asks before the step's own rows take

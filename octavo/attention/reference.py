@@ -137,7 +137,7 @@ def _own_rows(cache: LayerCache, k: Tensor, v: Tensor, batch: Batch) -> list[Own
     """From the ring as it was before the step, and from the rows in hand."""
     raw, span, size = cache.raw, cache.span, cache.layout.block_size
     assert raw is not None
-    assert batch.ring is not None, "the batch was built without the span of the cache"
+    _, _, rings = batch.edges
     kept = batch.plan.setdefault(("ring", id(cache)), {})  # a layer that shares this cache comes when it is overwritten
     found: list[OwnRows] = []
     end = 0
@@ -146,7 +146,7 @@ def _own_rows(cache: LayerCache, k: Tensor, v: Tensor, batch: Batch) -> list[Own
         past = max(0, kv_len - n)
         begin = max(size, past // span * span)
         if i not in kept:
-            ring = batch.ring[i] + torch.arange(span // size, device=k.device)
+            ring = rings[i] + torch.arange(span // size, device=k.device)
             places = torch.arange(begin, max(begin, past), device=k.device) % span
             kept[i] = [store.layout.read_rows(store.codes, ring)[:, places].transpose(0, 1) for store in raw]
         new = slice(start + max(0, begin - past), end)  # those of page 0 are read from their page
@@ -162,12 +162,12 @@ def _attend_raw(
     the other."""
     raw, span = cache.raw, cache.span
     assert raw is not None
-    assert batch.first is not None
+    _, first, _ = batch.edges
     kv_len, n, begin = int(batch.kv_len[i]), batch.q_lens[i], own[0]
     if kv_len == 0:  # a padded row
         return
     first_row = sum(batch.q_lens[:i]) - (kv_len - n)  # the row of the query at position t is this + t
-    page = [store.layout.read_rows(store.codes, batch.first[i : i + 1])[:, :kv_len].transpose(0, 1) for store in raw]
+    page = [store.layout.read_rows(store.codes, first[i : i + 1])[:, :kv_len].transpose(0, 1) for store in raw]
     for start in range((kv_len - n) // span * span, kv_len, span):
         t = torch.arange(max(start, kv_len - n), min(start + span, kv_len), device=q.device)
         mine = slice(max(0, start - begin), start + span - begin) if start + span > begin else slice(0)

@@ -10,30 +10,15 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from octavo.cache.holding import Held
 from octavo.devices import HOST, send
 
 MAX_BATCH_TOKENS = 1024  # tokens of a step unless said otherwise, and so rows of a chunk of a long prompt
-
-
-class Cached(Protocol):
-    """What a batch needs to know of a sequence."""
-
-    @property
-    def tokens(self) -> Sequence[int]: ...
-
-    @property
-    def tables(self) -> list[list[int]]:
-        """Its blocks in each group of layers, or one table for all of them."""
-
-    num_cached: int  # tokens whose K and V are in the cache
-    first_page: int  # the raw page of page 0, where the format has edges
-    ring: int  # the first of the raw pages of its own span
-    state_slot: int | None  # of its states, where the model has layers that keep some
 
 
 @dataclass
@@ -67,7 +52,7 @@ class Batch:
     @classmethod
     def build(
         cls,
-        work: Sequence[tuple[Cached, int]],
+        work: Sequence[tuple[Held, int]],
         block_size: int,
         newest: Tensor | None = None,
         span: int = 0,
@@ -110,14 +95,10 @@ class Batch:
             at_ring = batch.ring[row] * block_size + positions % span
             at_edge = torch.where(positions >= begins[row], at_ring, -1)
             batch.raw_slots = torch.where(positions < block_size, batch.first[row] * block_size + positions, at_edge)
-        batch.others = [
-            replace(batch, slots=own, block_table=other, plan={})
-            for own, other in zip(slots[1:], table[1:], strict=True)
-        ]
-        return batch
+        return batch.beside(slots[1:], table[1:])
 
     @classmethod
-    def _of_tokens(cls, sequences: Sequence[Cached], block_size: int, span: int, states: bool) -> Batch:
+    def _of_tokens(cls, sequences: Sequence[Held], block_size: int, span: int, states: bool) -> Batch:
         """A step of one token for each sequence: its numbers are few, and become one tensor."""
         count, at = len(sequences), [sequence.num_cached for sequence in sequences]
         groups = range(len(sequences[0].tables))
@@ -156,17 +137,25 @@ class Batch:
             q_lens=[1] * count,
             kv_lens=numbers["kv_len"],
         )
-        batch.others = [replace(batch, slots=own, block_table=table, plan={})
-                        for own, table in zip(slots[1:], tables[1:], strict=True)]  # fmt: skip
-        return batch
+        return batch.beside(slots[1:], tables[1:])
+
+    def beside(self, slots: Sequence[Tensor], tables: Sequence[Tensor]) -> Batch:
+        """This step, with what the other groups have in the place of group 0's slots and tables."""
+        self.others = [replace(self, slots=own, block_table=table, plan={}, others=[])
+                       for own, table in zip(slots, tables, strict=True)]  # fmt: skip
+        return self
+
+    @property
+    def edges(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`raw_slots`, `first` and `ring`, where the format has edges."""
+        assert self.raw_slots is not None, "the batch was built without the span of the cache"
+        assert self.first is not None
+        assert self.ring is not None
+        return self.raw_slots, self.first, self.ring
 
     def of(self, group: int) -> Batch:
         """The step as the layers of a group have it. Where it was built of one table, all groups have that."""
         return self.others[group - 1] if group and self.others else self
-
-    def at(self, offset: int) -> Batch:
-        """The same step with its rows placed `offset` positions later, as calibration places its windows."""
-        return replace(self, positions=self.positions + offset, plan={})
 
     def on(self, device: torch.device) -> Batch:
         """This batch with its tensors on `device`: itself, or one copy shared by that device's layers."""
@@ -175,9 +164,8 @@ class Batch:
             return self
         if device not in self.plan:
             moved = replace(self, **_moved(tensors, device), plan={})
-            own = [_moved({"slots": other.slots, "block_table": other.block_table}, device) for other in self.others]
-            moved.others = [replace(moved, **tensors, plan={}, others=[]) for tensors in own]
-            self.plan[device] = moved
+            others = [_moved({"slots": own.slots, "block_table": own.block_table}, device) for own in self.others]
+            self.plan[device] = moved.beside([own["slots"] for own in others], [own["block_table"] for own in others])
         return self.plan[device]
 
 

@@ -12,7 +12,6 @@ blocks from the tail, so the beginning of a prefix outlives its end.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -91,19 +90,6 @@ class BlockPool:
         """Have `count` more blocks, all free."""
         self.free.update(dict.fromkeys(range(len(self.blocks), len(self.blocks) + count)))
         self.blocks += [Block() for _ in range(count)]
-
-    def prefix_blocks(self, tokens: Tokens[int]) -> int:
-        """Most blocks that a hit on `tokens` can have: whole ones, and never that of the last token, whose logits are
-        still to be computed; and a shared block is never written."""
-        return max(0, len(tokens) - 1) // self.block_size
-
-    def prefixes(self, tokens: Tokens[int]) -> Iterator[tuple[bytes, tuple[int, ...]]]:
-        """Of each block that a hit on `tokens` can have, the hash of the prefix that it ends, and its own tokens."""
-        parent = None
-        for start in range(0, self.prefix_blocks(tokens) * self.block_size, self.block_size):
-            own = tuple(tokens[start : start + self.block_size])
-            parent = prefix_hash(parent, own)
-            yield parent, own
 
     def lookup(self, prefix: bytes, own: tuple[int, ...]) -> int | None:
         """The block that ends that prefix with the tokens `own`."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from octavo.cache.snapshots import Turn
+from octavo.cache.snapshots import Trail
 
 
 @dataclass(eq=False, kw_only=True)
 class Held:
-    """Where the rows and states of a sequence lie."""
+    """Where the rows and states of a sequence lie. `tables` may be one that all groups have."""
 
+    tokens: Sequence[int] = field(default_factory=list)
     num_cached: int = 0  # tokens whose K and V are in the cache
     tables: list[list[int]] = field(default_factory=list)  # of each group of layers: the blocks of its tokens
     behind: list[int] = field(default_factory=list)  # of each group: leading blocks that no query sees, given back
@@ -25,4 +27,4 @@ class Holding(Held):
 
     tokens: list[int]
     prefixes: list[bytes] = field(default_factory=list)  # hash of the prefix that each full block ends
-    turn: Turn | None = None  # its snapshots of states, until it ends
+    trail: Trail | None = None  # its snapshots of states, until it ends

@@ -12,10 +12,10 @@ last blocks are enough. Pure Python, no tensors but those that the pool of state
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from octavo.cache.blocks import GONE, BlockPool
+from octavo.cache.blocks import GONE, BlockPool, prefix_hash
 from octavo.cache.edges import EdgePool
 from octavo.cache.holding import Holding
 from octavo.cache.recurrent import SequenceStates
@@ -36,39 +36,44 @@ class Hit:
         return len(self.prefixes)
 
 
-class CachePool(BlockPool):
-    """The blocks of group 0, those of the `narrower` groups, the raw pages and the slots of states of a cache."""
+class CachePool:
+    """The blocks of all groups, the widest reach first, the raw pages and the slots of states of a cache."""
 
-    def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        prefix_caching: bool = True,
-        edges: EdgePool | None = None,
-        reach: int | None = None,
-        narrower: Sequence[BlockPool] = (),
-        states: StatePool | None = None,
-    ):
-        super().__init__(num_blocks, block_size, prefix_caching, reach)
-        self.edges = edges
-        unit = block_size * self._whole
-        self.states = SequenceStates(states, block_size, unit, self._findable) if states is not None else None
-        self.groups: list[BlockPool] = [self, *narrower]
+    def __init__(self, groups: Sequence[BlockPool], edges: EdgePool | None = None, states: StatePool | None = None):
+        self.groups, self.edges = groups, edges
+        self.block_size, self.prefix_caching = groups[0].block_size, groups[0].prefix_caching
+        self._whole = 1 if edges is None else edges.ring_pages  # blocks that a hit consists of multiples of
+        unit = self.block_size * self._whole
+        self.states = SequenceStates(states, self.block_size, unit, self._findable) if states is not None else None
 
     @property
     def capacity(self) -> int | None:
         """The longest sequence in tokens; None where any fits, since no group keeps all of it."""
-        return None if self.reach is not None else len(self) * self.block_size
+        widest = self.groups[0]
+        return None if widest.reach is not None else len(widest) * self.block_size
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that `tokens` tokens need in a group that keeps all."""
+        return self.groups[0].blocks_for(tokens)
 
     def prefix_blocks(self, tokens: Sequence[int]) -> int:
-        """As for a pool, with edges whole spans."""
-        return super().prefix_blocks(tokens) // self._whole * self._whole
+        """Most blocks that a hit on `tokens` can have: whole ones, with edges whole spans, and never that of the last
+        token, whose logits are still to be computed; and a shared block is never written."""
+        return max(0, len(tokens) - 1) // (self.block_size * self._whole) * self._whole
+
+    def prefixes(self, tokens: Sequence[int]) -> Iterator[tuple[bytes, tuple[int, ...]]]:
+        """Of each block that a hit on `tokens` can have, the hash of the prefix that it ends, and its own tokens."""
+        parent, size = None, self.block_size
+        for start in range(0, self.prefix_blocks(tokens) * size, size):
+            own = tuple(tokens[start : start + size])
+            parent = prefix_hash(parent, own)
+            yield parent, own
 
     def find(self, tokens: Sequence[int]) -> Hit:
         """The longest cached prefix of `tokens`. With edges it is whole spans, and its first page is there."""
         prefixes: list[bytes] = []
         found: list[list[int | None]] = [[] for _ in self.groups]
-        for prefix, own in self.prefixes(tokens) if self.by_prefix else ():
+        for prefix, own in self.prefixes(tokens) if self.groups[0].by_prefix else ():
             blocks = [pool.lookup(prefix, own) for pool in self.groups]
             if any(block is None and pool.reach is None for block, pool in zip(blocks, self.groups, strict=True)):
                 break
@@ -163,7 +168,7 @@ class CachePool(BlockPool):
     def clear(self) -> None:
         """Forget every cached prefix, so that the next request is a cold one."""
         for pool in self.groups:
-            BlockPool.clear(pool)
+            pool.clear()
         if self.edges is not None:
             self.edges.firsts.clear()
         if self.states is not None:
@@ -182,9 +187,4 @@ class CachePool(BlockPool):
 
     def _findable(self, prefix: bytes) -> bool:
         """Whether a prefix is cached, but for its states. Without attention there is nothing to be cached."""
-        return self.reach == 1 or prefix in self.by_prefix
-
-    @property
-    def _whole(self) -> int:
-        """Blocks that a hit consists of multiples of."""
-        return 1 if self.edges is None else self.edges.ring_pages
+        return self.groups[0].reach == 1 or prefix in self.groups[0].by_prefix

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from octavo.cache.holding import Holding
-from octavo.cache.snapshots import Snapshot, Snapshots, Turn
+from octavo.cache.snapshots import Snapshot, Snapshots, Trail
 from octavo.cache.states import StatePool
 
 
@@ -31,23 +31,23 @@ class SequenceStates:
         holder.state_slot = self.slots.take()
         if snapshot is not None:
             self.slots.copy(self._of_snapshot(snapshot.slot), holder.state_slot)
-        if holder.turn is None:
-            holder.turn = self.snapshots.begin(snapshot, len(holder.tokens))
+        if holder.trail is None:
+            holder.trail = self.snapshots.begin(snapshot, len(holder.tokens))
             self.computed_again += cached - (snapshot.length if snapshot is not None else 0)
-        turn, turn.since = holder.turn, snapshot.length if snapshot is not None else 0
-        turn.marks = self.snapshots.marks(turn.since, cached, len(holder.tokens))
-        for length in [length for length in turn.marks if length >= turn.prompt]:
-            turn.marks[length] = "answer"  # that it had said when it was preempted
+        trail, trail.since = holder.trail, snapshot.length if snapshot is not None else 0
+        trail.marks = self.snapshots.marks(trail.since, cached, len(holder.tokens))
+        for length in [length for length in trail.marks if length >= trail.prompt]:
+            trail.marks[length] = "answer"  # that it had said when it was preempted
 
     def part(self, holder: Holding, waiting: Iterable[Holding]) -> None:
         """Have a sequence that starts take a snapshot where those who wait part from its prompt."""
-        if (turn := holder.turn) is not None and self.snapshots.slots:
+        if (trail := holder.trail) is not None and self.snapshots.slots:
             for other in waiting:
-                self._mark(turn, self._common(other.tokens, holder.tokens[: turn.prompt]), holder.num_cached)
+                self._mark(trail, self._common(other.tokens, holder.tokens[: trail.prompt]), holder.num_cached)
 
     def until_mark(self, holder: Holding, tokens: int) -> int:
         """How many of its next `tokens` tokens a sequence computes in a step: those until a snapshot is due."""
-        marks = holder.turn.marks if holder.turn is not None else ()
+        marks = holder.trail.marks if holder.trail is not None else ()
         return min([tokens, *(mark - holder.num_cached for mark in marks if mark > holder.num_cached)])
 
     def comes(self, holder: Holding, start: int, running: Sequence[Holding]) -> bool:
@@ -56,32 +56,32 @@ class SequenceStates:
         if not self.snapshots.slots:
             return False
         for other in running:
-            if (turn := other.turn) is not None and other.num_cached < turn.prompt:
-                shared = self._common(holder.tokens, other.tokens[: turn.prompt])
-                if other.num_cached < shared and self._mark(turn, shared, start):
+            if (trail := other.trail) is not None and other.num_cached < trail.prompt:
+                shared = self._common(holder.tokens, other.tokens[: trail.prompt])
+                if other.num_cached < shared and self._mark(trail, shared, start):
                     return True
         return False
 
     def launched(self, holder: Holding, length: int) -> None:
         """A forward is launched after which a sequence has the states of `length` tokens."""
-        turn = holder.turn
-        if turn is None or holder.state_slot is None:
+        trail = holder.trail
+        if trail is None or holder.state_slot is None:
             raise AssertionError("a sequence without states runs")
-        answered = length >= turn.prompt and length % self.snapshots.unit == 0
-        if (length in turn.marks or answered) and (slot := self.snapshots.take()) is not None:
+        answered = length >= trail.prompt and length % self.snapshots.unit == 0
+        if (length in trail.marks or answered) and (slot := self.snapshots.take()) is not None:
             self.slots.copy(holder.state_slot, self._of_snapshot(slot))
             self.coming.setdefault(holder, {})[length] = slot
 
     def taken_in(self, holder: Holding) -> None:
         """A sequence's step is taken in: a snapshot that was copied after it can be found."""
-        coming, turn = self.coming.get(holder, {}), holder.turn
+        coming, trail = self.coming.get(holder, {}), holder.trail
         slot = coming.pop(holder.num_cached, None)
         if not coming:
             self.coming.pop(holder, None)
-        if slot is not None and turn is not None:
+        if slot is not None and trail is not None:
             prefix = holder.prefixes[holder.num_cached // self.block_size - 1]
-            place = turn.marks.get(holder.num_cached, "answer")
-            self.snapshots.hold(turn, self.snapshots.put(slot, prefix, holder.num_cached, place, turn))
+            place = trail.marks.get(holder.num_cached, "answer")
+            self.snapshots.hold(trail, self.snapshots.put(slot, prefix, holder.num_cached, place, trail))
 
     def stop(self, holder: Holding) -> None:
         """A sequence runs no longer, for now or for ever."""
@@ -91,9 +91,9 @@ class SequenceStates:
 
     def finish(self, holder: Holding) -> None:
         """A sequence has ended."""
-        if holder.turn is not None:
-            self.snapshots.hold(holder.turn, None)
-            holder.turn = None
+        if holder.trail is not None:
+            self.snapshots.hold(holder.trail, None)
+            holder.trail = None
 
     def forget_coming(self, holder: Holding) -> None:
         """What was copied of a sequence is of a step that is not taken in."""
@@ -113,18 +113,18 @@ class SequenceStates:
         """Have a snapshot, in the slot `slot` that was taken for it, as a conversation's that will go on."""
         for name, state in self.slots.of(self._of_snapshot(slot)).items():
             state.copy_(states[name])
-        self.snapshots.put(slot, prefix, length, "prompt", Turn(length, goes_on=True))
+        self.snapshots.put(slot, prefix, length, "prompt", Trail(length, goes_on=True))
 
     def check(self, holders: Sequence[Holding]) -> None:
         """Raise AssertionError unless every slot is free, of `holders`, a snapshot's, or of one to come."""
         self.slots.check([holder.state_slot for holder in holders if holder.state_slot is not None])
         self.snapshots.check([slot for coming in self.coming.values() for slot in coming.values()])
 
-    def _mark(self, turn: Turn, shared: int, start: int) -> bool:
+    def _mark(self, trail: Trail, shared: int, start: int) -> bool:
         """Have a turn take a snapshot where others part from it, if it saves them enough beyond the `start` found."""
         enough = shared - start >= self.snapshots.LEAST
         if enough:
-            turn.marks.setdefault(shared, "shared")
+            trail.marks.setdefault(shared, "shared")
         return enough
 
     def _of_snapshot(self, slot: int) -> int:

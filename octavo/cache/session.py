@@ -13,7 +13,6 @@ The last, partly filled block is left out: its tokens, fewer than a block has, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,14 +27,12 @@ from octavo.artefact import Artefact, Damaged
 from octavo.cache.layout import RowLayout
 from octavo.cache.plan import CPU
 from octavo.cache.pool import CachePool
-from octavo.cache.row_store import RowStore
-from octavo.cache.store import KVCache, Page
+from octavo.cache.store import FIRST, KVCache, Page
 from octavo.errors import OctavoError
 
 VERSION = 4
 
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
-FIRST = ".first."  # in the names of page 0's raw rows
 ROWS = "rows"
 STATES = "states."  # what the names of states begin with
 
@@ -178,7 +175,7 @@ def copy_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int]) -> Copies:
     seen = [table[behind:] for table, behind in zip(hit.tables, pool.behinds(len(hit)), strict=True)]
     pages = [
         seen[cache.group_of[i]] if FIRST not in name else [] if first is None else [first]
-        for name, i, _ in _stores(cache)
+        for name, i, _ in cache.paged_stores
     ]
     states = pool.states.copies(hit.snapshot) if pool.states is not None else {}
     return Copies(len(hit), cache.read_pages(pages), states)
@@ -194,8 +191,8 @@ def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: C
     """
     hit, size, edges = pool.match(tokens), pool.block_size, pool.edges
     whole = min(copies.count, pool.prefix_blocks(tokens))
-    if pool.reach is None:
-        whole = min(whole, len(hit) + len(pool.free))
+    if pool.groups[0].reach is None:
+        whole = min(whole, len(hit) + len(pool.groups[0].free))
     starts = pool.behinds(copies.count)  # of each group: the first block that is copied, and those to be put
     parts = [range(max(len(hit), behind), whole) for behind in pool.behinds(whole)]
     begins = edges is not None and not hit
@@ -217,7 +214,7 @@ def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: C
     try:
         places: list[list[int]] = []
         put: list[Page] = []
-        for (name, i, _), (codes, scales) in zip(_stores(cache), copies.stores, strict=True):
+        for (name, i, _), (codes, scales) in zip(cache.paged_stores, copies.stores, strict=True):
             group = cache.group_of[i]
             at, of = new[group], slice(parts[group].start - starts[group], parts[group].stop - starts[group])
             if FIRST in name:
@@ -244,7 +241,7 @@ def paste_prefix(cache: KVCache, pool: CachePool, tokens: Tokens[int], copies: C
 def to_rows(cache: KVCache, copies: Copies) -> Codes:
     """Blocks as rows, on the CPU. Any thread may do it: nothing of the cache is read but its layouts."""
     codes = {ROWS: torch.tensor([copies.count * cache.layout.block_size])}
-    for (name, _, store), (blocks, scales) in zip(_stores(cache), copies.stores, strict=True):
+    for (name, _, store), (blocks, scales) in zip(cache.paged_stores, copies.stores, strict=True):
         every = torch.arange(len(blocks), device=blocks.device)
         codes[f"{name}.codes"] = store.layout.read_rows(blocks, every).cpu().contiguous()
         if scales is not None:
@@ -264,7 +261,7 @@ def to_blocks(cache: KVCache, codes: Codes) -> Copies:
         return blocks
 
     copies = []
-    for name, _, store in _stores(cache):
+    for name, _, store in cache.paged_stores:
         blocks, scales = laid_out(store.layout, codes[f"{name}.codes"]), None
         if store.scales is not None:
             scales = laid_out(store.scale_layout, codes[f"{name}.scales"][..., None])
@@ -277,21 +274,11 @@ def rows(codes: Codes) -> int:
     return int(codes[ROWS])
 
 
-def _stores(cache: KVCache) -> Iterator[tuple[str, int, RowStore]]:
-    """The `paged_stores`: the name that its tensors bear, its layer, and it. Of the raw ones a session has the first
-    page."""
-    for i, layer in cache.owners:
-        yield f"layers.{i}.k", i, layer.k
-        yield f"layers.{i}.v", i, layer.v
-        for side, store in zip("kv", layer.raw or (), strict=False):
-            yield f"layers.{i}{FIRST}{side}", i, store
-
-
 def kinds(cache: KVCache, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Of each tensor of a session of this cache that has `count` rows: dtype and shape."""
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {ROWS: (torch.int64, (1,))}
     size = cache.layout.block_size
-    for name, i, store in _stores(cache):
+    for name, i, store in cache.paged_stores:
         reach, heads = cache.reaches[cache.group_of[i]], cache.whole[i].shape.kv_heads
         behind = 0 if reach is None else max(0, count - reach + 1) // size * size
         held = min(count, size) if FIRST in name else count - behind

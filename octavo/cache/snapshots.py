@@ -8,15 +8,15 @@ which makes room for the next decides what is found. `benchmarks/snapshots.py` m
     taken at                                  ↑           ↑ every so many tokens           ↑                    ↑ last
 
 The one whose loss costs least goes first: what a snapshot is worth is the tokens that would be computed again, plus the
-age of its part, which is what the last one that had to go was worth. So of two that save as much the least recently
+age of its segment, which is what the last one that had to go was worth. So of two that save as much the least recently
 used goes first, and nothing stays that is not used.
 
     worth   the last one of a prompt, and a shared beginning that was found again: all of its tokens
             others, and those of a turn that a later one has gone on from: its tokens since the snapshot before it
 
-Conversations (a turn that began with an earlier turn's snapshot) and shared beginnings found again have a part of their
-own, up to a third of the slots, with an age of its own. They only make room for each other, however many small requests
-come in between; and what a running sequence holds never goes. Pure Python: numbers of slots, no tensors.
+Conversations (a turn that began with an earlier turn's snapshot) and shared beginnings found again have a segment of
+their own, up to a third of the slots, with an age of its own. They only make room for each other, however many small
+requests come in between; and what a running sequence holds never goes. Pure Python: numbers of slots, no tensors.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Place = Literal["inner", "shared", "prompt", "answer"]
 
 
 @dataclass(eq=False)
-class Turn:
+class Trail:
     """A request, as far as its snapshots are concerned."""
 
     prompt: int  # tokens
-    after: Turn | None = None  # the turn it goes on from, until it has snapshots of its own
+    after: Trail | None = None  # the turn it goes on from, until it has snapshots of its own
     goes_on: bool = False
     over: bool = False  # a later turn has gone on, and has snapshots of its own
     snapshots: list[Snapshot] = field(default_factory=list)
@@ -52,25 +52,25 @@ class Snapshot:
     length: int  # their number
     saves: int  # of these, those since the snapshot before it
     place: Place
-    turn: Turn
+    trail: Trail
     found: bool = False
     held: int = 0  # by so many running sequences
-    part: Part | None = None
-    rank: tuple[float, int] = (0, 0)  # the lowest of a part goes first
+    segment: Segment | None = None
+    rank: tuple[float, int] = (0, 0)  # the lowest of a segment goes first
 
     @property
     def worth(self) -> int:
-        whole = self.found if self.place == "shared" else self.place == "prompt" and not self.turn.over
+        whole = self.found if self.place == "shared" else self.place == "prompt" and not self.trail.over
         return self.length if whole else self.saves
 
     @property
     def is_kept(self) -> bool:
         if self.place == "shared":
             return self.found
-        return self.place != "inner" and self.turn.goes_on and not self.turn.over
+        return self.place != "inner" and self.trail.goes_on and not self.trail.over
 
 
-class Part:
+class Segment:
     """Snapshots that make room for each other."""
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class Snapshots:
         self.slots, self.unit, self.findable = slots, unit, findable
         self.free = list(reversed(range(slots)))
         self.by_prefix: dict[bytes, Snapshot] = {}
-        self.tried, self.kept = Part(), Part()
+        self.tried, self.kept = Segment(), Segment()
         self.uses = 0
 
     @property
@@ -102,18 +102,18 @@ class Snapshots:
         """Snapshots that running sequences hold."""
         return sum(snapshot.held > 0 for snapshot in self.by_prefix.values())
 
-    def begin(self, snapshot: Snapshot | None, prompt: int) -> Turn:
+    def begin(self, snapshot: Snapshot | None, prompt: int) -> Trail:
         """A request of `prompt` tokens begins, with that snapshot."""
         if snapshot is None:
-            return Turn(prompt)
+            return Trail(prompt)
         snapshot.found = True
-        if snapshot.turn.over:  # gone on from once more: what requests share ends here
+        if snapshot.trail.over:  # gone on from once more: what requests share ends here
             snapshot.place = "shared"
         self._place(snapshot)
-        before = snapshot.turn if snapshot.place in ("prompt", "answer") else None
+        before = snapshot.trail if snapshot.place in ("prompt", "answer") else None
         if before is None or prompt <= before.prompt:  # no longer: the same one asked again
-            return Turn(prompt)
-        return Turn(prompt, before, goes_on=True)
+            return Trail(prompt)
+        return Trail(prompt, before, goes_on=True)
 
     def marks(self, start: int, shared: int, prompt: int) -> dict[int, Place]:
         """Lengths at which to take snapshots of a prompt: `start` of its tokens were found, and `shared` are cached but
@@ -135,29 +135,29 @@ class Snapshots:
             self.drop(victim)
         return self.free.pop() if self.free else None
 
-    def put(self, slot: int, prefix: bytes, length: int, place: Place, turn: Turn) -> Snapshot:
+    def put(self, slot: int, prefix: bytes, length: int, place: Place, trail: Trail) -> Snapshot:
         """What `slot` holds stands for that prefix from now on. Where another does already that one stays, and the slot
         is free again."""
         snapshot = self.by_prefix.get(prefix)
         if snapshot is None:
-            snapshot = self.by_prefix[prefix] = Snapshot(slot, prefix, length, length - turn.since, place, turn)
-            turn.snapshots.append(snapshot)
+            snapshot = self.by_prefix[prefix] = Snapshot(slot, prefix, length, length - trail.since, place, trail)
+            trail.snapshots.append(snapshot)
         else:
             self.free.append(slot)
         if place != "answer":
-            turn.since = length
-        if turn.after is not None and place != "inner":
-            turn.after.over = True
-            for other in turn.after.snapshots:
+            trail.since = length
+        if trail.after is not None and place != "inner":
+            trail.after.over = True
+            for other in trail.after.snapshots:
                 self._place(other)
-            turn.after = None
+            trail.after = None
         self._place(snapshot)
         return snapshot
 
-    def hold(self, turn: Turn, snapshot: Snapshot | None) -> None:
+    def hold(self, trail: Trail, snapshot: Snapshot | None) -> None:
         """A running turn holds this one, and no longer the one before it, which is forgotten if it was at the end of
         what had been answered by then."""
-        before, turn.last = turn.last, snapshot
+        before, trail.last = trail.last, snapshot
         if snapshot is not None:
             snapshot.held += 1
         if before is not None:
@@ -168,11 +168,11 @@ class Snapshots:
 
     def drop(self, snapshot: Snapshot) -> None:
         """Forget a snapshot."""
-        assert snapshot.part is not None, "a snapshot is forgotten twice"
+        assert snapshot.segment is not None, "a snapshot is forgotten twice"
         del self.by_prefix[snapshot.prefix]
-        snapshot.part.snapshots.remove(snapshot)
-        snapshot.turn.snapshots.remove(snapshot)
-        snapshot.part = None
+        snapshot.segment.snapshots.remove(snapshot)
+        snapshot.trail.snapshots.remove(snapshot)
+        snapshot.segment = None
         self.free.append(snapshot.slot)
 
     def drop_lost(self) -> None:
@@ -191,13 +191,13 @@ class Snapshots:
         """Raise AssertionError unless every slot is free, a snapshot's, or `taken` for one to come."""
         slots = [*self.free, *taken, *(snapshot.slot for snapshot in self.by_prefix.values())]
         assert sorted(slots) == list(range(self.slots)), "the slot of a snapshot leaked"
-        assert self.tried.snapshots | self.kept.snapshots == set(self.by_prefix.values()), "a snapshot is in no part"
+        assert self.tried.snapshots | self.kept.snapshots == set(self.by_prefix.values()), "a snapshot is in no segment"
         assert len(self.kept.snapshots) <= self.KEPT * self.slots, "too many snapshots are kept"
 
     def _place(self, snapshot: Snapshot) -> None:
-        """Have it in its part, as the one used last."""
-        if snapshot.part is not None:
-            snapshot.part.snapshots.remove(snapshot)
+        """Have it in its segment, as the one used last."""
+        if snapshot.segment is not None:
+            snapshot.segment.snapshots.remove(snapshot)
         self._into(self.kept if snapshot.is_kept else self.tried, snapshot)
         if len(self.kept.snapshots) > self.KEPT * self.slots:
             oldest = min(self.kept.snapshots, key=lambda s: s.rank)
@@ -205,7 +205,7 @@ class Snapshots:
             self.kept.age = oldest.rank[0]
             self._into(self.tried, oldest)
 
-    def _into(self, part: Part, snapshot: Snapshot) -> None:
+    def _into(self, segment: Segment, snapshot: Snapshot) -> None:
         self.uses += 1
-        snapshot.part, snapshot.rank = part, (part.age + snapshot.worth, self.uses)
-        part.snapshots.add(snapshot)
+        snapshot.segment, snapshot.rank = segment, (segment.age + snapshot.worth, self.uses)
+        segment.snapshots.add(snapshot)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.cache.batch import Batch
+from octavo.cache.holding import Held
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerPlan, LayerShape, own_span, reaches
 from octavo.cache.row_store import RowStore
@@ -20,6 +22,7 @@ from octavo.cache.size import CacheSize
 from octavo.cache.states import StatePlan, StatePool
 from octavo.quant.format import KVFormat
 
+FIRST = ".first."  # in the names of raw pages, of which a session has the first
 Page = tuple[Tensor, Tensor | None]
 """Codes [blocks, heads, …] and scales of one side of one layer, in the layout of its store."""
 
@@ -165,21 +168,31 @@ class KVCache:
         return [store for _, layer in self.owners for store in layer.raw or ()]
 
     @property
-    def paged_stores(self) -> list[RowStore]:
-        """K and V of every layer with a cache of its own, after each pair that of its raw pages: what sessions keep."""
-        return [store for _, layer in self.owners for store in (layer.k, layer.v, *(layer.raw or ()))]
+    def paged_stores(self) -> list[tuple[str, int, RowStore]]:
+        """What sessions keep: K and V of every layer with a cache of its own, after each pair that of its raw pages.
+        The name that files have each under, its layer, and it."""
+        return [
+            (f"layers.{i}{of}{side}", i, store)
+            for i, layer in self.owners
+            for of, pair in ((".", (layer.k, layer.v)), (FIRST, layer.raw or ()))
+            for side, store in zip("kv", pair, strict=False)
+        ]
+
+    def batch(self, work: Sequence[tuple[Held, int]], newest: Tensor | None = None) -> Batch:
+        """The step in which each sequence computes its next n tokens, `newest` as for `Batch.build`."""
+        return Batch.build(work, self.layout.block_size, newest, self.span, self.states is not None)
 
     def read_pages(self, pages: Sequence[Sequence[int]]) -> list[Page]:
         """Copies of blocks, or raw pages, of each of the `paged_stores`."""
         copies: list[Page] = []
-        for store, own in zip(self.paged_stores, pages, strict=True):
+        for (_, _, store), own in zip(self.paged_stores, pages, strict=True):
             here = torch.tensor(own, dtype=torch.int64, device=store.codes.device)
             copies.append((store.codes[here], store.scales[here] if store.scales is not None else None))
         return copies
 
     def write_pages(self, pages: Sequence[Sequence[int]], copies: Sequence[Page]) -> None:
         """Put copies of `read_pages` of such a cache into blocks, or raw pages."""
-        for store, own, (codes, scales) in zip(self.paged_stores, pages, copies, strict=True):
+        for (_, _, store), own, (codes, scales) in zip(self.paged_stores, pages, copies, strict=True):
             here = torch.tensor(own, dtype=torch.int64, device=store.codes.device)
             store.codes[here] = codes.to(here.device)
             if store.scales is not None and scales is not None:
@@ -197,11 +210,6 @@ class KVCache:
     @property
     def state_nbytes(self) -> int:
         return self.states.nbytes if self.states is not None else 0
-
-    @property
-    def block_nbytes(self) -> int:
-        """Bytes of a block in all groups."""
-        return sum((store.codes.nbytes + store.scale_nbytes) // store.num_blocks for store in self.stores)
 
     def memory(self) -> Memory:
         """The tensors' bytes: codes, scales, padding of odd 4-bit rows and of layouts, static parts, raw pages and

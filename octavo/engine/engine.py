@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from octavo.cache.batch import MAX_BATCH_TOKENS, Batch
+from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.blocks import BlockPool
 from octavo.cache.edges import EdgePool
 from octavo.cache.pool import CachePool
@@ -58,15 +58,16 @@ class Engine:
         size, edges = cache.layout.block_size, None
         if cache.span:
             edges = EdgePool(cache.span, size, cache.raw_pages, max_batch_size, prefix_caching)
-        narrower = [BlockPool(blocks, size, prefix_caching, reach)
-                    for blocks, reach in zip(cache.blocks[1:], cache.reaches[1:], strict=True)]  # fmt: skip
-        self.pool = CachePool(cache.num_blocks, size, prefix_caching, edges, cache.reaches[0], narrower, cache.states)
+        groups = [BlockPool(blocks, size, prefix_caching, reach)
+                  for blocks, reach in zip(cache.blocks, cache.reaches, strict=True)]  # fmt: skip
+        self.pool = CachePool(groups, edges, cache.states)
         context = min(model.max_context, max_context or model.max_context)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_batch_tokens, context)
         device = device_of(model.device)
         asynchronous = device.asynchronous and model.alone
         self.overlap = asynchronous if overlap is None else overlap
         self.launched: Launched | None = None
+        self.interrupted = False  # whether the last step has not ended, and states have gone on in it
         if device.asynchronous:
             self.runner.capture(max_batch_size, self.scheduler.max_context)
         else:
@@ -88,6 +89,9 @@ class Engine:
     def step(self) -> list[Sequence]:
         """One forward of the model; returns the sequences that gained a token, some of them finished by it."""
         with self._whole():
+            if self.interrupted:
+                self.scheduler.restart()
+                self.interrupted = False
             step = self.launched or self._launch(self.scheduler.schedule())  # [(sequence, n_new)]
             following = self.scheduler.following(step.work) if self.overlap else None
             self.launched = self._launch(following, step.choice.tokens) if following else None
@@ -96,20 +100,18 @@ class Engine:
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """Around a step. One that does not end is computed again, and writes the same rows; what was launched after it
-        is dropped, or its tokens would be missing. But states have gone on: where there are any, what runs goes on
-        from its last snapshot, as if it had been preempted."""
+        is dropped, or its tokens would be missing. But states have gone on: where there are any, what still runs when
+        the next step begins goes on from its last snapshot, as if it had been preempted."""
         try:
             yield
         except BaseException:
             self.launched = None
-            if self.cache.states is not None:
-                self.scheduler.restart()
+            self.interrupted = self.cache.states is not None
             raise
 
     def _launch(self, work: Work, newest: Tensor | None = None) -> Launched:
         """Queue a step on the device. With `newest`, the tokens of the step before, it follows one not committed."""
-        batch = Batch.build(work, self.pool.block_size, newest, self.cache.span, self.cache.states is not None)
-        logits = self.runner.run(batch)
+        logits = self.runner.run(self.cache.batch(work, newest))
         self.scheduler.launched(work, ahead=newest is not None)
         if newest is not None:
             return Launched(work, choose(logits, [sequence for sequence, _ in work], ahead=True))

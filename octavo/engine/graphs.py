@@ -10,7 +10,6 @@ Only `capture` needs a GPU. On a CPU the same buffers are run as they are, which
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -94,9 +93,7 @@ class StepBuffers:
             logits_at=self.places[:size],
             fixed=True,
         )
-        batch.others = [replace(batch, slots=own, block_table=table, plan={})
-                        for own, table in zip(slots[1:], tables[1:], strict=True)]  # fmt: skip
-        return batch
+        return batch.beside(slots[1:], list(tables[1:]))
 
     def holds(self, batch: Batch) -> bool:
         """Whether this is a decode step of all its sequences, and not too large."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from octavo.attention import backend_for
-from octavo.cache.batch import MAX_BATCH_TOKENS, Batch
+from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.edges import EdgePool
 from octavo.cache.holding import Holding
 from octavo.cache.plan import own_span, plan_layers
@@ -91,7 +91,7 @@ class Reading:
         try:
             for cut in cuts:
                 work = [(sequence, n) for sequence, n in zip(sequences, cut, strict=True) if n]
-                batch = Batch.build(work, layout.block_size, span=span, states=cache.states is not None)
+                batch = cache.batch(work)
                 if positions is not None:
                     batch.positions = positions[batch.positions]
                 yield bound.step(cache, batch, every, watch if watched else None).float()

@@ -26,9 +26,10 @@ class Runner:
         """Logits [sequences whose next token is due, vocabulary], in the model's dtype, where the model is: on a GPU
         they are still being computed."""
         if self.graphs is not None and self.graphs.takes(batch):
+            written = [store.written for store in self.cache.stores]
             logits = self.graphs.run(batch)
-            for store in self.cache.stores:  # what is written without the host
-                store.written += len(batch.q_lens) * store.heads * store.dim
+            for store, before in zip(self.cache.stores, written, strict=True):  # the host may see some of it, or none
+                store.written = before + len(batch.q_lens) * store.heads * store.dim
             return logits
         return self._forward(batch)
 

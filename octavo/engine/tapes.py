@@ -7,8 +7,8 @@ sequences, but for their number. So the second step of a number is run over memo
 steps of that number are copied in, and the calls are made again on the same tensors. They are the same operations in
 the same order, so the same bits.
 
-A step that looks at values on the host, or whose shapes depend on them, is not recorded: mixtures of experts are such.
-Nor is a model whose modules have hooks, which a tape would leave out. Tapes are made anew where hooks have come since.
+A step that looks at values on the host, or whose shapes depend on them, is not recorded. Nor is a model whose modules
+have hooks, which a tape would leave out. Tapes are made anew where hooks have come since, or threads.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from octavo.cache.batch import Batch
 from octavo.engine.graphs import Forward, StepBuffers
 from octavo.interrupts import let_through
 from octavo.models.bind import BoundModel
+from octavo.models.hook import OF_ALL_MODULES
 
 MOST = 8  # sequences: a larger step computes for longer than it takes to say what
 LONGEST = 1 << 18  # tokens: a model may name no limit, and tables of blocks have one here
@@ -40,6 +41,16 @@ UNFILLED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty
 COPIES = {"clone", "contiguous", "reshape", "to", "_to_copy"}
 UNSEEN = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}  # ways to values past torch's dispatcher
 ON_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+aten = torch.ops.aten
+UNTAGGED = {
+    aten.is_nonzero.default,
+    aten.where.default,
+    aten.narrow.Tensor,
+    aten.repeat_interleave.Tensor,
+    aten.repeat_interleave.self_Tensor,
+    aten.tensor_split.tensor_indices_or_sections,
+}  # look there too
+LITERALS = {"lift", "lift_fresh", "lift_fresh_copy"}  # tensors of Python's numbers
 
 
 class DecodeTapes:
@@ -49,7 +60,7 @@ class DecodeTapes:
         self.model, self.forward, self.buffers = model, forward, buffers
         self.tapes: dict[int, Tape] = {}
         self.seen: Counter[int] = Counter()
-        self.hooks = -1  # that there have been when the tapes were made
+        self.made: tuple[int, int] | None = None  # the hooks there had ever been, and the threads, when tapes were made
         self.refused: str | None = None  # why no step of this model is recorded
         self.full = False  # whether there is room for no more tapes
 
@@ -57,8 +68,8 @@ class DecodeTapes:
         """Whether this is a decode step that has a tape, or gets one now."""
         if self.refused is not None or not self.buffers.holds(batch):
             return False
-        if self.hooks != (hooks := RemovableHandle.next_id):
-            self.tapes, self.seen, self.hooks = {}, Counter(), hooks
+        if self.made != (now := (RemovableHandle.next_id, torch.get_num_threads())):
+            self.tapes, self.seen, self.full, self.made = {}, Counter(), False, now
             self.refused = _refusal(self.model)
         rows = len(batch.q_lens)
         self.seen[rows] += 1
@@ -68,8 +79,7 @@ class DecodeTapes:
         """Logits [sequences, vocabulary]; they stay until the next step of as many."""
         rows = len(batch.q_lens)
         self.buffers.load(batch, rows)
-        tape = self.tapes.get(rows)
-        if tape is not None and tape.threads == torch.get_num_threads():
+        if (tape := self.tapes.get(rows)) is not None:
             with let_through() if self.model.interruptible else nullcontext():
                 return tape.play()
         recorder = Recorder(self.model)
@@ -89,6 +99,8 @@ class DecodeTapes:
 
 def _refusal(model: BoundModel) -> str | None:
     """Why no step of a model is recorded."""
+    if any(OF_ALL_MODULES):
+        return "all modules have hooks"
     for module in model.hf.modules():
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
             return f"{type(module).__name__} has hooks"
@@ -101,7 +113,6 @@ class Tape:
     def __init__(self, recorder: Recorder, logits: Tensor):
         self.calls, self.kept, self.logits = recorder.calls, recorder.kept, logits
         self.nbytes = recorder.nbytes
-        self.threads = torch.get_num_threads()  # which native kernels were told
 
     @torch.inference_mode()
     def play(self) -> Tensor:
@@ -141,11 +152,13 @@ class Recorder:
         self.nbytes += sum(x.nbytes for x in found if _place(x) not in memory)
         if _looks(function, given):
             self.refused = f"a step looks at values on the host: {function}"
+        elif function._opname == "detach_":  # of a literal: changes no number
+            return
         elif function._schema.is_mutable:
             if _place(kwargs.get("out", args[0])) in self.constant:
                 self.refused = f"a step writes what others read: {function}"
             self.calls.append(partial(function, *args, **kwargs))
-        elif given and memory <= self.constant:  # of weights alone, the same in every step
+        elif function._opname in LITERALS or (given and memory <= self.constant):  # the same in every step
             self.constant |= set(map(_place, found))
         elif function._opname not in UNFILLED and (new := [x for x in found if x.numel() and _place(x) not in memory]):
             self.calls.append(_into(function, args, kwargs, found, new))
@@ -160,7 +173,7 @@ def _looks(function: Any, given: Iterable[Tensor]) -> bool:
     """Whether what an operation gives depends on values that the host has to know. An index of numbers does not."""
     if function._opname == "index":
         return any(x.dtype in (torch.bool, torch.uint8) for x in list(given)[1:])
-    return not ON_HOST.isdisjoint(function.tags)
+    return function in UNTAGGED or not ON_HOST.isdisjoint(function.tags)
 
 
 def _into(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: list[Tensor], new: list[Tensor]) -> Call:

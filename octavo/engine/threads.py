@@ -25,7 +25,7 @@ class EngineFailed(RuntimeError):
     """A step failed, and with it the engine: what waits for it, now or later, ends with this."""
 
 
-class Turns:
+class EngineTurns:
     """Takes turns at an engine whose `step` is one step of it."""
 
     def __init__(self, step: Callable[[], object]):

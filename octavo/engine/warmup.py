@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from octavo.cache.batch import Batch
 from octavo.cache.store import KVCache
 from octavo.devices import device_of
 from octavo.engine.graphs import NotCapturable
@@ -89,5 +88,5 @@ def run_step(lengths: list[int], model: BoundModel, cache: KVCache) -> list[Samp
         sequence.first_page = sequence.ring = 0
         sequence.state_slot = 0 if cache.states is not None else None
         work.append((sequence, length))
-    logits = Runner(model, cache).run(Batch.build(work, size, span=cache.span, states=cache.states is not None))
+    logits = Runner(model, cache).run(cache.batch(work))
     return sample(logits, [sequence for sequence, _ in work])

@@ -56,31 +56,26 @@ def bind(hf: PreTrainedModel, context: int | None = None, prove: bool = True) ->
     `prove` layers that keep states are found, and `prove_states` is left to a caller who goes on to change the weights
     or the type they are computed in.
     """
-    with _listed(), _unadvised(hf):
+    with _told(hf):
         return _bind(hf, context, prove)
 
 
 def prove_states(bound: BoundModel) -> None:
     """Have the layers of a model that keep states show that they compute packed steps exactly, as `bind` does; raises
     `Unsupported`."""
-    with _listed(), _unadvised(bound.hf):
+    with _told(bound.hf):
         bound.find_states()
 
 
 @contextmanager
-def _unadvised(hf: PreTrainedModel) -> Iterator[None]:
-    """transformers advises to install kernels for recurrences, also where native ones compute them."""
+def _told(hf: PreTrainedModel) -> Iterator[None]:
+    """A refusal says where all that is served is listed. transformers advises to install kernels for recurrences: not
+    where native ones compute them."""
     with quiet() if refuses(hf.device) is None else nullcontext():
-        yield
-
-
-@contextmanager
-def _listed() -> Iterator[None]:
-    """A refusal says where all that is served is listed."""
-    try:
-        yield
-    except Unsupported as refusal:
-        raise Unsupported(f"{refusal}. {LISTED}") from refusal.__cause__
+        try:
+            yield
+        except Unsupported as refusal:
+            raise Unsupported(f"{refusal}. {LISTED}") from refusal.__cause__
 
 
 def _bind(hf: PreTrainedModel, context: int | None, prove: bool) -> BoundModel:

@@ -47,6 +47,7 @@ class BoundModel:
         self.layers: list[AttentionSpec] = []  # of attention
         self.states = StatePlan()  # of the layers that keep states
         self.mixers: list[Mixer] = []  # they themselves
+        self.slower: list[str] = []  # what a CPU does not compute in its fastest way, and why (prepack.py)
 
     def expect_rows(self) -> None:
         """Raise OctavoError for a model without attention."""

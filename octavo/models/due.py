@@ -8,16 +8,15 @@ what depends on that row alone, or a trial shows that it does not and the layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from octavo.contexts import during
 from octavo.models import hook
 from octavo.models.bind import BoundModel
-from octavo.models.fused import become
-
-Undo = Callable[[], None]
+from octavo.models.changes import Undo, become
 
 
 class _Answered(Exception):
@@ -26,7 +25,7 @@ class _Answered(Exception):
 
 class LastLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        due, attend = hook.rows_due(), hook.attends_to()
+        due, attend = hook.due.get(), hook.attended.get()
         if due is None:
             return super().forward(*args, **kwargs)
         assert callable(attend), "a recorder sees all rows"
@@ -35,13 +34,13 @@ class LastLayer(nn.Module):
             raise _Answered(attend(*of_all))
 
         try:
-            with hook.answering(answer):
+            with during(hook.attended, answer):
                 super().forward(*args, **kwargs)
             raise AssertionError("the last layer did not reach attention")
         except _Answered as answered:
             found: Tensor = answered.args[0]
         args, kwargs = _some(args, due, len(found)), _some(kwargs, due, len(found))
-        with hook.answering(lambda *_: found[due]):
+        with during(hook.attended, lambda *_: found[due]):
             return super().forward(*args, **kwargs)
 
 

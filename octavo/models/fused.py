@@ -6,11 +6,12 @@ the time. No module is known by its class: one that looks the part is asked for 
 answer is that of the formula. In another type than float32 a module goes on as before.
 
 RoPE is no module but a function of the model's file, which attention finds by its name. A module that takes part gets
-its own forward with another function under that name; the file, and other models made from it, stay as they are.
+its own forward with another function under that name.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from types import FunctionType, SimpleNamespace
@@ -20,13 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.models.changes import Undo, become, with_functions
 from octavo.weights import cpu
 from octavo.weights.panels import PanelLinear
 
-Undo = Callable[[], None]
+logger = logging.getLogger("octavo")
 ROTATION = "apply_rotary_pos_emb"  # in every file of transformers
 GATES = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")  # names of an MLP's layers
 SAME = 1e-4  # relative, of all rows: 4-bit layers round their inputs, and so differ a little where those do
+SIZES = (0.01, 1.0, 300.0)  # of the rows that are asked for: an epsilon shows in small ones, a limit in large ones
 
 
 class FusedNorm(nn.Module):
@@ -101,10 +104,11 @@ def _norm(module: nn.Module) -> tuple[Tensor, float] | None:
     if (found := _weight_and_epsilon(module)) is None:
         return None
     weight, epsilon = found
-    x = _rows(len(weight))
-    normal = F.rms_norm(x, x.shape[1:], eps=epsilon)
-    scales = (weight, 1 + weight)
-    return next(((scale, epsilon) for scale in scales if _answers(module, (x,), lambda: normal * scale)), None)  # noqa: B023
+    rows, size = (_rows(len(weight)),), weight.shape
+    for scale in (weight, 1 + weight):
+        if _answers(module, rows, lambda x: F.rms_norm(x, size, eps=epsilon) * scale):  # noqa: B023
+            return scale, epsilon
+    return None
 
 
 def _gated_norm(module: nn.Module) -> dict[str, Any] | None:
@@ -116,7 +120,7 @@ def _gated_norm(module: nn.Module) -> dict[str, Any] | None:
     x, gate = _rows(2 * dim).split(dim, -1)
     group = getattr(module, "group_size", dim // getattr(module, "n_groups", 1))
     for gate_first in (True, False):
-        if _answers(module, (x, gate), lambda: cpu.gated_norm(x, gate, scale, epsilon, group, gate_first)):  # noqa: B023
+        if _answers(module, (x, gate), lambda x, z: cpu.gated_norm(x, z, scale, epsilon, group, gate_first)):  # noqa: B023
             return {"scale": scale, "epsilon": epsilon, "group": group, "gate_first": gate_first}
     return None
 
@@ -138,8 +142,8 @@ def _gate(module: nn.Module) -> dict[str, nn.Module] | None:
     size = getattr(layers["gate_proj"], "in_features", None) if layers else None
     if layers is None or size is None:
         return None
-    x, made = _rows(size), SimpleNamespace(**layers)
-    if not _answers(module, (x,), lambda: FusedGate.forward(made, x)):  # type: ignore[arg-type]
+    made = SimpleNamespace(**layers)
+    if not _answers(module, (_rows(size),), lambda x: FusedGate.forward(made, x)):  # type: ignore[arg-type]
         return None
     return {name: layer for name, layer in layers.items() if name not in children}
 
@@ -162,6 +166,7 @@ def _rotating(attention: type[nn.Module]) -> type[nn.Module] | None:
             if not all(map(torch.equal, own(q, k, cos, sin), _rotated(q, k, cos, sin))):
                 return None
     except Exception:  # whatever a function of that name does that is something else
+        logger.debug("%s keeps its own rotation", attention.__name__, exc_info=True)
         return None
 
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -171,9 +176,7 @@ def _rotating(attention: type[nn.Module]) -> type[nn.Module] | None:
             return _rotated(q, k, cos, sin)
         return own(q, k, cos, sin, *args, **kwargs)
 
-    names = {**forward.__globals__, ROTATION: rotated}
-    same = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    same.__kwdefaults__ = forward.__kwdefaults__
+    same = with_functions(forward, {ROTATION: rotated})
     return type("FusedRotation", (nn.Module,), {"forward": same, "__module__": __name__})
 
 
@@ -184,28 +187,18 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Te
 
 
 def _rows(size: int) -> Tensor:
-    return torch.randn(3, size, generator=torch.Generator().manual_seed(0))
+    """Three of each size, [3 · sizes, size]."""
+    rows = torch.randn(3, size, generator=torch.Generator().manual_seed(0))
+    return torch.cat([factor * rows for factor in SIZES])
 
 
-def _answers(module: nn.Module, given: Sequence[Tensor], formula: Callable[[], Tensor]) -> bool:
+def _answers(module: nn.Module, rows: Sequence[Tensor], formula: Callable[..., Tensor]) -> bool:
+    """Whether the module computes the formula, for rows of each size."""
     try:
         with torch.inference_mode():
-            expected = formula()
-            return bool((module(*given).float() - expected).norm() <= SAME * expected.norm())
+            expected = formula(*rows)
+            sizes = zip(module(*rows).float().chunk(len(SIZES)), expected.chunk(len(SIZES)), strict=True)
+            return all(bool((own - asked).norm() <= SAME * asked.norm()) for own, asked in sizes)
     except Exception:  # whatever a module does that is something else
+        logger.debug("%s is not fused", type(module).__name__, exc_info=True)
         return False
-
-
-def become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> Undo:
-    """Put a class before a module's own: it may call its forward."""
-    own, before = type(module), set(vars(module))
-    for name, value in attributes.items():
-        object.__setattr__(module, name, value)  # no parameter or buffer: nothing that is saved or moved
-    module.__class__ = type(own.__name__, (kind, own), {"__module__": own.__module__, "__doc__": own.__doc__})
-
-    def undo() -> None:
-        module.__class__ = own
-        for name in set(vars(module)) - before:
-            delattr(module, name)
-
-    return undo

@@ -6,14 +6,20 @@ given. A forward's `attend` belongs to the thread that runs it, so several threa
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.contexts import during
+
 NAME = "octavo"
+OF_ALL_MODULES = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
+"""torch's own: the forward hooks that it calls for whatever module."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, heads, k_dim], k [T, kv_heads, k_dim], v [T, kv_heads, v_dim]) → [T, heads, v_dim]"""
@@ -27,44 +33,18 @@ class Recorder(Protocol):
     ) -> None: ...
 
 
-class _Thread(threading.local):
-    """What the forward that this thread runs attends to; None between forwards."""
-
-    attend: Attend | Recorder | None = None
-    due: Tensor | None = None
-
-
-_thread = _Thread()
-
-
-def attends_to() -> Attend | Recorder | None:
-    """What the forward of this thread attends to."""
-    return _thread.attend
-
-
-def rows_due() -> Tensor | None:
-    """The rows of this thread's forward whose logits are wanted; None if all may be."""
-    return _thread.due
+# Of the forward that this thread runs: what it attends to, None between forwards; and the rows whose logits are wanted,
+# None if all may be. A forward of transformers' own attends to a CodedCache (octavo/attachment), or to nothing of ours.
+attended: ContextVar[Any] = ContextVar("attended", default=None)
+due: ContextVar[Tensor | None] = ContextVar("due", default=None)
 
 
 @contextmanager
-def attending(attend: Attend | Recorder, due: Tensor | None = None) -> Iterator[None]:
-    assert _thread.attend is None, "a forward cannot start within another forward of the same thread"
-    _thread.attend, _thread.due = attend, due
-    try:
+def attending(attend: Attend | Recorder, rows: Tensor | None = None) -> Iterator[None]:
+    """Around a forward."""
+    assert attended.get() is None, "a forward cannot start within another forward of the same thread"
+    with during(attended, attend), during(due, rows):
         yield
-    finally:
-        _thread.attend = _thread.due = None
-
-
-@contextmanager
-def answering(attend: Attend) -> Iterator[None]:
-    """Within a forward: what it attends to for a while."""
-    before, _thread.attend = _thread.attend, attend
-    try:
-        yield
-    finally:
-        _thread.attend = before
 
 
 def attention_modules(hf: nn.Module) -> dict[int, nn.Module]:
@@ -77,7 +57,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The registered function: q [1, heads, T, dim], k and v [1, kv_heads, T, dim] after RoPE, before a GQA repeat."""
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    attend = _thread.attend
+    attend = attended.get()
     if attend is None:
         raise RuntimeError("a bound model runs through BoundModel.forward")
     if not callable(attend):
@@ -92,3 +72,12 @@ def attention(
 def itself(_: int, q: Tensor, __: Tensor, v: Tensor) -> Tensor:
     """Every row sees itself alone, in whatever layer: none has a number yet."""
     return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+
+def blended(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `itself`, each head changed by some, as the directions of the row's q and k say: a forward in which they
+    are wrong then answers something else. In float32: rounding of q and k that other rounding then follows adds up."""
+    along = torch.linspace(-0.25, 0.25, q.shape[-1], device=q.device)
+    by_q, by_k = (1 + F.normalize(x.float(), dim=-1) @ along for x in (q, k))
+    group = q.shape[1] // k.shape[1]
+    return ((by_k[..., None] * v).repeat_interleave(group, 1) * by_q[..., None]).to(v.dtype)

@@ -6,50 +6,39 @@ that runs the forward, until they are asked for with the very same tensor.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
-from typing import cast
 
 from torch import Tensor, nn
 
+from octavo.models.changes import Undo, become, watched
 from octavo.weights import cpu
 from octavo.weights.panels import PanelLinear
-
-Undo = Callable[[], None]
 
 
 @dataclass
 class Group:
     """Layers of one number of inputs and one type of weights."""
 
-    layers: list[JoinedLinear]
+    layers: list[PanelLinear]
 
 
-class _Kept(threading.local):
-    """What layers of a group, of which another was called, make of some rows."""
-
-    group: Group | None = None
-    x: Tensor | None = None
-    ys: dict[nn.Module, Tensor]
-
-
-_kept = _Kept()
+# Rows, and what other layers of the group of which one was called make of them.
+_kept: ContextVar[tuple[Tensor, dict[nn.Module, Tensor]] | None] = ContextVar("kept", default=None)
 
 
 class JoinedLinear(PanelLinear):
     group: Group
 
     def forward(self, x: Tensor) -> Tensor:
-        if _kept.group is not self.group or _kept.x is not x or self not in _kept.ys:
+        kept = _kept.get()
+        if kept is None or kept[0] is not x or self not in kept[1]:
             operands = [layer.operand(x) for layer in self.group.layers]
             ys = cpu.multiply_together(operands, x.reshape(-1, self.in_features))
-            _kept.group, _kept.x = self.group, x
-            _kept.ys = dict(zip(self.group.layers, ys, strict=True))
-        y = _kept.ys.pop(self)
-        if not _kept.ys:
-            _kept.group = _kept.x = None
+            kept = x, dict(zip(self.group.layers, ys, strict=True))
+        y = kept[1].pop(self)
+        _kept.set(kept if kept[1] else None)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -60,12 +49,8 @@ def join(model: nn.Module, run: Callable[[], object]) -> Iterator[Undo]:
     def note(module: PanelLinear, inputs: tuple[Tensor, ...]) -> None:
         calls.extend((module, x) for x in inputs[:1])
 
-    handles = [module.register_forward_pre_hook(note) for module in model.modules() if type(module) is PanelLinear]
-    try:
+    with watched(module.register_forward_pre_hook(note) for module in model.modules() if type(module) is PanelLinear):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     groups: list[list[PanelLinear]] = []
     before: Tensor | None = None
     for module, x in calls:
@@ -79,13 +64,5 @@ def join(model: nn.Module, run: Callable[[], object]) -> Iterator[Undo]:
         if len(layers) > 1 and all(called.count(id(layer)) == 1 for layer in layers):
             group = Group([])
             for layer in layers:
-                layer.__class__ = JoinedLinear
-                joined = cast(JoinedLinear, layer)
-                joined.group = group
-                group.layers.append(joined)
-                yield partial(_part, layer)
-
-
-def _part(layer: PanelLinear) -> None:
-    layer.__class__ = PanelLinear
-    del layer.group
+                group.layers.append(layer)
+                yield become(layer, JoinedLinear, group=group)

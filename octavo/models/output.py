@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.models.bind import BoundModel
+from octavo.models.changes import watched
 from octavo.models.hook import attention_modules
 
 UNITS = 512  # unit vectors at a time
@@ -44,18 +45,15 @@ def _output_projections(bound: BoundModel) -> dict[int, nn.Module]:
 
         return module.register_forward_pre_hook(called)
 
-    handles = [
+    handles = (
         watch(layer, bound.layers[layer].heads * bound.layers[layer].shape.v_dim, module)
         for layer, attention in attention_modules(bound.hf).items()
         for module in attention.modules()
         if module is not attention and any(x.dim() > 1 for x in (*module.parameters(False), *module.buffers(False)))
-    ]
+    )
     first = torch.zeros(1, dtype=torch.int64, device=bound.device)
-    try:
+    with watched(handles):
         bound.forward(first, first, first, attend)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

@@ -8,12 +8,14 @@ whole_layers.py). Either way each weight is rearranged once, when the model is l
 A tied embedding reads its rows out of the head's panels. The last layer then computes only what is due (due.py).
 
 A rearranged weight has no rows that a model's own code could read, as some routers' does. So only layers that a trial
-run calls are rearranged, and if the model then fails or computes something else, all is put back.
+run calls are rearranged, and if the model then fails or computes something else, all is put back. What is left slower
+by that, or because it is of a form that the kernels do not know, is logged, and `octavo doctor` says it too.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,25 +26,28 @@ from torch import Tensor, nn
 
 from octavo import processor
 from octavo.cache.states import StatePool
-from octavo.errors import Unsupported
+from octavo.errors import Unsupported, one_line
 from octavo.models import states
-from octavo.models.bind import BoundModel, prove_states
+from octavo.models.bind import UNLIMITED, BoundModel, prove_states
+from octavo.models.changes import Undo, become, put, watched
 from octavo.models.due import shorten
 from octavo.models.fused import fuse
-from octavo.models.hook import itself
+from octavo.models.hook import Attend, blended, itself
 from octavo.models.joined import join
 from octavo.models.packed import packed_layers, weight_bytes
 from octavo.models.states import StateStep
-from octavo.models.whole_layers import take_over
+from octavo.models.whole_layers import apart_of, take_over
 from octavo.weights import cpu
-from octavo.weights.activations import exact
+from octavo.weights.activations import ExactActivation, native_function
 from octavo.weights.linear import PackedLinear
 from octavo.weights.panels import PanelEmbedding, PanelLinear, TypedEmbedding, unpacked
 
 logger = logging.getLogger("octavo")
+OWN_ORDER = "multiplies weights in their own order, which is slower"
 OPERATORS = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")  # private: not in every torch
 TRIAL = 16  # sessions of one token
 COMPANY = 45
+GOLDEN = (math.sqrt(5) - 1) / 2  # the fractions of its multiples fill [0, 1) evenly, however many there are
 CUTS = (1,) * COMPANY, (1, TRIAL, COMPANY - TRIAL - 1)  # of a text of as many tokens
 SAME = 0.05  # relative: sums in another order round otherwise, and what is wrong is far off
 CLOSE = 0.25  # the same where each number is rounded otherwise: bf16 costs deep models a tenth
@@ -56,9 +61,6 @@ class PrepackedLinear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-Undo = Callable[[], None]
-
-
 def prepack(bound: BoundModel, computing: torch.dtype | None = None, deterministic: bool = False) -> None:
     """Rearrange the weights of a model on a CPU in place, one at a time, choose what it computes in, and then have its
     layers that keep states show that they compute packed steps exactly.
@@ -68,6 +70,9 @@ def prepack(bound: BoundModel, computing: torch.dtype | None = None, determinist
     """
     _rearrange(bound, computing, deterministic)
     prove_states(bound)
+    if own := sum(mixer.native is None for mixer in bound.mixers if cpu.refuses(bound.device) is None):
+        what = f"computes {own} of {len(bound.mixers)} recurrent layers by its own code, which is slower"
+        note(bound, what, "the native kernels do not know their functions, or do not agree with them", logging.INFO)
     if deterministic and not _exact(bound):
         name = bound.hf.config.model_type
         raise Unsupported(
@@ -84,8 +89,11 @@ def _rearrange(bound: BoundModel, computing: torch.dtype | None, deterministic: 
     if deterministic or not processor.has_bf16():
         _compute_in_panels(bound, computing, deterministic)
     elif onednn_available():
-        attempt(bound, lambda called: into_tiles(bound.hf, called), SAME)
-    attempt(bound, lambda _: shorten(bound), SAME, due=slice(3, None, 5))
+        attempt(bound, OWN_ORDER, lambda called: into_tiles(bound.hf, called), SAME)
+    else:
+        note(bound, OWN_ORDER, "this torch has no product of bf16 numbers in oneDNN's order")
+    every = "computes all rows in its last layer, which is slower"
+    attempt(bound, every, lambda _: shorten(bound), SAME, due=slice(3, None, 5))
 
 
 def _compute_in_panels(bound: BoundModel, computing: torch.dtype | None, deterministic: bool) -> None:
@@ -94,19 +102,26 @@ def _compute_in_panels(bound: BoundModel, computing: torch.dtype | None, determi
         for packed in packed_layers(bound.hf).values():
             packed.exact = True
     name = bound.hf.config.model_type
-    if not attempt(bound, lambda called: into_panels(bound.hf, called), SAME):
+    if not attempt(bound, OWN_ORDER, lambda called: into_panels(bound.hf, called), SAME):
         if deterministic:
             raise Unsupported(f"{name} reads weights beside calling their layers: leave --deterministic out")
         return
-    attempt(bound, lambda _: _exact_activations(bound.hf), SAME)
+    own = "keeps torch's activations, whose last bits may depend on what is computed together"
+    attempt(bound, own, lambda _: _exact_activations(bound.hf), SAME)
     if computing is None:
         computing = torch.float32 if _others(bound.hf) <= SMALL * weight_bytes(bound.hf) else bound.dtype
-    if computing != bound.dtype and attempt(bound, lambda _: retype(bound.hf, computing), CLOSE):
+    own = f"computes in {str(bound.dtype).removeprefix('torch.')}, which is slower"
+    if computing != bound.dtype and attempt(bound, own, lambda _: retype(bound.hf, computing), CLOSE):
         bound.computes = computing
     if bound.computes == torch.float32:
-        attempt(bound, lambda _: fuse(bound.hf), SAME)
-        attempt(bound, lambda _: join(bound.hf, lambda: _trial(bound)), SAME)
-        attempt(bound, lambda _: take_over(bound, lambda: _trial(bound)), SAME)
+        attempt(bound, "runs without fused modules, which is slower", lambda _: fuse(bound.hf), SAME)
+        apart = "multiplies layers of the same rows one by one, which is slower"
+        attempt(bound, apart, lambda _: join(bound.hf, lambda: _trial(bound)), SAME)
+        whole = "computes its layers module by module, which is slower"
+        if attempt(bound, whole, lambda _: take_over(bound, lambda attend: _trial(bound, attend=attend)), SAME) and (
+            left := apart_of(bound)
+        ):
+            note(bound, left, "they are not of the form that the native calls know", logging.INFO)
 
 
 def is_prepacked(model: nn.Module) -> bool:
@@ -125,28 +140,38 @@ def onednn_available() -> bool:
 
 def attempt(
     bound: BoundModel,
+    otherwise: str,
     rearrange: Callable[[set[nn.Module]], Iterator[Undo]],
     tolerance: float,
     due: slice = slice(None),
 ) -> bool:
-    """Rearrange a model, given the linear layers that a trial run calls. If it then fails or computes something else
-    for the rows of the trial that are due, all is put back."""
+    """Rearrange a model, given the linear layers that a trial run calls. If that fails, or the model then fails or
+    computes something else for the rows of the trial that are due, all is put back, and what the model does `otherwise`
+    is noted."""
     called: set[nn.Module] = set()
     linear = [module for module in bound.hf.modules() if type(module) is nn.Linear]
-    handles = [module.register_forward_hook(lambda module, *_: called.add(module)) for module in linear]
-    before = _trial(bound, due=due)
-    for handle in handles:
-        handle.remove()
-    undo = list(rearrange(called))
+    with watched(module.register_forward_hook(lambda module, *_: called.add(module)) for module in linear):
+        before = _trial(bound, due=due)
+    undo: list[Undo] = []
+    why = "rearranged, it computed something else"
     try:
-        same = bool((_trial(bound, due=due) - before).norm() <= tolerance * before.norm())
-    except Exception:  # whatever a model does with rows that are not there
+        for back in rearrange(called):
+            undo.append(back)
+        if bool((_trial(bound, due=due) - before).norm() <= tolerance * before.norm()):
+            return True
+    except Exception as error:  # whatever a model does with rows that are not there
         logger.debug("a model is left as it was where a trial failed", exc_info=True)
-        same = False
-    if not same:
-        for back in reversed(undo):
-            back()
-    return same
+        why = f"rearranged, it failed with {type(error).__name__}: {one_line(error)}"
+    for back in reversed(undo):
+        back()
+    note(bound, otherwise, why)
+    return False
+
+
+def note(bound: BoundModel, otherwise: str, why: str, level: int = logging.WARNING) -> None:
+    """What a model does slower than this processor could."""
+    bound.slower.append(f"{otherwise}: {why}")
+    logger.log(level, "%s %s: %s", bound.hf.config.model_type, otherwise, why)
 
 
 def _exact(bound: BoundModel) -> bool:
@@ -158,17 +183,28 @@ def _exact(bound: BoundModel) -> bool:
         return False
     if len(mixers) < len(bound.mixers):
         return False
-    one, *more = (_trial(bound, count, bound.new_step([1] * count)) for count in (COMPANY, 1, 2, TRIAL + 1))
+    one, *more = (
+        _trial(bound, count, bound.new_step([1] * count), attend=itself) for count in (COMPANY, 1, 2, TRIAL + 1)
+    )
     if not all(torch.equal(few, one[: len(few)]) for few in more):
         return False
     return not mixers or all(torch.equal(_text(bound, cuts), _text(bound, [COMPANY])) for cuts in CUTS)
 
 
-def _trial(bound: BoundModel, count: int = TRIAL, step: StateStep | None = None, due: slice = slice(None)) -> Tensor:
+def _trial(
+    bound: BoundModel,
+    count: int = TRIAL,
+    step: StateStep | None = None,
+    due: slice = slice(None),
+    attend: Attend = blended,
+) -> Tensor:
     """Logits [count, vocabulary] of as many sessions of one token, or of those that are due; without a `step`, of one
-    session to layers that keep states."""
+    session to layers that keep states. Their positions are all over the model's context, the first of them 0: RoPE, and
+    what else follows the position, shows."""
     ids, rows = torch.tensor(bound.random_tokens(count)), torch.arange(count)
-    return bound.forward(ids, torch.zeros_like(rows), rows[due], itself, step).float()
+    context = bound.max_context if bound.max_context < UNLIMITED else COMPANY
+    positions = (rows * GOLDEN % 1 * context).long()
+    return bound.forward(ids, positions, rows[due], attend, step).float()
 
 
 def _text(bound: BoundModel, cuts: Sequence[int]) -> Tensor:
@@ -203,8 +239,8 @@ def into_panels(model: nn.Module, called: set[nn.Module]) -> Iterator[Undo]:
 def _exact_activations(model: nn.Module) -> Iterator[Undo]:
     """Activations of which no number's bits depend on its place."""
     for module in model.modules():
-        if kind := exact(module):
-            yield _set(module, "__class__", kind)
+        if function := native_function(module):
+            yield become(module, ExactActivation, function=function)
 
 
 def retype(model: nn.Module, computing: torch.dtype) -> Iterator[Undo]:
@@ -213,7 +249,7 @@ def retype(model: nn.Module, computing: torch.dtype) -> Iterator[Undo]:
     for module in list(model.modules()):
         kept = {"weight"} if isinstance(module, PanelLinear | nn.Embedding) else set()
         if isinstance(module, PanelEmbedding):
-            yield _set(module, "leaves_as", computing)
+            yield put(module, "leaves_as", computing)
         elif isinstance(module, nn.Embedding):
             yield replace_weights([module], module.weight, [TypedEmbedding], lambda weight: weight)
             module.leaves_as = computing  # type: ignore[assignment]
@@ -222,13 +258,7 @@ def retype(model: nn.Module, computing: torch.dtype) -> Iterator[Undo]:
             own += module.named_buffers(recurse=False)
         for name, tensor in own:
             if name not in kept and tensor.dtype in (torch.bfloat16, torch.float16):
-                yield _set(tensor, "data", tensor.data.to(computing))
-
-
-def _set(of: Any, name: str, value: Any) -> Undo:
-    old = getattr(of, name)
-    setattr(of, name, value)
-    return lambda: setattr(of, name, old)
+                yield put(tensor, "data", tensor.data.to(computing))
 
 
 def _by_weight(model: nn.Module) -> Iterator[list[Any]]:

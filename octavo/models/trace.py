@@ -14,7 +14,7 @@ from octavo.attention import AttentionSpec
 from octavo.cache.plan import LayerShape
 from octavo.errors import Unsupported, one_line
 from octavo.models.bound import BoundModel
-from octavo.models.hook import NAME, attending, attends_to, attention
+from octavo.models.hook import NAME, attended, attending, attention
 
 ALONE = "octavo-alone"  # the same function under a name for which transformers makes masks, so that they can be read
 NO_WINDOW = -1  # an attention pattern that is none
@@ -145,7 +145,7 @@ def _mask(
 ) -> Tensor:
     """Registered for ALONE: a mask that hides nothing, remembered with the function that would have filled it."""
     mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=kwargs.get("device"))
-    if isinstance(trace := attends_to(), Trace):
+    if isinstance(trace := attended.get(), Trace):
         trace.masks[mask.data_ptr()] = mask, mask_function
     return mask
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from octavo.models import hook
 from octavo.models.bind import BoundModel
-from octavo.models.fused import SAME, FusedNorm, become
+from octavo.models.changes import Undo, become, watched
+from octavo.models.fused import SAME, FusedNorm
 from octavo.weights import cpu
 from octavo.weights.panels import PanelLinear
 
-Undo = Callable[[], None]
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -36,7 +36,7 @@ class WholeLayer(nn.Module):
     watchers: list[Any]  # dicts of hooks of the modules within
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        attend, given = hook.attends_to(), _given(self.native, args, kwargs)
+        attend, given = hook.attended.get(), _given(self.native, args, kwargs)
         if not callable(attend) or any(self.watchers) or given is None:
             return super().forward(*args, **kwargs)
         return _compute(self.native, given, attend, 0 if attend is hook.itself else self.number)
@@ -65,29 +65,36 @@ def _compute(native: cpu.Layer, given: Given, attend: hook.Attend, number: int) 
     return native.after_attention(answers.to(torch.float32).contiguous(), given[0])[None]
 
 
-def take_over(bound: BoundModel, run: Callable[[], object]) -> Iterator[Undo]:
-    """Take over the layers of a model on a CPU that are found to be of the form, in place. `run` is a forward in which
-    every row attends to itself alone."""
+def take_over(bound: BoundModel, run: Callable[[hook.Attend], object]) -> Iterator[Undo]:
+    """Take over the layers of a model on a CPU that are found to be of the form, in place. `run` is a forward of rows
+    at different positions, which attends by what it is given."""
     found: dict[nn.Module, tuple[cpu.Layer, int]] = {}
     for number, attention in hook.attention_modules(bound.hf).items():
         for layer in bound.hf.modules():
             if getattr(layer, "self_attn", None) is attention and (native := _native(bound, layer, number)):
                 found[layer] = native, number
     calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
+    attended: dict[int, tuple[Tensor, ...]] = {}
 
     def note(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         calls[layer] = args, kwargs, output
 
-    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in found]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    def attend(number: int, *sides: Tensor) -> Tensor:
+        attended[number] = sides
+        return hook.itself(number, *sides)
+
+    with watched(layer.register_forward_hook(note, with_kwargs=True) for layer in found):
+        run(attend)
     for layer, (args, kwargs, output) in calls.items():
         native, number = found[layer]
-        if _answers(native, args, kwargs, output):
+        if _answers(native, args, kwargs, attended[number], output):
             yield become(layer, WholeLayer, native=native, number=number, watchers=_watchers(layer))
+
+
+def apart_of(bound: BoundModel) -> str | None:
+    """How many layers of a model were not taken over, in words; None if all were."""
+    whole, every = sum(isinstance(module, WholeLayer) for module in bound.hf.modules()), len(bound.layers)
+    return f"computes {every - whole} of {every} layers module by module, which is slower" if whole < every else None
 
 
 def _native(bound: BoundModel, layer: nn.Module, number: int) -> cpu.Layer | None:
@@ -120,13 +127,24 @@ def _native(bound: BoundModel, layer: nn.Module, number: int) -> cpu.Layer | Non
 
 def _watchers(layer: nn.Module) -> list[Any]:
     inner = [module for module in layer.modules() if module is not layer]
-    return list(chain.from_iterable((module._forward_hooks, module._forward_pre_hooks) for module in inner))
+    own = chain.from_iterable((module._forward_hooks, module._forward_pre_hooks) for module in inner)
+    return [*own, *hook.OF_ALL_MODULES]
 
 
 @torch.inference_mode()
-def _answers(native: cpu.Layer, args: Any, kwargs: Any, output: Any) -> bool:
+def _answers(native: cpu.Layer, args: Any, kwargs: Any, sides: tuple[Tensor, ...], output: Any) -> bool:
+    """Whether the native calls hand attention the same q, k and v, and make the same of its answer."""
     given = _given(native, args, kwargs)
     if given is None or not isinstance(output, Tensor):
         return False
-    found = _compute(native, given, hook.itself, 0)
-    return bool((found - output).norm() <= SAME * output.norm())
+    found: list[Tensor] = []
+
+    def attend(_: int, *own: Tensor) -> Tensor:
+        found.extend(own)
+        return hook.itself(0, *sides)
+
+    found.append(_compute(native, given, attend, 0))
+    return all(
+        own.shape == theirs.shape and bool((own - theirs).norm() <= SAME * theirs.norm())
+        for own, theirs in zip(found, (*sides, output), strict=True)
+    )

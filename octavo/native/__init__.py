@@ -1,5 +1,5 @@
-"""What the native extensions share on the side of Python: how one is loaded, torch's threads, numbers of types, and who
-listens to calls.
+"""What the native extensions share on the side of Python: how one is loaded, torch's threads, numbers of types, checks,
+and who listens to calls.
 
 An extension may be missing (no compiler when the package was installed): `load` says why, and its caller does without.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +20,26 @@ from typing import Any
 
 import torch
 
+from octavo.contexts import during
 from octavo.errors import OctavoError
 
 LIMIT = "OCTAVO_ISA"  # environment: an instruction set that the kernels are limited to, for tests and benchmarks
-FLOATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # types.h: Float
+
+
+def expect(right: bool, what: str) -> None:
+    """Raise ValueError where kernels, which get addresses, would read or write beyond a tensor."""
+    if not right:
+        raise ValueError(f"the native kernels expect {what}")
+
+
+def address(x: torch.Tensor | None) -> int:
+    """As kernels take a tensor that may be left out."""
+    return 0 if x is None else x.data_ptr()
+
+
+def in_rows(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, those of the last dimension next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,12 @@ class Extension:
     def isas(self) -> list[str]:
         """The instruction sets of this build that the processor has, the best first."""
         return self.module.isas() if self.module is not None else []
+
+    @cached_property
+    def floats(self) -> dict[torch.dtype, int]:
+        """The kernels' numbers of the types that they compute with."""
+        found = self.module.FLOATS if self.module is not None else {}
+        return {getattr(torch, name): number for name, number in found.items()}
 
     @property
     def has_bf16(self) -> bool:
@@ -77,21 +100,12 @@ def load(name: str) -> Extension:
 Listener = Callable[[Callable[..., Any], tuple[Any, ...]], None]
 
 
-class _Thread(threading.local):
-    listener: Listener | None = None
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
-_thread = _Thread()
-
-
-@contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def listening(listener: Listener) -> AbstractContextManager[None]:
     """Within, `listener` is told of each call of a kernel by this thread: the function, and its arguments."""
-    before, _thread.listener = _thread.listener, listener
-    try:
-        yield
-    finally:
-        _thread.listener = before
+    return during(_listener, listener)
 
 
 def functions(extension: Extension) -> Any:
@@ -105,8 +119,8 @@ def functions(extension: Extension) -> Any:
 def _heard(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         result = function(*args)
-        if _thread.listener is not None and (result is None or isinstance(result, int)):
-            _thread.listener(function, args)
+        if (listener := _listener.get()) is not None and (result is None or isinstance(result, int)):
+            listener(function, args)
         return result
 
     return call

@@ -1,7 +1,7 @@
 // One vector register of 32-bit lanes, in whatever the file is compiled for: AVX-512, AVX2, NEON or plain C++.
 //
 // Arithmetic, comparison and selection are the compiler's own vector operators. What they lack is here: the four-byte
-// dot product that attention on codes is made of, conversions from 16-bit floats, and powers of two.
+// dot product that attention on codes is made of, registers of small floats, and powers of two.
 #pragma once
 
 #include <cmath>
@@ -14,6 +14,8 @@
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
+
+#include "floats.h"
 
 namespace octavo::ISA {
 
@@ -136,84 +138,6 @@ inline u8v splat4(const void* p) {
     return (u8v)splat(word);
 }
 
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
-struct fp8 { uint8_t bits; };  // e4m3: the largest is 448, there is no infinity, and we store no NaN
-
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) {
-    const uint32_t bits = uint32_t(x.bits) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-inline float to_float(fp16 x) {
-    const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
-    float f;
-    if (rest >= 0x7c00) {  // inf, NaN
-        const uint32_t bits = 0x7f800000u | (rest & 0x3ff) << 13;
-        std::memcpy(&f, &bits, 4);
-    } else {  // an exponent shift that normal and subnormal numbers share
-        const uint32_t bits = rest << 13;
-        std::memcpy(&f, &bits, 4);
-        f *= 0x1p112f;
-    }
-    return sign ? -f : f;
-}
-inline float to_float(fp8 x) {
-    const uint32_t bits = uint32_t(x.bits & 0x7f) << 20;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    f *= 0x1p120f;  // an exponent shift that normal and subnormal numbers share
-    return x.bits & 0x80 ? -f : f;
-}
-inline void from_float(float x, float& out) { out = x; }
-inline void from_float(float x, bf16& out) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) out.bits = uint16_t(bits >> 16 | 64);  // NaN stays NaN
-    else out.bits = uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);          // to even
-}
-inline void from_float(float x, fp16& out) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const uint16_t sign = bits >> 16 & 0x8000;
-    bits &= 0x7fffffffu;
-    if (bits > 0x7f800000u) { out.bits = sign | 0x7e00; return; }
-    if (bits >= 0x477ff000u) { out.bits = sign | 0x7c00; return; }  // rounds beyond the largest
-    if (bits < 0x38800000u) {  // subnormal: let a float addition do the rounding
-        float f;
-        std::memcpy(&f, &bits, 4);
-        f += 0.5f;
-        uint32_t rounded;
-        std::memcpy(&rounded, &f, 4);
-        out.bits = sign | uint16_t(rounded - 0x3f000000u);
-        return;
-    }
-    bits += 0xfff + (bits >> 13 & 1);
-    out.bits = sign | uint16_t((bits - 0x38000000u) >> 13);
-}
-
-inline void from_float(float x, fp8& out) {  // what is beyond the largest becomes it, and so does a NaN
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const uint8_t sign = bits >> 24 & 0x80;
-    bits &= 0x7fffffffu;
-    if (bits > 0x7f800000u) { out.bits = 0x7e; return; }
-    if (bits >= 0x43e00000u) { out.bits = sign | 0x7e; return; }  // 448
-    if (bits < 0x3c800000u) {  // below 2⁻⁶, in steps of 2⁻⁹: let a float addition do the rounding
-        float f;
-        std::memcpy(&f, &bits, 4);
-        f += 16384.0f;
-        uint32_t rounded;
-        std::memcpy(&rounded, &f, 4);
-        out.bits = sign | uint8_t(rounded - 0x46800000u);
-        return;
-    }
-    bits += 0x7ffffu + (bits >> 20 & 1);  // to even
-    out.bits = sign | uint8_t((bits >> 20) - (120 << 3));
-}
-
 inline f32v load_float(const float* p) { return load<f32v>(p); }
 inline f32v load_float(const bf16* p) {
 #if defined(__AVX512F__)
@@ -249,6 +173,7 @@ inline f32v load_float(const fp8* p) {
     return (f32v)((i32v)size | (code & 0x80) << 24);
 }
 
+constexpr float LOG2E = 1.44269504f;
 constexpr float MAGIC = 0x1.8p23f;  // added to |x| < 2²²: rounds to an integer, half to even, and holds it in the low bits
 inline i32v nearest(f32v x) { return (i32v)(x + MAGIC) - (i32v)splat(MAGIC); }
 

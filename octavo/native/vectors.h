@@ -8,8 +8,6 @@
 
 namespace octavo::ISA {
 
-constexpr float LOG2E = 1.44269504f;
-
 // f(i, n) for vectors of n = W elements from i on, and a last one of fewer.
 template <class F>
 inline void each_vector(int64_t count, F&& f) {

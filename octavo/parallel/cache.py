@@ -4,14 +4,13 @@ counts of values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from octavo.cache.plan import LayerPlan
-from octavo.cache.row_store import RowStore
 from octavo.cache.store import KVCache, Page
 from octavo.devices import HOST
 from octavo.parallel.heads import Share
@@ -50,22 +49,18 @@ class ParallelCache(KVCache):
 
     def gather(self, pages: list[list[int]]) -> list[Page]:
         """On every rank: all heads' pages, on rank 0."""
-        own = zip(self._owned(), super().read_pages(pages), strict=True)
+        own = zip(self.paged_stores, super().read_pages(pages), strict=True)
         return [(self._whole(i, codes), None if scales is None else self._whole(i, scales))
-                for (i, _), (codes, scales) in own]  # fmt: skip
+                for (_, i, _), (codes, scales) in own]  # fmt: skip
 
     def divide(self, pages: list[list[int]]) -> None:
         """On every rank: put its heads of the pages that rank 0 writes into its own."""
         copies: list[Page] = []
-        for (i, store), own, page in zip(self._owned(), pages, self._given or [None] * len(pages), strict=True):
+        for (_, i, store), own, page in zip(self.paged_stores, pages, self._given or [None] * len(pages), strict=True):
             codes, scales = page if page is not None else (None, None)
             part = self._part(i, store.codes, len(own), codes)
             copies.append((part, None if store.scales is None else self._part(i, store.scales, len(own), scales)))
         super().write_pages(pages, copies)
-
-    def _owned(self) -> Iterator[tuple[int, RowStore]]:
-        """The `paged_stores` with their layers."""
-        return ((i, store) for i, layer in self.owners for store in (layer.k, layer.v, *(layer.raw or ())))
 
     def _whole(self, layer: int, x: Tensor) -> Tensor:
         """Of [pages, heads, …] all heads, on the host of rank 0."""

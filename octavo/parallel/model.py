@@ -39,7 +39,7 @@ class ParallelModel(BoundModel):
 
     def __init__(self, bound: BoundModel, ranks: Ranks):
         super().__init__(bound.hf, bound.max_context)
-        self.layers, self.computes, self.ranks = bound.layers, bound.computes, ranks
+        self.layers, self.computes, self.slower, self.ranks = bound.layers, bound.computes, bound.slower, ranks
         self.shares = self._find_shares()
         self._commands: dict[str, Callable[..., Any]] = {
             "cache": self._new_cache,

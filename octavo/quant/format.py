@@ -29,8 +29,6 @@ from octavo.errors import OctavoError
 
 Kind = Literal["raw", "static", "token", "float"]
 Granularity = Literal["tensor", "head", "channel"]
-KERNEL_NUMBERS = {"bfloat16": 0, "float16": 1, "float32": 2, "int8": 3, "uint8": 4}  # attention/native/kernel.h: Code
-FP8_NUMBER = 5
 
 # How static scales are chosen from calibrated ranges unless said otherwise: docs/FORMATS.md has the numbers behind it.
 DEFAULT_GRANULARITY: Granularity = "channel"
@@ -65,11 +63,6 @@ class Codec:
     @property
     def needs_calibration(self) -> bool:
         return self.kind == "static"
-
-    @property
-    def kernel_number(self) -> int:
-        """The native kernels' number of the code."""
-        return FP8_NUMBER if self.kind == "float" else KERNEL_NUMBERS[self.dtype]
 
     def width(self, dim: int) -> int:
         """Stored elements of one row of `dim` values; an odd row of 4-bit codes is padded to a whole byte."""

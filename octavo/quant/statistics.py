@@ -115,6 +115,12 @@ class LayerStatistics:
         return {"k": {**self.k.summary(), "reader": queries}, "v": {**self.v.summary(), "reader": self.output.sqrt()}}
 
 
+def largest_of(x: Tensor, granularity: Granularity) -> Tensor:
+    """Of x [kv_heads, dim] the largest of the layer [1, 1], of each head [kv_heads, 1], or x."""
+    over = {"tensor": (0, 1), "head": (1,), "channel": ()}[granularity]
+    return x.amax(over, keepdim=True) if over else x
+
+
 def range_static(low: Tensor, high: Tensor, granularity: Granularity, headroom: float) -> Static:
     """The static part from calibrated ranges `low`, `high` [kv_heads, dim].
 
@@ -124,10 +130,7 @@ def range_static(low: Tensor, high: Tensor, granularity: Granularity, headroom: 
     headroom 1 is the recipe of LMDeploy's page "KV Cache Quantization and Test Results". A range of zero (a constant
     channel) has no scale: its c is 1, its codes 0, and it decodes to its constant.
     """
-    over = {"tensor": (0, 1), "head": (1,), "channel": ()}[granularity]
-    if over:
-        shape = low.shape
-        low, high = low.amin(over, keepdim=True).expand(shape), high.amax(over, keepdim=True).expand(shape)
+    low, high = -largest_of(-low, granularity).expand(low.shape), largest_of(high, granularity).expand(high.shape)
     c = headroom * (high - low) / 255
     # Below 1e-30 the reciprocal could leave float32.
     return Static(mu=((low + high) / 2).contiguous(), c=torch.where(c > 1e-30, c, 1.0).contiguous())
@@ -140,10 +143,7 @@ def float_static(low: Tensor, high: Tensor, granularity: Granularity, headroom: 
 
     over the layer, each KV head or each channel.
     """
-    over = {"tensor": (0, 1), "head": (1,), "channel": ()}[granularity]
-    largest = torch.maximum(low.abs(), high.abs())
-    if over:
-        largest = largest.amax(over, keepdim=True).expand(low.shape)
+    largest = largest_of(torch.maximum(low.abs(), high.abs()), granularity).expand(low.shape)
     c = headroom * largest / FP8_LARGEST
     return Static(mu=torch.zeros_like(low), c=torch.where(c > 1e-30, c, 1.0).contiguous())
 

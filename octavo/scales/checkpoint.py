@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +20,8 @@ from torch import Tensor
 from octavo.cache.plan import LayerShape, Side
 from octavo.errors import OctavoError, one_line
 from octavo.models.files import read_json, weight_files
+from octavo.models.hook import attention_modules
+from octavo.models.model import Model
 from octavo.models.save import require_new
 from octavo.scales.ranges import FP8, INT8, SIDES, Found, Layers
 
@@ -138,6 +140,14 @@ def write(
         if path.exists():
             path.rmdir()  # empty
         new.rename(path)
+
+
+def owners(model: Model) -> Iterator[tuple[int, str]]:
+    """The layers that have K and V of their own, by number, and the names of their attention modules."""
+    names = {id(module): name for name, module in model.bound.hf.named_modules()}
+    for i, module in attention_modules(model.bound.hf).items():
+        if model.bound.shapes[i].shares is None:
+            yield i, names[id(module)]
 
 
 def _link(file: Path, to: Path) -> None:

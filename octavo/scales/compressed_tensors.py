@@ -11,7 +11,6 @@ from typing import Any
 
 from octavo.errors import OctavoError
 from octavo.models.files import quantization
-from octavo.models.hook import attention_modules
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.scales import checkpoint
@@ -25,15 +24,11 @@ HEADROOM = 1.0  # absmax/448
 
 
 def write(path: Path, calibration: Calibration, choice: Choice, model: Model) -> list[str]:
-    names = {id(module): name for name, module in model.bound.hf.named_modules()}
     tensors = {}
-    for i, module in attention_modules(model.bound.hf).items():
-        if model.bound.shapes[i].shares is None:
-            for side in SIDES:
-                scale = choice.symmetric(calibration.layers[i][side], FP8)
-                tensors[f"{names[id(module)]}.{side}_scale"] = (
-                    scale[:, :, None] if choice.granularity == "head" else scale.flatten()
-                )
+    for i, name in checkpoint.owners(model):
+        for side in SIDES:
+            scale = choice.symmetric(calibration.layers[i][side], FP8)
+            tensors[f"{name}.{side}_scale"] = scale[:, :, None] if choice.granularity == "head" else scale.flatten()
     scheme: dict[str, Any] = {
         "num_bits": 8,
         "type": "float",

@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from octavo.models.hook import attention_modules
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.scales import checkpoint
@@ -24,12 +23,10 @@ HEADROOM = 1.0  # absmax/448
 
 
 def write(path: Path, calibration: Calibration, choice: Choice, model: Model) -> list[str]:
-    names = {id(module): name for name, module in model.bound.hf.named_modules()}
     tensors = {
-        f"{names[id(module)]}.{side}_proj.{side}_scale": choice.symmetric(calibration.layers[i][side], FP8).view(())
-        for i, module in attention_modules(model.bound.hf).items()
+        f"{name}.{side}_proj.{side}_scale": choice.symmetric(calibration.layers[i][side], FP8).view(())
+        for i, name in checkpoint.owners(model)
         for side in SIDES
-        if model.bound.shapes[i].shares is None
     }
     document: dict[str, Any] = {
         "producer": {"name": "octavo"},

@@ -14,6 +14,7 @@ from octavo.errors import OctavoError
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.format import Granularity
+from octavo.quant.statistics import largest_of
 
 SIDES: tuple[Side, Side] = ("k", "v")
 INT8 = 127.5  # |x|/scale at the end of the range where codes are −128 … 127 about a middle
@@ -151,8 +152,7 @@ class Choice:
 
     def _over(self, x: Tensor) -> Tensor:
         """The largest of each layer, head or channel."""
-        over = {"tensor": (0, 1), "head": (1,), "channel": ()}[self.granularity]
-        return x.amax(over, keepdim=True) if over else x
+        return largest_of(x, self.granularity)
 
     def _same(self, statistics: Mapping[str, Tensor]) -> bool:
         """Whether scale and zero have one value in each part that gets one."""

@@ -88,8 +88,8 @@ class Metrics:
             "vllm:num_requests_running": ("Choices in the batch.", len(scheduler.running)),
             "vllm:num_requests_waiting": ("Choices that wait for the engine.", self.waiting()),
             "vllm:kv_cache_usage_perc": ("Share of the blocks that running answers hold.", fullest),
-            "octavo_blocks_total": ("Blocks of the KV cache.", len(pool)),
-            "octavo_blocks_used": ("Blocks that running answers hold.", pool.used),
+            "octavo_blocks_total": ("Blocks of the KV cache.", len(pool.groups[0])),
+            "octavo_blocks_used": ("Blocks that running answers hold.", pool.groups[0].used),
             "octavo_raw_pages_total": ("Raw pages, of rows at edges.", cache.raw_pages),
             "octavo_raw_pages_used": ("Raw pages that running answers hold.", edges.used if edges else 0),
             "octavo_snapshots_total": ("Snapshots of states that there is room for.", snapshots.slots),
@@ -110,7 +110,7 @@ class Metrics:
         for name, (help, value) in totals.items():
             yield self._with_labels(CounterMetricFamily, name, help, value)
         config = {"cache_dtype": str(self.llm.format), "block_size": str(pool.block_size)}
-        info = {**self.labels, **config, "num_gpu_blocks": str(len(pool))}
+        info = {**self.labels, **config, "num_gpu_blocks": str(len(pool.groups[0]))}
         family = GaugeMetricFamily("vllm:cache_config_info", "How the KV cache is made.", labels=[*info])
         family.add_metric([*info.values()], 1)
         yield family
@@ -140,7 +140,7 @@ def cache_state(
         "block_size": pool.block_size,
         "block_bytes": size.block,
         "block_bytes_16_bits": size_16.block,
-        "blocks_total": len(pool),
+        "blocks_total": len(pool.groups[0]),
         "blocks_used": used[0],
         "blocks_cached": kept[0],
         "raw_page_bytes": size.raw_page,

@@ -7,6 +7,8 @@ from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
 from octavo.weights import cpu
 
+NATIVE = {nn.SiLU: "silu", SiLUActivation: "silu", GELUActivation: "gelu", GELUTanh: "gelu_tanh"}
+
 
 class ExactActivation(nn.Module):
     """An activation module whose forward is the native function of that name."""
@@ -17,20 +19,9 @@ class ExactActivation(nn.Module):
         return cpu.activate(self.function, x)
 
 
-class Silu(ExactActivation):
-    function = "silu"
-
-
-class Gelu(ExactActivation):
-    function = "gelu"
-
-
-class GeluTanh(ExactActivation):
-    function = "gelu_tanh"
-
-
-def exact(module: nn.Module) -> type[ExactActivation] | None:
-    """What computes the same as an activation module; None for modules that are none, or of other functions."""
+def native_function(module: nn.Module) -> str | None:
+    """The native function that computes the same as an activation module; None for modules that are none, or of other
+    functions."""
     if isinstance(module, nn.GELU):
-        return GeluTanh if module.approximate == "tanh" else Gelu
-    return {nn.SiLU: Silu, SiLUActivation: Silu, GELUActivation: Gelu, GELUTanh: GeluTanh}.get(type(module))
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return NATIVE.get(type(module))

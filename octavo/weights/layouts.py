@@ -1,4 +1,4 @@
-"""How checkpoints store the 4-bit weights of a linear layer, and the one form they are all read into and written from.
+"""How checkpoints store the 4-bit weights of a linear layer, and the one form they are all read into.
 
 A weight of [out, in] is `(code − zero) · scale`: codes and zeros are 0 … 15, and `group_size` columns of a row share a
 zero and a scale. Eight 4-bit numbers make an int32, the first in its lowest bits. What differs is along which dimension
@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # the column of each 4-bit number of a word
@@ -60,7 +60,6 @@ class WeightLayout:
     # (out, in, group_size) → the shape of each tensor by its name after the layer's
     shapes: Callable[[int, int, int], dict[str, tuple[int, ...]]]
     unpack: Callable[[Mapping[str, Tensor]], Int4Weight]  # tensors of those shapes
-    pack: Callable[[Int4Weight], dict[str, Tensor]]
     multiple: tuple[int, int] = (1, 1)  # what out and in are multiples of
 
 
@@ -74,7 +73,8 @@ def _unpack_awq(tensors: Mapping[str, Tensor]) -> Int4Weight:
     return Int4Weight(_turned(codes), _turned(zeros), _turned(tensors["scales"]))
 
 
-def _pack_awq(weight: Int4Weight) -> dict[str, Tensor]:
+def pack_awq(weight: Int4Weight) -> dict[str, Tensor]:
+    """The tensors of a weight in AWQ's form, which `octavo quantize` writes."""
     codes, zeros = (x.T.unflatten(1, (-1, 8))[..., _AWQ_ORDER] for x in (weight.codes, weight.zeros))
     return {"qweight": _words(codes), "qzeros": _words(zeros), "scales": _turned(weight.scales)}
 
@@ -89,15 +89,6 @@ def _unpack_gptq(tensors: Mapping[str, Tensor], less: int) -> Int4Weight:
     # Zero 0 less one is stored as 15: quantizers make no zero of 16.
     zeros = _nibbles(tensors["qzeros"]).flatten(1) + less & 15
     return Int4Weight(codes, _turned(zeros), _turned(tensors["scales"]))
-
-
-def _pack_gptq(weight: Int4Weight, less: int) -> dict[str, Tensor]:
-    zeros = (weight.zeros.T.to(torch.int16) - less & 15).to(torch.uint8)
-    return {
-        "qweight": _turned(_words(weight.codes.unflatten(1, (-1, 8)))),
-        "qzeros": _words(zeros.unflatten(1, (-1, 8))),
-        "scales": _turned(weight.scales),
-    }
 
 
 def _compressed_shapes(out: int, columns: int, group: int, symmetric: bool) -> dict[str, tuple[int, ...]]:
@@ -115,15 +106,6 @@ def _unpack_compressed(tensors: Mapping[str, Tensor]) -> Int4Weight:
     return Int4Weight(codes, _turned(_nibbles(_turned(packed)).flatten(1)[:, :out]), scales)
 
 
-def _pack_compressed(weight: Int4Weight, symmetric: bool) -> dict[str, Tensor]:
-    packed = {
-        "weight_packed": _words(_eights(weight.codes)),
-        "weight_scale": weight.scales.contiguous(),
-        "weight_shape": torch.tensor(weight.codes.shape),
-    }
-    return packed if symmetric else packed | {"weight_zero_point": _turned(_words(_eights(weight.zeros.T)))}
-
-
 def _nibbles(words: Tensor) -> Tensor:
     """int32 [rows, n] → uint8 [rows, n, 8], lowest bits first."""
     bytes = words.contiguous().view(torch.uint8)
@@ -136,29 +118,12 @@ def _words(nibbles: Tensor) -> Tensor:
     return (pairs[..., 0] | pairs[..., 1] << 4).flatten(1).contiguous().view(torch.int32)
 
 
-def _eights(x: Tensor) -> Tensor:
-    """[rows, n] → [rows, ⌈n/8⌉, 8], padded with zeros."""
-    return F.pad(x, (0, -x.shape[1] % 8)).unflatten(1, (-1, 8))
-
-
 def _turned(x: Tensor) -> Tensor:
     return x.T.contiguous()
 
 
-AWQ = WeightLayout(_awq_shapes, _unpack_awq, _pack_awq, multiple=(8, 1))
-GPTQ = WeightLayout(
-    _gptq_shapes, lambda tensors: _unpack_gptq(tensors, 1), lambda weight: _pack_gptq(weight, 1), multiple=(8, 8)
-)
-GPTQ_V2 = WeightLayout(
-    _gptq_shapes, lambda tensors: _unpack_gptq(tensors, 0), lambda weight: _pack_gptq(weight, 0), multiple=(8, 8)
-)
-COMPRESSED = WeightLayout(
-    lambda out, columns, group: _compressed_shapes(out, columns, group, False),
-    _unpack_compressed,
-    lambda weight: _pack_compressed(weight, False),
-)
-COMPRESSED_SYMMETRIC = WeightLayout(
-    lambda out, columns, group: _compressed_shapes(out, columns, group, True),
-    _unpack_compressed,
-    lambda weight: _pack_compressed(weight, True),
-)
+AWQ = WeightLayout(_awq_shapes, _unpack_awq, multiple=(8, 1))
+GPTQ = WeightLayout(_gptq_shapes, partial(_unpack_gptq, less=1), multiple=(8, 8))
+GPTQ_V2 = WeightLayout(_gptq_shapes, partial(_unpack_gptq, less=0), multiple=(8, 8))
+COMPRESSED = WeightLayout(partial(_compressed_shapes, symmetric=False), _unpack_compressed)
+COMPRESSED_SYMMETRIC = WeightLayout(partial(_compressed_shapes, symmetric=True), _unpack_compressed)

@@ -19,7 +19,7 @@ from octavo.errors import Unsupported, warn_once
 from octavo.weights import cpu
 from octavo.weights.layouts import Int4Weight
 
-TILE = 16  # kernel.h
+TILE = 16  # outputs that lie together: the kernels see that it is theirs
 SLICE = 1 << 22  # weights decoded at a time
 MANY = 256  # rows of bf16 that an AMX unit makes up for the decoding with; AVX-512 does not up to 2048 (weights_cpu.py)
 
@@ -100,13 +100,11 @@ class PackedLinear(nn.Module):
         if 8 * self.codes.shape[1] != self.in_features:
             x = F.pad(x, (0, 8 * self.codes.shape[1] - self.in_features))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return cpu.multiply(self._matrix(), self.out_features, x, bias)
+        return cpu.multiply(self._matrix(), x, bias)
 
-    def _matrix(self) -> Any:
+    def _matrix(self) -> cpu.Matrix:
         """The kernels' view of the weight: addresses, so it is not kept, for tensors move."""
-        codes, scales, zeros = self.codes, self.scales, self.zeros  # each costs a module a look-up
-        columns = 8 * codes.shape[1]
-        return cpu.matrix(codes, scales, zeros, self.out_features, columns, columns // scales.shape[1])
+        return cpu.matrix(self.codes, self.scales, self.zeros, self.out_features)
 
     def _sliced(self, x: Tensor) -> Tensor:
         step = max(TILE, SLICE // self.in_features // TILE * TILE)

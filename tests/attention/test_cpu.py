@@ -7,7 +7,7 @@ these tests are skipped; what then happens is tested too.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -380,6 +380,30 @@ def test_bf16_and_strided_rows_are_encoded_as_their_float_values() -> None:
     apart = torch.stack([x.float(), torch.zeros(10, 2, 64)], -1).flatten(-2)[..., ::2]
     cpu.write(cache.stores[1], apart, torch.arange(10))
     assert torch.equal(rows_of(cache.stores[0], sequence).scales, rows_of(cache.stores[1], sequence).scales)
+
+
+@native
+def test_what_lies_beyond_the_cache_is_refused() -> None:
+    """Slots and blocks that it does not have, rows of other heads, and numbers of another type."""
+    layer = NativeLayer(Case("int8-token", 64, 64, 2, 2, 64))
+    q, k, v = layer.queries(5), layer.keys(5), layer.values(5)
+    store, blocks = layer.cache.stores[0], layer.cache.num_blocks
+    batch = Batch.build([(layer.sequences[0], 5)], 64)
+    far = torch.full((5,), 64 * blocks)
+    wrong = [
+        lambda: cpu.write(store, k, far),
+        lambda: cpu.write(store, k, torch.arange(5, dtype=torch.int32)),
+        lambda: cpu.write(store, k[:, :1], torch.arange(5)),
+        lambda: cpu.read(store, slice(0, 3), torch.tensor([0]), torch.float32),
+        lambda: cpu.read(store, slice(0, 2), torch.tensor([blocks]), torch.float32),
+        lambda: layer.feed([(0, 5)], q[:, :3], k, v),
+        lambda: layer.feed([(0, 5)], q, k[:4], v),
+        lambda: layer.feed([(0, 5)], q, k, v, replace(batch, slots=far, plan={})),
+        lambda: layer.feed([(0, 5)], q, k, v, replace(batch, block_table=batch.block_table + blocks, plan={})),
+    ]
+    for call in wrong:
+        with pytest.raises(ValueError, match="the native kernels expect"):
+            call()
 
 
 @every_isa

@@ -56,16 +56,6 @@ def test_a_table_may_be_longer_than_what_is_written_yet() -> None:
     assert batch.block_table.tolist() == [[6, 5, 4]]
 
 
-def test_a_shifted_batch_has_other_positions_and_nothing_else() -> None:
-    batch = Batch.build([(Sequence([1, 2, 3], 1, [2]), 2)], 4)
-    shifted = batch.at(1000)
-    assert shifted.positions.tolist() == [1001, 1002]
-    assert batch.positions.tolist() == [1, 2]
-    for name in ("ids", "slots", "block_table", "logits_at"):
-        assert torch.equal(getattr(shifted, name), getattr(batch, name))
-    assert (shifted.q_lens, shifted.kv_lens) == (batch.q_lens, batch.kv_lens)
-
-
 def test_a_batch_on_its_own_device_is_itself() -> None:
     batch = Batch.build([(Sequence([1], 0, [0]), 1)], 4)
     assert batch.on(torch.device("cpu")) is batch

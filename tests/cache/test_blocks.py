@@ -11,16 +11,17 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from octavo.cache import blocks as module
-from octavo.cache.blocks import prefix_hash
+from octavo.cache import blocks as of_blocks
+from octavo.cache import pool as of_pools
+from octavo.cache.blocks import BlockPool, prefix_hash
 from octavo.cache.pool import CachePool
 
 SIZE = 4
 
 
-def fill(pool: CachePool, tokens: Tokens[int]) -> list[int]:
+def fill(pool: BlockPool, tokens: Tokens[int]) -> list[int]:
     """The block table of a sequence that computed all of `tokens`: shared blocks, then its own, full ones sealed."""
-    found = pool.match(tokens)
+    found = CachePool([pool]).match(tokens)
     table = list(found.tables[0])
     parent = found.prefixes[-1] if found else None
     while len(table) < pool.blocks_for(len(tokens)):
@@ -32,9 +33,9 @@ def fill(pool: CachePool, tokens: Tokens[int]) -> list[int]:
     return table
 
 
-def matched(pool: CachePool, tokens: Tokens[int]) -> list[int]:
+def matched(pool: BlockPool, tokens: Tokens[int]) -> list[int]:
     """The blocks that a prompt would hit, without keeping them."""
-    table = pool.match(tokens).tables[0]
+    table = CachePool([pool]).match(tokens).tables[0]
     pool.check()
     pool.release(table)
     pool.check()
@@ -46,7 +47,7 @@ def count(stop: int) -> list[int]:
 
 
 def test_a_new_pool_is_free_and_consistent() -> None:
-    pool = CachePool(5, SIZE)
+    pool = BlockPool(5, SIZE)
     pool.check()
     assert len(pool) == len(pool.free) == 5
     assert not pool.by_prefix
@@ -54,11 +55,11 @@ def test_a_new_pool_is_free_and_consistent() -> None:
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (63, 1), (64, 1), (65, 2), (128, 2), (129, 3)])
 def test_tokens_need_whole_blocks(tokens: int, blocks: int) -> None:
-    assert CachePool(1, 64).blocks_for(tokens) == blocks
+    assert BlockPool(1, 64).blocks_for(tokens) == blocks
 
 
 def test_taken_blocks_are_distinct_and_leave_the_free_list() -> None:
-    pool = CachePool(4, SIZE)
+    pool = BlockPool(4, SIZE)
     taken = [pool.take() for _ in range(4)]
     assert sorted(taken) == [0, 1, 2, 3]
     assert not pool.free
@@ -66,7 +67,7 @@ def test_taken_blocks_are_distinct_and_leave_the_free_list() -> None:
 
 
 def test_kept_blocks_are_reused_in_the_order_in_which_they_were_freed() -> None:
-    pool = CachePool(4, SIZE)
+    pool = BlockPool(4, SIZE)
     tables = [fill(pool, [token] * SIZE) for token in range(4)]
     for which in (2, 0, 3, 1):
         pool.release(tables[which])
@@ -75,21 +76,21 @@ def test_kept_blocks_are_reused_in_the_order_in_which_they_were_freed() -> None:
 
 def test_blocks_that_nobody_can_find_come_first_then_those_that_were_never_used() -> None:
     """So a cache takes no more memory than it needs."""
-    pool = CachePool(4, SIZE)
+    pool = BlockPool(4, SIZE)
     kept, unfinished = fill(pool, count(SIZE + 1))
     pool.release([kept, unfinished])
     assert [pool.take() for _ in range(4)] == [unfinished, 2, 3, kept]
 
 
 def test_a_table_is_freed_from_its_tail() -> None:
-    pool = CachePool(3, SIZE)
+    pool = BlockPool(3, SIZE)
     table = fill(pool, count(12))
     pool.release(table)
     assert [pool.take() for _ in range(3)] == table[::-1]
 
 
 def test_the_beginning_of_a_prefix_outlives_its_end() -> None:
-    pool = CachePool(4, SIZE)
+    pool = BlockPool(4, SIZE)
     table = fill(pool, count(16))
     pool.release(table)
     for kept in (3, 2, 1, 0):
@@ -98,34 +99,34 @@ def test_the_beginning_of_a_prefix_outlives_its_end() -> None:
 
 
 def test_a_freed_prefix_is_found_again() -> None:
-    pool = CachePool(8, SIZE)
+    pool = BlockPool(8, SIZE)
     table = fill(pool, count(10))
     pool.release(table)
     assert len(pool.free) == 8
-    found = pool.match(count(10))
+    found = CachePool([pool]).match(count(10))
     assert found.tables == [table[:2]]
     assert not set(table[:2]) & set(pool.free)
     pool.check()
 
 
 def test_a_hit_comes_with_the_hashes_of_its_prefixes() -> None:
-    pool = CachePool(4, SIZE)
+    pool = BlockPool(4, SIZE)
     fill(pool, count(8))
     first = prefix_hash(None, count(4))
-    assert pool.match(count(9)).prefixes == [first, prefix_hash(first, [4, 5, 6, 7])]
+    assert CachePool([pool]).match(count(9)).prefixes == [first, prefix_hash(first, [4, 5, 6, 7])]
 
 
 @pytest.mark.parametrize(
     ("length", "blocks"), [(0, 0), (1, 0), (3, 0), (4, 0), (5, 1), (7, 1), (8, 1), (9, 2), (12, 2), (13, 3), (50, 3)]
 )
 def test_a_hit_is_whole_blocks_and_never_covers_the_last_token(length: int, blocks: int) -> None:
-    pool = CachePool(20, SIZE)
+    pool = BlockPool(20, SIZE)
     table = fill(pool, count(12))
     assert matched(pool, count(length)) == table[:blocks]
 
 
 def test_a_hit_ends_at_the_first_token_that_differs() -> None:
-    pool = CachePool(20, SIZE)
+    pool = BlockPool(20, SIZE)
     table = fill(pool, count(16))
     for changed, blocks in [(0, 0), (3, 0), (4, 1), (7, 1), (8, 2), (15, 3), (16, 4)]:
         tokens = count(17)
@@ -134,7 +135,7 @@ def test_a_hit_ends_at_the_first_token_that_differs() -> None:
 
 
 def test_the_same_tokens_after_another_beginning_are_another_prefix() -> None:
-    pool = CachePool(20, SIZE)
+    pool = BlockPool(20, SIZE)
     fill(pool, [1, 1, 1, 1, 5, 6, 7, 8])
     assert matched(pool, [5, 6, 7, 8, 0]) == []
     own = fill(pool, [2, 2, 2, 2, 5, 6, 7, 8, 0])
@@ -142,13 +143,13 @@ def test_the_same_tokens_after_another_beginning_are_another_prefix() -> None:
 
 
 def test_a_block_that_is_not_full_is_not_found() -> None:
-    pool = CachePool(4, SIZE)
+    pool = BlockPool(4, SIZE)
     table = fill(pool, count(7))
     assert matched(pool, count(20)) == table[:1]
 
 
 def test_a_shared_block_is_free_only_when_its_last_owner_lets_go() -> None:
-    pool = CachePool(8, SIZE)
+    pool = BlockPool(8, SIZE)
     first = fill(pool, count(9))
     second = fill(pool, count(9))
     assert second[:2] == first[:2]
@@ -164,17 +165,17 @@ def test_a_shared_block_is_free_only_when_its_last_owner_lets_go() -> None:
 
 
 def test_matching_a_freed_block_protects_it_from_being_taken() -> None:
-    pool = CachePool(3, SIZE)
+    pool = BlockPool(3, SIZE)
     table = fill(pool, count(12))
     pool.release(table)
-    held = pool.match(count(9)).tables[0]
+    held = CachePool([pool]).match(count(9)).tables[0]
     assert held == table[:2]
     assert pool.take() == table[2]
     assert not pool.free
 
 
 def test_a_block_that_is_taken_forgets_what_it_held() -> None:
-    pool = CachePool(1, SIZE)
+    pool = BlockPool(1, SIZE)
     fill(pool, count(4))
     pool.release([0])
     assert matched(pool, count(5)) == [0]
@@ -186,7 +187,7 @@ def test_a_block_that_is_taken_forgets_what_it_held() -> None:
 
 
 def test_a_duplicate_stays_in_its_table_and_the_first_stays_the_shared_one() -> None:
-    pool = CachePool(8, SIZE)
+    pool = BlockPool(8, SIZE)
     a, b = pool.take(), pool.take()  # two sequences compute the same prompt in the same step
     assert pool.seal(a, None, count(4)) == pool.seal(b, None, count(4)) == prefix_hash(None, count(4))
     pool.check()
@@ -199,7 +200,7 @@ def test_a_duplicate_stays_in_its_table_and_the_first_stays_the_shared_one() -> 
 
 
 def test_after_the_shared_one_is_gone_a_prefix_can_be_sealed_anew() -> None:
-    pool = CachePool(2, SIZE)
+    pool = BlockPool(2, SIZE)
     pool.release(fill(pool, count(4)))
     table = [pool.take(), pool.take()]
     assert matched(pool, count(5)) == []
@@ -209,7 +210,7 @@ def test_after_the_shared_one_is_gone_a_prefix_can_be_sealed_anew() -> None:
 
 def test_a_hit_has_no_holes() -> None:
     """A later block can outlive an earlier one, where two sequences computed the same beginning at the same time."""
-    pool = CachePool(3, SIZE)
+    pool = BlockPool(3, SIZE)
     a, b = pool.take(), pool.take()
     parent = pool.seal(a, None, count(4))
     assert pool.seal(b, None, count(4)) == parent  # a duplicate: a is the shared one
@@ -221,8 +222,9 @@ def test_a_hit_has_no_holes() -> None:
 
 
 def test_a_hash_collision_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = CachePool(8, SIZE)
-    monkeypatch.setattr(module, "prefix_hash", lambda _parent, _tokens: b"the same")
+    pool = BlockPool(8, SIZE)
+    for module in (of_blocks, of_pools):
+        monkeypatch.setattr(module, "prefix_hash", lambda _parent, _tokens: b"the same")
     one, other = pool.take(), pool.take()
     pool.seal(one, None, [1, 2, 3, 4])
     pool.seal(other, None, [5, 6, 7, 8])
@@ -235,7 +237,7 @@ def test_a_hash_collision_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_clear_forgets_every_prefix_and_moves_no_block() -> None:
-    pool = CachePool(8, SIZE)
+    pool = BlockPool(8, SIZE)
     kept = fill(pool, count(8))
     pool.release(fill(pool, [9, 9, 9, 9, 9, 9, 9, 9]))
     free = list(pool.free)
@@ -250,10 +252,10 @@ def test_clear_forgets_every_prefix_and_moves_no_block() -> None:
 
 
 def test_without_prefix_caching_nothing_is_remembered() -> None:
-    pool = CachePool(8, SIZE, prefix_caching=False)
+    pool = BlockPool(8, SIZE, prefix_caching=False)
     table = fill(pool, count(9))
     assert not pool.by_prefix
-    assert len(pool.match(count(9))) == 0
+    assert len(CachePool([pool]).match(count(9))) == 0
     assert not set(fill(pool, count(5))) & set(table)
     pool.release(table)
     pool.clear()
@@ -269,35 +271,35 @@ def test_a_prefix_hash_depends_on_every_token_and_their_order() -> None:
     assert prefix_hash(None, [1, 2]) == prefix_hash(None, (1, 2))
 
 
-def lost() -> CachePool:
-    pool = CachePool(4, 2)
+def lost() -> BlockPool:
+    pool = BlockPool(4, 2)
     pool.free.popitem()
     return pool
 
 
-def free_and_referenced() -> CachePool:
-    pool = CachePool(4, 2)
+def free_and_referenced() -> BlockPool:
+    pool = BlockPool(4, 2)
     pool.blocks[0].references = 1
     return pool
 
 
-def released_twice() -> CachePool:
-    pool = CachePool(4, 2)
+def released_twice() -> BlockPool:
+    pool = BlockPool(4, 2)
     table = fill(pool, [1, 2])
     pool.release(table)
     pool.release(table)
     return pool
 
 
-def hash_that_leads_nowhere() -> CachePool:
-    pool = CachePool(4, 2)
+def hash_that_leads_nowhere() -> BlockPool:
+    pool = BlockPool(4, 2)
     fill(pool, [1, 2, 3, 4])
     pool.by_prefix.clear()
     return pool
 
 
-def hash_of_a_block_that_forgot_it() -> CachePool:
-    pool = CachePool(4, 2)
+def hash_of_a_block_that_forgot_it() -> BlockPool:
+    pool = BlockPool(4, 2)
     pool.blocks[fill(pool, [1, 2, 3, 4])[0]].prefix = None
     return pool
 
@@ -305,7 +307,7 @@ def hash_of_a_block_that_forgot_it() -> CachePool:
 @pytest.mark.parametrize(
     "broken", [lost, free_and_referenced, released_twice, hash_that_leads_nowhere, hash_of_a_block_that_forgot_it]
 )
-def test_check_notices_what_must_not_be(broken: Callable[[], CachePool]) -> None:
+def test_check_notices_what_must_not_be(broken: Callable[[], BlockPool]) -> None:
     with pytest.raises(AssertionError):
         broken().check()
 
@@ -327,7 +329,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = CachePool(7, 2)
+        self.pool = BlockPool(7, 2)
         self.free = list(range(7))  # oldest first
         self.shared: dict[tuple[int, ...], int] = {}  # a whole prefix → the block that ends it
         self.running: list[Running] = []
@@ -356,7 +358,7 @@ class PoolMachine(RuleBasedStateMachine):
             if tuple(tokens[:end]) not in self.shared:
                 break
             expected.append(self.shared[tuple(tokens[:end])])
-        found = self.pool.match(tokens)
+        found = CachePool([self.pool]).match(tokens)
         assert found.tables == [expected]
         self.free = [block for block in self.free if block not in expected]
         sequence = Running(tokens[: 2 * len(expected)], expected, found.prefixes[-1] if found else None)

@@ -13,6 +13,7 @@ import torch
 from octavo import artefact
 from octavo.artefact import Damaged
 from octavo.cache import session
+from octavo.cache.blocks import BlockPool
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, plan_layers
 from octavo.cache.pool import CachePool
@@ -30,13 +31,14 @@ IDENTITY = Identity("sha256:1", "float32", [[2, 16, 16]], ["int8-token"], "0")
 def cache(order: Any = "rows", blocks: int = 12, formats: list[str] | str = MIXED) -> tuple[KVCache, CachePool]:
     names = [formats] * len(SHAPES) if isinstance(formats, str) else formats
     made = KVCache(plan_layers(SHAPES, [KVFormat.parse(name) for name in names]), blocks, Layout(8, order))
-    return made, CachePool(blocks, 8)
+    return made, CachePool([BlockPool(blocks, 8)])
 
 
 def fill(kv: KVCache, pool: CachePool, tokens: list[int] = TOKENS, seed: int = 0) -> None:
     """As a sequence does that computes all but its last token and ends."""
     generator = torch.Generator().manual_seed(seed)
-    table = [pool.take() for _ in range(pool.blocks_for(len(tokens)))]
+    [own] = pool.groups
+    table = [own.take() for _ in range(pool.blocks_for(len(tokens)))]
     table.reverse()  # in no order of theirs
     places = torch.arange(len(tokens) - 1)
     slots = torch.tensor(table)[places // 8] * 8 + places % 8
@@ -44,9 +46,9 @@ def fill(kv: KVCache, pool: CachePool, tokens: list[int] = TOKENS, seed: int = 0
         store.write(torch.randn(len(slots), store.heads, store.dim, generator=generator), slots)
     parent = None
     for i in range(pool.prefix_blocks(tokens)):
-        parent = pool.seal(table[i], parent, tokens[8 * i : 8 * i + 8])
-    pool.release(table)
-    pool.check()
+        parent = own.seal(table[i], parent, tokens[8 * i : 8 * i + 8])
+    own.release(table)
+    own.check()
 
 
 def read(kv: KVCache, pool: CachePool, tokens: list[int]) -> Codes:
@@ -88,8 +90,8 @@ def test_codes_come_back_bit_for_bit_under_either_layout(saved: Any, restored: A
     fill(other, there, other_tokens, seed=1)
     before = read(other, there, other_tokens)
     write(other, there, TOKENS, SavedSession.open(tmp_path / "s").codes(other))
-    there.check()
-    assert len(there.free) == len(there)
+    there.groups[0].check()
+    assert not there.groups[0].used
     assert equal(read(other, there, TOKENS), codes)
     assert equal(read(other, there, other_tokens), before), "another conversation was written over"
 
@@ -112,12 +114,12 @@ def test_a_cache_that_is_too_small_takes_the_beginning():
     fill(kv, pool)
     codes = read(kv, pool, TOKENS)
     other, there = cache(blocks=4)
-    held = there.take()
+    held = there.groups[0].take()
     write(other, there, TOKENS, codes)
-    there.check()
+    there.groups[0].check()
     assert len(there.find(TOKENS)) == 3
     assert equal(read(other, there, TOKENS), cut(codes, 24))
-    there.release([held])
+    there.groups[0].release([held])
 
 
 def test_of_a_cold_conversation_nothing_is_read_and_nothing_written(tmp_path: Path):
@@ -135,7 +137,7 @@ def test_blocks_of_another_size_take_the_same_rows():
     codes = read(kv, pool, TOKENS)
     other, there = (
         KVCache(plan_layers(SHAPES, [KVFormat.parse(name) for name in MIXED]), 4, Layout(16)),
-        CachePool(4, 16),
+        CachePool([BlockPool(4, 16)]),
     )
     write(other, there, TOKENS, codes)
     assert equal(read(other, there, TOKENS), cut(codes, 32))

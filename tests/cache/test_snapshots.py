@@ -7,20 +7,20 @@ from random import Random
 
 import pytest
 
-from octavo.cache.snapshots import Place, Snapshot, Snapshots, Turn
+from octavo.cache.snapshots import Place, Snapshot, Snapshots, Trail
 
 UNIT = 64
 names = count()
 
 
 def taken(
-    snapshots: Snapshots, length: int, place: Place = "prompt", turn: Turn | None = None, prefix: bytes = b""
+    snapshots: Snapshots, length: int, place: Place = "prompt", trail: Trail | None = None, prefix: bytes = b""
 ) -> Snapshot:
     """A snapshot of a prefix that no other has, or of this one."""
     slot = snapshots.take()
     assert slot is not None
     return snapshots.put(
-        slot, prefix or str(next(names)).encode(), length, place, turn or snapshots.begin(None, length)
+        slot, prefix or str(next(names)).encode(), length, place, trail or snapshots.begin(None, length)
     )
 
 
@@ -37,7 +37,7 @@ def test_small_requests_never_push_out_a_conversation():
     """Ten thousand of them between two turns, each larger than all the conversation."""
     snapshots = Snapshots(6, UNIT)
     first = taken(snapshots, 128)
-    second = taken(snapshots, 192, turn=snapshots.begin(first, 200))
+    second = taken(snapshots, 192, trail=snapshots.begin(first, 200))
     for _ in range(10_000):
         taken(snapshots, 4096)
     assert there(snapshots, first, second) == [False, True]
@@ -48,11 +48,11 @@ def test_nor_do_they_where_all_other_slots_are_held():
     """Then there is no slot for them."""
     snapshots = Snapshots(3, UNIT)
     first = taken(snapshots, 128)
-    second = taken(snapshots, 192, turn=snapshots.begin(first, 200))
+    second = taken(snapshots, 192, trail=snapshots.begin(first, 200))
     snapshots.drop(first)
     for _ in range(2):
-        turn = snapshots.begin(None, 4096)
-        snapshots.hold(turn, taken(snapshots, 4096, "answer", turn))
+        trail = snapshots.begin(None, 4096)
+        snapshots.hold(trail, taken(snapshots, 4096, "answer", trail))
     assert snapshots.take() is None
     assert there(snapshots, second) == [True]
 
@@ -78,9 +78,9 @@ def test_of_two_that_save_as_much_the_least_recently_used_goes_first():
 def test_an_answer_goes_before_its_prompt():
     """Without the answer's snapshot the answer is computed again, without the prompt's all of the conversation."""
     snapshots = Snapshots(2, UNIT)
-    turn = snapshots.begin(None, 1000)
-    prompt = taken(snapshots, 960, "prompt", turn)
-    answer = taken(snapshots, 1216, "answer", turn)
+    trail = snapshots.begin(None, 1000)
+    prompt = taken(snapshots, 960, "prompt", trail)
+    answer = taken(snapshots, 1216, "answer", trail)
     small(snapshots, 1)
     assert there(snapshots, prompt, answer) == [True, False]
 
@@ -100,7 +100,7 @@ def test_what_a_later_turn_has_gone_on_from_is_worth_what_it_saves_beside_the_ot
 
 def test_the_same_prompt_asked_again_is_no_conversation():
     snapshots = Snapshots(4, UNIT)
-    prompt = taken(snapshots, 960, turn=snapshots.begin(None, 1000))
+    prompt = taken(snapshots, 960, trail=snapshots.begin(None, 1000))
     assert not snapshots.begin(prompt, 1000).goes_on
     assert snapshots.begin(prompt, 1001).goes_on
 
@@ -118,7 +118,7 @@ def test_what_is_gone_on_from_twice_is_a_beginning_that_requests_share():
     """So is the end of one prompt that is where others begin."""
     snapshots = Snapshots(4, UNIT)
     prompt = taken(snapshots, 512)
-    taken(snapshots, 1024, turn=snapshots.begin(prompt, 1100))
+    taken(snapshots, 1024, trail=snapshots.begin(prompt, 1100))
     assert (prompt.place, prompt.is_kept) == ("prompt", False)
     assert not snapshots.begin(prompt, 1100).goes_on
     assert (prompt.place, prompt.is_kept) == ("shared", True)
@@ -128,9 +128,9 @@ def test_what_a_running_sequence_holds_never_goes():
     """It holds the last one it took; when all are held there is no slot for another."""
     snapshots = Snapshots(2, UNIT)
     turns = [snapshots.begin(None, 100) for _ in range(2)]
-    held = [taken(snapshots, 128, "answer", turn) for turn in turns]
-    for turn, one in zip(turns, held, strict=True):
-        snapshots.hold(turn, one)
+    held = [taken(snapshots, 128, "answer", trail) for trail in turns]
+    for trail, one in zip(turns, held, strict=True):
+        snapshots.hold(trail, one)
     assert snapshots.take() is None
     snapshots.hold(turns[0], None)
     small(snapshots, 1)
@@ -140,12 +140,12 @@ def test_what_a_running_sequence_holds_never_goes():
 def test_an_answer_that_goes_on_has_one_snapshot():
     """That at its end so far; the one before it is forgotten, but not the prompt's."""
     snapshots = Snapshots(8, UNIT)
-    turn = snapshots.begin(None, 100)
-    some = [taken(snapshots, length, place, turn) for length, place in ((64, "prompt"), (128, "answer"))]
+    trail = snapshots.begin(None, 100)
+    some = [taken(snapshots, length, place, trail) for length, place in ((64, "prompt"), (128, "answer"))]
     for one in some:
-        snapshots.hold(turn, one)
-    last = taken(snapshots, 192, "answer", turn)
-    snapshots.hold(turn, last)
+        snapshots.hold(trail, one)
+    last = taken(snapshots, 192, "answer", trail)
+    snapshots.hold(trail, last)
     assert there(snapshots, *some, last) == [True, False, True]
     assert last.saves == 192 - 64
     snapshots.check([])
@@ -155,11 +155,11 @@ def test_two_sequences_that_write_the_same_share_a_snapshot():
     """The second slot is free again, and the snapshot stays as long as one of them holds it."""
     snapshots = Snapshots(4, UNIT)
     turns = [snapshots.begin(None, 100) for _ in range(2)]
-    one, other = (taken(snapshots, 128, "answer", turn, b"same") for turn in turns)
+    one, other = (taken(snapshots, 128, "answer", trail, b"same") for trail in turns)
     assert one is other
     assert len(snapshots.free) == 3
-    for turn in turns:
-        snapshots.hold(turn, one)
+    for trail in turns:
+        snapshots.hold(trail, one)
     snapshots.hold(turns[0], taken(snapshots, 192, "answer", turns[0]))
     assert there(snapshots, one) == [True]
     snapshots.hold(turns[1], taken(snapshots, 192, "answer", turns[1]))
@@ -196,7 +196,7 @@ def test_snapshots_of_a_prompt_are_taken_where_they_save_enough(
 def test_any_order_of_events_leaves_every_slot_accounted_for():
     chosen = Random(0)
     snapshots = Snapshots(7, UNIT, findable=lambda _: chosen.random() < 0.9)
-    running: list[Turn] = []
+    running: list[Trail] = []
     for _ in range(2000):
         known = list(snapshots.by_prefix.values())
         if len(running) < 4 and chosen.random() < 0.4:
@@ -205,12 +205,12 @@ def test_any_order_of_events_leaves_every_slot_accounted_for():
         elif running and chosen.random() < 0.3:
             snapshots.hold(running.pop(chosen.randrange(len(running))), None)
         elif running and (slot := snapshots.take()) is not None:
-            turn = chosen.choice(running)
+            trail = chosen.choice(running)
             place: Place = chosen.choice(["inner", "shared", "prompt", "answer"])
             prefix = str(chosen.randrange(40)).encode()
-            snapshots.hold(turn, snapshots.put(slot, prefix, chosen.randrange(1, 100) * 64, place, turn))
+            snapshots.hold(trail, snapshots.put(slot, prefix, chosen.randrange(1, 100) * 64, place, trail))
         snapshots.check([])
-    for turn in running:
-        snapshots.hold(turn, None)
+    for trail in running:
+        snapshots.hold(trail, None)
     snapshots.clear()
     assert len(snapshots.free) == 7

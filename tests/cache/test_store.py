@@ -279,7 +279,6 @@ def test_a_cache_takes_exactly_what_its_format_says() -> None:
     for name in [*CODECS, "int8-token/int4-token", "int4-token/int8-token", "bf16/int8-token", "int8/int4-token"]:
         cache = KVCache(plan_layers(shapes, parse(name), calibration(shapes)), 6, Layout(16))
         per_token = parse(name).token_bytes(2, 8, 8) + parse(name).token_bytes(3, 16, 5)
-        assert cache.block_nbytes == 16 * per_token
         assert cache.nbytes == 6 * 16 * per_token == sum(t.nbytes for t in tensors_of(cache))
 
 
@@ -289,7 +288,6 @@ def test_tiles_take_the_same_bytes_a_token_and_a_little_at_the_end(name: str) ->
     rows, tiles = (
         KVCache(plan_layers(shapes, parse(name), calibration(shapes)), 6, Layout(16, order)) for order in ORDERS
     )
-    assert tiles.block_nbytes == rows.block_nbytes
     assert tiles.nbytes == rows.nbytes + SLACK  # of V, whose 8 channels are half a register
     assert tiles.memory() == replace(rows.memory(), padding=SLACK)
 
@@ -347,7 +345,7 @@ def test_each_layer_can_have_its_own_format() -> None:
     assert [(layer.k.dim, layer.v.dim) for layer in cache.layers] == [(8, 8), (6, 10), (8, 8)]
     assert cache.layers[0].k.static is None
     assert cache.layers[1].k.static is not None
-    assert cache.block_nbytes == 4 * (32 + 2 * (7 + 6) + 16)
+    assert cache.size.block == 4 * (32 + 2 * (7 + 6) + 16)
     with pytest.raises(ValueError, match="2 formats for 3 layers"):
         KVCache(plan_layers(shapes, formats[:2], calibration(shapes)), 2, Layout(4))
 

@@ -72,7 +72,7 @@ def drain(engine: Engine) -> None:
     """Step until nothing is left to do."""
     while engine.busy:
         step(engine)
-    assert len(engine.pool.free) == len(engine.pool), "blocks are still held"
+    assert not engine.pool.groups[0].used, "blocks are still held"
 
 
 def run(engine: Engine, prompts: Iterable[list[int]], max_tokens: int = 24, **params: object) -> list[Sequence]:

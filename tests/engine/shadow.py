@@ -52,9 +52,9 @@ class Shadow(Scheduler):
     ):
         """`reach` of group 0, and of further groups. With `snapshots` there are states, and room for so many of them;
         they are taken wherever they save a block."""
-        narrower = [BlockPool(blocks, block_size, hits, window) for window in windows]
         self.states = None if snapshots is None else ShadowStates(batch, snapshots)
-        pool = CachePool(blocks, block_size, hits, None, reach, narrower, self.states)
+        groups = [BlockPool(blocks, block_size, hits, window) for window in (reach, *windows)]
+        pool = CachePool(groups, None, self.states)
         if pool.states is not None:
             pool.states.snapshots.LEAST, pool.states.snapshots.EVERY = block_size, 4 * block_size
         super().__init__(pool, batch, budget, context)
@@ -106,7 +106,7 @@ class Shadow(Scheduler):
         """Step until nothing is left; returns how many steps it took."""
         for steps in range(limit):
             if not (self.running or self.waiting):
-                assert len(self.pool.free) == len(self.pool)
+                assert not self.pool.groups[0].used
                 assert self.states is None or not (self.pool.states.snapshots.held or self.pool.states.coming)
                 return steps
             self.step()

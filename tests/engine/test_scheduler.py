@@ -98,7 +98,7 @@ def test_a_sequence_is_admitted_only_if_there_is_room_for_all_its_tokens_even_if
     s.request(24)  # 6, its first chunk of 4 needs 1
     assert s.step() == [(a, 12)]
     assert len(s.waiting) == 1
-    assert len(s.pool.free) == 5
+    assert len(s.pool.groups[0].free) == 5
 
 
 def test_a_refused_admission_leaves_no_references_on_the_prefix_it_found():
@@ -111,7 +111,7 @@ def test_a_refused_admission_leaves_no_references_on_the_prefix_it_found():
     s.request([1] * 12 + [2] * 8)  # 3 found and 2 to take
     s.step()
     assert len(s.waiting) == 1
-    assert len(s.pool.free) == 3
+    assert len(s.pool.groups[0].free) == 3
     s.run()
 
 
@@ -308,7 +308,7 @@ def test_an_aborted_sequence_frees_its_blocks_at_once():
     s.check()
     assert a.finish_reason == "abort"
     assert a.tables == []
-    assert len(s.pool.free) == len(s.pool) - 2
+    assert len(s.pool.groups[0].free) == len(s.pool.groups[0]) - 2
     assert s.step() == [(b, 1)]
 
 
@@ -328,7 +328,7 @@ def test_an_abort_in_the_middle_of_a_prompt_frees_it_and_leaves_its_full_blocks_
     assert s.step() == [(a, 10)]
     s.finish(a, "abort")
     s.check()
-    assert len(s.pool.free) == len(s.pool)
+    assert not s.pool.groups[0].used
     assert a.output == []
     b = s.request([1] * 30)
     s.step()

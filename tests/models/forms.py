@@ -27,7 +27,7 @@ from octavo.models.load import load_model
 from octavo.quant.format import KVFormat
 from octavo.weights.layouts import Int4Weight
 from tests.models import zoo
-from tests.weights.rounding import LAYOUTS, described, packed, rounded, write
+from tests.weights.rounding import PACKED, described, packed, rounded, write
 
 HEADS, KV_HEADS, GROUP = 4, 2, 32
 SIZES: dict[str, Any] = {
@@ -159,7 +159,7 @@ def sorted_columns(path: Path) -> PreTrainedModel:
         weight = rounded(tensor[:, order].contiguous(), GROUP)
         unsorted = Int4Weight(weight.codes[:, place], weight.zeros, weight.scales)
         layer = name.removesuffix(".weight")
-        stored |= {f"{layer}.{last}": value for last, value in LAYOUTS["gptq"].pack(unsorted).items()}
+        stored |= {f"{layer}.{last}": value for last, value in PACKED["gptq"](unsorted).items()}
         stored[f"{layer}.g_idx"] = (place // GROUP).int()
         tensor.copy_(weight.dequantize()[:, place])
     said = described("gptq", GROUP) | {"desc_act": True}

@@ -23,6 +23,7 @@ from octavo.cache.plan import plan_layers
 from octavo.cache.store import KVCache
 from octavo.errors import LISTED, Unsupported
 from octavo.models.bind import BoundModel, bind
+from octavo.models.prepack import prepack
 from octavo.models.states import StateStep
 from octavo.quant.format import KVFormat
 from tests.models import zoo
@@ -66,6 +67,7 @@ def probe(name: str) -> Outcome:
         bound = bind(hf)
     except Unsupported as refusal:
         return Outcome(name, "refused", reason=str(refusal).removesuffix(f". {LISTED}"))
+    prepack(bound)  # as a model is that is loaded
     error = largest_error(own, bound)
     return Outcome(name, "exact" if error < TOLERANCE else "wrong", error=error, features=features(bound))
 

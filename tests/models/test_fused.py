@@ -184,3 +184,19 @@ def test_a_model_with_fused_modules_computes_the_same(model: PreTrainedModel, ro
     for back in undo:
         back()
     assert torch.equal(model(ids).logits, before)
+
+
+class Clamped(LlamaMLP):
+    """As Step 3.7's: the gate and the other product end at a limit, which rows of the usual size do not reach."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.act_fn(self.gate_proj(x)).clamp(max=16)
+        return self.down_proj(gate * self.up_proj(x).clamp(-16, 16))
+
+
+@pytest.mark.parametrize(("kind", "taken"), [(LlamaMLP, True), (Clamped, False)])
+def test_a_gate_with_a_limit_is_left_alone(kind: type[LlamaMLP], taken: bool) -> None:
+    torch.manual_seed(0)
+    mlp = kind(LlamaConfig(hidden_size=64, intermediate_size=96))
+    list(fuse(mlp))
+    assert isinstance(mlp, FusedGate) == taken

@@ -99,12 +99,38 @@ def test_the_weight_stays_countable_and_is_put_back_whole(kind: type[nn.Linear])
         hf.lm_head.forward = None
 
     bound = bind(hf)
-    assert not prepacking.attempt(bound, refused, prepacking.SAME)
+    assert not prepacking.attempt(bound, "stays plain", refused, prepacking.SAME)
+    assert bound.slower[0].startswith("stays plain: rearranged, it failed with TypeError")
     assert not packed_names(hf)
     assert hf.lm_head.weight is hf.model.embed_tokens.weight
     after = weights(hf)
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in before)
+
+
+def test_a_rearrangement_that_fails_midway_is_put_back_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the log, and for the doctor; of a model that is taken as it can be nothing is said."""
+    if cpu.unavailable() is not None:
+        pytest.skip("the native extension is not built")
+    monkeypatch.setattr(processor, "has_bf16", lambda: False)
+    assert Model.of(tiny(), Path("tiny")).bound.slower == []
+    hf, pack, calls = tiny(), cpu.pack_panels, []
+
+    def fails_later(weight: Tensor) -> Tensor:
+        calls.append(weight)
+        if len(calls) > 1:
+            raise RuntimeError("no memory")
+        return pack(weight)
+
+    before = weights(hf)
+    monkeypatch.setattr(cpu, "pack_panels", fails_later)
+    model = Model.of(hf, Path("tiny"))
+    assert not packed_names(hf)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(hf).items())
+    assert model.bound.slower == [f"{prepacking.OWN_ORDER}: rearranged, it failed with RuntimeError: no memory"]
+    assert "no memory" in caplog.text
 
 
 def test_a_loaded_model_is_prepacked_and_computes_the_same(kind: type[nn.Linear]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from octavo.models.bind import BoundModel
+from octavo.models.bind import BoundModel, bind
 from octavo.models.model import Model
 from octavo.models.whole_layers import WholeLayer
 from octavo.weights import cpu
@@ -60,6 +60,17 @@ def test_layers_of_the_form_are_taken_over_and_compute_the_same_bits(kind: str) 
         torch.testing.assert_close(found, logits(bound, rows), rtol=0, atol=0)
         for layer in layers:
             layer.watchers = []
+
+
+OTHER_ROTATION = ("ernie4_5", "helium", "hunyuan_v1_dense", "ministral3", "smollm3")
+
+
+@pytest.mark.parametrize("kind", OTHER_ROTATION)
+def test_layers_that_rotate_or_scale_q_and_k_otherwise_go_on_as_before(kind: str) -> None:
+    """In pairs of neighbours, with norms after it, by the position, or in some layers not at all."""
+    bound = bind(zoo.build(kind))
+    expected = logits(bound, 40)
+    torch.testing.assert_close(logits(Model.of(zoo.build(kind), Path(kind)).bound, 40), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_q_k_and_v_have_their_biases() -> None:

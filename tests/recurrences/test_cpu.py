@@ -153,6 +153,18 @@ def test_other_steps_give_the_same_bits(kind):
         assert torch.equal(torch.cat(pieces), one)
 
 
+@pytest.mark.parametrize("wrong", ["rows", "slots", "starts"])
+def test_what_lies_beyond_a_tensor_is_refused(kind, wrong: str) -> None:
+    """Fewer rows than the sequences have, a slot that the pool does not have, and an order that is none."""
+    rows, run, _ = kind
+    at = Places(
+        torch.tensor([0, 37, 40 if wrong == "starts" else 38, 39 if wrong == "starts" else 46]),
+        torch.tensor([2, 0, 5 if wrong == "slots" else 3]),
+    )
+    with pytest.raises(ValueError, match="the native kernels expect"):
+        run(at, [x[:-1] for x in rows] if wrong == "rows" else rows, *states())
+
+
 def test_slots_of_others_are_left_alone(kind):
     rows, run, _ = kind
     kept = states()

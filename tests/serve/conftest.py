@@ -43,7 +43,7 @@ class Running:
         """Soon nothing runs, waits or holds a block."""
         wait_until(lambda: not self.llm.engine.busy and self.server.service.admitted == 0)
         self.llm.engine.scheduler.check()
-        assert len(self.llm.engine.pool.free) == len(self.llm.engine.pool)
+        assert not self.llm.engine.pool.groups[0].used
         assert self.llm.begun == []
 
 

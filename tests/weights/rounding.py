@@ -1,4 +1,5 @@
-"""4-bit checkpoints for the tests: weights rounded to nearest, written in any layout beside what they stand for."""
+"""4-bit checkpoints for the tests: weights rounded to nearest, written in any layout beside what they stand for, by
+packers written here from the formats' documentation, number by number."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +20,62 @@ LAYOUTS = {
     "gptq_v2": GPTQ_V2,
     "compressed": COMPRESSED,
     "compressed symmetric": COMPRESSED_SYMMETRIC,
+}
+
+
+def words(rows: list[list[int]]) -> torch.Tensor:
+    """Lists of eights of 4-bit numbers as int32, first number lowest."""
+    numbers = [
+        [sum(n << 4 * i for i, n in enumerate(row[at : at + 8])) for at in range(0, len(row), 8)] for row in rows
+    ]
+    return torch.from_numpy(np.array(numbers, dtype=np.uint32).view(np.int32))
+
+
+def padded(row: list[int]) -> list[int]:
+    return row + [0] * (-len(row) % 8)
+
+
+def awq(weight: Int4Weight) -> dict[str, torch.Tensor]:
+    """AutoAWQ, gemm: words along out, interleaved."""
+
+    def interleaved(row: list[int]) -> list[int]:
+        return [row[at + place] for at in range(0, len(row), 8) for place in (0, 2, 4, 6, 1, 3, 5, 7)]
+
+    return {
+        "qweight": words([interleaved(row) for row in weight.codes.T.tolist()]),
+        "qzeros": words([interleaved(row) for row in weight.zeros.T.tolist()]),
+        "scales": weight.scales.T,
+    }
+
+
+def gptq(weight: Int4Weight, less: int) -> dict[str, torch.Tensor]:
+    """GPTQ: codes in words along in, zeros along out; version 1 stores a zero less one."""
+    return {
+        "qweight": words(weight.codes.tolist()).T,
+        "qzeros": words([[(zero - less) % 16 for zero in row] for row in weight.zeros.T.tolist()]),
+        "scales": weight.scales.T,
+    }
+
+
+def compressed(weight: Int4Weight, symmetric: bool) -> dict[str, torch.Tensor]:
+    """compressed-tensors pack-quantized: signed numbers −8 … 7 stored as number + 8."""
+    signed = weight.codes.int() - 8
+    tensors = {
+        "weight_packed": words([padded([n + 8 for n in row]) for row in signed.tolist()]),
+        "weight_scale": weight.scales,
+        "weight_shape": torch.tensor(weight.codes.shape),
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = words([padded(row) for row in weight.zeros.T.tolist()]).T
+    return tensors
+
+
+PACKED = {
+    "awq": awq,
+    "gptq": lambda weight: gptq(weight, 1),
+    "gptq_v2": lambda weight: gptq(weight, 0),
+    "compressed": lambda weight: compressed(weight, False),
+    "compressed symmetric": lambda weight: compressed(weight, True),
 }
 
 
@@ -63,7 +121,7 @@ def packed(
             weight = rounded(tensor, group, "symmetric" in name)
             meant[key] = weight.dequantize().to(tensor.dtype)
             del stored[key]
-            stored |= {f"{key[:-6]}{last}": value for last, value in LAYOUTS[name].pack(weight).items()}
+            stored |= {f"{key[:-6]}{last}": value for last, value in PACKED[name](weight).items()}
     return stored, meant
 
 

@@ -113,3 +113,23 @@ def test_modules_multiply_and_look_up() -> None:
         assert torch.equal(table(ids), weight[ids])
         table.leaves_as = torch.float32
         assert torch.equal(table(ids), weight[ids].float())
+
+
+def test_what_lies_beyond_a_tensor_is_refused() -> None:
+    weight, x, bias = draw(40, 32, torch.float32)
+    panels = cpu.pack_panels(weight)
+    gate, narrow = (panels, 40, None), (panels[:, :16].contiguous(), 40, None)
+    wrong = [
+        lambda: cpu.multiply_panels(panels, 49, x, None),
+        lambda: cpu.multiply_panels(panels, 40, x[:, :-1], None),
+        lambda: cpu.multiply_panels(panels, 40, x, bias[:39]),
+        lambda: cpu.multiply_panels(panels, 40, x.bfloat16(), bias),
+        lambda: cpu.multiply_together([gate, narrow], x),
+        lambda: cpu.multiply_gated(gate, (panels, 39, None), x),
+        lambda: cpu.rms_norm(x, torch.ones(31), 1e-5),
+        lambda: cpu.silu_gate_(x.clone(), x[:-1]),
+        lambda: cpu.rope(x[:, None], x[:, :-1], x),
+    ]
+    for call in wrong:
+        with pytest.raises(ValueError, match="the native kernels expect"):
+            call()

@@ -32,28 +32,19 @@ NUMBERS = tl.constexpr("""{
     sub.f16x2 $0, $0, offset;
     sub.f16x2 $1, $1, offset;
 }""")
-# (1024 + 16·nibble)/16 − 71.5 is nibble − 7.5 in one fused step.
-HIGH_NUMBERS = tl.constexpr("""{
+# (1024 + 16·nibble)/16 − 71.5 is nibble − 7.5 in one fused step; `nibbles` are the high halves of their bytes.
+CENTERED = """{
     .reg .b32 nibbles, scale, offset;
-    and.b32 nibbles, $2, 0xf0f0f0f0;
+    %s
     mov.b32 scale, 0x2c002c00;
     mov.b32 offset, 0xd478d478;
     prmt.b32 $0, nibbles, 0x64646464, 0x4140;
     prmt.b32 $1, nibbles, 0x64646464, 0x4342;
     fma.rn.f16x2 $0, $0, scale, offset;
     fma.rn.f16x2 $1, $1, scale, offset;
-}""")
-LOW_NUMBERS = tl.constexpr("""{
-    .reg .b32 nibbles, scale, offset;
-    shl.b32 nibbles, $2, 4;
-    and.b32 nibbles, nibbles, 0xf0f0f0f0;
-    mov.b32 scale, 0x2c002c00;
-    mov.b32 offset, 0xd478d478;
-    prmt.b32 $0, nibbles, 0x64646464, 0x4140;
-    prmt.b32 $1, nibbles, 0x64646464, 0x4342;
-    fma.rn.f16x2 $0, $0, scale, offset;
-    fma.rn.f16x2 $1, $1, scale, offset;
-}""")
+}"""
+HIGH_NUMBERS = tl.constexpr(CENTERED % "and.b32 nibbles, $2, 0xf0f0f0f0;")
+LOW_NUMBERS = tl.constexpr(CENTERED % "shl.b32 nibbles, $2, 4;\n    and.b32 nibbles, nibbles, 0xf0f0f0f0;")
 LOW_NIBBLES = tl.constexpr("""{
     and.b32 $0, $1, 0x0f0f0f0f;
 }""")

@@ -59,10 +59,7 @@ def edges_of(spec: AttentionSpec, cache: LayerCache, batch: Batch) -> tuple[list
     """What `Pages` of a step need beside the cache: slots, first and own of the cache's pages, then, if the step has
     chunks, of those in hand; and the latter themselves, with what they hold of earlier steps."""
     assert cache.raw is not None
-    assert batch.raw_slots is not None, "the batch was built without the span of the cache"
-    assert batch.first is not None
-    assert batch.ring is not None
-    edges = [batch.raw_slots, batch.first, batch.ring]
+    edges = list(batch.edges)
     if max(batch.q_lens) == 1:
         return edges, []
     pages = RawPages.of(batch, cache, whole=True)

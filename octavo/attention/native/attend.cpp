@@ -113,10 +113,9 @@ struct Call {
     void finish_rows(const Unit& unit, Sums coded, const Sums* raw) const {
         for (int r = 0; r < rows(unit); r++) {
             const int query_head = unit.head * group + r % group;
-            const int64_t at = (row(unit.sequence, unit.first + r / group) * attention.heads + query_head) * v.dim;
             const Sums raws = raw ? raw->from(r) : coded;
-            finish(coded.from(r), raw ? &raws : nullptr, v, attention, unit.head, query_head, q.type,
-                   static_cast<uint8_t*>(out) + at * (q.type == Float::FP32 ? 4 : 2));
+            finish(coded.from(r), raw ? &raws : nullptr, v, attention, unit.head,
+                   row(unit.sequence, unit.first + r / group), query_head, q.type, out);
         }
     }
 };
@@ -208,14 +207,8 @@ private:
         const bool raw = call.is_raw(unit, page);
         const Place here = call.place(unit, page), next = call.place(unit, call.next(unit, page));
         alignas(64) float k_scale[BLOCK], v_scale[BLOCK];
-        auto scales = [&](const Side& side, const Side& next_side, float* out) -> const float* {
-            if (next_side.scales) __builtin_prefetch(next_side.scales + next.cell * BLOCK, 0, 3);
-            if (!side.scales) return nullptr;
-            for (int t = 0; t < BLOCK; t += W)
-                store(out + t, look_up(side.token_scale, side.scales + here.cell * BLOCK + t));
-            return out;
-        };
-        const float *k_scales = scales(here.k, next.k, k_scale), *v_scales = scales(here.v, next.v, v_scale);
+        const float* k_scales = scales_of(here.k, here.cell, next.k, next.cell, k_scale);
+        const float* v_scales = scales_of(here.v, here.cell, next.v, next.cell, v_scale);
         const Range any = see(page);
         product(here.k, here, next.bytes(next.k), raw ? natural : folded, any, scores, nullptr);
         for (int r = 0; r < rows; r++)

@@ -284,13 +284,7 @@ void attend_unit(const Unit& unit, const Side& k, const Side& v, const Attention
         const int64_t cell = table[b] * k.heads + unit.head;
         const int64_t next = (b + 1 < unit.last ? table[b + 1] : table[b]) * k.heads + unit.head;
         alignas(64) float k_scale[BLOCK], v_scale[BLOCK];
-        auto scales = [&](const Side& side, float* out) -> const float* {
-            if (!side.scales) return nullptr;
-            __builtin_prefetch(side.scales + next * BLOCK, 0, 3);
-            for (int t = 0; t < BLOCK; t += W) store(out + t, look_up(side.token_scale, side.scales + cell * BLOCK + t));
-            return out;
-        };
-        const float *k_scales = scales(k, k_scale), *v_scales = scales(v, v_scale);
+        const float *k_scales = scales_of(k, cell, k, next, k_scale), *v_scales = scales_of(v, cell, v, next, v_scale);
         const Range seen = {int(std::max<int64_t>(begin - b * BLOCK, 0)), int(std::min<int64_t>(end - b * BLOCK, BLOCK))};
         scores_of(k, k.codes + cell * k.head_bytes, k.codes + next * k.head_bytes, rows.data(), group);
         for (int r = 0; r < group; r++) soften(rows[r], attention, k_scales, v_scales, seen, v);
@@ -333,9 +327,7 @@ void decode(const Side& k, const Side& v, const Attention& natural, const Step& 
         auto view = [](Sum& sum) { return Sums{&sum.top, &sum.total, {sum.out, 0}}; };
         for (int64_t i = 1; i < unit.pieces; i++) join(view(pieces[0]), view(pieces[i * group]), v.dim);
         const int query_head = unit.head * group + r;
-        const int64_t at = (step.q_start[unit.sequence] * attention.heads + query_head) * v.dim;
-        finish(view(pieces[0]), nullptr, v, attention, unit.head, query_head, q.type,
-               static_cast<uint8_t*>(out) + at * (q.type == Float::FP32 ? 4 : 2));
+        finish(view(pieces[0]), nullptr, v, attention, unit.head, step.q_start[unit.sequence], query_head, q.type, out);
     };
     parallel(pool, int64_t(units.size()), worth_it, [&](int64_t i) {
         thread_local std::vector<Row> rows;

@@ -29,6 +29,7 @@ struct Side {
     const float *token_scale, *token_reciprocal, *token_limit;  // [256], of the specification
     int64_t head_bytes;
     int64_t* saturated;
+    int64_t blocks = 0;  // that there are, for whoever checks
 };
 
 struct Attention {

@@ -1,8 +1,6 @@
 // The extension module of attention: the kernels as Python calls them.
 #include "module.h"
 
-#include <algorithm>
-
 #include "kernel.h"
 
 namespace nb = nanobind;
@@ -18,18 +16,10 @@ Compiled<Kernels> compiled{OCTAVO_ISAS(OCTAVO_LIST)};
 
 Side make_side(int code, int heads, int dim, bool is_k, bool rotated, uint64_t codes, uint64_t scales, uint64_t mu,
                uint64_t c, uint64_t reciprocal, uint64_t token_scale, uint64_t token_reciprocal, uint64_t token_limit,
-               int64_t head_bytes, uint64_t saturated) {
+               int64_t head_bytes, uint64_t saturated, int64_t blocks) {
     return {Code(code), heads, dim, is_k, rotated, at<uint8_t>(codes), at<uint8_t>(scales), at<const float>(mu),
             at<const float>(c), at<const float>(reciprocal), at<const float>(token_scale),
-            at<const float>(token_reciprocal), at<const float>(token_limit), head_bytes, at<int64_t>(saturated)};
-}
-
-// Returns how many tokens were written: slots below 0 are nowhere.
-int64_t write_rows(const Side& side, uint64_t x, int type, int64_t token_stride, int64_t head_stride, uint64_t slots,
-                   int64_t tokens, int threads) {
-    const auto* to = at<const int64_t>(slots);
-    compiled->write(side, {at<const void>(x), Float(type), token_stride, head_stride}, to, tokens, compiled.pool(threads));
-    return std::count_if(to, to + tokens, [](int64_t slot) { return slot >= 0; });
+            at<const float>(token_reciprocal), at<const float>(token_limit), head_bytes, at<int64_t>(saturated), blocks};
 }
 
 // What a step is for all layers: where its rows are, and where they go.
@@ -39,39 +29,78 @@ struct Plan {
     // With edges:
     int span;
     const int64_t *first, *ring, *raw_slots, *hand, *hand_slots;
+    int64_t rows() const { return step.q_start[step.sequences]; }
+
+    // What it names lies within a cache of so many blocks.
+    void check(int64_t blocks) const {
+        const auto& [sequences, q_start, kv_len, table, width] = step;
+        expect(q_start[0] == 0, "rows from the first one on");
+        for (int s = 0; s < sequences; s++) {
+            const int64_t own = q_start[s + 1] - q_start[s], pages = (kv_len[s] + BLOCK - 1) / BLOCK;
+            expect(own > 0 && (kv_len[s] == 0 || kv_len[s] >= own), "new rows of each sequence, the last that it has");
+            expect(pages <= width && within(table + s * width, pages, 0, blocks), "tables of blocks that there are");
+        }
+        expect(within(slots, rows(), -1, blocks * BLOCK), "slots in blocks that there are");
+    }
+    // The same of its raw pages.
+    void check_raw(int64_t pages, int64_t pages_in_hand) const {
+        expect(within(first, step.sequences, 0, pages) && within(raw_slots, rows(), -1, pages * BLOCK) &&
+               within(ring, step.sequences, 0, pages - span / BLOCK + 1), "raw pages that there are");
+        for (int s = 0; s < step.sequences; s++) {
+            const int64_t end = step.kv_len[s], begin = (end - (step.q_start[s + 1] - step.q_start[s])) / span * span;
+            expect(hand[s] < 0 || hand[s] + (end - begin + BLOCK - 1) / BLOCK <= pages_in_hand, "raw pages in hand");
+        }
+        expect(within(hand_slots, rows(), -1, pages_in_hand * BLOCK), "slots in raw pages in hand");
+    }
 };
 
-// Attention of a layer. Rows are an address, a type, and the strides of tokens and heads. `owner`: it writes the step's
-// rows into the cache; a layer that shares another's only reads.
-void attend(const Side& k, const Side& v, const Side* raw_k, const Side* raw_v, const Side* hand_k, const Side* hand_v,
-            const Attention& attention, const Plan& plan, bool owner, uint64_t q, int q_type, int64_t q_token,
-            int64_t q_head, uint64_t new_k, int k_type, int64_t k_token, int64_t k_head, uint64_t new_v, int v_type,
-            int64_t v_token, int64_t v_head, uint64_t out, int threads) {
-    const NewRows fresh = {{at<const void>(new_k), Float(k_type), k_token, k_head},
-                           {at<const void>(new_v), Float(v_type), v_token, v_head},
-                           owner ? plan.slots : nullptr};
-    Edges edges;
-    if (raw_k)
-        edges = {plan.span, *raw_k, *raw_v, plan.first, plan.ring, owner ? plan.raw_slots : nullptr,
-                 hand_k ? *hand_k : *raw_k, hand_v ? *hand_v : *raw_v, plan.hand, hand_k ? plan.hand_slots : nullptr};
-    compiled->attend(k, v, raw_k ? &edges : nullptr, attention, plan.step, fresh,
-                     {at<const void>(q), Float(q_type), q_token, q_head}, at<void>(out), compiled.pool(threads));
+typedef std::tuple<uint64_t, int, int64_t, int, int, int64_t, int64_t> Given;  // address, type, shape, strides but the last
+
+Rows rows_of(const Given& x, int64_t rows, int heads, int dim) {
+    const auto& [address, type, own_rows, own_heads, own_dim, row, head] = x;
+    expect(own_rows == rows && own_heads == heads && own_dim == dim, "rows as many and as long as the step and the cache have");
+    return {at<const void>(address), Float(type), row, head};
 }
 
-void decode(const Side& k, const Side& v, const Attention& attention, const Plan& plan, uint64_t q, int type,
-            int64_t token_stride, int64_t head_stride, uint64_t out, int threads) {
-    compiled->decode(k, v, attention, plan.step, {at<const void>(q), Float(type), token_stride, head_stride}, at<void>(out),
+// Returns how many rows were written: slots below 0 are nowhere.
+int64_t write_rows(const Side& side, const Given& x, uint64_t slots, int64_t rows, int threads) {
+    const auto* to = at<const int64_t>(slots);
+    expect(within(to, rows, -1, side.blocks * BLOCK), "slots in blocks that there are");
+    compiled->write(side, rows_of(x, rows, side.heads, side.dim), to, rows, compiled.pool(threads));
+    return std::count_if(to, to + rows, [](int64_t slot) { return slot >= 0; });
+}
+
+// Attention of a layer. `owner`: it writes the step's rows into the cache; a layer that shares another's only reads.
+void attend(const Side& k, const Side& v, const Side* raw_k, const Side* raw_v, const Side* hand_k, const Side* hand_v,
+            const Attention& attention, const Plan& plan, bool owner, const Given& q, const Given& new_k,
+            const Given& new_v, uint64_t out, int threads) {
+    const int64_t rows = plan.rows();
+    plan.check(k.blocks);
+    const NewRows fresh = {rows_of(new_k, rows, k.heads, k.dim), rows_of(new_v, rows, v.heads, v.dim),
+                           owner ? plan.slots : nullptr};
+    Edges edges;
+    if (raw_k) {
+        plan.check_raw(raw_k->blocks, hand_k ? hand_k->blocks : 0);
+        edges = {plan.span, *raw_k, *raw_v, plan.first, plan.ring, owner ? plan.raw_slots : nullptr,
+                 hand_k ? *hand_k : *raw_k, hand_v ? *hand_v : *raw_v, plan.hand, hand_k ? plan.hand_slots : nullptr};
+    }
+    compiled->attend(k, v, raw_k ? &edges : nullptr, attention, plan.step, fresh,
+                     rows_of(q, rows, attention.heads, k.dim), at<void>(out), compiled.pool(threads));
+}
+
+void decode(const Side& k, const Side& v, const Attention& attention, const Plan& plan, const Given& q, uint64_t out,
+            int threads) {
+    plan.check(k.blocks);
+    compiled->decode(k, v, attention, plan.step, rows_of(q, plan.rows(), attention.heads, k.dim), at<void>(out),
                      compiled.pool(threads));
 }
 
 void read_rows(const Side& side, int head, int heads, uint64_t blocks, int64_t count, int type, uint64_t out,
                int threads) {
-    compiled->read(side, head, heads, at<const int64_t>(blocks), count, Float(type), at<void>(out),
-                   compiled.pool(threads));
-}
-
-int64_t stream(const Side& side, uint64_t blocks, int64_t count, int threads) {
-    return compiled->stream(side, at<const int64_t>(blocks), count, compiled.pool(threads));
+    const auto* from = at<const int64_t>(blocks);
+    expect(head >= 0 && heads >= 0 && head + heads <= side.heads, "heads that the cache has");
+    expect(within(from, count, 0, side.blocks), "blocks that there are");
+    compiled->read(side, head, heads, from, count, Float(type), at<void>(out), compiled.pool(threads));
 }
 
 }  // namespace
@@ -79,6 +108,8 @@ int64_t stream(const Side& side, uint64_t blocks, int64_t count, int threads) {
 NB_MODULE(_native, m) {
     m.doc() = "Attention on codes for CPUs: see octavo/attention/cpu.py, which is the only caller.";
     compiled.define(m);
+    m.attr("CODES") = numbers<Code>({{"bfloat16", Code::BF16}, {"float16", Code::FP16}, {"float32", Code::FP32},
+                                     {"int8", Code::INT8}, {"uint8", Code::INT4}, {"float8_e4m3fn", Code::FP8}});
     m.attr("BLOCK") = BLOCK;
     m.attr("LARGEST") = LARGEST;
     nb::class_<Side>(m, "Side");
@@ -97,12 +128,11 @@ NB_MODULE(_native, m) {
         });
     m.def("side", &make_side);
     m.def("write", &write_rows, nb::call_guard<nb::gil_scoped_release>());
-    const auto optional = nb::arg().none();
     const auto given = nb::arg();
+    const auto optional = nb::arg().none();
     m.def("attend", &attend, given, given, optional, optional, optional, optional, given, given, given, given, given,
-          given, given, given, given, given, given, given, given, given, given, given, given,
-          nb::call_guard<nb::gil_scoped_release>());
+          given, given, given, nb::call_guard<nb::gil_scoped_release>());
     m.def("decode", &decode, nb::call_guard<nb::gil_scoped_release>());
-    m.def("stream", &stream, nb::call_guard<nb::gil_scoped_release>());
+    compiled.def(m, "stream", &Kernels::stream);
     m.def("read", &read_rows, nb::call_guard<nb::gil_scoped_release>());
 }

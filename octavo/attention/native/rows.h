@@ -10,13 +10,6 @@ namespace octavo::ISA {
 
 inline int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
-template <class F>
-void with_float(Float type, F&& f) {
-    if (type == Float::BF16) f(bf16{});
-    else if (type == Float::FP16) f(fp16{});
-    else f(float{});
-}
-
 // A row as floats: out[dim], and zeros to a whole number of registers.
 inline void widen(const Rows& x, int64_t token, int head, int dim, float* out) {
     with_float(x.type, [&](auto type) {

@@ -10,7 +10,6 @@ namespace octavo::ISA {
 
 constexpr float NOTHING = -1e30f;  // maximum of a row that has seen nothing: finite, so that differences are not NaN
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
-constexpr float LOG2E = 1.44269504f;
 
 inline float exp2(float x) { return exp2(splat(x))[0]; }
 
@@ -65,6 +64,14 @@ struct Sums {
     Sums from(int64_t row) const { return {top + row, total + row, out.from(row)}; }
 };
 
+// The token scales of a page's rows, in out [BLOCK]; null where the side has none. Those of what is read next are fetched.
+inline const float* scales_of(const Side& side, int64_t cell, const Side& next, int64_t next_cell, float* out) {
+    if (next.scales) __builtin_prefetch(next.scales + next_cell * BLOCK, 0, 3);
+    if (!side.scales) return nullptr;
+    for (int t = 0; t < BLOCK; t += W) store(out + t, look_up(side.token_scale, side.scales + cell * BLOCK + t));
+    return out;
+}
+
 // One row's sums `more`, of later pages, go into `sums`.
 inline void join(Sums sums, Sums more, int width) {
     if (*more.top == NOTHING) return;  // saw nothing
@@ -76,9 +83,9 @@ inline void join(Sums sums, Sums more, int width) {
 }
 
 // One row's answer: its sums, and those of raw rows where there are any, over their common denominator; the rotation and
-// the static part of V undone; rounded once.
-inline void finish(Sums sums, const Sums* raw, const Side& v, const Attention& attention, int head, int query_head,
-                   Float type, void* out) {
+// the static part of V undone; rounded once, into out [rows, heads, dim].
+inline void finish(Sums sums, const Sums* raw, const Side& v, const Attention& attention, int head, int64_t row,
+                   int query_head, Float type, void* out) {
     const float top = raw ? std::max(*sums.top, *raw->top) : *sums.top;
     const float own = exp2(*sums.top - top), other = raw ? exp2(*raw->top - top) : 0;
     float denominator = *sums.total * own + (raw ? *raw->total * other : 0), *x = sums.out.at;
@@ -90,7 +97,7 @@ inline void finish(Sums sums, const Sums* raw, const Side& v, const Attention& a
     if (raw)
         for (int d = 0; d < v.dim; d++) x[d] += raw->out.at[d] * (other * share);
     with_float(type, [&](auto kind) {
-        auto* to = static_cast<decltype(kind)*>(out);
+        auto* to = static_cast<decltype(kind)*>(out) + (row * attention.heads + query_head) * v.dim;
         for (int d = 0; d < v.dim; d++) from_float(x[d], to[d]);
     });
 }

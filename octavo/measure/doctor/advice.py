@@ -16,7 +16,8 @@ def findings(found: Diagnosis) -> list[Finding]:
     assert anatomy is not None
     assert check is not None
     own = [_binding(anatomy), _self_check(check, anatomy.dtype), _positions(anatomy), _keys(found), _outliers(found)]
-    return [finding for finding in own if finding is not None] + _formats(found)
+    slower = [Finding("note", "processor", f"the model {what}") for what in found.slower]
+    return [finding for finding in own if finding is not None] + slower + _formats(found)
 
 
 def _binding(anatomy: Anatomy) -> Finding:

@@ -59,7 +59,8 @@ def diagnose(
     what will be measured, and what was left out to fit the budget."""
     start, bound = perf_counter(), model.bound
     bound.expect_rows()
-    found = Diagnosis(model.name, True, weights=model.weight_kind, processor=model.processor, anatomy=examine(bound))
+    found = Diagnosis(model.name, True, weights=model.weight_kind, processor=model.processor, slower=bound.slower)
+    found.anatomy = examine(bound)
     tell("checking that sequences do not mix", 0, 0)
     found.self_check = self_check(bound)
     pace = Pace.measure(bound, WANTED.length)

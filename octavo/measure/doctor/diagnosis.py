@@ -39,6 +39,7 @@ class Diagnosis:
     seconds: float = 0.0
     weights: str = ""  # their kind
     processor: str | None = None  # and what is computed in on it; None on a GPU
+    slower: list[str] = field(default_factory=list)  # what is not computed in the processor's fastest way, and why
     anatomy: Anatomy | None = None
     self_check: SelfCheck | None = None
     keys: list[Keys] = field(default_factory=list)

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from octavo.cache.batch import MAX_BATCH_TOKENS, Batch
+from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.holding import Holding
 from octavo.llm import LLM
 
@@ -22,13 +22,13 @@ def fill(llm: LLM, sessions: list[Holding], seconds: float) -> int:
     """Fill all sessions, each with blocks of its own, to their last token, at first by the model and after `seconds` by
     random rows; then decode that token in one step of all. Returns the number of tokens that the model wrote."""
     runner, pool, size = llm.engine.runner, llm.engine.pool, llm.engine.pool.block_size
-    deadline, by_model, states = time.monotonic() + seconds, 0, llm.cache.states is not None
+    deadline, by_model = time.monotonic() + seconds, 0
     for session in sessions:
         rest = len(session.tokens) - 1
         while session.num_cached < rest and time.monotonic() < deadline:
             n = min(MAX_BATCH_TOKENS, rest - session.num_cached)
             pool.reserve(session, n)
-            runner.run(Batch.build([(session, n)], size, span=llm.cache.span, states=states))
+            runner.run(llm.cache.batch([(session, n)]))
             session.num_cached += n
             by_model += n
         for places in torch.arange(session.num_cached, rest).split(ROWS):
@@ -37,7 +37,7 @@ def fill(llm: LLM, sessions: list[Holding], seconds: float) -> int:
             _write_random_rows(llm, [table[places // size] * size + places % size for table in tables])
             session.num_cached += len(places)
         pool.reserve(session, 1)
-    runner.run(Batch.build([(session, 1) for session in sessions], size, span=llm.cache.span, states=states))
+    runner.run(llm.cache.batch([(session, 1) for session in sessions]))
     return by_model + len(sessions)
 
 

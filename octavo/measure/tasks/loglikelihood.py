@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-from octavo.cache.batch import Batch
 from octavo.cache.holding import Holding
 from octavo.engine.engine import Engine
 from octavo.errors import OctavoError
@@ -105,7 +104,8 @@ def _families(texts: list[_Text], engine: Engine) -> list[tuple[list[int], list[
         heads = [text.tokens[: text.first] for text in own]
         pairs = zip(min(heads), max(heads), strict=False)  # the first and the last of all differ soonest
         shared = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        room = engine.pool.blocks_for(len(shared)) + engine.pool.blocks_for(len(own[0].tokens)) <= len(engine.pool)
+        blocks = engine.pool.groups[0]
+        room = blocks.blocks_for(len(shared)) + blocks.blocks_for(len(own[0].tokens)) <= len(blocks)
         if len(begin) == size and len({text.context for text in own}) > 1 and room and _width(engine, shared):
             families.append((shared, own))
     apart = {text.index for _, own in families for text in own}
@@ -130,7 +130,7 @@ def _steps(texts: list[_Text], engine: Engine, shared: list[int]) -> Iterator[li
             step: list[_Text] = []
             for text in (group[turn] for group in wave if turn < len(group)):
                 lengths = (len(tokens) for tokens in (shared, text.tokens, *(own.tokens for own in step)))
-                if step and sum(map(pool.blocks_for, lengths)) > len(pool):
+                if step and sum(map(pool.blocks_for, lengths)) > len(pool.groups[0]):
                     yield step
                     step = []
                 step.append(text)
@@ -198,8 +198,7 @@ def _forward(engine: Engine, work: list[tuple[_Text, int]]) -> None:
         targets += [text.targets[position - text.first] for position in scored]
         owners.append((text, len(scored)))
         start += count
-    cache = engine.cache
-    batch = Batch.build(work, engine.pool.block_size, span=cache.span, states=cache.states is not None)
+    batch = engine.cache.batch(work)
     logits = engine.runner.run(replace(batch, logits_at=torch.tensor(rows, dtype=torch.int64)))
     wanted = torch.tensor(targets, dtype=torch.int64, device=logits.device)
     logprobs = logits.float().log_softmax(-1).gather(-1, wanted[:, None])[:, 0]

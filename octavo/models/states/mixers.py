@@ -7,9 +7,9 @@ step (`stepping`) a mixer is as transformers made it: its rows are one sequence 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from octavo.cache.batch import Batch
 from octavo.cache.states import Name, StatePlan, StatePool, StateShape
 from octavo.cache.store import KVCache
+from octavo.contexts import during
 from octavo.models.states.native import reading
 from octavo.recurrences.cpu import Places
 
@@ -28,7 +29,7 @@ MIXER = "octavo_mixer"  # where a module keeps its Mixer
 
 
 @dataclass(frozen=True)
-class Part:
+class MixerCall:
     """Rows that a mixer computes in one call, of as many sequences as there are slots."""
 
     rows: slice | Tensor
@@ -45,7 +46,7 @@ class StateStep:
     slots: Tensor  # [B] int64; −1: nobody's
     q_lens: list[int]  # rows of each sequence, in their order
     fresh: list[bool]  # whether they are the sequence's first
-    _parts: dict[tuple[torch.device, bool], list[Part]] = field(default_factory=dict)
+    _calls: dict[tuple[torch.device, bool], list[MixerCall]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: Batch, cache: KVCache) -> StateStep | None:
@@ -67,16 +68,16 @@ class StateStep:
         starts = torch.tensor([0, *accumulate(self.q_lens)])
         return Places(starts, self.slots.remainder(self.pool.slots + self.pool.snapshots + 1))
 
-    def parts(self, device: torch.device, by_token: bool) -> list[Part]:
+    def calls(self, device: torch.device, by_token: bool) -> list[MixerCall]:
         """The calls that a mixer on `device` gets. `by_token`: one for each token, where rows have others before."""
         key = device, by_token
-        if key not in self._parts:
-            self._parts[key] = list(self._cut(self.slots.to(device), by_token))
-        return self._parts[key]
+        if key not in self._calls:
+            self._calls[key] = list(self._cut(self.slots.to(device), by_token))
+        return self._calls[key]
 
-    def _cut(self, slots: Tensor, by_token: bool) -> Iterator[Part]:
+    def _cut(self, slots: Tensor, by_token: bool) -> Iterator[MixerCall]:
         if all(n == 1 for n in self.q_lens):
-            yield Part(slice(None), slots, len(self.q_lens), 1)
+            yield MixerCall(slice(None), slots, len(self.q_lens), 1)
             return
         start, lone, owners = 0, [], []
         for i, (n, fresh) in enumerate(zip(self.q_lens, self.fresh, strict=True)):
@@ -85,30 +86,21 @@ class StateStep:
                 owners.append(i)
             elif by_token and not fresh:
                 for row in range(start, start + n):
-                    yield Part(slice(row, row + 1), slots[i : i + 1], 1, 1)
+                    yield MixerCall(slice(row, row + 1), slots[i : i + 1], 1, 1)
             else:
-                yield Part(slice(start, start + n), slots[i : i + 1], 1, n)
+                yield MixerCall(slice(start, start + n), slots[i : i + 1], 1, n)
             start += n
         if lone:
             rows, of = torch.tensor([lone, owners], device=slots.device)
-            yield Part(rows, slots[of], len(lone), 1)
+            yield MixerCall(rows, slots[of], len(lone), 1)
 
 
-class _Thread(threading.local):
-    step: StateStep | None = None
+_step: ContextVar[StateStep | None] = ContextVar("step", default=None)
 
 
-_thread = _Thread()
-
-
-@contextmanager
-def stepping(step: StateStep | None) -> Iterator[None]:
+def stepping(step: StateStep | None) -> AbstractContextManager[None]:
     """Within, the mixers of this thread's forward compute a step."""
-    before, _thread.step = _thread.step, step
-    try:
-        yield
-    finally:
-        _thread.step = before
+    return during(_step, step)
 
 
 class HeldStates:
@@ -161,7 +153,7 @@ class PackedMixer(nn.Module):
     """A mixer's own class comes behind this one."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        step = _thread.step
+        step = _step.get()
         if step is None:
             return super().forward(*args, **kwargs)
         mixer: Mixer = vars(self)[MIXER]
@@ -173,17 +165,17 @@ class PackedMixer(nn.Module):
             with reading(step.places, pool):
                 return mixer.native(self, **{mixer.rows: packed[None]}, **arguments)
         out: Tensor | None = None
-        for part in step.parts(packed.device, mixer.by_token):
-            rows = packed[part.rows].view(part.sequences, part.tokens, -1)
-            held = HeldStates({name: memory[part.slots] for name, memory in pool.items()})
+        for call in step.calls(packed.device, mixer.by_token):
+            rows = packed[call.rows].view(call.sequences, call.tokens, -1)
+            held = HeldStates({name: memory[call.slots] for name, memory in pool.items()})
             found = super().forward(**{mixer.rows: rows, mixer.cache: held}, **arguments).flatten(0, 1)
             for name, memory in pool.items():
-                memory[part.slots] = held.states[name].to(memory.dtype)
+                memory[call.slots] = held.states[name].to(memory.dtype)
             if len(found) == len(packed):
                 return found[None]
             if out is None:
                 out = found.new_empty(len(packed), *found.shape[1:])
-            out[part.rows] = found
+            out[call.rows] = found
         assert out is not None
         return out[None]
 

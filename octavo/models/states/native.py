@@ -1,9 +1,9 @@
 """Mixers whose recurrence is one that the native kernels know: they compute all rows of a step at once.
 
 A mixer's forward calls the recurrence and the convolution as functions of its file, which have the same names in every
-file of transformers. It gets its own forward with other functions under those names; the file, and other models made
-from it, stay as they are. Called without a cache it computes what it does for one sequence from its beginning, but for
-these functions, which read the states of every sequence from the pool and leave them there.
+file of transformers. It gets its own forward with other functions under those names. Called without a cache it computes
+what it does for one sequence from its beginning, but for these functions, which read the states of every sequence from
+the pool and leave them there.
 
 It computes as it does for several tokens, also where there is one: what a token's recurrence is does not depend on how
 many were computed together.
@@ -12,9 +12,9 @@ many were computed together.
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -23,31 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from octavo.cache.states import Name
+from octavo.contexts import during
 from octavo.errors import Unsupported
+from octavo.models.changes import with_functions
 from octavo.recurrences import cpu
 from octavo.recurrences.cpu import Places
 
 SILU = {None: False, "silu": True, "swish": True}
 
 
-class _Thread(threading.local):
-    """Of the mixer that this thread runs: where its rows lie, and its states in all slots."""
-
-    places: Places
-    states: dict[Name, Tensor]
+# Of the mixer that this thread runs: where its rows lie, and its states in all slots.
+_read: ContextVar[tuple[Places, dict[Name, Tensor]]] = ContextVar("read")
 
 
-_thread = _Thread()
-
-
-@contextmanager
-def reading(places: Places, states: dict[Name, Tensor]) -> Iterator[None]:
+def reading(places: Places, states: dict[Name, Tensor]) -> AbstractContextManager[None]:
     """Within, the functions below compute the rows of one mixer."""
-    _thread.places, _thread.states = places, states
-    try:
-        yield
-    finally:
-        del _thread.places, _thread.states
+    return during(_read, (places, states))
 
 
 def _convolve(
@@ -55,8 +46,8 @@ def _convolve(
 ) -> Tensor:
     if activation not in SILU:
         raise Unsupported(f"a convolution with {activation}")
-    states = _thread.states["conv", 0]
-    out = cpu.convolve(_thread.places, hidden_states[0].T, weight, bias, SILU[activation], states)
+    places, states = _read.get()
+    out = cpu.convolve(places, hidden_states[0].T, weight, bias, SILU[activation], states["conv", 0])
     return out.to(hidden_states.dtype).T[None]
 
 
@@ -69,8 +60,8 @@ def _delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    rows = query[0], key[0], value[0], g[0], beta[0]
-    out = cpu.delta_rule(_thread.places, *rows, use_qk_l2norm_in_kernel, _thread.states["recurrent", 0])
+    (places, states), rows = _read.get(), (query[0], key[0], value[0], g[0], beta[0])
+    out = cpu.delta_rule(places, *rows, use_qk_l2norm_in_kernel, states["recurrent", 0])
     return out.to(query.dtype)[None], None
 
 
@@ -91,8 +82,8 @@ def _scan(
     if z is not None or A.dim() != 1 or (D is not None and D.dim() != 1):
         raise Unsupported("a scan of another form")
     low, high = map(float, dt_limit)
-    states, x = _thread.states["recurrent", 0], hidden_states[0]
-    out = cpu.scan(_thread.places, x, dt[0], A, B[0], C[0], D, dt_bias, dt_softplus, (low, high), states)
+    (places, states), rows = _read.get(), (hidden_states[0], dt[0], A, B[0], C[0])
+    out = cpu.scan(places, *rows, D, dt_bias, dt_softplus, (low, high), states["recurrent", 0])
     return out.to(hidden_states.dtype)[None]
 
 
@@ -108,9 +99,9 @@ def _selective_scan(
     delta_softplus: bool = False,
     **_: Any,
 ) -> Tensor:
-    states, gate = _thread.states["recurrent", 0], None if z is None else z[0].T
+    (places, states), gate = _read.get(), None if z is None else z[0].T
     rows = hidden_states[0].T, dt[0].T, A, B[0].T, C[0].T
-    out = cpu.selective_scan(_thread.places, *rows, D, gate, delta_bias, delta_softplus, states)
+    out = cpu.selective_scan(places, *rows, D, gate, delta_bias, delta_softplus, states["recurrent", 0])
     return out.to(hidden_states.dtype).T[None]
 
 
@@ -134,8 +125,4 @@ def native_forward(kind: type[nn.Module], device: torch.device) -> Callable[...,
     names = {name: ours for name, ours in FUNCTIONS.items() if name in forward.__code__.co_names}
     if not names:
         return None
-    made = FunctionType(
-        forward.__code__, {**forward.__globals__, **names}, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return made
+    return with_functions(forward, names)

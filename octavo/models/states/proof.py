@@ -8,6 +8,7 @@ ranges.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from octavo.models.states.find import Found
 from octavo.models.states.mixers import StateStep, own_class, own_forward, stepping
 from octavo.models.states.native import native_forward
 
+logger = logging.getLogger("octavo")
 LENGTHS = (7, 5)  # tokens of the two sequences
 TOKENS = sum(LENGTHS)
 TOGETHER = (LENGTHS,)
@@ -65,6 +67,7 @@ def _agrees(each: Found, alone: Sequence[Tensor]) -> bool:
     try:
         return all(_same(_read(each, cuts), alone) for cuts in (TOGETHER, ALONE, CHUNKS))
     except Exception:  # whatever a mixer gives functions that it takes for transformers'
+        logger.debug("%s is computed by its own code", type(each.module).__name__, exc_info=True)
         return False
 
 

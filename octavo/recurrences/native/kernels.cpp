@@ -3,6 +3,6 @@
 namespace octavo::recurrences::ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {convolve, delta_rule, scan, selective_scan};
+const Kernels kernels = {ISA_NAME, convolve, delta_rule, scan, selective_scan};
 
 }  // namespace octavo::recurrences::ISA

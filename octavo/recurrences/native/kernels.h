@@ -19,14 +19,9 @@ constexpr int64_t TILE = 32;  // rows whose gates and norms are computed ahead o
 inline int64_t whole(int64_t n) { return (n + W - 1) / W * W; }  // registers hold so many
 inline float softplus(float x) { return x > 20 ? x : std::log1p(std::exp(x)); }
 
-void convolve(const Step&, Rows x, int64_t channels, const float* weight, int64_t taps, const float* bias, bool silu,
-              States, int64_t kept, float* y, const Pool&);
-void delta_rule(const Step&, Rows q, Rows k, Rows v, Rows g, Rows beta, int64_t heads, int64_t group, int64_t k_dim,
-                int64_t v_dim, bool by_channel, bool normalize, States, float* y, const Pool&);
-void scan(const Step&, Rows x, Rows dt, Rows b, Rows c, const float* a, const float* d, const float* bias, bool softplus,
-          float low, float high, int64_t heads, int64_t group, int64_t p_dim, int64_t n_dim, States, float* y,
-          const Pool&);
-void selective_scan(const Step&, Rows x, Rows dt, Rows b, Rows c, Rows z, const float* a, const float* d,
-                    const float* bias, bool softplus, int64_t channels, int64_t n_dim, States, float* y, const Pool&);
+std::remove_pointer_t<decltype(Kernels::convolve)> convolve;
+std::remove_pointer_t<decltype(Kernels::delta_rule)> delta_rule;
+std::remove_pointer_t<decltype(Kernels::scan)> scan;
+std::remove_pointer_t<decltype(Kernels::selective_scan)> selective_scan;
 
 }  // namespace octavo::recurrences::ISA

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "types.h"
 
@@ -27,6 +28,7 @@ struct Rows {
 };
 
 struct Kernels {
+    const char* name;
     // y [T, channels]: each channel's convolution over its last `taps` rows, weight [channels, taps], plus bias (or
     // null), and silu of it where asked for. States are the last `kept` rows, [channels, kept].
     void (*convolve)(const Step&, Rows x, int64_t channels, const float* weight, int64_t taps, const float* bias,

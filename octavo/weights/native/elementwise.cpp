@@ -27,49 +27,48 @@ void in_pieces(int64_t items, int64_t elements, const Pool& pool, F&& body) {
              [&](int64_t i) { body(i * piece, std::min(items, (i + 1) * piece)); });
 }
 
+enum class Gate { NONE, FIRST, LAST };
+
+// norm(x) ∘ weight of each `group` of a row's numbers, with silu(gate) before or after it.
+template <Gate GATE>
+void normalize(const float* x, int64_t stride, const float* gate, int64_t gate_stride, int64_t rows, int64_t dim,
+               int64_t group, const float* weight, float epsilon, float* y, const Pool& pool) {
+    in_pieces(rows, dim, pool, [&](int64_t from, int64_t to) {
+        for (int64_t r = from; r < to; r++)
+            for (int64_t first = 0; first < dim; first += group) {
+                const float *in = x + r * stride + first, *w = weight + first;
+                const float* z = GATE == Gate::NONE ? nullptr : gate + r * gate_stride + first;
+                float* out = y + r * dim + first;
+                f32v squares[4] = {};
+                each_vector(group, [&](int64_t i, int n) {
+                    f32v v = load_some(in + i, n);
+                    if constexpr (GATE == Gate::FIRST) {
+                        v = v * silu(load_some(z + i, n));
+                        store_some(out + i, v, n);
+                    }
+                    f32v& some = squares[i / W % 4];
+                    some = fma(v, v, some);
+                });
+                const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / float(group);
+                const f32v factor = splat(1 / std::sqrt(mean + epsilon));
+                const float* own = GATE == Gate::FIRST ? out : in;
+                each_vector(group, [&](int64_t i, int n) {
+                    const f32v v = load_some(own + i, n) * factor * load_some(w + i, n);
+                    store_some(out + i, GATE == Gate::LAST ? v * silu(load_some(z + i, n)) : v, n);
+                });
+            }
+    });
+}
+
 void rms_norm(const float* x, int64_t rows, int64_t stride, int64_t dim, const float* weight, float epsilon, float* y,
               const Pool& pool) {
-    in_pieces(rows, dim, pool, [&](int64_t from, int64_t to) {
-        for (int64_t r = from; r < to; r++) {
-            const float* in = x + r * stride;
-            float* out = y + r * dim;
-            f32v squares[4] = {};
-            each_vector(dim, [&](int64_t i, int n) {
-                const f32v v = load_some(in + i, n);
-                f32v& some = squares[i / W % 4];
-                some = fma(v, v, some);
-            });
-            const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / float(dim);
-            const f32v factor = splat(1 / std::sqrt(mean + epsilon));
-            each_vector(dim, [&](int64_t i, int n) {
-                store_some(out + i, load_some(in + i, n) * factor * load_some(weight + i, n), n);
-            });
-        }
-    });
+    normalize<Gate::NONE>(x, stride, nullptr, 0, rows, dim, dim, weight, epsilon, y, pool);
 }
 
 void gated_norm(const float* x, int64_t stride, const float* gate, int64_t gate_stride, int64_t rows, int64_t dim,
                 int64_t group, const float* weight, float epsilon, bool gate_first, float* y, const Pool& pool) {
-    in_pieces(rows, dim, pool, [&](int64_t from, int64_t to) {
-        for (int64_t r = from; r < to; r++)
-            for (int64_t first = 0; first < dim; first += group) {
-                const float *in = x + r * stride + first, *z = gate + r * gate_stride + first, *w = weight + first;
-                float* out = y + r * dim + first;
-                f32v squares[4] = {};
-                each_vector(group, [&](int64_t i, int n) {
-                    const f32v own = load_some(in + i, n), v = gate_first ? own * silu(load_some(z + i, n)) : own;
-                    f32v& some = squares[i / W % 4];
-                    some = fma(v, v, some);
-                    store_some(out + i, v, n);
-                });
-                const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / float(group);
-                const f32v factor = splat(1 / std::sqrt(mean + epsilon));
-                each_vector(group, [&](int64_t i, int n) {
-                    const f32v v = load_some(out + i, n) * factor * load_some(w + i, n);
-                    store_some(out + i, gate_first ? v : v * silu(load_some(z + i, n)), n);
-                });
-            }
-    });
+    const auto normalized = gate_first ? normalize<Gate::FIRST> : normalize<Gate::LAST>;
+    normalized(x, stride, gate, gate_stride, rows, dim, group, weight, epsilon, y, pool);
 }
 
 // x·½(1 + tanh u) = x·σ(2u) with u = √(2/π)·(x + 0.044715x³).
@@ -91,20 +90,17 @@ void over_vectors(int64_t count, const Pool& pool, F&& f) {
     });
 }
 
-template <class T>
-void activate(Function function, const T* x, int64_t count, T* y, const Pool& pool) {
-    const auto each = [&](auto f) {
-        over_vectors(count, pool, [&](int64_t i, int n) { store_some(y + i, f(load_some(x + i, n)), n); });
-    };
-    if (function == Function::SILU) each(silu);
-    else if (function == Function::GELU) each(gelu);
-    else each(gelu_tanh);
-}
-
 void activate(Function function, const void* x, int64_t count, Float type, void* y, const Pool& pool) {
-    if (type == Float::BF16) activate(function, static_cast<const bf16*>(x), count, static_cast<bf16*>(y), pool);
-    else if (type == Float::FP16) activate(function, static_cast<const fp16*>(x), count, static_cast<fp16*>(y), pool);
-    else activate(function, static_cast<const float*>(x), count, static_cast<float*>(y), pool);
+    with_float(type, [&](auto kind) {
+        const auto* in = static_cast<const decltype(kind)*>(x);
+        auto* out = static_cast<decltype(kind)*>(y);
+        const auto each = [&](auto f) {
+            over_vectors(count, pool, [&](int64_t i, int n) { store_some(out + i, f(load_some(in + i, n)), n); });
+        };
+        if (function == Function::SILU) each(silu);
+        else if (function == Function::GELU) each(gelu);
+        else each(gelu_tanh);
+    });
 }
 
 void silu_gate(float* gate, const float* up, int64_t count, const Pool& pool) {

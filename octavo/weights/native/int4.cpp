@@ -31,13 +31,6 @@ constexpr float LARGEST = 127 * 128 + 63;  // 128·high + low with both in int8
 constexpr int64_t SMALL = 1 << 16;  // products: fewer are not worth waking a thread for
 constexpr int64_t CACHED = 1 << 18;  // bytes of codes that many rows pass over while they are near
 
-template <class F>
-void with_type(Float type, F&& f) {
-    if (type == Float::BF16) f(bf16{});
-    else if (type == Float::FP16) f(fp16{});
-    else f(float{});
-}
-
 // acc[i] + Σ_{j<4} code[4i+j]·x[4i+j] of codes below 16.
 inline i32v dot(i32v acc, u8v code, u8v x) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
@@ -164,7 +157,7 @@ void finish(const Matrix& m, int64_t tile, int rows, const float* y, const T* bi
 void multiply(const Matrix& m, const void* x, int64_t rows, int64_t stride, Float type, const void* bias, void* y,
               const Pool& pool) {
     Inputs inputs(rows, m);
-    with_type(type, [&](auto kind) {
+    with_float(type, [&](auto kind) {
         using T = decltype(kind);
         parallel(pool, inputs.panels(), rows * m.in >= SMALL, [&](int64_t panel) {
             take_panel(m, static_cast<const T*>(x), stride, panel, inputs);
@@ -182,8 +175,8 @@ void multiply(const Matrix& m, const void* x, int64_t rows, int64_t stride, Floa
             const float* sum = inputs.sum.get() + first * inputs.groups;
             for (int64_t tile = item * chunk; tile < end; tile++) {
                 float out[PANEL * TILE];
-                with_type(m.scale, [&](auto s) { product<decltype(s)>(height, m, tile, bytes, scale, sum, out); });
-                with_type(type, [&](auto kind) {
+                with_float(m.scale, [&](auto s) { product<decltype(s)>(height, m, tile, bytes, scale, sum, out); });
+                with_float(type, [&](auto kind) {
                     using T = decltype(kind);
                     finish(m, tile, height, out, static_cast<const T*>(bias), static_cast<T*>(y) + first * m.out);
                 });
@@ -200,8 +193,8 @@ void decode(const Matrix& m, int64_t first, int64_t count, Float type, void* w, 
             for (int64_t g = 0; g < groups; g++) {
                 const int64_t at = (tile * groups + g) * TILE + o;
                 float s = 0;
-                with_type(m.scale, [&](auto kind) { s = to_float(static_cast<const decltype(kind)*>(m.scales)[at]); });
-                with_type(type, [&](auto kind) {
+                with_float(m.scale, [&](auto kind) { s = to_float(static_cast<const decltype(kind)*>(m.scales)[at]); });
+                with_float(type, [&](auto kind) {
                     decltype(kind) value[16];
                     for (int code = 0; code < 16; code++) from_float(float(code - m.zeros[at]) * s, value[code]);
                     auto* to = static_cast<decltype(kind)*>(w) + (item * TILE + o) * m.in + g * m.group;

@@ -37,13 +37,12 @@ template <class Kernels>
 void before_attention(const Kernels& kernels, const Layer& layer, const float* x, int64_t rows, const Turns& turns, float* h,
                       float* q, float* k, float* v, const Pool& pool) {
     const int64_t width = layer.q.weight.in, dim = layer.dim;
-    const auto& between = kernels.elementwise;
-    between.rms_norm(x, rows, width, width, layer.before.weight, layer.before.epsilon, h, pool);
+    kernels.rms_norm(x, rows, width, width, layer.before.weight, layer.before.epsilon, h, pool);
     const Product products[] = {layer.q.to(q), layer.k.to(k), layer.v.to(v)};
-    kernels.panels.multiply(products, 3, false, h, rows, width, Float::FP32, pool);
+    kernels.PanelKernels::multiply(products, 3, false, h, rows, width, Float::FP32, pool);
     auto turn = [&](float* y, int64_t heads, const Norm& norm) {
-        if (norm.weight) between.rms_norm(y, rows * heads, dim, dim, norm.weight, norm.epsilon, y, pool);
-        between.rope({y, heads, dim, heads * dim}, rows, dim, turns.cos, turns.cos_stride, turns.sin, turns.sin_stride, y,
+        if (norm.weight) kernels.rms_norm(y, rows * heads, dim, dim, norm.weight, norm.epsilon, y, pool);
+        kernels.rope({y, heads, dim, heads * dim}, rows, dim, turns.cos, turns.cos_stride, turns.sin, turns.sin_stride, y,
                      pool);
     };
     turn(q, layer.heads, layer.of_q);
@@ -56,11 +55,11 @@ void after_attention(const Kernels& kernels, const Layer& layer, const float* an
                      float* middle, float* inner, float* y, const Pool& pool) {
     const int64_t width = layer.q.weight.in;
     const auto multiply = [&](const Product* products, int count, bool gated, const float* from) {
-        kernels.panels.multiply(products, count, gated, from, rows, products->weight.in, Float::FP32, pool);
+        kernels.PanelKernels::multiply(products, count, gated, from, rows, products->weight.in, Float::FP32, pool);
     };
     const Product output = layer.o.to(middle, x), gate_and_up[] = {layer.gate.to(inner), layer.up.to(nullptr)};
     multiply(&output, 1, false, answers);
-    kernels.elementwise.rms_norm(middle, rows, width, width, layer.after.weight, layer.after.epsilon, y, pool);
+    kernels.rms_norm(middle, rows, width, width, layer.after.weight, layer.after.epsilon, y, pool);
     multiply(gate_and_up, 2, true, y);
     const Product down = layer.down.to(y, middle);
     multiply(&down, 1, false, inner);

@@ -20,29 +20,16 @@ OCTAVO_ISAS(OCTAVO_DECLARE)
 
 namespace {
 
-struct Kernels {
+struct Kernels : weights::Int4Kernels, weights::PanelKernels, weights::ElementwiseKernels {
     const char* name;
-    const weights::Int4Kernels& int4;
-    const weights::PanelKernels& panels;
-    const weights::ElementwiseKernels& elementwise;
 };
 
 #define OCTAVO_KERNELS(isa) \
-    const Kernels isa = {#isa, weights::isa::int4, weights::isa::panels, weights::isa::elementwise};
+    const Kernels isa = {weights::isa::int4, weights::isa::panels, weights::isa::elementwise, #isa};
 OCTAVO_ISAS(OCTAVO_KERNELS)
 
 #define OCTAVO_LIST(isa) &isa,
 Compiled<Kernels> compiled{OCTAVO_ISAS(OCTAVO_LIST)};
-
-void multiply(const Matrix& matrix, uint64_t x, int64_t rows, int64_t stride, int type, uint64_t bias, uint64_t y,
-              int threads) {
-    compiled->int4.multiply(matrix, at<const void>(x), rows, stride, Float(type), at<const void>(bias), at<void>(y),
-                            compiled.pool(threads));
-}
-
-void decode(const Matrix& matrix, int64_t first, int64_t count, int type, uint64_t w, int threads) {
-    compiled->int4.decode(matrix, first, count, Float(type), at<void>(w), compiled.pool(threads));
-}
 
 // Of each product four numbers: outputs, and the addresses of its panels, of its bias or 0, and of its y.
 void multiply_panels(const std::vector<uint64_t>& products, bool gated, int64_t in, int weight_type, uint64_t x,
@@ -51,40 +38,8 @@ void multiply_panels(const std::vector<uint64_t>& products, bool gated, int64_t 
     for (size_t i = 0; i + 3 < products.size(); i += 4)
         list.push_back({{int64_t(products[i]), in, at<const void>(products[i + 1]), Float(weight_type)},
                         at<const void>(products[i + 2]), at<void>(products[i + 3]), nullptr});
-    compiled->panels.multiply(list.data(), int(list.size()), gated, at<const void>(x), rows, stride, Float(type),
+    compiled->PanelKernels::multiply(list.data(), int(list.size()), gated, at<const void>(x), rows, stride, Float(type),
                               compiled.pool(threads));
-}
-
-void pack_panels(uint64_t w, int64_t out, int64_t in, int64_t stride, int bytes, uint64_t panels, int threads) {
-    compiled->panels.pack(at<const void>(w), out, in, stride, bytes, at<void>(panels), compiled.pool(threads));
-}
-
-void rms_norm(uint64_t x, int64_t rows, int64_t stride, int64_t dim, uint64_t weight, float epsilon, uint64_t y,
-              int threads) {
-    compiled->elementwise.rms_norm(at<const float>(x), rows, stride, dim, at<const float>(weight), epsilon, at<float>(y),
-                                   compiled.pool(threads));
-}
-
-void gated_norm(uint64_t x, int64_t stride, uint64_t gate, int64_t gate_stride, int64_t rows, int64_t dim, int64_t group,
-                uint64_t weight, float epsilon, bool gate_first, uint64_t y, int threads) {
-    compiled->elementwise.gated_norm(at<const float>(x), stride, at<const float>(gate), gate_stride, rows, dim, group,
-                                     at<const float>(weight), epsilon, gate_first, at<float>(y),
-                                     compiled.pool(threads));
-}
-
-void activate(int function, uint64_t x, int64_t count, int type, uint64_t y, int threads) {
-    compiled->elementwise.activate(weights::Function(function), at<const void>(x), count, Float(type), at<void>(y),
-                                   compiled.pool(threads));
-}
-
-void silu_gate(uint64_t gate, uint64_t up, int64_t count, int threads) {
-    compiled->elementwise.silu_gate(at<float>(gate), at<const float>(up), count, compiled.pool(threads));
-}
-
-void rope(uint64_t x, int64_t heads, int64_t stride, int64_t row_stride, int64_t rows, int64_t dim, uint64_t cos,
-            int64_t cos_stride, uint64_t sin, int64_t sin_stride, uint64_t y, int threads) {
-    compiled->elementwise.rope({at<const float>(x), heads, stride, row_stride}, rows, dim, at<const float>(cos),
-                                 cos_stride, at<const float>(sin), sin_stride, at<float>(y), compiled.pool(threads));
 }
 
 using weights::Layer;
@@ -115,9 +70,15 @@ void after_attention(const Layer& layer, uint64_t answers, uint64_t x, int64_t r
                              at<float>(inner), at<float>(y), compiled.pool(threads));
 }
 
-int64_t spin(int64_t steps, int threads) { return compiled->panels.spin(steps, compiled.pool(threads)); }
-
 }  // namespace
+
+template <>
+struct octavo::Argument<const weights::Heads&> {
+    typedef std::tuple<uint64_t, int64_t, int64_t, int64_t> Python;  // address, heads, strides of heads and of rows
+    static weights::Heads take(const Python& x) {
+        return {at<const float>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+    }
+};
 
 NB_MODULE(_native, m) {
     m.doc() = "Products with weights, and what comes between them, for CPUs: see octavo/weights/cpu.py, which is the only caller.";
@@ -128,19 +89,23 @@ NB_MODULE(_native, m) {
             new (self) Matrix{out, in, group, at<const uint8_t>(codes), at<const void>(scales), Float(scale),
                               at<const uint8_t>(zeros)};
         });
-    m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());
-    m.def("decode", &decode, nb::call_guard<nb::gil_scoped_release>());
+    compiled.def(m, "multiply", &weights::Int4Kernels::multiply);
+    compiled.def(m, "decode", &weights::Int4Kernels::decode);
     m.def("multiply_panels", &multiply_panels, nb::call_guard<nb::gil_scoped_release>());
-    m.def("pack_panels", &pack_panels, nb::call_guard<nb::gil_scoped_release>());
-    m.def("activate", &activate, nb::call_guard<nb::gil_scoped_release>());
-    m.def("rms_norm", &rms_norm, nb::call_guard<nb::gil_scoped_release>());
-    m.def("gated_norm", &gated_norm, nb::call_guard<nb::gil_scoped_release>());
-    m.def("silu_gate", &silu_gate, nb::call_guard<nb::gil_scoped_release>());
-    m.def("rope", &rope, nb::call_guard<nb::gil_scoped_release>());
+    compiled.def(m, "pack_panels", &weights::PanelKernels::pack);
+    compiled.def(m, "activate", &Kernels::activate);
+    compiled.def(m, "rms_norm", &Kernels::rms_norm);
+    compiled.def(m, "gated_norm", &Kernels::gated_norm);
+    compiled.def(m, "silu_gate", &Kernels::silu_gate);
+    compiled.def(m, "rope", &Kernels::rope);
     nb::class_<Layer>(m, "Layer");
     m.def("layer", &make_layer);
     m.def("before_attention", &before_attention, nb::call_guard<nb::gil_scoped_release>());
     m.def("after_attention", &after_attention, nb::call_guard<nb::gil_scoped_release>());
-    m.def("spin", &spin, nb::call_guard<nb::gil_scoped_release>());
+    compiled.def(m, "spin", &Kernels::spin);
+    using weights::Function;
+    m.attr("FUNCTIONS") = numbers<Function>(
+        {{"silu", Function::SILU}, {"gelu", Function::GELU}, {"gelu_tanh", Function::GELU_TANH}});
+    m.attr("TILE") = weights::TILE;
     m.attr("PANEL") = weights::PANEL;
 }

@@ -14,11 +14,11 @@
 #include "panels.h"
 
 #include <algorithm>
-#include <memory>
 #include <numeric>
 #include <vector>
 
 #include "parallel.h"
+#include "scratch.h"
 #include "vectors.h"
 
 namespace octavo::weights::ISA {
@@ -52,30 +52,6 @@ static_assert(COLUMNS % PANEL == 0);
 
 constexpr int floor_power_of_2(int n) { return n < 2 ? 1 : 2 * floor_power_of_2(n / 2); }
 
-template <class F>
-void with_type(Float type, F&& f) {
-    if (type == Float::BF16) f(bf16{});
-    else if (type == Float::FP16) f(fp16{});
-    else f(float{});
-}
-
-// Memory of a thread, kept from call to call.
-class Scratch {
-public:
-    float* take(int64_t count) {
-        if (count > size) {
-            memory.reset(new float[count + LINE]);
-            size = count;
-        }
-        const uint64_t start = reinterpret_cast<uint64_t>(memory.get());
-        return memory.get() + (-start % (4 * LINE)) / 4;
-    }
-
-private:
-    static constexpr int LINE = 16;
-    std::unique_ptr<float[]> memory;
-    int64_t size = 0;
-};
 thread_local Scratch scratch;
 
 // `total` in `count` parts, as equal as they can be.
@@ -94,7 +70,7 @@ struct Rows {
 
     // `height` rows from `first`, n ≤ CHAIN inputs of each from k, as floats, LINE apart.
     void take(int64_t first, int64_t height, int64_t k, int64_t n, float* to) const {
-        with_type(type, [&](auto kind) {
+        with_float(type, [&](auto kind) {
             for (int64_t r = 0; r < height; r++, to += LINE) {
                 const auto* from = static_cast<const decltype(kind)*>(x) + (first + r) * stride + k;
                 const auto* later = from + std::min(NEXT, height - 1 - r) * stride;
@@ -111,7 +87,7 @@ struct Rows {
     void finish(const Product& p, const float* c, int64_t row, int64_t first, int64_t rows, int64_t begin,
                 int64_t n) const {
         n = std::min(n, p.weight.out - begin);
-        with_type(type, [&](auto kind) {
+        with_float(type, [&](auto kind) {
             using T = decltype(kind);
             const T* shift = p.bias ? static_cast<const T*>(p.bias) + begin : nullptr;
             for (int64_t r = 0; r < rows; r++, c += row) {
@@ -294,7 +270,7 @@ void many(const Call& call, const Pool& pool) {
         const int64_t begin = ranges.first(range) * turn, end = ranges.first(range + 1) * turn;
         const Parts groups = Parts::of_at_most(height, ROWS);
         const bool direct = groups.count <= DIRECT;
-        float* tile = scratch.take(CHAIN * COLUMNS + height * (LINE + (end - begin) * COLUMNS));
+        float* tile = scratch.reset(CHAIN * COLUMNS + height * (LINE + (end - begin) * COLUMNS));
         float* inputs = tile + CHAIN * COLUMNS;
         float* sums = inputs + height * LINE;  // [end − begin, height, COLUMNS]
         for (int64_t k = 0; k < in; k += CHAIN) {
@@ -343,10 +319,10 @@ void multiply(const Product* products, int number, bool gated, const void* x, in
     const Rows rows{x, count, stride, type};
     const Call call{products, number, gated, rows};
     const int64_t in = call.in();
-    with_type(products->weight.type, [&](auto weight) {
+    with_float(products->weight.type, [&](auto weight) {
         using T = decltype(weight);
         if (count > ROWS) return many<T>(call, pool);
-        float* inputs = scratch.take((in + CHAIN - 1) / CHAIN * count * LINE);
+        float* inputs = scratch.reset((in + CHAIN - 1) / CHAIN * count * LINE);
         for (int64_t k = 0; k < in; k += CHAIN)
             rows.take(0, count, k, std::min(CHAIN, in - k), inputs + k / CHAIN * count * LINE);
         few<T>(call, inputs, pool);

@@ -161,6 +161,13 @@ def test_a_model_that_mixes_sequences_fails_the_self_check(pamphlet: Model, monk
     assert found.alone[0] > found.tolerance
 
 
+def test_what_the_processor_would_have_faster_is_noted(plain: Diagnosis) -> None:
+    left = "computes 2 of 4 layers module by module, which is slower: they are not of the form"
+    notes = [one.text for one in findings(replace(plain, slower=[left])) if one.level == "note"]
+    assert f"the model {left}" in notes
+    assert not any("slower" in one.text for one in plain.findings)
+
+
 def test_a_failed_self_check_advises_against_serving(plain: Diagnosis) -> None:
     assert plain.self_check is not None
     broken = replace(plain, self_check=replace(plain.self_check, alone=(0.4, 0.9)), findings=[])

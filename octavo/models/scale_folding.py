@@ -14,14 +14,15 @@ between, a router that takes the same input, a residual that adds it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from octavo.models.changes import watched
 
 SAME = 1e-5  # relative; powers of two leave every bit as it was
 
@@ -63,7 +64,7 @@ def find_folds(model: nn.Module, linear: dict[str, nn.Linear], run: Run) -> list
         if _width(module) and all(owners[id(parameter)] == 1 for parameter in module.parameters(recurse=False))
     }
     seen = _Seen()
-    with _hooked(
+    with watched(
         [linear[name].register_forward_pre_hook(partial(_note_input, seen, name)) for name in linear]
         + [sources[name].register_forward_hook(partial(_note_output, seen, name)) for name in sources]
     ):
@@ -136,15 +137,6 @@ def _note_output(seen: _Seen, name: str, _: nn.Module, __: tuple[Any, ...], outp
         seen.outputs[name] = output
 
 
-@contextmanager
-def _hooked(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _groups(seen: _Seen) -> list[tuple[str, ...]]:
     """Names of the layers that take the very same tensor."""
     groups: dict[tuple[int, int], list[str]] = {}
@@ -182,7 +174,7 @@ def _hold(
             linear[name].register_forward_pre_hook(lambda _, args, s=scale: (args[0] * s.to(args[0]), *args[1:]))
             for name in fold.layers
         ]
-    with _hooked(handles):
+    with watched(handles):
         return bool((run() - logits).norm() <= SAME * logits.norm())
 
 

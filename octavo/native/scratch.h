@@ -8,14 +8,14 @@ namespace octavo::ISA {
 
 class Scratch {
 public:
-    // Forget what was taken; `count` floats can be taken now.
-    void reset(int64_t count) {
+    // Forget what was taken; `count` floats can be taken now, from here on.
+    float* reset(int64_t count) {
         if (count > size) {
             memory.reset(new float[count + LINE]);
             size = count;
         }
         next = memory.get();
-        next += -(reinterpret_cast<uintptr_t>(next) / sizeof(float)) % LINE;
+        return next += -(reinterpret_cast<uintptr_t>(next) / sizeof(float)) % LINE;
     }
     // The next `count`, a multiple of 16, at the start of a line of the cache.
     float* take(int64_t count) {

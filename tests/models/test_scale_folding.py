@@ -21,7 +21,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from octavo.weights.scale_folding import Fold, absorb, find_folds
+from octavo.models.scale_folding import Fold, absorb, find_folds
 
 SIZES = {
     "vocab_size": 96,
