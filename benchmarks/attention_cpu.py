@@ -1,11 +1,11 @@
 """The CPU kernels against torch's own attention, against our 16-bit kernel, and against the memory's speed.
 
-One layer, block tables random, queries in the type that this processor computes in. Decode: one new token for each
-sequence. torch's attention gets contiguous K and V, in the best call there is: bf16 or float32, with `enable_gqa`, with
-the query heads of a group as rows, or as two products and a softmax; a plain streaming read sums the bytes of the same
-blocks through the same table. Prefill: many new tokens of one sequence, the last of its context, against torch's
-attention of the same. In each round every contestant runs in turn; reported is the median over rounds of the ratio
-within a round, with its range. The last line is one JSON document.
+One layer, block tables random, queries in the type that this processor computes in, raw rows in bf16. Decode: one new
+token for each sequence. torch's attention gets contiguous K and V, in the best call there is: bf16 or float32, with
+`enable_gqa`, with the query heads of a group as rows, or as two products and a softmax; a plain streaming read sums the
+bytes of the same blocks through the same table. Prefill: many new tokens of one sequence, the last of its context,
+against torch's attention of the same. In each round every contestant runs in turn; reported is the median over rounds
+of the ratio within a round, with its range. The last line is one JSON document.
 
     python benchmarks/attention_cpu.py --out benchmarks/results/attention-cpu-zen3.json
 """
@@ -57,7 +57,7 @@ class Contestant:
 
     def __init__(self, name: str, batch: int, tokens: int, heads: int, kv_heads: int, new: int = 1):
         blocks, format = -(-tokens // BLOCK), KVFormat.parse(name)
-        shape = LayerShape(kv_heads, DIM, DIM)
+        shape = LayerShape(kv_heads, DIM, DIM, dtype=torch.bfloat16)
         values = {"min": -5.0, "max": 5.0, "mean": 0.0, "std": 1.0, "reader": 1.0}
         side = {name: torch.full((kv_heads, DIM), value) for name, value in values.items()}
         calibration = Calibration(Header("", "", 0, 0, 0, (0, 0)), [{"k": side, "v": side}])

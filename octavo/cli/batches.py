@@ -62,7 +62,7 @@ def generate_on_ray(
             answer_files(answers, options.arguments(), params, chat, place, show)
         for name, own in sorted(by_replica.items()):
             rate = own["tokens"] / own["seconds"]
-            say(f"replica {name[-8:]}: {own['shards']:.0f} shards, {own['tokens']:,.0f} tokens, {rate:.1f} tok/s")
+            say(f"replica {name[:8]}: {own['shards']:.0f} shards, {own['tokens']:,.0f} tokens, {rate:.1f} tok/s")
         seconds = time.perf_counter() - start
         say(f"{total['answered']:,} rows answered, {total['tokens']:,} tokens in {seconds:.1f} s")
         if total["refused"]:

@@ -31,6 +31,7 @@ def serve_replicas(options: ServeOptions, asked: ServerOptions, replicas: int, a
     with cluster(LOCAL, "--replicas"):
         from ray import serve
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         from octavo.ray.application import app
         from octavo.ray.args import Args
 

@@ -33,7 +33,7 @@ from octavo.interrupts import let_through
 from octavo.models.bind import BoundModel
 from octavo.models.hook import OF_ALL_MODULES
 
-MOST = 8  # sequences: a larger step computes for longer than it takes to say what
+MOST = 16  # sequences: a larger step computes for longer than it takes to say what
 LONGEST = 1 << 18  # tokens: a model may name no limit, and tables of blocks have one here
 ROOM = 128 << 20  # bytes that the tapes of an engine may take, for what lies between operations
 Call = Callable[[], object]

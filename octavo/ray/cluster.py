@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from octavo.errors import OctavoError, install, one_line
 
 LOCAL = "local"
 OBJECTS = 200 << 20  # bytes of Ray's object store on this machine: prompts and answers pass through it, no tensors
-
+PATIENCE = 10.0  # seconds in which an address must answer
 OURS = {  # where nobody has chosen otherwise
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's default from 2.60 on; it warns until then
@@ -32,11 +34,15 @@ def cluster(address: str, option: str = "--ray") -> Iterator[None]:
     machine's own, local. Raises OctavoError where there is none."""
     require(option)
     os.environ.update(OURS | os.environ)
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of each step
     import ray
 
     own = {"object_store_memory": OBJECTS, "include_dashboard": False} if address == LOCAL else {}
     try:
-        ray.init(address, **own)
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if port.isdigit():  # Ray itself goes on asking for minutes
+            socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+        ray.init(address, logging_level=logging.ERROR, **own)
     except Exception as error:  # what did not start in time is a plain Exception
         if address == LOCAL:
             raise OctavoError(f"Ray cannot start on this machine: {one_line(error)}") from error

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -111,8 +112,8 @@ def answer_files(
     left = output.left()
     if not left:
         return
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # `progress` tells of each step
+    ray.data.DataContext.get_current().enable_progress_bars = False
     rows = [{"shard": json.dumps(asdict(shard))} for shard in left]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         AnswerShards,

@@ -49,9 +49,9 @@ class Workers:
         ends = [count * i // (EACH * self.count) for i in range(EACH * self.count + 1)]
         return [slice(a, b) for a, b in pairwise(ends) if a < b]
 
-    def all(self, jobs: Sequence[Job], done: Callable[[int], None] = lambda _: None) -> list[Any]:
-        """What the jobs return, in their order; `done` is called with the number of each that ends. Raises OctavoError
-        for what the model or the machines refuse."""
+    def all(self, jobs: Sequence[Job], progress: Count = lambda *_: None, total: int = 1) -> list[Any]:
+        """What the jobs return, in their order; they are `total` things together, of which `progress` is told how many
+        are done. Raises OctavoError for what the model or the machines refuse."""
         for job in enumerate(jobs):
             self.pool.submit(lambda worker, job: worker.do.remote(*job), job)
         found: dict[int, Any] = {}
@@ -59,7 +59,7 @@ class Workers:
             while self.pool.has_next():
                 number, result = self.pool.get_next_unordered()
                 found[number] = result
-                done(number)
+                progress(total * len(found) // len(jobs), total)
             return [found[number] for number in range(len(jobs))]
         except RayTaskError as error:
             if isinstance(error.cause, OctavoError):
@@ -81,7 +81,7 @@ def observing(loading: Loading, workers: Workers, progress: Count) -> Observe:
     def observe(windows: Windows, offsets: Sequence[int]) -> Observed:
         parts = workers.parts(len(windows))
         jobs: list[Job] = [(_observed, loading, windows[part], offsets[part], part.start) for part in parts]
-        found: list[Observed] = workers.all(jobs, _counting(parts, progress))
+        found: list[Observed] = workers.all(jobs, progress, len(windows))
         total, *others = found
         for other in others:
             for layer, statistics in other.items():
@@ -101,7 +101,7 @@ def comparing(
         others = [candidate.model is not None and baseline is not None for candidate in candidates]
         plain = [replace(candidate, model=None) for candidate in candidates]
         jobs: list[Job] = [(_measured, loading, baseline, plain, others, windows[part]) for part in parts]
-        found: list[list[Measured]] = workers.all(jobs, _counting(parts, progress))
+        found: list[list[Measured]] = workers.all(jobs, progress, len(windows))
         return [Measured.of_all(own) for own in zip(*found, strict=True)]
 
     return measure
@@ -117,35 +117,20 @@ def asking(loading: Loading, workers: Workers) -> Elsewhere:
     return ask
 
 
-def _counting(parts: Sequence[slice], progress: Count) -> Callable[[int], None]:
-    """What tells, as parts of some things end, how many things are done."""
-    done: list[int] = []
-
-    def count(number: int) -> None:
-        done.append(parts[number].stop - parts[number].start)
-        progress(sum(done), parts[-1].stop)
-
-    return count
-
-
-def _loaded(loading: Loading) -> Model:
-    return _load(tuple(loading.items()))
-
-
 @lru_cache(2)
-def _load(loading: tuple[tuple[str, Any], ...]) -> Model:
+def _model(loading: tuple[tuple[str, Any], ...]) -> Model:
     return Model.load(**dict(loading))
 
 
 def _observed(loading: Loading, windows: Windows, offsets: Sequence[int], first: int) -> Observed:
-    return observed(_loaded(loading), windows, offsets, first=first)
+    return observed(_model(tuple(loading.items())), windows, offsets, first=first)
 
 
 def _measured(
     loading: Loading, baseline: Loading | None, plain: list[Candidate], others: list[bool], windows: Windows
 ) -> list[Measured]:
-    model = _loaded(loading)
-    other = _loaded(baseline) if baseline is not None else None
+    model = _model(tuple(loading.items()))
+    other = _model(tuple(baseline.items())) if baseline is not None else None
     own = [replace(one, model=other) if is_other else one for one, is_other in zip(plain, others, strict=True)]
     return measured(model, own, windows)
 
@@ -156,5 +141,5 @@ def _asked(
     with TemporaryDirectory() as directory:
         results = Results(Path(directory))
         results.save(kept)
-        run(_loaded(loading), [candidate], [part], results, limit=limit, **sizes)
+        run(_model(tuple(loading.items())), [candidate], [part], results, limit=limit, **sizes)
         return results.load(kept.key)

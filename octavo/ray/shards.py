@@ -31,7 +31,8 @@ from octavo.jsonl import own_id
 
 ROWS = 512  # of a shard; many batches, so that the last of them, which grows empty, weighs little
 KINDS = (".jsonl", ".parquet")
-PATIENCE = 30  # seconds for which Google's store is asked again; by default it is a quarter of an hour
+GOOGLE = "?retry_limit_seconds=30"  # for which it is asked again; by default it is a quarter of an hour
+OPTIONS = {"s3": "?allow_delayed_open=true", "gs": GOOGLE, "gcs": GOOGLE}  # the first: a small file is one request
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,7 @@ class Place:
         scheme, found, rest = path.partition("://")
         if not found or scheme == "file":
             return cls(), os.path.abspath(rest or path)
-        options = f"?retry_limit_seconds={PATIENCE}" if scheme in ("gs", "gcs") else ""
-        return cls(f"{scheme}://{rest.partition('/')[0]}{options}"), rest
+        return cls(f"{scheme}://{rest.partition('/')[0]}{OPTIONS.get(scheme, '')}"), rest
 
 
 @cache

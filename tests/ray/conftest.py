@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ SIZES: dict[str, Any] = {"session_len": 512, "max_batch_size": 4}
 EXACT: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "deterministic": True}
 FILE = Path(__file__).parents[2] / "docs" / "serve.yaml"
 REPLICA, INGRESS, PROXY = "SERVE_REPLICA::octavo#Replica#", "SERVE_REPLICA::octavo#Ingress#", "SERVE_PROXY_ACTOR"
+PATIENCE = 300  # seconds: a test machine may stand still for minutes
+get, post, delete, stream = (
+    partial(call, timeout=PATIENCE) for call in (httpx.get, httpx.post, httpx.delete, httpx.stream)
+)
 LOOKS = 0.5  # seconds from one look at what may have died to the next, in place of Serve's ten
 
 
@@ -76,7 +81,7 @@ def deploy(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         client = _get_global_client()
         client.deploy_apps(ServeDeploySchema.model_validate(config))
         name = changed.get("served_model_name", ["pamphlet"])[0]
-        soon(lambda: running() == [name] * replicas)
+        soon(lambda: running() == [name] * replicas, 3 * PATIENCE)
 
     return run
 
@@ -84,19 +89,19 @@ def deploy(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 def running() -> list[str]:
     """The names under which replicas serve that answer."""
     with suppress(httpx.HTTPError, ValueError, KeyError):
-        if (found := httpx.get(f"{URL}/cache", timeout=60)).status_code == 200:
+        if (found := get(f"{URL}/cache")).status_code == 200:
             return [one["model"] for one in found.json()["replicas"]]
     return []
 
 
 def ask(prompt: str | list[int], tokens: int = 8, **more: Any) -> httpx.Response:
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, **more}
-    return httpx.post(f"{URL}/v1/completions", json=body, timeout=300)
+    return post(f"{URL}/v1/completions", json=body)
 
 
 def replicas() -> list[dict[str, Any]]:
     """What each says of its cache."""
-    return httpx.get(f"{URL}/cache", timeout=60).json()["replicas"]
+    return get(f"{URL}/cache").json()["replicas"]
 
 
 def kill(begins: str) -> None:
@@ -117,7 +122,7 @@ def together(count: int, work: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(work, range(count)))
 
 
-def soon(condition: Callable[[], Any], seconds: float = 300) -> Any:
+def soon(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "it did not come to pass"

@@ -24,6 +24,7 @@ from octavo.measure.tasks.run import run
 from octavo.models.model import Model
 from octavo.quant.format import KVFormat
 from octavo.ray.cluster import Placement
+from octavo.ray.cluster import cluster as cluster_at
 from octavo.ray.generate import Generate, answer_files
 from octavo.ray.measuring import Workers, asking, comparing, observing
 from octavo.ray.shards import Output, Place, read
@@ -94,6 +95,12 @@ def test_a_filesystem_of_another_kind_is_read_and_written_and_gone_on_with():
     for nothing, says in ((f"{root}/in/*.jsonl", "names no file"), ("nowhere://in/*.jsonl", "nowhere://in")):
         with pytest.raises(OctavoError, match=says):
             Output(nothing, f"{root}/none", {})
+
+
+def test_an_address_without_a_cluster_is_one_error():
+    """At once: Ray itself asks for minutes."""
+    with pytest.raises(OctavoError, match=r"no Ray cluster at 127\.0\.0\.1:9 .*refused"), cluster_at("127.0.0.1:9"):
+        pass
 
 
 @pytest.mark.slow

@@ -25,10 +25,14 @@ from tests.ray.conftest import (
     SIZES,
     URL,
     ask,
+    delete,
+    get,
     kill,
     kill_replica,
+    post,
     replicas,
     soon,
+    stream,
     together,
 )
 from tests.serve.conftest import serving
@@ -77,7 +81,7 @@ def test_the_application_is_that_of_one_server(deploy: Callable[..., None], sing
     }
     for path, bodies in posts.items():
         for body in bodies:
-            one, other = (httpx.post(f"{url}{path}", json=body, timeout=120) for url in (single, URL))
+            one, other = (post(f"{url}{path}", json=body) for url in (single, URL))
             assert other.status_code == one.status_code, (path, body, other.text)
             assert other.headers["content-type"] == one.headers["content-type"]
             if body.get("stream"):
@@ -85,8 +89,8 @@ def test_the_application_is_that_of_one_server(deploy: Callable[..., None], sing
             else:
                 assert same(other.json()) == same(one.json())
     for path in ("/health", "/v1/models", "/version", "/"):
-        assert httpx.get(f"{URL}{path}").status_code == 200
-    chunked = httpx.post(f"{URL}/v1/completions", content=iter([b"{}"]), headers={"content-type": "application/json"})
+        assert get(f"{URL}{path}").status_code == 200
+    chunked = post(f"{URL}/v1/completions", content=iter([b"{}"]), headers={"content-type": "application/json"})
     assert chunked.status_code == 411
 
 
@@ -101,19 +105,17 @@ def test_a_conversation_finds_its_blocks_again(deploy: Callable[..., None]):
             assert (cached > 0) == (turn > 0), (turn, i, one["usage"])
             said[i] += one["choices"][0]["text"]
     assert all(one["prefix_hit_tokens"] > 0 for one in replicas()), "both replicas have conversations"
-    text = httpx.get(f"{URL}/metrics").text
+    text = get(f"{URL}/metrics").text
     assert all(f'replica="{one["replica"]}"' in text for one in replicas())
 
 
 def test_a_client_that_leaves_ends_its_answer(deploy: Callable[..., None]):
     deploy()
-    with httpx.stream(
-        "POST", f"{URL}/v1/completions", json={"prompt": "Once", "max_tokens": 400, "stream": True}
-    ) as one:
+    with stream("POST", f"{URL}/v1/completions", json={"prompt": "Once", "max_tokens": 400, "stream": True}) as one:
         next(one.iter_lines())
     soon(idle)
     assert sum(one["generated_tokens"] for one in replicas()) < 400
-    assert "octavo_requests_aborted_total" in httpx.get(f"{URL}/metrics").text
+    assert "octavo_requests_aborted_total" in get(f"{URL}/metrics").text
 
 
 @pytest.mark.parametrize("killed", [INGRESS, PROXY], ids=["ingress", "proxy"])
@@ -125,7 +127,7 @@ def test_a_stream_whose_way_is_killed_breaks_and_the_address_answers_again(
     deploy()
     body = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
     for _ in range(slowly(5)):
-        with httpx.stream("POST", f"{URL}/v1/completions", json=body, timeout=60) as response:
+        with stream("POST", f"{URL}/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
             kill(killed)
@@ -156,7 +158,7 @@ def test_killed_replicas_cost_no_request_without_an_error(
     kills = slowly(20)
     deploy(replicas=min(3, kills + 1))
     before = {one["replica"]: one["generated_tokens"] for one in replicas()}
-    response = httpx.post(f"{URL}/v1/responses", json={"input": "Tell me a story.", "max_output_tokens": 4}, timeout=60)
+    response = post(f"{URL}/v1/responses", json={"input": "Tell me a story.", "max_output_tokens": 4})
     (maker,) = [one["replica"] for one in replicas() if one["generated_tokens"] > before[one["replica"]]]
     prompts = [f"{i} Once upon a time" for i in range(6)]
     right = [one.json()["choices"][0]["text"] for one in together(6, lambda i: ask(prompts[i], 48))]
@@ -204,10 +206,10 @@ def assert_kept(response: dict[str, Any]) -> None:
     """It is found, gone on with, and deleted."""
     id = response["id"]
     later = {"input": "Go on.", "previous_response_id": id, "max_output_tokens": 4}
-    assert httpx.post(f"{URL}/v1/responses", json=later, timeout=300).json()["previous_response_id"] == id
-    assert same(httpx.get(f"{URL}/v1/responses/{id}").json()) == same(response)
-    assert httpx.delete(f"{URL}/v1/responses/{id}").json()["deleted"]
-    assert httpx.post(f"{URL}/v1/responses", json=later, timeout=60).json()["error"]["param"] == "previous_response_id"
+    assert post(f"{URL}/v1/responses", json=later).json()["previous_response_id"] == id
+    assert same(get(f"{URL}/v1/responses/{id}").json()) == same(response)
+    assert delete(f"{URL}/v1/responses/{id}").json()["deleted"]
+    assert post(f"{URL}/v1/responses", json=later).json()["error"]["param"] == "previous_response_id"
 
 
 def test_scaling_and_a_rolling_update_lose_nothing(deploy: Callable[..., None]):
@@ -251,9 +253,9 @@ def test_the_command_serves_replicas_until_it_is_told_to_stop():
             assert told["replicas"] == 2
             body = {"prompt": "Once upon a time", "max_tokens": 4}
             key = {"Authorization": "Bearer secret"}
-            assert httpx.post(f"{told['url']}/v1/completions", json=body, headers=key, timeout=120).status_code == 200
-            assert httpx.post(f"{told['url']}/v1/completions", json=body).status_code == 401
-            assert httpx.get(f"{told['url']}/metrics").status_code == 401
+            assert post(f"{told['url']}/v1/completions", json=body, headers=key).status_code == 200
+            assert post(f"{told['url']}/v1/completions", json=body).status_code == 401
+            assert get(f"{told['url']}/metrics").status_code == 401
             process.send_signal(signal.SIGTERM)
             assert process.wait(120) == 0
         finally:

@@ -45,6 +45,13 @@ struct Place {  // of one head's rows of a page
     Bytes bytes(const Side& side) const { return {codes(side), side.head_bytes}; }
 };
 
+struct Part {  // pages that are summed together: page 0, or not, and those of a range
+    bool page_0;
+    int64_t first, last;
+    int64_t pages() const { return page_0 + std::max<int64_t>(0, last - first); }
+    int64_t page(int64_t i) const { return page_0 ? (i == 0 ? 0 : first + i - 1) : first + i; }
+};
+
 // What the threads of a call share.
 struct Call {
     const Side &k, &v;
@@ -86,12 +93,13 @@ struct Call {
         return first < end ? (end - 1) / SEGMENT - first / SEGMENT + 1 : 0;
     }
     int64_t parts(const Unit& unit) const { return segments(unit) + (edges ? 1 : 0); }
-    // The page that is read after this one; the last one itself.
-    int64_t next(const Unit& unit, int64_t page) const {
-        const int64_t own = std::max({unit.own, unit.page, int64_t(1)}), last = unit.end - 1;
-        if (!edges || page >= own) return std::min(page + 1, last);
-        if (page > 0 && page + 1 < own) return page + 1;
-        return page > 0 && unit.page == 0 ? 0 : std::min(own, last);
+    Part part(const Unit& unit, int64_t number) const {
+        if (number == segments(unit)) {
+            const int64_t own = std::max({unit.own, unit.page, int64_t(1)});
+            return {unit.page == 0 && unit.end > 0, own, unit.end};
+        }
+        const int64_t coded = first_coded(unit), segment = (coded / SEGMENT + number) * SEGMENT;
+        return {false, std::max(coded, segment), std::min({unit.own, unit.end, segment + SEGMENT})};
     }
 
     // One head's K and V of a new row go to their places.
@@ -160,33 +168,33 @@ public:
             widen(call.q, call.row(unit.sequence, position(r)), unit.head * call.group + r % call.group, call.k.dim, row);
             if (call.edges)
                 for (int d = 0; d < call.k.dim; d++) natural.from(r).at[d] = row[d] * call.attention.scale;
-            shift[r] = fold(row, call.k, call.attention.scale, unit.head);
             // q·mu is the same for every code: plain softmax over codes alone drops it.
-            if (!call.attention.softcap && !call.attention.sinks && !call.edges) shift[r] = 0;
+            const bool shifted = call.attention.softcap || call.attention.sinks || call.edges;
+            shift[r] = fold(row, call.k, call.attention.scale, unit.head, shifted);
         }
     }
 
-    // Sums of one part; valid until the next.
-    Sums of_part(int64_t part) {
+    // Sums of one part of the parts up to `end`; valid until the next. after(): the place that is read behind them.
+    template <class F>
+    Sums of_part(int64_t number, int64_t end, F&& after) {
         sums.clear(rows, call.v.dim);
-        if (part == call.segments(unit)) {
-            if (unit.page == 0 && unit.end > 0) over_page(0);
-            for (int64_t page = std::max({unit.own, unit.page, int64_t(1)}); page < unit.end; page++) over_page(page);
-        } else {
-            const int64_t coded = call.first_coded(unit), segment = (coded / SEGMENT + part) * SEGMENT;
-            const int64_t end = std::min({unit.own, unit.end, segment + SEGMENT});
-            for (int64_t page = std::max(coded, segment); page < end; page++) over_page(page);
+        const Part part = call.part(unit, number);
+        for (int64_t i = 0; i < part.pages(); i++) {
+            const bool last = i + 1 == part.pages();
+            over_page(part.page(i), !last ? call.place(unit, part.page(i + 1))
+                                    : number + 1 < end ? call.place(unit, call.part(unit, number + 1).page(0)) : after());
         }
         return sums;
     }
 
-    void of_all() {
+    template <class F>
+    void of_all(F&& after) {
+        const int64_t parts = call.parts(unit), segments = call.segments(unit);
         whole.clear(rows, call.v.dim);
-        for (int64_t part = 0; part < call.segments(unit); part++) {
-            of_part(part);
-            for (int r = 0; r < rows; r++) join(whole.from(r), sums.from(r), call.v.dim);
+        for (int64_t part = 0; part < parts; part++) {
+            of_part(part, parts, after);
+            for (int r = 0; r < rows && part < segments; r++) join(whole.from(r), sums.from(r), call.v.dim);
         }
-        if (call.edges) of_part(call.segments(unit));
         call.finish_rows(unit, whole, call.edges ? &sums : nullptr);
     }
 
@@ -202,10 +210,10 @@ private:
 
     int64_t position(int r) const { return unit.first + r / call.group; }
 
-    void over_page(int64_t page) {
+    void over_page(int64_t page, const Place& next) {
         if (call.write_late && page == unit.end - 1) call.put(call.row(unit.sequence, unit.first), unit.head);
         const bool raw = call.is_raw(unit, page);
-        const Place here = call.place(unit, page), next = call.place(unit, call.next(unit, page));
+        const Place here = call.place(unit, page);
         alignas(64) float k_scale[BLOCK], v_scale[BLOCK];
         const float* k_scales = scales_of(here.k, here.cell, next.k, next.cell, k_scale);
         const float* v_scales = scales_of(here.v, here.cell, next.v, next.cell, v_scale);
@@ -277,7 +285,7 @@ bool one_each(const Step& step) {
 
 struct Piece {
     int unit;
-    int64_t first, last;  // parts; the whole unit: 0, 0
+    int64_t first, last;  // parts
 };
 
 }  // namespace
@@ -305,7 +313,7 @@ void attend(const Side& k, const Side& v, const Edges* edges, const Attention& n
         const int64_t parts = call.parts(unit);
         const int64_t count = worth_it && pool.threads > 1 ? std::min(parts, (unit.cost + most - 1) / most) : 1;
         if (count < 2) {
-            pieces.push_back({int(i), 0, 0});
+            pieces.push_back({int(i), 0, parts});
             continue;
         }
         unit.sums = floats;
@@ -317,14 +325,19 @@ void attend(const Side& k, const Side& v, const Edges* edges, const Attention& n
         return call.sums_at(split.get() + unit.sums + part * call.floats(call.rows(unit)), call.rows(unit));
     };
 
-    parallel(pool, int64_t(pieces.size()), worth_it, [&](int64_t i) {
+    parallel_ahead(pool, int64_t(pieces.size()), worth_it, [&](int64_t i, auto soon) {
         thread_local Scratch scratch;
         const Piece& piece = pieces[i];
         const Unit& unit = units[piece.unit];
+        const auto after = [&] {
+            const int64_t at = soon();
+            const Piece& next = at < int64_t(pieces.size()) && units[pieces[at].unit].end > 0 ? pieces[at] : piece;
+            return call.place(units[next.unit], call.part(units[next.unit], next.first).page(0));
+        };
         Pass pass(call, unit, scratch);
-        if (unit.sums < 0) pass.of_all();
+        if (unit.sums < 0) return pass.of_all(after);
         for (int64_t part = piece.first; part < piece.last; part++) {
-            const Sums sums = pass.of_part(part), to = sums_of(unit, part);
+            const Sums sums = pass.of_part(part, piece.last, after), to = sums_of(unit, part);
             for (int r = 0; r < call.rows(unit); r++) {
                 to.top[r] = sums.top[r], to.total[r] = sums.total[r];
                 std::copy_n(sums.out.from(r).at, v.dim, to.out.from(r).at);

@@ -51,9 +51,8 @@ inline bool is_integer(const Side& side) { return side.code == Code::INT8 || sid
 void prepare(Row& row, const Side& k, const Attention& attention, int head) {
     float* q = row.real;
     const int dim = k.dim;
-    row.shift = fold(q, k, attention.scale, head);
     // q·mu is the same for every key: plain softmax drops it, a soft cap and a sink do not.
-    if (!attention.softcap && !attention.sinks) row.shift = 0;
+    row.shift = fold(q, k, attention.scale, head, attention.softcap || attention.sinks);
     if (!is_integer(k)) return;
     f32v most = {};
     for (int d = 0; d < dim; d += W) most = max(abs(load<f32v>(q + d)), most);

@@ -47,14 +47,18 @@ inline void rotate(float* x, int dim) {
     for (int i = 0; i < dim; i += W) store(x + i, load<f32v>(x + i) * scale);
 }
 
-// q[dim] becomes scale·R(q ∘ c), whose products with codes are scores; returns q·mu, which is the same for every key.
-inline float fold(float* q, const Side& k, float scale, int head) {
+// q[dim] becomes scale·R(q ∘ c), whose products with codes are scores, but for scale·q·mu, which is the same for every
+// key: that is returned if it is `shifted`, else 0.
+inline float fold(float* q, const Side& k, float scale, int head, bool shifted) {
+    constexpr int N = 8;  // sums side by side, on every processor: dim is a multiple
     const int dim = k.dim;
-    float shift = 0;
+    float shift = 0, some[N] = {};
     for (int d = 0; d < dim; d++) q[d] *= scale;
     if (k.mu) {
         const float *mu = k.mu + int64_t(head) * dim, *c = k.c + int64_t(head) * dim;
-        for (int d = 0; d < dim; d++) shift += q[d] * mu[d];
+        for (int d = 0; shifted && d < dim; d += N)
+            for (int i = 0; i < N; i++) some[i] += q[d + i] * mu[d + i];
+        for (int i = 0; i < N; i++) shift += some[i];
         for (int d = 0; d < dim; d++) q[d] *= c[d];
     }
     if (k.rotated) rotate(q, dim);

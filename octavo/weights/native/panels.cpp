@@ -128,11 +128,31 @@ inline void fetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
+// 2·W neighbouring numbers in two registers, whose lanes stand as is quickest; `in_order` brings them, or sums of such, into
+// the order of memory.
+template <class T>
+inline void load_pair(const T* p, f32v& a, f32v& b) { a = load_float(p), b = load_float(p + W); }
+template <class T>
+inline void in_order(f32v&, f32v&) {}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline void load_pair(const bf16* p, f32v& a, f32v& b) {  // zeros below each: two operations in place of four
+    const __m256i both = load<__m256i>(p);
+    a = (f32v)_mm256_unpacklo_epi16(__m256i{}, both), b = (f32v)_mm256_unpackhi_epi16(__m256i{}, both);
+}
+template <>
+inline void in_order<bf16>(f32v& a, f32v& b) {
+    const f32v low = a;
+    a = (f32v)_mm256_permute2f128_ps((__m256)low, (__m256)b, 0x20);
+    b = (f32v)_mm256_permute2f128_ps((__m256)low, (__m256)b, 0x31);
+}
+#endif
+
 // One chain for R rows and C registers of columns: x [R, LINE], panels of w `apart` elements from one to the next.
 // c [R, row] becomes the sums, or has them added. Before input k of every STRIDE, ahead(k) fetches what is read later.
 template <int R, int C, class T, class Ahead>
 inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool first, float* c, int64_t row,
                   Ahead ahead) {
+    constexpr int PAIR = R > 1 && WIDE > 1 ? 2 : 1;  // registers that are loaded together
     f32v sum[R][C] = {};
     for (int64_t k = 0; k < n; k += STRIDE) {
         ahead(k);
@@ -141,7 +161,11 @@ inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool fir
         for (int64_t i = 0; i < steps; i++, x++, w += PANEL) {
             f32v b[C];
 #pragma GCC unroll 16
-            for (int j = 0; j < C; j++) b[j] = load_float(w + j / WIDE * apart + j % WIDE * W);
+            for (int j = 0; j < C; j += PAIR) {
+                const T* from = w + j / WIDE * apart + j % WIDE * W;
+                if constexpr (PAIR == 2) load_pair(from, b[j], b[j + 1]);
+                else b[j] = load_float(from);
+            }
 #pragma GCC unroll 32
             for (int r = 0; r < R; r++) {
                 const f32v a = splat(x[r * LINE]);
@@ -154,6 +178,8 @@ inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool fir
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
         for (int j = 0; j < C; j++) {
+            if constexpr (PAIR == 2)
+                if (j % 2 == 0) in_order<T>(sum[r][j], sum[r][j + 1]);
             float* to = c + r * row + j * W;
             store(to, first ? sum[r][j] : load<f32v>(to) + sum[r][j]);
         }
