@@ -13,7 +13,6 @@ of the ratio within a round, with its range. The last line is one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import describe
+from machine import describe, tell
 from torch import Tensor
 
 from octavo.attention import AttentionSpec, attend, cpu
@@ -232,9 +231,7 @@ def main() -> None:
         "rows": rows,
         "prefill": prefills,
     }
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    tell(document, args.out)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ weights. The last line is one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe
+from machine import describe, tell
 
 from octavo import quantize as making
 from octavo.cli.progress import progress
@@ -132,9 +131,7 @@ def main() -> None:
         "machine": describe(),
         "rows": rows,
     }
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    tell(document, args.out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 from machine import describe
 
 from octavo import LLM, KVFormat
-from octavo.calibrate import PROSE, calibrate
+from octavo.calibrate import calibrate
 from octavo.cli.progress import telling
 from octavo.corpus import load_texts
 from octavo.measure.accuracy.compare import compare
@@ -47,7 +47,7 @@ BASELINE = Candidate("fp32", KVFormat.parse("fp32"))
 def windows_of(model: Model, text: str, count: int, length: int, data: Path) -> list[list[int]]:
     if text == "self":
         return self_windows(LLM(model, session_len=length + 1, max_batch_size=count), count, length)
-    texts = load_texts(str(PROSE) if text == "prose" else text, data)
+    texts = load_texts(None if text == "prose" else text, data)
     return token_windows(texts, model.tokenizer, count, length)
 
 

@@ -321,7 +321,7 @@ def main() -> None:
     if args.neighbour:
         neighbour(args.neighbour)
         return
-    from machine import describe  # brings torch, which the neighbour needs not wait for
+    from machine import describe, tell  # brings torch, which the neighbour needs not wait for
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with tempfile.NamedTemporaryFile("w") as log:
@@ -356,9 +356,7 @@ def main() -> None:
         "log_lines": len(lines),
         "rows": rows,
     }
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    tell(document, args.out)
     if not alive or not all(row["kept"] for row in rows):
         sys.exit(1)
 

@@ -25,10 +25,10 @@ from over_models import calibrated, keep, options
 from octavo.cli.progress import progress
 from octavo.corpus import load_texts
 from octavo.measure.accuracy.compare import compare
-from octavo.measure.accuracy.retrieval import contexts, retrieve
+from octavo.measure.accuracy.retrieval import make_context, retrieve
 from octavo.measure.candidate import Candidate
 from octavo.measure.report.plots import colour
-from octavo.measure.report.svg import standalone
+from octavo.measure.report.svg import drawn, standalone
 from octavo.models.model import Model
 from octavo.quant.format import KVFormat
 from octavo.text_windows import consecutive_windows
@@ -56,7 +56,7 @@ def by_position(model: Model, candidates: list[Candidate], length: int, args: ar
 
 
 def looked_up(model: Model, candidates: list[Candidate], length: int, args: argparse.Namespace) -> list[Document]:
-    asked = contexts(model.tokenizer, length, questions=args.questions)
+    asked = make_context(model.tokenizer, length, questions=args.questions)
     with progress() as bar:
         task = bar.add_task(f"{model.path.name}: looking up in {length:,}", total=None)
         tell = lambda _, done, total: bar.update(task, completed=done, total=total)  # noqa: E731
@@ -125,7 +125,7 @@ def draw(found: Document, path: Path) -> None:
     grid[0][0].set_ylabel("KL, nats a token")
     grid[1][0].set_ylabel("log-probability, change in nats")
     grid[0][0].legend(frameon=False)
-    path.write_text(standalone(figure, "long-context"))
+    path.write_text(standalone(drawn(figure, "long-context")))
 
 
 def _colour(name: str) -> str:

@@ -22,8 +22,7 @@ from machine import describe
 from octavo.cli.tables import mib
 from octavo.cli.tables.memory import notes
 from octavo.devices import device_of
-from octavo.measure.memory.costs import Cost, costs, own_kind
-from octavo.measure.memory.plan import fits
+from octavo.measure.memory.costs import Cost, costs, own_kind, weight_kinds
 from octavo.measure.memory.points import Point, points, saved
 from octavo.measure.memory.process import Source
 from octavo.measure.report.picture import draw_growth
@@ -88,9 +87,8 @@ def main() -> None:
     geometry = Geometry.trace(CONFIG)
     formats = [KVFormat.parse(name) for name in ("fp16", "int8")]
     theory = costs(geometry, formats, CONTEXT, 80 << 30)
-    draw_growth(
-        fits(geometry, formats, CONTEXT, 80 << 30), 80 << 30, CONTEXT, CONFIG.stem, ROOT / "docs" / "memory-growth.svg"
-    )
+    every = costs(geometry, formats, CONTEXT, 80 << 30, list(weight_kinds(geometry)))
+    draw_growth(every, 80 << 30, CONTEXT, CONFIG.stem, ROOT / "docs" / "memory-growth.svg")
     with tempfile.TemporaryDirectory() as directory:
         small = Path(directory) / CONFIG.name
         small.write_text(json.dumps(json.loads(CONFIG.read_text()) | {"num_hidden_layers": args.layers}))

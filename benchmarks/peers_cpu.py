@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from contestants import Contestant, LlamaCpp, Octavo, Transformers
 from llama_gguf import write_gguf
-from machine import describe
+from machine import describe, tell
 from random_llama import CONFIG, calibrated, random_llama, served
 from transformers import LlamaForCausalLM
 
@@ -195,9 +195,7 @@ def main() -> None:
             peers = old["peers"] | peers
     document = {"benchmark": "peers_cpu", **describe(), "peers": peers, "prompt": args.prompt, "decoded": DECODED,
                 "rounds": args.rounds, "rows": rows}  # fmt: skip
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    tell(document, args.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ against float64, and each row against itself alone, bit for bit. The last line i
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import describe
+from machine import describe, tell
 
 from octavo import processor
 from octavo.weights import cpu
@@ -91,9 +90,7 @@ def main() -> None:
     }  # fmt: skip
     with torch.inference_mode():
         document["products"] = [measure(shape, rows, args.rounds) for rows in args.rows for shape in SHAPES]
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    tell(document, args.out)
 
 
 if __name__ == "__main__":

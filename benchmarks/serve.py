@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from machine import describe
+from machine import describe, tell
 
 from octavo import LLM, SamplingParams
 from octavo.models.model import BUNDLED
@@ -254,9 +254,7 @@ def main() -> None:
         if args.only in (None, measure.__name__):
             document[measure.__name__] = measure(args)
             print(measure.__name__, json.dumps(document[measure.__name__]), file=sys.stderr)
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    tell(document, args.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ of the same question. The last line is one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from machine import describe
+from machine import describe, tell
 
 from octavo import LLM, SamplingParams
 from octavo.calibrate import calibrate
@@ -92,9 +91,7 @@ def main() -> None:
             round(row["file_bytes"] / sixteen[row["tokens"]], 3) if row["tokens"] in sixteen else None
         )
     document = {"benchmark": "sessions", **describe(), "rounds": args.rounds, "rows": rows}
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    tell(document, args.out)
 
 
 if __name__ == "__main__":

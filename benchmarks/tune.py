@@ -26,7 +26,7 @@ from octavo.cli.progress import progress
 from octavo.corpus import load_texts
 from octavo.measure.accuracy.compare import compare
 from octavo.measure.candidate import Candidate
-from octavo.measure.report.svg import LIGHT, standalone
+from octavo.measure.report.svg import LIGHT, drawn, standalone
 from octavo.measure.tune.choice import choose, formats_of, token_budget
 from octavo.measure.tune.sensitivity import FEW, UNIFORM, Sensitivity, measure, parts_of, readings
 from octavo.models.model import Model
@@ -148,7 +148,7 @@ def draw(found: Document, path: Path) -> None:
         plot.set_title(model, loc="left", fontsize=11)
     axes[0].set_ylabel("KL from the unquantized cache, nats a token")
     axes[0].legend(frameon=False, loc="lower left")
-    path.write_text(standalone(figure, "tune"))
+    path.write_text(standalone(drawn(figure, "tune")))
 
 
 def _of(rows: list[Document], name: str) -> list[Document]:

@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import describe
+from machine import describe, tell
 
 from octavo import LLM, SamplingParams
 from octavo.models.load import load_model
@@ -182,9 +182,7 @@ def main() -> None:
         document["linear_bytes"] = linear | {"ratio": linear["int4"] / linear["bf16"]}
         document["decode"] = [decode_row(models, batch, 256, args.steps) for batch in (1, 2, 4, 8, 16)]
         document["prefill"] = [prefill_row(models, 2048, 3)]
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    tell(document, args.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ The interpreter for --llama-cpp is made as peers_cpu.py says.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 from contestants import Contestant, LlamaCpp, Octavo
 from llama_gguf import write_gguf
-from machine import describe
+from machine import describe, tell
 from peers_cpu import DECODED, errors, row
 from random_llama import random_llama, served
 from torch import Tensor, nn
@@ -98,9 +97,7 @@ def main() -> None:
     document = {"benchmark": "weights_peers_cpu", **describe(), "peers": peers, "layers": args.layers,
                 "group_size": args.group_size, "prompt": args.prompt, "decoded": DECODED, "rounds": args.rounds,
                 "rows": rows}  # fmt: skip
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    tell(document, args.out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from octavo.errors import OctavoError, install, one_line
+from octavo.models.locate import PROSE
 
 Split = Literal["calibration", "test"]
 
@@ -91,14 +92,16 @@ class Texts:
             raise OctavoError(f"{self.name} holds no text: name another file or set")
 
 
-def load_texts(name: str, data_dir: Path | None = None, split: Split = "calibration") -> Texts:
-    """The texts that `name` stands for: one of `SOURCES`, or a .txt, .jsonl or .json file (also .gz, .xz).
+def load_texts(name: str | None, data_dir: Path | None = None, split: Split = "calibration") -> Texts:
+    """The texts that `name` stands for: one of `SOURCES`, or a .txt, .jsonl or .json file (also .gz, .xz); the bundled
+    English prose if None.
 
     A set is looked for in `data_dir` (`ptb.train.txt`, `c4_sample.jsonl`, …) and then on the Hub; a file also in
     `data_dir`. A .txt file is one running text. JSON holds documents, in `text` or the only field that is a string.
     """
     if data_dir is not None and not data_dir.is_dir():
         raise OctavoError(f"--data-dir {data_dir} is not a directory: name the one that holds the texts")
+    name = str(PROSE) if name is None else name
     if source := SOURCES.get(name.lower()):
         return _named(name.lower(), source, data_dir, split)
     path = Path(name).expanduser()

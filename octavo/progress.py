@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, and of how much: 0 until that is known
 Count = Callable[[int, int], None]  # of a work of one part: how much is done, of how much
 Share = Callable[[str, float], None]  # what is being done, and the share that is done of all parts together
+
+
+def silent(*_: Any) -> None:
+    """Where nothing is shown."""

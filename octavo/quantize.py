@@ -24,7 +24,7 @@ from octavo.models.bind import BoundModel
 from octavo.models.packed import GROUP_SIZES, packable
 from octavo.models.prepack import is_prepacked
 from octavo.models.scale_folding import Fold, absorb, find_folds
-from octavo.progress import Progress
+from octavo.progress import Progress, silent
 from octavo.weights.awq import TINY, Search, round_to_nearest, search_scale, search_shrink
 from octavo.weights.layouts import Int4Weight, pack_awq
 from octavo.weights.linear import PackedLinear
@@ -85,7 +85,7 @@ def quantize(
     group_size: int = 128,
     method: Method = "awq",
     search: Search | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Quantized:
     """Quantize the linear layers of `bound` in place, with inputs seen in `windows` of token ids.
 

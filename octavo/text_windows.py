@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
-from octavo.progress import Count
+from octavo.progress import Count, silent
 from octavo.text import encode_chat, opening
 
 if TYPE_CHECKING:
@@ -41,12 +41,11 @@ def token_windows(
     length: int,
     *,
     seed: int = 0,
-    bos: bool = True,
     chat_share: float = CHAT_SHARE,
 ) -> list[Window]:
     """`count` windows of exactly `length` tokens from random but reproducible places, spread over all of the texts.
 
-    Each starts as a session does: with what the tokenizer puts before a text (unless not `bos`), then at the beginning
+    Each starts as a session does: with what the tokenizer puts before a text, then at the beginning
     of a document where one is near, else at a word; short documents are followed by others. `chat_share` of them are a
     user's turn and its answer in the model's chat template, if it has one. Windows hardly overlap. Endless texts are
     read as far as needed.
@@ -57,7 +56,7 @@ def token_windows(
     rng.shuffle(documents)
     text = BETWEEN.join(documents)
     beginnings = list(accumulate((len(document) + len(BETWEEN) for document in documents[:-1]), initial=0))
-    prefix = opening(tokenizer) if bos else []
+    prefix = opening(tokenizer)
     body = _room(length, prefix)
 
     chars = _chars_a_token(text, tokenizer, rng)
@@ -83,16 +82,13 @@ def token_windows(
     return windows
 
 
-def consecutive_windows(
-    texts: Iterable[str], tokenizer: Any, length: int, limit: int | None = None, *, bos: bool = True
-) -> list[Window]:
+def consecutive_windows(texts: Iterable[str], tokenizer: Any, length: int, limit: int | None = None) -> list[Window]:
     """The texts from their beginning in windows of `length` tokens that do not overlap, at most `limit`; the rest that
-    fills none is dropped. Each starts with what the tokenizer puts before a text, as a model is used to; with `bos`
-    false only the first does, as in published perplexities. Without a limit all of the texts is read.
+    fills none is dropped. Each starts with what the tokenizer puts before a text. Without a limit all texts are read.
     """
     _check(1 if limit is None else limit, length)
     prefix = opening(tokenizer)
-    stride = _room(length, prefix) if bos else length
+    stride = _room(length, prefix)
     wanted = None if limit is None else limit * stride
     chars = None if wanted is None else 6 * wanted
     documents, text = iter(texts), ""
@@ -104,7 +100,6 @@ def consecutive_windows(
         if chars is None or wanted is None or len(text) < chars or len(tokens) > wanted + 8:  # a cut word has its own
             break
         chars *= 2
-    tokens = tokens if bos else prefix + tokens
     found = len(tokens) // stride
     if not found:
         raise OctavoError(
@@ -112,7 +107,7 @@ def consecutive_windows(
             "name a longer text, or a shorter window"
         )
     starts = range(0, stride * (found if limit is None else min(found, limit)), stride)
-    return [(prefix if bos else []) + tokens[at : at + stride] for at in starts]
+    return [prefix + tokens[at : at + stride] for at in starts]
 
 
 def self_windows(
@@ -122,7 +117,7 @@ def self_windows(
     *,
     seed: int = 0,
     chat_share: float = CHAT_SHARE,
-    progress: Count | None = None,
+    progress: Count = silent,
 ) -> list[Window]:
     """`count` windows of exactly `length` tokens that the model writes itself, at temperature 1 and on past the end of
     answers. `llm` is idle and keeps its cache in a raw format; `progress(done, total)` counts tokens.
@@ -156,8 +151,7 @@ def self_windows(
                 llm.engine.add(sequence)
             while not all(sequence.finished for sequence in running):
                 done += len(llm.engine.step())
-                if progress is not None:
-                    progress(done, total)
+                progress(done, total)
         finally:  # an interrupt leaves nothing behind
             for sequence in running:
                 llm.engine.finish(sequence)

@@ -90,7 +90,7 @@ NOTHING = Result("", 0, 0, 0, 0, [])
 
 def compiled(format: str, dim: int, target: int, variant: Variant) -> Iterator[Result]:
     """Compile what a step of one decode and one chunk launches in a layer of that format."""
-    launch._multiprocessors = lambda device: 132  # noqa: ARG005 - those of an H100
+    launch.multiprocessors = lambda device: 132  # noqa: ARG005 - those of an H100
     launch._shared_memory = lambda device: SHARED[target]  # noqa: ARG005
     shape = LayerShape(variant.kv_heads, dim, variant.v_dim or dim, dtype=variant.dtype)
     values = {"min": -1.0, "max": 1.0, "mean": 0.0, "std": 1.0, "reader": 1.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import octavo.calibrate
+import octavo.calibrate.serving
+from octavo.cli import main
 from octavo.engine.reading import Reading
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import BUNDLED, Model
@@ -53,7 +55,7 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _cache_of_its_own(_caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor where another test would find it. However busy the machine is, it is not refused."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(_caches / str(next(NUMBERS))))
-    monkeypatch.setattr(octavo.calibrate, "PATIENCE", math.inf)
+    monkeypatch.setattr(octavo.calibrate.serving, "PATIENCE", math.inf)
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +138,21 @@ def ranging(low: Tensor, high: Tensor) -> dict[str, Tensor]:
     token formats int8's steps where all channels are as wide."""
     middle, width = (low + high) / 2, high - low
     return {"min": low, "max": high, "mean": middle, "std": width / 255, "reader": torch.ones_like(low)}
+
+
+def status_of(*argv: object) -> int:
+    """The exit status of a command line, run in this process."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in argv])
+    return int(end.value.code or 0)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60, pause: float = 0.005) -> None:
+    """Look again and again whether what another thread or process does has come to pass; fail if it never does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(pause)
 
 
 @contextmanager

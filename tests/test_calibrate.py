@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from octavo.calibrate import calibrate, calibration_for, shift_invariant, window_offsets
-from octavo.cli import main
+from octavo.calibrate import calibrate, calibration_for
+from octavo.calibrate.positions import shift_invariant, window_offsets
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.models.model import Model
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
 from octavo.quant.format import KVFormat
+from tests.conftest import status_of
 
 INT4 = KVFormat.parse("int4-token")
 LLAMA = {
@@ -164,7 +165,7 @@ class TestBeforeServing:
         assert steps == [(i, 8) for i in range(1, 9)]
         assert made.header.positions[1] == pamphlet.bound.max_context - 1
         assert (pamphlet.work_dir / FILE_NAME).is_file()
-        monkeypatch.setattr("octavo.calibrate.calibrate", None)
+        monkeypatch.setattr("octavo.calibrate.serving.calibrate", None)
         found = calibration_for(pamphlet, None, INT4)
         assert found is not None
         assert found.header == made.header
@@ -172,7 +173,7 @@ class TestBeforeServing:
     def test_where_it_would_take_too_long_the_command_is_named_and_nothing_is_kept(
         self, pamphlet: Model, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("octavo.calibrate.PATIENCE", 0.0)
+        monkeypatch.setattr("octavo.calibrate.serving.PATIENCE", 0.0)
         with (
             pytest.warns(UserWarning, match="needs a"),
             pytest.raises(OctavoError, match=r"octavo calibrate pamphlet .*--kv kv8"),
@@ -199,9 +200,7 @@ class TestCommand:
     """`octavo calibrate` on the bundled model."""
 
     def run(self, *arguments: str) -> int:
-        with pytest.raises(SystemExit) as exit:
-            main(["calibrate", *arguments])
-        return int(exit.value.code or 0)
+        return status_of("calibrate", *arguments)
 
     def test_a_text_file_gives_an_artefact_that_serves(self, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
         text = tmp_path / "text.txt"
@@ -217,12 +216,8 @@ class TestCommand:
 
     def test_the_pages_command_line_works_when_pasted(self, tmp_path) -> None:  # type: ignore[no-untyped-def]
         (tmp_path / "ptb.train.txt").write_text("the sheet is folded three times and becomes eight leaves \n" * 2000)
-        with pytest.raises(SystemExit) as exit:
-            main(
-                "lite calibrate pamphlet --calib-dataset ptb --calib-samples 4 --calib-seqlen 128 "
-                f"--work-dir {tmp_path} --data-dir {tmp_path}".split()
-            )
-        assert not exit.value.code
+        page = "lite calibrate pamphlet --calib-dataset ptb --calib-samples 4 --calib-seqlen 128"
+        assert status_of(*page.split(), "--work-dir", tmp_path, "--data-dir", tmp_path) == 0
         assert Calibration.load(tmp_path).header.dataset == "ptb (ptb.train.txt)"
 
     def test_random_weights_are_observed_on_one_random_batch_and_say_so(self, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from octavo import LLM, OctavoError, SamplingParams, artefact
 from octavo.cache.session import STATES, SavedSession
-from octavo.cli import main
 from octavo.models.model import BUNDLED, Model
 from octavo.plain_sessions import export_session, import_session
 from octavo.serve.sessions import SessionDir
+from tests.conftest import status_of
 from tests.models import zoo
 
 MODELS = ("qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1")
@@ -163,9 +163,7 @@ def test_a_server_puts_back_what_a_prompt_begins_with_as_a_whole(
 
 
 def run(*arguments: object, status: tuple[int, ...] = (0,)) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main([str(argument) for argument in arguments])
-    assert exit.value.code in status
+    assert status_of(*arguments) in status
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -60,18 +60,20 @@ LONGEST = 400  # lines
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imports(file: Path) -> Iterator[str]:
+@cache
+def imports(file: Path) -> list[str]:
     """Full names of the modules and names that a file imports, or reads of the package, wherever in the file."""
-    package = file.relative_to(ROOT).parent.parts
+    package, found = file.relative_to(ROOT).parent.parts, list[str]()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):  # the bare package only tells what is then read of it
-            yield from (alias.name for alias in node.names if alias.name != PACKAGE.name)
+            found += [alias.name for alias in node.names if alias.name != PACKAGE.name]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == PACKAGE.name:
-            yield f"{PACKAGE.name}.{node.attr}"
+            found.append(f"{PACKAGE.name}.{node.attr}")
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*above, *([node.module] if node.module else [])])
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            found += [f"{module}.{alias.name}" for alias in node.names]
+    return found
 
 
 def part_of(name: str) -> str | None:

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from octavo import LLM, OctavoError, SamplingParams
 from octavo.cache.session import SavedSession
-from octavo.cli import main
 from octavo.models.model import Model
 from octavo.plain_sessions import export_session, import_session
 from octavo.quant.calibration import Calibration
+from tests.conftest import status_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs without a calibration")
 
@@ -112,9 +112,7 @@ def test_the_commands_take_the_format_from_the_file(
     shape = ("pamphlet", "--dtype", "float32", "--session-len", "512")
 
     def octavo(*command: str) -> int | str | None:
-        with pytest.raises(SystemExit) as exit:
-            main(["session", *command, *shape])
-        return exit.value.code
+        return status_of("session", *command, *shape)
 
     assert octavo("export", saved, plain) == 0
     assert capsys.readouterr().out == f"saved to {plain}: K and V of 64 tokens\n"

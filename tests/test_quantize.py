@@ -27,6 +27,7 @@ from octavo.quantize import choose_group, choose_search, quantize
 from octavo.weights import cpu
 from octavo.weights.awq import Search
 from octavo.weights.linear import PackedLinear
+from tests.conftest import status_of
 from tests.models.test_internlm import TOKENIZER_V1, V2, checkpoint_v2, vocabulary, write
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # as published: the column of each 4-bit number of a word
@@ -277,9 +278,7 @@ def test_nonsense_is_refused_before_the_model_is_loaded(
     options: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Model, "load", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(SystemExit) as exit:
-        main(["quantize", "--work-dir", str(tmp_path / "new"), *options])
-    assert exit.value.code == 2
+    assert status_of("quantize", "--work-dir", str(tmp_path / "new"), *options) == 2
     assert says in capsys.readouterr().err
 
 
@@ -309,9 +308,7 @@ def test_the_verb_writes_a_model_that_generates(tmp_path: Path, capsys: pytest.C
     directory = tmp_path / "new"
 
     def run(*args: str) -> str:
-        with pytest.raises(SystemExit) as exit:
-            main(list(args))
-        assert exit.value.code == 0
+        assert status_of(*args) == 0
         return " ".join(capsys.readouterr().out.split())
 
     text = ("--calib-dataset", str(BUNDLED / "evaluation.txt"), "--calib-samples", "2", "--calib-seqlen", "128")

@@ -85,7 +85,6 @@ def test_windows_start_as_the_tokenizer_starts_a_text(eos: bool) -> None:
     for window in token_windows([PROSE], tokenizer, 5, 40):
         assert window == tokenizer(tokenizer.decode(window[1:]))["input_ids"][:40]
         assert EOS not in window
-    assert all(BOS not in window for window in token_windows([PROSE], tokenizer, 5, 40, bos=False))
 
 
 def test_documents_are_started_at_their_beginning_and_followed_by_others() -> None:
@@ -203,9 +202,6 @@ def test_consecutive_windows(pairs: Any) -> None:
     parts = ["abcdefghi"] * 3
     assert consecutive_windows(parts, tokenizer, 11) == [
         [BOS, *tokenizer(text[at : at + 10])["input_ids"][1:]] for at in (0, 10, 20)
-    ]
-    assert consecutive_windows(parts, tokenizer, 10, bos=False) == [
-        tokenizer(text)["input_ids"][at : at + 10] for at in (0, 10, 20)
     ]
 
 

@@ -47,6 +47,7 @@ follow_imports = skip
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_uses_the_api_passes_mypy_strict(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "mypy.ini").write_text(CONFIG)

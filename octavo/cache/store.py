@@ -237,3 +237,9 @@ class KVCache:
         """Share of values that lay outside the codec's range since the start, (K, V) of each layer."""
         outside, written = self.counts().double().unbind(-1)
         return [(k, v) for k, v in (outside / written.clamp(min=1)).tolist()]
+
+    def worst_saturation(self) -> tuple[float, str]:
+        """The largest of these shares, and where: (0.0012, "V of layer 3")."""
+        layers = enumerate(self.saturation())
+        shares = ((share, f"{side} of layer {i}") for i, kv in layers for side, share in zip("KV", kv, strict=True))
+        return max(shares, default=(0.0, "no layer"))

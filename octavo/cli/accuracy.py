@@ -31,7 +31,6 @@ from octavo.cli.options import (
     takes,
 )
 from octavo.errors import OctavoError
-from octavo.measure.accuracy.sizes import LEAST
 from octavo.measure.budget import DEFAULT, Budget
 
 if TYPE_CHECKING:
@@ -84,44 +83,35 @@ def accuracy(
     parts, skipped = on_tasks.parts(data_dir)
     source = on_text.open(data_dir) if reads else None
     model, begun = options.load(), perf_counter()
-    from octavo.cli.progress import telling
     from octavo.cli.tables.accuracy import show_retrieval, show_tasks, show_text, show_theory
-    from octavo.measure.accuracy.results import about, measure_text
+    from octavo.measure.accuracy.results import about
     from octavo.measure.as_json import dumps
     from octavo.measure.candidate import beside
-    from octavo.text_windows import consecutive_windows
 
     compared = _candidates(model, kv, calibration, granularity, headroom)
     if baseline is not None:
         compared = beside(load_baseline(options, baseline, model), model, compared)
     context = min(model.bound.max_context, options.session_len or model.bound.max_context)
-
-    def over(done: int) -> bool:
-        """Whether the budget ends the reading of windows that were not asked for by number."""
-        return (on_text.windows, on_text.window) == (None, None) and done >= LEAST.count and time.over(begun)
-
-    if source is not None:
-        size, asked = on_text.fit(model, source.name, len(compared), context, time)
-        read = consecutive_windows(source, model.tokenizer, size.length, size.count)
+    drawn = on_text.draw(model, source, len(compared), context, time) if source is not None else None
     found = about(model, compared)
-    if not json:
-        show_theory(found)
+
+    def tell(show: Callable[[dict[str, Any]], None]) -> None:
+        if not json:
+            show(found)
+
+    tell(show_theory)
     with on_ray(ray, replicas, options.device) as workers:
-        if source is not None:
-            with telling("reading") as tell:
-                measure = _comparing(options, baseline, model, compared, workers, partial(tell, "reading"))
-                found["text"] = measure_text(model, compared, source.name, read, asked, tell, over, measure)
-            if not json:
-                show_text(found)
+        if source is not None and drawn is not None:
+            measure = _comparing(options, baseline, model, compared, workers)
+            found["text"] = on_text.read(model, compared, source.name, *drawn, lambda: time.over(begun), measure)
+            tell(show_text)
         if lengths:
             found["retrieval"] = _retrieval(model, compared, lengths, context)
-            if not json:
-                show_retrieval(found)
+            tell(show_retrieval)
         if parts:
             tested = on_tasks.run(model, compared, parts, context, time, _asking(options, workers))
             found["tasks"] = tested | {"skipped": skipped}
-            if not json:
-                show_tasks(found)
+            tell(show_tasks)
     if json:
         print(dumps(found))
 
@@ -142,7 +132,7 @@ def _candidates(
 def _retrieval(model: Model, candidates: Sequence[Candidate], lengths: Sequence[int], context: int) -> dict[str, Any]:
     """Rows of every format at every length. Says how long they take."""
     from octavo.cli.progress import say, telling
-    from octavo.measure.accuracy.retrieval import LEAST, contexts, retrieve
+    from octavo.measure.accuracy.retrieval import LEAST, make_context, retrieve
     from octavo.measure.budget import duration
     from octavo.measure.pace import Pace
 
@@ -156,20 +146,15 @@ def _retrieval(model: Model, candidates: Sequence[Candidate], lengths: Sequence[
     rows = []
     with telling("looking up values") as tell:
         for length in lengths:
-            asked = contexts(model.tokenizer, length)
+            asked = make_context(model.tokenizer, length)
             rows += [asdict(row) for row in retrieve(model, first, others, asked, length, tell)]
     return {"how": "measured", "rows": rows}
 
 
 def _comparing(
-    options: LoadOptions,
-    baseline: str | None,
-    model: Model,
-    compared: Sequence[Candidate],
-    workers: Workers | None,
-    progress: Count,
-) -> Callable[..., Any] | None:
-    """What reads windows on the cluster; None without one."""
+    options: LoadOptions, baseline: str | None, model: Model, compared: Sequence[Candidate], workers: Workers | None
+) -> Callable[[Count], Callable[..., Any]] | None:
+    """What reads windows on the cluster, made of what is told their progress; None without a cluster."""
     if workers is None:
         return None
     from octavo.ray.measuring import comparing
@@ -177,7 +162,7 @@ def _comparing(
     other = None
     if baseline is not None:
         other = baseline_of(options, baseline, model).loading() | {"computing": model.bound.computes}
-    return comparing(options.loading(), other, compared, workers, progress)
+    return partial(comparing, options.loading(), other, compared, workers)
 
 
 def _asking(options: LoadOptions, workers: Workers | None) -> Elsewhere | None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-from octavo.cli.options import option
+from octavo.cli.options import TEXTS, option
 from octavo.errors import OctavoError
-from octavo.measure.accuracy.sizes import ANSWERS, WANTED
+from octavo.measure.accuracy.sizes import ANSWERS, LEAST, WANTED
 from octavo.measure.budget import Budget, Windows
 
 if TYPE_CHECKING:
@@ -19,14 +19,10 @@ if TYPE_CHECKING:
     from octavo.measure.candidate import Candidate
     from octavo.measure.tasks.run import Elsewhere
     from octavo.models.model import Model
+    from octavo.progress import Count
 
 
-def about_text(help: str, *names: str, **more: Any) -> Any:
-    return option(help, *names, panel="On a text", **more)
-
-
-def about_tasks(help: str, *names: str, **more: Any) -> Any:
-    return option(help, *names, panel="On benchmark tasks", **more)
+about_text, about_tasks = partial(option, panel="On a text"), partial(option, panel="On benchmark tasks")
 
 
 def expect_alone(given: dict[str, Any], other: str) -> None:
@@ -41,9 +37,7 @@ class TextOptions:
 
     text: Annotated[
         str | None,
-        about_text(
-            "A .txt or .jsonl file, or ptb, c4, wikitext2, pileval. [default: evaluation.txt of the bundled model]"
-        ),
+        about_text(f"What is read: {TEXTS}. [default: evaluation.txt of the bundled model]"),
     ] = None
     windows: Annotated[
         int | None,
@@ -68,17 +62,19 @@ class TextOptions:
     def open(self, data_dir: Path | None) -> Texts:
         """The text, of which some can be read."""
         from octavo.corpus import load_texts
-        from octavo.models.locate import BUNDLED
 
-        texts = load_texts(str(BUNDLED / "evaluation.txt") if self.text is None else self.text, data_dir, "test")
+        texts = load_texts(self.text, data_dir, "test")
         next(iter(texts))  # refuses what cannot be read
         return texts
 
-    def fit(self, model: Model, name: str, formats: int, context: int, budget: Budget) -> tuple[Windows, Windows]:
-        """The windows to read and the answers to write. Says how many, and how long they take."""
+    def draw(
+        self, model: Model, texts: Texts, formats: int, context: int, budget: Budget
+    ) -> tuple[list[list[int]], Windows]:
+        """The windows to read, and how many answers to write. Says how long they take."""
         from octavo.cli.progress import say
         from octavo.measure.accuracy.sizes import choose
         from octavo.measure.pace import Pace
+        from octavo.text_windows import consecutive_windows
 
         if self.window is not None and self.window > context:
             raise OctavoError(
@@ -89,10 +85,32 @@ class TextOptions:
         pace = Pace.measure(model.bound, self.window or min(WANTED.length, context))
         given = self.windows, self.window, self.answers
         read, write = choose(pace, budget.less(perf_counter() - start), formats, given, context)
-        say(f"{name}: {read.of(formats)}")
+        say(f"{texts.name}: {read.of(formats)}")
         if write.size.count:
             say(f"greedy answers: {write.of(formats)}")
-        return read.size, write.size
+        return consecutive_windows(texts, model.tokenizer, read.size.length, read.size.count), write.size
+
+    def read(
+        self,
+        model: Model,
+        compared: Sequence[Candidate],
+        name: str,
+        windows: list[list[int]],
+        answers: Windows,
+        late: Callable[[], bool],
+        elsewhere: Callable[[Count], Callable[..., Any]] | None,
+    ) -> dict[str, Any]:
+        """The text of that name in every format; of windows that were not asked for by number fewer where it gets
+        `late`. `elsewhere` makes what reads them on a cluster."""
+        from octavo.cli.progress import telling
+        from octavo.measure.accuracy.results import measure_text
+
+        def enough(done: int) -> bool:
+            return (self.windows, self.window) == (None, None) and done >= LEAST.count and late()
+
+        with telling("reading") as tell:
+            measure = elsewhere(partial(tell, "reading")) if elsewhere is not None else None
+            return measure_text(model, compared, name, windows, answers, tell, enough, measure)
 
 
 @dataclass
@@ -151,7 +169,7 @@ class TaskOptions:
         elsewhere: Elsewhere | None,
     ) -> dict[str, Any]:
         """Rows of every benchmark, in sessions of `context` tokens; `elsewhere` asks on a cluster."""
-        from octavo.cli.progress import telling
+        from octavo.cli.progress import say, telling
         from octavo.measure.tasks.results import Results
         from octavo.measure.tasks.run import run
 
@@ -172,7 +190,7 @@ class TaskOptions:
                     **sizes,  # type: ignore[arg-type]
                 )
         except KeyboardInterrupt:
-            print(f"interrupted: what is done is kept in {directory}; the same command goes on", file=sys.stderr)
+            say(f"interrupted: what is done is kept in {directory}; the same command goes on")
             raise
         found = [asdict(row) | {"solved": row.solved} for row in rows]
         return {"how": "measured", **sizes, "results": str(directory), "rows": found}

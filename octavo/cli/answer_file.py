@@ -9,7 +9,6 @@ options is refused before a model is loaded.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -69,8 +68,8 @@ class Output:
     """The file of answers, one JSON object in each line, written as they come."""
 
     def __init__(self, path: Path | None, lines: Iterable[Line]):
-        """Take up the file if there is one; with no path stdout. `answered` are the numbers of the lines in it. A torn
-        last line is cut off, and so are errors: their lines get another chance."""
+        """Take up the file if there is one; with no path stdout. `answered` are the numbers of the lines in it. A last
+        line that is incomplete is cut off, and so are errors: their lines get another chance."""
         self.path = path
         self.answered: set[int] = set()
         if path is None:
@@ -79,9 +78,10 @@ class Output:
             old = path.read_bytes() if path.is_file() else b""  # a device is no file
             kept = self._recognize(old, {line.number: line.request for line in lines})
             if kept != old:
-                part = path.with_name(f".{path.name}.{os.getpid()}.part")
-                part.write_bytes(kept)
-                part.replace(path)
+                from octavo.artefact import replacing  # imports torch
+
+                with replacing(path) as part:
+                    part.write_bytes(kept)
             self.file: BinaryIO = path.open("ab")
         except OSError as error:
             raise OctavoError(f"{path} cannot be written: {error.strerror}") from None

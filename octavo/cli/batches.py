@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import defaultdict
 from typing import Any
@@ -11,7 +10,7 @@ import typer
 
 from octavo.cli.answer_file import shaping_of
 from octavo.cli.loading import ServeOptions
-from octavo.cli.progress import progress
+from octavo.cli.progress import progress, say
 from octavo.cli.sampling import SamplingOptions
 from octavo.errors import OctavoError
 from octavo.ray.cluster import cluster, placement, require
@@ -37,7 +36,7 @@ def generate_on_ray(
     left = answers.left()
     done = sum(shard.rows for shard in answers.shards) - sum(shard.rows for shard in left)
     if done:
-        _tell(f"{done:,} rows are answered in {output} already")
+        say(f"{done:,} rows are answered in {output} already")
     if not left:
         return
     with cluster(address):
@@ -63,13 +62,9 @@ def generate_on_ray(
             answer_files(answers, options.arguments(), params, chat, place, show)
         for name, own in sorted(by_replica.items()):
             rate = own["tokens"] / own["seconds"]
-            _tell(f"replica {name[:8]}: {own['shards']:.0f} shards, {own['tokens']:,.0f} tokens, {rate:.1f} tok/s")
+            say(f"replica {name[:8]}: {own['shards']:.0f} shards, {own['tokens']:,.0f} tokens, {rate:.1f} tok/s")
         seconds = time.perf_counter() - start
-        _tell(f"{total['answered']:,} rows answered, {total['tokens']:,} tokens in {seconds:.1f} s")
+        say(f"{total['answered']:,} rows answered, {total['tokens']:,} tokens in {seconds:.1f} s")
         if total["refused"]:
-            _tell(f"{total['refused']:,} rows could not be served: see {output}/errors-*.jsonl")
+            say(f"{total['refused']:,} rows could not be served: see {output}/errors-*.jsonl")
             raise typer.Exit(1)
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

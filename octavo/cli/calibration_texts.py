@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -18,10 +19,7 @@ if TYPE_CHECKING:
 
 SELF = "self"
 WIDTH = 16  # windows that the model writes at a time
-
-
-def of_texts(help: str, *names: str, **more: object) -> object:
-    return option(help, *names, panel="Texts", **more)
+of_texts = partial(option, panel="Texts")
 
 
 @dataclass

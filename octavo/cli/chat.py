@@ -164,13 +164,13 @@ class Chat:
 
     def _limits(self) -> None:
         """Say why an answer that did not end by itself ended."""
-        turn, capacity = self.conversation.turn, self.conversation.capacity
-        if turn is None or turn.finish_reason != "length":
+        last, capacity = self.conversation.last, self.conversation.capacity
+        if last is None or last.finish_reason != "length":
             return
-        if turn.prompt_tokens + turn.answer_tokens >= capacity:
+        if last.prompt_tokens + last.answer_tokens >= capacity:
             self._note(f"the session is full with {capacity:,} tokens: /clear, or start with a larger --session-len")
         else:
-            self._note(f"cut off after {turn.answer_tokens:,} tokens (--max-tokens)")
+            self._note(f"cut off after {last.answer_tokens:,} tokens (--max-tokens)")
 
     def _note(self, text: str) -> None:
         self.notes.print(f"({text})", style="dim", markup=False)

@@ -27,7 +27,7 @@ KIND, VERSION = "octavo chat", 1  # what a session file says that it is of
 
 
 @dataclass(frozen=True)
-class Turn:
+class LastAnswer:
     """The latest answer in numbers."""
 
     prompt_tokens: int
@@ -52,7 +52,7 @@ class Conversation:
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None):
         self.llm, self.params, self.system = llm, params, system
         self.messages: list[Message] = []
-        self.turn: Turn | None = None
+        self.last: LastAnswer | None = None
         self._encode("Hello")  # refuses a model without a chat template before the first message
 
     def ask(self, text: str) -> Generator[str]:
@@ -77,11 +77,11 @@ class Conversation:
             pieces.close()  # type: ignore[attr-defined]  # a generator: gives its blocks back now
             answer = "".join(said)
             if completion:
-                self.turn = Turn(
+                self.last = LastAnswer(
                     len(prompt), completion.cached_tokens, len(completion.token_ids), completion.finish_reason
                 )
             elif answer:
-                self.turn = Turn(len(prompt), None, len(self.llm.tokenizer(answer)["input_ids"]), "abort")
+                self.last = LastAnswer(len(prompt), None, len(self.llm.tokenizer(answer)["input_ids"]), "abort")
             if answer or (completion and not completion.error):
                 self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         if completion and completion.error:
@@ -89,7 +89,7 @@ class Conversation:
 
     def clear(self) -> None:
         """Forget the messages; the system prompt stays."""
-        self.messages, self.turn = [], None
+        self.messages, self.last = [], None
 
     @property
     def capacity(self) -> int:
@@ -98,9 +98,9 @@ class Conversation:
 
     def footprint(self) -> Footprint:
         """What the latest turn's tokens take in the cache."""
-        turn = self.turn
+        last = self.last
         # The K and V of an answer's last token are computed only if another token follows.
-        return Footprint.of(self.llm, turn.prompt_tokens + turn.answer_tokens - 1 if turn else 0)
+        return Footprint.of(self.llm, last.prompt_tokens + last.answer_tokens - 1 if last else 0)
 
     def save(self, path: Path) -> int:
         """Write text and quantized K and V whole or not at all, over nothing but a saved chat. Returns the tokens whose

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import Json, budget_option, takes
+from octavo.cli.options import TEXTS, Json, budget_option, takes
 from octavo.corpus import load_texts
 from octavo.errors import Unsupported
 from octavo.measure.budget import DEFAULT, Budget
@@ -18,11 +18,7 @@ def doctor(
     options: LoadOptions,
     text: Annotated[
         str | None,
-        typer.Option(
-            help="What formats are measured on: a .txt or .jsonl file, a named set, or self: text the model writes. "
-            "[default: a bundled English text]",
-            show_default=False,
-        ),
+        typer.Option(help=f"What is read: {TEXTS}, or self: the model writes. [default: a bundled English text]"),
     ] = None,
     budget: Annotated[str, budget_option()] = DEFAULT,
     json: Json = False,
@@ -30,8 +26,8 @@ def doctor(
     """Examine MODEL: does it work, and which cache formats suit it? Status 0: it is healthy; 1: it is refused, or
     something is advised against."""
     time = Budget.parse(budget)
-    if text not in (None, "self"):
-        load_texts(str(text))  # refuses what is not there before the model is loaded
+    if text != "self":
+        load_texts(text)  # refuses what is not there before the model is loaded
     try:
         model = options.load(say=False)  # it is in the table
     except Unsupported as refusal:

@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Annotated
 
 from octavo.cli.loading import ShapeOptions
-from octavo.cli.memory import CONTEXT
+from octavo.cli.options import option
 from octavo.errors import OctavoError
 
+of_fleet = partial(option, panel="A fleet")
 
-@dataclass(frozen=True)
-class Asked:
+
+@dataclass
+class FleetOptions:
     """What the command line says of a fleet; None leaves it to what is assumed."""
 
-    sessions: int | None
-    tokens_per_second: float | None
-    bandwidth: float | None  # TB/s
-    prompt: float | None
+    fleet: Annotated[bool, of_fleet("Compute how many replicas and GPUs serve --sessions.", "--fleet")] = False
+    sessions: Annotated[int | None, of_fleet("Open at a time.", min=1, max=10**9)] = None
+    tokens_per_second: Annotated[
+        float | None, of_fleet("Generated, of all sessions together. [default: 1 for each]", min=0)
+    ] = None
+    bandwidth: Annotated[float | None, of_fleet("TB/s of a GPU's memory. [default: 3.35]", min=1e-3)] = None
+    prompt: Annotated[float | None, of_fleet("Prompt tokens computed for each generated one. [default: 1]", min=0)] = (
+        None
+    )
 
-    def refuse(self) -> None:
+    def check(self) -> None:
         """Raise OctavoError for options that change nothing without --fleet."""
-        if given := [name for name, value in vars(self).items() if value is not None]:
+        given = [name for name, value in vars(self).items() if value is not None and name != "fleet"]
+        if given and not self.fleet:
             raise OctavoError(f"--{given[0].replace('_', '-')} says what a fleet is to serve: give --fleet too")
 
 
 def plan_fleet(
-    options: ShapeOptions,
-    asked: Asked,
-    memory: str | None,
-    reserve: str,
-    context: int | None,
-    kv: str | None,
-    json: bool,
+    options: ShapeOptions, asked: FleetOptions, memory: str | None, reserve: str, kv: str | None, json: bool
 ) -> None:
     """Print the table, or the JSON document."""
     from octavo.cli.candidates import formats
@@ -39,7 +43,6 @@ def plan_fleet(
     from octavo.cli.tables.fleet import assumptions, fleet_table
     from octavo.measure.as_json import dumps
     from octavo.measure.memory.fleet import Gpu, Wanted, fleets
-    from octavo.models.geometry import Geometry
     from octavo.quant.format import ADVISED
     from octavo.units import parse_bytes
 
@@ -52,10 +55,10 @@ def plan_fleet(
         raise OctavoError(f"--reserve {reserve} leaves nothing of a GPU's memory")
     gpu = Gpu(whole, kept, gpu.bandwidth if asked.bandwidth is None else 1e12 * asked.bandwidth)
     name, path = options.locate()
-    geometry = Geometry.trace(path, options.dtype, options.model_format)
+    geometry, length = options.trace(path)
     wanted = Wanted(
         asked.sessions,
-        min(CONTEXT, geometry.max_context) if context is None else context,
+        length,
         float(asked.sessions) if asked.tokens_per_second is None else asked.tokens_per_second,
         Wanted.prompt if asked.prompt is None else asked.prompt,
     )

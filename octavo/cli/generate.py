@@ -17,6 +17,7 @@ import typer
 
 from octavo.cli.loading import ServeOptions
 from octavo.cli.options import Ray, Replicas, takes
+from octavo.cli.progress import say
 from octavo.cli.sampling import SamplingOptions, sampling_option
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
@@ -95,12 +96,12 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
             if not as_json:
                 print(delta.text, end="", flush=True)
     except KeyboardInterrupt:
-        _tell("\ninterrupted")
+        say("\ninterrupted")
         raise
     seconds, completion = time.perf_counter() - start, delta.completion
     assert completion is not None
     if completion.error:
-        _tell(f"\nerror: {completion.error}")
+        say(f"\nerror: {completion.error}")
         raise typer.Exit(1)
     # The K and V of the last token are not in the cache: nothing came after it.
     held = Footprint.of(llm, completion.prompt_tokens + len(completion.token_ids) - 1)
@@ -118,7 +119,7 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
         print(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2))
         return
     print(flush=True)
-    _tell(
+    say(
         f"{completion.prompt_tokens:,} tokens in, {len(completion.token_ids):,} out in {seconds:.1f} s "
         f"({rate:.1f} tok/s) · finish: {completion.finish_reason} · "
         f"KV {held.format}: {format_bytes(held.nbytes)}, in 16 bits {format_bytes(held.nbytes_16)}"
@@ -144,7 +145,7 @@ def _many(
     output = Output(path, lines)
     left = [line for line in lines if line.number not in output.answered]
     if output.answered:
-        _tell(f"{len(output.answered):,} of {len(lines):,} lines are answered in {path} already")
+        say(f"{len(output.answered):,} of {len(lines):,} lines are answered in {path} already")
     if left:
         llm = options.llm()
         _serve(llm, left, output, _params(llm, sampling, logprobs), chat)
@@ -189,12 +190,12 @@ def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams
         except KeyboardInterrupt:
             bar.stop()
             again = f"; the same command goes on with {output.path}" if output.path else ""
-            _tell(f"interrupted: {_lines(done)} answered{again}")
+            say(f"interrupted: {_lines(done)} answered{again}")
             raise
     seconds = time.perf_counter() - start
-    _tell(f"{_lines(done)} answered, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tok/s)")
+    say(f"{_lines(done)} answered, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tok/s)")
     if refused:
-        _tell(
+        say(
             f"{_lines(len(refused))} could not be served and got the reason for an answer; the same command tries again"
         )
         raise typer.Exit(1)
@@ -219,7 +220,3 @@ def _prompt(given: str | None) -> str:
 
 def _lines(n: int) -> str:
     return f"{n:,} line" if n == 1 else f"{n:,} lines"
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from octavo.cli.options import (
     CalibrationPath,
     ChatTemplate,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from octavo.llm import LLM
+    from octavo.models.geometry import Geometry
     from octavo.models.model import Model
 
 # `--quant-policy` of LMDeploy's page, where 4 meant int8; 8 is what LMDeploy calls int8 today.
@@ -71,16 +74,12 @@ class LoadOptions:
     def loading(self) -> dict[str, Any]:
         """The same as arguments of Model.load, for processes elsewhere: plain values, and paths that are absolute."""
         here = self.model is not None and Path(self.model).exists()
+        names = ("dtype", "device", "device_map", "load_format", "model_format", "deterministic")
         return {
             "model": str(Path(str(self.model)).resolve()) if here else self.model,
-            "dtype": self.dtype,
-            "device": self.device,
-            "device_map": self.device_map,
-            "load_format": self.load_format,
-            "model_format": self.model_format,
             "chat_template": self.chat_template and str(self.chat_template.resolve()),
             "context": self.session_len,
-            "deterministic": self.deterministic,
+            **{name: getattr(self, name) for name in names},
         }
 
     def load(self, computing: torch.dtype | None = None, say: bool = True, told: bool = False) -> Model:
@@ -100,6 +99,9 @@ class LoadOptions:
         return model
 
 
+CONTEXT = 2048  # tokens of sessions whose sizes are asked for
+
+
 @dataclass
 class ShapeOptions:
     """A model whose sizes are asked for: its config is enough."""
@@ -108,6 +110,9 @@ class ShapeOptions:
     config: Annotated[Path | None, option("A config.json in place of MODEL; no weights are needed.")] = None
     model_format: ModelFormat = "hf"
     dtype: Dtype = "auto"
+    context: Annotated[
+        int | None, typer.Option(help=f"Tokens of every session. [default: {CONTEXT}, or the model's context]")
+    ] = None
 
     def check(self) -> None:
         """Raise OctavoError for what names no model or no type, before torch is imported."""
@@ -130,6 +135,13 @@ class ShapeOptions:
         if self.config is None:
             return locate(self.model)
         return self.config.stem if self.config.stem != "config" else self.config.resolve().parent.name, self.config
+
+    def trace(self, path: Path) -> tuple[Geometry, int]:
+        """The model's sizes, and the tokens of every session."""
+        from octavo.models.geometry import Geometry
+
+        geometry = Geometry.trace(path, self.dtype, self.model_format)
+        return geometry, min(CONTEXT, geometry.max_context) if self.context is None else self.context
 
 
 @dataclass
@@ -178,26 +190,20 @@ class ServeOptions(LoadOptions):
 
         model, name = self.load(told=True), self.format_name()
         format = model.format(name, self.calibration)
-        return LLM(
-            model,
-            format,
-            calibration=calibration_with_bar(model, self.calibration, format),
-            granularity=self.granularity,  # type: ignore[arg-type]  # checked by LLM
-            headroom=self.headroom,
-            session_len=self.session_len,
-            max_batch_size=self.max_batch_size,
-            kv_cache_memory=self.kv_cache_memory,
-            cache_max_entry_count=self.cache_max_entry_count,
-            snapshot_memory=self.snapshot_memory,
-        )
+        calibration = calibration_with_bar(model, self.calibration, format)
+        return LLM(model, format, calibration=calibration, session_len=self.session_len, **self._serving())
+
+    def _serving(self) -> dict[str, Any]:
+        """Arguments of LLM that bear the same names."""
+        names = ("granularity", "headroom", "max_batch_size", "kv_cache_memory", "cache_max_entry_count")
+        return {name: getattr(self, name) for name in (*names, "snapshot_memory")}
 
     def arguments(self) -> dict[str, Any]:
         """The same as arguments of LLM, for processes elsewhere."""
         given = self.loading()
         given["session_len"] = given.pop("context")
         given |= {"kv": self.format_name(), "calibration": self.calibration and str(self.calibration.resolve())}
-        names = ("granularity", "headroom", "max_batch_size", "kv_cache_memory", "cache_max_entry_count")
-        given |= {name: getattr(self, name) for name in (*names, "snapshot_memory", "tensor_parallel_size")}
+        given |= self._serving() | {"tensor_parallel_size": self.tensor_parallel_size}
         return {name: value for name, value in given.items() if value is not None}
 
     def format_name(self) -> str | None:

@@ -10,16 +10,11 @@ from octavo.cli.candidates import formats_option
 from octavo.cli.loading import ShapeOptions
 from octavo.cli.options import DeviceName, Json, numbers, option, takes
 
-CONTEXT = 2048
-
 
 @takes(ShapeOptions)
 def memory(
     options: ShapeOptions,
     batch_size: Annotated[str, typer.Option(help="Sessions at a time.")] = "8,16,32,48",
-    context: Annotated[
-        int | None, typer.Option(help=f"Tokens of every session. [default: {CONTEXT}, or the model's context]")
-    ] = None,
     kv: Annotated[
         str | None,
         formats_option(
@@ -57,13 +52,12 @@ def memory(
     from octavo.measure.memory.costs import costs, own_kind
     from octavo.measure.memory.points import points, saved
     from octavo.measure.memory.process import Source
-    from octavo.models.geometry import Geometry
+    from octavo.progress import silent
 
     where = find_device(device)
     name, path = options.locate()
     with_weights = Source(path, options.dtype, str(where), load_format, options.model_format, fill_seconds)
-    geometry = Geometry.trace(path, options.dtype, options.model_format)
-    length = min(CONTEXT, geometry.max_context) if context is None else context
+    geometry, length = options.trace(path)
     room = device_of(where).memory()
     chosen = kinds(geometry, weights)
     theory = costs(geometry, formats(geometry, kv, (name, path)), length, room, chosen)
@@ -78,7 +72,7 @@ def memory(
         sources |= baseline_source(baseline, geometry, with_weights)
     with progress() if sources else nullcontext() as bar:
         task = bar.add_task("measuring", total=len(batches) * len(theory)) if bar else None
-        found = points(theory, batches, length, sources, (lambda _: bar.advance(task)) if bar else None)
+        found = points(theory, batches, length, sources, (lambda _: bar.advance(task)) if bar else silent)
     if not json:
         show(found, length, device_of(where).measures, out)
         return
@@ -86,19 +80,16 @@ def memory(
     for point in found:
         cache, total = saved(point, found)
         rows.append({**point.document(), "saved_cache": cache, "saved_total": total})
-    print(
-        dumps(
-            {
-                "command": "memory",
-                "model": name,
-                "machine": about,
-                "dtype": str(geometry.dtype)[6:],
-                "context": length,
-                "unit": "bytes",
-                "weights": {"how": "computed", "bytes": geometry.weights},
-                "memory": {"how": "measured", "bytes": room},
-                "theory": [{"how": "computed", **row.document()} for row in theory],
-                "points": rows,
-            }
-        )
-    )
+    document = {
+        "command": "memory",
+        "model": name,
+        "machine": about,
+        "dtype": str(geometry.dtype)[6:],
+        "context": length,
+        "unit": "bytes",
+        "weights": {"how": "computed", "bytes": geometry.weights},
+        "memory": {"how": "measured", "bytes": room},
+        "theory": [{"how": "computed", **row.document()} for row in theory],
+        "points": rows,
+    }
+    print(dumps(document))

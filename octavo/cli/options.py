@@ -79,6 +79,13 @@ def option(help: str, *names: str, panel: str = "Model and cache", **more: Any) 
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
+TEXTS = "a .txt or .jsonl file, or ptb, c4, wikitext2, pileval"
+
+
+def calibration_option(more: str) -> Any:
+    return option(f"File or directory of the calibration. {more}", "--calibration", "--work-dir")
+
+
 def complete(incomplete: str) -> list[str]:
     """Formats that --kv may go on with, for the shell; of several with commas between, the last."""
     known, _, last = incomplete.rpartition(",")
@@ -95,10 +102,7 @@ Dtype = Annotated[str, option("auto, bf16, fp16 or fp32.")]
 DeviceName = Annotated[str, option("auto, cpu, cuda, cuda:1, …")]
 LoadFormat = Annotated[str, option("auto, or dummy for random weights of the config's shape.")]
 ChatTemplate = Annotated[Path | None, option("A Jinja file in place of the model's template.")]
-CalibrationPath = Annotated[
-    Path | None,
-    option("File or directory of the calibration. [default: beside the model]", "--calibration", "--work-dir"),
-]
+CalibrationPath = Annotated[Path | None, calibration_option("[default: beside the model]")]
 OtherGranularity = Annotated[str | None, option("tensor, head or channel, in place of the calibration's.")]
 OtherHeadroom = Annotated[float | None, option("Range served over range seen, in place of the calibration's.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]

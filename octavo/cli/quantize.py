@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from octavo.cli.calibration_texts import CalibrationTexts
 from octavo.cli.options import ChatTemplate, DeviceName, Dtype, ModelName, check_model, takes, tell_loading
-from octavo.cli.progress import progress, say
+from octavo.cli.progress import say, telling
 from octavo.errors import Unsupported
 from octavo.measure.budget import Windows, duration
-
-if TYPE_CHECKING:
-    from octavo.quantize import Quantized
 
 WANTED, LEAST = Windows(128, 512), Windows(16, 256)
 ROUNDING = 0.7  # of the time, for scales and rounding; windows of text get the rest
@@ -51,10 +48,8 @@ def quantize(
     time = shown.time
     check_model(model)
     tell_loading(model)
-    from rich.console import Console
-
     from octavo import cores
-    from octavo.cli.tables.quantize import error_table
+    from octavo.cli.tables.quantize import show
     from octavo.models.locate import locate
     from octavo.models.model import Model
     from octavo.models.save import require_new, save_awq
@@ -76,37 +71,19 @@ def quantize(
     say(f"searching and rounding: about {duration(seconds)}{cut if search != SEARCHES[0] else ''}")
     time = time.less(seconds)
     source, windows, _ = shown.draw(loaded, texts, WANTED, LEAST, time)
-    with progress() as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
+    with telling("watching inputs") as tell:
         quantized = round_weights(
             loaded.bound,
             windows,
             group_size=group_size,
             method=method,  # type: ignore[arg-type]  # validated above
             search=search,
-            progress=show,
+            progress=tell,
         )
-    template = loaded.tokenizer.chat_template
-    kept = save_awq(
-        loaded.bound.hf,
-        quantized.tensors,
-        group_size,
-        path,
-        work_dir,
-        chat_template=template if isinstance(template, str) else None,
-    )
-    console = Console()
-    console.print(error_table(quantized))
-    console.print(f"{len(windows)} windows of {len(windows[0])} tokens of {source}")
-    console.print(f"in 16 bits: {_listed(kept)}; embeddings and norms" if kept else "in 16 bits: embeddings and norms")
-    console.print(_sizes(quantized, path, work_dir))
-    console.print(f"saved to {work_dir}; serve it with --model-format awq", soft_wrap=True)
+    template = loaded.tokenizer.chat_template if isinstance(loaded.tokenizer.chat_template, str) else None
+    kept = save_awq(loaded.bound.hf, quantized.tensors, group_size, path, work_dir, chat_template=template)
+    read = f"{len(windows)} windows of {len(windows[0])} tokens of {source}"
+    show(quantized, read, kept, path, work_dir)
 
 
 def require_16_bits(path: Path) -> None:
@@ -122,18 +99,3 @@ def require_16_bits(path: Path) -> None:
             f"{path} holds weights that are quantized already ({found.get('quant_method', 'awq')}): "
             "name the 16-bit model"
         )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _sizes(quantized: Quantized, before: Path, after: Path) -> str:
-    from octavo.models.files import weight_files
-    from octavo.units import format_bytes
-
-    old, new = (sum(file.stat().st_size for file in weight_files(path)) for path in (before, after))
-    return (
-        f"{quantized.bits_per_weight:.2f} bits a weight in {quantized.weights:,} weights of linear layers, scales and "
-        f"zeros included; files {format_bytes(old)} → {format_bytes(new)}"
-    )

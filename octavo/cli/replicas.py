@@ -6,37 +6,27 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 from octavo.cli.loading import ServeOptions
+from octavo.cli.progress import say
+from octavo.cli.server_options import ServerOptions
 from octavo.cores import choose
 from octavo.errors import OctavoError
 from octavo.ray.cluster import LOCAL, cluster
-from octavo.serve.listening import Tls, bind, is_local, url
+from octavo.serve.listening import bind, is_local, url
 
 logger = logging.getLogger("octavo")
 
 
-def serve_replicas(
-    options: ServeOptions,
-    replicas: int,
-    host: str,
-    port: int,
-    tls: dict[str, Path | None],
-    asked: dict[str, Any],
-    as_json: bool,
-) -> None:
-    """`asked` are further fields of `octavo.ray.Args`."""
-    if tls["ssl_certfile"]:
-        Tls(tls["ssl_certfile"], tls["ssl_keyfile"]).check()
-    with bind(host, port) as sock:  # refuses what cannot be served; Ray opens it again
-        if not asked["api_key"] and not is_local(sock):
-            logger.warning("anyone who reaches %s can use the model: set --api-key", host)
-        port, address = sock.getsockname()[1], url(sock, tls["ssl_certfile"] is not None)
-    print(f"starting {replicas} replicas on Ray", file=sys.stderr, flush=True)
+def serve_replicas(options: ServeOptions, asked: ServerOptions, replicas: int, as_json: bool) -> None:
+    tls = {"ssl_certfile": asked.ssl_certfile, "ssl_keyfile": asked.ssl_keyfile}
+    with bind(asked.host, asked.port) as sock:  # refuses what cannot be served; Ray opens it again
+        if not asked.api_key and not is_local(sock):
+            logger.warning("anyone who reaches %s can use the model: set --api-key", asked.host)
+        port, address = sock.getsockname()[1], url(sock, asked.ssl_certfile is not None)
+    say(f"starting {replicas} replicas on Ray")
     stop = threading.Event()
     with cluster(LOCAL, "--replicas"):
         from ray import serve
@@ -47,9 +37,9 @@ def serve_replicas(
 
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, lambda *_: stop.set())
-        args = Args(llm=options.arguments(), replicas=replicas, **_share(options, replicas), **asked)
+        args = Args(llm=options.arguments(), replicas=replicas, **_share(options, replicas), **asked.of_replicas())
         files = {name: str(file) for name, file in tls.items() if file}
-        serve.start(http_options={"host": host, "port": port, **files})
+        serve.start(http_options={"host": asked.host, "port": port, **files})
         try:
             try:
                 serve.run(app(args), name="octavo", route_prefix="/")
@@ -58,8 +48,7 @@ def serve_replicas(
             if as_json:
                 print(json.dumps({"url": address, "replicas": replicas}), flush=True)
             else:
-                told = f"{replicas} replicas: a chat at {address}/, the API at {address}/v1"
-                print(told, file=sys.stderr, flush=True)
+                say(f"{replicas} replicas: a chat at {address}/, the API at {address}/v1")
             stop.wait()
         finally:
             serve.shutdown()

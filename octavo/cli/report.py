@@ -9,7 +9,7 @@ import typer
 
 from octavo.cli.candidates import BASELINE, load_baseline
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import amount, budget_option, option, takes, tell_loading
+from octavo.cli.options import TEXTS, amount, budget_option, calibration_option, takes, tell_loading
 from octavo.measure.budget import Budget
 
 DEFAULT = "5m"
@@ -20,22 +20,10 @@ def report(
     options: LoadOptions,
     out: Annotated[Path, typer.Option(help="Directory that the report is written into.")] = Path("report"),
     calibration: Annotated[
-        Path | None,
-        option(
-            "File or directory of the calibration. [default: beside the model, else one made for the report]",
-            "--calibration",
-            "--work-dir",
-        ),
+        Path | None, calibration_option("[default: beside the model, else one made for the report]")
     ] = None,
     baseline: Annotated[str | None, BASELINE] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="What is read: a .txt or .jsonl file, or ptb, c4, wikitext2, pileval. "
-            "[default: a bundled English text]",
-            show_default=False,
-        ),
-    ] = None,
+    text: Annotated[str | None, typer.Option(help=f"What is read: {TEXTS}. [default: a bundled English text]")] = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -49,8 +37,7 @@ def report(
     from octavo.corpus import load_texts
 
     time = Budget.parse(budget)
-    if text is not None:
-        load_texts(text)  # a name mistyped is known before the model is loaded
+    load_texts(text)  # a name mistyped is known before the model is loaded
     tell_loading(options.model)
     from octavo.cli.progress import progress
     from octavo.measure.as_json import dumps

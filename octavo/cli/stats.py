@@ -8,8 +8,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from octavo.measure.memory.footprint import worst_saturation
-
 if TYPE_CHECKING:
     from octavo.cli.conversation import Conversation
 
@@ -39,13 +37,13 @@ def show(conversation: Conversation, console: Console) -> None:
     facts = Table.grid(padding=(0, 3, 0, 0))
     facts.add_row("tokens", f"{here.tokens:,} of {conversation.capacity:,}")
     if here.blocks:
-        last = f"the last one holds {here.last_block}" if here.last_block < size.block_size else "all of them full"
-        facts.add_row("blocks", f"{here.blocks} of {cache.num_blocks:,}, of {size.block_size} tokens each; {last}")
-    if (turn := conversation.turn) and turn.cached_tokens is not None:
-        found = f"{turn.cached_tokens:,} of its {turn.prompt_tokens:,} tokens were in the cache already"
-        facts.add_row("last prompt", f"{found} ({turn.cached_tokens / turn.prompt_tokens:.0%})")
+        filled = f"the last one holds {here.last_block}" if here.last_block < size.block_size else "all of them full"
+        facts.add_row("blocks", f"{here.blocks} of {cache.num_blocks:,}, of {size.block_size} tokens each; {filled}")
+    if (last := conversation.last) and last.cached_tokens is not None:
+        found = f"{last.cached_tokens:,} of its {last.prompt_tokens:,} tokens were in the cache already"
+        facts.add_row("last prompt", f"{found} ({last.cached_tokens / last.prompt_tokens:.0%})")
     if llm.format.takes_calibration:
-        share, where = worst_saturation(llm)
+        share, where = llm.cache.worst_saturation()
         facts.add_row("out of range", f"at most {share:.2%} of the values ({where})" if share else "no value")
     console.print(facts)
     console.print()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import Json, amount, budget_option, check_calibration, option, takes, tell_loading
+from octavo.cli.options import (
+    TEXTS,
+    Json,
+    amount,
+    budget_option,
+    calibration_option,
+    check_calibration,
+    option,
+    takes,
+    tell_loading,
+)
 from octavo.errors import OctavoError
 from octavo.measure.budget import DEFAULT, Budget, Windows
 
@@ -19,9 +30,7 @@ if TYPE_CHECKING:
 WANTED, LEAST = Windows(4, 512), Windows(1, 256)
 LAST = 2  # readings of each window that the check of the choice takes
 
-
-def measuring(help: str, *names: str, **more: object) -> object:
-    return option(help, *names, panel="Measuring", **more)
+measuring = partial(option, panel="Measuring")
 
 
 @takes(LoadOptions)
@@ -37,13 +46,10 @@ def tune(
     context: Annotated[
         int | None, typer.Option(help="… of so many tokens. [default: the model's context]", min=2)
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        option("File or directory of the calibration; the formats go beside it.", "--calibration", "--work-dir"),
-    ] = None,
+    calibration: Annotated[Path | None, calibration_option("The formats go beside it.")] = None,
     text: Annotated[
         str | None,
-        measuring("A .txt or .jsonl file, or ptb, c4, wikitext2, pileval. [default: a bundled English prose]"),
+        measuring(f"What is read: {TEXTS}. [default: a bundled English text]"),
     ] = None,
     data_dir: Annotated[Path | None, measuring("Where files of the named text are.")] = None,
     windows: Annotated[
@@ -126,10 +132,9 @@ def _windows(
     from octavo.corpus import load_texts
     from octavo.measure.pace import Pace
     from octavo.measure.tune.sensitivity import readings
-    from octavo.models.locate import BUNDLED
     from octavo.text_windows import token_windows
 
-    texts = load_texts(str(BUNDLED / "evaluation.txt") if text is None else text, data_dir)
+    texts = load_texts(text, data_dir)
     bound, work = model.bound, readings(model.bound) + LAST
     longest = min(WANTED.length, bound.max_context)
     wanted = Windows(count or WANTED.count, length or longest)

@@ -12,6 +12,7 @@ from octavo.errors import OctavoError
 
 ADAPTER = "adapter_config.json"  # of a LoRA adapter
 BUNDLED = Path(__file__).parent.parent / "data" / "pamphlet"
+PROSE = BUNDLED / "evaluation.txt"  # English, written for this project
 HUB_SECONDS = 5.0  # that the Hub has for saying whether it knows a model
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from octavo import __version__
@@ -12,37 +13,31 @@ from octavo.serve.requests.anthropic import CountRequest, MessagesRequest
 from octavo.serve.requests.responses import ResponsesRequest
 from octavo.serve.routes.tokens import DetokenizeRequest, TokenizeRequest
 
-ERROR = {
-    "type": "object",
-    "properties": {
-        "error": {
-            "type": "object",
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-            "required": ["message", "type", "param", "code"],
-        }
-    },
-    "required": ["error"],
-}
-ANTHROPIC_ERROR = {
-    "type": "object",
-    "properties": {
-        "type": {"const": "error"},
-        "error": {
-            "type": "object",
-            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
-            "required": ["type", "message"],
-        },
-    },
-    "required": ["type", "error"],
-}
-REQUESTS = (
+
+class Fault(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: Fault
+
+
+class AnthropicFault(BaseModel):
+    type: str
+    message: str
+
+
+class AnthropicError(BaseModel):
+    type: Literal["error"]
+    error: AnthropicFault
+
+
+MODELS = (
     *(ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest),
-    *(MessagesRequest, CountRequest, ResponsesRequest),
+    *(MessagesRequest, CountRequest, ResponsesRequest, Error, AnthropicError),
 )
 KEY: list[dict[str, list[str]]] = [{}, {"key": []}]  # only a server with --api-key asks for it
 REFUSALS = {
@@ -61,7 +56,7 @@ REFUSALS = {
 
 def document() -> dict[str, Any]:
     _, schemas = models_json_schema(
-        [(request, "validation") for request in REQUESTS], ref_template="#/components/schemas/{model}"
+        [(model, "validation") for model in MODELS], ref_template="#/components/schemas/{model}"
     )
     return {
         "openapi": "3.1.0",
@@ -91,7 +86,7 @@ def document() -> dict[str, Any]:
             "/metrics": {"get": _get("For Prometheus.", "401", content="text/plain")},
         },
         "components": {
-            "schemas": {**schemas["$defs"], "Error": ERROR, "AnthropicError": ANTHROPIC_ERROR},
+            "schemas": schemas["$defs"],
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "The key of --api-key."}},
         },
     }

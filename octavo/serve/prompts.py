@@ -12,7 +12,7 @@ from typing import Any
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
-from octavo.serve.calls import FreeReader, HeldReader, Syntax, held_grammar, plain, syntax_of
+from octavo.serve.calls import ConstrainedReader, FreeReader, Syntax, calls_grammar, plain, syntax_of
 from octavo.serve.requests.generate import Conversation, GenerateRequest, Prompt
 from octavo.text import Message, encode_chat, encode_prompt, takes_tools
 
@@ -43,21 +43,21 @@ class Functions:
         self.marks = {id: mark for id, mark in marks.items() if id in special}
         self.stops = (self.added[self.syntax.stop],) if self.syntax.stop in self.added else ()  # ends of calls
 
-    def reader(self, conversation: Conversation) -> partial[FreeReader] | partial[HeldReader] | None:
+    def reader(self, conversation: Conversation) -> partial[FreeReader] | partial[ConstrainedReader] | None:
         """What makes readers of answers; None where no function may be called."""
         if not conversation.functions:
             return None
         names = [function["name"] for function in conversation.functions]
-        held = _holds(conversation) and self.syntax.json
-        return partial(HeldReader if held else FreeReader, self.syntax, names)
+        constrained = _constrains(conversation) and self.syntax.json
+        return partial(ConstrainedReader if constrained else FreeReader, self.syntax, names)
 
-    def held(self, conversation: Conversation) -> str | None:
-        """The grammar of answers, where they are held to one."""
-        if not _holds(conversation):
+    def grammar(self, conversation: Conversation) -> str | None:
+        """The grammar that answers match, where they must match one."""
+        if not _constrains(conversation):
             return None
         only, parallel = conversation.only, conversation.parallel and conversation.only is None
         functions = [one for one in conversation.functions if only in (None, one["name"])]
-        return held_grammar(self.syntax, functions, self.added, must=conversation.must_call, parallel=parallel)
+        return calls_grammar(self.syntax, functions, self.added, must=conversation.must_call, parallel=parallel)
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
         """Messages with what templates read beyond OpenAI's form: ids of calls as they take them, and the name of the
@@ -75,8 +75,8 @@ class Functions:
         return told
 
 
-def _holds(conversation: Conversation) -> bool:
-    """Whether answers are held to a grammar: what is neither demanded nor promised is read as it comes, which is
+def _constrains(conversation: Conversation) -> bool:
+    """Whether answers must match a grammar: what is neither demanded nor promised is read as it comes, which is
     faster."""
     promised = not conversation.parallel or any(function.get("strict") for function in conversation.functions)
     return bool(conversation.functions) and (conversation.must_call or promised)
@@ -94,7 +94,7 @@ def engine_requests(
         if isinstance(prompt, Conversation) and prompt.functions:
             marks, stops = functions.marks, functions.stops
             try:
-                grammar = functions.held(prompt)
+                grammar = functions.grammar(prompt)
             except OctavoError as error:
                 raise OctavoError(str(error), "tools") from None
             if grammar is not None:

@@ -60,10 +60,16 @@ if not INTERPRETED:
 
 def quicken() -> None:
     """Triton's interpreter searches all of triton.language at every call of a device function, which takes most of its
-    time. Once for each module is enough in a process that does nothing else with Triton."""
+    time. Once for each module is enough in a process that does nothing else with Triton. Most of the rest goes to the
+    types of values, which it makes anew for each: one of a name is enough."""
+    from triton.language import core
     from triton.runtime import interpreter
 
-    patch, done = interpreter._patch_lang, set[str]()
+    patch, find_type, done = interpreter._patch_lang, interpreter._get_np_dtype, set[str]()
+    make_block, make_tensor = core.block_type.__init__, core.tensor.__init__
+    found: dict[str, Any] = {}
+    blocks: dict[Any, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
 
     def patch_once(function: Any) -> Any:
         if function.__module__ not in done:
@@ -71,7 +77,26 @@ def quicken() -> None:
             patch(function)
         return interpreter._LangPatchScope()  # with nothing to undo
 
-    interpreter._patch_lang = patch_once
+    def find_type_once(kind: Any) -> Any:
+        if kind.name not in found:
+            found[kind.name] = find_type(kind)
+        return found[kind.name]
+
+    def make_block_once(self: Any, element: Any, shape: Any) -> None:
+        key = (element.name, *(getattr(size, "value", size) for size in shape))
+        if key not in blocks:
+            make_block(self, element, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    def make_tensor_once(self: Any, handle: Any, kind: Any) -> None:
+        if kind.name not in tensors:
+            make_tensor(self, None, kind)
+            tensors[kind.name] = dict(vars(self))
+        vars(self).update(tensors[kind.name], handle=handle)
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, find_type_once
+    core.block_type.__init__, core.tensor.__init__ = make_block_once, make_tensor_once
 
 
 if INTERPRETED:
@@ -294,8 +319,8 @@ def test_a_short_chunk_over_a_long_prefix_is_split_as_a_decode_is(monkeypatch: p
 
     layer = PagedLayer(Case("int8", 64, 64, 1, 4, 64, sinks=True))
     layer.step([(0, 170)])
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 2)  # noqa: ARG005
-    made = launch._layer(layer.spec, layer.cache.layers[0])
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)  # noqa: ARG005
+    made = launch.layer_of(layer.spec, layer.cache.layers[0])
     made.chunk = replace(made.chunk, shortest=1)
     seen = sums(monkeypatch)
     layer.step([(0, 20)])  # of one tile
@@ -355,13 +380,13 @@ def test_tiles_that_read_most_come_first() -> None:
 
 @kernels
 def test_the_operator_declares_what_it_writes() -> None:
-    from octavo.attention.cuda.launch import _layer
+    from octavo.attention.cuda.launch import layer_of
 
     layer = PagedLayer(Case("int8-token", block_size=64), 2)
     layer.step([(0, 20), (1, 9)])
     batch = Batch.build([(layer.sequences[0], 1), (layer.sequences[1], 3)], 64).on(DEVICE)
     q, k, v = (x.to(DEVICE) for x in (layer.queries(4), layer.keys(4), layer.values(4)))
-    made, step = _layer(layer.spec, layer.cache.layers[0]), Step.of(batch)
+    made, step = layer_of(layer.spec, layer.cache.layers[0]), Step.of(batch)
     given = (q, k, v, batch.slots, batch.block_table, step.q_start, step.kv_len)
     given += (step.tiles(1), step.tiles(made.chunk.queries), [], [], made.memory, made.number)
     torch.library.opcheck(torch.ops.octavo.attend.default, given, test_utils=("test_schema", "test_faketensor"))

@@ -94,7 +94,7 @@ def test_chunks_and_decodes_of_several_sequences_share_a_step() -> None:
 def test_contexts_are_split_among_programs_beside_the_one_that_reads_raw_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     from octavo.attention.cuda import launch
 
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 2)  # noqa: ARG005
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)  # noqa: ARG005
     check(paged("int4-token", 32, 16, sinks=True), [70, 1, 1, 20, 8])
 
 
@@ -150,13 +150,13 @@ def test_rows_may_be_of_another_type_than_the_raw_pages() -> None:
 
 @kernels
 def test_the_operator_declares_that_it_writes_raw_pages() -> None:
-    from octavo.attention.cuda.launch import _edges, _layer
+    from octavo.attention.cuda.launch import edges_of, layer_of
 
     layer = paged("int8-token", 32, 16)
     cache = layer.cache().layers[0]
     batch = Batch.build([(Sequence([0] * 40, [0, 1, 2], 0, 3), 40)], 16, span=32).on(DEVICE)
     q, k, v = (x[:40].to(DEVICE) for x in (layer.q, layer.k, layer.v))
-    made, step = _layer(layer.spec, cache), Step.of(batch)
+    made, step = layer_of(layer.spec, cache), Step.of(batch)
     given = (q, k, v, batch.slots, batch.block_table, step.q_start, step.kv_len, step.tiles(1))
-    given += (step.tiles(made.chunk.queries), *_edges(layer.spec, cache, batch), made.memory, made.number)
+    given += (step.tiles(made.chunk.queries), *edges_of(layer.spec, cache, batch), made.memory, made.number)
     torch.library.opcheck(torch.ops.octavo.attend.default, given, test_utils=("test_schema", "test_faketensor"))

@@ -6,19 +6,18 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from octavo.cli import main
 from octavo.cli.loading import LoadOptions
 from octavo.errors import install
 from octavo.measure import tasks
 from octavo.measure.budget import Windows
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
+from tests.conftest import status_of
 from tests.measure.tasks.raw_files import write_raw_files
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "eval"
@@ -34,9 +33,7 @@ def octavo(pamphlet: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*argv: object) -> int:
-        with pytest.raises(SystemExit) as exit:
-            main(["accuracy", *map(str, argv)])
-        return int(exit.value.code or 0)
+        return status_of("accuracy", *argv)
 
     return run
 
@@ -54,6 +51,18 @@ def error(octavo: Run, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]
         return lines[-1]
 
     return run
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of 8 tokens, however many a task asks for."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    def shortened(asked: dict[str, Any], most: int) -> dict[str, Any]:
+        return {**normalize_gen_kwargs(asked, most), "max_gen_toks": 8}
+
+    monkeypatch.setattr("octavo.measure.tasks.harness.normalize_gen_kwargs", shortened)
 
 
 @pytest.fixture(scope="session")
@@ -229,12 +238,12 @@ def test_more_documents_are_added_to_those_that_were_asked_and_answers_are_the_s
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("short")
 def test_examples_stand_before_questions_and_are_not_asked_themselves(
     octavo: Run, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With --shots the first documents are examples: of the questions' own file they are not asked, of another they
     leave all questions. Results without examples are others."""
-    pytest.importorskip("lm_eval")
     (raw / "gsm8k/train.head200.jsonl").write_text('{"question": "What is 9?", "answer": "#### 9"}\n' * 2)
     same = ["--data-dir", raw, "--kv", "fp32,int8-token", "--json", "--results", tmp_path / "kept"]
     counts = {}
@@ -282,19 +291,15 @@ def test_all_runs_what_it_finds_and_names_the_rest(
     assert "crows_pairs in int8-token" in err
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.skipif(not DATA.is_dir(), reason="the benchmarks' public files are not at ../shared/data/eval")
 def test_every_task_runs_on_its_public_files(
-    octavo: Run, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    octavo: Run, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("lm_eval")
-    from octavo.measure.tasks.harness import OctavoLM
-
-    asked = OctavoLM._params  # bbh asks for answers of 1024 tokens
-    monkeypatch.setattr(OctavoLM, "_params", lambda *args: replace(asked(*args), max_tokens=8))
     names = ["winogrande", "nq_open", "gsm8k", "bbh/snarks", "bbh/navigate", "openbookqa", "eprstmt", "crows_pairs"]
     common = ["--data-dir", DATA, "--calibration", calibrated, "--results", tmp_path / "kept", "--limit", "1", "--json"]
     assert octavo("--tasks", ",".join(names), "--kv", "fp16,int8", *common) == 0
     rows = json.loads(capsys.readouterr().out)["tasks"]["rows"]
-    counts = {name: 1 for name in tasks.BENCHMARKS if name != "openbookqa_fact"} | {"bbh": 2}  # its facts are not there
-    assert {row["name"]: row["items"] for row in rows} == counts
+    rest = tasks.BENCHMARKS.keys() - {"bbh", "openbookqa_fact"}  # the facts are not there
+    assert {row["name"]: row["items"] for row in rows} == dict.fromkeys(rest, 1) | {"bbh (2 of 27)": 2}
     assert all(0 <= score <= 100 for row in rows for score in row["scores"].values())

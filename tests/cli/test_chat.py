@@ -27,6 +27,7 @@ from octavo.errors import OctavoError
 from octavo.llm import LLM, Completion, Delta
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
+from tests.conftest import status_of
 
 STOP = object()  # in a script: Ctrl-C
 
@@ -159,11 +160,11 @@ def test_stats(
 def test_turns_find_each_other_in_the_cache(pamphlet: Model) -> None:
     conversation = Conversation(LLM(pamphlet, "int8-token", session_len=256), SamplingParams(max_tokens=70))
     "".join(conversation.ask("Tell me a story"))
-    assert conversation.turn is not None
-    assert conversation.turn.cached_tokens == 0
+    assert conversation.last is not None
+    assert conversation.last.cached_tokens == 0
     "".join(conversation.ask("Go on"))
-    assert conversation.turn.cached_tokens == 64
-    assert conversation.footprint().tokens == conversation.turn.prompt_tokens + conversation.turn.answer_tokens - 1
+    assert conversation.last.cached_tokens == 64
+    assert conversation.footprint().tokens == conversation.last.prompt_tokens + conversation.last.answer_tokens - 1
 
 
 def test_a_stopped_answer_stays_as_far_as_it_came(pamphlet: Model) -> None:
@@ -173,8 +174,8 @@ def test_a_stopped_answer_stays_as_far_as_it_came(pamphlet: Model) -> None:
     assert [next(pieces), next(pieces)] == ["one", " two"]
     pieces.close()
     assert conversation.messages[-1] == {"role": "assistant", "content": "one two"}
-    assert conversation.turn is not None
-    assert (conversation.turn.finish_reason, conversation.turn.cached_tokens) == ("abort", None)
+    assert conversation.last is not None
+    assert (conversation.last.finish_reason, conversation.last.cached_tokens) == ("abort", None)
     for text, kept in (("more", 4), ("nothing said", 4)):
         with pytest.raises(KeyboardInterrupt):
             list(conversation.ask(text))
@@ -245,16 +246,16 @@ def test_a_loaded_conversation_is_not_prefilled_and_goes_on_as_the_saved_one(
     assert "with the cache of 64 tokens)" in err
     again, continued, err = talking(f"/load {path}", "And then?")
     assert re.search(r"\(64 of their \d+ tokens are cached already\)", err)
-    assert again.turn is not None
-    assert again.turn.cached_tokens == 64
+    assert again.last is not None
+    assert again.last.cached_tokens == 64
     assert out.endswith(continued)
     assert again.messages == first.messages
 
     # In another format the text is taken up all the same.
     other, _, err = talking(f"/load {path}", "And then?", kv="int4-token")
     assert "holds int8-token codes, and this cache int4-token" in err
-    assert other.turn is not None
-    assert other.turn.cached_tokens == 0
+    assert other.last is not None
+    assert other.last.cached_tokens == 0
     assert other.messages[:3] == first.messages[:3]
 
 
@@ -312,9 +313,7 @@ def test_a_model_without_a_template(
 ) -> None:
     monkeypatch.setattr(pamphlet.tokenizer, "chat_template", None)
     monkeypatch.setattr(LoadOptions, "load", lambda *_, **__: pamphlet)
-    with pytest.raises(SystemExit) as exit:
-        main(["chat"])
-    assert exit.value.code == 2
+    assert status_of("chat") == 2
     err = capsys.readouterr().err
     assert "--chat-template" in err
     assert "octavo generate" in err
@@ -339,9 +338,7 @@ def test_the_command_itself(
     raw = io.TextIOWrapper(io.BytesIO(b"Tell me a story\xff\n"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", raw)
     options = ["--kv", "int8-token", "--session-len", "128", "--temperature", "0", "--max-tokens", "9"]
-    with pytest.raises(SystemExit) as exit:
-        main(["chat", "turbomind", *options])
-    assert not exit.value.code
+    assert status_of("chat", "turbomind", *options) == 0
     llm = LLM(pamphlet, "int8-token", session_len=128)
     expected = llm.chat([{"role": "user", "content": "Tell me a story\ufffd"}], SamplingParams(max_tokens=9))
     assert capsys.readouterr().out == expected.text + "\n"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from octavo.cli import main
 from octavo.measure.budget import Windows
 from octavo.models.model import BUNDLED
 from octavo.quant.calibration import Calibration
+from tests.conftest import status_of
 from tests.weights.rounding import described, packed, write
 
 Run = Callable[..., tuple[int, str, str]]
@@ -37,10 +37,9 @@ def octavo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*argv: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit:
-            main(list(map(str, argv)))
+        status = status_of(*argv)
         out, err = capsys.readouterr()
-        return int(exit.value.code or 0), out, err
+        return status, out, err
 
     return run
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from octavo.cli import main
 from octavo.cli.loading import LoadOptions
 from octavo.engine.params import SamplingParams
 from octavo.llm import LLM, Delta
 from octavo.models.model import Model
+from tests.conftest import status_of
 
 SHORT = ["--kv", "int8-token", "--temperature", "0", "--max-tokens", "12", "--session-len", "128"]
 Run = Callable[..., int]
@@ -28,9 +28,7 @@ def octavo(pamphlet: Model, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def run(*argv: object, stdin: bytes = b"") -> int:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as exit:
-            main(list(map(str, argv)))
-        return int(exit.value.code or 0)
+        return status_of(*argv)
 
     return run
 

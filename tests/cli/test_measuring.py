@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from transformers import BloomConfig
 
-from octavo.cli import main
 from octavo.measure.budget import Windows
 from octavo.measure.doctor import diagnose as doctor
 from octavo.measure.speed import roofline
 from octavo.models.model import BUNDLED
+from tests.conftest import status_of
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +24,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as exit:
-        main(list(arguments))
-    return int(exit.value.code or 0)
+    return status_of(*arguments)
 
 
 SPEED = (

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from octavo.cli import main
 from octavo.measure.memory import points as memory
 from octavo.measure.memory.process import CannotMeasure, Filled, Request
+from tests.conftest import status_of
 from tests.weights.rounding import described, write
 
 INTERNLM = Path(__file__).parents[2] / "benchmarks" / "geometries" / "internlm-chat-7b.json"
@@ -26,10 +26,9 @@ def octavo(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command line; returns exit status, stdout and stderr."""
 
     def run(*argv: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit:
-            main(list(map(str, argv)))
+        status = status_of(*argv)
         out, err = capsys.readouterr()
-        return int(exit.value.code or 0), out, err
+        return status, out, err
 
     return run
 

@@ -18,6 +18,7 @@ from octavo.cli.options import takes
 from octavo.cli.sampling import SamplingOptions
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
+from tests.conftest import status_of
 
 DEFAULTS = SamplingParams(max_tokens=99, temperature=0.7, top_k=40, top_p=0.9, repetition_penalty=1.1)
 
@@ -76,17 +77,13 @@ def test_a_cut_that_a_greedy_model_would_ignore_is_refused() -> None:
 def test_nonsense_is_refused_before_a_model_is_loaded(
     verb: str, flag: tuple[str, str], reached: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main([verb, *flag])
-    assert exit.value.code == 2
+    assert status_of(verb, *flag) == 2
     assert capsys.readouterr().err.startswith(f"error: {flag[0][2:].replace('-', '_')} is ")
     assert not reached
 
 
 def test_unknown_options_are_refused() -> None:
-    with pytest.raises(SystemExit) as exit:
-        main(["generate", "--temprature", "1"])
-    assert exit.value.code == 2
+    assert status_of("generate", "--temprature", "1") == 2
 
 
 def test_takes_hands_each_dataclass_its_own_fields() -> None:

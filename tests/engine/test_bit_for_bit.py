@@ -150,7 +150,7 @@ def test_nor_where_activations_are_bf16_or_weights_of_4_bits(computing: torch.dt
             expect_equal(answers(model, "kv8", None, **how), alone)
 
 
-@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", *slow("granitemoehybrid", "falcon_h1")])
 def test_nor_of_a_hybrid(name: str) -> None:
     """Its recurrences go on from states: alone, together, after prefix hits, in chunks and preempted."""
     hf = zoo.build(name, hidden_size=64, vocab_size=VOCABULARY, max_position_embeddings=512, **SIZED[name])

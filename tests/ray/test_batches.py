@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from octavo.calibrate import calibrate
-from octavo.cli import main
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.jsonl import answer
@@ -31,6 +30,7 @@ from octavo.ray.cluster import cluster as cluster_at
 from octavo.ray.generate import Generate, answer_files
 from octavo.ray.measuring import Workers, asking, comparing, observing
 from octavo.ray.shards import Output, Place, read
+from tests.conftest import status_of
 from tests.measure.tasks.raw_files import write_raw_files
 from tests.ray.conftest import SIZES
 
@@ -234,10 +234,9 @@ def test_a_dataset_is_answered_and_the_command_takes_parquet(
     ray.shutdown()  # the command is a client of its own
     command = ["generate", "--ray", cluster, "--replicas", "1", "--dtype", "fp32", "--kv", "fp32"]
     command += ["--input", str(tmp_path / "*.parquet"), "--output", str(tmp_path / "out"), "--temperature", "0"]
-    with pytest.raises(SystemExit) as ended:
-        main(command)
+    status = status_of(*command)
     ray.init(cluster, log_to_driver=False)
-    assert ended.value.code == 1
+    assert status == 1
     table = pq.read_table(tmp_path / "out" / "part-000000.parquet").to_pylist()
     assert [(row["id"], row["text"]) for row in table] == [(row["id"], row["text"]) for row in found[:5]]
     said = capfd.readouterr().err

@@ -15,6 +15,7 @@ from octavo.errors import install
 from octavo.ray import merged
 from octavo.ray.choice import choose
 from octavo.ray.keys import key_of
+from tests.conftest import status_of
 
 KEYS = [f"{i:016x}" for i in range(400)]
 IDLE = dict.fromkeys("abcd", 0)
@@ -124,9 +125,7 @@ def test_without_ray_one_line_says_how_to_install_it(
 ):
     """The command that it gives is that of a checkout, and no model is loaded before."""
     monkeypatch.setattr("octavo.ray.cluster.find_spec", lambda _: None)
-    with pytest.raises(SystemExit) as ended:
-        main(command)
-    assert ended.value.code == 2
+    assert status_of(*command) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert "ray" in said[0]

@@ -20,7 +20,7 @@ from octavo.errors import OctavoError
 from octavo.models.model import BUNDLED, Model
 from octavo.quant.calibration import Calibration
 from octavo.scales import FORMATS, export_scales, import_scales, read_scales
-from tests.conftest import observe
+from tests.conftest import observe, status_of
 
 LAYERS, HEADS, DIM = 3, 2, 8
 CHANNELS = HEADS * DIM
@@ -279,6 +279,4 @@ def test_the_commands_import_export_and_show(
 
 
 def main_ends(words: list[str], status: int = 0) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(words)
-    assert end.value.code == status
+    assert status_of(*words) == status

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from octavo import LLM
 from octavo.models.model import Model
 from octavo.serve.listening import bind, url
 from octavo.serve.server import Server
+from tests.conftest import wait_until
 
 TOOLED = """{% if tools %}<|user|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|end|>{% endif %}
 {%- for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% for c in m.get('tool_calls', []) %}
@@ -45,13 +45,6 @@ class Running:
         self.llm.engine.scheduler.check()
         assert not self.llm.engine.pool.groups[0].used
         assert self.llm.begun == []
-
-
-def wait_until(condition: Any, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.005)
 
 
 @contextmanager

@@ -28,7 +28,8 @@ from octavo.serve.requests import ChatRequest, CompletionRequest, parse
 from octavo.serve.requests.body import MAX_KEYS, check_json
 from octavo.serve.response_store import InMemory, Kept
 from octavo.serve.server import Server
-from tests.serve.conftest import Running, serving, small, wait_until
+from tests.conftest import wait_until
+from tests.serve.conftest import Running, serving, small
 
 HELLO = {"role": "user", "content": "a"}
 PATHS = {"messages": "chat/completions", "input": "responses"}

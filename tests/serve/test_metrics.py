@@ -7,7 +7,8 @@ import httpx2 as httpx
 from octavo import LLM
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from tests.serve.conftest import serving, wait_until
+from tests.conftest import wait_until
+from tests.serve.conftest import serving
 
 
 def test_sessions_of_one_beginning_hold_a_ring_each_and_one_first_page(

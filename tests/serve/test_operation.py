@@ -18,11 +18,13 @@ import httpx2 as httpx
 import pytest
 
 from octavo import LLM, OctavoError
-from octavo.cli import main
+from octavo.cli.loading import LoadOptions
 from octavo.models.model import Model
 from octavo.serve import logs
 from octavo.serve.listening import Tls, bind_unix, listening, url
-from tests.serve.conftest import Running, serving, small, wait_until
+from octavo.serve.server import Server
+from tests.conftest import status_of, wait_until
+from tests.serve.conftest import Running, serving, small
 
 CHAT = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 8, "temperature": 0}
 
@@ -224,10 +226,26 @@ def test_a_server_says_where_it_is_and_what_to_ask_and_at_sigterm_ends_its_answe
         assert server.wait(30) == 0
     assert "generated=300" in log
     assert "leaked" not in log  # of the native modules nothing outlives the interpreter
+    assert "Traceback" not in log
+    assert "a story" not in log
     assert log.index("stopping: ") < log.index("conversations that are saved: ") < log.index("stopped")
     saved = re.search(r"conversations that are saved: (\d+)", log)
     assert saved
     assert int(saved[1]) == len(list(tmp_path.glob("*.session"))) > 0
+
+
+@pytest.mark.usefixtures("own_log")
+def test_what_is_served_is_told_as_json(
+    pamphlet: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(LoadOptions, "load", lambda *_, **__: pamphlet)
+    monkeypatch.setattr(Server, "run", lambda _: None)
+    assert status_of("serve", "--kv", "int8-token", "--port", "0", "--max-batch-size", "2", "--json") == 0
+    state = json.loads(capsys.readouterr().out)
+    assert state["model"] == "pamphlet"
+    assert state["sessions"] * 2048 == state["cache_tokens"]
+    assert (state["kv"], state["token_bytes"]) == ("int8-token", 1560)
+    assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d+", state["url"])
 
 
 @pytest.mark.usefixtures("own_log")
@@ -236,9 +254,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line(monkeypatch: pytest.MonkeyPat
         raise KeyError("rope_scaling")
 
     monkeypatch.setattr(LLM, "__init__", load)
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", "--port", "0"])
-    assert ended.value.code == 2
+    assert status_of("serve", "--port", "0") == 2
     told = capsys.readouterr().err
     assert "Traceback" not in told
     assert told.splitlines()[-1:] == [

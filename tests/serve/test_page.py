@@ -14,7 +14,8 @@ import pytest
 
 from octavo import LLM
 from octavo.models.model import Model
-from tests.serve.conftest import Running, serving, wait_until
+from tests.conftest import wait_until
+from tests.serve.conftest import Running, serving
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -16,7 +16,6 @@ from urllib.request import urlopen
 import pytest
 from openai import BadRequestError
 
-from octavo.cli import main
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
@@ -24,7 +23,8 @@ from octavo.models.model import Model
 from octavo.serve import sessions as module
 from octavo.serve.sessions import SessionDir
 from octavo.serve.worker import Worker
-from tests.serve.conftest import Running, serving, small, wait_until
+from tests.conftest import status_of, wait_until
+from tests.serve.conftest import Running, serving, small
 
 PLENTY = 1 << 30
 
@@ -311,7 +311,5 @@ def test_more_conversations_than_the_disk_takes_are_not_all_kept(
 
 
 def test_a_size_without_a_directory_is_refused(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as exit:
-        main(["serve", "--session-dir-size", "1GB"])
-    assert exit.value.code == 2
+    assert status_of("serve", "--session-dir-size", "1GB") == 2
     assert "--session-dir-size bounds what --session-dir keeps" in capsys.readouterr().err

@@ -34,10 +34,10 @@ MOST_SPLITS = 64
 
 def attend(spec: AttentionSpec, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """As `octavo.attention.attend`. Inside torch.compile it is one opaque operator."""
-    layer = _layer(spec, cache)
+    layer = layer_of(spec, cache)
     step = Step.of(batch)
     one, many = step.tiles(1), step.tiles(layer.chunk.queries)
-    edges, hand = _edges(spec, cache, batch) if cache.raw is not None else ([], [])
+    edges, hand = edges_of(spec, cache, batch) if cache.raw is not None else ([], [])
     given = (q, k, v, batch.slots, batch.block_table, step.q_start, step.kv_len, one, many, edges, hand)
     if torch.compiler.is_compiling():
         return torch.ops.octavo.attend(*given, layer.memory, layer.number)
@@ -55,7 +55,7 @@ class Pages(NamedTuple):
     own: Tensor | None = None  # [B]
 
 
-def _edges(spec: AttentionSpec, cache: LayerCache, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+def edges_of(spec: AttentionSpec, cache: LayerCache, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     """What `Pages` of a step need beside the cache: slots, first and own of the cache's pages, then, if the step has
     chunks, of those in hand; and the latter themselves, with what they hold of earlier steps."""
     assert cache.raw is not None
@@ -101,7 +101,7 @@ class Tiling:
 
     def splits(self, programs: int, device: torch.device) -> int:
         """Into how many parts contexts are cut where there would be so many programs."""
-        return max(1, min(MOST_SPLITS, self.programs * _multiprocessors(device) // programs))
+        return max(1, min(MOST_SPLITS, self.programs * multiprocessors(device) // programs))
 
 
 class Layer:
@@ -154,7 +154,7 @@ class Layer:
         self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, table: Tensor, q_start: Tensor, kv_len: Tensor,
         one: Tensor, many: Tensor, edges: list[Tensor], hand: list[Tensor],
     ) -> Tensor:  # fmt: skip
-        """Write, then attend. `edges` and `hand` are as `_edges` returns them."""
+        """Write, then attend. `edges` and `hand` are as `edges_of` returns them."""
         out = q.new_empty(len(q), self.spec.heads, self.v.dim)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         step = (q_start, kv_len, table)
@@ -241,7 +241,7 @@ _numbers = count()
 _layers: WeakValueDictionary[int, Layer] = WeakValueDictionary()
 
 
-def _layer(spec: AttentionSpec, cache: LayerCache) -> Layer:
+def layer_of(spec: AttentionSpec, cache: LayerCache) -> Layer:
     if id(spec) not in cache.native:  # the Layer keeps the spec, so its id stays its own
         layer = cache.native[id(spec)] = Layer(spec, cache)
         _layers[layer.number] = layer
@@ -272,7 +272,7 @@ def _chunk_rows(k: RowStore, v: RowStore) -> int:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

@@ -75,6 +75,11 @@ def console() -> Console:
     return Console(highlight=False)
 
 
+def closes(rows: Sequence[Any], i: int, of: str) -> bool:
+    """Whether row `i` is the last of its section: the next one differs in its attribute `of`, or there is none."""
+    return i + 1 == len(rows) or getattr(rows[i + 1], of) != getattr(rows[i], of)
+
+
 def mib(n: int | None) -> str:
     """Bytes as MiB, with a decimal where they are few; a dash where there is no number."""
     if n is None:

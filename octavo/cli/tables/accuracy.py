@@ -13,7 +13,10 @@ from octavo.cli.tables import plus_minus, table
 
 
 def show_theory(document: dict[str, Any]) -> None:
-    Console().print(theory(document))
+    found = table(f"KV cache of {document['model']} (computed)", "format", "bytes per token", "times smaller")
+    for row in document["theory"]:
+        found.add_row(row["format"], f"{row['bytes_per_token']:,}", f"{row['times_smaller']:.2f}")
+    Console().print(found)
 
 
 def show_text(document: dict[str, Any]) -> None:
@@ -32,7 +35,15 @@ def show_text(document: dict[str, Any]) -> None:
 
 
 def show_retrieval(document: dict[str, Any]) -> None:
-    Console().print(retrieval(document["retrieval"]["rows"], document["baseline"]))
+    baseline = document["baseline"]
+    title = f"Values looked up by their keys; change of their log-probability from {baseline}, nats"
+    found = table(title, "tokens", "format", "found", "of", "lost", "change", keys=2)
+    for row in document["retrieval"]["rows"]:
+        own, asked = row["name"] == baseline, row["questions"]
+        change = "" if own else plus_minus(row["change"], row["change_error"], "+.3f", ".3f")
+        lost = "" if own else str(row["lost"])
+        found.add_row(f"{row['length']:,}", row["name"], f"{row['right'] * asked:.0f}", str(asked), lost, change)
+    Console().print(found)
 
 
 def show_tasks(document: dict[str, Any]) -> None:
@@ -45,13 +56,6 @@ def show_tasks(document: dict[str, Any]) -> None:
     for reason in tasks["skipped"].values():
         console.print(f"not run: {reason}")
     console.print(f"results are kept in {tasks['results']}")
-
-
-def theory(document: dict[str, Any]) -> Table:
-    found = table(f"KV cache of {document['model']} (computed)", "format", "bytes per token", "times smaller")
-    for row in document["theory"]:
-        found.add_row(row["format"], f"{row['bytes_per_token']:,}", f"{row['times_smaller']:.2f}")
-    return found
 
 
 def scores(text: dict[str, Any], baseline: str) -> Table:
@@ -106,18 +110,6 @@ def answers(greedy: dict[str, Any], baseline: str) -> Table:
         low, high = row["quartiles"]
         parted = 1 - row["equal"] / greedy["prompts"]
         found.add_row(row["name"], f"{parted:.0%}", f"{least}{row['median']:g}", f"{low:g}–{high:g}")
-    return found
-
-
-def retrieval(rows: list[dict[str, Any]], baseline: str) -> Table:
-    title = f"Values looked up by their keys; change of their log-probability from {baseline}, nats"
-    found = table(title, "tokens", "format", "found", "of", "lost", "change", keys=2)
-    for row in rows:
-        own = row["name"] == baseline
-        change = "" if own else plus_minus(row["change"], row["change_error"], "+.3f", ".3f")
-        lost = "" if own else str(row["lost"])
-        asked = row["questions"]
-        found.add_row(f"{row['length']:,}", row["name"], f"{row['right'] * asked:.0f}", str(asked), lost, change)
     return found
 
 

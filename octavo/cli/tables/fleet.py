@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from octavo.cli.tables import mib, table
+from octavo.cli.tables import closes, mib, table
 from octavo.measure.memory.fleet import Fleet, Gpu, Wanted
 from octavo.units import format_bytes
 
@@ -20,11 +20,10 @@ def fleet_table(found: Sequence[Fleet], wanted: Wanted) -> Table:
                "sessions a replica holds", "tokens/s of a session", "tokens/s at most")  # fmt: skip
     rows = table(title, *columns, keys=2)
     for i, fleet in enumerate(found):
-        ends = i + 1 == len(found) or found[i + 1].weights != fleet.weights
         rows.add_row(
             fleet.weights, fleet.kv, f"{fleet.gpus:,}", f"{fleet.replicas:,}", f"{fleet.ranks}",
             mib(fleet.weight_bytes), mib(fleet.session_bytes), f"{fleet.sessions:,}", f"{1 / fleet.step:,.0f}",
-            f"{fleet.most:,.0f}", end_section=ends,
+            f"{fleet.most:,.0f}", end_section=closes(found, i, "weights"),
         )  # fmt: skip
     return rows
 

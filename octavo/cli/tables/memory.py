@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from octavo.cli.tables import mib, table
+from octavo.cli.tables import closes, mib, table
 from octavo.measure.memory.costs import Cost
-from octavo.measure.memory.plan import Fit
 from octavo.measure.memory.points import Point, saved
 from octavo.units import format_bytes
 
@@ -67,9 +66,8 @@ def point_table(found: Sequence[Point], context: int, measured: bool) -> Table:
         rest = [mib(point.rest)] if measured else []
         cells = [mib(point.weights), mib(point.cache), *rest, mib(point.total)]
         cells += ["" if (point.kind, point.format) == baseline else mib(value) for value in savings]
-        ends = i + 1 == len(found) or found[i + 1].batch != point.batch
         kind = [point.kind] if several else []
-        rows.add_row(f"{point.batch}", *kind, point.format, *cells, point.how, end_section=ends)
+        rows.add_row(f"{point.batch}", *kind, point.format, *cells, point.how, end_section=closes(found, i, "batch"))
     return rows
 
 
@@ -102,18 +100,17 @@ def notes(found: Sequence[Point], context: int, peak: str) -> list[str]:
     return lines
 
 
-def fit_table(found: Sequence[Fit], context: int, room: str) -> Table:
+def fit_table(found: Sequence[Cost], context: int, room: str) -> Table:
     columns = ("weights", "KV", "MiB of weights", "MiB per session", "sessions", "times as many")
     states = (
-        f"; {mib(found[0].state_bytes)} MiB of each are states of fixed size and their snapshots"
-        if found[0].state_bytes
-        else ""
+        f"; {mib(found[0].states)} MiB of each are states of fixed size and their snapshots" if found[0].states else ""
     )
     rows = table(f"Sessions of {context:,} tokens that fit in {room} (computed){states}", *columns, keys=2)
     first = found[0].sessions
     for i, fit in enumerate(found):
         ratio = f"{fit.sessions / first:.2f}" if first else "–"
-        ends = i + 1 == len(found) or found[i + 1].weights != fit.weights
-        sizes = mib(fit.weight_bytes), mib(fit.session_bytes)
-        rows.add_row(fit.weights, fit.kv, *sizes, f"{fit.sessions:,}", ratio, end_section=ends)
+        sizes = mib(fit.weight_bytes), mib(fit.session)
+        rows.add_row(
+            fit.weights, fit.format, *sizes, f"{fit.sessions:,}", ratio, end_section=closes(found, i, "weights")
+        )
     return rows

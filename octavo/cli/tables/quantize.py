@@ -1,11 +1,32 @@
-"""The table of `octavo quantize`."""
+"""What `octavo quantize` prints."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
 from rich.table import Table
 
 from octavo.cli.tables import table
+from octavo.models.files import weight_files
 from octavo.quantize import Quantized, Rounded
+from octavo.units import format_bytes
+
+
+def show(quantized: Quantized, read: str, kept: Sequence[str], before: Path, after: Path) -> None:
+    """`read` is what the errors are measured on, `kept` are the layers that stay in 16 bits."""
+    console = Console()
+    console.print(error_table(quantized))
+    console.print(read)
+    listed = ", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
+    console.print(f"in 16 bits: {f'{listed}; ' if kept else ''}embeddings and norms")
+    old, new = (sum(file.stat().st_size for file in weight_files(path)) for path in (before, after))
+    console.print(
+        f"{quantized.bits_per_weight:.2f} bits a weight in {quantized.weights:,} weights of linear layers, scales and "
+        f"zeros included; files {format_bytes(old)} → {format_bytes(new)}"
+    )
+    console.print(f"saved to {after}; serve it with --model-format awq", soft_wrap=True)
 
 
 def error_table(quantized: Quantized) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -20,7 +20,6 @@ def saturation(
     calibration: Calibration,
     windows: Sequence[Sequence[int]],
     headrooms: Sequence[float],
-    progress: Callable[[int], None] | None = None,
 ) -> Shares:
     """Share of values that int8 would clip. K and V are those of the unquantized model."""
     int8 = KVFormat.parse("int8").k
@@ -41,10 +40,8 @@ def saturation(
                 clipped[headroom][layer][side] += int(rows.saturated)  # type: ignore[arg-type]  # int8 counts
 
     reading = Reading(bound)
-    for done, window in enumerate(windows):
+    for window in windows:
         reading.run(window, observe)
-        if progress is not None:
-            progress(done + 1)
     return {
         headroom: [(own[0] / n[0], own[1] / n[1]) for own, n in zip(counts, values, strict=True)]
         for headroom, counts in clipped.items()

@@ -18,7 +18,7 @@ from octavo.engine.reading import LOGIT_ROWS, Reading
 from octavo.measure.candidate import Candidate
 from octavo.measure.statistics import standard_error
 from octavo.models.model import Model
-from octavo.progress import Count
+from octavo.progress import Count, silent
 from octavo.quant.format import BLOCK
 
 BINS, BIN = 8, BLOCK  # pieces that a window is looked at in, and what a piece's length is a multiple of
@@ -71,7 +71,7 @@ def compare(
     baseline: Candidate,
     candidates: Sequence[Candidate],
     windows: Sequence[Sequence[int]],
-    progress: Count | None = None,
+    progress: Count = silent,
     enough: Callable[[int], bool] = lambda _: False,
 ) -> list[Score]:
     """Scores of the baseline and of each candidate, in that order, over `windows` of token ids of one length.
@@ -107,7 +107,7 @@ def measured(
     model: Model,
     candidates: Sequence[Candidate],
     windows: Sequence[Sequence[int]],
-    progress: Count | None = None,
+    progress: Count = silent,
     enough: Callable[[int], bool] = lambda _: False,
 ) -> list[Measured]:
     """As `compare`, before it is summed up; the first candidate is the baseline."""
@@ -124,8 +124,7 @@ def measured(
                 references.setdefault(first, own)
                 run.take(references[runs[0]], references[first], own, targets)
                 done += len(targets)
-                if progress is not None:
-                    progress(done, total)
+                progress(done, total)
         for run in runs:
             run.logits.close()
         if enough(nth):

@@ -14,7 +14,7 @@ from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.measure.candidate import Candidate
 from octavo.models.model import Model
-from octavo.progress import Progress
+from octavo.progress import Progress, silent
 
 Tokens = Sequence[int]
 
@@ -36,7 +36,7 @@ def compare_answers(
     candidates: Sequence[Candidate],
     prompts: Sequence[Tokens],
     tokens: int,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[Agreement]:
     """How far the greedy answers to `prompts`, `tokens` tokens each whatever they are, agree with the baseline's."""
     each = len(prompts) * tokens
@@ -57,8 +57,7 @@ def compare_answers(
                     raise OctavoError(delta.completion.error)
                 completed[delta.index] = delta.completion.token_ids
                 written[delta.index] = tokens
-            if progress is not None:
-                progress(candidate.name, before * each + sum(written), (1 + len(candidates)) * each)
+            progress(candidate.name, before * each + sum(written), (1 + len(candidates)) * each)
         answers[candidate.name] = [completed[i] for i in range(len(prompts))]
     return [
         agreement(candidate.name, answers[candidate.name], answers[baseline.name], tokens) for candidate in candidates

@@ -11,13 +11,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean as mean
 from typing import Any
 
 from octavo.measure.candidate import Candidate
-from octavo.measure.statistics import mean, standard_error
+from octavo.measure.statistics import standard_error
 from octavo.measure.tasks.loglikelihood import Request, Scored, score
 from octavo.models.model import Model
-from octavo.progress import Progress
+from octavo.progress import Progress, silent
 from octavo.text import opening
 
 QUESTIONS = 24  # of each context, spread evenly over it
@@ -52,12 +53,10 @@ class Retrieval:
     gained: int
 
 
-def contexts(tokenizer: Any, length: int, count: int = 1, questions: int = QUESTIONS, seed: int = 0) -> list[Context]:
-    """`count` lists of keys and values, of at most `length` tokens with a question and its answer."""
-    return [_context(tokenizer, length, questions, random.Random(f"{seed} {i}")) for i in range(count)]
+def make_context(tokenizer: Any, length: int, questions: int = QUESTIONS) -> Context:
+    """A list of keys and values, of at most `length` tokens with a question and its answer; always the same one."""
+    chance = random.Random("0 0")
 
-
-def _context(tokenizer: Any, length: int, questions: int, chance: random.Random) -> Context:
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -89,13 +88,12 @@ def retrieve(
     model: Model,
     baseline: Candidate,
     candidates: Sequence[Candidate],
-    asked: Sequence[Context],
+    asked: Context,
     length: int,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> list[Retrieval]:
-    """How well the baseline and each candidate look up values in contexts of at most `length` tokens."""
-    requests = [question for context in asked for question in context.questions]
-    depths = [depth for context in asked for depth in context.depths]
+    """How well the baseline and each candidate look up values in a context of at most `length` tokens."""
+    requests, depths = asked.questions, asked.depths
     everyone, first = (baseline, *candidates), None
     found = []
     for i, candidate in enumerate(everyone):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from octavo.measure.doctor.diagnosis import Diagnosis, Finding
+from octavo.measure.doctor.inspection import Anatomy
+from octavo.measure.doctor.selfcheck import SelfCheck
 from octavo.quant.format import ADVISED
 
 WIDE = 8  # a channel that many times as wide as the median is an outlier; models without any stay at 3
@@ -10,21 +12,20 @@ WIDE = 8  # a channel that many times as wide as the median is an outlier; model
 
 def findings(found: Diagnosis) -> list[Finding]:
     """Everything to know about an accepted model, most basic first."""
-    own = [_binding(found), _self_check(found), _positions(found), _keys(found), _outliers(found)]
+    anatomy, check = found.anatomy, found.self_check
+    assert anatomy is not None
+    assert check is not None
+    own = [_binding(anatomy), _self_check(check, anatomy.dtype), _positions(anatomy), _keys(found), _outliers(found)]
     slower = [Finding("note", "processor", f"the model {what}") for what in found.slower]
     return [finding for finding in own if finding is not None] + slower + _formats(found)
 
 
-def _binding(found: Diagnosis) -> Finding:
-    assert found.anatomy is not None
-    layers, name = found.anatomy.layers, found.anatomy.architecture
-    return Finding("ok", "binding", f"{name} is accepted: its {layers} attention layers all reach Octavo's cache")
+def _binding(anatomy: Anatomy) -> Finding:
+    told = f"{anatomy.architecture} is accepted: its {anatomy.layers} attention layers all reach Octavo's cache"
+    return Finding("ok", "binding", told)
 
 
-def _self_check(found: Diagnosis) -> Finding:
-    assert found.self_check is not None
-    assert found.anatomy is not None
-    check, dtype = found.self_check, found.anatomy.dtype
+def _self_check(check: SelfCheck, dtype: str) -> Finding:
     numbers = (
         f"two sequences in one batch differ from each alone by {_relative(check.alone)}, and from transformers' own "
         f"attention by {_relative(check.transformers)}"
@@ -37,9 +38,8 @@ def _self_check(found: Diagnosis) -> Finding:
     )  # fmt: skip
 
 
-def _positions(found: Diagnosis) -> Finding | None:
-    assert found.anatomy is not None
-    if found.anatomy.shift_invariant is not False:
+def _positions(anatomy: Anatomy) -> Finding | None:
+    if anatomy.shift_invariant is not False:
         return None
     return Finding(
         "note",

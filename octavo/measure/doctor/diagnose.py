@@ -3,19 +3,17 @@ that the user gives.
 
     anatomy      geometry, positions, key offsets and wide channels      inspection.py
     self-check   packed = alone = transformers                           selfcheck.py
-    formats      KL of every format on text, whole and layer by layer    here, through accuracy.py
+    formats      KL of every format on text (texts.py)                   here, through accuracy/compare.py
+    layers       KL with a single layer in a format                      layers.py
     findings     what follows from it, in words                          advice.py
 
-The text is split: calibrated formats are calibrated on its first part, and all are measured on the rest. A slow model
-sees fewer windows and shorter ones, but none shorter than LEAST: edges keep the first and the last 64 rows of a window
-in 16 bits, and what a format loses shows in the rows between. Layers are tried with the time that is left.
+A slow model sees fewer windows and shorter ones, but none shorter than LEAST: edges keep the first and the last 64 rows
+of a window in 16 bits, and what a format loses shows in the rows between. Layers are tried with the time that is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import count as counting
-from pathlib import Path
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
@@ -23,31 +21,22 @@ from torch import Tensor
 
 from octavo.cache.size import CacheSize
 from octavo.calibrate import calibrate
-from octavo.corpus import load_texts
-from octavo.engine.reading import Reading
-from octavo.errors import OctavoError
-from octavo.llm import LLM
-from octavo.measure.accuracy.compare import compare, losses
-from octavo.measure.budget import NO_LIMIT, Budget, Windows, duration
+from octavo.measure.accuracy.compare import compare
+from octavo.measure.budget import NO_LIMIT, Budget, Windows
 from octavo.measure.candidate import Candidate
 from octavo.measure.doctor.advice import findings
 from octavo.measure.doctor.diagnosis import Diagnosis
 from octavo.measure.doctor.inspection import examine, keys, widths
+from octavo.measure.doctor.layers import try_layers
 from octavo.measure.doctor.selfcheck import self_check
+from octavo.measure.doctor.texts import SELF, windows
 from octavo.measure.pace import Pace
-from octavo.models.bind import BoundModel
-from octavo.models.model import BUNDLED, Model
-from octavo.progress import Progress
-from octavo.quant.calibration import Calibration
+from octavo.models.model import Model
+from octavo.progress import Progress, silent
 from octavo.quant.format import KVFormat
-from octavo.text_windows import consecutive_windows, self_windows, token_windows
 
-SELF = "self"
-PROSE = BUNDLED / "evaluation.txt"  # English, written for this project
 WANTED, LEAST = Windows(8, 512), Windows(4, 256)  # that formats are measured on
 CALIBRATED = 8  # windows of the same length
-LAYER_TOKENS, FEWEST = 128, 32  # of the piece of a window that layers are tried on
-CHARS = 400_000  # of a text that are looked at
 LAST_BIT = "16 bits, last bit flipped"
 CANDIDATES = (  # name, format, whether the doctor's own calibration is used
     ("kv8", "kv8", True),
@@ -56,23 +45,20 @@ CANDIDATES = (  # name, format, whether the doctor's own calibration is used
     ("kv4", "kv4", True),
     ("int8", "int8", True),
 )
-# Codes alone; token formats without the calibration, which hides what is special in a layer.
-LAYER_FORMATS = ("int8", "int8-token", "int4-token")
 
 
 def diagnose(
     model: Model,
     text: str | None = None,
     budget: Budget = NO_LIMIT,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
+    tell: Progress = silent,
+    say: Callable[[str], None] = silent,
 ) -> Diagnosis:
     """Examine a loaded model. `text` is a .txt or .jsonl file or a named set, `self` for text that the model writes, or
-    None for a bundled English text. `progress` is called with what is done, how much of it, and of how much; `say` with
+    None for a bundled English text. `tell` is called with what is done, how much of it, and of how much; `say` with
     what will be measured, and what was left out to fit the budget."""
     start, bound = perf_counter(), model.bound
     bound.expect_rows()
-    tell, say = progress or (lambda *_: None), say or (lambda _: None)
     found = Diagnosis(model.name, True, weights=model.weight_kind, processor=model.processor, slower=bound.slower)
     found.anatomy = examine(bound)
     tell("checking that sequences do not mix", 0, 0)
@@ -87,7 +73,7 @@ def diagnose(
     wanted = Windows(WANTED.count, min(WANTED.length, bound.max_context))
     fit = budget.less(perf_counter() - start).fit(wanted, LEAST, seconds)
     say(f"measuring on {fit.of(forwards)}")
-    found.text, calibration_windows, windows = _windows(model, text, fit.size)
+    found.text, calibration_windows, measured = windows(model, text, CALIBRATED, fit.size)
     found.keys = keys(bound, calibration_windows[0])
 
     def calibrated(done: int) -> None:
@@ -106,85 +92,20 @@ def diagnose(
         model,
         Candidate(str(raw), raw),
         candidates,
-        windows,
+        measured,
         lambda done, total: tell("comparing formats", done, total),
         lambda done: done >= LEAST.count and budget.over(start),
     )
     found.rounding, found.formats = scores[1].kl, scores[2:]
     found.measured = f"{scores[0].tokens // (fit.size.length - 1)} windows of {fit.size.length} tokens"
-    found.layers = _layers(bound, calibration, windows[0], pace, budget.less(perf_counter() - start), tell, say)
+    left = budget.less(perf_counter() - start)
+    found.layers = try_layers(bound, calibration, measured[0], pace, left, tell, say)
     found.findings = findings(found)
     found.seconds = perf_counter() - start
     return found
-
-
-def _layers(
-    bound: BoundModel,
-    calibration: Calibration,
-    window: Sequence[int],
-    pace: Pace,
-    budget: Budget,
-    tell: Progress,
-    say: Callable[[str], None],
-) -> dict[str, list[float]]:
-    """The layers one by one, on as much of the window as the time that is left allows; nothing where it is not worth
-    while."""
-    trials = len(LAYER_FORMATS) * sum(shape.shares is None for shape in bound.shapes)
-    fit = budget.fit(
-        Windows(1, min(len(window), LAYER_TOKENS)),
-        Windows(1, FEWEST),
-        lambda size: (1 + trials) * pace.read(size.tokens, logits=True),
-    )
-    if not budget.holds(fit.seconds):
-        say(f"layers are not tried one by one: that takes {duration(fit.seconds)} more; give a longer --budget")
-        return {}
-    return sensitivity(bound, calibration, window[: fit.size.length], lambda done: tell("trying layers", done, trials))
 
 
 def flip_last_bit(x: Tensor) -> Tensor:
     """K or V in 16 bits with the last bit the other way: what any rounding of a 16-bit cache may do."""
     short = x.contiguous() if x.dtype == torch.float16 else x.bfloat16().contiguous()
     return (short.view(torch.int16) ^ 1).view(short.dtype).to(x.dtype)
-
-
-def sensitivity(
-    bound: BoundModel, calibration: Calibration, window: Sequence[int], progress: Callable[[int], None]
-) -> dict[str, list[float]]:
-    """Mean KL, nats, over `window` with a single layer in each of LAYER_FORMATS and the others unquantized."""
-    raw = bound.raw_format
-    owners = [i for i, shape in enumerate(bound.shapes) if shape.shares is None]
-    readings = []
-    for format in map(KVFormat.parse, LAYER_FORMATS):
-        own = calibration if format.needs_calibration else None
-        for layer in owners:
-            formats = [format if i == layer else raw for i in range(len(bound.layers))]
-            readings.append(Reading(bound, formats, own))
-    done = counting()  # 0 is the reading that the others are compared with
-    kl = list(losses(readings, window, lambda: progress(next(done))))
-    return {name: kl[i * len(owners) : (i + 1) * len(owners)] for i, name in enumerate(LAYER_FORMATS)}
-
-
-def _windows(model: Model, text: str | None, size: Windows) -> tuple[str, list[list[int]], list[list[int]]]:
-    """The text's name, windows to calibrate on and windows to measure on: of its first part and of the rest."""
-    measured, length = size.count, size.length
-    count = CALIBRATED + measured
-    if model.synthetic:
-        ids = model.bound.random_tokens(count, length)
-        return "random tokens, since the weights are random too", ids[:CALIBRATED], ids[CALIBRATED:]
-    if text == SELF:
-        windows = self_windows(
-            LLM(model, session_len=min(length + 1, model.bound.max_context), max_batch_size=count), count, length
-        )
-        return "text that the model wrote", windows[:CALIBRATED], windows[CALIBRATED:]
-    texts = load_texts(text or str(PROSE))
-    whole = "\n\n".join(texts)[:CHARS]
-    tokens = len(model.tokenizer(whole, verbose=False)["input_ids"])
-    needed = 5 * length * max(-(-CALIBRATED // 3), -(-measured // 2))  # each part holds its windows once
-    if tokens < needed:
-        raise OctavoError(f"{texts.name} has {tokens:,} tokens and the doctor needs {needed:,}: name a longer --text")
-    cut = len(whole) * 3 // 5
-    return (
-        Path(texts.name).name,
-        token_windows([whole[:cut]], model.tokenizer, CALIBRATED, length),
-        consecutive_windows([whole[cut:]], model.tokenizer, length, measured),
-    )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.attention import AttentionSpec
-from octavo.calibrate import FARTHEST, shift_invariant
+from octavo.calibrate.positions import FARTHEST, shift_invariant
 from octavo.engine.reading import Reading
 from octavo.measure.speed.roofline import cache_bytes
 from octavo.models.bind import UNLIMITED, BoundModel

@@ -1,4 +1,7 @@
-"""What weights and cache take, by kind of weights and cache format: computed from a model's geometry, nothing is run.
+"""What weights and cache take, by kind of weights and cache format, and how many sessions fit beside the weights:
+computed from a model's geometry, nothing is run.
+
+    total = weights + sessions · (states of fixed size, and bytes of all tokens in the cache's format)
 
 What a 16-bit model would take with 4-bit weights is computed for what `octavo quantize` packs in groups of 128, or of
 64 or 32 where those pack more, each with a 16-bit scale and a zero; the other weights stay: embeddings, norms, the
@@ -41,9 +44,18 @@ class Cost:
     def cache(self, sessions: int) -> int:
         return sessions * self.session + self.spare
 
+    def total(self, sessions: int) -> int:
+        return self.weight_bytes + self.cache(sessions)
+
     def document(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
         return {"format": self.format} | {name: value for name, value in vars(self).items() if name != "kv"}
+
+    def fit(self) -> dict[str, Any]:
+        """How many sessions fit, ready for JSON."""
+        return {"weights": self.weights, "kv": self.format, "weight_bytes": self.weight_bytes,
+                "session_bytes": self.session, "sessions": self.sessions, "spare_bytes": self.spare,
+                "state_bytes": self.states}  # fmt: skip
 
 
 def baseline(geometry: Geometry) -> KVFormat:

@@ -47,10 +47,3 @@ class Footprint:
     @property
     def nbytes_16(self) -> int:
         return self.size_16.session(self.tokens)
-
-
-def worst_saturation(llm: LLM) -> tuple[float, str]:
-    """The largest share of values outside the calibrated range, and where: (0.0012, "V of layer 3")."""
-    by_layer = enumerate(llm.cache.saturation())
-    shares = ((share, f"{side} of layer {i}") for i, kv in by_layer for side, share in zip("KV", kv, strict=True))
-    return max(shares, default=(0.0, "no layer"))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from octavo.measure.memory.costs import Cost
 from octavo.measure.memory.process import CannotMeasure, Filled, Request, Source, measure
+from octavo.progress import silent
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def points(
     batches: Sequence[int],
     context: int,
     sources: Mapping[str, Source] | None = None,
-    progress: Callable[[Point], None] | None = None,
+    progress: Callable[[Point], None] = silent,
 ) -> list[Point]:
     """The table, by batch size and then as in `theory`: measured where its kind of weights has a source and there is
     room, computed elsewhere."""
@@ -50,8 +51,7 @@ def points(
     for batch in batches:
         for cost in theory:
             found.append(_point(cost, batch, context, sources or {}))
-            if progress is not None:
-                progress(found[-1])
+            progress(found[-1])
     return found
 
 

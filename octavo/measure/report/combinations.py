@@ -12,9 +12,8 @@ from typing import Any
 
 from octavo.measure.accuracy.compare import Score, compare
 from octavo.measure.candidate import Candidate
-from octavo.measure.memory.plan import Fit
-from octavo.measure.speed.roofline import ceilings
-from octavo.measure.speed.throughput import Speed, measure, prompt_length
+from octavo.measure.memory.costs import Cost
+from octavo.measure.speed.throughput import Speed, measure_all
 from octavo.models.model import Model
 from octavo.progress import Share
 
@@ -25,7 +24,7 @@ BATCH_SIZES = (1, 8)
 class Corner:
     """One kind of weights with one format of the cache: computed, and measured where both models are at hand."""
 
-    fit: Fit
+    cost: Cost
     score: Score | None = None
     speed: list[Speed] = field(default_factory=list)  # by batch size
 
@@ -34,13 +33,13 @@ class Corner:
         score = asdict(self.score) if self.score is not None else None
         if score is not None:
             del score["kl_by_position"], score["kl_by_bin"]
-        return {**asdict(self.fit), "score": score, "speed": [asdict(row) for row in self.speed]}
+        return {**self.cost.fit(), "score": score, "speed": [asdict(row) for row in self.speed]}
 
 
 def measure_corners(
     model: Model,
     compared: Sequence[Candidate],
-    fits: Sequence[Fit],
+    computed: Sequence[Cost],
     windows: Sequence[Sequence[int]],
     context: int,
     rate: float,
@@ -49,7 +48,7 @@ def measure_corners(
     rounds: int,
     progress: Share,
 ) -> list[Corner]:
-    """The corners of `fits` with the accuracy and speed of `compared`, which `beside` made in the same order.
+    """The corners that were `computed`, with accuracy and speed of `compared`, which `beside` made in the same order.
 
     `windows` are read for accuracy; sessions of `context` tokens are timed, `tokens` decode steps in each of `rounds`,
     beside a bandwidth of `rate` bytes a second.
@@ -58,20 +57,17 @@ def measure_corners(
     scores = compare(
         model, first, others, windows, lambda done, total: progress("comparing the corners", 0.5 * done / total)
     )
-    sizes = [size for size in BATCH_SIZES if prompt_length(size, context, tokens) > 0]
-    theory = ceilings(model.bound, compared, sizes, [context], tokens, rate)
-    runs = len(theory) * rounds
-    speed = measure(
+    _, speed = measure_all(
         model,
         compared,
-        sizes,
-        [context],
-        theory,
+        BATCH_SIZES,
+        context,
+        rate,
         tokens=tokens,
         rounds=rounds,
-        progress=lambda done: progress("timing the corners", 0.5 + 0.5 * done / runs),
+        progress=lambda share: progress("timing the corners", 0.5 + 0.5 * share),
     )
     return [
-        Corner(fit, score, [row for row in speed if row.kv == candidate.name])
-        for fit, candidate, score in zip(fits, compared, scores, strict=True)
+        Corner(cost, score, [row for row in speed if row.kv == candidate.name])
+        for cost, candidate, score in zip(computed, compared, scores, strict=True)
     ]

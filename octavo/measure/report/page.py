@@ -23,7 +23,7 @@ from octavo.measure.budget import NO_LIMIT, Budget
 from octavo.measure.report import plots, svg
 from octavo.measure.report.survey import Survey, gather
 from octavo.models.model import Model
-from octavo.progress import Share
+from octavo.progress import Share, silent
 from octavo.quant.calibration import Calibration
 from octavo.units import format_bytes
 
@@ -39,9 +39,9 @@ def write_report(
     text: str | None = None,
     memory: int | None = None,
     baseline: Model | None = None,
-    progress: Share | None = None,
+    progress: Share = silent,
     budget: Budget = NO_LIMIT,
-    say: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = silent,
 ) -> Survey:
     """Measure `model` and write report.html, report.md with its plots, and report.json into `directory`.
 
@@ -53,7 +53,7 @@ def write_report(
     nothing can be written, matplotlib is missing, or the two are no such pair.
     """
     require_directory(directory)
-    found = gather(model, calibration, text, memory, baseline, progress or (lambda *_: None), budget, say)
+    found = gather(model, calibration, text, memory, baseline, progress, budget, say)
     render(found, directory)
     return found
 
@@ -67,9 +67,10 @@ def require_directory(directory: Path) -> None:
 def render(found: Survey, directory: Path) -> None:
     """Write the page, the Markdown file with its plots, and the numbers."""
     figures = draw(found)
-    for name, (figure, _) in figures.items():
-        (directory / "plots" / f"{name}.svg").write_text(svg.standalone(figure, name), encoding="utf-8")
-    inline = {name: svg.inline(figure, name, title) for name, (figure, title) in figures.items()}
+    drawn = {name: svg.drawn(figure, name) for name, (figure, _) in figures.items()}
+    for name, text in drawn.items():
+        (directory / "plots" / f"{name}.svg").write_text(svg.standalone(text), encoding="utf-8")
+    inline = {name: svg.inline(drawn[name], name, title) for name, (_, title) in figures.items()}
     style = (files("octavo") / "data/report/report.css").read_text(encoding="utf-8")
     environment = _environment()
     for name, more in (("report.html", {"figures": inline, "style": style}), ("report.md", {"figures": figures})):
@@ -88,9 +89,9 @@ def draw(found: Survey) -> dict[str, tuple[Any, str]]:
         ]
         for scores in (found.scores, found.long)
     )
-    diagnosis = found.diagnosis
+    diagnosis, corners = found.diagnosis, [corner.cost for corner in found.corners]
     return {
-        "growth": (plots.growth(found.fits, found.memory), "Memory over the number of sessions"),
+        "growth": (plots.growth(corners, found.memory), "Memory over the number of sessions"),
         "kl-position": (plots.kl_by_position(lines, diagnosis.rounding), "KL divergence by position in the window"),
         "kl-long": (plots.kl_by_position(long, diagnosis.rounding), "KL divergence by position in a long context"),
         **({"retrieval": (plots.retrieval(found.retrieval), RETRIEVAL)} if found.retrieval else {}),

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.errors import OctavoError
-from octavo.measure.memory.plan import Fit
-from octavo.measure.report.svg import LIGHT, ROLES, STYLE, require_matplotlib, standalone
+from octavo.measure.memory.costs import Cost
+from octavo.measure.report.svg import LIGHT, ROLES, STYLE, drawn, require_matplotlib, standalone
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +24,7 @@ def check_picture(path: Path) -> None:
     require_matplotlib()
 
 
-def draw_growth(plan: Sequence[Fit], memory: int, context: int, name: str, path: Path) -> None:
+def draw_growth(plan: Sequence[Cost], memory: int, context: int, name: str, path: Path) -> None:
     """Memory over the number of sessions of `context` tokens, up to where `memory` is full.
 
     Raises OctavoError where matplotlib is missing, the file cannot be written, or not one session fits.
@@ -41,7 +41,7 @@ def draw_growth(plan: Sequence[Fit], memory: int, context: int, name: str, path:
         figure.suptitle(f"{name} (computed), sessions of {context:,} tokens", x=0.01, ha="left", fontsize=11)
         try:
             if path.suffix.lower() == ".svg":
-                path.write_text(standalone(figure, path.stem), encoding="utf-8")
+                path.write_text(standalone(drawn(figure, path.stem)), encoding="utf-8")
             else:
                 _in_light(figure)
                 figure.savefig(path, dpi=160, facecolor="white")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo.measure.accuracy.clipping import Shares
 from octavo.measure.accuracy.retrieval import Retrieval
-from octavo.measure.memory.plan import Fit
+from octavo.measure.memory.costs import Cost
 from octavo.measure.report.svg import MUTED, PAPER, SERIES, STYLE
 from octavo.measure.speed.roofline import Ceiling
 from octavo.measure.speed.throughput import Speed
@@ -36,7 +36,7 @@ def colour(kv: str) -> str:
     return COLOURS.get(kv, SERIES[0])
 
 
-def growth(fits: Sequence[Fit], memory: int) -> Figure:
+def growth(fits: Sequence[Cost], memory: int) -> Figure:
     """Total memory over the number of sessions, up to where `memory` is full."""
     figure, axes = _figure(3.4)
     full = memory / 2**30
@@ -46,17 +46,17 @@ def growth(fits: Sequence[Fit], memory: int) -> Figure:
     levels: list[float] = []  # where each row of labels ends
     for fit in lines:
         x, style = fit.sessions, "-" if fit.weights != "int4" else (0, (4, 2))
-        axes.plot([0, x], [fit.weight_bytes / 2**30, full], color=colour(fit.kv), linestyle=style)
-        axes.plot(x, full, "o", color=colour(fit.kv), markersize=5)
+        axes.plot([0, x], [fit.weight_bytes / 2**30, full], color=colour(fit.format), linestyle=style)
+        axes.plot(x, full, "o", color=colour(fit.format), markersize=5)
         right = max(x, label)
         level = next((i for i, end in enumerate(levels) if end < right - label), len(levels))
         levels[level : level + 1] = [right]
         height = full * (1.05 + 0.17 * level)
-        axes.plot([x, x], [full, height], color=colour(fit.kv), linewidth=0.6)
-        name = f"{fit.weights} weights, {fit.kv} cache\n{x:,} sessions"
+        axes.plot([x, x], [full, height], color=colour(fit.format), linewidth=0.6)
+        name = f"{fit.weights} weights, {fit.format} cache\n{x:,} sessions"
         axes.annotate(
             name, (right, height), (-4, -2), textcoords="offset points", va="bottom", ha="right", fontsize=9,
-            color=colour(fit.kv),
+            color=colour(fit.format),
         )  # fmt: skip
     axes.axhline(full, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
     axes.set(xlim=(0, widest * 1.04), ylim=(0, full * (1.08 + 0.17 * len(levels))))
@@ -70,14 +70,11 @@ def kl_by_position(lines: Sequence[Line], rounding: float) -> Figure:
     """KL over the position in the window, pieces of a window as points."""
     figure, axes = _figure(3.1)
     axes.set_yscale("log")
-    for name, x, y in lines:
-        axes.plot(x, y, "o-", color=colour(name), markersize=3.5)
+    ends = _lines(axes, lines)
     first, last = lines[0][1][0], lines[0][1][-1]
     axes.plot([first, last], [rounding] * 2, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
     axes.set(xlabel="position in the window, tokens", ylabel="KL, nats per token")
-    _end_labels(
-        axes, [(name, x[-1], y[-1], colour(name)) for name, x, y in lines] + [("last bit", last, rounding, MUTED)]
-    )
+    _end_labels(axes, [*ends, ("last bit", last, rounding, MUTED)])
     return figure
 
 
@@ -85,11 +82,10 @@ def retrieval(rows: Sequence[Retrieval]) -> Figure:
     """The share of values that each format finds, by the part of the context that they stand in."""
     figure, axes = _figure(3.1)
     x = [(part + 0.5) / len(rows[0].right_by_depth) for part in range(len(rows[0].right_by_depth))]
-    for row in rows:
-        axes.plot(x, row.right_by_depth, "o-", color=colour(row.name), markersize=3.5)
+    ends = _lines(axes, [(row.name, x, row.right_by_depth) for row in rows])
     axes.set(xlabel="place in the context, from its beginning to its end", ylabel="values found", ylim=(-0.03, 1.03))
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
-    _end_labels(axes, [(row.name, x[-1], row.right_by_depth[-1], colour(row.name)) for row in rows])
+    _end_labels(axes, ends)
     return figure
 
 
@@ -97,11 +93,10 @@ def kl_by_layer(layers: Sequence[int], kl: dict[str, list[float]]) -> Figure:
     """KL with a single layer in a format and the others in 16 bits."""
     figure, axes = _figure(3.1)
     axes.set_yscale("log")
-    for name, values in kl.items():
-        axes.plot(layers, [max(value, 1e-9) for value in values], "o-", color=colour(name), markersize=3.5)
+    ends = _lines(axes, [(name, layers, [max(value, 1e-9) for value in values]) for name, values in kl.items()])
     axes.set(xlabel="layer", ylabel="KL, nats per token")
     _whole_ticks(axes)
-    _end_labels(axes, [(name, layers[-1], max(values[-1], 1e-9), colour(name)) for name, values in kl.items()])
+    _end_labels(axes, ends)
     return figure
 
 
@@ -216,6 +211,13 @@ def _figure(height: float) -> tuple[Figure, Axes]:
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
     return figure, axes
+
+
+def _lines(axes: Axes, lines: Sequence[Line]) -> list[tuple[Any, ...]]:
+    """Draw lines with points, and return the labels of their ends."""
+    for name, x, y in lines:
+        axes.plot(x, y, "o-", color=colour(name), markersize=3.5)
+    return [(name, x[-1], y[-1], colour(name)) for name, x, y in lines]
 
 
 def _whole_ticks(axes: Axes) -> None:

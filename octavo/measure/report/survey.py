@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,20 @@ from octavo.devices import device_of
 from octavo.measure import machine
 from octavo.measure.accuracy.clipping import Shares, saturation
 from octavo.measure.accuracy.compare import Score, compare
-from octavo.measure.accuracy.retrieval import LEAST, Retrieval, contexts, retrieve
-from octavo.measure.budget import NO_LIMIT, Budget
+from octavo.measure.accuracy.retrieval import LEAST, Retrieval, make_context, retrieve
+from octavo.measure.budget import NO_LIMIT, Budget, Windows
 from octavo.measure.candidate import Candidate, beside, check_pair
-from octavo.measure.doctor.diagnose import PROSE, diagnose
+from octavo.measure.doctor.diagnose import diagnose
 from octavo.measure.doctor.diagnosis import Diagnosis
-from octavo.measure.memory.costs import INT4, Cost, costs
-from octavo.measure.memory.plan import Fit, fits
+from octavo.measure.memory.costs import INT4, Cost, costs, weight_kinds
 from octavo.measure.pace import Pace
 from octavo.measure.report.combinations import Corner, measure_corners
 from octavo.measure.report.sizes import COMPARED, DOCTOR, ROUNDS, TOKENS, choose
-from octavo.measure.speed.roofline import Ceiling, bandwidth, ceilings
-from octavo.measure.speed.throughput import Speed, measure, prompt_length
+from octavo.measure.speed.roofline import Ceiling, bandwidth
+from octavo.measure.speed.throughput import Speed, measure_all
 from octavo.models.geometry import Geometry
 from octavo.models.model import Model
-from octavo.progress import Share
+from octavo.progress import Share, silent
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import ADVISED, KVFormat
 from octavo.text_windows import consecutive_windows, token_windows
@@ -80,10 +79,6 @@ class Survey:
         four, sixteen = (self.model, "MODEL16") if self.diagnosis.weights == INT4 else ("DIR", self.model)
         return f"octavo report {four} --baseline {sixteen}"
 
-    @property
-    def fits(self) -> list[Fit]:
-        return [corner.fit for corner in self.corners]
-
     def document(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
         found = {name: value for name, value in vars(self).items() if name not in ("calibration", "diagnosis")}
@@ -105,7 +100,7 @@ def gather(
     sixteen: Model | None,
     tell: Share,
     budget: Budget = NO_LIMIT,
-    say: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = silent,
 ) -> Survey:
     """Measure `model`, and with `sixteen` the corners; the rest is as in `octavo.measure.report.page.write_report`."""
     if sixteen is not None:
@@ -118,70 +113,50 @@ def gather(
 
     progress("examining the model", 0)
     raw, budget = bound.raw_format, budget.part(without_corners)
-    formats = [raw, *map(KVFormat.parse, ADVISED)]
-    pace = Pace.measure(bound, COMPARED.length)
+    formats, pace = [raw, *map(KVFormat.parse, ADVISED)], Pace.measure(bound, COMPARED.length)
     sizes = choose(pace, budget, len(formats), 1 + len(TIMED), bound.max_context)
     say(str(sizes))
     diagnosis = diagnose(model, text, budget.part(DOCTOR), lambda what, *_: progress(what, 0.1), say)
 
-    found = [m.calibration(given if m is model else None, KVFormat.parse("kv8")) for m in models]
-    texts = load_texts(text or str(PROSE))
-    whole = "\n\n".join(texts)
-    own = None in found
-    cut = len(whole) * 3 // 5 if own else 0
     progress("calibrating", 0.2)
-    drawn, dataset = sizes.calibrated.size, f"{texts.name}, its first part"
-    samples = token_windows([whole[:cut]], model.tokenizer, drawn.count, drawn.length) if own else []
-    calibrations = [c or calibrate(m, samples, dataset=dataset) for m, c in zip(models, found, strict=True)]
-    calibration = calibrations[0]
-    window, length = sizes.compared.size.length, sizes.long.size.length
-    windows = consecutive_windows([whole[cut:]], model.tokenizer, window, sizes.compared.size.count)
+    found = [m.calibration(given if m is model else None, KVFormat.parse("kv8")) for m in models]
+    texts = load_texts(text)
+    first, rest = _parts("\n\n".join(texts), None in found)
+    calibrations = _calibrations(models, found, first, f"{texts.name}, its first part", sizes.calibrated.size)
+    calibration, size = calibrations[0], sizes.compared.size
+    candidates = [Candidate(str(f), f, model.calibration(calibration, f)) for f in formats]
+    windows = consecutive_windows([rest], model.tokenizer, size.length, size.count)
 
     def comparing(done: int, total: int) -> None:
         progress("comparing formats", 0.25 + 0.1 * done / total)
 
-    candidates = [Candidate(str(f), f, model.calibration(calibration, f)) for f in formats]
     scores = compare(model, candidates[0], candidates[1:], windows, comparing)
-    rest = whole[cut:][: CHARS * length]  # of a short text all there is
-    length = min(length, len(model.tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"]))
-    whole_context = consecutive_windows([rest], model.tokenizer, length, 1)
-    progress("reading a long context", 0.35)
-    long = compare(model, candidates[0], candidates[1:], whole_context)
-    progress("looking up values", 0.4)
-    asked = contexts(model.tokenizer, length) if length >= LEAST else []
-    looked_up = retrieve(model, candidates[0], candidates[1:], asked, length) if asked else []
-    headrooms = dict.fromkeys((1.0, calibration.header.headroom))
-    clipped = saturation(bound, calibration, windows, list(headrooms))
-
-    geometry = Geometry.trace(model.path, str(bound.dtype)[6:])
-    memory = memory or device_of(bound.device).memory()
-    context = min(bound.max_context, 1 << 17)
+    long, looked_up = _long(model, candidates, rest, sizes.long.size.length, progress)
+    clipped = saturation(bound, calibration, windows, list(dict.fromkeys((1.0, calibration.header.headroom))))
 
     progress("measuring bandwidth", 0.5)
     rate = bandwidth(bound.device)
-    timed = [candidate for candidate in candidates if candidate.name in (str(raw), *TIMED)]
-    speed_context = sizes.context
-    batch_sizes = [size for size in sizes.batch_sizes if prompt_length(size, speed_context, TOKENS) > 0]
-    theory = ceilings(bound, timed, batch_sizes, [speed_context], TOKENS, rate)
-    runs = len(theory) * ROUNDS
-    speed = measure(
+    theory, speed = measure_all(
         model,
-        timed,
-        batch_sizes,
-        [speed_context],
-        theory,
+        [candidate for candidate in candidates if candidate.name in (str(raw), *TIMED)],
+        sizes.batch_sizes,
+        sizes.context,
+        rate,
         tokens=TOKENS,
         rounds=ROUNDS,
-        progress=lambda done: progress("timing", 0.5 + 0.5 * done / runs),
+        progress=lambda share: progress("timing", 0.5 + 0.5 * share),
     )
-    corners = [Corner(fit) for fit in fits(geometry, formats[:2], context, memory)]
+    geometry = Geometry.trace(model.path, str(bound.dtype)[6:])
+    memory, context = memory or device_of(bound.device).memory(), min(bound.max_context, 1 << 17)
+    computed = costs(geometry, formats[:2], context, memory, list(weight_kinds(geometry)))
+    corners = [Corner(cost) for cost in computed]
     if sixteen is not None:
         corners = measure_corners(
             model,
             beside(sixteen, model, candidates[:2], calibrations[1]),
-            [corner.fit for corner in corners],
+            computed,
             windows,
-            speed_context,
+            sizes.context,
             rate,
             tokens=TOKENS,
             rounds=ROUNDS,
@@ -194,10 +169,10 @@ def gather(
         seconds=time.perf_counter() - start,
         diagnosis=diagnosis,
         calibration=calibration,
-        own_calibration=own,
+        own_calibration=bool(first),
         text=texts.name,
         windows=len(windows),
-        window=window,
+        window=size.length,
         scores=scores,
         long=long,
         retrieval=looked_up,
@@ -210,5 +185,33 @@ def gather(
         bandwidth=rate,
         theory=theory,
         speed=speed,
-        speed_context=speed_context,
+        speed_context=sizes.context,
     )
+
+
+def _parts(whole: str, calibrates: bool) -> tuple[str, str]:
+    """What a calibration is made from, if one is, and what is measured on."""
+    cut = len(whole) * 3 // 5 if calibrates else 0
+    return whole[:cut], whole[cut:]
+
+
+def _calibrations(
+    models: Sequence[Model], found: Sequence[Calibration | None], text: str, name: str, size: Windows
+) -> list[Calibration]:
+    """Each model's own, or one made from the text. The models have one tokenizer."""
+    windows = token_windows([text], models[0].tokenizer, size.count, size.length) if text else []
+    return [own or calibrate(model, windows, dataset=name) for model, own in zip(models, found, strict=True)]
+
+
+def _long(
+    model: Model, candidates: Sequence[Candidate], text: str, length: int, progress: Share
+) -> tuple[list[Score], list[Retrieval]]:
+    """The formats on one window of `length` tokens, or of all there are, and looking up values in a list that is as
+    long."""
+    progress("reading a long context", 0.35)
+    text, (first, *others) = text[: CHARS * length], candidates
+    length = min(length, len(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+    scores = compare(model, first, others, consecutive_windows([text], model.tokenizer, length, 1))
+    progress("looking up values", 0.4)
+    asked = make_context(model.tokenizer, length) if length >= LEAST else None
+    return scores, retrieve(model, first, others, asked, length) if asked else []

@@ -56,9 +56,9 @@ def require_matplotlib() -> None:
         raise OctavoError(f"plots need matplotlib: {install('report')}") from None
 
 
-def inline(figure: Figure, name: str, title: str) -> str:
-    """An <svg> element for a page: no prolog, no address, ids that no other figure has, colours by CSS."""
-    text = _svg(figure, name)
+def inline(text: str, name: str, title: str) -> str:
+    """A `drawn` figure as an <svg> element for a page: no prolog, no address, ids that no other figure has, colours by
+    CSS."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"| version="[^"]*"', "", text)
@@ -73,16 +73,16 @@ def inline(figure: Figure, name: str, title: str) -> str:
     return text
 
 
-def standalone(figure: Figure, name: str) -> str:
-    """A whole SVG file in the light theme, on white."""
-    text = _svg(figure, name)
+def standalone(text: str) -> str:
+    """A `drawn` figure as a whole SVG file in the light theme, on white."""
     for colour, role in ROLES.items():
         text = text.replace(colour, LIGHT[role])
     text = re.sub(r"font: ([^;\"']*?\d+px)[^;\"]*", r"font: \1 Helvetica, Arial, sans-serif", text)
     return re.sub(r"(<svg[^>]*>)", r'\1<rect width="100%" height="100%" fill="#ffffff"/>', text, count=1)
 
 
-def _svg(figure: Figure, name: str) -> str:
+def drawn(figure: Figure, name: str) -> str:
+    """A figure as SVG, its colours still roles."""
     import matplotlib
 
     file = io.StringIO()

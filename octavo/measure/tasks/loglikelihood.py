@@ -21,6 +21,7 @@ import torch
 from octavo.cache.holding import Holding
 from octavo.engine.engine import Engine
 from octavo.errors import OctavoError
+from octavo.progress import silent
 
 
 class Request(NamedTuple):
@@ -59,7 +60,7 @@ class _Text(Holding):
         return tuple(self.tokens[: self.first + 1])
 
 
-def score(engine: Engine, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Scored]:
+def score(engine: Engine, requests: Sequence[Request], progress: Callable[[int], None] = silent) -> list[Scored]:
     """Scores in the requests' order; `progress` is called with the number of them done.
 
     A context too long for a session loses its beginning, as in other backends.
@@ -76,8 +77,7 @@ def score(engine: Engine, requests: Sequence[Request], progress: Callable[[int],
                 with _running(engine, texts, *stem):
                     _compute(engine, texts)
                 results |= {text.index: Scored(text.logprob, text.greedy) for text in texts}
-                if progress is not None:
-                    progress(len(results))
+                progress(len(results))
     return [results[i] for i in range(len(requests))]
 
 

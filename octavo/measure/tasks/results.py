@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import OctavoError, require_writable
+from octavo.artefact import replacing
+from octavo.errors import require_writable
 from octavo.measure.candidate import Candidate
 from octavo.measure.tasks import Part
 from octavo.measure.tasks.data_files import digest
@@ -59,13 +59,8 @@ class Results:
 
     def save(self, result: Result) -> None:
         """Whole or not at all."""
-        path = self.path(result.key)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with replacing(self.path(result.key)) as part:
             part.write_text(json.dumps(asdict(result)), encoding="utf-8")
-            part.replace(path)
-        except OSError as error:
-            raise OctavoError(f"{path} cannot be written: {error.strerror}; the same command goes on later") from None
 
 
 def key_of(

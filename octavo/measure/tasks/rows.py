@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean as mean
 
 from octavo.errors import OctavoError
-from octavo.measure.statistics import mean, standard_error
+from octavo.measure.statistics import standard_error
 from octavo.measure.tasks import Benchmark
 from octavo.measure.tasks.results import Result
 

@@ -24,7 +24,7 @@ from octavo.measure.tasks.data_files import load
 from octavo.measure.tasks.results import Item, Result, Results, key_of
 from octavo.measure.tasks.rows import Row, row
 from octavo.models.model import Model
-from octavo.progress import Progress
+from octavo.progress import Progress, silent
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -47,8 +47,8 @@ def run(
     session_len: int | None = None,
     max_batch_size: int = 16,
     shots: int | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    progress: Progress = silent,
+    say: Callable[[str], None] = silent,
     elsewhere: Elsewhere | None = None,
 ) -> list[Row]:
     """The benchmarks of `parts` in every format, the first of which is the baseline: the first `limit` documents of
@@ -85,7 +85,7 @@ class _Asking:
         session_len: int | None,
         max_batch_size: int,
         shots: int | None,
-        progress: Progress | None,
+        progress: Progress,
     ):
         self.model, self.candidates, self.parts, self.results = model, candidates, parts, results
         self.shots = shots
@@ -198,7 +198,7 @@ def load_tasks(parts: Sequence[Part], shots: int | None = None) -> dict[str, Tas
             ) from error
 
 
-def ask_chunk(llm: LLM, task: Task, documents: range, title: str, progress: Progress | None) -> list[Item]:
+def ask_chunk(llm: LLM, task: Task, documents: range, title: str, progress: Progress) -> list[Item]:
     """What a format answers to these documents, which begin at a whole chunk."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
@@ -206,8 +206,7 @@ def ask_chunk(llm: LLM, task: Task, documents: range, title: str, progress: Prog
     from octavo.measure.tasks.harness import OctavoLM
 
     def tell(done: int, total: int) -> None:
-        if progress is not None:
-            progress(title, done, total)
+        progress(title, done, total)
 
     tell(0, 0)
     if task.get_config("num_fewshot") is None:

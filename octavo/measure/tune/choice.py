@@ -13,13 +13,13 @@ import torch
 
 from octavo.cache.size import CacheSize
 from octavo.errors import OctavoError
-from octavo.measure.tune.sensitivity import Part, Sensitivity
+from octavo.measure.tune.sensitivity import CacheSide, Sensitivity
 from octavo.models.bind import BoundModel
 from octavo.quant.format import SPAN, Codec, KVFormat, LayerFormats
 from octavo.units import format_bytes
 
 
-def choose(parts: Sequence[Part], budget: int) -> list[Codec]:
+def choose(parts: Sequence[CacheSide], budget: int) -> list[Codec]:
     """A codec for each part: the least total KL of all choices of at most `budget` bytes a token, exactly."""
     least = sum(min(part.nbytes.values()) for part in parts)
     if least > budget:
@@ -49,7 +49,7 @@ def choose(parts: Sequence[Part], budget: int) -> list[Codec]:
     return found[::-1]
 
 
-def formats_of(bound: BoundModel, parts: Sequence[Part], codecs: Sequence[Codec]) -> LayerFormats:
+def formats_of(bound: BoundModel, parts: Sequence[CacheSide], codecs: Sequence[Codec]) -> LayerFormats:
     """The layers' formats with these codecs for the parts. A layer that shares another's cache has its format."""
     chosen = {(part.layer, part.side): codec for part, codec in zip(parts, codecs, strict=True)}
     owners = (i if shape.shares is None else shape.shares for i, shape in enumerate(bound.shapes))

@@ -24,7 +24,7 @@ UNIFORM = ("kv8", "k8v4", "kv4")
 
 
 @dataclass(frozen=True)
-class Part:
+class CacheSide:
     """K or V of one layer that has a cache of its own, and its mean KL, nats a token, in each codec."""
 
     layer: int
@@ -38,7 +38,7 @@ class Part:
 class Sensitivity:
     """What was measured over `windows` windows of `length` tokens."""
 
-    parts: list[Part]
+    parts: list[CacheSide]
     uniform: dict[str, float]  # mean KL with all layers in one format
     windows: int
     length: int
@@ -81,7 +81,7 @@ def measure(
     return Sensitivity(parts, uniform, len(found), len(windows[0]))
 
 
-def parts_of(bound: BoundModel, few: Mapping[tuple[int, Side], float], more: float) -> list[Part]:
+def parts_of(bound: BoundModel, few: Mapping[tuple[int, Side], float], more: float) -> list[CacheSide]:
     """All parts, from the KL of each in 4 bits and of all together in 8."""
     raw, share, parts = bound.raw_format, more / max(sum(few.values()), 1e-30), []
     for (layer, side), loss in few.items():
@@ -89,7 +89,7 @@ def parts_of(bound: BoundModel, few: Mapping[tuple[int, Side], float], more: flo
         dim, own = (shape.k_dim, raw.k) if side == "k" else (shape.v_dim, raw.v)
         lost = {FEW: loss, MORE: loss * share, own: 0.0}
         nbytes = {codec: shape.kv_heads * codec.row_bytes(dim) for codec in lost}
-        parts.append(Part(layer, side, shape.kv_heads * dim, nbytes, lost))
+        parts.append(CacheSide(layer, side, shape.kv_heads * dim, nbytes, lost))
     return parts
 
 

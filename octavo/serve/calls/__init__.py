@@ -5,11 +5,11 @@ Every family of chat templates has a syntax of its own, in a file of its own; `s
 
 from __future__ import annotations
 
-from octavo.serve.calls.constrained_reader import HeldReader
+from octavo.serve.calls.constrained_reader import ConstrainedReader
 from octavo.serve.calls.families import plain, syntax_of
 from octavo.serve.calls.free_reader import FreeReader
-from octavo.serve.calls.grammar import held_grammar
+from octavo.serve.calls.grammar import calls_grammar
 from octavo.serve.calls.reader import CallDelta, Reader
 from octavo.serve.calls.syntax import Syntax
 
-__all__ = ["CallDelta", "FreeReader", "HeldReader", "Reader", "Syntax", "held_grammar", "plain", "syntax_of"]
+__all__ = ["CallDelta", "ConstrainedReader", "FreeReader", "Reader", "Syntax", "calls_grammar", "plain", "syntax_of"]

@@ -1,11 +1,11 @@
-"""Calls in what a grammar held to a syntax (grammar.py): their form is known, so they are passed on as they come."""
+"""Calls in answers that a grammar constrains (grammar.py): their form is known, so they are passed on as they come."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
 
-from octavo.serve.calls.reader import LONGEST_HEAD, CallDelta, Part, Span, TextReader
+from octavo.serve.calls.reader import LONGEST_HEAD, CallDelta, Piece, Span, TextReader
 from octavo.serve.calls.syntax import Syntax
 
 UNFRAMED = re.compile(
@@ -13,9 +13,9 @@ UNFRAMED = re.compile(
 )
 
 
-class HeldReader(TextReader):
-    """Reads what a grammar held to the syntax: arguments are passed on as they come. Calls without their frame are read
-    where the grammar holds them too: at the answer's beginning, and after another call."""
+class ConstrainedReader(TextReader):
+    """Reads what a grammar constrained to the syntax: arguments are passed on as they come. Calls without their frame
+    are read where the grammar has them too: at the answer's beginning, and after another call."""
 
     def __init__(self, syntax: Syntax, names: Collection[str]):
         super().__init__(syntax)
@@ -25,20 +25,13 @@ class HeldReader(TextReader):
         self.arguments: Span | None = None
         self.inside = False  # of a block
 
-    def push(self, text: str) -> list[Part]:
-        self.held += text
-        parts: list[Part] = []
-        while self._step(parts):
-            pass
-        return parts
-
-    def finish(self) -> list[Part]:
-        parts: list[Part] = []
+    def finish(self) -> list[Piece]:
+        parts: list[Piece] = []
         if not self.inside:  # else what was cut off is the frame of a call
             self._show(parts, len(self.held) if self.held.strip(" \n`") or not self.number else 0)
         return parts
 
-    def _step(self, parts: list[Part]) -> bool:
+    def _step(self, parts: list[Piece]) -> bool:
         if self.arguments is not None:
             return self._argue(parts, self.arguments)
         if not self.inside:
@@ -67,7 +60,7 @@ class HeldReader(TextReader):
         here = not self.shown and self.syntax.head is None and not self.syntax.bare
         return here and len(self.held) < LONGEST_HEAD and self.held.lstrip()[:1] in ("{", "`")
 
-    def _find_unframed(self, parts: list[Part]) -> bool:
+    def _find_unframed(self, parts: list[Piece]) -> bool:
         found = UNFRAMED.match(self.held)
         if found is None or found[1] not in self.names:
             return False
@@ -85,7 +78,7 @@ class HeldReader(TextReader):
         self.inside = self.unframed = False
         return True
 
-    def _argue(self, parts: list[Part], span: Span) -> bool:
+    def _argue(self, parts: list[Piece], span: Span) -> bool:
         end = span.end(self.held)
         cut = span.at if end is None else end
         if cut:

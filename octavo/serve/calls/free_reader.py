@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from octavo.serve.calls.reader import LONGEST_HEAD, CallDelta, Part, Span, TextReader
+from octavo.serve.calls.reader import LONGEST_HEAD, CallDelta, Piece, Span, TextReader
 from octavo.serve.calls.syntax import Syntax
 
 FENCE = re.compile(r"```\w*\s*")
@@ -26,15 +26,11 @@ class FreeReader(TextReader):
         self.name: str | None = None  # that stood before it
         self.state = self._opening
 
-    def push(self, text: str) -> list[Part]:
-        self.held += text
-        parts: list[Part] = []
-        while self.state(parts):
-            pass
-        return parts
+    def _step(self, parts: list[Piece]) -> bool:
+        return self.state(parts)
 
-    def finish(self) -> list[Part]:
-        parts: list[Part] = []
+    def finish(self) -> list[Piece]:
+        parts: list[Piece] = []
         rest = self.held.strip()
         cut_off = self.state == self._after and (self.syntax.end.startswith(rest) or "```".startswith(rest))
         if self.number and (not rest or cut_off):
@@ -42,9 +38,9 @@ class FreeReader(TextReader):
         self._show(parts, len(self.held))
         return parts
 
-    # A state takes what it can from `held`; it returns whether there is something left for the next one.
+    # Each state is a step.
 
-    def _opening(self, _: list[Part]) -> bool:
+    def _opening(self, _: list[Piece]) -> bool:
         """Nothing has come but space."""
         said = self.held.lstrip()
         if not said or (self.syntax.begin and self.syntax.begin.startswith(said)):
@@ -60,11 +56,11 @@ class FreeReader(TextReader):
             return self._expect(len(said) - len(inside), self._value)
         return self._expect(0, self._prose)
 
-    def _prose(self, parts: list[Part]) -> bool:
+    def _prose(self, parts: list[Piece]) -> bool:
         inside = self._find_begin(parts)
         return inside is not None and self._expect(inside, self._value)
 
-    def _value(self, parts: list[Part]) -> bool:
+    def _value(self, parts: list[Piece]) -> bool:
         """A value that may be a call, or several."""
         if self.span is None:
             start = self._value_start()
@@ -83,7 +79,7 @@ class FreeReader(TextReader):
         self.held = self.held[end:]
         return self._expect(0, self._after)
 
-    def _after(self, _: list[Part]) -> bool:
+    def _after(self, _: list[Piece]) -> bool:
         """A call is over; another may follow in its block."""
         rest = self.held.lstrip()
         end = self.syntax.end
@@ -108,7 +104,7 @@ class FreeReader(TextReader):
         self.state, self.start, self.span, self.name = state, start, None, None
         return True
 
-    def _give_up(self, parts: list[Part]) -> bool:
+    def _give_up(self, parts: list[Piece]) -> bool:
         """What `held` begins with is no call: it is text, up to where another may begin."""
         self._show(parts, max(1, self.start))
         return self._expect(0, self._prose)
@@ -133,7 +129,7 @@ class FreeReader(TextReader):
         self.name = head["name"] if head else None
         return self.start + at if head else -1
 
-    def _calls(self, text: str) -> list[Part]:
+    def _calls(self, text: str) -> list[Piece]:
         """The calls that a value is; what of a list is none is text, and so is all of it if none is one."""
         try:
             value = self.syntax.read(text)
@@ -142,7 +138,7 @@ class FreeReader(TextReader):
         if self.name is not None:
             value = {"name": self.name, "arguments": value}
         listed = value if isinstance(value, list) else [value]
-        found: list[Part] = []
+        found: list[Piece] = []
         for one in listed:
             name, arguments = _named(one, self.names)
             found.append(self._call(name, arguments) if name else json.dumps(one, ensure_ascii=False))

@@ -18,7 +18,7 @@ MOST_CALLS = 32  # in one answer; models that know no end would never stop calli
 ANY: dict[str, Any] = {"type": "object"}
 
 
-def held_grammar(
+def calls_grammar(
     syntax: Syntax, functions: Sequence[Mapping[str, Any]], added: Mapping[str, int], *, must: bool, parallel: bool
 ) -> str:
     """The grammar. `added` are the tokenizer's own tokens for whole texts, such as `<tool_call>`."""

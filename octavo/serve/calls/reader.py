@@ -21,16 +21,16 @@ class CallDelta:
     name: str | None = None
 
 
-Part = str | CallDelta
+Piece = str | CallDelta
 
 
 class Reader(Protocol):
     """The text of a growing answer, as text to show and calls."""
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[Piece]:
         """Add text; returns what is certain by now."""
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[Piece]:
         """What is left at the end."""
 
 
@@ -69,13 +69,24 @@ class TextReader:
         self.number = 0  # of the next call
         self.shown = False  # whether there was anything but space
 
-    def _show(self, parts: list[Part], end: int) -> None:
+    def push(self, text: str) -> list[Piece]:
+        self.held += text
+        parts: list[Piece] = []
+        while self._step(parts):
+            pass
+        return parts
+
+    def _step(self, parts: list[Piece]) -> bool:
+        """Take what is certain from `held`; whether there may be more."""
+        raise NotImplementedError
+
+    def _show(self, parts: list[Piece], end: int) -> None:
         text, self.held = self.held[:end], self.held[end:]
         if text:
             self.shown = True
             parts.append(text)
 
-    def _find_begin(self, parts: list[Part]) -> int | None:
+    def _find_begin(self, parts: list[Piece]) -> int | None:
         """Show text up to the next block; where in `held` its inside begins, if there is one."""
         begin = self.syntax.begin
         at = self.held.find(begin) if begin else -1

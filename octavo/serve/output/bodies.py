@@ -11,6 +11,7 @@ from octavo.serve.errors import ApiError
 from octavo.serve.output.choices import Choice, ChoiceDelta, Output
 from octavo.serve.output.events import dumps, event
 from octavo.serve.output.logprobs import ShownToken, chat_logprobs, text_logprobs
+from octavo.serve.requests.messages import plain_call
 
 DONE = b"data: [DONE]\n\n"
 
@@ -142,10 +143,7 @@ class ChatBody(OpenAIBody):
         text, calls = choice.text, choice.calls if choice.called else []
         message: dict[str, Any] = {"role": "assistant", "content": (text or None) if calls else text, "refusal": None}
         if calls:
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in calls
-            ]
+            message["tool_calls"] = [plain_call(call.id, call.name, call.arguments) for call in calls]
         logprobs = self._logprobs(choice.tokens)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
 

@@ -10,9 +10,10 @@ from pydantic import Field, JsonValue, model_validator
 
 from octavo.engine.params import TABLE
 from octavo.serve.requests.generate import Conversation, GenerateRequest
-from octavo.serve.requests.messages import TextPart
+from octavo.serve.requests.messages import TextPart, plain_call, text_of
 from octavo.serve.requests.sampling import http
 from octavo.serve.requests.strict import Name, Schema, Strict
+from octavo.serve.requests.tools import check_choice
 from octavo.text import Message
 
 Cache = dict[str, JsonValue] | None
@@ -71,7 +72,7 @@ class AnthropicMessage(Strict):
                 if text:
                     yield {"role": "user", "content": text}
                 text = ""
-                yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": _text(block.content or "")}
+                yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": text_of(block.content)}
             elif isinstance(block, Text):
                 text += block.text
         if text or not any(isinstance(block, ToolResult) for block in blocks):
@@ -79,18 +80,12 @@ class AnthropicMessage(Strict):
 
 
 def _said(blocks: list[Any]) -> Message:
-    said: Message = {"role": "assistant", "content": _text([one for one in blocks if isinstance(one, Text)])}
+    said: Message = {"role": "assistant", "content": text_of([one for one in blocks if isinstance(one, Text)])}
     if thought := "".join(one.thinking for one in blocks if isinstance(one, Thinking)):
         said["reasoning_content"] = thought
     if uses := [one for one in blocks if isinstance(one, ToolUse)]:
-        said["tool_calls"] = [
-            {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": one.input}} for one in uses
-        ]
+        said["tool_calls"] = [plain_call(one.id, one.name, one.input) for one in uses]
     return said
-
-
-def _text(content: str | list[Text]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class AnthropicTool(Strict):
@@ -113,6 +108,10 @@ class ToolChoice(Strict):
         if (self.type == "tool") != (self.name is not None):
             raise ValueError("name: belongs to the type tool, and it alone")
         return self
+
+    @property
+    def must(self) -> bool:
+        return self.type in ("any", "tool")
 
 
 class Format(Strict):
@@ -148,14 +147,8 @@ class Conversing(Strict):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        names = [tool.name for tool in self.tools or ()]
-        if len(names) != len(set(names)):
-            raise ValueError("tools: two have the same name")
-        choice = self.tool_choice
-        if choice is not None and choice.type in ("any", "tool") and not names:
-            raise ValueError("tool_choice: there are no tools")
-        if choice is not None and choice.name is not None and choice.name not in names:
-            raise ValueError("tool_choice: there is no tool of that name")
+        choice = self.tool_choice or ToolChoice(type="auto")
+        check_choice([tool.name for tool in self.tools or ()], choice.must, choice.name)
         if self.format is not None and self.callable:
             raise ValueError("output_config: excludes calls of tools, unless tool_choice is none")
         return self
@@ -170,12 +163,12 @@ class Conversing(Strict):
 
     def conversation(self) -> Conversation:
         choice = self.tool_choice or ToolChoice(type="auto")
-        system = [{"role": "system", "content": _text(self.system)}] if self.system else []
+        system = [{"role": "system", "content": text_of(self.system)}] if self.system else []
         go_on = self.messages[-1].role == "assistant"
         return Conversation(
             [*system, *(plain for message in self.messages for plain in message.plain())],
             [_function(tool) for tool in self.callable],
-            must_call=choice.type in ("any", "tool"),
+            must_call=choice.must,
             only=choice.name,
             parallel=not choice.disable_parallel_tool_use,
             reply=not go_on,
@@ -205,11 +198,7 @@ class MessagesRequest(Conversing):
 
     def generate_request(self) -> GenerateRequest:
         """What it asks for, in the form that all routes share."""
-        sampling: dict[str, Any] = {
-            name: value
-            for name in ("max_tokens", "temperature", "top_p", "top_k")
-            if (value := getattr(self, name)) is not None
-        }
+        sampling = self.given(("max_tokens", "temperature", "top_p", "top_k"))
         if self.stop_sequences:
             sampling["stop"] = self.stop_sequences
         if self.format is not None:

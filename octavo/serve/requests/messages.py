@@ -15,6 +15,16 @@ class TextPart(Strict):
     cache_control: dict[str, JsonValue] | None = None
 
 
+def text_of(content: Any) -> str:
+    """The text of a content: a text, parts that have some, or None."""
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
+def plain_call(id: str, name: str, arguments: Any) -> dict[str, Any]:
+    """A call as chat templates know it, and with the arguments' JSON in place of their value as OpenAI's API does."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 class CalledFunction(Strict):
     name: str
     arguments: str
@@ -34,8 +44,7 @@ class ToolCall(Strict):
         return function
 
     def plain(self) -> dict[str, Any]:
-        arguments = read_json(self.function.arguments) if self.function.arguments else {}
-        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+        return plain_call(self.id, self.function.name, read_json(self.function.arguments or "{}"))
 
 
 class ChatMessage(Strict):
@@ -62,16 +71,10 @@ class ChatMessage(Strict):
             raise ValueError("content: is missing")
         return self
 
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
-
     def plain(self) -> dict[str, Any]:
         """The message as chat templates know it: `developer` is the new name of `system`."""
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": text_of(self.content)}
         if self.tool_calls:
             message["tool_calls"] = [call.plain() for call in self.tool_calls]
-        for name in ("name", "tool_call_id", "reasoning_content"):
-            if (value := getattr(self, name)) is not None:
-                message[name] = value
-        return message
+        return message | self.given(("name", "tool_call_id", "reasoning_content"))

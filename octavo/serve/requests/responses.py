@@ -9,15 +9,17 @@ from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from octavo.engine.params import MAX_TOKENS, TABLE
 from octavo.serve.requests.generate import Conversation, GenerateRequest
+from octavo.serve.requests.messages import plain_call, text_of
 from octavo.serve.requests.sampling import http
-from octavo.serve.requests.strict import Name, Schema, Strict, read_json
+from octavo.serve.requests.strict import Caller, Name, Schema, Strict, read_json
+from octavo.serve.requests.tools import check_choice
 from octavo.text import Message
 
 Status = Literal["in_progress", "completed", "incomplete"] | None
 Nothing = Annotated[list[JsonValue], Field(max_length=0)] | None
 
 
-class Part(Strict):
+class ContentPart(Strict):
     type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
     text: str
     annotations: Nothing = None
@@ -27,7 +29,7 @@ class Part(Strict):
 class MessageItem(Strict):
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[ContentPart]
     id: str | None = None
     status: Status = None
     phase: str | None = None
@@ -51,7 +53,7 @@ class CallItem(Strict):
 class OutputItem(Strict):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[Part]
+    output: str | list[ContentPart]
     id: str | None = None
     status: Status = None
 
@@ -59,8 +61,8 @@ class OutputItem(Strict):
 class ReasoningItem(Strict):
     type: Literal["reasoning"]
     id: str | None = None
-    summary: list[Part] | None = None
-    content: list[Part] | None = None
+    summary: list[ContentPart] | None = None
+    content: list[ContentPart] | None = None
     encrypted_content: str | None = None
     status: Status = None
 
@@ -130,7 +132,7 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class ResponsesRequest(Strict):
+class ResponsesRequest(Caller):
     model: str | None = None
     input: str | list[Item]
     instructions: str | None = None
@@ -156,27 +158,23 @@ class ResponsesRequest(Strict):
     reasoning: Reasoning | None = None
     stream_options: StreamOptions | None = None
     max_tool_calls: int | None = None
-    metadata: dict[str, str] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        names = [tool.name for tool in self.tools or ()]
-        if len(names) != len(set(names)):
-            raise ValueError("tools: two have the same name")
-        if self.tool_choice not in (None, "none", "auto") and not names:
-            raise ValueError("tool_choice: there are no tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
-            raise ValueError("tool_choice: there is no tool of that name")
+        check_choice([tool.name for tool in self.tools or ()], self.must_call, self.only)
         if self.answer_schema is not None and self.callable:
             raise ValueError("text: a format excludes calls of tools, unless tool_choice is none")
         if not self.input:
             raise ValueError("input: is empty")
         return self
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def only(self) -> str | None:
+        return self.tool_choice.name if isinstance(self.tool_choice, NamedTool) else None
 
     @property
     def callable(self) -> list[FunctionTool]:
@@ -209,16 +207,12 @@ class ResponsesRequest(Strict):
         conversation = Conversation(
             _one_system([*instructions, *before, *self.messages()]),
             [tool.model_dump(exclude_none=True, exclude={"type"}) for tool in self.callable],
-            must_call=self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool),
-            only=self.tool_choice.name if isinstance(self.tool_choice, NamedTool) else None,
+            must_call=self.must_call,
+            only=self.only,
             parallel=self.parallel_tool_calls is not False,
             variables={"reasoning_effort": self.reasoning.effort} if self.reasoning and self.reasoning.effort else {},
         )
-        sampling: dict[str, Any] = {
-            name: value
-            for name in ("temperature", "top_p", "top_k", "min_p", "seed")
-            if (value := getattr(self, name)) is not None
-        }
+        sampling = self.given(("temperature", "top_p", "top_k", "min_p", "seed"))
         sampling["max_tokens"] = self.max_output_tokens or MAX_TOKENS
         if self.answer_schema is not None:
             sampling["json_schema"] = self.answer_schema
@@ -235,17 +229,16 @@ def _add(found: list[Message], item: Item) -> None:
         case MessageItem():
             role = "system" if item.role == "developer" else item.role
             if role == "assistant" and found and found[-1]["role"] == role and not found[-1].get("tool_calls"):
-                found[-1]["content"] += _text(item.content)
+                found[-1]["content"] += text_of(item.content)
             else:
-                found.append({"role": role, "content": _text(item.content)})
+                found.append({"role": role, "content": text_of(item.content)})
         case CallItem():
-            function = {"name": item.name, "arguments": read_json(item.arguments or "{}")}
-            last = _assistant(found)
-            last.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
+            call = plain_call(item.call_id, item.name, read_json(item.arguments or "{}"))
+            _assistant(found).setdefault("tool_calls", []).append(call)
         case OutputItem():
-            found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+            found.append({"role": "tool", "tool_call_id": item.call_id, "content": text_of(item.output)})
         case ReasoningItem():
-            if thought := _text(item.content or ()):
+            if thought := text_of(item.content):
                 _assistant(found)["reasoning_content"] = thought
 
 
@@ -254,10 +247,6 @@ def _assistant(found: list[Message]) -> Message:
     if not found or found[-1]["role"] != "assistant":
         found.append({"role": "assistant", "content": ""})
     return found[-1]
-
-
-def _text(content: str | Sequence[Part]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 def _one_system(messages: list[Message]) -> list[Message]:

@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue, create_model, model_validator
 from octavo.engine.params import MAX_LOGPROBS, allowed
 from octavo.engine.values import Biases, Kind, Number, Strings, Switch, TokenIds
 from octavo.serve.requests.constraints import Constrained
-from octavo.serve.requests.strict import Int31, Strict
+from octavo.serve.requests.strict import Caller, Int31, Strict
 
 # Taken, and without effect: what describes the caller to the provider, chooses among a provider's services, or tunes
 # what is not here. The log says so once for each.
@@ -64,7 +64,7 @@ _Table: Any = create_model("_Table", __base__=Constrained, **_rows)
 _penalty = http(allowed("HTTP")["repetition_penalty"].kind)
 
 
-class Sampling(_Table):
+class Sampling(_Table, Caller):
     """What both kinds of request share. Absent fields are the model's own defaults."""
 
     model: str | None = None
@@ -72,14 +72,7 @@ class Sampling(_Table):
     best_of: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    user: str | None = None
-    safety_identifier: str | None = None
-    metadata: dict[str, str] | None = None
     store: bool | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
 
     # vLLM's
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
@@ -108,14 +101,13 @@ class Sampling(_Table):
 
     def _one_of(self, *names: str) -> None:
         """Refuse a second name of the same thing."""
-        given = [name for name in names if getattr(self, name) is not None]
+        given = list(self.given(names))
         if len(given) > 1:
             raise ValueError(f"{given[0]}: another name of {given[1]}; give one of them")
 
     def sampling(self, **more: Any) -> dict[str, Any]:
         """The fields of SamplingParams that the request sets."""
-        given = {name: value for name in allowed("HTTP") if (value := getattr(self, name)) is not None}
-        given.pop("logprobs", None)  # each kind of request has its own form of it
+        given = self.given(allowed("HTTP").keys() - {"logprobs"})  # each kind of request has its own form of that
         if self.repeat_penalty is not None:
             given["repetition_penalty"] = self.repeat_penalty
         if self.n_predict is not None and self.n_predict > 0:
@@ -126,7 +118,7 @@ class Sampling(_Table):
     def names(self) -> dict[str, str]:
         """The request's own names of the parameters that it has another name for."""
         others = {"max_tokens": "n_predict", "repetition_penalty": "repeat_penalty"}
-        used = {name: other for name, other in others.items() if getattr(self, other) is not None}
+        used = {name: other for name, other in others.items() if self.given([other])}
         return used | {parameter: given for given, parameter, _ in self._given()}
 
     def delivery(self) -> dict[str, Any]:

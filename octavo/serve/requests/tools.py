@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal, Self
 
 from pydantic import model_validator
@@ -30,6 +31,17 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
+def check_choice(names: Collection[str], must: bool, only: str | None) -> None:
+    """Raise ValueError, which begins with the field, for two functions of one name, for a call that is demanded where
+    there are none, and for one of a function that is not there."""
+    if len(names) != len(set(names)):
+        raise ValueError("tools: two have the same name")
+    if must and not names:
+        raise ValueError("tool_choice: there are no tools")
+    if only is not None and only not in names:
+        raise ValueError("tool_choice: there is no tool of that name")
+
+
 class Tools(Strict):
     """The fields of a chat request that are about calls."""
 
@@ -39,14 +51,16 @@ class Tools(Strict):
 
     @model_validator(mode="after")
     def _tools_that_are_chosen(self) -> Self:
-        names = [tool.function.name for tool in self.tools or ()]
-        if len(names) != len(set(names)):
-            raise ValueError("tools: two have the same name")
-        if self.tool_choice not in (None, "none", "auto") and not names:
-            raise ValueError("tool_choice: there are no tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError("tool_choice: there is no tool of that name")
+        check_choice([tool.function.name for tool in self.tools or ()], self.must_call, self.only)
         return self
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def only(self) -> str | None:
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
     @property
     def callable(self) -> list[dict[str, Any]]:
@@ -57,10 +71,5 @@ class Tools(Strict):
 
     def choice(self) -> dict[str, Any]:
         """The fields of Conversation that are about calls."""
-        named = isinstance(self.tool_choice, NamedTool)
-        return {
-            "functions": self.callable,
-            "must_call": named or self.tool_choice == "required",
-            "only": self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None,
-            "parallel": self.parallel_tool_calls is not False,
-        }
+        parallel = self.parallel_tool_calls is not False
+        return {"functions": self.callable, "must_call": self.must_call, "only": self.only, "parallel": parallel}

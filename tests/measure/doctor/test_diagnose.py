@@ -22,8 +22,10 @@ from octavo.measure.doctor.diagnose import diagnose, flip_last_bit
 from octavo.measure.doctor.diagnosis import Diagnosis, Finding
 from octavo.measure.doctor.inspection import examine, keys, widths
 from octavo.measure.doctor.selfcheck import self_check
+from octavo.measure.doctor.texts import windows
 from octavo.measure.pace import Pace
 from octavo.models.bind import BoundModel, bind
+from octavo.models.locate import PROSE
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import ADVISED
@@ -237,7 +239,7 @@ def test_a_text_too_short_is_refused_with_both_numbers(pamphlet: Model, tmp_path
 
 def test_the_bundled_text_is_long_enough_for_all_that_is_wanted_of_it(pamphlet: Model) -> None:
     """Also where a tokenizer makes a quarter fewer tokens of it than the bundled model's: SmolLM2's has 15,205."""
-    name, calibrated, measured = doctor._windows(pamphlet, None, Windows(8, 512))
+    name, calibrated, measured = windows(pamphlet, None, 8, Windows(8, 512))
     assert (name, len(calibrated), len(measured)) == ("evaluation.txt", 8, 8)
-    tokens = len(pamphlet.tokenizer(doctor.PROSE.read_text(encoding="utf-8"), verbose=False)["input_ids"])
+    tokens = len(pamphlet.tokenizer(PROSE.read_text(encoding="utf-8"), verbose=False)["input_ids"])
     assert 0.75 * tokens > 5 * 512 * 4

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from octavo.errors import OctavoError
-from octavo.measure.memory.costs import int4_bits, weight_kinds
-from octavo.measure.memory.plan import Fit, fits
+from octavo.measure.memory.costs import Cost, costs, int4_bits, weight_kinds
 from octavo.measure.report.picture import draw_growth
 from octavo.models.geometry import Geometry
 from octavo.models.model import BUNDLED
@@ -25,8 +24,13 @@ def internlm() -> Geometry:
     return Geometry.trace(INTERNLM)
 
 
+def fits(geometry: Geometry, formats: list[KVFormat], context: int, memory: int) -> list[Cost]:
+    """Each format with each kind of weights."""
+    return costs(geometry, formats, context, memory, list(weight_kinds(geometry)))
+
+
 def test_sessions_of_internlm_chat_7b_on_80_gib(internlm: Geometry) -> None:
-    found = {(fit.weights, fit.kv): fit.sessions for fit in fits(internlm, FORMATS, 2048, 80 * GIB)}
+    found = {(fit.weights, fit.format): fit.sessions for fit in fits(internlm, FORMATS, 2048, 80 * GIB)}
     assert found == {
         ("fp16", "fp16"): 66, ("fp16", "int8"): 132, ("fp16", "int4-token"): 261,
         ("int4", "fp16"): 75, ("int4", "int8"): 150, ("int4", "int4-token"): 296,
@@ -66,7 +70,7 @@ def test_a_tied_head_is_an_embedding() -> None:
 
 
 def test_weights_that_do_not_fit_leave_no_session(internlm: Geometry) -> None:
-    found = {(fit.weights, fit.kv): fit.sessions for fit in fits(internlm, FORMATS, 2048, 8 * GIB)}
+    found = {(fit.weights, fit.format): fit.sessions for fit in fits(internlm, FORMATS, 2048, 8 * GIB)}
     assert found["fp16", "int8"] == 0
     assert found["int4", "int8"] == (8 * GIB - weight_kinds(internlm)["int4"]) // (512 << 20)
 
@@ -86,7 +90,7 @@ def test_the_picture_names_every_line_and_its_sessions(internlm: Geometry, tmp_p
 
 def test_pictures_that_cannot_be_drawn_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    fit, none = Fit("fp16", "fp16", 0, 1, 10), Fit("fp16", "fp16", 0, 1, 0)
+    fit, none = (Cost("fp16", 0, FORMATS[0], 0, 1, 0, sessions) for sessions in (10, 0))
     with pytest.raises(OctavoError, match=r"\.png, \.svg, \.pdf"):
         draw_growth([fit], 10, 64, "x", tmp_path / "growth.jpg")
     with pytest.raises(OctavoError, match="raise --memory"):

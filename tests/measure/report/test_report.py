@@ -15,18 +15,19 @@ pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
 from octavo.errors import OctavoError, install
 from octavo.measure.budget import Windows
 from octavo.measure.doctor import diagnose as doctor
-from octavo.measure.memory.plan import Fit
+from octavo.measure.memory.costs import Cost
 from octavo.measure.report import page, plots, sizes, survey, svg
 from octavo.measure.report.page import numbers, prose, scientific, write_report
 from octavo.measure.report.survey import Survey
 from octavo.measure.speed import roofline
 from octavo.models.model import Model
+from octavo.quant.format import KVFormat
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Survey, Path]:
+def written(pamphlet: Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[Survey, Path]:
     """A report on the bundled model, in sizes that take seconds."""
     small = {
         sizes: {"COMPARED": Windows(2, 128), "CALIBRATED": Windows(2, 64), "LONGEST": 512, "SHORTEST": 512,
@@ -40,7 +41,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Survey, Path]:
         for module, values in small.items():
             for name, value in values.items():
                 patch.setattr(module, name, value)
-        return write_report(Model.load(device="cpu"), directory, memory=8 << 30), directory
+        return write_report(pamphlet, directory, memory=8 << 30), directory
 
 
 class Page(HTMLParser):
@@ -108,7 +109,7 @@ def test_page_and_markdown_hold_the_measured_numbers(written: tuple[Survey, Path
         for finding in found.diagnosis.findings:
             assert finding.topic in text
         for corner in found.corners:
-            assert f"{corner.fit.sessions:,}" in text
+            assert f"{corner.cost.sessions:,}" in text
         assert "octavo report DIR --baseline pamphlet" in text
         assert found.fingerprint in text
 
@@ -141,7 +142,7 @@ def test_the_numbers_are_one_json_document(written: tuple[Survey, Path]) -> None
 
 def test_the_page_leads_with_kv8_and_counts_its_raw_pages(written: tuple[Survey, Path]) -> None:
     found, directory = written
-    assert [cost.format for cost in found.costs] == ["bf16", "kv8", "k8v4", "kv4", "int8"]
+    assert [cost.format for cost in found.costs] == ["fp32", "kv8", "k8v4", "kv4", "int8"]
     pages = 2 * 64 * found.costs[0].token
     assert found.costs[1].session == found.context * found.costs[1].token + pages
     ratio = found.costs[0].session / found.costs[1].session
@@ -150,8 +151,10 @@ def test_the_page_leads_with_kv8_and_counts_its_raw_pages(written: tuple[Survey,
 
 def test_labels_of_lines_that_end_close_together_stand_above_one_another() -> None:
     kinds = (("bf16", "bf16", 15, 8), ("bf16", "int8", 15, 4), ("int4", "bf16", 5, 8), ("int4", "int8", 5, 4))
-    fits = [Fit(w, kv, a << 30, b << 26, ((24 - a) << 30) // (b << 26)) for w, kv, a, b in kinds]
-    figure = plots.growth(fits, 24 << 30)
+    costs = [
+        Cost(w, a << 30, KVFormat.parse(kv), 0, b << 26, 0, ((24 - a) << 30) // (b << 26)) for w, kv, a, b in kinds
+    ]
+    figure = plots.growth(costs, 24 << 30)
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(boxes) == 4

@@ -10,19 +10,19 @@ import pytest
 from octavo.cache.size import CacheSize
 from octavo.errors import OctavoError
 from octavo.measure.tune.choice import choose, formats_of, token_room
-from octavo.measure.tune.sensitivity import Part
+from octavo.measure.tune.sensitivity import CacheSide
 from octavo.models.bind import BoundModel
 from octavo.quant.format import CODECS, Codec
 
 FOUR, EIGHT, RAW = CODECS["int4-token"], CODECS["int8-token"], CODECS["bf16"]
 
 
-def part(layer: int, side: str, heads: int, dim: int, kl: float) -> Part:
+def part(layer: int, side: str, heads: int, dim: int, kl: float) -> CacheSide:
     nbytes = {codec: heads * codec.row_bytes(dim) for codec in (FOUR, EIGHT, RAW)}
-    return Part(layer, side, heads * dim, nbytes, {FOUR: kl, EIGHT: kl / 200, RAW: 0.0})  # type: ignore[arg-type]
+    return CacheSide(layer, side, heads * dim, nbytes, {FOUR: kl, EIGHT: kl / 200, RAW: 0.0})  # type: ignore[arg-type]
 
 
-def random_parts(seed: int) -> list[Part]:
+def random_parts(seed: int) -> list[CacheSide]:
     """Of four layers, some with other heads than the rest."""
     rng = random.Random(seed)
     return [
@@ -32,7 +32,7 @@ def random_parts(seed: int) -> list[Part]:
     ]
 
 
-def total(parts: list[Part], codecs: list[Codec] | tuple[Codec, ...]) -> tuple[int, float]:
+def total(parts: list[CacheSide], codecs: list[Codec] | tuple[Codec, ...]) -> tuple[int, float]:
     pairs = list(zip(parts, codecs, strict=True))
     return sum(p.nbytes[codec] for p, codec in pairs), sum(p.kl[codec] for p, codec in pairs)
 

@@ -11,7 +11,6 @@ import torch
 
 from octavo import LLM, OctavoError, SamplingParams
 from octavo.cache.size import CacheSize
-from octavo.cli import main
 from octavo.cli.loading import LoadOptions
 from octavo.measure.tune.choice import token_budget
 from octavo.measure.tune.sensitivity import FEW, MORE, Sensitivity, measure, readings
@@ -20,6 +19,7 @@ from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat, LayerFormats
 from octavo.quant.tuned import FILE_NAME, Tuned
+from tests.conftest import status_of
 
 LENGTH = SamplingParams(max_tokens=6, ignore_eos=True)
 MIXED = LayerFormats(
@@ -144,10 +144,9 @@ def octavo(pamphlet: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(LoadOptions, "load", lambda *_, **__: pamphlet)
 
     def run(*argv: object) -> str:
-        with pytest.raises(SystemExit) as exit:
-            main(list(map(str, argv)))
+        status = status_of(*argv)
         said = capsys.readouterr()
-        assert not exit.value.code, said.err
+        assert not status, said.err
         return said.out
 
     return run
@@ -193,7 +192,5 @@ def test_the_verb_chooses_saves_and_says_how_to_serve(
 def test_a_size_that_says_nothing_is_refused_before_a_model_is_loaded(
     argv: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main(["tune", *argv])
-    assert exit.value.code == 2
+    assert status_of("tune", *argv) == 2
     assert reason in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 
 from octavo.grammars import Grammars
 from octavo.models.model import Model
-from octavo.serve.calls import CallDelta, FreeReader, HeldReader, Reader, Syntax, held_grammar, syntax_of
+from octavo.serve.calls import CallDelta, ConstrainedReader, FreeReader, Reader, Syntax, calls_grammar, syntax_of
 from octavo.serve.calls.families import gemma, hermes, llama, mistral, plain
 from tests.serve.calls.published import DOCUMENTED, FAMILIES, TEMPLATES
 
@@ -84,13 +84,13 @@ def check_template(tokenizer: Any, family: str, template: str, tokens: bool) -> 
         assert read(FreeReader(syntax, ["weather"]), written, size) == ("", [("weather", ROME)])
     grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     for must in (True, False):
-        grammar = held_grammar(syntax, FUNCTIONS, added, must=must, parallel=False)
+        grammar = calls_grammar(syntax, FUNCTIONS, added, must=must, parallel=False)
         assert takes(grammars, grammar, written)
         assert not takes(grammars, grammar, written.replace("Rome", "Oslo"))
         assert takes(grammars, grammar, "It is sunny.") is not must
     if syntax.json:
         for size in (1, 5, len(written)):
-            assert read(HeldReader(syntax, ["weather"]), written, size) == ("", [("weather", ROME)])
+            assert read(ConstrainedReader(syntax, ["weather"]), written, size) == ("", [("weather", ROME)])
 
 
 EVERYTHING: dict[str, Any] = {
@@ -119,7 +119,7 @@ def test_a_call_that_its_publisher_shows_is_written_read_and_held_to(pamphlet: M
     assert read(FreeReader(syntax, [name]), shown, 3) == ("", [(name, arguments)])
     city = {"type": "object", "properties": {key: {"type": "string"} for key in arguments}, "required": [*arguments]}
     grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
-    grammar = held_grammar(syntax, [{"name": name, "strict": True, "parameters": city}], {}, must=True, parallel=False)
+    grammar = calls_grammar(syntax, [{"name": name, "strict": True, "parameters": city}], {}, must=True, parallel=False)
     assert takes(grammars, grammar, shown)
 
 
@@ -222,14 +222,14 @@ UNFRAMED = [
 @pytest.mark.parametrize("said", UNFRAMED, ids=[said[:30] for said in UNFRAMED])
 def test_calls_without_their_frame_are_held_to_their_schema_too(pamphlet: Model, said: str):
     grammars = Grammars(pamphlet.tokenizer, pamphlet.bound.vocab_size, pamphlet.eos_ids)
-    grammar = held_grammar(hermes.SYNTAX, FUNCTIONS, {}, must=False, parallel=True)
+    grammar = calls_grammar(hermes.SYNTAX, FUNCTIONS, {}, must=False, parallel=True)
     assert takes(grammars, grammar, said)
     assert not takes(grammars, grammar, said.replace("Rome", "Oslo"))
     for other in ('{"name": "Rome"}', "```json\n[1]\n```", '{"name": "other", "arguments": {"a": 1}}'):
         assert takes(grammars, grammar, other)
-        assert read(HeldReader(hermes.SYNTAX, ["weather"]), other, 3) == (other, [])
+        assert read(ConstrainedReader(hermes.SYNTAX, ["weather"]), other, 3) == (other, [])
     for size in (1, 5, len(said)):
-        assert read(HeldReader(hermes.SYNTAX, ["weather"]), said, size) == (
+        assert read(ConstrainedReader(hermes.SYNTAX, ["weather"]), said, size) == (
             "",
             [("weather", ROME)] * said.count("Rome"),
         )
@@ -238,16 +238,16 @@ def test_calls_without_their_frame_are_held_to_their_schema_too(pamphlet: Model,
 def test_an_answer_that_must_call_may_end_after_a_call_and_after_the_line_break_behind_it(pamphlet: Model):
     """Small models write the line break that stands between calls, and then want to end: another call is not forced."""
     grammars = Grammars(pamphlet.tokenizer, pamphlet.bound.vocab_size, pamphlet.eos_ids)
-    grammar = held_grammar(hermes.SYNTAX, FUNCTIONS, {}, must=True, parallel=True)
+    grammar = calls_grammar(hermes.SYNTAX, FUNCTIONS, {}, must=True, parallel=True)
     block = f"<tool_call>\n{CALL}\n</tool_call>"
     for said, calls in ((block, 1), (f"{block}\n", 1), (f"{block}\n{block}", 2), (f"{block}\n{block}\n", 2)):
         assert takes(grammars, grammar, said)
-        assert read(HeldReader(hermes.SYNTAX, ["weather"]), said, 3) == ("", [("weather", ROME)] * calls)
+        assert read(ConstrainedReader(hermes.SYNTAX, ["weather"]), said, 3) == ("", [("weather", ROME)] * calls)
     assert not takes(grammars, grammar, f"{block}\nIt is sunny.")
 
 
 def test_arguments_of_held_calls_are_passed_on_as_they_come():
-    reader, text = HeldReader(hermes.SYNTAX, ["weather"]), f"<tool_call>\n{CALL}\n</tool_call>"
+    reader, text = ConstrainedReader(hermes.SYNTAX, ["weather"]), f"<tool_call>\n{CALL}\n</tool_call>"
     pieces = [part for sign in text for part in reader.push(sign) if isinstance(part, CallDelta)]
     assert (pieces[0].name, pieces[0].arguments) == ("weather", "")
     assert "".join(piece.arguments for piece in pieces) == '{"city": "Rome"}'

@@ -10,7 +10,7 @@ import pytest
 from octavo import OctavoError
 from octavo.grammars import Grammars
 from octavo.models.model import Model
-from octavo.serve.calls import held_grammar
+from octavo.serve.calls import calls_grammar
 from octavo.serve.calls.families.gemma import FUNCTION_GEMMA
 from tests.serve.calls.published import TEMPLATES
 from tests.serve.calls.test_families import called, takes, tokens_for
@@ -56,7 +56,7 @@ def test_what_a_schema_takes_is_what_a_held_call_may_be(pamphlet: Model, tokens:
     grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     for schema, good, bad in CASES:
         function = {"name": "weather", "strict": True, "parameters": schema}
-        grammar = held_grammar(FUNCTION_GEMMA, [function], added, must=True, parallel=True)
+        grammar = calls_grammar(FUNCTION_GEMMA, [function], added, must=True, parallel=True)
         for arguments in (good, bad):
             for one in arguments:
                 written = called(tokenizer, TEMPLATES["FunctionGemma"].text, [one])
@@ -77,7 +77,7 @@ def test_what_a_schema_takes_is_what_a_held_call_may_be(pamphlet: Model, tokens:
 def test_what_cannot_be_held_to_is_refused(schema: dict[str, Any], why: str):
     function = {"name": "weather", "strict": True, "parameters": schema}
     with pytest.raises(OctavoError, match=why):
-        held_grammar(FUNCTION_GEMMA, [function], {}, must=True, parallel=True)
+        calls_grammar(FUNCTION_GEMMA, [function], {}, must=True, parallel=True)
 
 
 def test_a_string_that_has_no_end_is_ended_by_its_own_quote(pamphlet: Model):
@@ -86,7 +86,7 @@ def test_a_string_that_has_no_end_is_ended_by_its_own_quote(pamphlet: Model):
     grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     schema = object_of("s l", s={"type": "string"}, l={"type": "array", "minItems": 1})
     function = {"name": "weather", "strict": True, "parameters": schema}
-    guide = grammars.guide("grammar", held_grammar(FUNCTION_GEMMA, [function], added, must=True, parallel=True))
+    guide = grammars.guide("grammar", calls_grammar(FUNCTION_GEMMA, [function], added, must=True, parallel=True))
     text = "<start_function_call>call:weather{l:[<escape>a"
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
         guide.accept(token)

@@ -12,6 +12,7 @@ from octavo.serve.output.bodies import ResponseBody
 from octavo.serve.output.choices import Call, ChoiceDelta, Output
 from octavo.serve.output.events import event
 from octavo.serve.output.logprobs import ShownToken, chat_logprobs
+from octavo.serve.requests.messages import plain_call
 from octavo.serve.requests.responses import ResponsesRequest
 from octavo.serve.requests.strict import read_json
 from octavo.serve.response_store import Kept, Store
@@ -198,5 +199,4 @@ def _call(call: Call) -> dict[str, Any]:
 
 def _plain(call: Call) -> dict[str, Any]:
     arguments = read_json(call.arguments)
-    function = {"name": call.name, "arguments": arguments if isinstance(arguments, dict) else {}}
-    return {"id": call.id, "type": "function", "function": function}
+    return plain_call(call.id, call.name, arguments if isinstance(arguments, dict) else {})
