@@ -42,14 +42,9 @@ COPIES = {"clone", "contiguous", "reshape", "to", "_to_copy"}
 UNSEEN = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}  # ways to values past torch's dispatcher
 ON_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 aten = torch.ops.aten
-UNTAGGED = {
-    aten.is_nonzero.default,
-    aten.where.default,
-    aten.narrow.Tensor,
-    aten.repeat_interleave.Tensor,
-    aten.repeat_interleave.self_Tensor,
-    aten.tensor_split.tensor_indices_or_sections,
-}  # look there too
+# Composite operations that look there too, and come without a tag in inference mode:
+UNTAGGED = {aten.is_nonzero.default, aten.where.default, aten.narrow.Tensor, aten.repeat_interleave.Tensor,
+            aten.repeat_interleave.self_Tensor, aten.tensor_split.tensor_indices_or_sections}  # fmt: skip
 LITERALS = {"lift", "lift_fresh", "lift_fresh_copy"}  # tensors of Python's numbers
 
 
