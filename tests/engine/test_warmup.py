@@ -78,7 +78,7 @@ def test_no_kernel_is_compiled_after_the_warm_up(format: str, kv_heads: int, mon
     seen: set[Any] = set()
     for name in ("write", "scan", "combine"):
         monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), seen))
-    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)  # noqa: ARG005
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)  # noqa: ARG005
     sequences, tokens, length = 64, 1024, 4096
     shape = LayerShape(kv_heads, 64, 64, dtype=torch.bfloat16)
     cache = KVCache(plan_layers([shape], KVFormat.parse(format)), 1, Layout(64, "pages"), raw_pages=2)
