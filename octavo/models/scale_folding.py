@@ -161,13 +161,13 @@ def _hold(
     folds: list[Fold], linear: dict[str, nn.Linear], sources: dict[str, nn.Module], run: Run, logits: Tensor
 ) -> bool:
     """Whether the logits stay the same when the sources' outputs are divided and the layers' inputs multiplied."""
+    norms = [module for fold in folds if not isinstance(module := sources[str(fold.source)], nn.Linear)]
+    if any(_shift(norm) is None for norm in norms):
+        return False
     generator = torch.Generator().manual_seed(0)
     handles = []
     for fold in folds:
-        source = sources[str(fold.source)]
-        width = linear[fold.layers[0]].in_features
-        if not isinstance(source, nn.Linear) and _shift(source) is None:
-            return False
+        source, width = sources[str(fold.source)], linear[fold.layers[0]].in_features
         scale = 2.0 ** torch.randint(-1, 2, (width,), generator=generator)
         handles.append(source.register_forward_hook(lambda _, __, y, s=scale: y / s.to(y)))
         handles += [

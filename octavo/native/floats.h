@@ -1,6 +1,7 @@
 // Numbers of 16 and 8 bits, one at a time. Registers of them: simd.h.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -46,6 +47,10 @@ inline void from_float(float x, bf16& out) {
     if ((bits & 0x7fffffffu) > 0x7f800000u) out.bits = uint16_t(bits >> 16 | 64);  // NaN stays NaN
     else out.bits = uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);          // to even
 }
+// The float of these bits in steps of the last place of `large`, a power of two that it is small beside: how many, to even.
+inline uint32_t rounded_beside(float large, uint32_t bits) {
+    return std::bit_cast<uint32_t>(std::bit_cast<float>(bits) + large) - std::bit_cast<uint32_t>(large);
+}
 inline void from_float(float x, fp16& out) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
@@ -54,12 +59,7 @@ inline void from_float(float x, fp16& out) {
     if (bits > 0x7f800000u) { out.bits = sign | 0x7e00; return; }
     if (bits >= 0x477ff000u) { out.bits = sign | 0x7c00; return; }  // rounds beyond the largest
     if (bits < 0x38800000u) {  // subnormal: let a float addition do the rounding
-        float f;
-        std::memcpy(&f, &bits, 4);
-        f += 0.5f;
-        uint32_t rounded;
-        std::memcpy(&rounded, &f, 4);
-        out.bits = sign | uint16_t(rounded - 0x3f000000u);
+        out.bits = sign | uint16_t(rounded_beside(0.5f, bits));
         return;
     }
     bits += 0xfff + (bits >> 13 & 1);
@@ -74,12 +74,7 @@ inline void from_float(float x, fp8& out) {  // what is beyond the largest becom
     if (bits > 0x7f800000u) { out.bits = 0x7e; return; }
     if (bits >= 0x43e00000u) { out.bits = sign | 0x7e; return; }  // 448
     if (bits < 0x3c800000u) {  // below 2⁻⁶, in steps of 2⁻⁹: let a float addition do the rounding
-        float f;
-        std::memcpy(&f, &bits, 4);
-        f += 16384.0f;
-        uint32_t rounded;
-        std::memcpy(&rounded, &f, 4);
-        out.bits = sign | uint8_t(rounded - 0x46800000u);
+        out.bits = sign | uint8_t(rounded_beside(16384.0f, bits));
         return;
     }
     bits += 0x7ffffu + (bits >> 20 & 1);  // to even
