@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from octavo.engine.reading import Reading
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import BoundModel
-from octavo.models.packed import GROUP_SIZES, packable
+from octavo.models.packed import GROUP_SIZES, fitting_groups, packable
 from octavo.models.prepack import is_prepacked
 from octavo.models.scale_folding import Fold, absorb, find_folds
 from octavo.progress import Progress, silent
@@ -125,18 +125,16 @@ def quantizable(hf: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
 
 def choose_group(hf: PreTrainedModel, asked: int | None) -> int:
     """The group size that packs most weights, or the one `asked` for. Raises Unsupported where that packs fewer, with
-    the ones that pack most."""
-    packed = {size: sum(layer.weight.numel() for layer in packable(hf, size).values()) for size in GROUP_SIZES}
-    best = [size for size in GROUP_SIZES if packed[size] == max(packed.values())]
-    if asked is None:
-        return best[-1]
-    if packed[asked] < packed[best[0]]:
-        left = {layer.in_features for name, layer in packable(hf, best[0]).items() if name not in packable(hf, asked)}
-        raise Unsupported(
-            f"groups of {asked} do not divide the inputs of every linear layer ({', '.join(map(str, sorted(left)))}): "
-            f"choose {' or '.join(map(str, best))}"
-        )
-    return asked
+    the ones that pack most. Only shapes are looked at: `hf` may be on torch's meta device."""
+    best = fitting_groups(hf)
+    if asked is None or asked in best:
+        return asked or best[-1]
+    fits = packable(hf, asked)
+    left = sorted({layer.in_features for name, layer in packable(hf, best[0]).items() if name not in fits})
+    raise Unsupported(
+        f"groups of {asked} do not divide the inputs of every linear layer ({', '.join(map(str, left))}): "
+        f"choose {' or '.join(map(str, best))}"
+    )
 
 
 def choose_search(hf: PreTrainedModel, group_size: int, method: Method, seconds: float | None) -> tuple[Search, float]:

@@ -48,8 +48,11 @@ def quantize(
     time = shown.time
     check_model(model)
     tell_loading(model)
+    import torch
+
     from octavo import cores
     from octavo.cli.tables.quantize import show
+    from octavo.models.load import load_model
     from octavo.models.locate import locate
     from octavo.models.model import Model
     from octavo.models.save import require_new, save_awq
@@ -61,9 +64,10 @@ def quantize(
     _, path = locate(model)
     require_16_bits(path)
     require_new(work_dir, path)
+    with torch.device("meta"):  # shapes by the config; no weight file is read
+        group_size = choose_group(load_model(path, device="meta", load_format="dummy"), group_size)
     cores.use()
     loaded = Model.load(model, dtype=dtype, device=device, chat_template=chat_template, plain_weights=True)
-    group_size = choose_group(loaded.bound.hf, group_size)
     say(f"groups of {group_size} weights")
     room = time.part(ROUNDING).seconds
     search, seconds = choose_search(loaded.bound.hf, group_size, method, room)  # type: ignore[arg-type]  # validated

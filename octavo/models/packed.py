@@ -80,10 +80,10 @@ def packable(model: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
     }  # fmt: skip
 
 
-def fitting_group(model: PreTrainedModel) -> int:
-    """The group size that packs the most weights of a model, the largest where several do."""
-    sizes = {group: sum(layer.weight.numel() for layer in packable(model, group).values()) for group in GROUP_SIZES}
-    return max(GROUP_SIZES, key=lambda group: (sizes[group], group))
+def fitting_groups(model: PreTrainedModel) -> list[int]:
+    """The group sizes that pack the most weights of a model, the largest last."""
+    packed = {group: sum(layer.weight.numel() for layer in packable(model, group).values()) for group in GROUP_SIZES}
+    return [group for group in GROUP_SIZES if packed[group] == max(packed.values())]
 
 
 def fill(model: PreTrainedModel, packed: PackedLayers, share: Callable[[str, int], slice] | None = None) -> None:
