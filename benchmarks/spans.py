@@ -43,8 +43,8 @@ Row = dict[str, Any]
 
 
 class Once:
-    """A bound model that reads one text several times: the first time it keeps K and V of all rows; later it writes them
-    as they are, and computes only the chunks that begin at `due`. Other chunks have no logits.
+    """A bound model that reads one text several times: the first time it keeps K and V of all rows; later it writes
+    them as they are, and computes only the chunks that begin at `due`. Other chunks have no logits.
 
     It stands for the BoundModel in a Reading, which asks it for steps.
     """
@@ -69,7 +69,7 @@ class Once:
             owner.write(k, v, batch.slots, batch.raw_slots)
         return torch.empty(0, self.bound.vocab_size)
 
-    def keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
+    def keep(self, layer: int, _: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
         self.rows[layer].append((k.clone(), v.clone()))
         return k, v, None
 
