@@ -1,8 +1,8 @@
 """How many sessions a cache of 48 MiB holds: computed as `octavo plan` does, and admitted by an engine that has it.
 
 Of each format an engine with a cache of that size takes sessions that begin differently and fill the context, up to
-the first that it cannot hold beside the others. This ends with an error where they are not as many as computed, or where
-a cache of so many sessions takes another number of bytes than `octavo memory` says.
+the first that it cannot hold beside the others. This ends with an error where they are not as many as computed, or
+where a cache of so many sessions takes another number of bytes than `octavo memory` says.
 
     python benchmarks/admitted.py MODEL … --data ../shared/data/text --out benchmarks/results/admitted.json
 """
