@@ -16,12 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.experts import PackedExperts, is_experts
+from octavo.weights import GROUP_SIZES
 from octavo.weights.checkpoint import PackedLayers, WeightFormat
 from octavo.weights.layouts import AWQ, Int4Weight
 from octavo.weights.linear import PackedLinear
 from octavo.weights.panels import PanelLinear
-
-GROUP_SIZES = (32, 64, 128)  # weights that share a scale: what kernels elsewhere take
 
 
 def with_packed_layers(architecture: type[PreTrainedModel], packs: Callable[[str], bool]) -> type[PreTrainedModel]:
