@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from octavo import LLM, OctavoError, SamplingParams
 from octavo.engine.threads import EngineFailed
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
+from tests.conftest import slow
 
 FORMATS = ("fp32", "int8", "int8-token")
 ROOM = {"session_len": 256, "max_batch_size": 8}
@@ -96,9 +98,7 @@ def test_threads_get_the_answers_of_one_thread(pamphlet: Model, calibration: Cal
     together(llms, repetitions=1, each=4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kv", FORMATS)
-@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.parametrize(("make", "kv"), slow(*product(MAKES, FORMATS)))
 def test_threads_get_the_answers_of_one_thread_twenty_times(
     pamphlet: Model, calibration: Calibration, make: Make, kv: str, slowly: Callable[[int], int]
 ):

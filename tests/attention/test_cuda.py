@@ -196,7 +196,8 @@ def test_the_kernels_in_tritons_interpreter(which: str) -> None:
     files = [__file__, str(Path(__file__).with_name("test_cuda_edges.py"))]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", which, *files],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},  # its products are too small to share
+        # Its products are too small to share; plugins of pytest take seconds to import.
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
     )

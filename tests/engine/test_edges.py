@@ -120,8 +120,7 @@ def test_random_steps_leak_no_raw_page(llama: BoundModel, span: int) -> None:
     take_random_steps(llama, span, 200)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize("span", slow(SIZE, 2 * SIZE, 4 * SIZE))
 def test_many_random_steps_leak_no_raw_page(llama: BoundModel, span: int, slowly: Callable[[int], int]) -> None:
     take_random_steps(llama, span, slowly(100_000))
 

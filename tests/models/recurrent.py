@@ -4,6 +4,7 @@ states and of K and V: its `generate`, token by token, and one forward over prom
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Outcome:
     states: int = 0  # bytes of a session's states
 
 
+@cache
 def measure(name: str) -> Outcome:
     try:
         bound = bind(zoo.build(name))
