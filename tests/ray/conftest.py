@@ -38,10 +38,10 @@ def cluster() -> Iterator[str]:
     import ray
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False, "include_log_monitor": False}
     for attempt in range(3):  # Ray gives a node 30 s to start, which is little where others compute
         try:
-            nodes = Cluster(initialize_head=True, head_node_args={**node, "_system_config": slow})
+            nodes = Cluster(initialize_head=True, head_node_args={**node, "no_monitor": True, "_system_config": slow})
             nodes.add_node(**node)
             break
         except Exception:
@@ -51,10 +51,6 @@ def cluster() -> Iterator[str]:
     try:
         yield nodes.address
     finally:
-        from ray import serve
-
-        with suppress(Exception):
-            serve.shutdown()
         ray.shutdown()
         nodes.shutdown()
 
@@ -71,7 +67,7 @@ def deploy(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": PORT})
     sessions = tmp_path_factory.getbasetemp() / "sessions"
 
-    def run(replicas: int = 2, **changed: Any) -> None:
+    def run(replicas: int = 1, **changed: Any) -> None:
         config = yaml.safe_load(FILE.read_text("utf-8"))
         (app,) = config["applications"]
         app["args"]["llm"] |= EXACT | SIZES
