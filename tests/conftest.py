@@ -28,6 +28,7 @@ from octavo.quant.statistics import LayerStatistics
 
 NUMBERS = count()
 SHARE = float(os.environ.get("SLOW_SHARE") or 1)
+RAY = ("tests/ray/test_batches", "tests/ray/test_replicas")  # files that need the cluster
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -37,7 +38,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
+            return "ray" if nodeid.startswith(RAY) else super()._split_scope(nodeid)
 
     return ByFile(config, log)
 

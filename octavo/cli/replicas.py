@@ -35,8 +35,8 @@ def serve_replicas(options: ServeOptions, asked: ServerOptions, replicas: int, a
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, lambda *_: stop.set())
         place = placement(replicas, options.device, options.tensor_parallel_size)
-        sizes = {"replicas": replicas, "cpus": place.cpus, "gpus": place.gpus}
-        args = Args(llm=options.arguments(), **sizes, **asked.of_replicas())
+        llm, others = options.arguments(), asked.of_replicas()
+        args = Args(llm=llm, replicas=replicas, cpus=place.cpus, gpus=place.gpus, **others)
         files = {name: str(file) for name, file in tls.items() if file}
         serve.start(http_options={"host": asked.host, "port": port, **files})
         try:

@@ -20,6 +20,8 @@ OURS = {  # where nobody has chosen otherwise
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's default from 2.60 on; it warns until then
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a proxy that died is started anew after three looks
+    "RAY_enable_metrics_collection": "0",  # of Ray's own, which nobody reads without its dashboard
+    "REPORTER_UPDATE_INTERVAL_MS": "600000",  # nor what it sees of all processes, every five seconds by default
 }
 
 

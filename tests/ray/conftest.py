@@ -15,6 +15,8 @@ import httpx2 as httpx
 import pytest
 import yaml
 
+from octavo.ray.cluster import OURS
+
 PORT = 8917
 URL = f"http://127.0.0.1:{PORT}"
 SIZES: dict[str, Any] = {"session_len": 512, "max_batch_size": 4}
@@ -32,9 +34,10 @@ LOOKS = 0.5  # seconds from one look at what may have died to the next, in place
 def cluster() -> Iterator[str]:
     """Its address. A test machine may stand still for minutes: no node counts as dead for that."""
     slow = {"health_check_failure_threshold": 60, "health_check_period_ms": 10_000, "health_check_timeout_ms": 60_000}
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "300"
-    os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = str(LOOKS)
+    os.environ |= OURS | {
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "300",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(LOOKS),
+    }
     import ray
     from ray.cluster_utils import Cluster
 

@@ -99,8 +99,8 @@ def test_parquet_of_all_answers_has_one_schema_and_loses_nothing(
         rows = {"prompt": ["Once", "Upon", "Once"], "max_tokens": [2, 2, -1], "logprobs": [None, 2, None]}
         pq.write_table(pa.table(rows | ({"id": own} if own else {})), tmp_path / f"{i}.parquet")
     output = Output(f"{tmp_path}/*.parquet", str(tmp_path / "out"), {})
-    answering = AnswerShards(output, model=pamphlet, kv="fp32", session_len=64)
-    params = [SamplingParams(max_tokens=2, logprobs=asked) for asked in (None, 2)]
+    answering = AnswerShards(output, params=PARAMS, model=pamphlet, kv="fp32", session_len=64)
+    params = [SamplingParams(**PARAMS | {"max_tokens": 2, "logprobs": asked}) for asked in (None, 2)]
     answers = [answer(answering.llm, one) for one in answering.llm.generate(["Once", "Upon"], params)]
     assert "logprobs" in answers[1].keys() - answers[0].keys()
     written: list[dict[str, Any]] = []

@@ -143,7 +143,7 @@ def load() -> Iterator[None]:
     def ask_on(i: int) -> None:
         while not ceased.is_set():
             statuses.append(ask(f"{i} Once upon a time", 8).status_code)
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     with ThreadPoolExecutor(2) as pool:
         asking = pool.map(ask_on, range(2))
