@@ -6,8 +6,6 @@ for out in llm.generate(["Once upon a time"], SamplingParams(max_tokens=64)):
     print(out.text)
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """What a long work calls while it goes on, so that something can be shown. Each is called often and returns at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

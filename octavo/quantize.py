@@ -6,8 +6,6 @@ in front of it can absorb the scale (models/scale_folding.py), the model must st
 after layer is rounded and replaced by its packed self, so that from there on memory shrinks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial

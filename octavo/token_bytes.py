@@ -1,7 +1,5 @@
 """The bytes that a token stands for. Several tokens may make one character, which text alone cannot tell apart."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from typing import Any

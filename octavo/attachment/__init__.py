@@ -7,8 +7,6 @@ with octavo.attach(model, kv="kv8") as cache:
 a cache for models that the hook does not reach.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 Whatever needs to know one of them takes a `LayerPlan`: the cache, the choice of a backend, saved sessions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -3,8 +3,6 @@
 One pass, one window at a time, through the same attention that serves; memory does not grow with the number of windows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

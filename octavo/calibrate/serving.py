@@ -1,7 +1,5 @@
 """The calibration that a format is served with: the one there is, or a short one made first from the bundled prose."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`octavo doctor`: will this model work, and will its cache quantize well?"""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

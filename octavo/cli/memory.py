@@ -1,7 +1,5 @@
 """`octavo memory`: where the memory goes, for each cache format and number of sessions; computed, then measured."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`/params`: which sampling parameters are in force, and who has set them."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 from octavo.engine.params import DEFAULTS, SamplingParams, allowed

@@ -3,8 +3,6 @@
 With --fleet the question is turned round: how many GPUs so many sessions need (fleet.py).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`octavo quantize`: write a model again with 4-bit weights, as an AWQ checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

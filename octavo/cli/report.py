@@ -1,7 +1,5 @@
 """`octavo report`: everything about a model's cache on one page, to be sent to a colleague."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

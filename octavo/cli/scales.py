@@ -1,7 +1,5 @@
 """`octavo scales`: other projects' scales of a KV cache, looked at, read and written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

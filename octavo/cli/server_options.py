@@ -1,7 +1,5 @@
 """What the command line says of a server: where it listens, who may ask, and how much it takes on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial

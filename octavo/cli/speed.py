@@ -1,7 +1,5 @@
 """`octavo speed`: tokens per second and latencies of each cache format, beside what the memory's bandwidth allows."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -4,8 +4,6 @@ Every text gets a cache of its own, which is freed when the text is read. Long t
 cuts long prompts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """What measurements compare: cache formats, and each of them with 16-bit and with 4-bit weights."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """A bound model: transformers' own code, run over packed rows with our function in the place of attention."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property

@@ -4,8 +4,6 @@ The layer is found by what it does, whatever its name, class or number of bits: 
 a matrix that takes rows as wide as attention's output. It is measured by what it makes of unit vectors.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -12,8 +12,6 @@ run calls are rearranged, and if the model then fails or computes something else
 by that, or because it is of a form that the kernels do not know, is logged, and `octavo doctor` says it too.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -6,8 +6,6 @@ defaults and licence are copied. All of it goes into a folder beside the target 
 that is interrupted leaves nothing half done.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

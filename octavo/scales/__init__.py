@@ -4,8 +4,6 @@ A scale says less than a calibration: how far K and V reach, and not what reads 
 serves formats that need ranges alone (`int8`, `fp8`).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Protocol
 

@@ -1,8 +1,6 @@
 """Scales that lie as tensors beside a checkpoint's weights: read under any of the names that vLLM reads, and written in
 a copy of the checkpoint that shares its weights."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -4,8 +4,6 @@
 fp8 is written: vLLM refuses a model whose scheme is of int8. Read are both, and vLLM's other names.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

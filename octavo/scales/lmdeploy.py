@@ -4,8 +4,6 @@ Each is a dict of `max`, `min` and `absmax`, and of each a dict from a layer's m
 [kv_heads, head_dim], K after RoPE.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

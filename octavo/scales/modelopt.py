@@ -5,8 +5,6 @@ The weights of such a model are in 16 bits, so `quant_algo` is null. TensorRT-LL
 0.5.23 it is a model without any quantization, and they leave the scales out.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@ An entry of a layer is one scale or kv_heads·head_size of them; scale = thresho
 `layer_ids` they are of layers 0, 1, …; without `qmax` they are of int8. A file may have a section for each model file.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

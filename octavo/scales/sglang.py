@@ -5,8 +5,6 @@
 With several ranks of tensor parallelism, each has its share of the KV heads in order.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

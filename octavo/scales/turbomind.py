@@ -6,8 +6,6 @@ Four numbers, k_scale k_zp v_scale v_zp, of an asymmetric code: scale = (max −
 middle as a number. Or two, k_scale v_scale, of a symmetric one: scale = absmax/127.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections import defaultdict

@@ -1,8 +1,6 @@
 """From a request to what the engine is given of it: token ids, sampling parameters, and the special tokens that are
 shown."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

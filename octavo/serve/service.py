@@ -1,7 +1,5 @@
 """One request after the other: admitted or refused, made into tokens, sent through the worker, answered in time."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -1,7 +1,5 @@
 """The table of `octavo calibrate`."""
 
-from __future__ import annotations
-
 from rich.table import Table
 
 from octavo.cli.tables import table

@@ -1,7 +1,5 @@
 """How many values of K and V would leave the calibrated range, by layer and headroom: one pass for all headrooms."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

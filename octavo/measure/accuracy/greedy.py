@@ -4,8 +4,6 @@ Every format continues the same prompts, in steps of the same composition. Once 
 different texts; how far they agree says more to a reader than a divergence in nats.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import quantiles

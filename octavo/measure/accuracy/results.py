@@ -1,7 +1,5 @@
 """What `octavo accuracy` finds, as the parts of its JSON document."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any

@@ -6,8 +6,6 @@ tokens, so the context is read once for each format. Right is a value whose ever
 log-probability tells earlier than that what is lost.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

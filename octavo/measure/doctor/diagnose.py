@@ -11,8 +11,6 @@ A slow model sees fewer windows and shorter ones, but none shorter than LEAST: e
 of a window in 16 bits, and what a format loses shows in the rows between. Layers are tried with the time that is left.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from time import perf_counter
 

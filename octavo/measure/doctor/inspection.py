@@ -4,8 +4,6 @@ Of keys it looks for a constant offset on a few channels, as Qwen2's key biases 
 wider than the others: both take the steps of a scale that the other channels would need.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

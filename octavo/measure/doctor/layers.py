@@ -1,7 +1,5 @@
 """The layers one by one: what each loses in few bits where all others are unquantized."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import count
 

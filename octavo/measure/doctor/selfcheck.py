@@ -5,8 +5,6 @@ Each is also run alone, and through the model's own attention without any cache.
 a mask, a position or a state that leaks from one sequence to another makes large ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The text that the doctor measures on: split, so that formats are calibrated on one part and measured on the other."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from octavo.corpus import load_texts

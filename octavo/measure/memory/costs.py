@@ -9,8 +9,6 @@ head, experts, layers that the groups do not divide. Activations, allocator and 
 ever measured (points.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

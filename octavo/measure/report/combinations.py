@@ -4,8 +4,6 @@ All share one baseline, 16-bit weights with a 16-bit cache; what a cache costs i
 the same weights, for the rounding of weights costs far more and would hide it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any

@@ -4,8 +4,6 @@ The templates in data/report say in words what survey.py measures. A directory t
 beside itself (report.html), the same as Markdown with its plots as files, and the numbers as JSON.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Everything about a model's cache in one go: what a report shows, measured by the functions of the other verbs."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -5,8 +5,6 @@ YAML file in this folder. With a data directory the documents are read from the 
 Hub; nothing else changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec

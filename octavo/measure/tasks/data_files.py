@@ -3,8 +3,6 @@
 `load` stands in for `datasets.load_dataset` in a task's definition (its `custom_dataset`).
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

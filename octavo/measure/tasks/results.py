@@ -4,8 +4,6 @@ A file grows with the documents that were asked, from the first on, and is never
 and a larger one adds to a smaller one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass

@@ -5,8 +5,6 @@ the errors of the two scores. A model that guesses shows no difference whatever 
 score stands to guessing.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

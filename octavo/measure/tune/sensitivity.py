@@ -6,8 +6,6 @@ once, and the sum is shared out as 4 bits share theirs. A code's error is the sa
 in the same way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 

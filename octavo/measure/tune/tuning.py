@@ -1,7 +1,5 @@
 """What `octavo tune` does: measure each part of the cache alone, choose, and measure the choice."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Every family of chat templates has a syntax of its own, in a file of its own; `syntax_of` tells it by the template.
 """
 
-from __future__ import annotations
-
 from octavo.serve.calls.constrained_reader import ConstrainedReader
 from octavo.serve.calls.families import plain, syntax_of
 from octavo.serve.calls.free_reader import FreeReader

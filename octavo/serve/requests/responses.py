@@ -1,7 +1,5 @@
 """`POST /v1/responses`, as OpenAI's API of responses has it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 

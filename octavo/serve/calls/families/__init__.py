@@ -1,7 +1,5 @@
 """The families of chat templates whose calls are known, and the one for all others."""
 
-from __future__ import annotations
-
 from octavo.serve.calls.families import gemma, hermes, internlm, llama, mistral, plain
 from octavo.serve.calls.syntax import Syntax
 

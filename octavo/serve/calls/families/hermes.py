@@ -1,7 +1,5 @@
 """Hermes 2 and 3, Qwen 2.5 and 3, and those that took it over: `<tool_call>`, one JSON call, `</tool_call>`."""
 
-from __future__ import annotations
-
 from octavo.serve.calls.syntax import Syntax
 
 SYNTAX = Syntax(

@@ -1,7 +1,5 @@
 """InternLM 2, 2.5 and 3: `<|action_start|><|plugin|>`, one JSON call with `parameters`, `<|action_end|>`."""
 
-from __future__ import annotations
-
 from octavo.serve.calls.syntax import Syntax
 
 SYNTAX = Syntax(

@@ -1,8 +1,6 @@
 """Llama 3.1, 3.2 and 3.3: the answer is one JSON call, with `parameters`; `<|python_tag|>` may come before it. Their
 own template takes one call in a message; several are separated by `; `."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from octavo.serve.calls.syntax import Syntax

@@ -2,8 +2,6 @@
 and JSON arguments, all of it again for each call (from version 11 on). Ids are nine letters and digits; the templates
 refuse others."""
 
-from __future__ import annotations
-
 import re
 import secrets
 import string

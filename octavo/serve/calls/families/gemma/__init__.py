@@ -1,8 +1,6 @@
 """Gemma 4 and FunctionGemma: `call:NAME{key:value,…}` between two special tokens, strings between two others. Gemma 3
 and older have no template for tools."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 
