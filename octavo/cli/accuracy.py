@@ -26,6 +26,7 @@ from octavo.cli.options import (
     check_calibration,
     check_replicas,
     numbers,
+    of_model,
     on_ray,
     option,
     takes,
@@ -57,7 +58,7 @@ def accuracy(
     granularity: OtherGranularity = None,
     headroom: OtherHeadroom = None,
     baseline: Annotated[str | None, BASELINE] = None,
-    data_dir: Annotated[Path | None, option("Where files of the named text or of the tasks are.")] = None,
+    data_dir: Annotated[Path | None, of_model("Where files of the named text or of the tasks are.")] = None,
     retrieval: Annotated[
         str | None,
         option(

@@ -36,8 +36,7 @@ class TextOptions:
     """A text to be read, and how much of it."""
 
     text: Annotated[
-        str | None,
-        about_text(f"What is read: {TEXTS}. [default: evaluation.txt of the bundled model]"),
+        str | None, about_text(f"What is read: {TEXTS}. [default: evaluation.txt of the bundled model]")
     ] = None
     windows: Annotated[
         int | None,
@@ -138,8 +137,7 @@ class TaskOptions:
     ] = None
     max_batch_size: Annotated[int | None, about_tasks("Documents at a time. [default: 16]", min=1)] = None
     results: Annotated[
-        Path | None,
-        about_tasks("Where results are kept, so that a run can go on. [default: beside the calibration]"),
+        Path | None, about_tasks("Where results are kept, so that a run can go on. [default: beside the calibration]")
     ] = None
 
     def check(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import complete, option
+from octavo.cli.options import complete, of_model
 from octavo.errors import OctavoError
 from octavo.quant.format import ADVISED, KVFormat, check_name, is_tuned
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from octavo.quant.format import Format
 
 COMPARED = "[default: the model's 16 bits, kv8, k8v4, and if it is calibrated kv4 and int8]"
-BASELINE = option("The same model with 16-bit weights: MODEL with 4-bit ones is compared with it, in every format.")
+BASELINE = of_model("The same model with 16-bit weights: MODEL with 4-bit ones is compared with it, in every format.")
 
 
 def formats_option(help: str) -> Any:
     """--kv of a verb that compares: names with commas between, which are known before torch is imported."""
-    return option(help, callback=_known, autocompletion=complete)
+    return of_model(help, callback=_known, autocompletion=complete)
 
 
 def _known(names: str | None) -> str | None:

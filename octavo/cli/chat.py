@@ -14,10 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from octavo.cli.loading import ServeOptions
-from octavo.cli.options import takes
+from octavo.cli.options import option, takes
 from octavo.cli.sampling import SamplingOptions
 from octavo.errors import OctavoError
 
@@ -43,9 +41,7 @@ KEYS = {
 
 @takes(ServeOptions, SamplingOptions)
 def chat(
-    options: ServeOptions,
-    sampling: SamplingOptions,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    options: ServeOptions, sampling: SamplingOptions, system: Annotated[str | None, option("System prompt.")] = None
 ) -> None:
     """Talk to a model in the terminal, or pipe in a message per line."""
     from octavo.cli.conversation import Conversation

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import TEXTS, Json, budget_option, takes
+from octavo.cli.options import TEXTS, Json, budget_option, option, takes
 from octavo.corpus import load_texts
 from octavo.errors import Unsupported
 from octavo.measure.budget import DEFAULT, Budget
@@ -15,8 +15,7 @@ from octavo.measure.budget import DEFAULT, Budget
 def doctor(
     options: LoadOptions,
     text: Annotated[
-        str | None,
-        typer.Option(help=f"What is read: {TEXTS}, or self: the model writes. [default: a bundled English text]"),
+        str | None, option(f"What is read: {TEXTS}, or self: the model writes. [default: a bundled English text]")
     ] = None,
     budget: Annotated[str, budget_option()] = DEFAULT,
     json: Json = False,

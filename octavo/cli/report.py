@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from octavo.cli.candidates import BASELINE, load_baseline
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import TEXTS, amount, budget_option, calibration_option, takes, tell_loading
+from octavo.cli.options import TEXTS, amount, budget_option, calibration_option, option, takes, tell_loading
 from octavo.measure.budget import Budget
 
 DEFAULT = "5m"
@@ -16,20 +14,18 @@ DEFAULT = "5m"
 @takes(LoadOptions)
 def report(
     options: LoadOptions,
-    out: Annotated[Path, typer.Option(help="Directory that the report is written into.")] = Path("report"),
+    out: Annotated[Path, option("Directory that the report is written into.")] = Path("report"),
     calibration: Annotated[
         Path | None, calibration_option("[default: beside the model, else one made for the report]")
     ] = None,
     baseline: Annotated[str | None, BASELINE] = None,
-    text: Annotated[str | None, typer.Option(help=f"What is read: {TEXTS}. [default: a bundled English text]")] = None,
+    text: Annotated[str | None, option(f"What is read: {TEXTS}. [default: a bundled English text]")] = None,
     memory: Annotated[
         str | None,
-        typer.Option(
-            help="Memory that sessions are counted in, like 80GiB. [default: this machine's]", callback=amount
-        ),
+        option("Memory that sessions are counted in, like 80GiB. [default: this machine's]", callback=amount),
     ] = None,
     budget: Annotated[str, budget_option()] = DEFAULT,
-    json: Annotated[bool, typer.Option("--json", help="The numbers as one JSON document on stdout, too.")] = False,
+    json: Annotated[bool, option("The numbers as one JSON document on stdout, too.", "--json")] = False,
 ) -> None:
     """Write what MODEL's cache saves and costs as a web page, as Markdown and as JSON."""
     from octavo.corpus import load_texts

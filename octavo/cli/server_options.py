@@ -56,8 +56,7 @@ class ServerOptions:
     )
     max_body: Annotated[int, serving("Bytes a request may have.", min=1)] = Limits.max_body
     max_connections: Annotated[
-        int | None,
-        serving(f"Open at a time; beyond, idle ones are closed. [default: {Limits.max_connections}]", min=1),
+        int | None, serving(f"Open at a time; beyond, idle ones are closed. [default: {Limits.max_connections}]", min=1)
     ] = None
     patience: Annotated[
         float | None,
