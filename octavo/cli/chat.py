@@ -132,16 +132,15 @@ class Chat:
         self._note(f"the conversation is forgotten{kept}")
 
     def _params(self, _: str) -> None:
-        from octavo.cli.parameters import in_force
+        from octavo.cli.tables.chat import show_params
 
-        for name, value, source in in_force(self.conversation.params, self.conversation.llm, self.given):
-            self.screen.print(f"  [bold]{name:<20}[/]{value:<12} ({source})")
+        show_params(self.conversation, self.given, self.screen)
         self._note("all others are off")
 
     def _stats(self, _: str) -> None:
-        from octavo.cli.stats import show
+        from octavo.cli.tables.chat import show_stats
 
-        show(self.conversation, self.screen)
+        show_stats(self.conversation, self.screen)
 
     def _save(self, argument: str) -> None:
         path = _file("/save", argument)

@@ -1,6 +1,6 @@
 """Measurements on a cluster: every worker loads the model once and takes parts, which add up to one run.
 
-Statistics of a calibration are merged as they are summed (quant/sums.py), a comparison on a text is kept token by token
+Statistics of a calibration are merged as they are summed (quant/statistics.py), a comparison on a text is kept token by token
 until all windows are read, and tasks are kept document by document: nothing is averaged before it is all there.
 """
 

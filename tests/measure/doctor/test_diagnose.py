@@ -18,11 +18,10 @@ from octavo.measure.as_json import dumps
 from octavo.measure.budget import Budget, Windows
 from octavo.measure.doctor import diagnose as doctor
 from octavo.measure.doctor.advice import findings, listed
-from octavo.measure.doctor.diagnose import diagnose, flip_last_bit
+from octavo.measure.doctor.diagnose import diagnose, flip_last_bit, windows
 from octavo.measure.doctor.diagnosis import Diagnosis, Finding
 from octavo.measure.doctor.inspection import examine, keys, widths
 from octavo.measure.doctor.selfcheck import self_check
-from octavo.measure.doctor.texts import windows
 from octavo.measure.pace import Pace
 from octavo.models.bind import BoundModel, bind
 from octavo.models.locate import PROSE

@@ -140,7 +140,7 @@ def test_several_calls_and_text_before_them_are_read_in_their_order(pamphlet: Mo
         assert found == (text, [("weather", ROME), ("weather", {"city": "Paris"})])
 
 
-HERMES: list[tuple[str, Found | None]] = [
+SAID: list[tuple[str, Found | None]] = [
     ("It is sunny.", ("It is sunny.", [])),
     (f"<tool_call>{CALL}</tool_call>\n<tool_call>\n{CALL}\n</tool_call>", ("", [("weather", ROME)] * 2)),
     (f"<tool_call>{CALL}", ("", [("weather", ROME)])),  # the closing tag was what ended the answer
@@ -184,7 +184,7 @@ HERMES: list[tuple[str, Found | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("said", "found"), HERMES, ids=[said[:40] for said, _ in HERMES])
+@pytest.mark.parametrize(("said", "found"), SAID, ids=[said[:40] for said, _ in SAID])
 def test_what_is_a_call_is_read_as_json_and_what_is_none_is_text(said: str, found: Found | None):
     for size in (1, 3, len(said)):
         assert read(FreeReader(HERMES, ["weather"]), said, size) == (found or (said, []))
