@@ -1,7 +1,7 @@
 """Measurements on a cluster: every worker loads the model once and takes parts, which add up to one run.
 
-Statistics of a calibration are merged as they are summed (quant/statistics.py), a comparison on a text is kept token by token
-until all windows are read, and tasks are kept document by document: nothing is averaged before it is all there.
+Statistics of a calibration are merged as they are summed (quant/statistics.py), a comparison on a text is kept token by
+token until all windows are read, and tasks are kept document by document: nothing is averaged before it is all there.
 """
 
 from __future__ import annotations
