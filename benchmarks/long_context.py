@@ -24,7 +24,7 @@ from over_models import calibrated, keep, options
 
 from octavo.cli.progress import progress
 from octavo.corpus import load_texts
-from octavo.measure.accuracy.compare import compare
+from octavo.measure.accuracy.compare import measured
 from octavo.measure.accuracy.retrieval import make_context, retrieve
 from octavo.measure.candidate import Candidate
 from octavo.measure.report.plots import colour
@@ -45,13 +45,13 @@ def by_position(model: Model, candidates: list[Candidate], length: int, args: ar
     with progress() as bar:
         task = bar.add_task(f"{model.path.name}: {length:,} tokens", total=None)
         tell = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        scores = compare(model, BASELINE, candidates, windows, tell)[1:]
+        found = measured(model, (BASELINE, *candidates), windows, tell)[1:]
     same = {"model": model.path.name, "text": args.text, "length": length, "windows": len(windows)}
     rows = []
-    for score in scores:
+    for one in found:
         for start, stop in pairwise([edge for edge in EDGES if edge < length] + [length]):
-            part = score.kl_by_position[start : stop - 1]
-            rows.append(same | {"name": score.name, "start": start, "stop": stop, "kl": sum(part) / len(part)})
+            kl = one.kl[:, start : stop - 1].mean().item()
+            rows.append(same | {"name": one.name, "start": start, "stop": stop, "kl": kl})
     return rows
 
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from octavo.engine.reading import Reading
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import BoundModel
-from octavo.models.packed import GROUP_SIZES, packable
+from octavo.models.changes import watched
+from octavo.models.packed import GROUP_SIZES, fitting_groups, packable
 from octavo.models.prepack import is_prepacked
 from octavo.models.scale_folding import Fold, absorb, find_folds
 from octavo.progress import Progress, silent
@@ -124,17 +125,14 @@ def quantizable(hf: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
 def choose_group(hf: PreTrainedModel, asked: int | None) -> int:
     """The group size that packs most weights, or the one `asked` for. Raises Unsupported where that packs fewer, with
     the ones that pack most."""
-    packed = {size: sum(layer.weight.numel() for layer in packable(hf, size).values()) for size in GROUP_SIZES}
-    best = [size for size in GROUP_SIZES if packed[size] == max(packed.values())]
-    if asked is None:
-        return best[-1]
-    if packed[asked] < packed[best[0]]:
-        left = {layer.in_features for name, layer in packable(hf, best[0]).items() if name not in packable(hf, asked)}
-        raise Unsupported(
-            f"groups of {asked} do not divide the inputs of every linear layer ({', '.join(map(str, sorted(left)))}): "
-            f"choose {' or '.join(map(str, best))}"
-        )
-    return asked
+    best = fitting_groups(hf)
+    if asked is None or asked in best:
+        return asked or best[-1]
+    left = {layer.in_features for name, layer in packable(hf, best[0]).items() if name not in packable(hf, asked)}
+    raise Unsupported(
+        f"groups of {asked} do not divide the inputs of every linear layer ({', '.join(map(str, sorted(left)))}): "
+        f"choose {' or '.join(map(str, best))}"
+    )
 
 
 def choose_search(hf: PreTrainedModel, group_size: int, method: Method, seconds: float | None) -> tuple[Search, float]:
@@ -205,17 +203,14 @@ def _watch(
     inputs = {fold: Input(layer.weight.new_zeros(layer.in_features).float()) for fold, layer in first.items()}
     tokens = sum(map(len, windows))
     generator = torch.Generator().manual_seed(0)
-    handles = [
+    handles = (
         layer.register_forward_pre_hook(partial(_take, inputs[fold], ROWS / tokens, tokens, generator))
         for fold, layer in first.items()
-    ]
-    try:
+    )
+    with watched(handles):
         for done, window in enumerate(windows):
             progress("watching inputs", done, len(windows))
             Reading(bound).run(window)
-    finally:
-        for handle in handles:
-            handle.remove()
     progress("watching inputs", len(windows), len(windows))
     for fold, seen in inputs.items():
         if not seen.mean.isfinite().all():

@@ -9,13 +9,14 @@ from typing import Literal
 
 import torch
 
+from octavo.devices import HOST
 from octavo.errors import OctavoError
 from octavo.quant.calibration import Calibration
 from octavo.quant.codec import Static
-from octavo.quant.format import CODECS, RAW_NAMES, Codec, Granularity, KVFormat, by_layer
+from octavo.quant.format import Codec, Granularity, KVFormat, by_layer
 
-CPU = torch.device("cpu")
 Side = Literal["k", "v"]
+SIDES: tuple[Side, Side] = ("k", "v")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class LayerShape:
     kv_heads: int
     k_dim: int
     v_dim: int
-    device: torch.device = CPU
+    device: torch.device = HOST
     shares: int | None = None  # reads the cache of that earlier layer and writes none of its own
     dtype: torch.dtype = torch.float32  # of the model's own K and V
     exponents: tuple[int, int] = (0, 0)  # powers of two that K and V are divided by where no calibration scales them
@@ -34,7 +35,7 @@ class LayerShape:
     @property
     def raw_codec(self) -> Codec:
         """That keeps rows as the model computes them."""
-        return CODECS[RAW_NAMES[str(self.dtype).removeprefix("torch.")]]
+        return KVFormat.raw(self.dtype).k
 
     def power_of_two(self, side: Side) -> Static | None:
         """The static part of one side that is a power of two alone; None if that is 1."""

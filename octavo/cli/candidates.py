@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.cli.loading import LoadOptions
 from octavo.cli.options import complete, of_model
 from octavo.errors import OctavoError
-from octavo.quant.format import ADVISED, KVFormat, check_name, is_tuned
+from octavo.quant.format import ADVISED, KVFormat, check_name, dtype_name, is_tuned
 
 if TYPE_CHECKING:
     from octavo.measure.candidate import Candidate
@@ -62,17 +62,15 @@ def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:
 
 def baseline_of(options: LoadOptions, name: str, model: Model) -> LoadOptions:
     """How it is loaded: in the types of `model`, since 4-bit checkpoints are often fp16 where it is bf16."""
-    return replace(options, model=name, model_format="hf", dtype=str(model.bound.dtype).removeprefix("torch."))
+    return replace(options, model=name, model_format="hf", dtype=dtype_name(model.bound.dtype))
 
 
 def formats(
     geometry: Geometry, kv: str | None, place: tuple[str, Path], default: Sequence[str] = ("int8",)
 ) -> list[Format]:
     """Those of --kv, each once; or the model's own and those of `default`. `place` is the model's name and path."""
-    from octavo.measure.memory.costs import baseline
-
     if kv is None:
-        return [baseline(geometry), *(KVFormat.parse(name) for name in default)]
+        return [KVFormat.raw(geometry.dtype), *(KVFormat.parse(name) for name in default)]
     return list(dict.fromkeys(_format(name, geometry, *place) for name in kv.split(",")))
 
 
@@ -110,7 +108,7 @@ def baseline_source(model: str, geometry: Geometry, own: Source) -> dict[str, So
     from octavo.models.locate import locate
 
     _, path = locate(model)
-    dtype = str(geometry.dtype).removeprefix("torch.")  # checkpoints in 4 bits are fp16, their 16-bit models often bf16
+    dtype = dtype_name(geometry.dtype)  # checkpoints in 4 bits are fp16, their 16-bit models often bf16
     other = Geometry.trace(path, dtype)
     same = other.shapes == geometry.shapes and other.parameters == geometry.parameters
     if other.packed or not geometry.packed or not same:

@@ -5,6 +5,7 @@ from typing import Annotated
 from octavo.cli.candidates import formats_option
 from octavo.cli.loading import ShapeOptions
 from octavo.cli.options import DeviceName, Json, numbers, of_model, option, takes
+from octavo.quant.format import dtype_name
 
 
 @takes(ShapeOptions)
@@ -79,7 +80,7 @@ def memory(
         "command": "memory",
         "model": name,
         "machine": about,
-        "dtype": str(geometry.dtype)[6:],
+        "dtype": dtype_name(geometry.dtype),
         "context": length,
         "unit": "bytes",
         "weights": {"how": "computed", "bytes": geometry.weights},

@@ -78,10 +78,10 @@ def packable(model: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
     }  # fmt: skip
 
 
-def fitting_group(model: PreTrainedModel) -> int:
-    """The group size that packs the most weights of a model, the largest where several do."""
+def fitting_groups(model: PreTrainedModel) -> list[int]:
+    """The group sizes that pack the most weights of a model, from the smallest."""
     sizes = {group: sum(layer.weight.numel() for layer in packable(model, group).values()) for group in GROUP_SIZES}
-    return max(GROUP_SIZES, key=lambda group: (sizes[group], group))
+    return [group for group in GROUP_SIZES if sizes[group] == max(sizes.values())]
 
 
 def fill(model: PreTrainedModel, packed: PackedLayers, share: Callable[[str, int], slice] | None = None) -> None:

@@ -23,9 +23,12 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    import torch
 
 Kind = Literal["raw", "static", "token", "float"]
 Granularity = Literal["tensor", "head", "channel"]
@@ -100,6 +103,10 @@ EDGES = {"edges": SPAN, "edges128": 128, "edges256": 256}
 RAW_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # by the name of a torch dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class KVFormat:
     """How a layer's cache stores K and V.
@@ -116,6 +123,11 @@ class KVFormat:
     k: Codec
     v: Codec
     edges: int = 0  # rows of an own span, whole blocks; 0: codes alone are read
+
+    @classmethod
+    def raw(cls, dtype: torch.dtype) -> KVFormat:
+        """That keeps K and V as a model of that type computes them: the baseline."""
+        return cls.parse(RAW_NAMES[dtype_name(dtype)])
 
     @classmethod
     def parse(cls, name: str) -> KVFormat:

@@ -7,13 +7,14 @@ fp8 is written: vLLM refuses a model whose scheme is of int8. Read are both, and
 from pathlib import Path
 from typing import Any
 
+from octavo.cache.plan import SIDES
 from octavo.errors import OctavoError
 from octavo.models.files import quantization
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.scales import checkpoint
 from octavo.scales.checkpoint import read
-from octavo.scales.ranges import FP8, SIDES, Choice
+from octavo.scales.ranges import FP8, Choice
 
 __all__ = ["GRANULARITIES", "HEADROOM", "read", "write"]
 

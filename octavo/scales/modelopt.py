@@ -8,11 +8,12 @@ The weights of such a model are in 16 bits, so `quant_algo` is null. TensorRT-LL
 from pathlib import Path
 from typing import Any
 
+from octavo.cache.plan import SIDES
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.scales import checkpoint
 from octavo.scales.checkpoint import read
-from octavo.scales.ranges import FP8, SIDES, Choice
+from octavo.scales.ranges import FP8, Choice
 
 __all__ = ["GRANULARITIES", "HEADROOM", "read", "write"]
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from octavo.artefact import replacing
-from octavo.cache.plan import LayerShape
+from octavo.cache.plan import SIDES, LayerShape
 from octavo.errors import OctavoError
 from octavo.models.files import read_json
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.scales.ranges import SIDES, Choice, Found, Layers
+from octavo.scales.ranges import Choice, Found, Layers
 
 GRANULARITIES = ("channel", "tensor")
 HEADROOM = None  # that of the calibration

@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from octavo.cache.plan import LayerShape, Side
+from octavo.cache.plan import SIDES, LayerShape, Side
 from octavo.errors import OctavoError
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.format import Granularity
 from octavo.quant.statistics import largest_of
 
-SIDES: tuple[Side, Side] = ("k", "v")
 INT8 = 127.5  # |x|/scale at the end of the range where codes are −128 … 127 about a middle
 FP8 = 448.0  # the largest number of float8_e4m3fn
 

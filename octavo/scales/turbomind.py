@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from octavo.cache.plan import LayerShape
+from octavo.cache.plan import SIDES, LayerShape
 from octavo.errors import OctavoError
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.scales.ranges import INT8, SIDES, Choice, Found, Layers
+from octavo.scales.ranges import INT8, Choice, Found, Layers
 from octavo.scales.ranks import over_heads
 
 GRANULARITIES = ("tensor",)

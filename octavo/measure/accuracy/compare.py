@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,10 @@ class Score:
     saturated: float  # share of K and V values outside the codec's range
     cache_alone: Change  # from the first candidate with the same weights: the baseline, unless weights differ
     kl_by_bin: list[Bin] = field(repr=False)
-    kl_by_position: list[float] = field(repr=False)  # mean over windows, [length − 1]
+
+    def document(self, *without: str) -> dict[str, Any]:
+        """Its fields, ready for JSON, `without` some."""
+        return {name: value for name, value in asdict(self).items() if name not in without}
 
 
 def compare(
@@ -202,7 +206,6 @@ def _score(own: Measured, baseline: Measured, first: Measured) -> Score:
             Bin(start + 1, start + 1 + part.shape[1], part.mean().item(), _standard_error(part))
             for start, part in _bins(own.kl)
         ],
-        kl_by_position=own.kl.mean(0).tolist(),
     )
 
 

@@ -13,6 +13,7 @@ from octavo.measure.candidate import Candidate
 from octavo.measure.machine import describe
 from octavo.models.model import Model
 from octavo.progress import Progress
+from octavo.quant.format import dtype_name
 
 
 def about(model: Model, candidates: Sequence[Candidate]) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def about(model: Model, candidates: Sequence[Candidate]) -> dict[str, Any]:
         "command": "accuracy",
         "model": model.name,
         "fingerprint": model.fingerprint,
-        "dtype": str(model.bound.dtype)[6:],
+        "dtype": dtype_name(model.bound.dtype),
         "machine": describe(model.bound.device),
         "baseline": candidates[0].name,
         "theory": [
@@ -53,15 +54,12 @@ def measure_text(
     else:
         read = measure(windows)
     found_scores = scores(read)
-    rows = [asdict(score) for score in found_scores]
-    for row in rows:
-        del row["kl_by_position"], row["cache_alone"]
     found: dict[str, Any] = {
         "how": "measured",
         "name": name,
         "windows": found_scores[0].tokens // (len(windows[0]) - 1),
         "window": len(windows[0]),
-        "scores": rows,
+        "scores": [score.document("cache_alone") for score in found_scores],  # which kv_loss has
         "kv_loss": _kv_loss(model, candidates, found_scores),
     }
     if not answers.count:

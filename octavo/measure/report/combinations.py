@@ -28,9 +28,7 @@ class Corner:
 
     def document(self) -> dict[str, Any]:
         """Ready for JSON, without what is only good for a curve."""
-        score = asdict(self.score) if self.score is not None else None
-        if score is not None:
-            del score["kl_by_position"], score["kl_by_bin"]
+        score = self.score.document("kl_by_bin") if self.score is not None else None
         return {**self.cost.fit(), "score": score, "speed": [asdict(row) for row in self.speed]}
 
 

@@ -27,7 +27,7 @@ from octavo.models.geometry import Geometry
 from octavo.models.model import Model
 from octavo.progress import Share, silent
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import ADVISED, KVFormat
+from octavo.quant.format import ADVISED, KVFormat, dtype_name
 from octavo.text_windows import consecutive_windows, token_windows
 
 TIMED = ("kv8", "kv4")
@@ -80,10 +80,9 @@ class Survey:
     def document(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
         found = {name: value for name, value in vars(self).items() if name not in ("calibration", "diagnosis")}
-        parts = ("scores", "long", "retrieval", "theory", "speed")
-        plain = {name: [asdict(row) for row in found[name]] for name in parts}
-        for score in plain["scores"] + plain["long"]:
-            del score["kl_by_position"], score["cache_alone"]  # kl_by_bin is the same, and short; the weights are
+        plain = {name: [asdict(row) for row in found[name]] for name in ("retrieval", "theory", "speed")}
+        for name in ("scores", "long"):
+            plain[name] = [score.document("cache_alone") for score in found[name]]  # the weights are the same
         plain["costs"] = [cost.document() for cost in self.costs]
         plain["corners"] = [corner.document() for corner in self.corners]
         about = {"calibration": asdict(self.calibration.header), "diagnosis": self.diagnosis.document()}
@@ -144,7 +143,7 @@ def gather(
         rounds=ROUNDS,
         progress=lambda share: progress("timing", 0.5 + 0.5 * share),
     )
-    geometry = Geometry.trace(model.path, str(bound.dtype)[6:])
+    geometry = Geometry.trace(model.path, dtype_name(bound.dtype))
     memory, context = memory or device_of(bound.device).memory(), min(bound.max_context, 1 << 17)
     computed = costs(geometry, formats[:2], context, memory, list(weight_kinds(geometry)))
     corners = [Corner(cost) for cost in computed]

@@ -17,7 +17,7 @@ from octavo.measure.candidate import Candidate
 from octavo.measure.tasks import Part
 from octavo.measure.tasks.data_files import digest
 from octavo.models.model import Model
-from octavo.quant.format import LayerFormats
+from octavo.quant.format import LayerFormats, dtype_name
 
 Item = dict[str, Any]  # a document's metrics, and the hash of its prompt
 
@@ -77,7 +77,7 @@ def key_of(
         calibration = total.hexdigest()[:16]
     return {
         "model": own.fingerprint,
-        "dtype": str(own.bound.dtype)[6:],
+        "dtype": dtype_name(own.bound.dtype),
         "kv": str(candidate.format),
         **({"layers": list(map(str, candidate.format))} if isinstance(candidate.format, LayerFormats) else {}),
         "calibration": calibration,

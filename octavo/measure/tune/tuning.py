@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from octavo.cache.plan import SIDES
 from octavo.engine.reading import Reading
 from octavo.measure.accuracy.compare import losses
 from octavo.measure.tune.choice import choose, formats_of
-from octavo.measure.tune.sensitivity import FEW, SIDES, UNIFORM, Sensitivity
+from octavo.measure.tune.sensitivity import FEW, UNIFORM, Sensitivity
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat, LayerFormats

@@ -46,7 +46,7 @@ def test_divergence_is_that_of_the_distributions_and_grows_with_fewer_bits(
     base, *scores = compare(model, Candidate("fp32", KVFormat.parse("fp32")), candidates, windows)
     kl = [score.kl for score in scores]
     assert 0 < kl[0] < kl[1] < kl[2]
-    assert all(s.kl_p99 >= s.kl and s.kl_max >= s.kl_p99 and len(s.kl_by_position) == 299 for s in scores)
+    assert all(s.kl_p99 >= s.kl and s.kl_max >= s.kl_p99 for s in scores)
     assert base.agreement >= scores[0].agreement > scores[2].agreement
 
 

@@ -127,7 +127,7 @@ def test_the_document_is_json_and_names_the_grades(biased: Diagnosis) -> None:
     assert found["healthy"] is biased.healthy
     assert {row["grade"] for row in found["formats"]} <= {"good", "usable", "poor"}
     assert found["keys"][0]["channels"] == 8
-    assert "kl_by_position" not in found["formats"][0]
+    assert "kl_by_bin" not in found["formats"][0]
 
 
 def test_offsets_are_seen_where_the_bias_is_fused_with_others_too(pamphlet: Model, text_ids: list[int]) -> None:
