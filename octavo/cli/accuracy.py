@@ -81,7 +81,7 @@ def accuracy(
         raise OctavoError("--baseline on tasks is measured here, not on Ray: leave --ray out")
     time = Budget.parse(budget)
     lengths = numbers(retrieval, "--retrieval") if retrieval is not None else []
-    parts, skipped = on_tasks.parts(data_dir)
+    subtasks, skipped = on_tasks.subtasks(data_dir)
     source = on_text.open(data_dir) if reads else None
     model, begun = options.load(), perf_counter()
     from octavo.cli.tables.accuracy import show_retrieval, show_tasks, show_text, show_theory
@@ -109,8 +109,8 @@ def accuracy(
         if lengths:
             found["retrieval"] = _retrieval(model, compared, lengths, context)
             tell(show_retrieval)
-        if parts:
-            tested = on_tasks.run(model, compared, parts, context, time, _asking(options, workers))
+        if subtasks:
+            tested = on_tasks.run(model, compared, subtasks, context, time, _asking(options, workers))
             found["tasks"] = tested | {"skipped": skipped}
             tell(show_tasks)
     if json:

@@ -145,23 +145,23 @@ class TaskOptions:
             given = {"--limit": self.limit, "--shots": self.shots, "--max-batch-size": self.max_batch_size}
             expect_alone(given | {"--results": self.results}, "--tasks")
 
-    def parts(self, data_dir: Path | None) -> tuple[list[Any], dict[str, str]]:
+    def subtasks(self, data_dir: Path | None) -> tuple[list[Any], dict[str, str]]:
         """What is asked, and what is left out with the reason."""
         from octavo.measure.tasks import data_files, require_harness, select
 
         if self.tasks is None:
             return [], {}
-        parts, skipped = select(self.tasks, data_dir)
+        subtasks, skipped = select(self.tasks, data_dir)
         require_harness()
-        for part in parts:
-            data_files.check(part)
-        return parts, skipped
+        for subtask in subtasks:
+            data_files.check(subtask)
+        return subtasks, skipped
 
     def run(
         self,
         model: Model,
         candidates: Sequence[Candidate],
-        parts: Sequence[Any],
+        subtasks: Sequence[Any],
         context: int,
         budget: Budget,
         elsewhere: Elsewhere | None,
@@ -179,7 +179,7 @@ class TaskOptions:
                 rows = run(
                     model,
                     candidates,
-                    parts,
+                    subtasks,
                     Results(directory),
                     budget=budget,
                     progress=tell,

@@ -22,7 +22,7 @@ from octavo.calibrate import Observe, Observed, observed
 from octavo.errors import OctavoError, one_line
 from octavo.measure.accuracy.compare import Measured, measured
 from octavo.measure.candidate import Candidate
-from octavo.measure.tasks import Part
+from octavo.measure.tasks import Subtask
 from octavo.measure.tasks.results import Result, Results
 from octavo.measure.tasks.run import Elsewhere, run
 from octavo.models.model import Model
@@ -108,9 +108,9 @@ def comparing(
 
 
 def asking(loading: Loading, workers: Workers) -> Elsewhere:
-    """Tasks on the cluster, for `run`: each part in each format is one job."""
+    """Tasks on the cluster, for `run`: each subtask in each format is one job."""
 
-    def ask(asked: Sequence[tuple[Candidate, Part, Result, int | None]], sizes: dict[str, Any]) -> Iterator[Result]:
+    def ask(asked: Sequence[tuple[Candidate, Subtask, Result, int | None]], sizes: dict[str, Any]) -> Iterator[Result]:
         jobs: list[Job] = [(_asked, loading, *one, sizes) for one in asked]
         yield from workers.all(jobs)
 
@@ -136,10 +136,10 @@ def _measured(
 
 
 def _asked(
-    loading: Loading, candidate: Candidate, part: Part, kept: Result, limit: int | None, sizes: dict[str, Any]
+    loading: Loading, candidate: Candidate, subtask: Subtask, kept: Result, limit: int | None, sizes: dict[str, Any]
 ) -> Result:
     with TemporaryDirectory() as directory:
         results = Results(Path(directory))
         results.save(kept)
-        run(_model(tuple(loading.items())), [candidate], [part], results, limit=limit, **sizes)
+        run(_model(tuple(loading.items())), [candidate], [subtask], results, limit=limit, **sizes)
         return results.load(kept.key)
