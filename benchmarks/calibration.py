@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def trial(
     own = None
     if count:
         windows = windows_of(model, text, count, length, data)
-        own = calibrate(model, windows, dataset=text, progress=lambda done: tell("calibrating", done, count))
+        own = calibrate(model, windows, dataset=text, progress=partial(tell, "calibrating"))
     seconds = time.perf_counter() - start
     served = [name for name in formats if own is not None or not KVFormat.parse(name).needs_calibration]
     candidates = [Candidate(name, KVFormat.parse(name), own) for name in served]

@@ -38,7 +38,7 @@ def calibration_for(
     )
     ends: list[float] = []
 
-    def watch(done: int) -> None:
+    def watch(done: int, total: int) -> None:
         ends.append(time.perf_counter())
         seconds = (ends[-1] - ends[0]) * len(windows)  # the first window warms up
         if done == 2 and seconds > PATIENCE:
@@ -47,7 +47,7 @@ def calibration_for(
                 f"`octavo calibrate {model.argument} --calib-dataset {PROSE} --calib-samples {len(windows)} "
                 f"--calib-seqlen {len(windows[0])}` first, or use --kv kv8, which needs none"
             )
-        progress(done, len(windows))
+        progress(done, total)
 
     made = calibrate(model, windows, dataset="short: English prose, before serving", progress=watch)
     if not model.synthetic:

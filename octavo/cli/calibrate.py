@@ -62,7 +62,7 @@ def calibrate(
             granularity=granularity,  # type: ignore[arg-type]  # validated above
             headroom=headroom,
             seed=shown.seed,
-            progress=lambda done: bar.update(task, completed=done),
+            progress=lambda done, _: bar.update(task, completed=done),
             observe=elsewhere,
         )
     path = calibration.save(directory)

@@ -57,7 +57,7 @@ def speed(
             theory,
             tokens=tokens,
             rounds=rounds,
-            progress=lambda done: bar.update(task, completed=done),
+            progress=lambda done, _: bar.update(task, completed=done),
         )
     if not json:
         out.print(speed_table(found))

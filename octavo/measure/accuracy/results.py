@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from octavo.cache.size import CacheSize
@@ -50,7 +51,7 @@ def measure_text(
     title = f"reading {name}"
     progress(title, 0, 0)
     if measure is None:
-        read = measured(model, candidates, windows, lambda done, total: progress(title, done, total), enough)
+        read = measured(model, candidates, windows, partial(progress, title), enough)
     else:
         read = measure(windows)
     found_scores = scores(read)

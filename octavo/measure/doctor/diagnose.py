@@ -12,6 +12,7 @@ of a window in 16 bits, and what a format loses shows in the rows between. Layer
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -86,10 +87,8 @@ def diagnose(
     found.text, calibration_windows, measured = windows(model, text, CALIBRATED, fit.size)
     found.keys = keys(bound, calibration_windows[0])
 
-    def calibrated(done: int) -> None:
-        tell("calibrating", done, len(calibration_windows))
-
-    calibration = calibrate(model, calibration_windows, dataset=found.text, progress=calibrated)
+    told = partial(tell, "calibrating")
+    calibration = calibrate(model, calibration_windows, dataset=found.text, progress=told)
     found.widths = widths(calibration)
     found.calibrated = f"{len(calibration_windows)} windows of {fit.size.length} tokens"
     raw, sixteen = bound.raw_format, CacheSize.of(bound.shapes, KVFormat.parse("bf16"))
@@ -103,7 +102,7 @@ def diagnose(
         Candidate(str(raw), raw),
         candidates,
         measured,
-        lambda done, total: tell("comparing formats", done, total),
+        partial(tell, "comparing formats"),
         lambda done: done >= LEAST.count and budget.over(start),
     )
     found.rounding, found.formats = scores[1].kl, scores[2:]

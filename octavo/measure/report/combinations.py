@@ -61,7 +61,7 @@ def measure_corners(
         rate,
         tokens=tokens,
         rounds=rounds,
-        progress=lambda share: progress("timing the corners", 0.5 + 0.5 * share),
+        progress=lambda done, total: progress("timing the corners", 0.5 + 0.5 * done / total),
     )
     return [
         Corner(cost, score, [row for row in speed if row.kv == candidate.name])

@@ -141,7 +141,7 @@ def gather(
         rate,
         tokens=TOKENS,
         rounds=ROUNDS,
-        progress=lambda share: progress("timing", 0.5 + 0.5 * share),
+        progress=lambda done, total: progress("timing", 0.5 + 0.5 * done / total),
     )
     geometry = Geometry.trace(model.path, dtype_name(bound.dtype))
     memory, context = memory or device_of(bound.device).memory(), min(bound.max_context, 1 << 17)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
@@ -205,16 +206,13 @@ def ask_chunk(llm: LLM, task: Task, documents: range, title: str, progress: Prog
 
     from octavo.measure.tasks.harness import OctavoLM
 
-    def tell(done: int, total: int) -> None:
-        progress(title, done, total)
-
-    tell(0, 0)
+    progress(title, 0, 0)
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(DEFAULT_OTHER_SEED + documents.start)  # the same examples in every format
     with quiet():
         found = evaluate(
-            OctavoLM(llm, progress=tell),
+            OctavoLM(llm, progress=partial(progress, title)),
             {"tasks": {task.task_name: task}},
             samples={task.task_name: list(documents)},
             bootstrap_iters=0,
