@@ -4,8 +4,6 @@ Statistics of a calibration are merged as they are summed (quant/statistics.py),
 token until all windows are read, and tasks are kept document by document: nothing is averaged before it is all there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
