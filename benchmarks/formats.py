@@ -45,7 +45,7 @@ def candidates(model: Model, calibration: Calibration, wanted: Sequence[str]) ->
     others = [name for name in wanted if name not in NAMES]
     return [
         *(Candidate(name, KVFormat.parse(name), calibration) for name in (*CALIBRATED, *others) if name in wanted),
-        *([Candidate(RECIPE, KVFormat.parse("int8"), calibration, "tensor", 1.0)] if RECIPE in wanted else ()),
+        *([Candidate(RECIPE, KVFormat.parse("int8"), calibration.choosing("tensor", 1.0))] if RECIPE in wanted else ()),
         *(Candidate(name, KVFormat.parse(name.split(",")[0])) for name in UNCALIBRATED if name in wanted),
         *(candidate for candidate in peer_formats.candidates(model) if candidate.name in wanted),
     ]

@@ -13,7 +13,7 @@ from octavo.devices import HOST
 from octavo.errors import OctavoError
 from octavo.quant.calibration import Calibration
 from octavo.quant.codec import Static
-from octavo.quant.format import Codec, Granularity, KVFormat, by_layer
+from octavo.quant.format import Codec, KVFormat, by_layer
 
 Side = Literal["k", "v"]
 SIDES: tuple[Side, Side] = ("k", "v")
@@ -85,8 +85,6 @@ def plan_layers(
     shapes: Sequence[LayerShape],
     formats: KVFormat | Iterable[KVFormat],
     calibration: Calibration | None = None,
-    granularity: Granularity | None = None,
-    headroom: float | None = None,
 ) -> list[LayerPlan]:
     """The plans of all layers. `formats` is one for each layer, or one for all. Static formats take mu and c from
     `calibration`, which must have been checked against the model; token formats use it where there is one, else the
@@ -98,7 +96,7 @@ def plan_layers(
             return None
         if calibration is None:
             return shapes[layer].power_of_two(side) if codec.has_token_scale else None
-        return calibration.static(layer, side, codec, granularity, headroom)
+        return calibration.static(layer, side, codec)
 
     return [
         LayerPlan(shape, format, static(i, "k", format.k), static(i, "v", format.v))

@@ -11,7 +11,7 @@ from octavo.models.locate import PROSE
 from octavo.models.model import Model
 from octavo.progress import Count, silent
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import Format
+from octavo.quant.format import Format, Granularity
 from octavo.text import opening
 
 SHORT = (8, 256)  # windows and tokens in each, of a calibration that is made before serving
@@ -56,6 +56,17 @@ def calibration_for(
         except OctavoError as error:
             warnings.warn(f"{error}; it is made again next time", stacklevel=3)
     return model.calibration(made, format)
+
+
+def choose_scales(
+    found: Calibration | None, format: Format, granularity: Granularity | None, headroom: float | None
+) -> Calibration | None:
+    """The calibration with what is asked for in place of its own defaults."""
+    if (granularity, headroom) == (None, None):
+        return found
+    if found is None:
+        raise OctavoError(f"granularity and headroom choose from a calibration; {format} has none here")
+    return found.choosing(granularity, headroom)
 
 
 def warn_uncalibrated(model: Model, format: Format, stacklevel: int = 3) -> None:

@@ -89,9 +89,10 @@ def accuracy(
     from octavo.measure.as_json import dumps
     from octavo.measure.candidate import beside
 
-    compared = _candidates(model, kv, calibration, granularity, headroom)
+    compared = _candidates(model, kv, calibration)
     if baseline is not None:
         compared = beside(load_baseline(options, baseline, model), model, compared)
+    compared = [one.choosing(granularity, headroom) for one in compared]  # type: ignore[arg-type]  # checked
     context = min(model.bound.max_context, options.session_len or model.bound.max_context)
     drawn = on_text.draw(model, source, len(compared), context, time) if source is not None else None
     found = about(model, compared)
@@ -117,13 +118,11 @@ def accuracy(
         print(dumps(found))
 
 
-def _candidates(
-    model: Model, kv: str | None, calibration: Path | None, granularity: str | None, headroom: float | None
-) -> list[Candidate]:
+def _candidates(model: Model, kv: str | None, calibration: Path | None) -> list[Candidate]:
     """The formats to compare, the baseline first; beside a single one the model's 16 bits."""
     from octavo.measure.candidate import Candidate
 
-    found = candidates(model, kv, calibration, granularity, headroom)
+    found = candidates(model, kv, calibration)
     raw = model.bound.raw_format
     if len(found) == 1 and found[0].format != raw:
         found.insert(0, Candidate(str(raw), raw))

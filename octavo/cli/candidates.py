@@ -34,13 +34,7 @@ def _known(names: str | None) -> str | None:
     return names
 
 
-def candidates(
-    model: Model,
-    kv: str | None,
-    calibration: Path | None,
-    granularity: str | None = None,
-    headroom: float | None = None,
-) -> list[Candidate]:
+def candidates(model: Model, kv: str | None, calibration: Path | None) -> list[Candidate]:
     """The formats to compare, the baseline first, each known and calibrated if it has to be."""
     from octavo.cli.progress import calibration_with_bar
     from octavo.measure.candidate import Candidate
@@ -49,10 +43,7 @@ def candidates(
     calibrated = kv is not None or model.calibration(calibration, KVFormat.parse(ADVISED[0])) is not None
     formats = [model.format(name, calibration) for name in names]
     formats = [f for f in formats if calibrated or not (f.needs_calibration or f.calibrates_first)]
-    return [
-        Candidate(str(f), f, calibration_with_bar(model, calibration, f), granularity, headroom)  # type: ignore[arg-type]  # checked
-        for f in dict.fromkeys(formats)
-    ]
+    return [Candidate(str(f), f, calibration_with_bar(model, calibration, f)) for f in dict.fromkeys(formats)]
 
 
 def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:

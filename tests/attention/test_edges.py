@@ -19,7 +19,7 @@ from octavo.quant.codec import Static, decode, encode
 from octavo.quant.format import Codec, KVFormat
 from tests.conftest import ranging
 
-HEADER = Header("", "", 0, 0, 0, (0, 0))
+HEADER = Header("", "", 0, 0, 0, (0, 0), headroom=1.0)
 KV_HEADS, GROUP, K_DIM, V_DIM = 2, 3, 16, 24
 LENGTH = 150
 FEATURES: list[dict[str, Any]] = [
@@ -74,7 +74,7 @@ class Layer:
 
         calibration = Calibration(HEADER, [{"k": ranges(K_DIM), "v": ranges(V_DIM)}])
         shape = LayerShape(KV_HEADS, K_DIM, V_DIM, device, dtype=dtype)
-        [plan] = plan_layers([shape], format, calibration, headroom=1.0)
+        [plan] = plan_layers([shape], format, calibration)
         return plan, calibration
 
     def cache(self, sequences: int = 1) -> KVCache:

@@ -146,14 +146,7 @@ class _Run:
 
     def __init__(self, model: Model, candidate: Candidate):
         self.bound, self.candidate = (candidate.model or model).bound, candidate
-        self.reading = Reading(
-            self.bound,
-            candidate.format,
-            candidate.calibration,
-            candidate.granularity,
-            candidate.headroom,
-            candidate.simulate,
-        )
+        self.reading = Reading(self.bound, candidate.format, candidate.calibration, candidate.simulate)
         self.loss: list[list[Tensor]] = []  # by window, by chunk: [rows]
         self.kl: list[list[Tensor]] = []
         self.kl_alone: list[list[Tensor]] = []  # from the first with the same weights

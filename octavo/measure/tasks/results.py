@@ -81,8 +81,6 @@ def key_of(
         "kv": str(candidate.format),
         **({"layers": list(map(str, candidate.format))} if isinstance(candidate.format, LayerFormats) else {}),
         "calibration": calibration,
-        "granularity": candidate.granularity,
-        "headroom": candidate.headroom,
         "task": subtask.name,
         **({} if subtask.shots(shots) is None else {"shots": shots}),
         "documents": digest(subtask),
