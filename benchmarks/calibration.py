@@ -64,7 +64,7 @@ def trial(
     seconds = time.perf_counter() - start
     served = [name for name in formats if own is not None or not KVFormat.parse(name).needs_calibration]
     candidates = [Candidate(name, KVFormat.parse(name), own) for name in served]
-    scores = compare(model, BASELINE, candidates, read, lambda *step: tell("comparing", *step))[1:]
+    scores = compare(model, [BASELINE, *candidates], read, lambda *step: tell("comparing", *step))[1:]
     same = {"model": model.path.name, "text": text, "windows": count, "length": length}
     return [
         same | {"name": score.name, "kl": score.kl, "kl_error": score.kl_error, "tokens": score.tokens,

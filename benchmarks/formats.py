@@ -80,7 +80,7 @@ def measure(model: Model, calibration: Calibration, rows: list[Row], args: argpa
                 def tell(done: int, total: int, bar: Any = bar, task: Any = task) -> None:
                     bar.update(task, completed=done, total=total)
 
-                scores = compare(model, BASELINE, group, windows, tell)
+                scores = compare(model, [BASELINE, *group], windows, tell)
             where = describe()
             for candidate, score in zip((BASELINE, *group), scores, strict=True):
                 found = {key: value for key, value in asdict(score).items() if key in KEPT}

@@ -60,7 +60,7 @@ def looked_up(model: Model, candidates: list[Candidate], length: int, args: argp
     with progress() as bar:
         task = bar.add_task(f"{model.path.name}: looking up in {length:,}", total=None)
         tell = lambda _, done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        rows = retrieve(model, BASELINE, candidates, asked, length, tell)
+        rows = retrieve(model, [BASELINE, *candidates], asked, length, tell)
     return [{"model": model.path.name, **asdict(row)} for row in rows]
 
 

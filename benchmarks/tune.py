@@ -91,7 +91,7 @@ def compared(model: Model, calibration: Calibration, parts: Sensitivity, found: 
         with progress() as bar:
             task = bar.add_task(f"{model.path.name} on {text}: {group[0][0].name} …", total=None)
             scores = compare(
-                model, BASELINE, [candidate for candidate, _ in group], windows,
+                model, [BASELINE, *(candidate for candidate, _ in group)], windows,
                 lambda done, total, bar=bar, task=task: bar.update(task, completed=done, total=total),
             )  # fmt: skip
         for (candidate, expected), score in zip(group, scores[1:], strict=True):

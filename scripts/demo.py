@@ -94,8 +94,10 @@ def demo() -> None:
         task = bar.add_task("measuring", total=None)
         scores = compare(
             model,
-            Candidate(str(baseline.format), baseline.format),
-            [Candidate(name, KVFormat.parse(name), kv8.calibration) for name in FORMATS],
+            [
+                Candidate(str(baseline.format), baseline.format),
+                *(Candidate(name, KVFormat.parse(name), kv8.calibration) for name in FORMATS),
+            ],
             windows,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

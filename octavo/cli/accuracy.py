@@ -142,12 +142,11 @@ def _retrieval(model: Model, candidates: Sequence[Candidate], lengths: Sequence[
     say("measuring a few steps")
     pace = Pace.measure(model.bound, max(lengths))
     say(f"looking up values: about {duration(len(candidates) * pace.read(sum(lengths)))}")
-    first, *others = candidates
     rows = []
     with telling("looking up values") as tell:
         for length in lengths:
             asked = make_context(model.tokenizer, length)
-            rows += [asdict(row) for row in retrieve(model, first, others, asked, length, tell)]
+            rows += [asdict(row) for row in retrieve(model, candidates, asked, length, tell)]
     return {"how": "measured", "rows": rows}
 
 

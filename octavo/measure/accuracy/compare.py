@@ -72,16 +72,15 @@ class Score:
 
 def compare(
     model: Model,
-    baseline: Candidate,
     candidates: Sequence[Candidate],
     windows: Sequence[Sequence[int]],
     progress: Count = silent,
     enough: Callable[[int], bool] = lambda _: False,
 ) -> list[Score]:
-    """Scores of the baseline and of each candidate, in that order, over `windows` of token ids of one length.
+    """Scores of the candidates, the first of which is the baseline, over `windows` of token ids of one length.
     `progress` is called with the number of tokens read, in all formats, and of all that will be; after each window
     `enough` is asked, with the number of windows read, whether to stop there."""
-    return scores(measured(model, (baseline, *candidates), windows, progress, enough))
+    return scores(measured(model, candidates, windows, progress, enough))
 
 
 @dataclass
@@ -114,7 +113,7 @@ def measured(
     progress: Count = silent,
     enough: Callable[[int], bool] = lambda _: False,
 ) -> list[Measured]:
-    """As `compare`, before it is summed up; the first candidate is the baseline."""
+    """As `compare`, before it is summed up."""
     runs = [_Run(model, candidate) for candidate in candidates]
     firsts = [next(run for run in runs if run.bound is own.bound) for own in runs]  # with the same weights
     done, total = 0, len(runs) * sum(len(window) - 1 for window in windows)

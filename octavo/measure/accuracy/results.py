@@ -47,7 +47,6 @@ def measure_text(
 ) -> dict[str, Any]:
     """Every format over `windows` of the text `name`, until they are `enough`, and its greedy `answers` to the
     beginnings of as many windows. `measure` reads the windows elsewhere."""
-    baseline, *others = candidates
     title = f"reading {name}"
     progress(title, 0, 0)
     if measure is None:
@@ -68,8 +67,7 @@ def measure_text(
     prompts = [window[: prompt_length(len(window))] for window in windows[: answers.count]]
     agreements = compare_answers(
         model,
-        baseline,
-        others,
+        candidates,
         prompts,
         answers.length,
         lambda _, done, total: progress("writing answers", done, total),

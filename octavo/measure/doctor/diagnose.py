@@ -92,14 +92,13 @@ def diagnose(
     found.widths = widths(calibration)
     found.calibrated = f"{len(calibration_windows)} windows of {fit.size.length} tokens"
     raw, sixteen = bound.raw_format, CacheSize.of(bound.shapes, KVFormat.parse("bf16"))
-    candidates = [Candidate(LAST_BIT, raw, simulate=flip_last_bit)]
+    candidates = [Candidate(str(raw), raw), Candidate(LAST_BIT, raw, simulate=flip_last_bit)]
     for name, kv, own in CANDIDATES:
         format = KVFormat.parse(kv)
         candidates.append(Candidate(name, format, calibration if own else None))
         found.sizes[name] = CacheSize.of(bound.shapes, format).token / sixteen.token
     scores = compare(
         model,
-        Candidate(str(raw), raw),
         candidates,
         measured,
         partial(tell, "comparing formats"),

@@ -49,9 +49,8 @@ def measure_corners(
     `windows` are read for accuracy; sessions of `context` tokens are timed, `tokens` decode steps in each of `rounds`,
     beside a bandwidth of `rate` bytes a second.
     """
-    first, *others = compared
     scores = compare(
-        model, first, others, windows, lambda done, total: progress("comparing the corners", 0.5 * done / total)
+        model, compared, windows, lambda done, total: progress("comparing the corners", 0.5 * done / total)
     )
     _, speed = measure_all(
         model,

@@ -127,7 +127,7 @@ def gather(
     def comparing(done: int, total: int) -> None:
         progress("comparing formats", 0.25 + 0.1 * done / total)
 
-    scores = compare(model, candidates[0], candidates[1:], windows, comparing)
+    scores = compare(model, candidates, windows, comparing)
     long, looked_up = _long(model, candidates, rest, sizes.long.size.length, progress)
     clipped = saturation(bound, calibration, windows, list(dict.fromkeys((1.0, calibration.header.headroom))))
 
@@ -206,9 +206,9 @@ def _long(
     """The formats on one window of `length` tokens, or of all there are, and looking up values in a list that is as
     long."""
     progress("reading a long context", 0.35)
-    text, (first, *others) = text[: CHARS * length], candidates
+    text = text[: CHARS * length]
     length = min(length, len(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
-    scores = compare(model, first, others, consecutive_windows([text], model.tokenizer, length, 1))
+    scores = compare(model, candidates, consecutive_windows([text], model.tokenizer, length, 1))
     progress("looking up values", 0.4)
     asked = make_context(model.tokenizer, length) if length >= LEAST else None
-    return scores, retrieve(model, first, others, asked, length) if asked else []
+    return scores, retrieve(model, candidates, asked, length) if asked else []
