@@ -8,5 +8,10 @@ Count = Callable[[int, int], None]  # of a work of one part: how much is done, o
 Share = Callable[[str, float], None]  # what is being done, and the share that is done of all parts together
 
 
+def within(progress: Share, what: str, begin: float, width: float) -> Count:
+    """Tells `progress` of one part, which goes from the share `begin` of all parts to `begin + width`."""
+    return lambda done, total: progress(what, begin + width * done / total)
+
+
 def silent(*_: Any) -> None:
     """Where nothing is shown."""

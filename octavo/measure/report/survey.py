@@ -19,13 +19,13 @@ from octavo.measure.doctor.diagnose import diagnose
 from octavo.measure.doctor.diagnosis import Diagnosis
 from octavo.measure.memory.costs import INT4, Cost, costs, weight_kinds
 from octavo.measure.pace import Pace
-from octavo.measure.report.combinations import Corner, measure_corners
-from octavo.measure.report.sizes import COMPARED, DOCTOR, ROUNDS, TOKENS, choose
+from octavo.measure.report.combinations import Corner, measure_corners, timed
+from octavo.measure.report.sizes import COMPARED, DOCTOR, choose
 from octavo.measure.speed.roofline import Ceiling, bandwidth
-from octavo.measure.speed.throughput import Speed, measure_all
+from octavo.measure.speed.throughput import Speed
 from octavo.models.geometry import Geometry
 from octavo.models.model import Model
-from octavo.progress import Share, silent
+from octavo.progress import Share, silent, within
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import ADVISED, KVFormat, dtype_name
 from octavo.text_windows import consecutive_windows, token_windows
@@ -123,26 +123,15 @@ def gather(
     calibration, size = calibrations[0], sizes.compared.size
     candidates = [Candidate(str(f), f, model.calibration(calibration, f)) for f in formats]
     windows = consecutive_windows([rest], model.tokenizer, size.length, size.count)
-
-    def comparing(done: int, total: int) -> None:
-        progress("comparing formats", 0.25 + 0.1 * done / total)
-
-    scores = compare(model, candidates, windows, comparing)
+    scores = compare(model, candidates, windows, within(progress, "comparing formats", 0.25, 0.1))
     long, looked_up = _long(model, candidates, rest, sizes.long.size.length, progress)
     clipped = saturation(bound, calibration, windows, list(dict.fromkeys((1.0, calibration.header.headroom))))
 
     progress("measuring bandwidth", 0.5)
     rate = bandwidth(bound.device)
-    theory, speed = measure_all(
-        model,
-        [candidate for candidate in candidates if candidate.name in (str(raw), *TIMED)],
-        sizes.batch_sizes,
-        sizes.context,
-        rate,
-        tokens=TOKENS,
-        rounds=ROUNDS,
-        progress=lambda done, total: progress("timing", 0.5 + 0.5 * done / total),
-    )
+    some = [candidate for candidate in candidates if candidate.name in (str(raw), *TIMED)]
+    tell_time = within(progress, "timing", 0.5, 0.5)
+    theory, speed = timed(model, some, sizes.batch_sizes, sizes.context, rate, tell_time)
     geometry = Geometry.trace(model.path, dtype_name(bound.dtype))
     memory, context = memory or device_of(bound.device).memory(), min(bound.max_context, 1 << 17)
     computed = costs(geometry, formats[:2], context, memory, list(weight_kinds(geometry)))
@@ -155,9 +144,7 @@ def gather(
             windows,
             sizes.context,
             rate,
-            tokens=TOKENS,
-            rounds=ROUNDS,
-            progress=lambda what, share: tell(what, without_corners + (1 - without_corners) * share),
+            lambda what, share: tell(what, without_corners + (1 - without_corners) * share),
         )
     return Survey(
         model=model.name,

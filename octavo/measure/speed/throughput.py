@@ -22,7 +22,7 @@ from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.measure.candidate import Candidate
-from octavo.measure.speed.roofline import Ceiling, ceilings
+from octavo.measure.speed.roofline import Ceiling
 from octavo.models.model import Model
 from octavo.progress import Count, silent
 from octavo.units import format_bytes
@@ -142,25 +142,6 @@ def measure(
             first = runs[candidates[0].name]
             found += [_speed(name, batch_size, context, run, first, limits) for name, run in runs.items()]
     return found
-
-
-def measure_all(
-    model: Model,
-    candidates: Sequence[Candidate],
-    batch_sizes: Sequence[int],
-    context: int,
-    rate: float,
-    *,
-    tokens: int,
-    rounds: int,
-    progress: Count,
-) -> tuple[list[Ceiling], list[Speed]]:
-    """The ceilings at a bandwidth of `rate`, and what `measure` finds, at those batch sizes that a context has room
-    for."""
-    sizes = [size for size in batch_sizes if prompt_length(size, context, tokens) > 0]
-    theory = ceilings(model.bound, candidates, sizes, [context], tokens, rate)
-    found = measure(model, candidates, sizes, [context], theory, tokens=tokens, rounds=rounds, progress=progress)
-    return theory, found
 
 
 def _prepare(model: Model, candidate: Candidate, batch_size: int, context: int) -> LLM:
