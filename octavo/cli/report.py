@@ -35,7 +35,8 @@ def report(
     tell_loading(options.model)
     from octavo.cli.progress import progress
     from octavo.measure.as_json import dumps
-    from octavo.measure.report.page import require_directory, write_report
+    from octavo.measure.report.page import render, require_directory
+    from octavo.measure.report.survey import gather
     from octavo.units import parse_bytes
 
     require_directory(out)
@@ -44,16 +45,16 @@ def report(
     sixteen = load_baseline(options, baseline, model) if baseline is not None else None
     with progress() as bar:
         task = bar.add_task("examining the model", total=100)
-        found = write_report(
+        found = gather(
             model,
-            out,
-            calibration=calibration,
-            text=text,
-            memory=size,
-            baseline=sixteen,
-            progress=lambda what, share: bar.update(task, description=what, completed=round(100 * share)),
-            budget=time,
-            say=lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
+            calibration,
+            text,
+            size,
+            sixteen,
+            lambda what, share: bar.update(task, description=what, completed=round(100 * share)),
+            time,
+            lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
+        render(found, out)
         bar.update(task, description="report", completed=100)
     print(dumps(found.document()) if json else f"{out / 'report.html'}\n{out / 'report.md'}\n{out / 'report.json'}")

@@ -91,15 +91,22 @@ class Survey:
 
 def gather(
     model: Model,
-    given: Path | Calibration | None,
-    text: str | None,
-    memory: int | None,
-    sixteen: Model | None,
-    tell: Share,
+    given: Path | Calibration | None = None,
+    text: str | None = None,
+    memory: int | None = None,
+    sixteen: Model | None = None,
+    tell: Share = silent,
     budget: Budget = NO_LIMIT,
     say: Callable[[str], None] = silent,
 ) -> Survey:
-    """Measure `model`, and with `sixteen` the corners; the rest is as in `octavo.measure.report.page.write_report`."""
+    """Measure `model`.
+
+    Its calibration is the `given` one, that beside the model, or one made from the first part of `text`: a file, a
+    named set, or a bundled English text if None. Sessions are counted in `memory` bytes, by default the
+    machine's. With `sixteen`, the same model with 16-bit weights where `model` has 4-bit ones, the four corners are
+    measured; it takes its own calibration, or one made like that of `model`. `say` is told what fits the `budget` and
+    is measured. Raises OctavoError, before the work, where the two are no such pair.
+    """
     if sixteen is not None:
         check_pair(sixteen, model)
     start, bound, models = time.perf_counter(), model.bound, [model] if sixteen is None else [model, sixteen]
