@@ -104,7 +104,8 @@ def calibration_of(layers: Layers, model: Model, source: str) -> Calibration:
                 for side in SIDES
             }
         )
-    finest: Granularity = min((f.granularity for own in layers.values() for f in own.values()), key=_coarseness)
+    found = {f.granularity for own in layers.values() for f in own.values()}
+    finest: Granularity = "channel" if "channel" in found else "head" if "head" in found else "tensor"
     header = Header(
         fingerprint=model.fingerprint,
         dataset=f"imported: {source}",
@@ -117,10 +118,6 @@ def calibration_of(layers: Layers, model: Model, source: str) -> Calibration:
         rotary=model.bound.rotary,
     )
     return Calibration(header, sides)
-
-
-def _coarseness(granularity: Granularity) -> int:
-    return ("channel", "head", "tensor").index(granularity)
 
 
 def symmetric(calibration: Calibration, layer: int, side: Side, levels: float) -> Tensor:
