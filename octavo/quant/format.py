@@ -23,12 +23,9 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from octavo.errors import OctavoError
-
-if TYPE_CHECKING:
-    import torch
 
 Kind = Literal["raw", "static", "token", "float"]
 Granularity = Literal["tensor", "head", "channel"]
@@ -103,7 +100,8 @@ EDGES = {"edges": SPAN, "edges128": 128, "edges256": 256}
 RAW_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # by the name of a torch dtype
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: object) -> str:
+    """Of a torch dtype: "bfloat16". This module knows no torch."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -125,8 +123,8 @@ class KVFormat:
     edges: int = 0  # rows of an own span, whole blocks; 0: codes alone are read
 
     @classmethod
-    def raw(cls, dtype: torch.dtype) -> KVFormat:
-        """That keeps K and V as a model of that type computes them: the baseline."""
+    def raw(cls, dtype: object) -> KVFormat:
+        """That keeps K and V as a model of that torch dtype computes them: the baseline."""
         return cls.parse(RAW_NAMES[dtype_name(dtype)])
 
     @classmethod
