@@ -14,12 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.experts import PackedExperts, is_experts
+from octavo.weights import GROUP_SIZES
 from octavo.weights.checkpoint import PackedLayers, WeightFormat
 from octavo.weights.layouts import AWQ, Int4Weight
 from octavo.weights.linear import PackedLinear
 from octavo.weights.panels import PanelLinear
-
-GROUP_SIZES = (32, 64, 128)  # weights that share a scale: what kernels elsewhere take
 
 
 def with_packed_layers(architecture: type[PreTrainedModel], packs: Callable[[str], bool]) -> type[PreTrainedModel]:
@@ -79,9 +78,9 @@ def packable(model: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
 
 
 def fitting_groups(model: PreTrainedModel) -> list[int]:
-    """The group sizes that pack the most weights of a model, from the smallest."""
-    sizes = {group: sum(layer.weight.numel() for layer in packable(model, group).values()) for group in GROUP_SIZES}
-    return [group for group in GROUP_SIZES if sizes[group] == max(sizes.values())]
+    """The group sizes that pack the most weights of a model, the largest last."""
+    packed = {group: sum(layer.weight.numel() for layer in packable(model, group).values()) for group in GROUP_SIZES}
+    return [group for group in GROUP_SIZES if packed[group] == max(packed.values())]
 
 
 def fill(model: PreTrainedModel, packed: PackedLayers, share: Callable[[str, int], slice] | None = None) -> None:
