@@ -53,7 +53,7 @@ from octavo.weights.checkpoint import PackedLayers, WeightFormat, read_format
 if TYPE_CHECKING:
     from octavo.models.bind import BoundModel
 
-_DTYPES = {name: getattr(torch, long) for long, short in RAW_NAMES.items() for name in (short, long)}
+_DTYPES = {name: getattr(torch, long) for long, short in RAW_NAMES.items() for name in (long, short)}
 # The largest sizes that are believed: a config can ask for more layers or memory than any machine has.
 _LARGEST = {
     "vocab_size": 1 << 24,
