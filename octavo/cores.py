@@ -5,8 +5,6 @@ socket, whose memory is far, slows all of them. What the process may not use doe
 cpusets) and the quota of its control groups (`docker --cpus`, Kubernetes' limits).
 """
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """`octavo serve --replicas`: a Ray cluster of this machine alone, and the application on it until a signal."""
 
-from __future__ import annotations
-
 import json
 import logging
 import signal

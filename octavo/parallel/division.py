@@ -1,7 +1,5 @@
 """How a model is divided by transformers' plan, and which models and options are refused."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from pathlib import Path
 from typing import Any

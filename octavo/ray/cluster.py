@@ -1,7 +1,5 @@
 """A Ray cluster: one that runs at an address, or one that is started on this machine and ends with the command."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

@@ -4,8 +4,6 @@
 (shards.py), and Ray Data gives each to a model that reads it, answers it, and writes its answers whole or not at all.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -193,7 +193,7 @@ def test_parts_of_a_calibration_and_of_a_comparison_come_to_one_run(
             for name in own[side]:
                 assert np.array_equal(own[side][name].numpy(), other[side][name].numpy()), (side, name)
     candidates = [Candidate("fp32", KVFormat.parse("fp32")), Candidate("int8", KVFormat.parse("int8"), here)]
-    one = compare(pamphlet, candidates[0], candidates[1:], windows)
+    one = compare(pamphlet, candidates, windows)
     parts = scores(comparing(LOADING, None, candidates, workers, lambda *how: told.append(how))(windows))
     assert repr(one) == repr(parts)
     assert torch.tensor(one[1].kl).item() > 0

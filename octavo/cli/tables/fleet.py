@@ -1,7 +1,5 @@
 """The table of `octavo plan --fleet`, and what it assumes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.table import Table

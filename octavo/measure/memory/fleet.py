@@ -11,8 +11,6 @@ where `prompt` is how many prompt tokens are computed for each token that is gen
 session's rows are on several of them. Operations of attention are left out; all experts are counted.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
