@@ -378,6 +378,7 @@ def test_tiles_that_read_most_come_first() -> None:
 
 
 @kernels
+@pytest.mark.slow
 def test_the_operator_declares_what_it_writes() -> None:
     from octavo.attention.cuda.launch import layer_of
 

@@ -91,6 +91,7 @@ def test_chunks_and_decodes_of_several_sequences_share_a_step() -> None:
 
 
 @kernels
+@pytest.mark.slow
 def test_contexts_are_split_among_programs_beside_the_one_that_reads_raw_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     from octavo.attention.cuda import launch
 
@@ -141,6 +142,7 @@ def test_a_padded_row_of_a_graph_writes_nowhere_and_is_zero() -> None:
 
 
 @kernels
+@pytest.mark.slow
 def test_rows_may_be_of_another_type_than_the_raw_pages() -> None:
     """As a model's queries are after a norm in float32."""
     layer = paged("int8-token", 32, 16, dtype=BF16)
@@ -149,6 +151,7 @@ def test_rows_may_be_of_another_type_than_the_raw_pages() -> None:
 
 
 @kernels
+@pytest.mark.slow
 def test_the_operator_declares_that_it_writes_raw_pages() -> None:
     from octavo.attention.cuda.launch import edges_of, layer_of
 

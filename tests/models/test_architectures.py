@@ -19,7 +19,7 @@ from tests.models import recurrent, zoo
 from tests.models.forms import FORMS, measure
 from tests.models.probe import TOLERANCE, largest_error, probe
 
-PARTS = 8
+PARTS = 16
 PACKED = ("GGUF, Q4_0", "AWQ", "GPTQ", "compressed-tensors")  # activations have 15 bits of their group's largest
 
 

@@ -131,6 +131,7 @@ def test_code_that_looks_at_values_is_traced_with_random_weights(
         Geometry.trace(file)
 
 
+@pytest.mark.slow
 def test_the_process_takes_what_theory_says_and_no_more(tmp_path: Path) -> None:
     """128 MiB of fp16 cache against 64 MiB of int8, all of it touched: resident sets differ by as much, within 4 %.
 
