@@ -10,8 +10,8 @@ struct Bytes {
     int64_t count, step = 64;  // of each so many only the first 64
 };
 
-// The next page, asked for at the pace at which this one is read: a burst would only queue, and leave the memory idle in
-// between.
+// The next page, asked for at the pace at which this one is read for the first time: a burst would only queue, and leave the
+// memory idle in between.
 struct Ahead {
     const uint8_t *at, *end;
     int64_t step;  // from line to line

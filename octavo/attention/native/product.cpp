@@ -88,7 +88,7 @@ template <class T, int R, int N, class Next>
 #pragma GCC unroll 16
             for (int i = 0; i < N; i++) quad[i] = T::signs(load<u8v>(page + 4 * i * W));
             // Where registers are few, codes wait in memory: else GCC keeps sums there.
-            if constexpr (N > 2 && R * N + N > REGISTERS - 4) asm volatile("" : "+m"(quad));
+            if constexpr (R * N + N > REGISTERS - 2) asm volatile("" : "+m"(quad));
             constexpr std::integral_constant<int, 1> one;
             add(at, one, [&](int i, f32v* x) { *x = widen<0>(quad[i]); });
             add(at + 1, one, [&](int i, f32v* x) { *x = widen<1>(quad[i]); });
@@ -147,7 +147,7 @@ constexpr int DIRECT_ROWS = 4;
 constexpr int registers(int, bool) { return 4; }
 #else
 constexpr int DIRECT_ROWS = 6;
-constexpr int registers(int rows, bool four_bits) { return rows == 1 ? 8 : rows == 2 || (rows == 3 && four_bits) ? 4 : 2; }
+constexpr int registers(int rows, bool four_bits) { return rows < 3 || (rows == 3 && four_bits) ? 4 : 2; }
 #endif
 
 // The first `columns` from n on, N registers of them at a time and fewer at the end.
@@ -217,8 +217,7 @@ void widen_into(const uint8_t* page, int width, Range k, float* tile, int depth,
 void multiply(const Side& side, Matrix a, int rows, const uint8_t* page, Bytes next, Range tokens, Matrix c,
               const float* keep) {
     const Range k = side.is_k ? Range{0, side.dim} : tokens;
-    const int passes = (rows + DIRECT_ROWS - 1) / DIRECT_ROWS * (side.code == Code::INT4 ? 2 : 1);
-    Ahead ahead(next, passes * side.head_bytes * (tokens.to - (side.is_k ? 0 : tokens.from)) / BLOCK);
+    Ahead ahead(next, side.head_bytes * (side.is_k ? tokens.to : tokens.to - tokens.from) / BLOCK);
     by_kind(side, [&](auto kind, int first, int width) {
         direct<decltype(kind)>(a, rows, page, width, side.is_k ? tokens.to : width, k, ahead, unit(side.code),
                                c.from(0, first), keep);
