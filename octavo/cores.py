@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 FAST = 0.8  # of the fastest core's speed: favoured cores of one kind differ by a few percent
 TOLD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # who sets one of these has chosen
 
@@ -55,6 +53,8 @@ def use() -> None:
     """
     if any(map(os.environ.get, TOLD)):
         return
+    import torch  # seconds, which who only asks how many cores there are need not wait
+
     cores = choose()
     torch.set_num_threads(cores.threads)
     if hasattr(os, "sched_setaffinity") and cores.cpus < os.sched_getaffinity(0):
