@@ -23,7 +23,6 @@ ROOT = Path(__file__).parents[1]
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 FLAGS.append(f"-I{ROOT}/octavo/native")
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]  # -O2 compiles half as fast
-SANITIZE.append("--param=asan-instrumentation-with-call-threshold=0")  # checks in place compile a third slower
 OTHERS = [("attention", isa) for isa in attention.extension.isas if isa != "portable"]
 
 
