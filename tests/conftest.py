@@ -27,7 +27,17 @@ from octavo.quant.format import KVFormat
 from octavo.quant.statistics import LayerStatistics
 
 NUMBERS = count()
+# What takes longest comes first, so that no worker is left alone with it at the end.
+LONGEST = (
+    "tests/attention/test_cuda.py", "tests/models/test_architectures.py", "tests/parallel/", "tests/ray/",
+    "tests/test_native_build.py",
+)  # fmt: skip
 SHARE = float(os.environ.get("SLOW_SHARE") or 1)
+RAY = ("tests/ray/test_batches", "tests/ray/test_replicas")  # files that need the cluster
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -37,7 +47,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
+            return "ray" if nodeid.startswith(RAY) else super()._split_scope(nodeid)
 
     return ByFile(config, log)
 
