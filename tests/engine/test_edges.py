@@ -65,14 +65,14 @@ def test_a_prompt_in_chunks_or_found_in_the_cache_answers_as_a_cold_one(
     assert again.prefix_hit == (length - 1) // span * span
 
 
-@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize(("span", "steps"), [(SIZE, 2), (4 * SIZE, 3)])
 def test_a_chunk_that_was_interrupted_finds_the_raw_rows_that_it_had_overwritten(
-    llama: BoundModel, span: int, monkeypatch: pytest.MonkeyPatch
+    llama: BoundModel, span: int, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, made = prompt(llama, 150), engine(llama, span, budget=33)
     sequence = Sequence(text, SamplingParams(max_tokens=24))
     made.add(sequence)
-    for _ in range(3):
+    for _ in range(steps):
         step(made)
     interrupt(made, monkeypatch)
     drain(made)
