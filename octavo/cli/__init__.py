@@ -42,7 +42,7 @@ def _options(
 def commands(wanted: Collection[str] = KNOWN) -> Verbs:
     """The command line with the verbs that are wanted: to import and describe all of them takes a tenth of a second."""
     app = Verbs(
-        help="Calibrated int8 KV caches for Hugging Face language models. MODEL is a directory, Hub id or .gguf file; "
+        help="KV caches in 8 and 4 bits for Hugging Face language models. MODEL is a directory, Hub id or .gguf file; "
         "with none, the small bundled model `pamphlet`.",
         rich_markup_mode="markdown",  # rich would take "[default: …]" for markup and drop it
         pretty_exceptions_enable=False,

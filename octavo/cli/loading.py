@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,13 @@ class LoadOptions:
     def ranks(self) -> int:
         """Processes that the model is divided among."""
         return 1
+
+    def next(self, kv: str, calibration: Path | None) -> str:
+        """The command to type once the model was prepared for a format; `calibration` is where, if that was said."""
+        words = ["octavo", "chat", *([self.model] if self.model else []), "--kv", kv]
+        words += ["--model-format", self.model_format] if self.model_format != "hf" else []
+        words += ["--calibration", str(calibration)] if calibration is not None else []
+        return f"next: {shlex.join(words)}"
 
     def loading(self) -> dict[str, Any]:
         """The same as arguments of Model.load, for processes elsewhere: plain values, and paths that are absolute."""

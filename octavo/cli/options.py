@@ -62,7 +62,7 @@ def tell_loading(model: str | None) -> None:
     from octavo.models.locate import BUNDLED, find_here, is_bundled
 
     path = BUNDLED if is_bundled(model) else find_here(str(model))
-    files = [] if path is None else [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    files = [] if path is None else [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin")]
     size = sum(file.stat().st_size for file in files) / 2**20
     weights = "from the Hub" if path is None else f"{size:,.0f} MiB of weights"
     print(f"loading {model or BUNDLED.name}: {weights}", file=sys.stderr, flush=True)
