@@ -22,7 +22,6 @@ from octavo.cli.options import (
     OtherHeadroom,
     amount,
     check_calibration,
-    check_choice,
     check_file,
     check_model,
     complete,
@@ -60,10 +59,8 @@ class LoadOptions:
     ] = False
 
     def check(self) -> None:
-        """Raise OctavoError for what names no model, file or choice: without torch, before a weight is read."""
+        """Raise OctavoError for what names no model or file: without torch, before a weight is read."""
         check_model(self.model)
-        check_choice("--dtype", self.dtype, ("auto", *RAW_NAMES.values(), *RAW_NAMES))
-        check_choice("--load-format", self.load_format, ("auto", "dummy"))
         if self.chat_template is not None:
             check_file("--chat-template", self.chat_template)
 
@@ -123,8 +120,7 @@ class ShapeOptions:
     ] = None
 
     def check(self) -> None:
-        """Raise OctavoError for what names no model or no type, before torch is imported."""
-        check_choice("--dtype", self.dtype, ("auto", *RAW_NAMES.values(), *RAW_NAMES))
+        """Raise OctavoError for what names no model, before torch is imported."""
         if self.config is None:
             check_model(self.model)
         elif self.model is not None:
@@ -168,7 +164,8 @@ class ServeOptions(LoadOptions):
     headroom: OtherHeadroom = None
     max_batch_size: Annotated[int, option("Sequences that run at a time.", min=1)] = 16
     cache_max_entry_count: Annotated[
-        float | None, option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]")
+        float | None,
+        option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]", min=0, max=1),
     ] = None
     kv_cache_memory: Annotated[
         str | None, option("Size of the KV cache, like 4GiB; of each rank's.", callback=amount)

@@ -8,7 +8,7 @@ import typer
 
 from octavo.cli.candidates import formats_option
 from octavo.cli.loading import ShapeOptions
-from octavo.cli.options import DeviceName, Json, numbers, option, takes
+from octavo.cli.options import DeviceName, Json, LoadFormat, numbers, option, takes
 
 
 @takes(ShapeOptions)
@@ -29,7 +29,7 @@ def memory(
         str | None, option("The same model with 16-bit weights, to measure beside MODEL with 4-bit ones.")
     ] = None,
     device: DeviceName = "auto",
-    load_format: Annotated[str, option("auto, or dummy to measure with random weights.")] = "auto",
+    load_format: LoadFormat = "auto",
     fill_seconds: Annotated[
         float,
         typer.Option(help="How long the model may fill sessions in one measurement; then random rows do.", min=0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from octavo.quant.format import (
     DEFAULT_GRANULARITY,
     DEFAULT_HEADROOM,
     NAMES,
+    RAW_NAMES,
     TUNED,
     validate_choice,
 )
@@ -97,10 +99,30 @@ ModelName = Annotated[
     str | None,
     typer.Argument(help="A directory, Hub id or .gguf file. [default: the bundled model]", show_default=False),
 ]
-ModelFormat = Annotated[str, option("How the weights are stored: hf, awq.")]
-Dtype = Annotated[str, option("auto, bf16, fp16 or fp32.")]
-DeviceName = Annotated[str, option("auto, cpu, cuda, cuda:1, …")]
-LoadFormat = Annotated[str, option("auto, or dummy for random weights of the config's shape.")]
+
+
+def _one_of(flag: str, help: str, *choices: str) -> Any:
+    """An option whose value is one of these, which is known before torch is imported."""
+
+    def check(value: str) -> str:
+        check_choice(flag, value, choices)
+        return value
+
+    return option(help, callback=check)
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
+        raise OctavoError(f"--device {name}: choose auto, cpu, cuda, cuda:1, …")
+    return name
+
+
+ModelFormat = Annotated[str, _one_of("--model-format", "How the weights are stored: hf, awq.", "hf", "awq")]
+Dtype = Annotated[str, _one_of("--dtype", "auto, bf16, fp16 or fp32.", "auto", *RAW_NAMES.values(), *RAW_NAMES)]
+DeviceName = Annotated[str, option("auto, cpu, cuda, cuda:1, …", callback=_device)]
+LoadFormat = Annotated[
+    str, _one_of("--load-format", "auto, or dummy for random weights of the config's shape.", "auto", "dummy")
+]
 ChatTemplate = Annotated[Path | None, option("A Jinja file in place of the model's template.")]
 CalibrationPath = Annotated[Path | None, calibration_option("[default: beside the model]")]
 OtherGranularity = Annotated[str | None, option("tensor, head or channel, in place of the calibration's.")]

@@ -20,8 +20,8 @@ from octavo.units import format_bytes
 
 
 def choose(parts: Sequence[CacheSide], budget: int) -> list[Codec]:
-    """A codec for each part: the least total KL of all choices of at most `budget` bytes a token, exactly. The budget is
-    one of `token_budget` or `token_room`, which 4 bits everywhere do not exceed."""
+    """A codec for each part: the least total KL of all choices of at most `budget` bytes a token, exactly. The budget
+    is one of `token_budget` or `token_room`, which 4 bits everywhere do not exceed."""
     least = sum(min(part.nbytes.values()) for part in parts)
     assert least <= budget
     extra = [{codec: size - min(part.nbytes.values()) for codec, size in part.nbytes.items()} for part in parts]
@@ -54,7 +54,8 @@ def formats_of(bound: BoundModel, parts: Sequence[CacheSide], codecs: Sequence[C
 
 
 def token_budget(bound: BoundModel, bits: float) -> int:
-    """Bytes of a token at so many bits a value, scales included; raises OctavoError where 4 bits everywhere take more."""
+    """Bytes of a token at so many bits a value, scales included. Raises OctavoError where 4 bits everywhere take
+    more."""
     values = sum(shape.kv_heads * (shape.k_dim + shape.v_dim) for shape in bound.shapes if shape.shares is None)
     least = CacheSize.of(bound.shapes, KVFormat.parse("kv4")).token
     if not (budget := bits * values / 8) >= least:
