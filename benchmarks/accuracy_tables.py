@@ -13,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import admitted as of_admitted
 import budgets as of_budgets
 import calibration as of_calibrations
 import corners as of_corners
 import formats as of_formats
 import long_context as of_contexts
+import spans as of_spans
 import tasks as of_tasks
 import tool_calls as of_calls
 
@@ -71,9 +73,18 @@ def eight_bits() -> str:
 
 
 def spans() -> str:
-    """KL of longer own spans, by model and length."""
+    """KL of longer own spans, of the last rows before each context."""
+    return short(of_spans.table(load("spans")["rows"]))
+
+
+def whole_spans() -> str:
+    """KL of longer own spans, of all rows, by model and length."""
     rows = [row for row in load("formats-models")["rows"] if row["window"] >= 4096]
     return short("\n\n".join(of_formats.table(model, rows) for model in ordered(rows)))
+
+
+def admitted() -> str:
+    return of_admitted.table(load("admitted")["rows"])
 
 
 def tasks() -> str:
@@ -119,7 +130,8 @@ def short(text: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
-        lead, formats, eight_bits, spans, tasks, calibrations, long_context, tool_calls, corners, answers, budgets,
+        lead, formats, eight_bits, admitted, spans, whole_spans, tasks, calibrations, long_context, tool_calls, corners,
+        answers, budgets,
     )
 }  # fmt: skip
 

@@ -8,13 +8,12 @@ on the same windows of WikiText-2, in float32. Rows are kept in --out after each
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from machine import describe
+from over_models import keep, kept, options
 
 from octavo import LLM, KVFormat
 from octavo.calibrate import calibrate
@@ -91,19 +90,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("models", nargs="+")
-    cli.add_argument("--data", type=Path, required=True)
+    cli = options(__doc__, "ptb.*.txt, wikitext2.*.txt, c4_sample.jsonl", calibrates=False)
     cli.add_argument("--formats", default="kv8,k8v4,kv4,int8")
     cli.add_argument("--windows", type=int, default=4, help="windows that are measured on")
     cli.add_argument("--window", type=int, default=512)
     cli.add_argument("--trials", type=int, default=len(TRIALS), help="only the first so many")
-    cli.add_argument("--out", type=Path, required=True)
     args = cli.parse_args()
 
-    rows: list[dict[str, Any]] = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
-    for name in args.models:
-        model = Model.load(name, dtype="fp32")
+    rows = kept(args.out)
+    for path in args.models:
+        model = Model.load(path, dtype="fp32")
         texts = load_texts("wikitext2", args.data, "test")
         read = consecutive_windows(texts, model.tokenizer, args.window, args.windows)
         for text, count, length in TRIALS[: args.trials]:
@@ -113,7 +109,7 @@ def main() -> None:
             with telling(f"{model.path.name}: {text} {count} × {length}") as tell:
                 rows += trial(model, text, count, length, args.formats.split(","), read, args.data, tell)
             document = {"benchmark": "calibration", **describe(), "measured": f"{args.windows} × {args.window}"}
-            args.out.write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
+            keep(args.out, document | {"rows": rows})
 
 
 if __name__ == "__main__":

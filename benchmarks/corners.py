@@ -31,7 +31,7 @@ def quantized(model: Path, args: argparse.Namespace) -> tuple[Path, float | None
         return directory, None
     start = time.perf_counter()
     run("quantize", model, "--work-dir", directory, "--calib-dataset", "ptb", "--data-dir", args.data,
-        "--budget", args.budget)  # fmt: skip
+        "--budget", args.budget, "--dtype", args.dtype)  # fmt: skip
     return directory, time.perf_counter() - start
 
 
@@ -83,6 +83,7 @@ def main() -> None:
     cli.add_argument("--windows", type=int, default=2)
     cli.add_argument("--window", type=int, default=1024)
     cli.add_argument("--budget", default="10m", help="of quantizing")
+    cli.add_argument("--dtype", default="auto", help="of quantizing: fp32 is five times as fast without bf16 units")
     args = cli.parse_args()
 
     rows = kept(args.out)

@@ -1,8 +1,9 @@
 """A whole engine step (schedule, batch, forward, sample, commit) by format, beside transformers' forward alone.
 
-One process, one model's weights, one engine for each format, and transformers' plain model with a DynamicCache. Each
-prefills the same prompts; then they decode in turn, one step each, in an order that is turned round every time, so that
-a disturbance meets them all. A ratio is the median over steps. The last line is one JSON document.
+One process, one model's weights, one engine for each format, and transformers' plain model with a DynamicCache, whose
+prefill takes minutes where the processor has no bf16 unit (--no-transformers). Each prefills the same prompts; then all
+decode in turn, one step each, in an order that is turned round every time, so that a disturbance meets them all. A
+ratio is the median over steps. The last line is one JSON document.
 
     python benchmarks/engine_cpu.py MODEL --calibration DIR --batch 8 --out benchmarks/results/engine-cpu-zen3.json
 """
@@ -57,13 +58,17 @@ def forward(hf: PreTrainedModel, prompts: list[list[int]]) -> Callable[[], Any]:
     return step
 
 
-def measure(path: str | None, calibration: Path | None, batch: int, context: int, steps: int) -> dict[str, Any]:
+def measure(
+    path: str | None, calibration: Path | None, batch: int, context: int, steps: int, transformers: bool
+) -> dict[str, Any]:
     model = Model.load(path) if path else Model.load()
-    hf = load_model(model.path)
     torch.manual_seed(0)
     prompts = torch.randint(4, model.bound.vocab_size, (batch, context)).tolist()
     settings: dict[str, Any] = {"max_batch_size": batch, "session_len": context + steps + 64, "prefix_caching": False}
-    start: dict[str, Callable[[], Callable[[], Any]]] = {FORWARD: lambda: forward(hf, prompts)}
+    start: dict[str, Callable[[], Callable[[], Any]]] = {}
+    if transformers:
+        hf = load_model(model.path)
+        start[FORWARD] = lambda: forward(hf, prompts)
     for kv in FORMATS:
         llm = LLM(model, kv, calibration=None if kv == "bf16" else calibration, **settings)
         start[kv] = lambda llm=llm: engine(llm, prompts, steps)  # type: ignore[misc]
@@ -93,7 +98,7 @@ def measure(path: str | None, calibration: Path | None, batch: int, context: int
         "steps": steps - WARM,
         "prefill_tokens_per_second": {name: round(value, 1) for name, value in prefill.items()},
         "step_ms": {name: round(1e3 * statistics.median(values), 3) for name, values in counted.items()},
-        "over_forward": {kv: speed(kv, FORWARD) for kv in FORMATS},
+        "over_forward": {kv: speed(kv, FORWARD) for kv in FORMATS} if transformers else {},
         "pairs": [{"kv": a, "over": b, "quartiles": speed(a, b)} for a, b in PAIRS],
     }
 
@@ -105,9 +110,10 @@ def main() -> None:
     cli.add_argument("--batch", type=int, default=8)
     cli.add_argument("--context", type=int, default=1024)
     cli.add_argument("--steps", type=int, default=40)
+    cli.add_argument("--no-transformers", action="store_true")
     cli.add_argument("--out", type=Path, help="rows of other models, batches and contexts in it stay")
     args = cli.parse_args()
-    row = measure(args.model, args.calibration, args.batch, args.context, args.steps)
+    row = measure(args.model, args.calibration, args.batch, args.context, args.steps, not args.no_transformers)
     same = ("model", "batch", "context")
     rows = [old for old in kept(args.out) if any(old[key] != row[key] for key in same)]
     document = {"benchmark": "engine_cpu", **describe(), "rows": [*rows, row]}

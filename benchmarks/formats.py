@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import peer_formats
@@ -21,7 +22,7 @@ from machine import describe
 from over_models import calibrated, keep, kept, options
 
 from octavo import KVFormat
-from octavo.cli.progress import progress
+from octavo.cli.progress import telling
 from octavo.corpus import load_texts
 from octavo.measure.accuracy.compare import compare
 from octavo.measure.candidate import Candidate
@@ -73,14 +74,9 @@ def measure(model: Model, calibration: Calibration, rows: list[Row], args: argpa
         missing = [c for c in chosen if c.name not in known]
         windows = consecutive_windows(load_texts(text, args.data, "test"), model.tokenizer, args.window, args.windows)
         for group in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
-            with progress() as bar:
-                title = f"{model.path.name} on {text}: {', '.join(c.name for c in group)}"
-                task = bar.add_task(title, total=None)
-
-                def tell(done: int, total: int, bar: Any = bar, task: Any = task) -> None:
-                    bar.update(task, completed=done, total=total)
-
-                scores = compare(model, BASELINE, group, windows, tell)
+            title = f"{model.path.name} on {text}: {', '.join(c.name for c in group)}"
+            with telling(title) as tell:
+                scores = compare(model, BASELINE, group, windows, partial(tell, title))
             where = describe()
             for candidate, score in zip((BASELINE, *group), scores, strict=True):
                 found = {key: value for key, value in asdict(score).items() if key in KEPT}

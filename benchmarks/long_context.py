@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from formats import BASELINE
 from machine import describe
 from over_models import calibrated, keep, options
 
-from octavo.cli.progress import progress
+from octavo.cli.progress import telling
 from octavo.corpus import load_texts
 from octavo.measure.accuracy.compare import compare
 from octavo.measure.accuracy.retrieval import make_context, retrieve
@@ -42,10 +43,9 @@ def by_position(model: Model, candidates: list[Candidate], length: int, args: ar
     """One row for each format and doubling of the position."""
     texts = load_texts(args.text, args.data, "test")
     windows = consecutive_windows(texts, model.tokenizer, length, args.windows)
-    with progress() as bar:
-        task = bar.add_task(f"{model.path.name}: {length:,} tokens", total=None)
-        tell = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        scores = compare(model, BASELINE, candidates, windows, tell)[1:]
+    title = f"{model.path.name}: {length:,} tokens"
+    with telling(title) as tell:
+        scores = compare(model, BASELINE, candidates, windows, partial(tell, title))[1:]
     same = {"model": model.path.name, "text": args.text, "length": length, "windows": len(windows)}
     rows = []
     for score in scores:
@@ -57,18 +57,22 @@ def by_position(model: Model, candidates: list[Candidate], length: int, args: ar
 
 def looked_up(model: Model, candidates: list[Candidate], length: int, args: argparse.Namespace) -> list[Document]:
     asked = make_context(model.tokenizer, length, questions=args.questions)
-    with progress() as bar:
-        task = bar.add_task(f"{model.path.name}: looking up in {length:,}", total=None)
-        tell = lambda _, done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+    with telling(f"{model.path.name}: looking up in {length:,}") as tell:
         rows = retrieve(model, BASELINE, candidates, asked, length, tell)
     return [{"model": model.path.name, **asdict(row)} for row in rows]
+
+
+def longest(rows: list[Document], model: str) -> list[Document]:
+    """Of the longest text that a model has read."""
+    own = [row for row in rows if row["model"] == model]
+    return [row for row in own if row["length"] == max(row["length"] for row in own)]
 
 
 def table(found: Document) -> str:
     """Markdown: KL by position, then what was found of what was asked."""
     lines = []
-    for model, length in dict.fromkeys((row["model"], row["length"]) for row in found["positions"]):
-        own = [row for row in found["positions"] if (row["model"], row["length"]) == (model, length)]
+    for model in dict.fromkeys(row["model"] for row in found["positions"]):
+        own = longest(found["positions"], model)
         names = list(dict.fromkeys(row["name"] for row in own))
         lines += [f"| {model}, tokens | " + " | ".join(f"`{name}`" for name in names) + " |"]
         lines += ["|---|" + "---:|" * len(names)]
@@ -103,10 +107,9 @@ def draw(found: Document, path: Path) -> None:
     figure = Figure(figsize=(8, 5.4), layout="constrained")
     grid = figure.subplots(2, len(models), squeeze=False, sharey="row")
     for (upper, lower), model in zip(grid.T, models, strict=True):
-        own = [row for row in found["positions"] if row["model"] == model]
-        longest = max(row["length"] for row in own)
+        own = longest(found["positions"], model)
         for name in dict.fromkeys(row["name"] for row in own):
-            parts = [row for row in own if row["name"] == name and row["length"] == longest]
+            parts = [row for row in own if row["name"] == name]
             middles = [math.sqrt(max(row["start"], 256) * row["stop"]) for row in parts]
             upper.plot(middles, [row["kl"] for row in parts], "o-", color=_colour(name), markersize=3.5, label=name)
         upper.set(xscale="log", yscale="log", title=model, xlabel="position, tokens")
@@ -119,7 +122,7 @@ def draw(found: Document, path: Path) -> None:
             )  # fmt: skip
         lower.set(xscale="log", xlabel="tokens of the list")
         for plot, ticks in ((upper, EDGES[1:]), (lower, sorted({row["length"] for row in asked}))):
-            ticks = [tick for tick in ticks if tick <= longest]
+            ticks = [tick for tick in ticks if tick <= own[0]["length"]]
             plot.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             plot.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     grid[0][0].set_ylabel("KL, nats a token")

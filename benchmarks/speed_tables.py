@@ -126,14 +126,14 @@ def _span(values: Iterable[float]) -> str:
 
 
 def peers() -> str:
-    found = load("peers-cpu")
     text = """
 ## The engine beside llama.cpp and transformers
 
 A random Llama of 4 layers (hidden 2048, 16/8 heads), bf16 weights; tokens a second, medians. Every program first has to
 agree with a float32 forward. Where a batch has no prefill, K and V of one prompt were computed and copied for all.
 """
-    for label, document in found.items():
+    both = [*load("peers-cpu-2048").items(), *load("peers-cpu").items()]
+    for label, document in both:
         runs = ((row["batch"], row.get("rounds", document["rounds"]), row.get("commit", document["commit"]))
                 for row in document["rows"])  # fmt: skip
         told = "; ".join(f"batch {batch}: {rounds} rounds, commit {commit}" for batch, rounds, commit in runs)
@@ -178,8 +178,9 @@ with its DynamicCache decode in turn, one step each. {commits(found)}.
     for label, document in found.items():
         cases = [f"{row['model']}, {row['batch']} × {row['context']}" for row in document["rows"]]
         steps = [row["step_ms"] for row in document["rows"]]
-        rows = ([case, *step.values()] for case, step in zip(cases, steps, strict=True))
-        text += part(f"{label}, milliseconds", ["model, batch × tokens", *steps[0]], rows)
+        names = list(steps[0])
+        rows = ([case, *(step.get(name, "–") for name in names)] for case, step in zip(cases, steps, strict=True))
+        text += part(f"{label}, milliseconds", ["model, batch × tokens", *names], rows)
         pairs = [[f"{pair['quartiles'][1]:.2f}" for pair in row["pairs"]] for row in document["rows"]]
         names = (f"`{pair['kv']}` over `{pair['over']}`" for pair in document["rows"][0]["pairs"])
         rows = ([case, *ratios] for case, ratios in zip(cases, pairs, strict=True))

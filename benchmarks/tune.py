@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from over_models import calibrated, keep, options
 
 from octavo import KVFormat
 from octavo.cache.size import CacheSize
-from octavo.cli.progress import progress
+from octavo.cli.progress import progress, telling
 from octavo.corpus import load_texts
 from octavo.measure.accuracy.compare import compare
 from octavo.measure.candidate import Candidate
@@ -88,12 +89,9 @@ def compared(model: Model, calibration: Calibration, parts: Sensitivity, found: 
     ]
     windows = consecutive_windows(load_texts(text, args.data, "test"), model.tokenizer, args.window, args.windows)
     for group in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
-        with progress() as bar:
-            task = bar.add_task(f"{model.path.name} on {text}: {group[0][0].name} …", total=None)
-            scores = compare(
-                model, BASELINE, [candidate for candidate, _ in group], windows,
-                lambda done, total, bar=bar, task=task: bar.update(task, completed=done, total=total),
-            )  # fmt: skip
+        title = f"{model.path.name} on {text}: {group[0][0].name} …"
+        with telling(title) as tell:
+            scores = compare(model, BASELINE, [candidate for candidate, _ in group], windows, partial(tell, title))
         for (candidate, expected), score in zip(group, scores[1:], strict=True):
             row = how | {"name": candidate.name, "bits": bits(model, candidate), "expected_on_parts": expected}
             found["rows"].append(row | {key: value for key, value in asdict(score).items() if key in KEPT})

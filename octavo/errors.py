@@ -38,6 +38,16 @@ def require_writable(directory: Path, option: str) -> None:
         raise OctavoError(f"nothing can be written in {directory} ({error.strerror}): name another {option}") from None
 
 
+def require_new(directory: Path, source: Path | None) -> None:
+    """Raise OctavoError where a model cannot be written to `directory`; `source` is where it comes from, if it is here.
+    Called before the work as well as after."""
+    if source is not None and directory.exists() and directory.resolve() == source.resolve():
+        raise OctavoError(f"{directory} is the model that is quantized: name another directory with --work-dir")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise OctavoError(f"{directory} is there already and not empty: name a new directory with --work-dir")
+    require_writable(directory.parent, "--work-dir")
+
+
 @cache
 def warn_once(message: str) -> None:
     """A warning that each process shows once, at no line of ours: it is about a machine or a model."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,15 @@ from transformers import PreTrainedModel
 from octavo.engine.reading import Reading
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import BoundModel
-from octavo.models.packed import GROUP_SIZES, packable
+from octavo.models.packed import fitting_groups, packable
 from octavo.models.prepack import is_prepacked
 from octavo.models.scale_folding import Fold, absorb, find_folds
 from octavo.progress import Progress, silent
+from octavo.weights import GROUP_SIZES, Method, validate
 from octavo.weights.awq import TINY, Search, round_to_nearest, search_scale, search_shrink
 from octavo.weights.layouts import Int4Weight, pack_awq
 from octavo.weights.linear import PackedLinear
 
-Method = Literal["awq", "rtn"]
-METHODS: tuple[str, ...] = get_args(Method)
 ROWS = 512  # of each input that are kept, from all windows alike
 TRIAL = 32  # tokens on which folds are tried
 SEARCHES = (Search(), Search(10, 512), Search(5, 256))  # from the best to the quickest
@@ -68,14 +67,6 @@ class Quantized:
     def bits_per_weight(self) -> float:
         """Of the quantized layers, their scales and zeros included."""
         return 8 * sum(tensor.nbytes for tensor in self.tensors.values()) / self.weights
-
-
-def validate(group_size: int, method: str) -> None:
-    """Raises OctavoError for what no AWQ checkpoint is made with."""
-    if group_size not in GROUP_SIZES:
-        raise OctavoError(f"a group of {group_size} weights: choose {', '.join(map(str, GROUP_SIZES))}")
-    if method not in METHODS:
-        raise OctavoError(f"the method {method!r} is unknown: choose {' or '.join(METHODS)}")
 
 
 def quantize(
@@ -125,18 +116,16 @@ def quantizable(hf: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
 
 def choose_group(hf: PreTrainedModel, asked: int | None) -> int:
     """The group size that packs most weights, or the one `asked` for. Raises Unsupported where that packs fewer, with
-    the ones that pack most."""
-    packed = {size: sum(layer.weight.numel() for layer in packable(hf, size).values()) for size in GROUP_SIZES}
-    best = [size for size in GROUP_SIZES if packed[size] == max(packed.values())]
-    if asked is None:
-        return best[-1]
-    if packed[asked] < packed[best[0]]:
-        left = {layer.in_features for name, layer in packable(hf, best[0]).items() if name not in packable(hf, asked)}
-        raise Unsupported(
-            f"groups of {asked} do not divide the inputs of every linear layer ({', '.join(map(str, sorted(left)))}): "
-            f"choose {' or '.join(map(str, best))}"
-        )
-    return asked
+    the ones that pack most. Only shapes are looked at: `hf` may be on torch's meta device."""
+    best = fitting_groups(hf)
+    if asked is None or asked in best:
+        return asked or best[-1]
+    fits = packable(hf, asked)
+    left = sorted({layer.in_features for name, layer in packable(hf, best[0]).items() if name not in fits})
+    raise Unsupported(
+        f"groups of {asked} do not divide the inputs of every linear layer ({', '.join(map(str, left))}): "
+        f"choose {' or '.join(map(str, best))}"
+    )
 
 
 def choose_search(hf: PreTrainedModel, group_size: int, method: Method, seconds: float | None) -> tuple[Search, float]:

@@ -27,7 +27,16 @@ from octavo.quant.format import KVFormat
 from octavo.quant.statistics import LayerStatistics
 
 NUMBERS = count()
+# What takes longest comes first, so that no worker is left alone with it at the end.
+LONGEST = (
+    "tests/attention/test_cuda.py", "tests/models/test_architectures.py", "tests/parallel/", "tests/ray/",
+    "tests/test_native_build.py",
+)  # fmt: skip
 SHARE = float(os.environ.get("SLOW_SHARE") or 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -282,6 +282,17 @@ def test_nonsense_is_refused_before_the_model_is_loaded(
     assert says in capsys.readouterr().err
 
 
+def test_a_group_that_does_not_divide_the_width_is_refused_by_the_config_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answer names the ones that do, and no file of weights is there to be read."""
+    config = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "model")
+    assert status_of("quantize", tmp_path / "model", "--group-size", "128", "--work-dir", tmp_path / "new") == 2
+    assert "(576): choose 32 or 64" in capsys.readouterr().err
+
+
 def test_the_search_is_the_best_that_its_time_allows_and_what_it_takes_is_known() -> None:
     """Without a limit the finest, within none at all the quickest; a quicker one is known to take less."""
     hf = Model.load(device="cpu", dtype="float32", plain_weights=True).bound.hf

@@ -10,8 +10,10 @@ import typer
 from octavo.cli.calibration_texts import CalibrationTexts
 from octavo.cli.options import ChatTemplate, DeviceName, Dtype, ModelName, check_model, takes, tell_loading
 from octavo.cli.progress import say, telling
-from octavo.errors import Unsupported
+from octavo.errors import Unsupported, require_new
 from octavo.measure.budget import Windows, duration
+from octavo.models.locate import BUNDLED, find_here, is_bundled, locate
+from octavo.weights import GROUP_SIZES, validate
 
 WANTED, LEAST = Windows(128, 512), Windows(16, 256)
 ROUNDING = 0.7  # of the time, for scales and rounding; windows of text get the rest
@@ -45,25 +47,27 @@ def quantize(
     """
     if bits != 4:
         raise Unsupported(f"weights are quantized to 4 bits only, not to {bits}")
-    time = shown.time
+    validate(group_size or GROUP_SIZES[0], method)
     check_model(model)
+    require_new(work_dir, BUNDLED if is_bundled(model) else find_here(str(model)))
+    time, texts = shown.time, shown.open()
     tell_loading(model)
+    import torch
+
     from octavo import cores
     from octavo.cli.tables.quantize import show
-    from octavo.models.locate import locate
+    from octavo.models.load import load_model
     from octavo.models.model import Model
-    from octavo.models.save import require_new, save_awq
-    from octavo.quantize import GROUP_SIZES, SEARCHES, choose_group, choose_search, validate
+    from octavo.models.save import save_awq
+    from octavo.quantize import SEARCHES, choose_group, choose_search
     from octavo.quantize import quantize as round_weights
 
-    validate(group_size or GROUP_SIZES[0], method)
-    texts = shown.open()
     _, path = locate(model)
     require_16_bits(path)
-    require_new(work_dir, path)
+    with torch.device("meta"):  # shapes by the config; no weight file is read
+        group_size = choose_group(load_model(path, device="meta", load_format="dummy"), group_size)
     cores.use()
     loaded = Model.load(model, dtype=dtype, device=device, chat_template=chat_template, plain_weights=True)
-    group_size = choose_group(loaded.bound.hf, group_size)
     say(f"groups of {group_size} weights")
     room = time.part(ROUNDING).seconds
     search, seconds = choose_search(loaded.bound.hf, group_size, method, room)  # type: ignore[arg-type]  # validated

@@ -18,7 +18,7 @@ from octavo.devices import HOST, device_of
 from octavo.errors import OctavoError, one_line
 from octavo.models.bind import BoundModel, bind
 from octavo.models.load import load_model
-from octavo.models.packed import fitting_group, packable, packed_layers, parameters, weight_bytes
+from octavo.models.packed import fitting_groups, packable, packed_layers, parameters, weight_bytes
 from octavo.units import format_bytes
 
 
@@ -49,7 +49,7 @@ class Geometry:
         packed = sum(layer.in_features * layer.out_features for layer in layers)
         packed_bytes = sum(layer.nbytes for layer in layers)
         own, weights, count = hf.dtype, weight_bytes(hf), parameters(hf)
-        group = fitting_group(hf)
+        group = fitting_groups(hf)[-1]
         linear = packed + sum(layer.weight.numel() for layer in packable(hf, group).values())
         try:
             bound = bind(hf.to(torch.bfloat16))  # what experts' kernels want on the meta device; no shape depends on it

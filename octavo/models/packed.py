@@ -16,12 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.experts import PackedExperts, is_experts
+from octavo.weights import GROUP_SIZES
 from octavo.weights.checkpoint import PackedLayers, WeightFormat
 from octavo.weights.layouts import AWQ, Int4Weight
 from octavo.weights.linear import PackedLinear
 from octavo.weights.panels import PanelLinear
-
-GROUP_SIZES = (32, 64, 128)  # weights that share a scale: what kernels elsewhere take
 
 
 def with_packed_layers(architecture: type[PreTrainedModel], packs: Callable[[str], bool]) -> type[PreTrainedModel]:
@@ -80,10 +79,10 @@ def packable(model: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
     }  # fmt: skip
 
 
-def fitting_group(model: PreTrainedModel) -> int:
-    """The group size that packs the most weights of a model, the largest where several do."""
-    sizes = {group: sum(layer.weight.numel() for layer in packable(model, group).values()) for group in GROUP_SIZES}
-    return max(GROUP_SIZES, key=lambda group: (sizes[group], group))
+def fitting_groups(model: PreTrainedModel) -> list[int]:
+    """The group sizes that pack the most weights of a model, the largest last."""
+    packed = {group: sum(layer.weight.numel() for layer in packable(model, group).values()) for group in GROUP_SIZES}
+    return [group for group in GROUP_SIZES if packed[group] == max(packed.values())]
 
 
 def fill(model: PreTrainedModel, packed: PackedLayers, share: Callable[[str, int], slice] | None = None) -> None:

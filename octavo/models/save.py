@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from octavo.errors import OctavoError, require_writable
+from octavo.errors import OctavoError, require_new
 from octavo.models import internlm
 from octavo.models.files import read_json, weight_files
 
@@ -28,15 +28,6 @@ COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "tekken.json", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-
-
-def require_new(directory: Path, source: Path) -> None:
-    """Raises OctavoError where a model cannot be written to `directory`; called before the work as well as after."""
-    if directory.exists() and directory.resolve() == source.resolve():
-        raise OctavoError(f"{directory} is the model that is quantized: name another directory with --work-dir")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise OctavoError(f"{directory} is there already and not empty: name a new directory with --work-dir")
-    require_writable(directory.parent, "--work-dir")
 
 
 def save_awq(

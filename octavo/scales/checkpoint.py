@@ -18,11 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from octavo.cache.plan import LayerShape, Side
-from octavo.errors import OctavoError, one_line
+from octavo.errors import OctavoError, one_line, require_new
 from octavo.models.files import read_json, weight_files
 from octavo.models.hook import attention_modules
 from octavo.models.model import Model
-from octavo.models.save import require_new
 from octavo.scales.ranges import FP8, INT8, SIDES, Found, Layers
 
 LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
