@@ -85,8 +85,8 @@ def _show(options: LoadOptions, calibration: Calibration, path: Path, work_dir: 
     console, header = Console(highlight=False, soft_wrap=True), calibration.header
     console.print(range_table(calibration))
     console.print(
-        f"{header.samples} windows of {header.seqlen} tokens of {header.dataset}, at positions "
-        f"{header.positions[0]} to {header.positions[1]}"
+        f"{header.samples} window{'s' * (header.samples > 1)} of {header.seqlen} tokens of {header.dataset}, "
+        f"at positions {header.positions[0]} to {header.positions[1]}"
     )
     console.print(f"saved to {path}")
     console.print(options.next("kv8", work_dir), markup=False)
