@@ -113,7 +113,7 @@ def _one_of(flag: str, help: str, *choices: str) -> Any:
 
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
-        raise OctavoError(f"--device {name}: choose auto, cpu, cuda, cuda:1, …")
+        raise OctavoError(f"--device: there is no device {name!r}; name auto, cpu, cuda or cuda:1")
     return name
 
 
