@@ -9,6 +9,7 @@ on the same windows of WikiText-2, in float32. Rows are kept in --out after each
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,11 @@ def trial(
     own = None
     if count:
         windows = windows_of(model, text, count, length, data)
-        own = calibrate(model, windows, dataset=text, progress=lambda done: tell("calibrating", done, count))
+        own = calibrate(model, windows, dataset=text, progress=partial(tell, "calibrating"))
     seconds = time.perf_counter() - start
     served = [name for name in formats if own is not None or not KVFormat.parse(name).needs_calibration]
     candidates = [Candidate(name, KVFormat.parse(name), own) for name in served]
-    scores = compare(model, BASELINE, candidates, read, lambda *step: tell("comparing", *step))[1:]
+    scores = compare(model, [BASELINE, *candidates], read, lambda *step: tell("comparing", *step))[1:]
     same = {"model": model.path.name, "text": text, "windows": count, "length": length}
     return [
         same | {"name": score.name, "kl": score.kl, "kl_error": score.kl_error, "tokens": score.tokens,

@@ -46,7 +46,7 @@ def candidates(model: Model, calibration: Calibration, wanted: Sequence[str]) ->
     others = [name for name in wanted if name not in NAMES]
     return [
         *(Candidate(name, KVFormat.parse(name), calibration) for name in (*CALIBRATED, *others) if name in wanted),
-        *([Candidate(RECIPE, KVFormat.parse("int8"), calibration, "tensor", 1.0)] if RECIPE in wanted else ()),
+        *([Candidate(RECIPE, KVFormat.parse("int8"), calibration.choosing("tensor", 1.0))] if RECIPE in wanted else ()),
         *(Candidate(name, KVFormat.parse(name.split(",")[0])) for name in UNCALIBRATED if name in wanted),
         *(candidate for candidate in peer_formats.candidates(model) if candidate.name in wanted),
     ]
@@ -76,7 +76,7 @@ def measure(model: Model, calibration: Calibration, rows: list[Row], args: argpa
         for group in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
             title = f"{model.path.name} on {text}: {', '.join(c.name for c in group)}"
             with telling(title) as tell:
-                scores = compare(model, BASELINE, group, windows, partial(tell, title))
+                scores = compare(model, [BASELINE, *group], windows, partial(tell, title))
             where = describe()
             for candidate, score in zip((BASELINE, *group), scores, strict=True):
                 found = {key: value for key, value in asdict(score).items() if key in KEPT}

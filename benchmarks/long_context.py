@@ -25,7 +25,7 @@ from over_models import calibrated, keep, options
 
 from octavo.cli.progress import telling
 from octavo.corpus import load_texts
-from octavo.measure.accuracy.compare import compare
+from octavo.measure.accuracy.compare import measured
 from octavo.measure.accuracy.retrieval import make_context, retrieve
 from octavo.measure.candidate import Candidate
 from octavo.measure.report.plots import colour
@@ -45,20 +45,20 @@ def by_position(model: Model, candidates: list[Candidate], length: int, args: ar
     windows = consecutive_windows(texts, model.tokenizer, length, args.windows)
     title = f"{model.path.name}: {length:,} tokens"
     with telling(title) as tell:
-        scores = compare(model, BASELINE, candidates, windows, partial(tell, title))[1:]
+        found = measured(model, [BASELINE, *candidates], windows, partial(tell, title))[1:]
     same = {"model": model.path.name, "text": args.text, "length": length, "windows": len(windows)}
     rows = []
-    for score in scores:
+    for one in found:
         for start, stop in pairwise([edge for edge in EDGES if edge < length] + [length]):
-            part = score.kl_by_position[start : stop - 1]
-            rows.append(same | {"name": score.name, "start": start, "stop": stop, "kl": sum(part) / len(part)})
+            kl = one.kl[:, start : stop - 1].mean().item()
+            rows.append(same | {"name": one.name, "start": start, "stop": stop, "kl": kl})
     return rows
 
 
 def looked_up(model: Model, candidates: list[Candidate], length: int, args: argparse.Namespace) -> list[Document]:
     asked = make_context(model.tokenizer, length, questions=args.questions)
     with telling(f"{model.path.name}: looking up in {length:,}") as tell:
-        rows = retrieve(model, BASELINE, candidates, asked, length, tell)
+        rows = retrieve(model, [BASELINE, *candidates], asked, length, tell)
     return [{"model": model.path.name, **asdict(row)} for row in rows]
 
 

@@ -40,7 +40,7 @@ def calibrated(model: Model, args: argparse.Namespace) -> Calibration:
     windows = token_windows(texts, model.tokenizer, args.samples, args.seqlen)
     with progress() as bar:
         task = bar.add_task(f"{model.path.name}: calibrating", total=len(windows))
-        made = calibrate(model, windows, dataset=texts.name, progress=lambda done: bar.update(task, completed=done))
+        made = calibrate(model, windows, dataset=texts.name, progress=lambda done, _: bar.update(task, completed=done))
     made.save(directory)
     return made
 

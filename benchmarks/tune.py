@@ -91,7 +91,7 @@ def compared(model: Model, calibration: Calibration, parts: Sensitivity, found: 
     for group in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
         title = f"{model.path.name} on {text}: {group[0][0].name} …"
         with telling(title) as tell:
-            scores = compare(model, BASELINE, [candidate for candidate, _ in group], windows, partial(tell, title))
+            scores = compare(model, [BASELINE, *(candidate for candidate, _ in group)], windows, partial(tell, title))
         for (candidate, expected), score in zip(group, scores[1:], strict=True):
             row = how | {"name": candidate.name, "bits": bits(model, candidate), "expected_on_parts": expected}
             found["rows"].append(row | {key: value for key, value in asdict(score).items() if key in KEPT})

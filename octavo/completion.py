@@ -1,7 +1,5 @@
 """What a request gets back: a `Completion`, and `Delta`s while it grows; `Generation` makes them in the engine."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """What holds for a while, for the running thread alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

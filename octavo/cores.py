@@ -5,15 +5,11 @@ socket, whose memory is far, slows all of them. What the process may not use doe
 cpusets) and the quota of its control groups (`docker --cpus`, Kubernetes' limits).
 """
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 FAST = 0.8  # of the fastest core's speed: favoured cores of one kind differ by a few percent
 TOLD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # who sets one of these has chosen
@@ -57,6 +53,8 @@ def use() -> None:
     """
     if any(map(os.environ.get, TOLD)):
         return
+    import torch  # seconds, which who only asks how many cores there are need not wait
+
     cores = choose()
     torch.set_num_threads(cores.threads)
     if hasattr(os, "sched_setaffinity") and cores.cpus < os.sched_getaffinity(0):

@@ -4,8 +4,6 @@ A text is a sequence of documents; a running text (PTB, WikiText-2, a .txt file)
 iterated, sets on the Hub are streamed, so that nobody downloads 300 GB of C4 to look at a thousand documents of it.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import lzma

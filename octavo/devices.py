@@ -4,8 +4,6 @@ Nothing else asks for a device's kind. Which kernels read a cache there is atten
 multiply weights is weights/cpu.py's.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 import mmap

@@ -1,7 +1,5 @@
 """Errors that the user can mend: one sentence that names the thing and the remedy, shown without a traceback."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

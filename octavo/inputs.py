@@ -3,8 +3,6 @@
 What is none of it is refused in one sentence that names the argument.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from numbers import Integral

@@ -4,8 +4,6 @@ Python runs the handlers of signals in the main thread, between any two instruct
 does, could leave a block that belongs to nobody. In other threads nothing of this is needed, and nothing is done.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

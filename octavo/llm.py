@@ -6,8 +6,6 @@ for out in llm.generate(["Once upon a time"], SamplingParams(max_tokens=64)):
     print(out.text)
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -26,7 +24,7 @@ from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
 from octavo.cache.size import CacheSize, num_blocks, num_snapshots
 from octavo.cache.store import KVCache
-from octavo.calibrate import calibration_for, warn_outside, warn_uncalibrated
+from octavo.calibrate import calibration_for, choose_scales, warn_outside, warn_uncalibrated
 from octavo.completion import Completion, Delta, Generation, Outbox
 from octavo.devices import device_of
 from octavo.engine.engine import Engine
@@ -113,13 +111,12 @@ class LLM:
         self.model = model
         bound = self.model.bound
         self.format = self.model.format(kv, calibration)
-        self.calibration = calibration_for(self.model, calibration, self.format)
+        found = calibration_for(self.model, calibration, self.format)
+        self.calibration = choose_scales(found, self.format, granularity, headroom)
         if not bound.shapes and self.format != bound.raw_format:
             warnings.warn(f"{self.model.name} {NO_ROWS}", stacklevel=2)
         elif self.calibration is None and self.format.takes_calibration:
             warn_uncalibrated(self.model, self.format)
-        if (granularity, headroom) != (None, None) and self.calibration is None:
-            raise OctavoError(f"granularity and headroom choose from a calibration; {self.format} has none here")
         if session_len is not None and session_len > bound.max_context:
             raise OctavoError(
                 f"session_len is {session_len}, but {self.model.name} has a context of {bound.max_context}"
@@ -133,7 +130,7 @@ class LLM:
                 stacklevel=2,
             )
 
-        plans = plan_layers(bound.whole, self.format, self.calibration, granularity, headroom)
+        plans = plan_layers(bound.whole, self.format, self.calibration)
         layout = backend_for(plans).layout
         memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
         in_step = max(max_batch_tokens, max_batch_size)
@@ -152,7 +149,7 @@ class LLM:
         blocks = num_blocks(cost, max_batch_size, self.session_len, device, free, memory, cache_max_entry_count)
         cache = cache_of(blocks)
         self.engine = Engine(bound, cache, max_batch_size, max_batch_tokens, self.session_len, prefix_caching)
-        self.reading = Reading(bound, self.format, self.calibration, granularity, headroom)
+        self.reading = Reading(bound, self.format, self.calibration)
         self.grammars = Grammars(self.model.tokenizer, bound.vocab_size, self.model.eos_ids)
         self._generations: dict[Sequence, Generation] = {}
         self._looked = False  # whether values outside the format's range have been looked for

@@ -13,8 +13,6 @@ their codes and scales again, to the last bit and in every format, so that a ses
 exported once more has the same rows.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ The environment variable OCTAVO_ISA limits the native kernels to an instruction 
 (ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2).
 """
 
-from __future__ import annotations
-
 import platform
 from functools import cache
 from pathlib import Path

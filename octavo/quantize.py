@@ -6,8 +6,6 @@ in front of it can absorb the scale (models/scale_folding.py), the model must st
 after layer is rounded and replaced by its packed self, so that from there on memory shrinks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +19,7 @@ from transformers import PreTrainedModel
 from octavo.engine.reading import Reading
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import BoundModel
+from octavo.models.changes import watched
 from octavo.models.packed import fitting_groups, packable
 from octavo.models.prepack import is_prepacked
 from octavo.models.scale_folding import Fold, absorb, find_folds
@@ -196,17 +195,14 @@ def _watch(
     inputs = {fold: Input(layer.weight.new_zeros(layer.in_features).float()) for fold, layer in first.items()}
     tokens = sum(map(len, windows))
     generator = torch.Generator().manual_seed(0)
-    handles = [
+    handles = (
         layer.register_forward_pre_hook(partial(_take, inputs[fold], ROWS / tokens, tokens, generator))
         for fold, layer in first.items()
-    ]
-    try:
+    )
+    with watched(handles):
         for done, window in enumerate(windows):
             progress("watching inputs", done, len(windows))
             Reading(bound).run(window)
-    finally:
-        for handle in handles:
-            handle.remove()
     progress("watching inputs", len(windows), len(windows))
     for fold, seen in inputs.items():
         if not seen.mean.isfinite().all():

@@ -1,7 +1,5 @@
 """Between tokens and text: chat prompts, text that grows with its tokens, stop strings."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import warnings

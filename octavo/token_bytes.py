@@ -1,7 +1,5 @@
 """The bytes that a token stands for. Several tokens may make one character, which text alone cannot tell apart."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from typing import Any
@@ -18,7 +16,8 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self.added = {token: str(added).encode() for token, added in _added(tokenizer).items()}
+        added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+        self.added = {token: str(one).encode() for token, one in added.items()}
         self.special = frozenset(tokenizer.all_special_ids)  # left out of a text unless it is to have them
         self.spelling = _spelling(tokenizer)
         self._known = cache(self._bytes)
@@ -40,10 +39,6 @@ class TokenBytes:
                 return bytes([int(piece[3:5], 16)])
             return piece.replace("▁", " ").encode()
         return token_text(self.tokenizer, token).encode()
-
-
-def _added(tokenizer: Any) -> dict[int, Any]:
-    return dict(getattr(tokenizer, "added_tokens_decoder", {}))
 
 
 def _spelling(tokenizer: Any) -> str:

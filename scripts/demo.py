@@ -16,7 +16,8 @@ from octavo.cli.progress import progress
 from octavo.corpus import load_texts
 from octavo.measure.accuracy.compare import Score, compare
 from octavo.measure.candidate import Candidate
-from octavo.measure.report.page import write_report
+from octavo.measure.report.page import render, require_directory
+from octavo.measure.report.survey import gather
 from octavo.models.model import BUNDLED, Model
 from octavo.text_windows import consecutive_windows
 from octavo.units import format_bytes
@@ -94,8 +95,10 @@ def demo() -> None:
         task = bar.add_task("measuring", total=None)
         scores = compare(
             model,
-            Candidate(str(baseline.format), baseline.format),
-            [Candidate(name, KVFormat.parse(name), kv8.calibration) for name in FORMATS],
+            [
+                Candidate(str(baseline.format), baseline.format),
+                *(Candidate(name, KVFormat.parse(name), kv8.calibration) for name in FORMATS),
+            ],
             windows,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -104,7 +107,8 @@ def demo() -> None:
     console.rule("5. Report: all of it on one page")
     with progress() as bar:
         task = bar.add_task("writing", total=None)
-        write_report(model, WORK_DIR / "report", calibration=WORK_DIR)
+        require_directory(WORK_DIR / "report")
+        render(gather(model, WORK_DIR), WORK_DIR / "report")
         bar.update(task, total=1, completed=1)
     console.print(
         f"open {WORK_DIR / 'report' / 'report.html'}\n\nNext: .venv/bin/octavo chat --kv kv8 --calibration {WORK_DIR}",

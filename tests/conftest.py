@@ -33,6 +33,7 @@ LONGEST = (
     "tests/test_native_build.py",
 )  # fmt: skip
 SHARE = float(os.environ.get("SLOW_SHARE") or 1)
+RAY = ("tests/ray/test_batches", "tests/ray/test_replicas")  # files that need the cluster
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,7 +47,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
+            return "ray" if nodeid.startswith(RAY) else super()._split_scope(nodeid)
 
     return ByFile(config, log)
 

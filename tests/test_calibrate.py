@@ -118,9 +118,11 @@ def test_rope_is_recognized_as_relative_in_any_dtype(dtype: torch.dtype) -> None
 
 
 def test_progress_and_header_say_what_was_measured() -> None:
-    seen: list[int] = []
-    header = calibrate(tiny(), windows(3, 16), dataset="random", headroom=2.0, progress=seen.append).header
-    assert seen == [1, 2, 3]
+    seen: list[tuple[int, ...]] = []
+    header = calibrate(
+        tiny(), windows(3, 16), dataset="random", headroom=2.0, progress=lambda *done: seen.append(done)
+    ).header
+    assert seen == [(1, 3), (2, 3), (3, 3)]
     assert (header.samples, header.seqlen, header.tokens, header.headroom) == (3, 16, 48, 2.0)
     assert header.fingerprint == SYNTHETIC
 

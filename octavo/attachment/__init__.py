@@ -7,8 +7,6 @@ with octavo.attach(model, kv="kv8") as cache:
 a cache for models that the hook does not reach.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ from octavo.attachment.decoded import DecodedCache
 from octavo.attachment.hook import Hook
 from octavo.attachment.sequences import Sequences
 from octavo.attention import backend_for
-from octavo.cache.plan import LayerPlan, plan_layers
-from octavo.calibrate import calibration_for, warn_uncalibrated
+from octavo.cache.plan import plan_layers
+from octavo.calibrate import calibration_for, choose_scales, warn_uncalibrated
 from octavo.errors import OctavoError
 from octavo.models.tokenizer import load_tokenizer
 from octavo.quant.calibration import Calibration
@@ -56,20 +54,15 @@ def attach(
     hook.users += 1  # until the cache is made: what goes wrong now leaves nothing behind
     try:
         format = hook.model.format(kv, calibration)
-        plans = _plans(hook, format, calibration, granularity, headroom)
+        found = choose_scales(_calibration(hook, format, calibration), format, granularity, headroom)
+        plans = plan_layers(hook.bound.shapes, format, found)
         with torch.inference_mode(False):  # a forward may be within it and the next one not
             return CodedCache(hook, format, Sequences(plans, backend_for(plans).layout)).attach()
     finally:
         hook.release()
 
 
-def _plans(
-    hook: Hook,
-    format: Format,
-    given: str | Path | Calibration | None,
-    granularity: Granularity | None,
-    headroom: float | None,
-) -> list[LayerPlan]:
+def _calibration(hook: Hook, format: Format, given: str | Path | Calibration | None) -> Calibration | None:
     model = hook.model
     if format.calibrates_first and model.tokenizer is None and not model.synthetic:
         model.tokenizer = load_tokenizer(model.path)
@@ -77,6 +70,4 @@ def _plans(
         found = calibration_for(model, given, format)
     if found is None and format.takes_calibration:
         warn_uncalibrated(model, format, stacklevel=5)
-    if (granularity, headroom) != (None, None) and found is None:
-        raise OctavoError(f"granularity and headroom choose from a calibration; {format} has none here")
-    return plan_layers(hook.bound.shapes, format, found, granularity, headroom)
+    return found

@@ -5,8 +5,6 @@ model's type, and freed after that layer. Attention on codes, as `attach` has it
 memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The layers of a CodedCache: of attention ours, which keep codes, and of states transformers' own, which stay."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Protocol

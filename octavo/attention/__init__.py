@@ -6,8 +6,6 @@ token depends on that token's prefix alone and never on how the work was cut int
 A backend is chosen when a cache is made, by `backend_for`; its layout marks the cache as its own.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 

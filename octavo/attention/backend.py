@@ -1,7 +1,5 @@
 """What an implementation of attention is, as a value: reference, cpu and cuda are three of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -24,7 +24,7 @@ from octavo.attention.prefill import ChunkPart, capped, flash
 from octavo.attention.raw_pages import RawPages
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
-from octavo.cache.plan import LayerPlan, Side
+from octavo.cache.plan import SIDES, LayerPlan
 from octavo.cache.row_store import RowStore
 from octavo.cache.store import LayerCache
 from octavo.devices import HOST
@@ -32,7 +32,6 @@ from octavo.native import address, expect, in_rows
 from octavo.quant.codec import TOKEN_LIMIT, TOKEN_RECIPROCAL, TOKEN_SCALE
 
 TILE_ELEMENTS = 1 << 22  # of the keys and values of a tile, 8 MB in bf16; at least one head's whole context
-SIDES: tuple[Side, Side] = ("k", "v")
 extension = native.load("octavo.attention._native")
 _native = native.functions(extension)
 FLOATS = extension.floats

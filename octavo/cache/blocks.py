@@ -9,8 +9,6 @@ blocks from the tail, so the beginning of a prefix outlives its end.
     free ∪ referenced = all blocks, disjoint        a block table is append-only: a block never moves
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ A raw page is as large as a block. A running sequence has
 so a hit is cut to whole spans, and a sequence that stops running gives both back. Pure Python, no tensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence as Tokens
 
 from octavo.cache.blocks import BlockPool, prefix_hash

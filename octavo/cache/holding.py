@@ -1,7 +1,5 @@
 """What a sequence holds of a cache."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -3,21 +3,20 @@
 Whatever needs to know one of them takes a `LayerPlan`: the cache, the choice of a backend, saved sessions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from octavo.devices import HOST
 from octavo.errors import OctavoError
 from octavo.quant.calibration import Calibration
 from octavo.quant.codec import Static
-from octavo.quant.format import CODECS, RAW_NAMES, Codec, Granularity, KVFormat, by_layer
+from octavo.quant.format import Codec, KVFormat, by_layer
 
-CPU = torch.device("cpu")
 Side = Literal["k", "v"]
+SIDES: tuple[Side, Side] = ("k", "v")
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class LayerShape:
     kv_heads: int
     k_dim: int
     v_dim: int
-    device: torch.device = CPU
+    device: torch.device = HOST
     shares: int | None = None  # reads the cache of that earlier layer and writes none of its own
     dtype: torch.dtype = torch.float32  # of the model's own K and V
     exponents: tuple[int, int] = (0, 0)  # powers of two that K and V are divided by where no calibration scales them
@@ -36,7 +35,7 @@ class LayerShape:
     @property
     def raw_codec(self) -> Codec:
         """That keeps rows as the model computes them."""
-        return CODECS[RAW_NAMES[str(self.dtype).removeprefix("torch.")]]
+        return KVFormat.raw(self.dtype).k
 
     def power_of_two(self, side: Side) -> Static | None:
         """The static part of one side that is a power of two alone; None if that is 1."""
@@ -86,8 +85,6 @@ def plan_layers(
     shapes: Sequence[LayerShape],
     formats: KVFormat | Iterable[KVFormat],
     calibration: Calibration | None = None,
-    granularity: Granularity | None = None,
-    headroom: float | None = None,
 ) -> list[LayerPlan]:
     """The plans of all layers. `formats` is one for each layer, or one for all. Static formats take mu and c from
     `calibration`, which must have been checked against the model; token formats use it where there is one, else the
@@ -99,7 +96,7 @@ def plan_layers(
             return None
         if calibration is None:
             return shapes[layer].power_of_two(side) if codec.has_token_scale else None
-        return calibration.static(layer, side, codec, granularity, headroom)
+        return calibration.static(layer, side, codec)
 
     return [
         LayerPlan(shape, format, static(i, "k", format.k), static(i, "v", format.v))

@@ -10,8 +10,6 @@ A prefix is found where every group still has the blocks that a query at its end
 last blocks are enough. Pure Python, no tensors but those that the pool of states clears.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

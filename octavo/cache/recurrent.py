@@ -6,8 +6,6 @@ copy can be found. A sequence that is preempted holds its last snapshot, and goe
 cached: one copy, which costs less than computing the block that it saves at least.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor

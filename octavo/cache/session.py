@@ -25,9 +25,9 @@ from torch import Tensor
 from octavo import artefact
 from octavo.artefact import Artefact, Damaged
 from octavo.cache.layout import RowLayout
-from octavo.cache.plan import CPU
 from octavo.cache.pool import CachePool
 from octavo.cache.store import FIRST, KVCache, Page
+from octavo.devices import HOST
 from octavo.errors import OctavoError
 
 VERSION = 4
@@ -256,7 +256,7 @@ def to_blocks(cache: KVCache, codes: Codes) -> Copies:
     def laid_out(layout: RowLayout, rows: Tensor) -> Tensor:
         count = min(longest, rows.shape[1]) // size
         slots = torch.arange(count * layout.block_size)
-        blocks = layout.allocate(count, rows.shape[0], CPU)
+        blocks = layout.allocate(count, rows.shape[0], HOST)
         layout.write_rows(blocks, slots, rows[:, : len(slots)].transpose(0, 1))
         return blocks
 

@@ -6,6 +6,9 @@ serving.py     the calibration that a format is served with, made first where th
 """
 
 from octavo.calibrate.observing import Observe, Observed, calibrate, observed
-from octavo.calibrate.serving import calibration_for, warn_outside, warn_uncalibrated
+from octavo.calibrate.serving import calibration_for, choose_scales, warn_outside, warn_uncalibrated
 
-__all__ = ["Observe", "Observed", "calibrate", "calibration_for", "observed", "warn_outside", "warn_uncalibrated"]
+__all__ = [
+    "Observe", "Observed", "calibrate", "calibration_for", "choose_scales", "observed", "warn_outside",
+    "warn_uncalibrated",
+]  # fmt: skip

@@ -3,8 +3,6 @@
 One pass, one window at a time, through the same attention that serves; memory does not grow with the number of windows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +14,7 @@ from octavo.errors import OctavoError
 from octavo.models.bind import BoundModel
 from octavo.models.model import Model
 from octavo.models.output import output_norms
-from octavo.progress import silent
+from octavo.progress import Count, silent
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.format import BLOCK, DEFAULT_GRANULARITY, DEFAULT_HEADROOM, Granularity, validate_choice
 from octavo.quant.statistics import LayerStatistics
@@ -34,11 +32,11 @@ def calibrate(
     granularity: Granularity = DEFAULT_GRANULARITY,
     headroom: float = DEFAULT_HEADROOM,
     seed: int = 0,
-    progress: Callable[[int], None] = silent,
+    progress: Count = silent,
     observe: Observe | None = None,
 ) -> Calibration:
-    """Observe `windows` of token ids, all of one length; `progress` is called with the number of windows done.
-    `observe` does it in the place of `observed`, elsewhere.
+    """Observe `windows` of token ids, all of one length; `progress` is called with the number of windows done
+    and of all. `observe` does it in the place of `observed`, elsewhere.
 
     Raises OctavoError for windows that do not fit the model and for activations that are not finite.
     """
@@ -69,7 +67,7 @@ def observed(
     model: Model,
     windows: Sequence[Sequence[int]],
     offsets: Sequence[int],
-    progress: Callable[[int], None] = silent,
+    progress: Count = silent,
     first: int = 0,
 ) -> Observed:
     """What the K and V of `windows` look like, each of which stands at its offset; `first` is the number of the first
@@ -100,7 +98,7 @@ def observed(
                 kept[layer].update(k, v, skip)
 
         reading.run(window, observe, torch.arange(offset, offset + length))
-        progress(done + 1 - first)
+        progress(done + 1 - first, len(windows))
     return kept
 
 

@@ -5,8 +5,6 @@ whole context, densest at its beginning, where most rows of most sessions are. A
 positions, queries scaled by position) is recognized by its scores, and its windows stay at position 0.
 """
 
-from __future__ import annotations
-
 import random
 
 import torch

@@ -1,7 +1,5 @@
 """The calibration that a format is served with: the one there is, or a short one made first from the bundled prose."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from pathlib import Path
@@ -13,7 +11,7 @@ from octavo.models.locate import PROSE
 from octavo.models.model import Model
 from octavo.progress import Count, silent
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import Format
+from octavo.quant.format import Format, Granularity
 from octavo.text import opening
 
 SHORT = (8, 256)  # windows and tokens in each, of a calibration that is made before serving
@@ -40,7 +38,7 @@ def calibration_for(
     )
     ends: list[float] = []
 
-    def watch(done: int) -> None:
+    def watch(done: int, total: int) -> None:
         ends.append(time.perf_counter())
         seconds = (ends[-1] - ends[0]) * len(windows)  # the first window warms up
         if done == 2 and seconds > PATIENCE:
@@ -49,7 +47,7 @@ def calibration_for(
                 f"`octavo calibrate {model.argument} --calib-dataset {PROSE} --calib-samples {len(windows)} "
                 f"--calib-seqlen {len(windows[0])}` first, or use --kv kv8, which needs none"
             )
-        progress(done, len(windows))
+        progress(done, total)
 
     made = calibrate(model, windows, dataset="short: English prose, before serving", progress=watch)
     if not model.synthetic:
@@ -58,6 +56,17 @@ def calibration_for(
         except OctavoError as error:
             warnings.warn(f"{error}; it is made again next time", stacklevel=3)
     return model.calibration(made, format)
+
+
+def choose_scales(
+    found: Calibration | None, format: Format, granularity: Granularity | None, headroom: float | None
+) -> Calibration | None:
+    """The calibration with what is asked for in place of its own defaults."""
+    if (granularity, headroom) == (None, None):
+        return found
+    if found is None:
+        raise OctavoError(f"granularity and headroom choose from a calibration; {format} has none here")
+    return found.choosing(granularity, headroom)
 
 
 def warn_uncalibrated(model: Model, format: Format, stacklevel: int = 3) -> None:

@@ -1,7 +1,5 @@
 """The `octavo` command: one short file for each verb, each calls functions that Python can call too."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

@@ -26,6 +26,7 @@ from octavo.cli.options import (
     check_calibration,
     check_replicas,
     numbers,
+    of_model,
     on_ray,
     option,
     takes,
@@ -57,7 +58,7 @@ def accuracy(
     granularity: OtherGranularity = None,
     headroom: OtherHeadroom = None,
     baseline: Annotated[str | None, BASELINE] = None,
-    data_dir: Annotated[Path | None, option("Where files of the named text or of the tasks are.")] = None,
+    data_dir: Annotated[Path | None, of_model("Where files of the named text or of the tasks are.")] = None,
     retrieval: Annotated[
         str | None,
         option(
@@ -80,7 +81,7 @@ def accuracy(
         raise OctavoError("--baseline on tasks is measured here, not on Ray: leave --ray out")
     time = Budget.parse(budget)
     lengths = numbers(retrieval, "--retrieval") if retrieval is not None else []
-    parts, skipped = on_tasks.parts(data_dir)
+    subtasks, skipped = on_tasks.subtasks(data_dir)
     source = on_text.open(data_dir) if reads else None
     model, begun = options.load(), perf_counter()
     from octavo.cli.tables.accuracy import show_retrieval, show_tasks, show_text, show_theory
@@ -89,9 +90,10 @@ def accuracy(
     from octavo.measure.as_json import dumps
     from octavo.measure.candidate import beside
 
-    compared = _candidates(model, kv, calibration, granularity, headroom)
+    compared = _candidates(model, kv, calibration)
     if baseline is not None:
         compared = beside(load_baseline(options, baseline, model), model, compared)
+    compared = [one.choosing(granularity, headroom) for one in compared]  # type: ignore[arg-type]  # checked
     context = min(model.bound.max_context, options.session_len or model.bound.max_context)
     for length in lengths:
         if not LEAST <= length <= context:
@@ -112,21 +114,19 @@ def accuracy(
         if lengths:
             found["retrieval"] = _retrieval(model, compared, lengths)
             tell(show_retrieval)
-        if parts:
-            tested = on_tasks.run(model, compared, parts, context, time, _asking(options, workers))
+        if subtasks:
+            tested = on_tasks.run(model, compared, subtasks, context, time, _asking(options, workers))
             found["tasks"] = tested | {"skipped": skipped}
             tell(show_tasks)
     if json:
         print(dumps(found))
 
 
-def _candidates(
-    model: Model, kv: str | None, calibration: Path | None, granularity: str | None, headroom: float | None
-) -> list[Candidate]:
+def _candidates(model: Model, kv: str | None, calibration: Path | None) -> list[Candidate]:
     """The formats to compare, the baseline first; beside a single one the model's 16 bits."""
     from octavo.measure.candidate import Candidate
 
-    found = candidates(model, kv, calibration, granularity, headroom)
+    found = candidates(model, kv, calibration)
     raw = model.bound.raw_format
     if len(found) == 1 and found[0].format != raw:
         found.insert(0, Candidate(str(raw), raw))
@@ -143,12 +143,11 @@ def _retrieval(model: Model, candidates: Sequence[Candidate], lengths: Sequence[
     say("measuring a few steps")
     pace = Pace.measure(model.bound, max(lengths))
     say(f"looking up values: about {duration(len(candidates) * pace.read(sum(lengths)))}")
-    first, *others = candidates
     rows = []
     with telling("looking up values") as tell:
         for length in lengths:
             asked = make_context(model.tokenizer, length)
-            rows += [asdict(row) for row in retrieve(model, first, others, asked, length, tell)]
+            rows += [asdict(row) for row in retrieve(model, candidates, asked, length, tell)]
     return {"how": "measured", "rows": rows}
 
 

@@ -36,8 +36,7 @@ class TextOptions:
     """A text to be read, and how much of it."""
 
     text: Annotated[
-        str | None,
-        about_text(f"What is read: {TEXTS}. [default: evaluation.txt of the bundled model]"),
+        str | None, about_text(f"What is read: {TEXTS}. [default: evaluation.txt of the bundled model]")
     ] = None
     windows: Annotated[
         int | None,
@@ -138,8 +137,7 @@ class TaskOptions:
     ] = None
     max_batch_size: Annotated[int | None, about_tasks("Documents at a time. [default: 16]", min=1)] = None
     results: Annotated[
-        Path | None,
-        about_tasks("Where results are kept, so that a run can go on. [default: beside the calibration]"),
+        Path | None, about_tasks("Where results are kept, so that a run can go on. [default: beside the calibration]")
     ] = None
 
     def check(self) -> None:
@@ -147,23 +145,23 @@ class TaskOptions:
             given = {"--limit": self.limit, "--shots": self.shots, "--max-batch-size": self.max_batch_size}
             expect_alone(given | {"--results": self.results}, "--tasks")
 
-    def parts(self, data_dir: Path | None) -> tuple[list[Any], dict[str, str]]:
+    def subtasks(self, data_dir: Path | None) -> tuple[list[Any], dict[str, str]]:
         """What is asked, and what is left out with the reason."""
         from octavo.measure.tasks import data_files, require_harness, select
 
         if self.tasks is None:
             return [], {}
-        parts, skipped = select(self.tasks, data_dir)
+        subtasks, skipped = select(self.tasks, data_dir)
         require_harness()
-        for part in parts:
-            data_files.check(part)
-        return parts, skipped
+        for subtask in subtasks:
+            data_files.check(subtask)
+        return subtasks, skipped
 
     def run(
         self,
         model: Model,
         candidates: Sequence[Candidate],
-        parts: Sequence[Any],
+        subtasks: Sequence[Any],
         context: int,
         budget: Budget,
         elsewhere: Elsewhere | None,
@@ -181,7 +179,7 @@ class TaskOptions:
                 rows = run(
                     model,
                     candidates,
-                    parts,
+                    subtasks,
                     Results(directory),
                     budget=budget,
                     progress=tell,

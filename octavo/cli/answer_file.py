@@ -6,8 +6,6 @@ options that shape answers: what is in the output already is recognized by it, a
 options is refused before a model is loaded.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """`octavo generate --ray`: many files of prompts, answered by models on many machines."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from typing import Any

@@ -6,11 +6,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from octavo.cli.calibration_texts import CalibrationTexts
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import Ray, Replicas, check_replicas, on_ray, takes
+from octavo.cli.options import CalibrationDir, Ray, Replicas, check_replicas, on_ray, option, takes
 from octavo.cli.progress import progress
 from octavo.errors import OctavoError, require_writable
 from octavo.measure.budget import Windows
@@ -26,15 +24,9 @@ WANTED, LEAST = Windows(16, 512), Windows(4, 256)  # docs/FORMATS.md: what more 
 def calibrate(
     options: LoadOptions,
     shown: CalibrationTexts,
-    work_dir: Annotated[
-        Path | None, typer.Option(help="Where the calibration is saved. [default: the model's directory, or a cache]")
-    ] = None,
-    granularity: Annotated[
-        str, typer.Option(help="Default of this calibration: tensor, head or channel.")
-    ] = DEFAULT_GRANULARITY,
-    headroom: Annotated[
-        float, typer.Option(help="Default of this calibration: range served over range seen.")
-    ] = DEFAULT_HEADROOM,
+    work_dir: CalibrationDir = None,
+    granularity: Annotated[str, option("Default of this calibration: tensor, head or channel.")] = DEFAULT_GRANULARITY,
+    headroom: Annotated[float, option("Default of this calibration: range served over range seen.")] = DEFAULT_HEADROOM,
     ray: Ray = None,
     replicas: Replicas = None,
 ) -> None:
@@ -69,7 +61,7 @@ def calibrate(
             granularity=granularity,  # type: ignore[arg-type]  # validated above
             headroom=headroom,
             seed=shown.seed,
-            progress=lambda done: bar.update(task, completed=done),
+            progress=lambda done, _: bar.update(task, completed=done),
             observe=elsewhere,
         )
     path = calibration.save(directory)

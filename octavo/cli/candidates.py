@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import complete, option
+from octavo.cli.options import complete, of_model
 from octavo.errors import OctavoError
-from octavo.quant.format import ADVISED, KVFormat, check_name, is_tuned
+from octavo.quant.format import ADVISED, KVFormat, check_name, dtype_name, is_tuned
 
 if TYPE_CHECKING:
     from octavo.measure.candidate import Candidate
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from octavo.quant.format import Format
 
 COMPARED = "[default: the model's 16 bits, kv8, k8v4, and if it is calibrated kv4 and int8]"
-BASELINE = option("The same model with 16-bit weights: MODEL with 4-bit ones is compared with it, in every format.")
+BASELINE = of_model("The same model with 16-bit weights: MODEL with 4-bit ones is compared with it, in every format.")
 
 
 def formats_option(help: str) -> Any:
     """--kv of a verb that compares: names with commas between, which are known before torch is imported."""
-    return option(help, callback=_known, autocompletion=complete)
+    return of_model(help, callback=_known, autocompletion=complete)
 
 
 def _known(names: str | None) -> str | None:
@@ -34,13 +34,7 @@ def _known(names: str | None) -> str | None:
     return names
 
 
-def candidates(
-    model: Model,
-    kv: str | None,
-    calibration: Path | None,
-    granularity: str | None = None,
-    headroom: float | None = None,
-) -> list[Candidate]:
+def candidates(model: Model, kv: str | None, calibration: Path | None) -> list[Candidate]:
     """The formats to compare, the baseline first, each known and calibrated if it has to be."""
     from octavo.cli.progress import calibration_with_bar
     from octavo.measure.candidate import Candidate
@@ -49,10 +43,7 @@ def candidates(
     calibrated = kv is not None or model.calibration(calibration, KVFormat.parse(ADVISED[0])) is not None
     formats = [model.format(name, calibration) for name in names]
     formats = [f for f in formats if calibrated or not (f.needs_calibration or f.calibrates_first)]
-    return [
-        Candidate(str(f), f, calibration_with_bar(model, calibration, f), granularity, headroom)  # type: ignore[arg-type]  # checked
-        for f in dict.fromkeys(formats)
-    ]
+    return [Candidate(str(f), f, calibration_with_bar(model, calibration, f)) for f in dict.fromkeys(formats)]
 
 
 def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:
@@ -62,17 +53,15 @@ def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:
 
 def baseline_of(options: LoadOptions, name: str, model: Model) -> LoadOptions:
     """How it is loaded: in the types of `model`, since 4-bit checkpoints are often fp16 where it is bf16."""
-    return replace(options, model=name, model_format="hf", dtype=str(model.bound.dtype).removeprefix("torch."))
+    return replace(options, model=name, model_format="hf", dtype=dtype_name(model.bound.dtype))
 
 
 def formats(
     geometry: Geometry, kv: str | None, place: tuple[str, Path], default: Sequence[str] = ("int8",)
 ) -> list[Format]:
     """Those of --kv, each once; or the model's own and those of `default`. `place` is the model's name and path."""
-    from octavo.measure.memory.costs import baseline
-
     if kv is None:
-        return [baseline(geometry), *(KVFormat.parse(name) for name in default)]
+        return [KVFormat.raw(geometry.dtype), *(KVFormat.parse(name) for name in default)]
     return list(dict.fromkeys(_format(name, geometry, *place) for name in kv.split(",")))
 
 
@@ -110,7 +99,7 @@ def baseline_source(model: str, geometry: Geometry, own: Source) -> dict[str, So
     from octavo.models.locate import locate
 
     _, path = locate(model)
-    dtype = str(geometry.dtype).removeprefix("torch.")  # checkpoints in 4 bits are fp16, their 16-bit models often bf16
+    dtype = dtype_name(geometry.dtype)  # checkpoints in 4 bits are fp16, their 16-bit models often bf16
     other = Geometry.trace(path, dtype)
     same = other.shapes == geometry.shapes and other.parameters == geometry.parameters
     if other.packed or not geometry.packed or not same:

@@ -14,10 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from octavo.cli.loading import ServeOptions
-from octavo.cli.options import takes
+from octavo.cli.options import option, takes
 from octavo.cli.sampling import SamplingOptions
 from octavo.errors import OctavoError
 
@@ -43,9 +41,7 @@ KEYS = {
 
 @takes(ServeOptions, SamplingOptions)
 def chat(
-    options: ServeOptions,
-    sampling: SamplingOptions,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    options: ServeOptions, sampling: SamplingOptions, system: Annotated[str | None, option("System prompt.")] = None
 ) -> None:
     """Talk to a model in the terminal, or pipe in a message per line."""
     from octavo.cli.conversation import Conversation
@@ -136,16 +132,15 @@ class Chat:
         self._note(f"the conversation is forgotten{kept}")
 
     def _params(self, _: str) -> None:
-        from octavo.cli.parameters import in_force
+        from octavo.cli.tables.chat import show_params
 
-        for name, value, source in in_force(self.conversation.params, self.conversation.llm, self.given):
-            self.screen.print(f"  [bold]{name:<20}[/]{value:<12} ({source})")
+        show_params(self.conversation, self.given, self.screen)
         self._note("all others are off")
 
     def _stats(self, _: str) -> None:
-        from octavo.cli.stats import show
+        from octavo.cli.tables.chat import show_stats
 
-        show(self.conversation, self.screen)
+        show_stats(self.conversation, self.screen)
 
     def _save(self, argument: str) -> None:
         path = _file("/save", argument)

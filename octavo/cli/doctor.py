@@ -1,13 +1,11 @@
 """`octavo doctor`: will this model work, and will its cache quantize well?"""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer
 
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import TEXTS, Json, budget_option, takes
+from octavo.cli.options import TEXTS, Json, budget_option, option, takes
 from octavo.corpus import load_texts
 from octavo.errors import Unsupported
 from octavo.measure.budget import DEFAULT, Budget
@@ -17,8 +15,7 @@ from octavo.measure.budget import DEFAULT, Budget
 def doctor(
     options: LoadOptions,
     text: Annotated[
-        str | None,
-        typer.Option(help=f"What is read: {TEXTS}, or self: the model writes. [default: a bundled English text]"),
+        str | None, option(f"What is read: {TEXTS}, or self: the model writes. [default: a bundled English text]")
     ] = None,
     budget: Annotated[str, budget_option()] = DEFAULT,
     json: Json = False,

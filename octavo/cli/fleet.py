@@ -1,7 +1,5 @@
 """`octavo plan --fleet`: how many replicas and GPUs serve so many sessions."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated

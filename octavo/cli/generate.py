@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from octavo.cli.loading import ServeOptions
-from octavo.cli.options import Ray, Replicas, takes
+from octavo.cli.options import Ray, Replicas, option, takes
 from octavo.cli.progress import say
 from octavo.cli.sampling import SamplingOptions, sampling_option
 from octavo.engine.params import SamplingParams
@@ -34,25 +34,23 @@ def generate(
     text: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="The text to continue; - reads it from stdin.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The same; with it MODEL may be left out.")] = None,
+    prompt: Annotated[str | None, option("The same; with it MODEL may be left out.")] = None,
     input: Annotated[
         str | None,
-        typer.Option(
-            help='Lines of {"prompt": …} or {"messages": …}, sampling fields beside; - is stdin. With --ray several '
+        option(
+            'Lines of {"prompt": …} or {"messages": …}, sampling fields beside; - is stdin. With --ray several '
             'files: "prompts/*.jsonl" or .parquet, s3:// too.'
         ),
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(
-            help="File for their answers, with --ray a directory; one that exists is gone on with. [default: stdout]"
-        ),
+        option("File for their answers, with --ray a directory; one that exists is gone on with. [default: stdout]"),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    chat: Annotated[bool, option("Put the prompt into the model's chat template.", "--chat")] = False,
     logprobs: Annotated[int | None, sampling_option("logprobs")] = None,
     ray: Ray = None,
     replicas: Replicas = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")] = False,
+    as_json: Annotated[bool, option("One JSON document on stdout and nothing else.", "--json")] = False,
 ) -> None:
     """Continue a prompt, or all prompts of a file at a time."""
     if text is not None and prompt is not None:

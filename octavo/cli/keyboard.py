@@ -1,7 +1,5 @@
 """The line that is typed into: history, several lines, completion of commands. Keys only; what is done is chat.py's."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from octavo.cli.options import (
     CalibrationPath,
     ChatTemplate,
@@ -25,6 +23,7 @@ from octavo.cli.options import (
     check_file,
     check_model,
     complete,
+    of_model,
     option,
     tell_loading,
 )
@@ -50,12 +49,12 @@ class LoadOptions:
     model_format: ModelFormat = "hf"
     dtype: Dtype = "auto"
     device: DeviceName = "auto"
-    device_map: Annotated[str | None, option("auto: spread the model over GPUs, memory and disk.")] = None
+    device_map: Annotated[str | None, of_model("auto: spread the model over GPUs, memory and disk.")] = None
     load_format: LoadFormat = "auto"
     chat_template: ChatTemplate = None
-    session_len: Annotated[int | None, option("Longest session in tokens. [default: the model's]", min=2)] = None
+    session_len: Annotated[int | None, of_model("Longest session in tokens. [default: the model's]", min=2)] = None
     deterministic: Annotated[
-        bool, option("On a CPU: the same bits whatever is computed together.", "--deterministic")
+        bool, of_model("On a CPU: the same bits whatever is computed together.", "--deterministic")
     ] = False
 
     def check(self) -> None:
@@ -112,12 +111,12 @@ class ShapeOptions:
     """A model whose sizes are asked for: its config is enough."""
 
     model: ModelName = None
-    config: Annotated[Path | None, option("A config.json in place of MODEL; no weights are needed.")] = None
+    config: Annotated[Path | None, of_model("A config.json in place of MODEL; no weights are needed.")] = None
     model_format: ModelFormat = "hf"
     dtype: Dtype = "auto"
-    context: Annotated[
-        int | None, typer.Option(help=f"Tokens of every session. [default: {CONTEXT}, or the model's context]")
-    ] = None
+    context: Annotated[int | None, option(f"Tokens of every session. [default: {CONTEXT}, or the model's context]")] = (
+        None
+    )
 
     def check(self) -> None:
         """Raise OctavoError for what names no model, before torch is imported."""
@@ -154,27 +153,27 @@ class ServeOptions(LoadOptions):
 
     kv: Annotated[
         str | None,
-        option(
+        of_model(
             "KV cache format: kv8, k8v4, kv4, tuned, int8, … [default: the model's 16 bits]", autocompletion=complete
         ),
     ] = None
-    quant_policy: Annotated[int | None, option("0: 16 bits, 4 or 8: int8, as on LMDeploy's page.")] = None
+    quant_policy: Annotated[int | None, of_model("0: 16 bits, 4 or 8: int8, as on LMDeploy's page.")] = None
     calibration: CalibrationPath = None
     granularity: OtherGranularity = None
     headroom: OtherHeadroom = None
-    max_batch_size: Annotated[int, option("Sequences that run at a time.", min=1)] = 16
+    max_batch_size: Annotated[int, of_model("Sequences that run at a time.", min=1)] = 16
     cache_max_entry_count: Annotated[
         float | None,
-        option("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]", min=0, max=1),
+        of_model("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]", min=0, max=1),
     ] = None
     kv_cache_memory: Annotated[
-        str | None, option("Size of the KV cache, like 4GiB; of each rank's.", callback=amount)
+        str | None, of_model("Size of the KV cache, like 4GiB; of each rank's.", callback=amount)
     ] = None
     snapshot_memory: Annotated[
         str | None,
-        option("Of it, for snapshots of a hybrid's states. [default: two for each session]", callback=amount),
+        of_model("Of it, for snapshots of a hybrid's states. [default: two for each session]", callback=amount),
     ] = None
-    tensor_parallel_size: Annotated[int, option("Ranks to divide the model among, a GPU for each.", min=1)] = 1
+    tensor_parallel_size: Annotated[int, of_model("Ranks to divide the model among, a GPU for each.", min=1)] = 1
 
     @property
     def ranks(self) -> int:

@@ -1,20 +1,17 @@
 """`octavo memory`: where the memory goes, for each cache format and number of sessions; computed, then measured."""
 
-from __future__ import annotations
-
 from typing import Annotated
-
-import typer
 
 from octavo.cli.candidates import formats_option
 from octavo.cli.loading import ShapeOptions
-from octavo.cli.options import DeviceName, Json, LoadFormat, numbers, option, takes
+from octavo.cli.options import DeviceName, Json, LoadFormat, numbers, of_model, option, takes
+from octavo.quant.format import dtype_name
 
 
 @takes(ShapeOptions)
 def memory(
     options: ShapeOptions,
-    batch_size: Annotated[str, typer.Option(help="Sessions at a time.")] = "8,16,32,48",
+    batch_size: Annotated[str, option("Sessions at a time.")] = "8,16,32,48",
     kv: Annotated[
         str | None,
         formats_option(
@@ -23,16 +20,15 @@ def memory(
     ] = None,
     weights: Annotated[
         str | None,
-        option("Kinds of weights to compare, as in fp16,int4. [default: the model's own; of 4-bit models both]"),
+        of_model("Kinds of weights to compare, as in fp16,int4. [default: the model's own; of 4-bit models both]"),
     ] = None,
     baseline: Annotated[
-        str | None, option("The same model with 16-bit weights, to measure beside MODEL with 4-bit ones.")
+        str | None, of_model("The same model with 16-bit weights, to measure beside MODEL with 4-bit ones.")
     ] = None,
     device: DeviceName = "auto",
     load_format: LoadFormat = "auto",
     fill_seconds: Annotated[
-        float,
-        typer.Option(help="How long the model may fill sessions in one measurement; then random rows do.", min=0),
+        float, option("How long the model may fill sessions in one measurement; then random rows do.", min=0)
     ] = 20.0,
     json: Json = False,
 ) -> None:
@@ -84,7 +80,7 @@ def memory(
         "command": "memory",
         "model": name,
         "machine": about,
-        "dtype": str(geometry.dtype)[6:],
+        "dtype": dtype_name(geometry.dtype),
         "context": length,
         "unit": "bytes",
         "weights": {"how": "computed", "bytes": geometry.weights},

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -77,15 +77,18 @@ def amount(text: str | None) -> str | None:
     return text
 
 
-def option(help: str, *names: str, panel: str = "Model and cache", **more: Any) -> Any:
+def option(help: str, *names: str, panel: str | None = None, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+of_model = partial(option, panel="Model and cache")
 
 
 TEXTS = "a .txt or .jsonl file, or ptb, c4, wikitext2, pileval"
 
 
 def calibration_option(more: str) -> Any:
-    return option(f"File or directory of the calibration. {more}", "--calibration", "--work-dir")
+    return of_model(f"File or directory of the calibration. {more}", "--calibration", "--work-dir")
 
 
 def complete(incomplete: str) -> list[str]:
@@ -108,7 +111,7 @@ def _one_of(flag: str, help: str, *choices: str) -> Any:
         check_choice(flag, value, choices)
         return value
 
-    return option(help, callback=check)
+    return of_model(help, callback=check)
 
 
 def _device(name: str) -> str:
@@ -119,15 +122,18 @@ def _device(name: str) -> str:
 
 ModelFormat = Annotated[str, _one_of("--model-format", "How the weights are stored: hf, awq.", "hf", "awq")]
 Dtype = Annotated[str, _one_of("--dtype", "auto, bf16, fp16 or fp32.", "auto", *RAW_NAMES.values(), *RAW_NAMES)]
-DeviceName = Annotated[str, option("auto, cpu, cuda, cuda:1, …", callback=_device)]
+DeviceName = Annotated[str, of_model("auto, cpu, cuda, cuda:1, …", callback=_device)]
 LoadFormat = Annotated[
     str, _one_of("--load-format", "auto, or dummy for random weights of the config's shape.", "auto", "dummy")
 ]
-ChatTemplate = Annotated[Path | None, option("A Jinja file in place of the model's template.")]
+ChatTemplate = Annotated[Path | None, of_model("A Jinja file in place of the model's template.")]
 CalibrationPath = Annotated[Path | None, calibration_option("[default: beside the model]")]
-OtherGranularity = Annotated[str | None, option("tensor, head or channel, in place of the calibration's.")]
-OtherHeadroom = Annotated[float | None, option("Range served over range seen, in place of the calibration's.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+CalibrationDir = Annotated[
+    Path | None, option("Where the calibration is saved. [default: the model's directory, or a cache]", "--work-dir")
+]
+OtherGranularity = Annotated[str | None, of_model("tensor, head or channel, in place of the calibration's.")]
+OtherHeadroom = Annotated[float | None, of_model("Range served over range seen, in place of the calibration's.")]
+Json = Annotated[bool, option("One JSON document on stdout.", "--json")]
 Ray = Annotated[
     str | None,
     option("Work on a Ray cluster: its address, like auto or 10.0.0.1:6379; local starts one here.", panel="Ray"),
@@ -163,7 +169,7 @@ def on_ray(address: str | None, replicas: int | None, device: str) -> Iterator[W
 def budget_option(counts: str = "") -> Any:
     """--budget of a verb that measures; `counts` are the options that leave it nothing to choose."""
     told = "Time for the work, like 90s, 2m or 1h30m: as much is measured as fits; none: as much as is of use."
-    return typer.Option("--budget", help=f"{told} {counts} override it." if counts else told)
+    return option(f"{told} {counts} override it." if counts else told, "--budget")
 
 
 def numbers(text: str, name: str) -> list[int]:

@@ -3,17 +3,13 @@
 With --fleet the question is turned round: how many GPUs so many sessions need (fleet.py).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
-
-import typer
 
 from octavo.cli.candidates import formats_option
 from octavo.cli.fleet import FleetOptions, plan_fleet
 from octavo.cli.loading import ShapeOptions
-from octavo.cli.options import Json, amount, takes
+from octavo.cli.options import Json, amount, option, takes
 from octavo.errors import OctavoError
 
 
@@ -23,9 +19,7 @@ def plan(
     asked: FleetOptions,
     memory: Annotated[
         str | None,
-        typer.Option(
-            help="Memory of the device, like 80GiB. [default: this one's; 80 GB with --fleet]", callback=amount
-        ),
+        option("Memory of the device, like 80GiB. [default: this one's; 80 GB with --fleet]", callback=amount),
     ] = None,
     kv: Annotated[
         str | None,
@@ -33,13 +27,10 @@ def plan(
     ] = None,
     reserve: Annotated[
         str,
-        typer.Option(
-            help="Held back for activations and the runtime, like 2GiB. [default: 10 % with --fleet]", callback=amount
-        ),
+        option("Held back for activations and the runtime, like 2GiB. [default: 10 % with --fleet]", callback=amount),
     ] = "0",
     plot: Annotated[
-        Path | None,
-        typer.Option(help="Draw memory over sessions, of the first two formats, to a .png, .svg or .pdf file."),
+        Path | None, option("Draw memory over sessions, of the first two formats, to a .png, .svg or .pdf file.")
     ] = None,
     json: Json = False,
 ) -> None:

@@ -1,14 +1,10 @@
 """`octavo quantize`: write a model again with 4-bit weights, as an AWQ checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from octavo.cli.calibration_texts import CalibrationTexts
-from octavo.cli.options import ChatTemplate, DeviceName, Dtype, ModelName, check_model, takes, tell_loading
+from octavo.cli.options import ChatTemplate, DeviceName, Dtype, ModelName, check_model, option, takes, tell_loading
 from octavo.cli.progress import say, telling
 from octavo.errors import Unsupported, require_new
 from octavo.measure.budget import Windows, duration
@@ -22,17 +18,15 @@ ROUNDING = 0.7  # of the time, for scales and rounding; windows of text get the 
 @takes(CalibrationTexts)
 def quantize(
     shown: CalibrationTexts,
-    work_dir: Annotated[Path, typer.Option(help="A new directory for the 4-bit model.", show_default=False)],
+    work_dir: Annotated[Path, option("A new directory for the 4-bit model.", show_default=False)],
     model: ModelName = None,
-    bits: Annotated[int, typer.Option(help="Of a weight: 4.")] = 4,
+    bits: Annotated[int, option("Of a weight: 4.")] = 4,
     group_size: Annotated[
         int | None,
-        typer.Option(
-            help="Weights that share a scale and a zero: 32, 64 or 128. [default: the largest that fits the layers]"
-        ),
+        option("Weights that share a scale and a zero: 32, 64 or 128. [default: the largest that fits the layers]"),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="awq: scaled and clipped by what the inputs are. rtn: rounded only, to compare with.")
+        str, option("awq: scaled and clipped by what the inputs are. rtn: rounded only, to compare with.")
     ] = "awq",
     dtype: Dtype = "auto",
     device: DeviceName = "auto",

@@ -1,20 +1,15 @@
 """`octavo serve --replicas`: a Ray cluster of this machine alone, and the application on it until a signal."""
 
-from __future__ import annotations
-
 import json
 import logging
-import os
 import signal
 import threading
-from typing import Any
 
 from octavo.cli.loading import ServeOptions
 from octavo.cli.progress import say
 from octavo.cli.server_options import ServerOptions
-from octavo.cores import choose
 from octavo.errors import OctavoError
-from octavo.ray.cluster import LOCAL, cluster
+from octavo.ray.cluster import LOCAL, cluster, placement
 from octavo.serve.listening import bind, is_local, url
 
 logger = logging.getLogger("octavo")
@@ -37,14 +32,16 @@ def serve_replicas(options: ServeOptions, asked: ServerOptions, replicas: int, a
 
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, lambda *_: stop.set())
-        args = Args(llm=options.arguments(), replicas=replicas, **_share(options, replicas), **asked.of_replicas())
+        place = placement(replicas, options.device, options.tensor_parallel_size)
+        llm, others = options.arguments(), asked.of_replicas()
+        args = Args(llm=llm, replicas=replicas, cpus=place.cpus, gpus=place.gpus, **others)
         files = {name: str(file) for name, file in tls.items() if file}
         serve.start(http_options={"host": asked.host, "port": port, **files})
         try:
             try:
                 serve.run(app(args), name="octavo", route_prefix="/")
             except RuntimeError:
-                raise OctavoError("the replicas cannot start: what they wrote above says why") from None
+                raise OctavoError(f"the replicas cannot start: {_why()}") from None
             if as_json:
                 print(json.dumps({"url": address, "replicas": replicas}), flush=True)
             else:
@@ -54,11 +51,10 @@ def serve_replicas(options: ServeOptions, asked: ServerOptions, replicas: int, a
             serve.shutdown()
 
 
-def _share(options: ServeOptions, replicas: int) -> dict[str, Any]:
-    """Each replica's part of this machine: a GPU, or as many cores as there are for each, and at least one."""
-    import torch
+def _why() -> str:
+    """The error that one of them has ended with, in Ray's report of it: of ours the words alone."""
+    from ray import serve
 
-    if options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available()):
-        return {"gpus": options.tensor_parallel_size, "cpus": 0}
-    cores = int(os.environ.get("OMP_NUM_THREADS", 0)) or choose().threads
-    return {"cpus": min(max(1, cores // replicas), (os.cpu_count() or 1) / replicas)}
+    found = [one.message for one in serve.status().applications["octavo"].deployments.values() if one.message]
+    lines = "\n".join(found).strip().splitlines() or ["Ray does not say why"]
+    return next((line.partition(": ")[2] for line in lines if line.startswith("octavo.errors.")), lines[-1])

@@ -1,7 +1,5 @@
 """The options that say how answers are sampled, made from the table of request parameters."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, make_dataclass, replace
 from typing import Annotated, Any
 

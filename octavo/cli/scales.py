@@ -1,33 +1,31 @@
 """`octavo scales`: other projects' scales of a KV cache, looked at, read and written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import takes, tell_loading
+from octavo.cli.options import CalibrationDir, option, takes, tell_loading
 from octavo.cli.verbs import Verbs
 from octavo.errors import OctavoError
 
 app = Verbs(
     help="Scales of other projects: vLLM (compressed-tensors, llm-compressor), ModelOpt, ONNX Runtime GenAI, SGLang, "
-    "LMDeploy.",
+    "LMDeploy."
 )
 
 NAMES = "compressed-tensors (also llm-compressor, vllm), modelopt, onnxruntime-genai, sglang, lmdeploy, turbomind."
 From = Annotated[Path, typer.Argument(help="The file or directory of the scales.", metavar="PATH", show_default=False)]
 To = Annotated[Path, typer.Argument(help="The file or directory to write.", metavar="PATH", show_default=False)]
-As = Annotated[str, typer.Option("--as", help=f"Whose format: {NAMES}", show_default=False)]
+As = Annotated[str, option(f"Whose format: {NAMES}", "--as", show_default=False)]
 
 
 @app.command("show")
 def show(
     path: From,
     format: Annotated[
-        str | None, typer.Option("--as", help=f"Whose format: {NAMES} [default: Octavo's]", show_default=False)
+        str | None, option(f"Whose format: {NAMES} [default: Octavo's]", "--as", show_default=False)
     ] = None,
 ) -> None:
     """Show what a file of scales says, layer by layer."""
@@ -46,10 +44,8 @@ def import_(
     options: LoadOptions,
     path: From,
     format: As,
-    work_dir: Annotated[
-        Path | None, typer.Option(help="Where the calibration is saved. [default: the model's directory, or a cache]")
-    ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace the calibration that is there.")] = False,
+    work_dir: CalibrationDir = None,
+    replace: Annotated[bool, option("Replace the calibration that is there.", "--replace")] = False,
 ) -> None:
     """Make a calibration of MODEL from another project's scales: PATH, then MODEL."""
     tell_loading(options.model)
@@ -73,12 +69,10 @@ def export(
     path: To,
     format: As,
     calibration: Annotated[
-        Path | None, typer.Option(help="File or directory of the calibration. [default: beside the model]")
+        Path | None, option("File or directory of the calibration. [default: beside the model]")
     ] = None,
-    granularity: Annotated[str | None, typer.Option(help="tensor, head or channel, as far as it has them.")] = None,
-    headroom: Annotated[
-        float | None, typer.Option(help="Range written over range seen. [default: 1, or int8's own]")
-    ] = None,
+    granularity: Annotated[str | None, option("tensor, head or channel, as far as it has them.")] = None,
+    headroom: Annotated[float | None, option("Range written over range seen. [default: 1, or int8's own]")] = None,
 ) -> None:
     """Write the scales of MODEL's calibration for another project: PATH, then MODEL."""
     tell_loading(options.model)

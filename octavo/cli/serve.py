@@ -8,10 +8,8 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from octavo.cli.loading import ServeOptions
-from octavo.cli.options import takes, tell_loading
+from octavo.cli.options import option, takes, tell_loading
 from octavo.cli.progress import say
 from octavo.cli.server_options import ServerOptions
 from octavo.errors import OctavoError, install, one_line
@@ -28,9 +26,7 @@ logger = logging.getLogger("octavo")
 def serve(
     options: ServeOptions,
     server: ServerOptions,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Tell on stdout, as one line of JSON, what is served.")
-    ] = False,
+    as_json: Annotated[bool, option("Tell on stdout, as one line of JSON, what is served.", "--json")] = False,
 ) -> None:
     """Serve OpenAI's API, chat, completions and responses, Anthropic's messages, and a chat page."""
     tell_loading(options.model)

@@ -1,7 +1,5 @@
 """What the command line says of a server: where it listens, who may ask, and how much it takes on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -58,8 +56,7 @@ class ServerOptions:
     )
     max_body: Annotated[int, serving("Bytes a request may have.", min=1)] = Limits.max_body
     max_connections: Annotated[
-        int | None,
-        serving(f"Open at a time; beyond, idle ones are closed. [default: {Limits.max_connections}]", min=1),
+        int | None, serving(f"Open at a time; beyond, idle ones are closed. [default: {Limits.max_connections}]", min=1)
     ] = None
     patience: Annotated[
         float | None,

@@ -1,7 +1,5 @@
 """`octavo session`: saved sessions as plain numbers, for research, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,29 +1,24 @@
 """`octavo speed`: tokens per second and latencies of each cache format, beside what the memory's bandwidth allows."""
 
-from __future__ import annotations
-
 from typing import Annotated
-
-import typer
 
 from octavo.cli.candidates import BASELINE, COMPARED, candidates, formats_option, load_baseline
 from octavo.cli.loading import LoadOptions
-from octavo.cli.options import CalibrationPath, Json, numbers, takes, tell_loading
+from octavo.cli.options import CalibrationPath, Json, numbers, option, takes, tell_loading
 
 
 @takes(LoadOptions)
 def speed(
     options: LoadOptions,
     kv: Annotated[
-        str | None,
-        formats_option(f"Formats to compare, as in bf16,kv8; the first is the baseline. {COMPARED}"),
+        str | None, formats_option(f"Formats to compare, as in bf16,kv8; the first is the baseline. {COMPARED}")
     ] = None,
     calibration: CalibrationPath = None,
     baseline: Annotated[str | None, BASELINE] = None,
-    batch_size: Annotated[str, typer.Option(help="Sessions at a time.")] = "1,8",
-    context: Annotated[str, typer.Option(help="Tokens of a session, prompt and answer.")] = "512,2048",
-    tokens: Annotated[int, typer.Option(help="Decode steps that are timed in a round.", min=1)] = 32,
-    rounds: Annotated[int, typer.Option(help="Times that every format takes its turn.", min=1)] = 3,
+    batch_size: Annotated[str, option("Sessions at a time.")] = "1,8",
+    context: Annotated[str, option("Tokens of a session, prompt and answer.")] = "512,2048",
+    tokens: Annotated[int, option("Decode steps that are timed in a round.", min=1)] = 32,
+    rounds: Annotated[int, option("Times that every format takes its turn.", min=1)] = 3,
     json: Json = False,
 ) -> None:
     """Measure prefill and decode of MODEL in each format."""
@@ -62,7 +57,7 @@ def speed(
             theory,
             tokens=tokens,
             rounds=rounds,
-            progress=lambda done: bar.update(task, completed=done),
+            progress=lambda done, _: bar.update(task, completed=done),
         )
     if not json:
         out.print(speed_table(found))

@@ -7,8 +7,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from octavo.cli.loading import LoadOptions
 from octavo.cli.options import (
     TEXTS,
@@ -39,20 +37,15 @@ measuring = partial(option, panel="Measuring")
 def tune(
     options: LoadOptions,
     bits: Annotated[
-        float | None, typer.Option(help="Bits of a value on average, scales included: from 4.1 to 16.", min=1, max=32)
+        float | None, option("Bits of a value on average, scales included: from 4.1 to 16.", min=1, max=32)
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="In place of --bits: what the KV cache may take, like 4GiB, …", callback=amount)
+        str | None, option("In place of --bits: what the KV cache may take, like 4GiB, …", callback=amount)
     ] = None,
-    sessions: Annotated[int, typer.Option(help="… for so many sessions at a time …", min=1)] = 16,
-    context: Annotated[
-        int | None, typer.Option(help="… of so many tokens. [default: the model's context]", min=2)
-    ] = None,
+    sessions: Annotated[int, option("… for so many sessions at a time …", min=1)] = 16,
+    context: Annotated[int | None, option("… of so many tokens. [default: the model's context]", min=2)] = None,
     calibration: Annotated[Path | None, calibration_option("The formats go beside it.")] = None,
-    text: Annotated[
-        str | None,
-        measuring(f"What is read: {TEXTS}. [default: a bundled English text]"),
-    ] = None,
+    text: Annotated[str | None, measuring(f"What is read: {TEXTS}. [default: a bundled English text]")] = None,
     data_dir: Annotated[Path | None, measuring("Where files of the named text are.")] = None,
     windows: Annotated[
         int | None, measuring(f"Windows of it. [default: {WANTED.count}, or what --budget allows]", min=1)

@@ -1,7 +1,5 @@
 """Verbs as typer has them, but for their help: typer names a type, <bool>, even of options that take no value."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@ A word is shown when its end has come: it cannot be taken back from the line bef
 once and left to the terminal. Control characters are dropped: a model must not steer the terminal.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 

@@ -10,8 +10,6 @@ A sequence that its token ends (or its reader) is then one step too far: what it
 there stands behind all its tokens, where nobody looks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ padded to the next size. A padded row has slot −1 (writes nowhere) and length 
 Only `capture` needs a GPU. On a CPU the same buffers are run as they are, which is how padding is tested.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from functools import partial
 

@@ -8,8 +8,6 @@ docs/PARAMETERS.md (scripts/parameters.py).
 It is a dataclass and no pydantic model: nothing has to be imported for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, get_type_hints

@@ -1,7 +1,5 @@
 """How likely a model finds a text that is given: log-probabilities of a prompt's tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

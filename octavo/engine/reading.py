@@ -4,8 +4,6 @@ Every text gets a cache of its own, which is freed when the text is read. Long t
 cuts long prompts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +16,7 @@ from octavo.cache.holding import Holding
 from octavo.cache.plan import own_span, plan_layers
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import Granularity, KVFormat
+from octavo.quant.format import KVFormat
 
 LOGIT_ROWS = 256  # tokens of a forward whose every row's logits are wanted: with a large vocabulary they are large
 
@@ -31,15 +29,13 @@ if anything, stands in for attention's output [T, heads, v_dim]."""
 class Reading:
     """How texts are read: by which model, and through which cache.
 
-    `formats` is one format for each layer, or one for all; by default the model's own, unquantized. `calibration`,
-    `granularity` and `headroom` are as for `plan_layers`. `simulate` changes K and V before they are written.
+    `formats` is one format for each layer, or one for all; by default the model's own, unquantized. `calibration` is as
+    for `plan_layers`. `simulate` changes K and V before they are written.
     """
 
     bound: BoundModel
     formats: KVFormat | Iterable[KVFormat] | None = None
     calibration: Calibration | None = None
-    granularity: Granularity | None = None
-    headroom: float | None = None
     simulate: Callable[[Tensor], Tensor] | None = None
     outside: int = field(default=0, init=False)  # values of K and V beyond their codec's range, in all texts read
     written: int = field(default=0, init=False)  # values of K and V in all texts read
@@ -66,7 +62,7 @@ class Reading:
         text after text, of every row or of the texts' last rows alone."""
         bound = self.bound
         formats = self.formats or bound.raw_format
-        plans = plan_layers(bound.whole, formats, self.calibration, self.granularity, self.headroom)
+        plans = plan_layers(bound.whole, formats, self.calibration)
         layout = backend_for(plans).layout
         span = own_span([plan.format for plan in plans], layout.block_size)
         raw_pages = len(texts) * (span // layout.block_size + 1) if span else 0

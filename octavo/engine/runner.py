@@ -1,7 +1,5 @@
 """Runs the model over one step's batch: every layer's attention writes its codes and reads the cache."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable
 

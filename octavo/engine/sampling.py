@@ -9,8 +9,6 @@ a row of logits leads to the same token whatever the rows beside it.
 All of it happens where the logits are. On a GPU nothing waits for the device until the result is read.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence as Rows

@@ -5,8 +5,6 @@ a decode, a chunk for a prompt. First come, first served. When blocks run out th
 are freed and it waits, first in line, to be computed again (mostly from the prefix cache, if nobody took its blocks).
 """
 
-from __future__ import annotations
-
 from collections import deque
 from itertools import islice
 

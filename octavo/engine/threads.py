@@ -5,8 +5,6 @@ step brings lands in everybody's outbox. The others sleep until the step is over
 There is one lock, and it is never waited for: a finalizer may run at any point and must not block.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The kinds of values that a parameter of a request takes: what each accepts, says of itself, and makes of a value."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real

@@ -5,8 +5,6 @@ the largest step takes beside weights and cache is measured, and the cache is th
 (cache/size.py), so a full step later on finds its memory free.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from octavo.cache.store import KVCache

@@ -5,8 +5,6 @@ then the shortest value. Its text is then written with as few tokens as the voca
 shortest way; it is one, and the answer can take it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

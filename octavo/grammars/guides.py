@@ -7,8 +7,6 @@ a thread with a deep stack, since the library follows references by recursion, w
 following it costs afterwards is measured too: a grammar whose tokens take too long ends its own answers.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 import time

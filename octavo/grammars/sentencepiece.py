@@ -1,7 +1,5 @@
 """A sentencepiece model as llguidance asks for it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from octavo.token_bytes import TokenBytes

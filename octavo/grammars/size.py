@@ -6,8 +6,6 @@ takes 5,000 properties in all, and 15,000 characters of a list of 250 values), a
 or two.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from decimal import Decimal

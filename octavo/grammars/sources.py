@@ -1,7 +1,5 @@
 """Grammars in llguidance's own form, of what a request asks for."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

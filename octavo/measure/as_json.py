@@ -1,7 +1,5 @@
 """Results as one JSON document, readable by any parser."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

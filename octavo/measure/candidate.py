@@ -1,11 +1,9 @@
 """What measurements compare: cache formats, and each of them with 16-bit and with 4-bit weights."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -24,15 +22,17 @@ class Candidate:
     name: str
     format: Format
     calibration: Calibration | None = None
-    granularity: Granularity | None = None
-    headroom: float | None = None
     simulate: Callable[[Tensor], Tensor] | None = None  # what K and V go through first, for formats we do not have
     model: Model | None = None  # in place of the one at hand: the same model with other weights
 
+    def choosing(self, granularity: Granularity | None, headroom: float | None) -> Self:
+        """With these in place of its calibration's defaults, if it has one."""
+        chosen = self.calibration and self.calibration.choosing(granularity, headroom)
+        return replace(self, calibration=chosen)
+
     def llm(self, model: Model, **sizes: Any) -> LLM:
         """The model served from such a cache; `sizes` are LLM's own arguments."""
-        return LLM(self.model or model, self.format, calibration=self.calibration, granularity=self.granularity,
-                   headroom=self.headroom, **sizes)  # fmt: skip
+        return LLM(self.model or model, self.format, calibration=self.calibration, **sizes)
 
 
 def check_pair(sixteen: Model, four: Model) -> None:

@@ -1,7 +1,5 @@
 """Where a number was measured: what every result says of its machine and versions."""
 
-from __future__ import annotations
-
 import platform
 from datetime import date
 from typing import Any

@@ -1,7 +1,5 @@
 """How sure the mean of a few measurements is."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import fmean

@@ -5,8 +5,6 @@
 What is not plain LoRA is refused by name: merge it with peft first.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

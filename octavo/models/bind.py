@@ -13,8 +13,6 @@ patterns other than a window, keywords that change the scores, models that never
 packed step or that count positions in a way of their own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace

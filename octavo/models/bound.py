@@ -1,7 +1,5 @@
 """A bound model: transformers' own code, run over packed rows with our function in the place of attention."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -24,7 +22,7 @@ from octavo.interrupts import let_through
 from octavo.models import states
 from octavo.models.hook import Attend, Recorder, attending, itself
 from octavo.models.states import Mixer, StateStep
-from octavo.quant.format import RAW_NAMES, KVFormat
+from octavo.quant.format import KVFormat, dtype_name
 
 Watch = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 """(layer, q, k, v) as for Attend → k and v in their place, and what stands in for attention's output, or None"""
@@ -79,13 +77,13 @@ class BoundModel:
     @property
     def arithmetic(self) -> str:
         """What K and V depend on beside the weights: their type, that of activations, and RoPE's frequencies."""
-        types = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in {self.dtype: 0, self.computes: 0})
+        types = " computed in ".join(dtype_name(dtype) for dtype in {self.dtype: 0, self.computes: 0})
         return f"{types}, rotary frequencies {self.rotary}"
 
     @property
     def raw_format(self) -> KVFormat:
         """The cache that keeps K and V in the type of the weights: the baseline."""
-        return KVFormat.parse(RAW_NAMES[str(self.dtype).removeprefix("torch.")])
+        return KVFormat.raw(self.dtype)
 
     def random_tokens(self, *shape: int, seed: int = 0) -> list[Any]:
         """Token ids in lists of that shape, the same every time."""

@@ -1,7 +1,5 @@
 """Changes to a model in place that can be taken back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType

@@ -6,8 +6,6 @@ answers them, then over the rows that are due, which are given their answers. Wh
 what depends on that row alone, or a trial shows that it does not and the layer is left as it was.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

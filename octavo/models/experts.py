@@ -4,8 +4,6 @@ transformers keeps an architecture's experts in two tensors of three dimensions,
 expert's layers apart. Here every expert is three packed layers, each of which computes all rows that chose the expert.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -17,20 +17,8 @@ from octavo.models.files import adapter_config, base_of, config_json, is_adapter
 from octavo.models.locate import is_gguf
 
 # Bookkeeping: what wrote the file, where from, and what changes no weight and no result.
-_VOLATILE = frozenset(
-    {
-        "transformers_version",
-        "_name_or_path",
-        "name_or_path",
-        "_commit_hash",
-        "auto_map",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "_attn_implementation",
-        "attn_implementation",
-    }
-)
+_VOLATILE = {"transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "auto_map", "torch_dtype",
+             "dtype", "use_cache", "_attn_implementation", "attn_implementation"}  # fmt: skip
 _WINDOWS, _WINDOW = 4, 256  # samples of a tensor, and bytes in each
 _OF_A_FILE = 4096  # samples of a GGUF file, whose tensors are not looked at one by one
 

@@ -1,7 +1,5 @@
 """Where a model's answers end, and how it wants to be sampled, by generation_config.json, config.json and tokenizer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from octavo.cache.plan import LayerShape
 from octavo.cache.states import StatePlan
@@ -36,6 +37,7 @@ class Geometry:
     packed_bytes: int
     group: int = 128  # inputs that share a scale
     states: StatePlan = field(default_factory=StatePlan)  # of the layers that keep states of fixed size
+    ranks: tuple[int, ...] = (1,)  # among how many processes it can be divided
 
     @classmethod
     def trace(cls, path: Path, dtype: str = "auto", model_format: str = "hf") -> Geometry:
@@ -59,7 +61,19 @@ class Geometry:
             bound = _with_values(path, dtype, weights, error)
         shapes = [replace(shape, dtype=own) for shape in bound.shapes]
         states = bound.states.of(own)
-        return cls(shapes, own, bound.max_context, weights, count, linear, packed, packed_bytes, group, states)
+        ranks = (1,) if bound.states else rank_counts(hf.config)
+        return cls(shapes, own, bound.max_context, weights, count, linear, packed, packed_bytes, group, states, ranks)
+
+
+def rank_counts(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Among how many processes octavo/parallel divides a model: as its heads allow, and not at all where transformers
+    has no tensor-parallel plan."""
+    text = config.get_text_config()
+    if not text.base_model_tp_plan:
+        return (1,)
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return tuple(n for n in range(1, heads + 1) if not heads % n and (not kv_heads % n or not n % kv_heads))
 
 
 def _with_values(path: Path, dtype: str, weights: int, error: Exception) -> BoundModel:

@@ -4,8 +4,6 @@ Weights become the model's type, whatever kind each tensor is of. Q4_0 is the ex
 groups of 32, which our packed layers hold exactly, so linear layers of that kind stay in 4 bits.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager

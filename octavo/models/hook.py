@@ -4,8 +4,6 @@ It finds, on the module that calls it, which layer that is, and hands q, k and v
 given. A forward's `attend` belongs to the thread that runs it, so several threads may run forwards over one model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -4,8 +4,6 @@ They are found by a trial run. The first that is called computes the others' row
 that runs the forward, until they are asked for with the very same tensor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass

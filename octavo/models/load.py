@@ -47,19 +47,13 @@ from octavo.models.files import (
 from octavo.models.gguf import read_config, read_model
 from octavo.models.locate import is_gguf
 from octavo.models.packed import fill, noise, tied_layers, with_packed_layers
+from octavo.quant.format import RAW_NAMES
 from octavo.weights.checkpoint import PackedLayers, WeightFormat, read_format
 
 if TYPE_CHECKING:
     from octavo.models.bind import BoundModel
 
-_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
+_DTYPES = {name: getattr(torch, long) for long, short in RAW_NAMES.items() for name in (long, short)}
 # The largest sizes that are believed: a config can ask for more layers or memory than any machine has.
 _LARGEST = {
     "vocab_size": 1 << 24,

@@ -1,7 +1,5 @@
 """From a model as the user wrote it to its directory, without torch: what is named wrongly is said at once."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

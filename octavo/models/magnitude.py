@@ -5,8 +5,6 @@ calibration every row is divided by its channels' spread first. Without one, mos
 table; those of others are divided by a power of two, which changes no bit but the exponent's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -29,7 +29,7 @@ from octavo.models.rope import short_context
 from octavo.models.tokenizer import load_tokenizer, warn_of_strangers
 from octavo.quant import tuned
 from octavo.quant.calibration import FILE_NAME, SYNTHETIC, Calibration
-from octavo.quant.format import Format, KVFormat, by_layer, is_tuned
+from octavo.quant.format import Format, KVFormat, by_layer, dtype_name, is_tuned
 from octavo.quant.tuned import Tuned
 
 SENTENCE = (  # any text, by which the size of K and V is seen
@@ -157,7 +157,7 @@ class Model:
         """The processor, its instructions, and the types of weights and of what is computed; None on other devices."""
         if self.bound.device != HOST:
             return None
-        computes = str(self.bound.computes).removeprefix("torch.")
+        computes = dtype_name(self.bound.computes)
         return f"{processor.name()}, {processor.instructions()}; weights {self.weight_kind}, computing {computes}"
 
     @property

@@ -4,14 +4,12 @@ The layer is found by what it does, whatever its name, class or number of bits: 
 a matrix that takes rows as wide as attention's output. It is measured by what it makes of unit vectors.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
 from octavo.models.bind import BoundModel
 from octavo.models.changes import watched
-from octavo.models.hook import attention_modules
+from octavo.models.hook import attention_modules, itself
 
 UNITS = 512  # unit vectors at a time
 
@@ -33,9 +31,9 @@ def _output_projections(bound: BoundModel) -> dict[int, nn.Module]:
     found: dict[int, nn.Module] = {}
     returned: set[int] = set()  # layers whose attention has been computed
 
-    def attend(layer: int, q: Tensor, _: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         returned.add(layer)
-        return v.repeat_interleave(q.shape[1] // v.shape[1], 1)  # a row sees itself alone
+        return itself(layer, q, k, v)
 
     def watch(layer: int, width: int, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def called(module: nn.Module, inputs: tuple[object, ...]) -> None:

@@ -4,8 +4,6 @@ transformers builds the model and loads what is not quantized, as ever. It never
 weight is never made.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from typing import Any

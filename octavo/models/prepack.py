@@ -12,8 +12,6 @@ run calls are rearranged, and if the model then fails or computes something else
 by that, or because it is of a form that the kernels do not know, is logged, and `octavo doctor` says it too.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +35,7 @@ from octavo.models.joined import join
 from octavo.models.packed import packed_layers, weight_bytes
 from octavo.models.states import StateStep
 from octavo.models.whole_layers import apart_of, take_over
+from octavo.quant.format import dtype_name
 from octavo.weights import cpu
 from octavo.weights.activations import ExactActivation, native_function
 from octavo.weights.linear import PackedLinear
@@ -109,8 +108,9 @@ def _compute_in_panels(bound: BoundModel, computing: torch.dtype | None, determi
     own = "keeps torch's activations, whose last bits may depend on what is computed together"
     attempt(bound, own, lambda _: _exact_activations(bound.hf), SAME)
     if computing is None:
-        computing = torch.float32 if _others(bound.hf) <= SMALL * weight_bytes(bound.hf) else bound.dtype
-    own = f"computes in {str(bound.dtype).removeprefix('torch.')}, which is slower"
+        doubled = sum(parameter.nbytes for parameter in _beside_layers(bound.hf))
+        computing = torch.float32 if doubled <= SMALL * weight_bytes(bound.hf) else bound.dtype
+    own = f"computes in {dtype_name(bound.dtype)}, which is slower"
     if computing != bound.dtype and attempt(bound, own, lambda _: retype(bound.hf, computing), CLOSE):
         bound.computes = computing
     if bound.computes == torch.float32:
@@ -273,11 +273,6 @@ def _by_weight(model: nn.Module) -> Iterator[list[Any]]:
             for module in modules
         ):
             yield modules
-
-
-def _others(model: nn.Module) -> int:
-    """Bytes of what would be doubled to compute in float32."""
-    return sum(parameter.nbytes for parameter in _beside_layers(model))
 
 
 def _beside_layers(model: nn.Module) -> Iterator[Tensor]:

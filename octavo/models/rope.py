@@ -1,7 +1,5 @@
 """RoPE whose frequencies depend on the length of what is computed, made to depend on the position alone."""
 
-from __future__ import annotations
-
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

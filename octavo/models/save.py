@@ -6,8 +6,6 @@ defaults and licence are copied. All of it goes into a folder beside the target 
 that is interrupted leaves nothing half done.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -22,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from octavo.errors import OctavoError, require_new
 from octavo.models import internlm
 from octavo.models.files import read_json, weight_files
+from octavo.quant.format import dtype_name
 
 SHARD = "5GB"  # the largest file of weights
 COPIED = (
@@ -94,7 +93,7 @@ def _config(source: Path, new: Path, hf: PreTrainedModel) -> dict[str, Any]:
     if config.get("model_type") in internlm.MODEL_TYPES:
         config = read_json(new / "config.json")
         config.setdefault("rope_theta", config["rope_parameters"]["rope_theta"])  # where older programs look
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(hf.dtype).removeprefix("torch.")
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(hf.dtype)
     return config
 
 

@@ -11,8 +11,6 @@ powers of two, for which division and multiplication are exact. What does not co
 between, a router that takes the same input, a residual that adds it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field

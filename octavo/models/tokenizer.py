@@ -1,7 +1,5 @@
 """A model's tokenizer, with the chat template that the user or the model gives."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

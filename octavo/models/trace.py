@@ -15,6 +15,7 @@ from octavo.cache.plan import LayerShape
 from octavo.errors import Unsupported, one_line
 from octavo.models.bound import BoundModel
 from octavo.models.hook import NAME, attended, attending, attention
+from octavo.quant.format import dtype_name
 
 ALONE = "octavo-alone"  # the same function under a name for which transformers makes masks, so that they can be read
 NO_WINDOW = -1  # an attention pattern that is none
@@ -116,7 +117,7 @@ class Trace:
 
     def expect_finite(self, what: str, *values: Tensor) -> None:
         if not all(x.is_meta or bool(x.isfinite().all()) for x in values):
-            dtype = str(self.bound.dtype).removeprefix("torch.")
+            dtype = dtype_name(self.bound.dtype)
             raise Unsupported(
                 f"{self.name} overflows in {dtype}: {what} are not finite. Choose a --dtype of a larger range, bf16 or "
                 "fp32; if it is one already, the weights are corrupted"

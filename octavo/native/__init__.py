@@ -4,8 +4,6 @@ and who listens to calls.
 An extension may be missing (no compiler when the package was installed): `load` says why, and its caller does without.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Callable, Iterator

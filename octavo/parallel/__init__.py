@@ -10,8 +10,6 @@ A rank has the K and V of its own KV heads (heads.py). Formats, blocks and prefi
 only rank 0 knows of them; a calibration is sliced, and a saved session has the rows of all heads.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

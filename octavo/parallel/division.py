@@ -1,7 +1,5 @@
 """How a model is divided by transformers' plan, and which models and options are refused."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from transformers.distributed import DistributedConfig
 from octavo.errors import Unsupported
 from octavo.models.bind import BoundModel
 from octavo.models.files import is_adapter
+from octavo.models.geometry import rank_counts
 from octavo.models.locate import is_gguf
 from octavo.parallel.model import ParallelModel
 from octavo.parallel.ranks import Ranks
@@ -57,9 +56,8 @@ class ByPlan:
             )
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
-            fits = [n for n in range(2, heads + 1) if not heads % n and (not kv_heads % n or not n % kv_heads)]
-            remedy = f"use {' or '.join(map(str, fits))}" if fits else ONE
+        if ranks not in (fits := rank_counts(config)):
+            remedy = f"use {' or '.join(map(str, fits[1:]))}" if fits[1:] else ONE
             raise Unsupported(
                 f"the {heads} query and {kv_heads} KV heads of {name} cannot be divided among {ranks} ranks: {remedy}"
             )

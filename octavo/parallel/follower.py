@@ -4,8 +4,6 @@ What it is to load comes as a pickle on its standard input, which stays open as 
 process' own.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import signal

@@ -4,8 +4,6 @@ Loading, binding and rearranging weights run alike on all ranks, without a comma
 together begins with one: caches are made, and steps run over them, with rank 0's batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 from threading import RLock

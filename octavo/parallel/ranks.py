@@ -6,8 +6,6 @@ has nothing to do waits there for as long as it takes, and is told at once when 
 anybody's values and commands are pickles, so each is signed with a key that only the ranks have.
 """
 
-from __future__ import annotations
-
 import hmac
 import os
 import pickle

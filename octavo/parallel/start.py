@@ -1,7 +1,5 @@
 """Starting and ending the ranks of a model: as processes of our own, or as those that torchrun has started."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import secrets

@@ -10,8 +10,6 @@ shares become plain tensors and the wraps hooks on the modules' own forwards. So
 those of an undivided model are (models/prepack.py, models/fused.py): they are smaller, and otherwise the same.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from typing import Any, TypeGuard

@@ -8,7 +8,7 @@ corrupted, or made for other weights or another geometry is an error with its re
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -56,26 +56,23 @@ class Calibration:
     header: Header
     layers: list[dict[str, Side]] = field(repr=False)
 
-    def static(
-        self,
-        layer: int,
-        side: str,
-        codec: Codec,
-        granularity: Granularity | None = None,
-        headroom: float | None = None,
-    ) -> Static:
-        """mu and c for `codec` of one side (`"k"` or `"v"`) of one layer. Codecs without a token scale choose by
-        granularity and headroom, by default the header's."""
+    def choosing(self, granularity: Granularity | None = None, headroom: float | None = None) -> Calibration:
+        """The same statistics with another default of one or both."""
+        granularity = self.header.granularity if granularity is None else granularity
+        headroom = self.header.headroom if headroom is None else headroom
+        validate_choice(granularity, headroom)
+        return replace(self, header=replace(self.header, granularity=granularity, headroom=headroom))
+
+    def static(self, layer: int, side: str, codec: Codec) -> Static:
+        """mu and c for `codec` of one side (`"k"` or `"v"`) of one layer. Codecs without a token scale choose by the
+        header's granularity and headroom."""
         statistics = self.layers[layer][side]
         if codec.kind == "token":
             if self.ranges_alone:
                 raise OctavoError(self.lacks(codec))
             return attention_static(statistics["mean"], statistics["std"], statistics["reader"])
-        granularity = self.header.granularity if granularity is None else granularity
-        headroom = self.header.headroom if headroom is None else headroom
-        validate_choice(granularity, headroom)
         choose = float_static if codec.kind == "float" else range_static
-        return choose(statistics["min"], statistics["max"], granularity, headroom)
+        return choose(statistics["min"], statistics["max"], self.header.granularity, self.header.headroom)
 
     @property
     def ranges_alone(self) -> bool:

@@ -100,6 +100,11 @@ EDGES = {"edges": SPAN, "edges128": 128, "edges256": 256}
 RAW_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # by the name of a torch dtype
 
 
+def dtype_name(dtype: object) -> str:
+    """Of a torch dtype: "bfloat16". This module knows no torch."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class KVFormat:
     """How a layer's cache stores K and V.
@@ -116,6 +121,11 @@ class KVFormat:
     k: Codec
     v: Codec
     edges: int = 0  # rows of an own span, whole blocks; 0: codes alone are read
+
+    @classmethod
+    def raw(cls, dtype: object) -> KVFormat:
+        """That keeps K and V as a model of that torch dtype computes them: the baseline."""
+        return cls.parse(RAW_NAMES[dtype_name(dtype)])
 
     @classmethod
     def parse(cls, name: str) -> KVFormat:

@@ -13,8 +13,6 @@ measuring.py    a calibration, and comparisons of accuracy, each worker with a p
 Nothing in Octavo imports this unless it is asked for, and this alone imports Ray.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 
 LAZY = {"app": "octavo.ray.application", "Args": "octavo.ray.args", "Generate": "octavo.ray.generate"}

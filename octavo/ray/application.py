@@ -19,6 +19,7 @@ from octavo.serve.response_store import InMemory
 
 LATE = 10.0  # seconds after which the ingress gives a request up that its replica should have
 SAVING = 30.0  # seconds that a replica has after its last answer
+STARTS = 3  # of replicas that may fail before one of them has run
 POLL = 0.2  # seconds after which who is told to end looks again whether its requests have
 LOOKS = 64  # requests a replica takes beside those it answers: they only look
 ONGOING = 100_000  # requests that pass through one ingress
@@ -45,6 +46,7 @@ def app(args: Args) -> Application:
         Replica,
         name="Replica",
         num_replicas=args.replicas,
+        max_constructor_retry_count=STARTS,
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
         max_ongoing_requests=batch + args.max_queue + LOOKS,
         request_router_config=routing,

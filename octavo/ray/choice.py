@@ -6,8 +6,6 @@ conversations whose home it is move. A home with too much to do is passed over f
 follow: two choices as ever, but the conversation's own, so that it may find its blocks there the next time too.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from functools import lru_cache

@@ -4,8 +4,6 @@
 (shards.py), and Ray Data gives each to a model that reads it, answers it, and writes its answers whole or not at all.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time
@@ -79,7 +77,8 @@ class AnswerShards(Generate):
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         done = [self.shard(Shard(**json.loads(text))) for text in batch["shard"]]
-        return {name: [one[name] for one in done] for name in done[0]}
+        replica = ray.get_runtime_context().get_actor_id()
+        return {name: [one[name] for one in done] for name in done[0]} | {"replica": [replica] * len(done)}
 
     def shard(self, shard: Shard) -> dict[str, Any]:
         begun = time.perf_counter()
@@ -96,7 +95,6 @@ class AnswerShards(Generate):
             "refused": len(bad),
             "tokens": sum(one["completion_tokens"] for one in good),
             "seconds": time.perf_counter() - begun,
-            "replica": ray.get_runtime_context().get_actor_id(),
         }
 
 

@@ -4,8 +4,6 @@ A chat is known by its messages up to the first of the user's, which are the sam
 its first block, because what is shorter has no block that could be found again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any

@@ -1,10 +1,8 @@
 """Measurements on a cluster: every worker loads the model once and takes parts, which add up to one run.
 
-Statistics of a calibration are merged as they are summed (quant/sums.py), a comparison on a text is kept token by token
-until all windows are read, and tasks are kept document by document: nothing is averaged before it is all there.
+Statistics of a calibration are merged as they are summed (quant/statistics.py), a comparison on a text is kept token by
+token until all windows are read, and tasks are kept document by document: nothing is averaged before it is all there.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,7 +20,7 @@ from octavo.calibrate import Observe, Observed, observed
 from octavo.errors import OctavoError, one_line
 from octavo.measure.accuracy.compare import Measured, measured
 from octavo.measure.candidate import Candidate
-from octavo.measure.tasks import Part
+from octavo.measure.tasks import Subtask
 from octavo.measure.tasks.results import Result, Results
 from octavo.measure.tasks.run import Elsewhere, run
 from octavo.models.model import Model
@@ -108,9 +106,9 @@ def comparing(
 
 
 def asking(loading: Loading, workers: Workers) -> Elsewhere:
-    """Tasks on the cluster, for `run`: each part in each format is one job."""
+    """Tasks on the cluster, for `run`: each subtask in each format is one job."""
 
-    def ask(asked: Sequence[tuple[Candidate, Part, Result, int | None]], sizes: dict[str, Any]) -> Iterator[Result]:
+    def ask(asked: Sequence[tuple[Candidate, Subtask, Result, int | None]], sizes: dict[str, Any]) -> Iterator[Result]:
         jobs: list[Job] = [(_asked, loading, *one, sizes) for one in asked]
         yield from workers.all(jobs)
 
@@ -136,10 +134,10 @@ def _measured(
 
 
 def _asked(
-    loading: Loading, candidate: Candidate, part: Part, kept: Result, limit: int | None, sizes: dict[str, Any]
+    loading: Loading, candidate: Candidate, subtask: Subtask, kept: Result, limit: int | None, sizes: dict[str, Any]
 ) -> Result:
     with TemporaryDirectory() as directory:
         results = Results(Path(directory))
         results.save(kept)
-        run(_model(tuple(loading.items())), [candidate], [part], results, limit=limit, **sizes)
+        run(_model(tuple(loading.items())), [candidate], [subtask], results, limit=limit, **sizes)
         return results.load(kept.key)

@@ -1,7 +1,5 @@
 """What all replicas say of themselves, in one document."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -111,16 +111,12 @@ class Shared:
 
     async def add(self, kept: Kept) -> None:
         try:
-            await asyncio.wait_for(_of(self.store.add.remote(kept)), STORE_TIMEOUT)
+            await asyncio.wait_for(self.store.add.remote(kept), STORE_TIMEOUT)
         except (RayError, RayServeException, TimeoutError) as error:
             logger.warning("a response is not kept: %s", type(error).__name__)
 
     async def get(self, id: str) -> Kept | None:
-        return await asyncio.wait_for(_of(self.store.get.remote(id)), STORE_TIMEOUT)
+        return await asyncio.wait_for(self.store.get.remote(id), STORE_TIMEOUT)
 
     async def remove(self, id: str) -> bool:
-        return await asyncio.wait_for(_of(self.store.remove.remote(id)), STORE_TIMEOUT)
-
-
-async def _of(response: Any) -> Any:
-    return await response
+        return await asyncio.wait_for(self.store.remove.remote(id), STORE_TIMEOUT)

@@ -1,7 +1,5 @@
 """The request router that Ray Serve runs in every ingress; the policy is choice.py's."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ray.serve._private.request_router.replica_wrapper import RunningReplica

@@ -7,8 +7,6 @@ not depend on how work was cut, bit for bit. All is float32, and other types are
 The extension may be missing (no compiler when the package was installed): `refuses` says why.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,8 +4,6 @@ A scale says less than a calibration: how far K and V reach, and not what reads 
 serves formats that need ranges alone (`int8`, `fp8`).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +13,7 @@ from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity
 from octavo.scales import compressed_tensors, lmdeploy, modelopt, onnxruntime, sglang, turbomind
-from octavo.scales.ranges import Choice, Layers, calibration_of, check
+from octavo.scales.ranges import Layers, calibration_of, check
 
 
 class Format(Protocol):
@@ -25,7 +23,7 @@ class Format(Protocol):
     HEADROOM: float | None  # that it is written with unless said otherwise; None: the calibration's
 
     def read(self, path: Path, shapes: list[LayerShape] | None) -> Layers: ...
-    def write(self, path: Path, calibration: Calibration, choice: Choice, model: Model) -> list[str]:
+    def write(self, path: Path, calibration: Calibration, model: Model) -> list[str]:
         """Returns what to do with it."""
         ...
 
@@ -77,6 +75,5 @@ def export_scales(
     granularity = granularity or format.GRANULARITIES[0]
     if granularity not in format.GRANULARITIES:
         raise OctavoError(f"{name} holds scales per {' or '.join(format.GRANULARITIES)}, not per {granularity}")
-    if headroom is None:
-        headroom = format.HEADROOM or calibration.header.headroom
-    return format.write(path, calibration, Choice(granularity, headroom), model)
+    headroom = format.HEADROOM if headroom is None else headroom
+    return format.write(path, calibration.choosing(granularity, headroom), model)

@@ -1,8 +1,6 @@
 """Scales that lie as tensors beside a checkpoint's weights: read under any of the names that vLLM reads, and written in
 a copy of the checkpoint that shares its weights."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -17,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from octavo.cache.plan import LayerShape, Side
+from octavo.cache.plan import SIDES, LayerShape, Side
 from octavo.errors import OctavoError, one_line, require_new
 from octavo.models.files import read_json, weight_files
 from octavo.models.hook import attention_modules
 from octavo.models.model import Model
-from octavo.scales.ranges import FP8, INT8, SIDES, Found, Layers
+from octavo.scales.ranges import FP8, INT8, Found, Layers
 
 LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
 # What follows the layer's number, by the projects that write it. A capture says the side; without one it is both.

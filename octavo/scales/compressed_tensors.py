@@ -4,18 +4,17 @@
 fp8 is written: vLLM refuses a model whose scheme is of int8. Read are both, and vLLM's other names.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
+from octavo.cache.plan import SIDES
 from octavo.errors import OctavoError
 from octavo.models.files import quantization
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.scales import checkpoint
 from octavo.scales.checkpoint import read
-from octavo.scales.ranges import FP8, SIDES, Choice
+from octavo.scales.ranges import FP8, symmetric
 
 __all__ = ["GRANULARITIES", "HEADROOM", "read", "write"]
 
@@ -23,16 +22,16 @@ GRANULARITIES = ("tensor", "head")
 HEADROOM = 1.0  # absmax/448
 
 
-def write(path: Path, calibration: Calibration, choice: Choice, model: Model) -> list[str]:
-    tensors = {}
+def write(path: Path, calibration: Calibration, model: Model) -> list[str]:
+    tensors, by_head = {}, calibration.header.granularity == "head"
     for i, name in checkpoint.owners(model):
         for side in SIDES:
-            scale = choice.symmetric(calibration.layers[i][side], FP8)
-            tensors[f"{name}.{side}_scale"] = scale[:, :, None] if choice.granularity == "head" else scale.flatten()
+            scale = symmetric(calibration, i, side, FP8)
+            tensors[f"{name}.{side}_scale"] = scale[:, :, None] if by_head else scale.flatten()
     scheme: dict[str, Any] = {
         "num_bits": 8,
         "type": "float",
-        "strategy": "attn_head" if choice.granularity == "head" else "tensor",
+        "strategy": "attn_head" if by_head else "tensor",
         "dynamic": False,
         "symmetric": True,
     }

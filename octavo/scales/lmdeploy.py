@@ -4,8 +4,6 @@ Each is a dict of `max`, `min` and `absmax`, and of each a dict from a layer's m
 [kv_heads, head_dim], K after RoPE.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from octavo.cache.plan import LayerShape, Side
 from octavo.errors import OctavoError
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.scales.ranges import Choice, Found, Layers
+from octavo.scales.ranges import Found, Layers
 
 GRANULARITIES = ("channel",)
 HEADROOM = 1.0  # the ranges themselves: scales are made of them later
@@ -45,7 +43,7 @@ def read(path: Path, shapes: Sequence[LayerShape] | None) -> Layers:  # noqa: AR
     return layers
 
 
-def write(path: Path, calibration: Calibration, choice: Choice, model: Model) -> list[str]:  # noqa: ARG001
+def write(path: Path, calibration: Calibration, model: Model) -> list[str]:  # noqa: ARG001
     path.mkdir(parents=True, exist_ok=True)
     documents = {}
     for side, name in FILES.items():

@@ -5,16 +5,15 @@ The weights of such a model are in 16 bits, so `quant_algo` is null. TensorRT-LL
 0.5.23 it is a model without any quantization, and they leave the scales out.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
+from octavo.cache.plan import SIDES
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.scales import checkpoint
 from octavo.scales.checkpoint import read
-from octavo.scales.ranges import FP8, SIDES, Choice
+from octavo.scales.ranges import FP8, symmetric
 
 __all__ = ["GRANULARITIES", "HEADROOM", "read", "write"]
 
@@ -22,9 +21,9 @@ GRANULARITIES = ("tensor",)
 HEADROOM = 1.0  # absmax/448
 
 
-def write(path: Path, calibration: Calibration, choice: Choice, model: Model) -> list[str]:
+def write(path: Path, calibration: Calibration, model: Model) -> list[str]:
     tensors = {
-        f"{name}.{side}_proj.{side}_scale": choice.symmetric(calibration.layers[i][side], FP8).view(())
+        f"{name}.{side}_proj.{side}_scale": symmetric(calibration, i, side, FP8).view(())
         for i, name in checkpoint.owners(model)
         for side in SIDES
     }

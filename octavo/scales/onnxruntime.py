@@ -6,8 +6,6 @@ An entry of a layer is one scale or kv_heads·head_size of them; scale = thresho
 `layer_ids` they are of layers 0, 1, …; without `qmax` they are of int8. A file may have a section for each model file.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +15,12 @@ import torch
 from torch import Tensor
 
 from octavo.artefact import replacing
-from octavo.cache.plan import LayerShape
+from octavo.cache.plan import SIDES, LayerShape, Side
 from octavo.errors import OctavoError
 from octavo.models.files import read_json
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.scales.ranges import SIDES, Choice, Found, Layers
+from octavo.scales.ranges import Found, Layers, symmetric
 
 GRANULARITIES = ("channel", "tensor")
 HEADROOM = None  # that of the calibration
@@ -58,12 +56,13 @@ def _entry(path: Path, layer: int, value: Any, shapes: Sequence[LayerShape] | No
     return values.view(heads, -1)
 
 
-def write(path: Path, calibration: Calibration, choice: Choice, model: Model) -> list[str]:
+def write(path: Path, calibration: Calibration, model: Model) -> list[str]:
+    by_channel = calibration.header.granularity == "channel"
     owners = [i for i, shape in enumerate(model.bound.shapes) if shape.shares is None]
 
-    def entry(layer: int, side: str) -> Any:
-        scale = choice.symmetric(calibration.layers[layer][side], QMAX).flatten().tolist()
-        return scale if choice.granularity == "channel" else scale[0]
+    def entry(layer: int, side: Side) -> Any:
+        scale = symmetric(calibration, layer, side, QMAX).flatten().tolist()
+        return scale if by_channel else scale[0]
 
     document = {
         "scales": {f"{side}_scales": [entry(layer, side) for layer in owners] for side in SIDES},
@@ -72,5 +71,5 @@ def write(path: Path, calibration: Calibration, choice: Choice, model: Model) ->
     }
     with replacing(path) as part:
         part.write_text(json.dumps(document) + "\n", encoding="utf-8")
-    scheme = "int8_per_channel" if choice.granularity == "channel" else "int8_per_tensor"
+    scheme = "int8_per_channel" if by_channel else "int8_per_tensor"
     return [f"build with --extra_options kv_cache_quant_scheme={scheme} kv_cache_scale_file={path}"]

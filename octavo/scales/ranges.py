@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from octavo.cache.plan import LayerShape, Side
+from octavo.cache.plan import SIDES, LayerShape, Side
 from octavo.errors import OctavoError
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.format import Granularity
 from octavo.quant.statistics import largest_of
 
-SIDES: tuple[Side, Side] = ("k", "v")
 INT8 = 127.5  # |x|/scale at the end of the range where codes are −128 … 127 about a middle
 FP8 = 448.0  # the largest number of float8_e4m3fn
 
@@ -105,7 +104,8 @@ def calibration_of(layers: Layers, model: Model, source: str) -> Calibration:
                 for side in SIDES
             }
         )
-    finest: Granularity = min((f.granularity for own in layers.values() for f in own.values()), key=_coarseness)
+    found = {f.granularity for own in layers.values() for f in own.values()}
+    finest: Granularity = "channel" if "channel" in found else "head" if "head" in found else "tensor"
     header = Header(
         fingerprint=model.fingerprint,
         dataset=f"imported: {source}",
@@ -120,40 +120,30 @@ def calibration_of(layers: Layers, model: Model, source: str) -> Calibration:
     return Calibration(header, sides)
 
 
-def _coarseness(granularity: Granularity) -> int:
-    return ("channel", "head", "tensor").index(granularity)
+def symmetric(calibration: Calibration, layer: int, side: Side, levels: float) -> Tensor:
+    """scale = headroom·absmax/levels, [1, 1], [kv_heads, 1] or [kv_heads, dim], as the calibration chooses. What was
+    imported and is asked for as it was comes back unchanged."""
+    how, statistics = calibration.header, calibration.layers[layer][side]
+    scale, own = statistics.get("scale"), statistics.get("levels")
+    if scale is not None and own is not None and not bool(statistics["zero"].any()):
+        given = largest_of(scale, how.granularity)
+        factor = how.headroom * own.flatten()[0].item() / levels
+        return given if factor == 1 else (given.double() * factor).float()
+    widest = largest_of(torch.maximum(statistics["min"].abs(), statistics["max"].abs()), how.granularity)
+    return (widest.double() * (how.headroom / levels)).float().clamp(min=1e-30)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How scales are made of a calibration's ranges."""
+def asymmetric(calibration: Calibration, layer: int, side: Side, levels: float) -> tuple[Tensor, Tensor]:
+    """scale = headroom·(max − min)/(2·levels) and zero = (min + max)/2."""
+    how, statistics = calibration.header, calibration.layers[layer][side]
 
-    granularity: Granularity
-    headroom: float
+    def over(x: Tensor) -> Tensor:
+        return largest_of(x, how.granularity)
 
-    def symmetric(self, statistics: Mapping[str, Tensor], levels: float) -> Tensor:
-        """scale = headroom·absmax/levels, [1, 1], [kv_heads, 1] or [kv_heads, dim]. What was imported and is asked for
-        as it was comes back unchanged."""
-        scale, own = statistics.get("scale"), statistics.get("levels")
-        if scale is not None and own is not None and not bool(statistics["zero"].any()):
-            given = self._over(scale)
-            factor = self.headroom * own.flatten()[0].item() / levels
-            return given if factor == 1 else (given.double() * factor).float()
-        widest = torch.maximum(statistics["min"].abs(), statistics["max"].abs())
-        return (self._over(widest).double() * (self.headroom / levels)).float().clamp(min=1e-30)
-
-    def asymmetric(self, statistics: Mapping[str, Tensor], levels: float) -> tuple[Tensor, Tensor]:
-        """scale = headroom·(max − min)/(2·levels) and zero = (min + max)/2."""
-        own = statistics.get("levels")
-        if own is not None and own.flatten()[0].item() == levels and self.headroom == 1 and self._same(statistics):
-            return self._over(statistics["scale"]), self._over(statistics["zero"])
-        low, high = -self._over(-statistics["min"]).double(), self._over(statistics["max"]).double()
-        return ((high - low) * (self.headroom / (2 * levels))).float().clamp(min=1e-30), ((low + high) / 2).float()
-
-    def _over(self, x: Tensor) -> Tensor:
-        """The largest of each layer, head or channel."""
-        return largest_of(x, self.granularity)
-
-    def _same(self, statistics: Mapping[str, Tensor]) -> bool:
-        """Whether scale and zero have one value in each part that gets one."""
-        return all(bool((statistics[name] == self._over(statistics[name])).all()) for name in ("scale", "zero"))
+    own = statistics.get("levels")
+    if own is not None and own.flatten()[0].item() == levels and how.headroom == 1:
+        scale, zero = statistics["scale"], statistics["zero"]
+        if all(bool((x == over(x)).all()) for x in (scale, zero)):  # one value in each part that gets one
+            return over(scale), over(zero)
+    low, high = -over(-statistics["min"]).double(), over(statistics["max"]).double()
+    return ((high - low) * (how.headroom / (2 * levels))).float().clamp(min=1e-30), ((low + high) / 2).float()

@@ -1,7 +1,5 @@
 """Scales that are kept for each rank of tensor parallelism: rank r of n has the r-th n-th of the KV heads."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -5,8 +5,6 @@
 With several ranks of tensor parallelism, each has its share of the KV heads in order.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +12,12 @@ from pathlib import Path
 import torch
 
 from octavo.artefact import replacing
-from octavo.cache.plan import LayerShape
+from octavo.cache.plan import SIDES, LayerShape
 from octavo.errors import OctavoError
 from octavo.models.files import read_json
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.scales.ranges import FP8, Choice, Found, Layers
+from octavo.scales.ranges import FP8, Found, Layers, symmetric
 from octavo.scales.ranks import over_heads
 
 GRANULARITIES = ("tensor",)
@@ -44,10 +42,10 @@ def read(path: Path, shapes: Sequence[LayerShape] | None) -> Layers:
     return layers
 
 
-def write(path: Path, calibration: Calibration, choice: Choice, model: Model) -> list[str]:
+def write(path: Path, calibration: Calibration, model: Model) -> list[str]:
     scales = {
-        str(i): max(choice.symmetric(sides[side], FP8).item() for side in ("k", "v"))
-        for i, sides in enumerate(calibration.layers)
+        str(i): max(symmetric(calibration, i, side, FP8).item() for side in SIDES)
+        for i in range(len(calibration.layers))
     }
     document = {
         "model_type": model.bound.hf.config.model_type,

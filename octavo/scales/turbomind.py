@@ -6,8 +6,6 @@ Four numbers, k_scale k_zp v_scale v_zp, of an asymmetric code: scale = (max −
 middle as a number. Or two, k_scale v_scale, of a symmetric one: scale = absmax/127.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections import defaultdict
@@ -18,11 +16,11 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from octavo.cache.plan import LayerShape
+from octavo.cache.plan import SIDES, LayerShape
 from octavo.errors import OctavoError
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
-from octavo.scales.ranges import INT8, SIDES, Choice, Found, Layers
+from octavo.scales.ranges import INT8, Found, Layers, asymmetric
 from octavo.scales.ranks import over_heads
 
 GRANULARITIES = ("tensor",)
@@ -61,12 +59,12 @@ def read(path: Path, shapes: Sequence[LayerShape] | None) -> Layers:
     }
 
 
-def write(path: Path, calibration: Calibration, choice: Choice, model: Model) -> list[str]:
+def write(path: Path, calibration: Calibration, model: Model) -> list[str]:
     path.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".scales-", dir=path) as temporary:
-        for i, sides in enumerate(calibration.layers):
-            if model.bound.shapes[i].shares is None:
-                numbers = [x for side in SIDES for x in choice.asymmetric(sides[side], INT8)]
+        for i, shape in enumerate(model.bound.shapes):
+            if shape.shares is None:
+                numbers = [x for side in SIDES for x in asymmetric(calibration, i, side, INT8)]
                 file = Path(temporary, f"layers.{i}.past_kv_scale.0.weight")
                 file.write_bytes(torch.cat([x.flatten() for x in numbers]).numpy().astype("<f4").tobytes())
         for file in Path(temporary).iterdir():

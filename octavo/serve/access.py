@@ -1,7 +1,5 @@
 """What every request goes through: it is counted, its client told apart, and but for a few paths asked for a key."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import ipaddress

@@ -1,7 +1,5 @@
 """What one request came to: a line of the log, and its part in the numbers of `/metrics`."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The app: all routes together, and what is answered when one fails."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 

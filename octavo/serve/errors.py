@@ -1,7 +1,5 @@
 """What a request can be answered with when it is not served, in OpenAI's form or Anthropic's."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Self
 

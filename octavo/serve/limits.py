@@ -1,7 +1,5 @@
 """What one server takes on. Needs none of the server's packages: the command line tells these defaults without them."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

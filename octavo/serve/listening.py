@@ -1,7 +1,5 @@
 """Where a server listens: an address or a UNIX socket, with TLS or without."""
 
-from __future__ import annotations
-
 import ipaddress
 import shlex
 import socket

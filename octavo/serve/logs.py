@@ -1,8 +1,6 @@
 """The server's log: a line for each request, and what goes wrong, at most one line of a kind a minute. Lines are short,
 and without what clients sent."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

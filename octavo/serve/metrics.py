@@ -3,8 +3,6 @@
 What vLLM counts too has vLLM's name and labels, so that dashboards made for it show this server. The rest is ours.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """The API's own description, OpenAPI 3.1, made of the models that check the requests."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import BaseModel

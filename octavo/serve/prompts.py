@@ -1,8 +1,6 @@
 """From a request to what the engine is given of it: token ids, sampling parameters, and the special tokens that are
 shown."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +10,7 @@ from typing import Any
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
-from octavo.serve.calls import ConstrainedReader, FreeReader, Syntax, calls_grammar, plain, syntax_of
+from octavo.serve.calls import PLAIN, ConstrainedReader, FreeReader, Syntax, calls_grammar, syntax_of
 from octavo.serve.requests.generate import Conversation, GenerateRequest, Prompt
 from octavo.text import Message, encode_chat, encode_prompt, takes_tools
 
@@ -35,7 +33,7 @@ class Functions:
     def __init__(self, llm: LLM):
         template = llm.tokenizer.get_chat_template(tools=[{}]) if llm.tokenizer.chat_template else ""
         self.syntax: Syntax = syntax_of(template)
-        if self.syntax is plain.SYNTAX and template and takes_tools(llm.tokenizer):
+        if self.syntax is PLAIN and template and takes_tools(llm.tokenizer):
             logger.warning("the chat template's form of calls is not known: an answer that is JSON is read as one")
         special = set(llm.tokenizer.all_special_ids)
         self.added = {str(token): id for id, token in llm.tokenizer.added_tokens_decoder.items()}

@@ -1,7 +1,5 @@
 """The server as a process: a socket, uvicorn, and what ends it."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import socket

@@ -1,7 +1,5 @@
 """One request after the other: admitted or refused, made into tokens, sent through the worker, answered in time."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time
@@ -96,7 +94,8 @@ class Service:
 
     def output(self, request: GenerateRequest, prefix: str) -> Output:
         """The output of a request, of which nothing has come yet."""
-        self.check_count(request.choices)
+        if (n := request.choices) > self.capacity:  # before anything is made for each
+            raise ApiError(400, f"{n} answers are more than this server takes at a time, {self.capacity}", param="n")
         first = request.prompts[0]
         reader = self.functions.reader(first) if isinstance(first, Conversation) else None
         return Output(request, self.bytes_of, prefix, reader)
@@ -191,11 +190,6 @@ class Service:
         while (part := await self.worker.call(lambda _: next(parts, None))) is not None:
             found += part
         return found
-
-    def check_count(self, n: int) -> None:
-        """Refuse a request of more answers than can ever be admitted, before anything is made for each."""
-        if n > self.capacity:
-            raise ApiError(400, f"{n} answers are more than this server takes at a time, {self.capacity}", param="n")
 
     def check_length(self, prompt: Prompt) -> None:
         """Refuse a text that must have more tokens than a session holds, before it is made into tokens."""

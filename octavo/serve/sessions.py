@@ -10,8 +10,6 @@ The index is the event loop's alone. A conversation that went on replaces what w
 least recently used files go. Only files that bear this model's and format's own kind of name are ever touched.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

@@ -1,7 +1,5 @@
 """Activation functions whose bits depend on the number alone (native/elementwise.cpp)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 

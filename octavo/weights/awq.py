@@ -6,8 +6,6 @@ down by as much; α is searched on a grid for the least error of the layers' out
 as far as that lowers the error again. Pure functions of tensors, float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ a matrix unit (AMX), a slice of the outputs at a time is decoded to the activati
 torch's own int4 operators are not used, on a GPU neither.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -5,8 +5,6 @@ the panels are the layer's own parameter. An output's bits depend on its row alo
 multiplied together.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

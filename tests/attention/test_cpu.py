@@ -212,7 +212,7 @@ class Alone:
     def answers(self, cuts: list[int], company: list[int]) -> torch.Tensor:
         """Of the prompt cut so; beside each piece another sequence computes so many tokens."""
         shape, format = self.layer.spec.shape, KVFormat.parse(self.layer.case.format)
-        plans = plan_layers([shape], format, self.layer.calibration, headroom=1.0)
+        plans = plan_layers([shape], format, self.layer.calibration)
         ring = format.edges // 64
         self.cache = KVCache(plans, 2 * self.blocks, Layout(order="tiles"), 2 + 2 * ring)
         order = torch.randperm(2 * self.blocks, generator=torch.Generator().manual_seed(len(cuts))).tolist()
@@ -338,9 +338,7 @@ def test_adversarial_rows_stay_close(name: str, kind: str) -> None:
     shape, blocks = LayerShape(1, 64, 64), -(-tokens // 64)
     ranges = ranging(torch.full((1, 64), -5.0), torch.full((1, 64), 13.0))
     calibration = Calibration(HEADER, [{"k": ranges, "v": ranges}])
-    cache = KVCache(
-        plan_layers([shape], KVFormat.parse(name), calibration, headroom=1.0), blocks, Layout(order="tiles")
-    )
+    cache = KVCache(plan_layers([shape], KVFormat.parse(name), calibration), blocks, Layout(order="tiles"))
     sequence = Sequence(list(range(blocks)), [0] * tokens, tokens - 1)
     whole = Batch.build([(Sequence(sequence.block_table, sequence.tokens), tokens)], 64)
     for store, x in zip(cache.stores, (k, v), strict=True):

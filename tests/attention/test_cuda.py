@@ -225,9 +225,7 @@ def test_a_long_tail_under_a_strong_first_token_keeps_its_weight(name: str) -> N
     shape, blocks = LayerShape(1, dim, dim, DEVICE), tokens // 64
     ranges = ranging(torch.full((1, dim), -9.0), torch.full((1, dim), 15.0))
     calibration = Calibration(HEADER, [{"k": ranges, "v": ranges}])
-    cache = KVCache(
-        plan_layers([shape], KVFormat.parse(name), calibration, headroom=1.0), blocks, Layout(order="pages")
-    )
+    cache = KVCache(plan_layers([shape], KVFormat.parse(name), calibration), blocks, Layout(order="pages"))
     sequence = Sequence(torch.randperm(blocks, generator=random).tolist(), [0] * tokens)
     slots = Batch.build([(sequence, tokens)], 64).slots
     cache.layers[0].write(k.to(DEVICE), v.to(DEVICE), slots.to(DEVICE))

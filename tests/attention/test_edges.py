@@ -12,14 +12,15 @@ from torch import Tensor
 from octavo.attention import AttentionSpec, attend
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
-from octavo.cache.plan import CPU, LayerPlan, LayerShape, plan_layers
+from octavo.cache.plan import LayerPlan, LayerShape, plan_layers
 from octavo.cache.store import KVCache
+from octavo.devices import HOST
 from octavo.quant.calibration import Calibration, Header
 from octavo.quant.codec import Static, decode, encode
 from octavo.quant.format import Codec, KVFormat
 from tests.conftest import ranging
 
-HEADER = Header("", "", 0, 0, 0, (0, 0))
+HEADER = Header("", "", 0, 0, 0, (0, 0), headroom=1.0)
 KV_HEADS, GROUP, K_DIM, V_DIM = 2, 3, 16, 24
 LENGTH = 150
 FEATURES: list[dict[str, Any]] = [
@@ -50,7 +51,7 @@ class Layer:
         size: int,
         order: Any = "rows",
         dtype: torch.dtype = torch.float32,
-        device: torch.device = CPU,
+        device: torch.device = HOST,
         length: int = LENGTH,
         **features: Any,
     ):
@@ -74,7 +75,7 @@ class Layer:
 
         calibration = Calibration(HEADER, [{"k": ranges(K_DIM), "v": ranges(V_DIM)}])
         shape = LayerShape(KV_HEADS, K_DIM, V_DIM, device, dtype=dtype)
-        [plan] = plan_layers([shape], format, calibration, headroom=1.0)
+        [plan] = plan_layers([shape], format, calibration)
         return plan, calibration
 
     def cache(self, sequences: int = 1) -> KVCache:
@@ -111,7 +112,7 @@ class Layer:
         def coded(x: Tensor, codec: Codec, static: Static | None) -> Tensor:
             return decode(encode(x, codec, static), codec, x.shape[-1], static)
 
-        k_static, v_static = (static.to(CPU) if static else None for static in (self.plan.k, self.plan.v))
+        k_static, v_static = (static.to(HOST) if static else None for static in (self.plan.k, self.plan.v))
         keys, values = coded(self.k, self.format.k, k_static), coded(self.v, self.format.v, v_static)
         spec, out = self.spec, torch.zeros(self.length, KV_HEADS * GROUP, V_DIM)
         for t in range(self.length):

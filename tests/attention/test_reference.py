@@ -28,7 +28,7 @@ from tests.conftest import ranging
 
 Array = NDArray[np.float64]
 
-HEADER = Header("f", dataset="none", samples=1, seqlen=1, tokens=1, positions=(0, 0))
+HEADER = Header("f", dataset="none", samples=1, seqlen=1, tokens=1, positions=(0, 0), headroom=1.0)
 SOME = ["bf16", "int8", "int8-token", "int4-token", "int8-token/int4-token"]
 CONTEXT = 200  # most tokens of a sequence of these tests
 
@@ -92,7 +92,7 @@ class Layer:
     def empty_cache(self, blocks: int, order: Literal["rows", "tiles", "pages"]) -> KVCache:
         layout = Layout(self.case.block_size, order)
         format = KVFormat.parse(self.case.format)
-        return KVCache(plan_layers([self.spec.shape], format, self.calibration, headroom=1.0), blocks, layout)
+        return KVCache(plan_layers([self.spec.shape], format, self.calibration), blocks, layout)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.random)
@@ -503,9 +503,7 @@ def test_a_strong_first_token_does_not_swallow_the_tail(format: str) -> None:
     shape = LayerShape(1, dim, dim)
     ones = torch.ones(1, dim)
     sides = {"k": ranging(-ones, ones), "v": ranging(-ones, ones)}
-    cache = KVCache(
-        plan_layers([shape], KVFormat.parse(format), calibration=Calibration(HEADER, [sides]), headroom=1.0), 513
-    )
+    cache = KVCache(plan_layers([shape], KVFormat.parse(format), calibration=Calibration(HEADER, [sides])), 513)
     k = torch.zeros(others + 1, 1, dim)
     k[0, 0, 0] = 1
     v = torch.full((others + 1, 1, dim), 0.75)
@@ -630,7 +628,7 @@ def test_a_step_writes_before_it_reads() -> None:
     shape = LayerShape(1, 4, 4)
     ranges = ranging(torch.full((1, 4), -127.5), torch.full((1, 4), 127.5))
     calibration = Calibration(HEADER, [{"k": ranges, "v": ranges}])
-    cache = KVCache(plan_layers([shape], KVFormat.parse("int8"), calibration, headroom=1.0), 1, Layout(4))
+    cache = KVCache(plan_layers([shape], KVFormat.parse("int8"), calibration), 1, Layout(4))
     v = torch.full((2, 1, 4), 0.4)
     batch = Batch.build([(Sequence([0], [1, 2]), 2)], 4)
     out = attend(AttentionSpec(shape, 1, 1.0), cache.layers[0], torch.zeros(2, 1, 4), v, v, batch)

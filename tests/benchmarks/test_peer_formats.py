@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import peer_formats
-from octavo.measure.accuracy.compare import compare
+from octavo.measure.accuracy.compare import measured
 from octavo.measure.candidate import Candidate
 from octavo.models.model import Model
 from octavo.quant.format import KVFormat
@@ -30,8 +30,8 @@ def test_llama_cpps_rounding_is_that_of_its_own_python(name: str) -> None:
 def test_kivi_leaves_the_last_128_rows_as_they_are_and_rounds_those_before(pamphlet: Model, text_ids: list[int]):
     kivi = peer_formats.candidates(pamphlet)[-1]
     window = text_ids[:257]
-    _, score = compare(pamphlet, FP32, [kivi], [window, window])  # twice: nothing is left from the text before
-    by_position = torch.tensor(score.kl_by_position)
+    _, read = measured(pamphlet, [FP32, kivi], [window, window])  # twice: nothing is left from the text before
+    by_position = read.kl.mean(0)
     assert by_position[: peer_formats.RECENT].abs().max() < 1e-6  # other sums of the same numbers
     assert by_position[peer_formats.RECENT + 8 :].mean() > 1e-5
 

@@ -359,16 +359,16 @@ def test_a_static_format_without_a_calibration_is_an_error(name: str) -> None:
 def test_layers_and_sides_take_their_own_static_part() -> None:
     shapes = [LayerShape(2, 8, 8), LayerShape(2, 8, 8)]
     made = calibration(shapes)
-    cache = KVCache(plan_layers(shapes, parse("int8"), made, "head", 2.0), 2, Layout(4))
+    cache = KVCache(plan_layers(shapes, parse("int8"), made.choosing("head", 2.0)), 2, Layout(4))
     for i, layer in enumerate(cache.layers):
         for side, rows in (("k", layer.k), ("v", layer.v)):
-            expected = made.static(i, side, parse("int8").k, "head", 2.0)
+            expected = made.choosing("head", 2.0).static(i, side, parse("int8").k)
             assert rows.static is not None
             assert torch.equal(rows.static.mu, expected.mu)
             assert torch.equal(rows.static.c, expected.c)
     default = KVCache(plan_layers(shapes, parse("int8"), made), 2, Layout(4)).layers[0].k.static
     assert default is not None
-    assert torch.equal(default.c, made.static(0, "k", parse("int8").k, "channel", 1.4).c)
+    assert torch.equal(default.c, made.choosing("channel", 1.4).static(0, "k", parse("int8").k).c)
 
 
 def test_saturation_is_a_share_of_each_layer_and_side() -> None:

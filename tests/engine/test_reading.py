@@ -59,13 +59,13 @@ def test_an_observer_sees_every_row_once_and_in_order(llama, monkeypatch):
 
 
 def test_values_beyond_the_range_are_counted_over_all_texts(llama, llama_calibration: Calibration):
-    narrow = Reading(llama, KVFormat.parse("int8"), llama_calibration, headroom=0.5)
+    narrow = Reading(llama, KVFormat.parse("int8"), llama_calibration.choosing(headroom=0.5))
     for _ in range(2):
         narrow.run(TEXT)
     values = sum(shape.kv_heads * (shape.k_dim + shape.v_dim) for shape in llama.shapes)
     assert narrow.written == 2 * len(TEXT) * values
     assert 0.001 < narrow.outside / narrow.written < 0.5
-    wide = Reading(llama, KVFormat.parse("int8"), llama_calibration, headroom=4.0)
+    wide = Reading(llama, KVFormat.parse("int8"), llama_calibration.choosing(headroom=4.0))
     wide.run(TEXT)
     assert wide.outside == 0
 

@@ -103,15 +103,15 @@ def test_the_default_granularity_and_headroom_are_recorded(tmp_path: Path) -> No
 def test_granularity_and_headroom_can_be_chosen_after_loading(tmp_path: Path) -> None:
     make().save(tmp_path)
     loaded = Calibration.load(tmp_path)
-    default, wide = loaded.static(1, "v", INT8), loaded.static(1, "v", INT8, headroom=2.8)
+    default, wide = loaded.static(1, "v", INT8), loaded.choosing(headroom=2.8).static(1, "v", INT8)
     torch.testing.assert_close(wide.c, 2 * default.c)
     assert torch.equal(wide.mu, default.mu)
     ranges = loaded.layers[1]["v"]
-    tensor = loaded.static(1, "v", INT8, "tensor", 1.0)
+    tensor = loaded.choosing("tensor", 1.0).static(1, "v", INT8)
     low, high = ranges["min"].min(), ranges["max"].max()
     torch.testing.assert_close(tensor.mu, ((low + high) / 2).expand(3, 4))
     torch.testing.assert_close(tensor.c, ((high - low) / 255).expand(3, 4))
-    assert len(loaded.static(1, "v", INT8, "head").mu.unique()) == 3
+    assert len(loaded.choosing("head").static(1, "v", INT8).mu.unique()) == 3
 
 
 @pytest.mark.parametrize("codec", ["int8-token", "int4-token"])
@@ -120,7 +120,7 @@ def test_token_codecs_take_the_static_part_of_attention_whatever_the_granularity
     statistics = made.layers[1]["k"]
     expected = attention_static(statistics["mean"], statistics["std"], statistics["reader"])
     for choice in ((None, None), ("tensor", 3.0)):
-        static = made.static(1, "k", CODECS[codec], *choice)  # type: ignore[arg-type]
+        static = made.choosing(*choice).static(1, "k", CODECS[codec])  # type: ignore[arg-type]
         assert torch.equal(static.mu, expected.mu)
         assert torch.equal(static.c, expected.c)
 
@@ -259,7 +259,7 @@ def test_a_choice_that_makes_no_sense_is_refused(granularity: str, headroom: flo
     with pytest.raises(OctavoError):
         validate_choice(granularity, headroom)
     with pytest.raises(OctavoError):
-        make().static(0, "k", INT8, granularity, headroom)  # type: ignore[arg-type]
+        make().choosing(granularity, headroom)  # type: ignore[arg-type]
 
 
 def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:

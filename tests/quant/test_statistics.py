@@ -15,9 +15,9 @@ from octavo.quant.statistics import (
     QUANTILES,
     LayerStatistics,
     Statistics,
+    Sum,
     attention_static,
 )
-from octavo.quant.sums import Sum
 
 Array = NDArray[np.floating]
 

@@ -15,6 +15,8 @@ import httpx2 as httpx
 import pytest
 import yaml
 
+from octavo.ray.cluster import OURS
+
 PORT = 8917
 URL = f"http://127.0.0.1:{PORT}"
 SIZES: dict[str, Any] = {"session_len": 512, "max_batch_size": 4}
@@ -32,16 +34,17 @@ LOOKS = 0.5  # seconds from one look at what may have died to the next, in place
 def cluster() -> Iterator[str]:
     """Its address. A test machine may stand still for minutes: no node counts as dead for that."""
     slow = {"health_check_failure_threshold": 60, "health_check_period_ms": 10_000, "health_check_timeout_ms": 60_000}
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "300"
-    os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = str(LOOKS)
+    os.environ |= OURS | {
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "300",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(LOOKS),
+    }
     import ray
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False, "include_log_monitor": False}
     for attempt in range(3):  # Ray gives a node 30 s to start, which is little where others compute
         try:
-            nodes = Cluster(initialize_head=True, head_node_args={**node, "_system_config": slow})
+            nodes = Cluster(initialize_head=True, head_node_args={**node, "no_monitor": True, "_system_config": slow})
             nodes.add_node(**node)
             break
         except Exception:
@@ -51,10 +54,6 @@ def cluster() -> Iterator[str]:
     try:
         yield nodes.address
     finally:
-        from ray import serve
-
-        with suppress(Exception):
-            serve.shutdown()
         ray.shutdown()
         nodes.shutdown()
 
@@ -71,7 +70,7 @@ def deploy(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": PORT})
     sessions = tmp_path_factory.getbasetemp() / "sessions"
 
-    def run(replicas: int = 2, **changed: Any) -> None:
+    def run(replicas: int = 1, **changed: Any) -> None:
         config = yaml.safe_load(FILE.read_text("utf-8"))
         (app,) = config["applications"]
         app["args"]["llm"] |= EXACT | SIZES

@@ -11,9 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 import torch
 
 from octavo.calibrate import calibrate
+from octavo.cli.answer_file import shaping_of
+from octavo.cli.loading import ServeOptions
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.jsonl import answer
@@ -25,9 +28,9 @@ from octavo.measure.tasks.results import Results
 from octavo.measure.tasks.run import run
 from octavo.models.model import Model
 from octavo.quant.format import KVFormat
-from octavo.ray.cluster import Placement
+from octavo.ray.cluster import Placement, placement
 from octavo.ray.cluster import cluster as cluster_at
-from octavo.ray.generate import Generate, answer_files
+from octavo.ray.generate import AnswerShards, Generate
 from octavo.ray.measuring import Workers, asking, comparing, observing
 from octavo.ray.shards import Output, Place, read
 from tests.conftest import status_of
@@ -80,34 +83,35 @@ def test_files_are_cut_into_shards_and_every_row_is_read_once(prompts: Path, tmp
 @pytest.mark.parametrize(
     ("ids", "kept"),
     [
-        ([[7, 8], [9, 1]], [[7, 8], [9, 1]]),
-        ([[7, None], [9, 1]], [["7", "0.parquet:2"], ["9", "1"]]),
-        ([[7, 8], ["a", "b"]], [["7", "8"], ["a", "b"]]),
-        ([[7, 8], None], [["7", "8"], ["1.parquet:1", "1.parquet:2"]]),
-        ([[date(2026, 11, 30), date(2026, 12, 1)]], [[date(2026, 11, 30), date(2026, 12, 1)]]),
+        ([[7, 8, 5], [9, 1, 2]], [[7, 8, 5], [9, 1, 2]]),
+        ([[7, None, 5], [9, 1, 2]], [["7", "0.parquet:2", "5"], ["9", "1", "2"]]),
+        ([[7, 8, 5], ["a", "b", "c"]], [["7", "8", "5"], ["a", "b", "c"]]),
+        ([[7, 8, 5], None], [["7", "8", "5"], ["1.parquet:1", "1.parquet:2", "1.parquet:3"]]),
+        ([[date(2026, 11, day) for day in (1, 2, 3)]], [[date(2026, 11, day) for day in (1, 2, 3)]]),
     ],
     ids=["one type", "one is null", "two types", "a file without", "dates"],
 )
 def test_parquet_of_all_answers_has_one_schema_and_loses_nothing(
     ids: list[Any], kept: list[Any], tmp_path: Path, pamphlet: Model
 ):
-    """Only some rows ask for log-probabilities; one is refused and written as JSON."""
+    """Rows are answered as an LLM answers them, some with log-probabilities; one is refused, and written as JSON."""
     for i, own in enumerate(ids):
-        rows = {"prompt": ["Once", "Upon"]} | ({"id": own} if own else {})
-        pq.write_table(pa.table(rows), tmp_path / f"{i}.parquet")
+        rows = {"prompt": ["Once", "Upon", "Once"], "max_tokens": [2, 2, -1], "logprobs": [None, 2, None]}
+        pq.write_table(pa.table(rows | ({"id": own} if own else {})), tmp_path / f"{i}.parquet")
     output = Output(f"{tmp_path}/*.parquet", str(tmp_path / "out"), {})
-    llm = LLM(pamphlet, kv="fp32", session_len=64)
-    params = [SamplingParams(max_tokens=2, logprobs=asked) for asked in (None, 2)]
-    answers = [answer(llm, one) for one in llm.generate(["Once", "Upon"], params)]
+    answering = AnswerShards(output, params=PARAMS, model=pamphlet, kv="fp32", session_len=64)
+    params = [SamplingParams(**PARAMS | {"max_tokens": 2, "logprobs": asked}) for asked in (None, 2)]
+    answers = [answer(answering.llm, one) for one in answering.llm.generate(["Once", "Upon"], params)]
     assert "logprobs" in answers[1].keys() - answers[0].keys()
     written: list[dict[str, Any]] = []
-    for shard, own in zip(output.shards, kept, strict=True):
-        read_ids = [id for id, _, _ in read(output.inputs, shard)]
-        good = [{"id": id, "file": "f", "line": 1, **one} for id, one in zip(read_ids, answers, strict=True)]
-        output.write(shard, good, [{"id": read_ids[0], "error": "no"}])
-        written += [{**row, "id": id, "logprobs": row.get("logprobs")} for row, id in zip(good, own, strict=True)]
-        refused = lines(tmp_path / "out" / f"errors-{shard.number:06}.jsonl")
-        assert refused == [{"id": own[0] if isinstance(own[0], int) else str(own[0]), "error": "no"}]
+    for shard, (*good, bad) in zip(output.shards, kept, strict=True):
+        done = answering.shard(shard)
+        assert (done["answered"], done["refused"], done["tokens"]) == (2, 1, 4)
+        for line, (id, one) in enumerate(zip(good, answers, strict=True), 1):
+            written.append({"id": id, "file": shard.file, "line": line, "logprobs": None, **one})
+        (refused,) = lines(tmp_path / "out" / f"errors-{shard.number:06}.jsonl")
+        assert "max_tokens" in refused.pop("error")
+        assert refused == {"id": bad if isinstance(bad, int) else str(bad), "file": shard.file, "line": 3}
     assert pq.read_table(sorted((tmp_path / "out").glob("part-*"))).to_pylist() == written
 
 
@@ -140,28 +144,27 @@ def test_an_address_without_a_cluster_is_one_error():
         pass
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_files_are_answered_in_order_and_gone_on_with(prompts: Path, tmp_path: Path, pamphlet: Model):
-    """Each answer is the one of an LLM here, bad rows are in files of their own, and what is done is not done again."""
-    output = Output(f"{prompts}/*.jsonl", str(tmp_path / "out"), {}, rows=6)
-    done = {"id": "done before", "file": output.shards[3].file, "line": 1}
-    output.write(output.shards[3], [done], [])
-    seen: list[dict[str, Any]] = []
-    answer_files(output, MODEL, PARAMS, False, Placement(2, 0.25, 0), seen.append)
-    assert output.left() == []
-    assert [sum(one[what] for one in seen) for what in ("answered", "refused")] == [17, 2]
-    found = [row for part in sorted((tmp_path / "out").glob("part-*")) for row in lines(part)]
-    assert [(row["file"], row["line"]) for row in found] == sorted((row["file"], row["line"]) for row in found)
-    bad = [row for part in sorted((tmp_path / "out").glob("errors-*")) for row in lines(part)]
-    assert [row["id"] for row in bad] == ["a.jsonl:7", "bad"]
-    assert "not JSON" in bad[0]["error"]
-    assert found.pop(12) == done
-    asked = [f"{i} Once upon a time" for i in range(12)] + [f"Once {i}" for i in range(6, 11)]
-    params = [SamplingParams(**PARAMS)] * 12 + [SamplingParams(**PARAMS | {"max_tokens": 2})] * 5
-    assert [row["text"] for row in found] == [
-        one.text for one in LLM(pamphlet, "fp32", **SIZES).generate(asked, params)
-    ]
+@pytest.mark.parametrize(
+    ("cpus", "count", "placed"),
+    [
+        ([2], None, (1, 2)),
+        ([4, 8], None, (2, 4)),
+        ([8], 3, (3, 2)),
+        ([2], 3, (3, 0.6666)),
+        ([1, 1], 3, (3, 0.5)),
+    ],
+)
+def test_models_side_by_side_share_all_cpus_and_each_has_a_place(
+    cpus: list[int], count: int | None, placed: tuple[int, float], monkeypatch: pytest.MonkeyPatch
+):
+    """Ray has whole CPUs or a part of one, and a model is on one machine. With GPUs it is one or more of these."""
+    nodes = [{"Alive": True, "Resources": {"CPU": own}} for own in cpus]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert placement(count) == Placement(*placed, 0)
+    nodes.append({"Alive": True, "Resources": {"CPU": 8, "GPU": 4}})
+    assert placement(None, each=2) == Placement(2, 0, 2)
+    with pytest.raises(OctavoError, match="3 models of 2 GPUs each: the Ray cluster has 4; lower --replicas"):
+        placement(3, each=2)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +193,7 @@ def test_parts_of_a_calibration_and_of_a_comparison_come_to_one_run(
             for name in own[side]:
                 assert np.array_equal(own[side][name].numpy(), other[side][name].numpy()), (side, name)
     candidates = [Candidate("fp32", KVFormat.parse("fp32")), Candidate("int8", KVFormat.parse("int8"), here)]
-    one = compare(pamphlet, candidates[0], candidates[1:], windows)
+    one = compare(pamphlet, candidates, windows)
     parts = scores(comparing(LOADING, None, candidates, workers, lambda *how: told.append(how))(windows))
     assert repr(one) == repr(parts)
     assert torch.tensor(one[1].kl).item() > 0
@@ -211,13 +214,9 @@ def test_a_task_asked_by_workers_comes_to_one_run(workers: Workers, pamphlet: Mo
 
 
 @pytest.mark.slow
-def test_a_dataset_is_answered_and_the_command_takes_parquet(
-    cluster: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-):
-    """`Generate` in map_batches keeps columns and says of a row why it has no answer; `octavo generate --ray` writes
-    Parquet for Parquet, tells what each replica did, and ends with status 1 if rows could not be served."""
-    import ray.data
-
+@pytest.mark.usefixtures("cluster")
+def test_rows_of_a_dataset_are_answered():
+    """`Generate` in map_batches keeps columns, and says of a row why it has no answer."""
     rows = [{"id": i, "prompt": f"{i} Once upon a time", "max_tokens": 3} for i in range(5)]
     rows += [{"id": 5, "prompt": "Once", "max_tokens": -1}]
     dataset = ray.data.from_items(rows).map_batches(
@@ -230,15 +229,37 @@ def test_a_dataset_is_answered_and_the_command_takes_parquet(
     found = sorted(dataset.take_all(), key=lambda row: row["id"])
     assert [bool(row["error"]) for row in found] == [False] * 5 + [True]
     assert all(row["completion_tokens"] == 3 and row["text"] for row in found[:5])
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+
+
+@pytest.mark.slow
+def test_the_command_answers_files_in_order_and_goes_on(
+    cluster: str, prompts: Path, tmp_path: Path, pamphlet: Model, capfd: pytest.CaptureFixture[str]
+):
+    """`octavo generate --ray`: each answer is the one of an LLM here, bad rows are in files of their own and end it
+    with status 1, it tells what replicas did, and what is done is not done again."""
+    pattern, out, sizes = f"{prompts}/*.jsonl", tmp_path / "out", ("--session-len", 512, "--max-batch-size", 4)
+    (prompts / "c.jsonl").write_text('{"prompt": "answered before"}')
+    options = ServeOptions(dtype="fp32", kv="fp32", session_len=512, max_batch_size=4)
+    output = Output(pattern, str(out), shaping_of(options, False, None) | PARAMS)
+    done = {"id": "done before", "file": output.shards[2].file, "line": 1}
+    output.write(output.shards[2], [done], [])
+    command = ["generate", "--ray", cluster, "--replicas", 2, "--dtype", "fp32", "--kv", "fp32", *sizes]
+    command += ["--input", pattern, "--output", out, "--temperature", 0, "--max-tokens", 4]
     ray.shutdown()  # the command is a client of its own
-    command = ["generate", "--ray", cluster, "--replicas", "1", "--dtype", "fp32", "--kv", "fp32"]
-    command += ["--input", str(tmp_path / "*.parquet"), "--output", str(tmp_path / "out"), "--temperature", "0"]
-    status = status_of(*command)
+    assert status_of(*command) == 1
     ray.init(cluster, log_to_driver=False)
-    assert status == 1
-    table = pq.read_table(tmp_path / "out" / "part-000000.parquet").to_pylist()
-    assert [(row["id"], row["text"]) for row in table] == [(row["id"], row["text"]) for row in found[:5]]
+    assert status_of(*command) == 0
     said = capfd.readouterr().err
     assert "replica " in said
     assert "errors-*.jsonl" in said
+    assert "27 rows are answered" in said
+    found = [row for part in sorted(out.glob("part-*")) for row in lines(part)]
+    assert found.pop() == done
+    assert [(row["file"], row["line"]) for row in found] == sorted((row["file"], row["line"]) for row in found)
+    bad = [row for part in sorted(out.glob("errors-*")) for row in lines(part)]
+    assert [row["id"] for row in bad] == ["a.jsonl:7", "bad"]
+    assert "not JSON" in bad[0]["error"]
+    asked = [f"{i} Once upon a time" for i in range(12)] + [f"Once {i}" for i in range(11)]
+    params = [SamplingParams(**PARAMS)] * 12 + [SamplingParams(**PARAMS | {"max_tokens": 2})] * 11
+    right = LLM(pamphlet, "fp32", **SIZES).generate(asked, params)
+    assert [row["text"] for row in found] == [one.text for one in right]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -9,6 +12,8 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
+from octavo.serve import page
+from octavo.serve.app import create_app
 from octavo.serve.openapi import document
 from tests.serve.conftest import Running
 
@@ -22,6 +27,19 @@ LIMITS = {
     "/v1/responses": "max_output_tokens",
 }
 OPERATIONS = [result.ok() for result in API.get_all_operations()]
+
+
+def test_every_route_is_described_with_its_methods_and_no_other_is() -> None:
+    """Routes and their descriptions stand in two places: none can be forgotten in one of them."""
+    service: Any = None  # no request is answered
+    own = {route.path for route in page.routes()} | {"/openapi.json"}
+    served = {
+        re.sub("{.*}", "{}", route.path): {method.lower() for method in route.methods} - {"head"}  # type: ignore[attr-defined]
+        for route in create_app(service).routes
+        if route.path not in own  # type: ignore[attr-defined]
+    }
+    served["/ping"].remove("post")  # for SageMaker alone, the same
+    assert served == {re.sub("{.*}", "{}", path): set(methods) for path, methods in document()["paths"].items()}
 
 
 @pytest.mark.parametrize("mode", GenerationMode, ids=lambda mode: mode.value)

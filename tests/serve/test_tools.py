@@ -12,7 +12,7 @@ import pytest
 
 from octavo import LLM, OctavoError
 from octavo.models.model import Model
-from octavo.serve.calls import CallDelta, FreeReader, plain
+from octavo.serve.calls import PLAIN, CallDelta, FreeReader
 from octavo.serve.output.bodies import dumps
 from octavo.serve.prompts import Functions
 from octavo.text import encode_chat, takes_tools
@@ -133,7 +133,7 @@ def test_parameters_that_cannot_be_followed_are_the_tools_fault(server: Running)
 
 
 def test_half_a_surrogate_pair_in_a_call_ends_no_reply():
-    reader = FreeReader(plain.SYNTAX, ["weather"])
+    reader = FreeReader(PLAIN, ["weather"])
     [call] = reader.push('{"name": "weather", "arguments": {"city": "\\ud83d"}}')
     assert isinstance(call, CallDelta)
     assert json.loads(json.loads(dumps(call.arguments))) == {"city": "?"}

@@ -1,7 +1,5 @@
 """The tables that verbs print: each file renders one verb's from the value that its --json prints."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The tables of `octavo accuracy`, each from its part of the document that --json prints."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

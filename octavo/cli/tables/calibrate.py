@@ -1,12 +1,11 @@
 """The table of `octavo calibrate`."""
 
-from __future__ import annotations
-
 from rich.table import Table
 
+from octavo.cache.plan import SIDES
 from octavo.cli.tables import table
 from octavo.quant.calibration import Calibration
-from octavo.scales.ranges import SIDES, Layers
+from octavo.scales.ranges import Layers
 
 
 def range_table(calibration: Calibration) -> Table:

@@ -1,7 +1,5 @@
 """What `octavo doctor` prints."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text

@@ -1,7 +1,5 @@
 """The table of `octavo plan --fleet`, and what it assumes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -33,8 +31,10 @@ def assumptions(wanted: Wanted, gpu: Gpu) -> list[str]:
     return [
         "Assumed, not measured:",
         f"- A GPU has {format_bytes(gpu.memory)}, of which {gpu.kept:.0%} are held back for the runtime.",
-        f"- It reads {gpu.bandwidth / 1e12:.2f} TB/s, of which a decode step reaches {gpu.streamed:.0%}; prompts reach "
-        f"{gpu.computed:.0%} of {gpu.operations / 1e12:.0f} TFLOP/s.",
+        f"- It reads {gpu.bandwidth / 1e12:.2f} TB/s, of which a decode step reaches {gpu.streamed:.0%}, and computes "
+        f"{gpu.operations / 1e12:.0f} TFLOP/s, of which products reach {gpu.computed:.0%}; one after the other.",
+        "- Weights are divided evenly, and all are read and computed with in each step, experts too. Attention's own "
+        "operations cost nothing.",
         f"- A step costs {1000 * gpu.overhead:.1f} ms on the host, and four times a layer {1e6 * gpu.gather:.0f} µs "
         "to gather rows where a replica has several GPUs.",
         f"- For each generated token {wanted.prompt:g} prompt tokens are computed; prefix hits cost nothing.",

@@ -1,7 +1,5 @@
 """The tables of `octavo memory` and `octavo plan`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.console import Console

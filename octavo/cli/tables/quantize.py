@@ -1,7 +1,5 @@
 """What `octavo quantize` prints."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

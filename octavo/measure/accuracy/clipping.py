@@ -1,7 +1,5 @@
 """How many values of K and V would leave the calibrated range, by layer and headroom: one pass for all headrooms."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -26,7 +24,7 @@ def saturation(
     layers = range(len(bound.layers))
 
     def static(layer: int, side: str, headroom: float) -> Static:
-        return calibration.static(layer, side, int8, headroom=headroom).to(bound.layers[layer].shape.device)
+        return calibration.choosing(headroom=headroom).static(layer, side, int8).to(bound.layers[layer].shape.device)
 
     statics = {headroom: [[static(i, side, headroom) for side in "kv"] for i in layers] for headroom in headrooms}
     clipped = {headroom: [[0, 0] for _ in layers] for headroom in headrooms}

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,21 +64,23 @@ class Score:
     saturated: float  # share of K and V values outside the codec's range
     cache_alone: Change  # from the first candidate with the same weights: the baseline, unless weights differ
     kl_by_bin: list[Bin] = field(repr=False)
-    kl_by_position: list[float] = field(repr=False)  # mean over windows, [length − 1]
+
+    def document(self, *without: str) -> dict[str, Any]:
+        """Its fields, ready for JSON, `without` some."""
+        return {name: value for name, value in asdict(self).items() if name not in without}
 
 
 def compare(
     model: Model,
-    baseline: Candidate,
     candidates: Sequence[Candidate],
     windows: Sequence[Sequence[int]],
     progress: Count = silent,
     enough: Callable[[int], bool] = lambda _: False,
 ) -> list[Score]:
-    """Scores of the baseline and of each candidate, in that order, over `windows` of token ids of one length.
+    """Scores of the candidates, the first of which is the baseline, over `windows` of token ids of one length.
     `progress` is called with the number of tokens read, in all formats, and of all that will be; after each window
     `enough` is asked, with the number of windows read, whether to stop there."""
-    return scores(measured(model, (baseline, *candidates), windows, progress, enough))
+    return scores(measured(model, candidates, windows, progress, enough))
 
 
 @dataclass
@@ -110,7 +113,7 @@ def measured(
     progress: Count = silent,
     enough: Callable[[int], bool] = lambda _: False,
 ) -> list[Measured]:
-    """As `compare`, before it is summed up; the first candidate is the baseline."""
+    """As `compare`, before it is summed up."""
     runs = [_Run(model, candidate) for candidate in candidates]
     firsts = [next(run for run in runs if run.bound is own.bound) for own in runs]  # with the same weights
     done, total = 0, len(runs) * sum(len(window) - 1 for window in windows)
@@ -142,14 +145,7 @@ class _Run:
 
     def __init__(self, model: Model, candidate: Candidate):
         self.bound, self.candidate = (candidate.model or model).bound, candidate
-        self.reading = Reading(
-            self.bound,
-            candidate.format,
-            candidate.calibration,
-            candidate.granularity,
-            candidate.headroom,
-            candidate.simulate,
-        )
+        self.reading = Reading(self.bound, candidate.format, candidate.calibration, candidate.simulate)
         self.loss: list[list[Tensor]] = []  # by window, by chunk: [rows]
         self.kl: list[list[Tensor]] = []
         self.kl_alone: list[list[Tensor]] = []  # from the first with the same weights
@@ -202,7 +198,6 @@ def _score(own: Measured, baseline: Measured, first: Measured) -> Score:
             Bin(start + 1, start + 1 + part.shape[1], part.mean().item(), _standard_error(part))
             for start, part in _bins(own.kl)
         ],
-        kl_by_position=own.kl.mean(0).tolist(),
     )
 
 

@@ -4,8 +4,6 @@ Every format continues the same prompts, in steps of the same composition. Once 
 different texts; how far they agree says more to a reader than a divergence in nats.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import quantiles
@@ -32,16 +30,16 @@ class Agreement:
 
 def compare_answers(
     model: Model,
-    baseline: Candidate,
     candidates: Sequence[Candidate],
     prompts: Sequence[Tokens],
     tokens: int,
     progress: Progress = silent,
 ) -> list[Agreement]:
-    """How far the greedy answers to `prompts`, `tokens` tokens each whatever they are, agree with the baseline's."""
+    """How far the greedy answers to `prompts`, `tokens` tokens each whatever they are, agree with the baseline's, which
+    is the first candidate."""
     each = len(prompts) * tokens
     answers: dict[str, list[list[int]]] = {}
-    for before, candidate in enumerate((baseline, *candidates)):
+    for before, candidate in enumerate(candidates):
         llm = candidate.llm(
             model,
             session_len=max(map(len, prompts)) + tokens,
@@ -57,11 +55,10 @@ def compare_answers(
                     raise OctavoError(delta.completion.error)
                 completed[delta.index] = delta.completion.token_ids
                 written[delta.index] = tokens
-            progress(candidate.name, before * each + sum(written), (1 + len(candidates)) * each)
+            progress(candidate.name, before * each + sum(written), len(candidates) * each)
         answers[candidate.name] = [completed[i] for i in range(len(prompts))]
-    return [
-        agreement(candidate.name, answers[candidate.name], answers[baseline.name], tokens) for candidate in candidates
-    ]
+    first, *others = (candidate.name for candidate in candidates)
+    return [agreement(name, answers[name], answers[first], tokens) for name in others]
 
 
 def agreement(name: str, answers: Sequence[Tokens], baseline: Sequence[Tokens], length: int) -> Agreement:

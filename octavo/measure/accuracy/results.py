@@ -1,9 +1,8 @@
 """What `octavo accuracy` finds, as the parts of its JSON document."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from octavo.cache.size import CacheSize
@@ -15,6 +14,7 @@ from octavo.measure.candidate import Candidate
 from octavo.measure.machine import describe
 from octavo.models.model import Model
 from octavo.progress import Progress
+from octavo.quant.format import dtype_name
 
 
 def about(model: Model, candidates: Sequence[Candidate]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def about(model: Model, candidates: Sequence[Candidate]) -> dict[str, Any]:
         "command": "accuracy",
         "model": model.name,
         "fingerprint": model.fingerprint,
-        "dtype": str(model.bound.dtype)[6:],
+        "dtype": dtype_name(model.bound.dtype),
         "machine": describe(model.bound.device),
         "baseline": candidates[0].name,
         "theory": [
@@ -47,23 +47,19 @@ def measure_text(
 ) -> dict[str, Any]:
     """Every format over `windows` of the text `name`, until they are `enough`, and its greedy `answers` to the
     beginnings of as many windows. `measure` reads the windows elsewhere."""
-    baseline, *others = candidates
     title = f"reading {name}"
     progress(title, 0, 0)
     if measure is None:
-        read = measured(model, candidates, windows, lambda done, total: progress(title, done, total), enough)
+        read = measured(model, candidates, windows, partial(progress, title), enough)
     else:
         read = measure(windows)
     found_scores = scores(read)
-    rows = [asdict(score) for score in found_scores]
-    for row in rows:
-        del row["kl_by_position"], row["cache_alone"]
     found: dict[str, Any] = {
         "how": "measured",
         "name": name,
         "windows": found_scores[0].tokens // (len(windows[0]) - 1),
         "window": len(windows[0]),
-        "scores": rows,
+        "scores": [score.document("cache_alone") for score in found_scores],  # which kv_loss has
         "kv_loss": _kv_loss(model, candidates, found_scores),
     }
     if not answers.count:
@@ -71,8 +67,7 @@ def measure_text(
     prompts = [window[: prompt_length(len(window))] for window in windows[: answers.count]]
     agreements = compare_answers(
         model,
-        baseline,
-        others,
+        candidates,
         prompts,
         answers.length,
         lambda _, done, total: progress("writing answers", done, total),

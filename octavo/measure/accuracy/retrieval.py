@@ -6,8 +6,6 @@ tokens, so the context is read once for each format. Right is a value whose ever
 log-probability tells earlier than that what is lost.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,18 +84,17 @@ def make_context(tokenizer: Any, length: int, questions: int = QUESTIONS) -> Con
 
 def retrieve(
     model: Model,
-    baseline: Candidate,
     candidates: Sequence[Candidate],
     asked: Context,
     length: int,
     progress: Progress = silent,
 ) -> list[Retrieval]:
-    """How well the baseline and each candidate look up values in a context of at most `length` tokens."""
+    """How well each candidate, the first of which is the baseline, looks up values in a context of at most `length`
+    tokens."""
     requests, depths = asked.questions, asked.depths
-    everyone, first = (baseline, *candidates), None
-    found = []
-    for i, candidate in enumerate(everyone):
-        title, total = f"looking up values in {length:,} tokens", len(everyone) * len(requests)
+    first, found = None, []
+    for i, candidate in enumerate(candidates):
+        title, total = f"looking up values in {length:,} tokens", len(candidates) * len(requests)
 
         def tell(done: int, before: int = i * len(requests), title: str = title, total: int = total) -> None:
             progress(title, before + done, total)

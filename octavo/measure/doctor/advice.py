@@ -1,7 +1,5 @@
 """From what the doctor measured to what it advises: plain words, with the numbers behind them."""
 
-from __future__ import annotations
-
 from octavo.measure.doctor.diagnosis import Diagnosis, Finding
 from octavo.measure.doctor.inspection import Anatomy
 from octavo.measure.doctor.selfcheck import SelfCheck

@@ -75,7 +75,8 @@ class Diagnosis:
         """Ready for JSON, without what is only good for a curve."""
         found = asdict(self) | {"healthy": self.healthy}
         del found["sizes"]  # each stands with its format
-        for fields, score in zip(found["formats"], self.formats, strict=True):
-            del fields["kl_by_position"], fields["kl_by_bin"], fields["cache_alone"]
-            fields["grade"], fields["size"] = self.grade(score), self.sizes[score.name]
+        found["formats"] = [
+            score.document("kl_by_bin", "cache_alone") | {"grade": self.grade(score), "size": self.sizes[score.name]}
+            for score in self.formats
+        ]
         return found

@@ -4,8 +4,6 @@ Of keys it looks for a constant offset on a few channels, as Qwen2's key biases 
 wider than the others: both take the steps of a scale that the other channels would need.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from octavo.models.bind import UNLIMITED, BoundModel
 from octavo.models.hook import NAME
 from octavo.models.packed import parameters
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import KVFormat
+from octavo.quant.format import KVFormat, dtype_name
 
 OFFSET = (
     20  # a channel whose mean is that many times its head's median spread; trained models without biases stay at 10
@@ -95,7 +93,7 @@ def examine(bound: BoundModel) -> Anatomy:
     return Anatomy(
         architecture=config.model_type,
         parameters=parameters(bound.hf),
-        dtype=str(bound.dtype)[6:],
+        dtype=dtype_name(bound.dtype),
         layers=len(bound.layers),
         groups=_groups(bound.layers),
         context=None if bound.max_context == UNLIMITED else bound.max_context,

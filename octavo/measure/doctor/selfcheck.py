@@ -5,8 +5,6 @@ Each is also run alone, and through the model's own attention without any cache.
 a mask, a position or a state that leaks from one sequence to another makes large ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from octavo.engine.reading import Reading
 from octavo.models.bind import BoundModel, unbound
+from octavo.quant.format import dtype_name
 
 LENGTHS = (75, 22)  # one crosses the end of a block, one does not
 DECODED = 6  # of them one by one
@@ -46,7 +45,7 @@ def self_check(bound: BoundModel) -> SelfCheck:
     alone = torch.cat([_logits(bound, [text])[0] for text in texts])
     with unbound(bound, "eager") as hf, torch.inference_mode():
         own = [hf(input_ids=part[None].to(bound.device), use_cache=False).logits[0].float().cpu() for part in ids]
-    return SelfCheck(_errors(packed, alone), _errors(packed, torch.cat(own)), TOLERANCE[str(bound.dtype)[6:]])
+    return SelfCheck(_errors(packed, alone), _errors(packed, torch.cat(own)), TOLERANCE[dtype_name(bound.dtype)])
 
 
 def _logits(bound: BoundModel, texts: Sequence[list[int]]) -> list[Tensor]:

@@ -9,8 +9,6 @@ head, experts, layers that the groups do not divide. Activations, allocator and 
 ever measured (points.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 from octavo.cache.size import CacheSize
 from octavo.errors import OctavoError
 from octavo.models.geometry import Geometry
-from octavo.quant.format import RAW_NAMES, Format, KVFormat, by_layer
+from octavo.quant.format import Format, KVFormat, by_layer
 
 INT4 = "int4"
 
@@ -58,11 +56,6 @@ class Cost:
                 "state_bytes": self.states}  # fmt: skip
 
 
-def baseline(geometry: Geometry) -> KVFormat:
-    """The raw format of the model's own type."""
-    return KVFormat.parse(RAW_NAMES[str(geometry.dtype).removeprefix("torch.")])
-
-
 def int4_bits(group: int) -> float:
     """Of one weight in memory, its share of a group's scale and zero included."""
     return 4 + 16 / group + 8 / group
@@ -72,7 +65,7 @@ def weight_kinds(geometry: Geometry) -> dict[str, int]:
     """Bytes of all weights by their kind: in the model's own type, and with linear layers in 4 bits if it has any."""
     size = geometry.dtype.itemsize
     plain = geometry.weights - geometry.packed_bytes + size * geometry.packed
-    kinds = {str(baseline(geometry)): plain}
+    kinds = {str(KVFormat.raw(geometry.dtype)): plain}
     if geometry.linear:
         four = plain - size * geometry.linear + round(geometry.linear * int4_bits(geometry.group) / 8)
         kinds[INT4] = geometry.weights if geometry.packed else four
@@ -81,7 +74,7 @@ def weight_kinds(geometry: Geometry) -> dict[str, int]:
 
 def own_kind(geometry: Geometry) -> str:
     """The kind of the weights that the model has."""
-    return INT4 if geometry.packed else str(baseline(geometry))
+    return INT4 if geometry.packed else str(KVFormat.raw(geometry.dtype))
 
 
 def costs(

@@ -4,8 +4,6 @@ The model fills the sessions in chunks, as serving does. What it has not filled 
 rows, encoded and put into every slot that is left: the same bytes, touched in the same way.
 """
 
-from __future__ import annotations
-
 import time
 from functools import cache
 

@@ -5,13 +5,11 @@ and a session that is open keeps its rows there whether it is answered at the mo
 takes as long as its bytes and operations need one after the other:
 
     seconds = overhead + (weights + b · session) / ranks / bandwidth + 4 · layers · gather
-              + b · prompt · 2 · parameters / ranks / operations
+              + b · (1 + prompt) · 2 · parameters / ranks / operations
 
 where `prompt` is how many prompt tokens are computed for each token that is generated. With fewer KV heads than ranks a
-session's rows are on several of them.
+session's rows are on several of them. Operations of attention are left out; all experts are counted.
 """
-
-from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -23,7 +21,7 @@ from octavo.measure.memory.costs import Cost, costs, weight_kinds
 from octavo.models.geometry import Geometry
 from octavo.quant.format import Format
 
-RANKS = (1, 2, 4, 8)  # GPUs of a replica that are tried: those of one machine
+RANKS = (1, 2, 4, 8)  # GPUs of a replica that are tried, where the model can be divided so: those of one machine
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Gpu:
     bandwidth: float = 3.35e12  # bytes a second
     streamed: float = 0.7  # share of it that a decode step reaches
     operations: float = 989e12  # a second
-    computed: float = 0.5  # share of them that long prompts reach
+    computed: float = 0.5  # share of them that products reach
     gather: float = 10e-6  # seconds, between the GPUs of one machine
     overhead: float = 1e-3  # seconds of a step on the host
 
@@ -74,21 +72,20 @@ class Fleet:
 def fleets(geometry: Geometry, formats: Sequence[Format], wanted: Wanted, gpu: Gpu | None = None) -> list[Fleet]:
     """For each kind of weights, each format that can be served so. Raises OctavoError where none can be."""
     gpu = gpu or Gpu()
-    kinds = list(weight_kinds(geometry))
-    every = [
-        _smallest(geometry, cost, wanted, gpu) for cost in costs(geometry, formats, wanted.context, gpu.memory, kinds)
-    ]
-    found = [fleet for fleet in every if fleet is not None]
+    kinds, tried = list(weight_kinds(geometry)), [ranks for ranks in RANKS if ranks in geometry.ranks]
+    every = costs(geometry, formats, wanted.context, gpu.memory, kinds)
+    found = [fleet for cost in every if (fleet := _smallest(geometry, cost, wanted, gpu, tried)) is not None]
     if not found:
         raise OctavoError(
-            f"no replica of up to {RANKS[-1]} such GPUs holds the model with one session of {wanted.context:,} tokens "
-            "and answers it that fast: lower --context or --tokens-per-second, or name GPUs with more --memory"
+            f"no replica of {' or '.join(map(str, tried))} such GPUs holds the model with one session of "
+            f"{wanted.context:,} tokens and answers it that fast: lower --context or --tokens-per-second, or name GPUs "
+            "with more --memory"
         )
     return found
 
 
-def _smallest(geometry: Geometry, cost: Cost, wanted: Wanted, gpu: Gpu) -> Fleet | None:
-    options = [_of(geometry, cost, wanted, gpu, ranks) for ranks in RANKS]
+def _smallest(geometry: Geometry, cost: Cost, wanted: Wanted, gpu: Gpu, tried: Sequence[int]) -> Fleet | None:
+    options = [_of(geometry, cost, wanted, gpu, ranks) for ranks in tried]
     return min(
         (fleet for fleet in options if fleet is not None), key=lambda fleet: (fleet.gpus, fleet.ranks), default=None
     )
@@ -96,8 +93,6 @@ def _smallest(geometry: Geometry, cost: Cost, wanted: Wanted, gpu: Gpu) -> Fleet
 
 def _of(geometry: Geometry, cost: Cost, wanted: Wanted, gpu: Gpu, ranks: int) -> Fleet | None:
     kv_heads = min((shape.kv_heads for shape in geometry.shapes if shape.shares is None), default=1)
-    if kv_heads % ranks and ranks % kv_heads:
-        return None
     copies = max(1, ranks // kv_heads)  # of each session's rows
     session, spare = copies * cost.session, copies * cost.spare
     room = int(ranks * gpu.memory * (1 - gpu.kept)) - cost.weight_bytes - spare
@@ -107,13 +102,12 @@ def _of(geometry: Geometry, cost: Cost, wanted: Wanted, gpu: Gpu, ranks: int) ->
 
     def seconds(running: int) -> float:
         read = (cost.weight_bytes + running * session) / ranks / (gpu.bandwidth * gpu.streamed)
-        prompts = running * wanted.prompt * 2 * geometry.parameters / ranks / (gpu.operations * gpu.computed)
+        products = running * (1 + wanted.prompt) * 2 * geometry.parameters / ranks / (gpu.operations * gpu.computed)
         meeting = 4 * len(geometry.shapes) * gpu.gather if ranks > 1 else 0.0
-        return gpu.overhead + read + meeting + prompts
+        return gpu.overhead + read + meeting + products
 
-    def rate(replicas: int) -> float:
-        each = min(holds, ceil(wanted.sessions / replicas))
-        return min(replicas * each, wanted.sessions) / seconds(each)
+    def rate(replicas: int) -> float:  # were all answered at once
+        return wanted.sessions / seconds(ceil(wanted.sessions / replicas))
 
     fewest = ceil(wanted.sessions / holds)
     more = range(fewest, wanted.sessions + 1)
@@ -121,7 +115,7 @@ def _of(geometry: Geometry, cost: Cost, wanted: Wanted, gpu: Gpu, ranks: int) ->
     if at == len(more):
         return None
     replicas = more[at]
-    each = min(holds, ceil(wanted.sessions / replicas))
+    each = ceil(wanted.sessions / replicas)
     share = wanted.tokens_per_second / replicas
     running = 1 + bisect_left(range(1, each), share, key=lambda running: running / seconds(running))
     return Fleet(

@@ -5,8 +5,6 @@
 A point that this machine is too small for is computed (costs.py), without a rest, and says why.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal

@@ -5,8 +5,6 @@ It runs in a process of its own, so that what one point leaves behind does not p
     load the weights → warm up → [forget the peak] → make the cache, fill it → one decode step of all sessions → look
 """
 
-from __future__ import annotations
-
 import signal
 import warnings
 from contextlib import suppress

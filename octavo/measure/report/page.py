@@ -4,11 +4,8 @@ The templates in data/report say in words what survey.py measures. A directory t
 beside itself (report.html), the same as Markdown with its plots as files, and the numbers as JSON.
 """
 
-from __future__ import annotations
-
 import math
 import re
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,43 +16,12 @@ from markupsafe import Markup, escape
 from octavo.errors import require_writable
 from octavo.measure import machine
 from octavo.measure.as_json import dumps
-from octavo.measure.budget import NO_LIMIT, Budget
 from octavo.measure.report import plots, svg
-from octavo.measure.report.survey import Survey, gather
-from octavo.models.model import Model
-from octavo.progress import Share, silent
-from octavo.quant.calibration import Calibration
+from octavo.measure.report.survey import Survey
 from octavo.units import format_bytes
 
 RETRIEVAL = "Values found, by where in the context they stand"
 NBSP, MINUS = "\u00a0", "\u2212"
-
-
-def write_report(
-    model: Model,
-    directory: Path,
-    *,
-    calibration: Path | Calibration | None = None,
-    text: str | None = None,
-    memory: int | None = None,
-    baseline: Model | None = None,
-    progress: Share = silent,
-    budget: Budget = NO_LIMIT,
-    say: Callable[[str], None] = silent,
-) -> Survey:
-    """Measure `model` and write report.html, report.md with its plots, and report.json into `directory`.
-
-    `calibration` is taken where there is one, here or beside the model, else made from the first part of `text`: a
-    file, a named set, or a bundled English text if None. Sessions are counted in `memory` bytes, by default the
-    machine's. `baseline` is the same model with 16-bit weights, of a `model` with 4-bit ones: the four corners are then
-    measured; it takes its own calibration, or one made like that of `model`. `say` is told what fits the `budget` and
-    is measured. Raises OctavoError, before the work, where
-    nothing can be written, matplotlib is missing, or the two are no such pair.
-    """
-    require_directory(directory)
-    found = gather(model, calibration, text, memory, baseline, progress, budget, say)
-    render(found, directory)
-    return found
 
 
 def require_directory(directory: Path) -> None:
@@ -65,7 +31,7 @@ def require_directory(directory: Path) -> None:
 
 
 def render(found: Survey, directory: Path) -> None:
-    """Write the page, the Markdown file with its plots, and the numbers."""
+    """Write report.html, report.md with its plots, and report.json into a directory that can be written."""
     figures = draw(found)
     drawn = {name: svg.drawn(figure, name) for name, (figure, _) in figures.items()}
     for name, text in drawn.items():

@@ -1,7 +1,5 @@
 """How much a report measures in the time there is: each part has a share, and takes the largest size that fits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Everything about a model's cache in one go: what a report shows, measured by the functions of the other verbs."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,15 +19,15 @@ from octavo.measure.doctor.diagnose import diagnose
 from octavo.measure.doctor.diagnosis import Diagnosis
 from octavo.measure.memory.costs import INT4, Cost, costs, weight_kinds
 from octavo.measure.pace import Pace
-from octavo.measure.report.combinations import Corner, measure_corners
-from octavo.measure.report.sizes import COMPARED, DOCTOR, ROUNDS, TOKENS, choose
+from octavo.measure.report.combinations import Corner, measure_corners, timed
+from octavo.measure.report.sizes import COMPARED, DOCTOR, choose
 from octavo.measure.speed.roofline import Ceiling, bandwidth
-from octavo.measure.speed.throughput import Speed, measure_all
+from octavo.measure.speed.throughput import Speed
 from octavo.models.geometry import Geometry
 from octavo.models.model import Model
-from octavo.progress import Share, silent
+from octavo.progress import Share, silent, within
 from octavo.quant.calibration import Calibration
-from octavo.quant.format import ADVISED, KVFormat
+from octavo.quant.format import ADVISED, KVFormat, dtype_name
 from octavo.text_windows import consecutive_windows, token_windows
 
 TIMED = ("kv8", "kv4")
@@ -82,10 +80,9 @@ class Survey:
     def document(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
         found = {name: value for name, value in vars(self).items() if name not in ("calibration", "diagnosis")}
-        parts = ("scores", "long", "retrieval", "theory", "speed")
-        plain = {name: [asdict(row) for row in found[name]] for name in parts}
-        for score in plain["scores"] + plain["long"]:
-            del score["kl_by_position"], score["cache_alone"]  # kl_by_bin is the same, and short; the weights are
+        plain = {name: [asdict(row) for row in found[name]] for name in ("retrieval", "theory", "speed")}
+        for name in ("scores", "long"):
+            plain[name] = [score.document("cache_alone") for score in found[name]]  # the weights are the same
         plain["costs"] = [cost.document() for cost in self.costs]
         plain["corners"] = [corner.document() for corner in self.corners]
         about = {"calibration": asdict(self.calibration.header), "diagnosis": self.diagnosis.document()}
@@ -94,15 +91,22 @@ class Survey:
 
 def gather(
     model: Model,
-    given: Path | Calibration | None,
-    text: str | None,
-    memory: int | None,
-    sixteen: Model | None,
-    tell: Share,
+    given: Path | Calibration | None = None,
+    text: str | None = None,
+    memory: int | None = None,
+    sixteen: Model | None = None,
+    tell: Share = silent,
     budget: Budget = NO_LIMIT,
     say: Callable[[str], None] = silent,
 ) -> Survey:
-    """Measure `model`, and with `sixteen` the corners; the rest is as in `octavo.measure.report.page.write_report`."""
+    """Measure `model`.
+
+    Its calibration is the `given` one, that beside the model, or one made from the first part of `text`: a file, a
+    named set, or a bundled English text if None. Sessions are counted in `memory` bytes, by default the
+    machine's. With `sixteen`, the same model with 16-bit weights where `model` has 4-bit ones, the four corners are
+    measured; it takes its own calibration, or one made like that of `model`. `say` is told what fits the `budget` and
+    is measured. Raises OctavoError, before the work, where the two are no such pair.
+    """
     if sixteen is not None:
         check_pair(sixteen, model)
     start, bound, models = time.perf_counter(), model.bound, [model] if sixteen is None else [model, sixteen]
@@ -126,27 +130,16 @@ def gather(
     calibration, size = calibrations[0], sizes.compared.size
     candidates = [Candidate(str(f), f, model.calibration(calibration, f)) for f in formats]
     windows = consecutive_windows([rest], model.tokenizer, size.length, size.count)
-
-    def comparing(done: int, total: int) -> None:
-        progress("comparing formats", 0.25 + 0.1 * done / total)
-
-    scores = compare(model, candidates[0], candidates[1:], windows, comparing)
+    scores = compare(model, candidates, windows, within(progress, "comparing formats", 0.25, 0.1))
     long, looked_up = _long(model, candidates, rest, sizes.long.size.length, progress)
     clipped = saturation(bound, calibration, windows, list(dict.fromkeys((1.0, calibration.header.headroom))))
 
     progress("measuring bandwidth", 0.5)
     rate = bandwidth(bound.device)
-    theory, speed = measure_all(
-        model,
-        [candidate for candidate in candidates if candidate.name in (str(raw), *TIMED)],
-        sizes.batch_sizes,
-        sizes.context,
-        rate,
-        tokens=TOKENS,
-        rounds=ROUNDS,
-        progress=lambda share: progress("timing", 0.5 + 0.5 * share),
-    )
-    geometry = Geometry.trace(model.path, str(bound.dtype)[6:])
+    some = [candidate for candidate in candidates if candidate.name in (str(raw), *TIMED)]
+    tell_time = within(progress, "timing", 0.5, 0.5)
+    theory, speed = timed(model, some, sizes.batch_sizes, sizes.context, rate, tell_time)
+    geometry = Geometry.trace(model.path, dtype_name(bound.dtype))
     memory, context = memory or device_of(bound.device).memory(), min(bound.max_context, 1 << 17)
     computed = costs(geometry, formats[:2], context, memory, list(weight_kinds(geometry)))
     corners = [Corner(cost) for cost in computed]
@@ -158,9 +151,7 @@ def gather(
             windows,
             sizes.context,
             rate,
-            tokens=TOKENS,
-            rounds=ROUNDS,
-            progress=lambda what, share: tell(what, without_corners + (1 - without_corners) * share),
+            lambda what, share: tell(what, without_corners + (1 - without_corners) * share),
         )
     return Survey(
         model=model.name,
@@ -209,9 +200,9 @@ def _long(
     """The formats on one window of `length` tokens, or of all there are, and looking up values in a list that is as
     long."""
     progress("reading a long context", 0.35)
-    text, (first, *others) = text[: CHARS * length], candidates
+    text = text[: CHARS * length]
     length = min(length, len(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
-    scores = compare(model, first, others, consecutive_windows([text], model.tokenizer, length, 1))
+    scores = compare(model, candidates, consecutive_windows([text], model.tokenizer, length, 1))
     progress("looking up values", 0.4)
     asked = make_context(model.tokenizer, length) if length >= LEAST else None
-    return scores, retrieve(model, first, others, asked, length) if asked else []
+    return scores, retrieve(model, candidates, asked, length) if asked else []

@@ -4,8 +4,6 @@ A step reads every weight once and the codes of every session's whole context. B
 from the format; the bandwidth is measured here, by a plain streaming read in the same run as what it is compared with.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

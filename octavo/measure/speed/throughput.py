@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,9 +22,9 @@ from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.measure.candidate import Candidate
-from octavo.measure.speed.roofline import Ceiling, ceilings
+from octavo.measure.speed.roofline import Ceiling
 from octavo.models.model import Model
-from octavo.progress import silent
+from octavo.progress import Count, silent
 from octavo.units import format_bytes
 
 
@@ -121,14 +121,14 @@ def measure(
     *,
     tokens: int = 32,
     rounds: int = 3,
-    progress: Callable[[int], None] = silent,
+    progress: Count = silent,
 ) -> list[Speed]:
     """Every candidate over batch sizes and contexts; ratios are to the first. `theory` is of `ceilings`;
-    `progress` is called with the number of runs done, of `rounds` for each cell and format."""
+    `progress` is called with the number of runs done and of all, `rounds` for each cell and format."""
     check(model, batch_sizes, contexts, tokens)
     generator = torch.Generator().manual_seed(0)
     limits = {(c.kv, c.batch_size, c.context): c.decode for c in theory}
-    done, found = 0, []
+    done, total, found = 0, rounds * len(contexts) * len(batch_sizes) * len(candidates), []
     for context in contexts:
         for batch_size in batch_sizes:
             length = prompt_length(batch_size, context, tokens)
@@ -138,33 +138,10 @@ def measure(
                 for run in list(runs.values())[:: 1 if turn % 2 == 0 else -1]:
                     _session(run, prompts, tokens)
                     done += 1
-                    progress(done)
+                    progress(done, total)
             first = runs[candidates[0].name]
             found += [_speed(name, batch_size, context, run, first, limits) for name, run in runs.items()]
     return found
-
-
-def measure_all(
-    model: Model,
-    candidates: Sequence[Candidate],
-    batch_sizes: Sequence[int],
-    context: int,
-    rate: float,
-    *,
-    tokens: int,
-    rounds: int,
-    progress: Callable[[float], None],
-) -> tuple[list[Ceiling], list[Speed]]:
-    """The ceilings at a bandwidth of `rate`, and what is measured, at those batch sizes that a context has room for.
-    `progress` is called with the share that is done."""
-    sizes = [size for size in batch_sizes if prompt_length(size, context, tokens) > 0]
-    theory = ceilings(model.bound, candidates, sizes, [context], tokens, rate)
-    runs = len(theory) * rounds
-
-    def tell(done: int) -> None:
-        progress(done / runs)
-
-    return theory, measure(model, candidates, sizes, [context], theory, tokens=tokens, rounds=rounds, progress=tell)
 
 
 def _prepare(model: Model, candidate: Candidate, batch_size: int, context: int) -> LLM:

@@ -5,8 +5,6 @@ YAML file in this folder. With a data directory the documents are read from the 
 Hub; nothing else changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -142,7 +140,7 @@ BENCHMARKS = {
 
 
 @dataclass(frozen=True)
-class Part:
+class Subtask:
     """What the harness runs as one task: a benchmark, or one of its subsets."""
 
     benchmark: Benchmark
@@ -167,29 +165,30 @@ def require_harness() -> None:
         raise OctavoError(f"tasks are run by lm-evaluation-harness, which is not installed: {install('tasks')}")
 
 
-def select(names: str, data_dir: Path | None) -> tuple[list[Part], dict[str, str]]:
-    """The parts that a list like `winogrande,bbh/word_sorting` names, and of those that `all` cannot run the reasons.
+def select(names: str, data_dir: Path | None) -> tuple[list[Subtask], dict[str, str]]:
+    """The subtasks that a list like `winogrande,bbh/word_sorting` names, and of those that `all` cannot run the
+    reasons.
 
     Raises OctavoError for names that do not exist and for files that are missing.
     """
     if data_dir is not None and not data_dir.is_dir():
         raise OctavoError(f"--data-dir {data_dir} is not a directory: name the one that holds the tasks' files")
     wanted = list(dict.fromkeys(name for name in (part.strip() for part in names.split(",")) if name))
-    parts: list[Part] = []
+    subtasks: list[Subtask] = []
     skipped: dict[str, str] = {}
     for name in BENCHMARKS if wanted == [ALL] else wanted:
         try:
-            parts += _parts(name, data_dir)
+            subtasks += _subtasks(name, data_dir)
         except OctavoError as error:
             if wanted != [ALL]:
                 raise
             skipped[name] = str(error)
-    if not parts:
+    if not subtasks:
         raise OctavoError("; ".join(skipped.values()) or f"no task is named; there are {', '.join(BENCHMARKS)} and all")
-    return list(dict.fromkeys(parts)), skipped
+    return list(dict.fromkeys(subtasks)), skipped
 
 
-def _parts(name: str, data_dir: Path | None) -> list[Part]:
+def _subtasks(name: str, data_dir: Path | None) -> list[Subtask]:
     benchmark_name, _, subset = name.partition("/")
     benchmark = BENCHMARKS.get(benchmark_name)
     if benchmark is None:
@@ -198,7 +197,7 @@ def _parts(name: str, data_dir: Path | None) -> list[Part]:
         some = f"its subsets are {', '.join(benchmark.subsets)}" if benchmark.subsets else "it has no subsets"
         raise OctavoError(f"{benchmark_name} has no subset {subset!r}; {some}")
     subsets = (subset,) if subset else benchmark.subsets or ("",)
-    return [Part(benchmark, each, _files(benchmark, each, data_dir)) for each in subsets]
+    return [Subtask(benchmark, each, _files(benchmark, each, data_dir)) for each in subsets]
 
 
 def _files(benchmark: Benchmark, subset: str, data_dir: Path | None) -> dict[str, Path]:
@@ -230,9 +229,9 @@ def _listing(data_dir: Path, pattern: str) -> str:
     return f"{folder} holds {', '.join(names[:12]) or 'nothing'}{more}"
 
 
-def by_benchmark(parts: Sequence[Part]) -> dict[str, list[Part]]:
-    """The parts of each benchmark, in their order."""
-    grouped: dict[str, list[Part]] = {}
-    for part in parts:
-        grouped.setdefault(part.benchmark.name, []).append(part)
+def by_benchmark(subtasks: Sequence[Subtask]) -> dict[str, list[Subtask]]:
+    """The subtasks of each benchmark, in their order."""
+    grouped: dict[str, list[Subtask]] = {}
+    for subtask in subtasks:
+        grouped.setdefault(subtask.benchmark.name, []).append(subtask)
     return grouped

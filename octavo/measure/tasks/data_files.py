@@ -3,8 +3,6 @@
 `load` stands in for `datasets.load_dataset` in a task's definition (its `custom_dataset`).
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError
-from octavo.measure.tasks import BENCHMARKS, Part, select
+from octavo.measure.tasks import BENCHMARKS, Subtask, select
 
 Record = dict[str, Any]
 
@@ -28,28 +26,28 @@ def load(benchmark: str, data_dir: str = "", **_: Any) -> dict[str, Any]:
 
     if not data_dir:
         raise OctavoError(f"{benchmark} is read from files: name their directory, --metadata '{{\"data_dir\": …}}'")
-    [part], _ = select(benchmark, Path(data_dir))
-    return {split: Dataset.from_list(list(read(path, part))) for split, path in part.files.items()}
+    [subtask], _ = select(benchmark, Path(data_dir))
+    return {split: Dataset.from_list(list(read(path, subtask))) for split, path in subtask.files.items()}
 
 
-def check(part: Part) -> None:
+def check(subtask: Subtask) -> None:
     """Raise OctavoError for files that cannot be used, before a model is loaded."""
-    for path in part.files.values():
-        for _ in read(path, part):
+    for path in subtask.files.values():
+        for _ in read(path, subtask):
             pass
 
 
-def digest(part: Part) -> str | None:
+def digest(subtask: Subtask) -> str | None:
     """Identifies the documents' bytes; None for those of the Hub."""
-    if not part.files:
+    if not subtask.files:
         return None
     total = hashlib.sha256()
-    for _, path in sorted(part.files.items()):
+    for _, path in sorted(subtask.files.items()):
         total.update(_bytes(path))
     return total.hexdigest()[:16]
 
 
-def read(path: Path, part: Part) -> Iterator[Record]:
+def read(path: Path, subtask: Subtask) -> Iterator[Record]:
     """The documents of one file. Raises OctavoError for what is no text, no JSON, or lacks a field."""
     try:
         text = _bytes(path).decode("utf-8-sig")
@@ -58,8 +56,8 @@ def read(path: Path, part: Part) -> Iterator[Record]:
     records = list(csv.DictReader(io.StringIO(text, newline=""))) if path.suffix == ".csv" else list(_json(text, path))
     if not records:
         raise OctavoError(f"{path} holds no documents: fetch it again")
-    needed = BENCHMARKS[part.benchmark.name].fields
-    convert = CONVERSIONS.get(part.benchmark.name, dict)
+    needed = BENCHMARKS[subtask.benchmark.name].fields
+    convert = CONVERSIONS.get(subtask.benchmark.name, dict)
     for number, record in enumerate(records, 1):
         found = sorted(record) if isinstance(record, dict) else [type(record).__name__]
         if lacking := [name for name in needed if name not in found]:
@@ -67,7 +65,7 @@ def read(path: Path, part: Part) -> Iterator[Record]:
         try:
             yield convert(record)
         except (KeyError, TypeError) as error:
-            raise OctavoError(f"{path}, document {number} has another shape than {part.name}'s ({error})") from None
+            raise OctavoError(f"{path}, document {number} has another shape than {subtask.name}'s ({error})") from None
 
 
 def _json(text: str, path: Path) -> Iterator[Any]:

@@ -8,8 +8,6 @@ Texts that begin alike are a family. What they share, examples or a long documen
 are scored; each begins with a copy of it, its last block included, which the prefix cache would not have.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

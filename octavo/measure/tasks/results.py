@@ -1,10 +1,8 @@
-"""Results of tasks, kept in a directory: one file for each part and format, under a key that holds all that shapes it.
+"""Results of tasks, kept in a directory: one file for each subtask and format, under a key of all that shapes it.
 
 A file grows with the documents that were asked, from the first on, and is never begun anew: an interrupted run goes on,
 and a larger one adds to a smaller one.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -16,17 +14,17 @@ from typing import Any
 from octavo.artefact import replacing
 from octavo.errors import require_writable
 from octavo.measure.candidate import Candidate
-from octavo.measure.tasks import Part
+from octavo.measure.tasks import Subtask
 from octavo.measure.tasks.data_files import digest
 from octavo.models.model import Model
-from octavo.quant.format import LayerFormats
+from octavo.quant.format import LayerFormats, dtype_name
 
 Item = dict[str, Any]  # a document's metrics, and the hash of its prompt
 
 
 @dataclass
 class Result:
-    """A part in one format."""
+    """A subtask in one format."""
 
     key: dict[str, Any]  # all that shapes it
     items: list[Item]  # by document
@@ -64,7 +62,7 @@ class Results:
 
 
 def key_of(
-    model: Model, candidate: Candidate, part: Part, session_len: int | None, shots: int | None = None
+    model: Model, candidate: Candidate, subtask: Subtask, session_len: int | None, shots: int | None = None
 ) -> dict[str, Any]:
     """All that shapes a result, but for the number of documents."""
     from octavo import __version__
@@ -79,15 +77,13 @@ def key_of(
         calibration = total.hexdigest()[:16]
     return {
         "model": own.fingerprint,
-        "dtype": str(own.bound.dtype)[6:],
+        "dtype": dtype_name(own.bound.dtype),
         "kv": str(candidate.format),
         **({"layers": list(map(str, candidate.format))} if isinstance(candidate.format, LayerFormats) else {}),
         "calibration": calibration,
-        "granularity": candidate.granularity,
-        "headroom": candidate.headroom,
-        "task": part.name,
-        **({} if part.shots(shots) is None else {"shots": shots}),
-        "documents": digest(part),
+        "task": subtask.name,
+        **({} if subtask.shots(shots) is None else {"shots": shots}),
+        "documents": digest(subtask),
         "session_len": min(own.bound.max_context, session_len or own.bound.max_context),
         "octavo": __version__,
         "lm_eval": version("lm_eval"),

@@ -5,8 +5,6 @@ the errors of the two scores. A model that guesses shows no difference whatever 
 score stands to guessing.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,10 +43,11 @@ class Row:
 
 
 def row(benchmark: Benchmark, names: Sequence[str], results: dict[str, list[Result]]) -> Row:
-    """`results` are those of the benchmark's parts, by format; what all formats were asked is compared."""
+    """`results` are those of the benchmark's subtasks, by format; what all formats were asked is compared."""
     values: dict[str, list[float]] = {}
     prompts: dict[str, list[str]] = {}
-    common = [min(len(each.items) for each in part) for part in zip(*(results[name] for name in names), strict=True)]
+    by_subtask = zip(*(results[name] for name in names), strict=True)
+    common = [min(len(result.items) for result in formats) for formats in by_subtask]
     for name in names:
         items = [item for result, count in zip(results[name], common, strict=True) for item in result.items[:count]]
         values[name] = [100 * item[benchmark.metric] for item in items]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +20,7 @@ from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.measure.budget import NO_LIMIT, Budget, duration
 from octavo.measure.candidate import Candidate
-from octavo.measure.tasks import HERE, Part, by_benchmark, require_harness
+from octavo.measure.tasks import HERE, Subtask, by_benchmark, require_harness
 from octavo.measure.tasks.data_files import load
 from octavo.measure.tasks.results import Item, Result, Results, key_of
 from octavo.measure.tasks.rows import Row, row
@@ -29,17 +30,17 @@ from octavo.progress import Progress, silent
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-# What asks documents elsewhere: of a part in a format what is kept, and how many there are to be; and the sizes that
+# What asks documents elsewhere: of a subtask in a format what is kept, and how many there are to be; and the sizes that
 # LLM takes.
-Elsewhere = Callable[[Sequence[tuple[Candidate, Part, Result, int | None]], dict[str, Any]], Iterable[Result]]
+Elsewhere = Callable[[Sequence[tuple[Candidate, Subtask, Result, int | None]], dict[str, Any]], Iterable[Result]]
 AT_ONCE = 32  # documents that are asked together: few-shot examples are drawn anew for each chunk
-PILOT, LEAST = 2, 8  # documents of a part that are timed first, and of a benchmark that say anything
+PILOT, LEAST = 2, 8  # documents of a subtask that are timed first, and of a benchmark that say anything
 
 
 def run(
     model: Model,
     candidates: Sequence[Candidate],
-    parts: Sequence[Part],
+    subtasks: Sequence[Subtask],
     results: Results,
     *,
     limit: int | None = None,
@@ -51,24 +52,24 @@ def run(
     say: Callable[[str], None] = silent,
     elsewhere: Elsewhere | None = None,
 ) -> list[Row]:
-    """The benchmarks of `parts` in every format, the first of which is the baseline: the first `limit` documents of
-    each part, or as many as the budget allows. `say` is told how many these are, and what they take.
+    """The benchmarks of `subtasks` in every format, the first of which is the baseline: the first `limit` documents of
+    each subtask, or as many as the budget allows. `say` is told how many these are, and what they take.
 
     With `shots` the first so many documents stand, with their answers, before every question: one context for all, read
     once and then found in the prefix cache. Where they are of the questions' own split, the questions begin after them.
     """
     require_harness()
-    asking = _Asking(model, candidates, parts, results, session_len, max_batch_size, shots, progress)
-    limits: dict[Part, int | None] = dict.fromkeys(parts, limit)
+    asking = _Asking(model, candidates, subtasks, results, session_len, max_batch_size, shots, progress)
+    limits: dict[Subtask, int | None] = dict.fromkeys(subtasks, limit)
     if limit is None and budget.seconds is not None:
         limits = asking.affordable(budget, say)
     if elsewhere is not None:
         asking.ask_elsewhere(elsewhere, limits)
     rows = []
-    for own in by_benchmark(parts).values():
+    for own in by_benchmark(subtasks).values():
         for candidate in candidates:
             asking.ask(candidate, own, limits)
-        found = {c.name: [asking.kept[c.name, part] for part in own] for c in candidates}
+        found = {c.name: [asking.kept[c.name, subtask] for subtask in own] for c in candidates}
         rows.append(row(own[0].benchmark, [c.name for c in candidates], found))
     return rows
 
@@ -80,77 +81,77 @@ class _Asking:
         self,
         model: Model,
         candidates: Sequence[Candidate],
-        parts: Sequence[Part],
+        subtasks: Sequence[Subtask],
         results: Results,
         session_len: int | None,
         max_batch_size: int,
         shots: int | None,
         progress: Progress,
     ):
-        self.model, self.candidates, self.parts, self.results = model, candidates, parts, results
+        self.model, self.candidates, self.subtasks, self.results = model, candidates, subtasks, results
         self.shots = shots
         self.sizes = {"session_len": session_len, "max_batch_size": max_batch_size}
         self.progress = progress
         self.tasks: dict[str, Task] = {}
         self.kept = {
-            (c.name, part): results.load(key_of(model, c, part, session_len, shots))
+            (c.name, subtask): results.load(key_of(model, c, subtask, session_len, shots))
             for c in candidates
-            for part in parts
+            for subtask in subtasks
         }
 
-    def ask(self, candidate: Candidate, parts: Sequence[Part], limits: dict[Part, int | None]) -> None:
-        """Ask what is missing of the first documents of `parts`."""
-        missing = [part for part in parts if not self.kept[candidate.name, part].holds(limits[part])]
+    def ask(self, candidate: Candidate, subtasks: Sequence[Subtask], limits: dict[Subtask, int | None]) -> None:
+        """Ask what is missing of the first documents of `subtasks`."""
+        missing = [subtask for subtask in subtasks if not self.kept[candidate.name, subtask].holds(limits[subtask])]
         if not missing:
             return
-        self.tasks = self.tasks or load_tasks(self.parts, self.shots)
+        self.tasks = self.tasks or load_tasks(self.subtasks, self.shots)
         llm = candidate.llm(self.model, **self.sizes)
-        for part in missing:
-            task, result = self.tasks[part.definition], self.kept[candidate.name, part]
-            first = _examples_of_its_own(task, part.shots(self.shots) or 0)
+        for subtask in missing:
+            task, result = self.tasks[subtask.definition], self.kept[candidate.name, subtask]
+            first = _examples_of_its_own(task, subtask.shots(self.shots) or 0)
             result.documents = len(task.eval_docs) - first
-            end = min(limits[part] or result.documents, result.documents)
+            end = min(limits[subtask] or result.documents, result.documents)
             for start in range(len(result.items) // AT_ONCE * AT_ONCE, end, AT_ONCE):
                 stop = min(end, start + AT_ONCE)
                 begun = perf_counter()
-                title = f"{part.name} in {candidate.name}, {start + 1}–{stop} of {end}"
+                title = f"{subtask.name} in {candidate.name}, {start + 1}–{stop} of {end}"
                 asked = range(first + start, first + stop)
                 result.items[start:] = ask_chunk(llm, task, asked, title, self.progress)
                 result.seconds += perf_counter() - begun
                 self.results.save(result)
 
-    def ask_elsewhere(self, elsewhere: Elsewhere, limits: dict[Part, int | None]) -> None:
+    def ask_elsewhere(self, elsewhere: Elsewhere, limits: dict[Subtask, int | None]) -> None:
         """Have asked what is missing, and keep it."""
         missing = [
-            (candidate, part, self.kept[candidate.name, part], limits[part])
+            (candidate, subtask, self.kept[candidate.name, subtask], limits[subtask])
             for candidate in self.candidates
-            for part in self.parts
-            if not self.kept[candidate.name, part].holds(limits[part])
+            for subtask in self.subtasks
+            if not self.kept[candidate.name, subtask].holds(limits[subtask])
         ]
-        for (candidate, part, *_), result in zip(
+        for (candidate, subtask, *_), result in zip(
             missing, elsewhere(missing, self.sizes | {"shots": self.shots}), strict=True
         ):
-            self.kept[candidate.name, part] = result
+            self.kept[candidate.name, subtask] = result
             self.results.save(result)
 
-    def affordable(self, budget: Budget, say: Callable[[str], None]) -> dict[Part, int | None]:
-        """How many documents of each part an equal share of the time allows, and what was asked before."""
+    def affordable(self, budget: Budget, say: Callable[[str], None]) -> dict[Subtask, int | None]:
+        """How many documents of each subtask an equal share of the time allows, and what was asked before."""
         begun, baseline = perf_counter(), self.candidates[0]
-        for own in by_benchmark(self.parts).values():
+        for own in by_benchmark(self.subtasks).values():
             self.ask(baseline, own, dict.fromkeys(own, PILOT))
-        groups = by_benchmark(self.parts)
+        groups = by_benchmark(self.subtasks)
         share = budget.less(perf_counter() - begun).part(1 / len(groups))
-        limits: dict[Part, int | None] = {}
+        limits: dict[Subtask, int | None] = {}
         for name, own in groups.items():
-            timed = [self.kept[baseline.name, part] for part in own]
+            timed = [self.kept[baseline.name, subtask] for subtask in own]
             each = len(self.candidates) * sum(result.seconds / max(1, len(result.items)) for result in timed)
-            before = min(len(self.kept[c.name, part].items) for c in self.candidates for part in own)
+            before = min(len(self.kept[c.name, subtask].items) for c in self.candidates for subtask in own)
             assert share.seconds is not None
             most = max(result.documents or 0 for result in timed)
             count = min(most, max(before + int(share.seconds / each), -(-LEAST // len(own))))
             limits |= dict.fromkeys(own, count)
             seconds = max(0, count - before) * each
-            many = f" of each of {len(own)} parts" if len(own) > 1 else ""
+            many = f" of each of {len(own)} subtasks" if len(own) > 1 else ""
             least = "; fewer would say nothing" if not share.holds(seconds) else ""
             say(f"{name}: {count} of {most} documents{many}, about {duration(seconds)}{least}")
         return limits
@@ -163,24 +164,24 @@ def _examples_of_its_own(task: Task, shots: int) -> int:
     return shots if examples == [task.eval_docs[i] for i in range(len(examples))] else 0
 
 
-def load_tasks(parts: Sequence[Part], shots: int | None = None) -> dict[str, Task]:
-    """The harness's tasks by their names there, with documents from the parts' files, and the first `shots` as
+def load_tasks(subtasks: Sequence[Subtask], shots: int | None = None) -> dict[str, Task]:
+    """The harness's tasks by their names there, with documents from the subtasks' files, and the first `shots` as
     examples."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
-    folders = sorted({root / part.benchmark.harness if part.benchmark.harness else HERE for part in parts})
+    folders = sorted({root / subtask.benchmark.harness if subtask.benchmark.harness else HERE for subtask in subtasks})
     members: list[dict[str, Any]] = []
-    for part in parts:
-        member: dict[str, Any] = {"task": part.definition}
-        if part.shots(shots) is not None:
+    for subtask in subtasks:
+        member: dict[str, Any] = {"task": subtask.definition}
+        if subtask.shots(shots) is not None:
             member |= {"num_fewshot": shots, "fewshot_config": {"sampler": "first_n"}}
-        if part.files:
-            data_dir = next(iter(part.files.values())).parents[1]
+        if subtask.files:
+            data_dir = next(iter(subtask.files.values())).parents[1]
             member["custom_dataset"] = load
-            member["dataset_kwargs"] = {"benchmark": part.name, "data_dir": str(data_dir)}
+            member["dataset_kwargs"] = {"benchmark": subtask.name, "data_dir": str(data_dir)}
             splits = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
-            member |= {name: split if split in part.files else None for name, split in splits.items()}
+            member |= {name: split if split in subtask.files else None for name, split in splits.items()}
         members.append(member)
     with quiet():
         try:
@@ -191,10 +192,10 @@ def load_tasks(parts: Sequence[Part], shots: int | None = None) -> dict[str, Tas
         except Exception as error:  # the many ways a network or a file fails
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             remedy = "fetch their files again"
-            if any(not part.files for part in parts):
+            if any(not subtask.files for subtask in subtasks):
                 remedy = "check the network, or name a directory of their raw files with --data-dir"
             raise OctavoError(
-                f"the documents of {', '.join(by_benchmark(parts))} cannot be loaded [{reason}]: {remedy}"
+                f"the documents of {', '.join(by_benchmark(subtasks))} cannot be loaded [{reason}]: {remedy}"
             ) from error
 
 
@@ -205,16 +206,13 @@ def ask_chunk(llm: LLM, task: Task, documents: range, title: str, progress: Prog
 
     from octavo.measure.tasks.harness import OctavoLM
 
-    def tell(done: int, total: int) -> None:
-        progress(title, done, total)
-
-    tell(0, 0)
+    progress(title, 0, 0)
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(DEFAULT_OTHER_SEED + documents.start)  # the same examples in every format
     with quiet():
         found = evaluate(
-            OctavoLM(llm, progress=tell),
+            OctavoLM(llm, progress=partial(progress, title)),
             {"tasks": {task.task_name: task}},
             samples={task.task_name: list(documents)},
             bootstrap_iters=0,

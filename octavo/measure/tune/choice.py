@@ -4,8 +4,6 @@ They do nearly: each is small, they come from independent rounding, and the dive
 that the choice is a knapsack, and dynamic programming over its bytes finds the best one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

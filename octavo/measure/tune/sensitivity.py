@@ -6,12 +6,10 @@ once, and the sum is shared out as 4 bits share theirs. A code's error is the sa
 in the same way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from octavo.cache.plan import Side
+from octavo.cache.plan import SIDES, Side
 from octavo.engine.reading import Reading
 from octavo.measure.accuracy.compare import losses
 from octavo.models.bind import BoundModel
@@ -19,7 +17,6 @@ from octavo.quant.calibration import Calibration
 from octavo.quant.format import CODECS, SPAN, Codec, KVFormat
 
 FEW, MORE = CODECS["int4-token"], CODECS["int8-token"]
-SIDES: tuple[Side, Side] = ("k", "v")
 UNIFORM = ("kv8", "k8v4", "kv4")
 
 

@@ -1,17 +1,16 @@
 """What `octavo tune` does: measure each part of the cache alone, choose, and measure the choice."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from octavo.cache.plan import SIDES
 from octavo.engine.reading import Reading
 from octavo.measure.accuracy.compare import losses
 from octavo.measure.tune.choice import choose, formats_of
-from octavo.measure.tune.sensitivity import FEW, SIDES, UNIFORM, Sensitivity
+from octavo.measure.tune.sensitivity import FEW, UNIFORM, Sensitivity
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat, LayerFormats

@@ -1,7 +1,5 @@
 """Which modules of a model keep states, and of what shapes: seen by a run with a cache that notes who asks it."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack

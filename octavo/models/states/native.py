@@ -9,8 +9,6 @@ It computes as it does for several tokens, also where there is one: what a token
 many were computed together.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager

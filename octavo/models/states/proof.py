@@ -6,8 +6,6 @@ mixer was given in a run of its model, some of them enlarged, so that gates and 
 ranges.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace

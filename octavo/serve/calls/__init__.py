@@ -1,15 +1,13 @@
 """Calls of functions: how models write them, how they are read as they come, how answers are held to their schemas.
 
-Every family of chat templates has a syntax of its own, in a file of its own; `syntax_of` tells it by the template.
+Every family of chat templates has a syntax of its own (families.py); `syntax_of` tells it by the template.
 """
 
-from __future__ import annotations
-
 from octavo.serve.calls.constrained_reader import ConstrainedReader
-from octavo.serve.calls.families import plain, syntax_of
+from octavo.serve.calls.families import PLAIN, syntax_of
 from octavo.serve.calls.free_reader import FreeReader
 from octavo.serve.calls.grammar import calls_grammar
 from octavo.serve.calls.reader import CallDelta, Reader
 from octavo.serve.calls.syntax import Syntax
 
-__all__ = ["CallDelta", "ConstrainedReader", "FreeReader", "Reader", "Syntax", "calls_grammar", "plain", "syntax_of"]
+__all__ = ["PLAIN", "CallDelta", "ConstrainedReader", "FreeReader", "Reader", "Syntax", "calls_grammar", "syntax_of"]

@@ -1,7 +1,5 @@
 """Calls in answers that a grammar constrains (grammar.py): their form is known, so they are passed on as they come."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 

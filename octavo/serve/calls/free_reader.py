@@ -1,7 +1,5 @@
 """Calls in what a model wrote freely: found by JSON, whatever stands around it."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection

@@ -5,8 +5,6 @@ from its beginning on (vLLM and others call that a structural tag). Functions th
 JSON object.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Finds calls in the text of a growing answer. What is looked at is what is new: nothing is read twice."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Protocol

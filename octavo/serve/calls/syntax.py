@@ -1,7 +1,5 @@
 """What a family's syntax of calls is, in data: the reader and the grammar are both made of it."""
 
-from __future__ import annotations
-
 import json
 import re
 import uuid

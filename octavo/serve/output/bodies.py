@@ -1,7 +1,5 @@
 """The bodies of responses: how a route writes the output. These are OpenAI's two of completions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ As in OpenAI's API a request has one or more choices. `Output.take` makes of eac
 text to show, pieces of calls, and tokens with their log-probabilities. The sum of a choice's deltas is its `Choice`.
 """
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Callable, Sequence

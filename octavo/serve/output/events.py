@@ -1,7 +1,5 @@
 """How answers are put into bytes: JSON, and events of a stream."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tokens with their log-probabilities, as answers tell them: in step with the text that is sent."""
 
-from __future__ import annotations
-
 import codecs
 from collections import deque
 from collections.abc import Collection, Iterable

@@ -1,7 +1,5 @@
 """How the output of a request is sent: streamed as it comes, or whole."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncGenerator

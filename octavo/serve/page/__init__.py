@@ -5,8 +5,6 @@ text.js      Markdown                cache.js  the cache drawn       settings.js
 vendor/      Markdown's parser and the sanitizer
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from starlette.requests import Request

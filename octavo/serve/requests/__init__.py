@@ -4,8 +4,6 @@ A field that is not here is refused by name, as is a value of the wrong type. Th
 table of request parameters (engine/params.py).
 """
 
-from __future__ import annotations
-
 from octavo.serve.requests.chat import ChatRequest
 from octavo.serve.requests.completions import CompletionRequest
 from octavo.serve.requests.parsing import parse

@@ -1,7 +1,5 @@
 """`POST /v1/messages`, as Anthropic's API has it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self

@@ -4,8 +4,6 @@ Reading holds the interpreter's lock, so its cost must be small wherever it runs
 object is larger than any request needs, and the check of a request ends at its first error.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import BaseModel, GetCoreSchemaHandler

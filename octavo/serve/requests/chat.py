@@ -1,7 +1,5 @@
 """`POST /v1/chat/completions`."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator

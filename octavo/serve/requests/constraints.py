@@ -1,7 +1,5 @@
 """What an answer is to match: OpenAI's `response_format`, and the names that vLLM and llama.cpp have for the same."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any, Literal, Self
 

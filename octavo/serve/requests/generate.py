@@ -1,7 +1,5 @@
 """The one value that every route's request is translated into, and that all behind the routes reads."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """The messages of a conversation, as clients send them, and as chat templates know them."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator

@@ -1,7 +1,5 @@
 """From a request's body to its model; what is wrong is named."""
 
-from __future__ import annotations
-
 import json
 import logging
 from functools import reduce

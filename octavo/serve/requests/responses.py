@@ -1,7 +1,5 @@
 """`POST /v1/responses`, as OpenAI's API of responses has it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -12,7 +10,7 @@ from octavo.serve.requests.generate import Conversation, GenerateRequest
 from octavo.serve.requests.messages import plain_call, text_of
 from octavo.serve.requests.sampling import http
 from octavo.serve.requests.strict import Caller, Name, Schema, Strict, read_json
-from octavo.serve.requests.tools import check_choice
+from octavo.serve.requests.tools import Function, NamedFunction, check_choice
 from octavo.text import Message
 
 Status = Literal["in_progress", "completed", "incomplete"] | None
@@ -90,17 +88,12 @@ Item = Annotated[
 ]
 
 
-class FunctionTool(Strict):
+class FunctionTool(Function):
     type: Literal["function"]
-    name: Name
-    description: str | None = None
-    parameters: Schema | None = None
-    strict: bool | None = None
 
 
-class NamedTool(Strict):
+class NamedTool(NamedFunction):
     type: Literal["function"]
-    name: str
 
 
 class TextFormat(Strict):

@@ -1,7 +1,5 @@
 """What all routes of completions share: sampling, streams, and the fields that other servers have for the same."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 

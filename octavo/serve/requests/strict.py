@@ -1,7 +1,5 @@
 """The base of all models of requests."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Annotated, Any
 

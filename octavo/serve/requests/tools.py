@@ -1,7 +1,5 @@
 """The functions that a model may call, and which it must."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any, Literal, Self
 

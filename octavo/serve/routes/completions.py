@@ -1,7 +1,5 @@
 """`/v1/chat/completions` and `/v1/completions`: OpenAI's."""
 
-from __future__ import annotations
-
 from starlette.responses import Response
 from starlette.routing import Route
 

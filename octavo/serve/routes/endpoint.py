@@ -1,7 +1,5 @@
 """A request's body, read and checked before anything is done for it."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Awaitable, Callable
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """`/v1/messages`: Anthropic's form of a chat."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from starlette.responses import JSONResponse, Response

@@ -1,7 +1,5 @@
 """`/v1/models`: what is served, by each of its names."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from starlette.requests import Request

@@ -1,7 +1,5 @@
 """How the server is: whether it lives, what it counts, how full its cache is, which release it is."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest

@@ -1,7 +1,5 @@
 """`/tokenize` and `/detokenize`, in vLLM's form: what a prompt is made into, and back."""
 
-from __future__ import annotations
-
 from typing import Self
 
 from pydantic import model_validator

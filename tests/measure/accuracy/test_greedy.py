@@ -14,14 +14,14 @@ def test_answers_that_never_part_count_as_their_length() -> None:
 
 
 def test_the_same_cache_gives_the_same_answers_and_four_bits_part_from_it(pamphlet: Model, text_ids: list[int]) -> None:
-    candidates = [Candidate(name, KVFormat.parse(name)) for name in ("fp32", "int4-token")]
+    kv = {"twin": "fp32", "fp32": "fp32", "int4-token": "int4-token"}
+    candidates = [Candidate(name, KVFormat.parse(format)) for name, format in kv.items()]
     prompts = [text_ids[start : start + 48] for start in range(0, 192, 48)]
     done: list[tuple[str, int, int]] = []
-    twin = Candidate("twin", KVFormat.parse("fp32"))
-    same, coarse = compare_answers(pamphlet, twin, candidates, prompts, 48, lambda *step: done.append(step))
+    same, coarse = compare_answers(pamphlet, candidates, prompts, 48, lambda *step: done.append(step))
     assert (same.points, same.median, same.equal) == ([None] * 4, 48, 4)
     assert any(point is not None for point in coarse.points)
-    assert [step[0] for step in done] == sorted((step[0] for step in done), key=["twin", "fp32", "int4-token"].index)
+    assert [step[0] for step in done] == sorted((step[0] for step in done), key=list(kv).index)
     counts = [step[1] for step in done]
     assert counts == sorted(counts), "it only grows"
     assert len(set(counts)) > 20, "while answers are written, not only when they end"

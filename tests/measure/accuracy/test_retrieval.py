@@ -28,7 +28,7 @@ def test_a_format_is_compared_with_the_baseline_question_by_question(pamphlet: M
     """The baseline beside itself changes nothing; a coarser cache changes how likely values are."""
     asked = make_context(pamphlet.tokenizer, 512, questions=8)
     fp32, coarse = (Candidate(name, KVFormat.parse(name)) for name in ("fp32", "int8-token"))
-    base, again, own = retrieve(pamphlet, fp32, [fp32, coarse], asked, 512)
+    base, again, own = retrieve(pamphlet, [fp32, fp32, coarse], asked, 512)
     assert (again.change, again.change_error, again.lost, again.gained) == (0, 0, 0, 0)
     assert own.change != 0
     assert own.right == pytest.approx(base.right - (own.lost - own.gained) / 8)

@@ -18,11 +18,10 @@ from octavo.measure.as_json import dumps
 from octavo.measure.budget import Budget, Windows
 from octavo.measure.doctor import diagnose as doctor
 from octavo.measure.doctor.advice import findings, listed
-from octavo.measure.doctor.diagnose import diagnose, flip_last_bit
+from octavo.measure.doctor.diagnose import diagnose, flip_last_bit, windows
 from octavo.measure.doctor.diagnosis import Diagnosis, Finding
 from octavo.measure.doctor.inspection import examine, keys, widths
 from octavo.measure.doctor.selfcheck import self_check
-from octavo.measure.doctor.texts import windows
 from octavo.measure.pace import Pace
 from octavo.models.bind import BoundModel, bind
 from octavo.models.locate import PROSE
@@ -128,7 +127,7 @@ def test_the_document_is_json_and_names_the_grades(biased: Diagnosis) -> None:
     assert found["healthy"] is biased.healthy
     assert {row["grade"] for row in found["formats"]} <= {"good", "usable", "poor"}
     assert found["keys"][0]["channels"] == 8
-    assert "kl_by_position" not in found["formats"][0]
+    assert "kl_by_bin" not in found["formats"][0]
 
 
 def test_offsets_are_seen_where_the_bias_is_fused_with_others_too(pamphlet: Model, text_ids: list[int]) -> None:

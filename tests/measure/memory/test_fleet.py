@@ -51,3 +51,12 @@ def test_a_model_larger_than_a_gpu_is_divided_and_one_that_no_machine_holds_is_r
     assert {fleet.ranks > 1 for fleet in fleets(internlm, FORMATS, WANTED, small) if fleet.weights == "fp16"} == {True}
     with pytest.raises(OctavoError, match="more --memory"):
         fleets(internlm, FORMATS, WANTED, Gpu(memory=10**8))
+
+
+def test_a_model_is_divided_as_its_heads_allow(internlm: Geometry):
+    """By numbers of GPUs that serving it takes; one without a plan is not divided."""
+    assert internlm.ranks == (1, 2, 4, 8, 16, 32)
+    small, four = Gpu(memory=12 * 10**9), replace(internlm, ranks=(1, 4))
+    assert {fleet.ranks for fleet in fleets(four, FORMATS, WANTED, small)} <= {1, 4}
+    with pytest.raises(OctavoError, match="no replica of 1 such GPUs"):
+        fleets(replace(internlm, ranks=(1,)), FORMATS, WANTED, Gpu(memory=3 * 10**9))

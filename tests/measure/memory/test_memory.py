@@ -17,7 +17,7 @@ from octavo.devices import find_device
 from octavo.errors import OctavoError, Unsupported
 from octavo.llm import LLM
 from octavo.measure.memory import process
-from octavo.measure.memory.costs import baseline, costs
+from octavo.measure.memory.costs import costs
 from octavo.measure.memory.fill import fill
 from octavo.measure.memory.footprint import Footprint
 from octavo.measure.memory.points import points, saved
@@ -46,7 +46,10 @@ def test_the_geometry_of_a_config_is_that_of_the_loaded_model(pamphlet: Model) -
     linears = [m for m in hf.modules() if isinstance(m, torch.nn.Linear) and m is not hf.get_output_embeddings()]
     assert geometry.linear == sum(m.weight.numel() for m in linears)
     assert geometry.max_context == pamphlet.bound.max_context
-    assert (baseline(geometry), baseline(Geometry.trace(BUNDLED))) == (KVFormat.parse("fp32"), KVFormat.parse("bf16"))
+    assert (KVFormat.raw(geometry.dtype), KVFormat.raw(Geometry.trace(BUNDLED).dtype)) == (
+        KVFormat.parse("fp32"),
+        KVFormat.parse("bf16"),
+    )
 
 
 def test_a_session_of_internlm_chat_7b_costs_1024_mib_and_int8_halves_it_exactly(internlm: Geometry) -> None:

@@ -16,9 +16,9 @@ from octavo.errors import OctavoError, install
 from octavo.measure.budget import Windows
 from octavo.measure.doctor import diagnose as doctor
 from octavo.measure.memory.costs import Cost
-from octavo.measure.report import page, plots, sizes, survey, svg
-from octavo.measure.report.page import numbers, prose, scientific, write_report
-from octavo.measure.report.survey import Survey
+from octavo.measure.report import combinations, page, plots, sizes, svg
+from octavo.measure.report.page import numbers, prose, render, scientific
+from octavo.measure.report.survey import Survey, gather
 from octavo.measure.speed import roofline
 from octavo.models.model import Model
 from octavo.quant.format import KVFormat
@@ -32,7 +32,7 @@ def written(pamphlet: Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     small = {
         sizes: {"COMPARED": Windows(2, 128), "CALIBRATED": Windows(2, 64), "LONGEST": 512, "SHORTEST": 512,
                 "TIMED": (((1, 2), 64),)},
-        survey: {"TOKENS": 2, "ROUNDS": 1},
+        combinations: {"TOKENS": 2, "ROUNDS": 1},
         doctor: {"WANTED": Windows(2, 64), "LEAST": Windows(2, 64), "CALIBRATED": 2},
         roofline: {"READ_BYTES": 1 << 20},
     }  # fmt: skip
@@ -41,7 +41,10 @@ def written(pamphlet: Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         for module, values in small.items():
             for name, value in values.items():
                 patch.setattr(module, name, value)
-        return write_report(pamphlet, directory, memory=8 << 30), directory
+        found = gather(pamphlet, memory=8 << 30)
+        page.require_directory(directory)
+        render(found, directory)
+        return found, directory
 
 
 class Page(HTMLParser):

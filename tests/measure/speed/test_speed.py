@@ -83,9 +83,11 @@ def test_every_format_takes_its_turn_and_every_timed_step_decodes_all_sessions(
     names, tokens, rounds = ["fp32", "int8-token"], 5, 3
     candidates = [Candidate(name, KVFormat.parse(name)) for name in names]
     theory = ceilings(pamphlet.bound, candidates, [3], [64], tokens, 1e9)
-    done: list[int] = []
-    first, second = measure(pamphlet, candidates, [3], [64], theory, tokens=tokens, rounds=rounds, progress=done.append)
-    assert done == [1, 2, 3, 4, 5, 6]
+    done: list[tuple[int, ...]] = []
+    first, second = measure(
+        pamphlet, candidates, [3], [64], theory, tokens=tokens, rounds=rounds, progress=lambda *runs: done.append(runs)
+    )
+    assert done == [(i + 1, 6) for i in range(6)]
     assert [row.kv for row in (first, second)] == names
     for row in (first, second):
         assert row.first_token.n == 3 * rounds

@@ -13,7 +13,8 @@ import pytest
 from octavo.grammars import Grammars
 from octavo.models.model import Model
 from octavo.serve.calls import CallDelta, ConstrainedReader, FreeReader, Reader, Syntax, calls_grammar, syntax_of
-from octavo.serve.calls.families import gemma, hermes, llama, mistral, plain
+from octavo.serve.calls.families import HERMES, LLAMA, MISTRAL_LIST, MISTRAL_NAMED, PLAIN
+from octavo.serve.calls.gemma import FUNCTION_GEMMA
 from tests.serve.calls.published import DOCUMENTED, FAMILIES, TEMPLATES
 
 CITIES: dict[str, Any] = {
@@ -139,7 +140,7 @@ def test_several_calls_and_text_before_them_are_read_in_their_order(pamphlet: Mo
         assert found == (text, [("weather", ROME), ("weather", {"city": "Paris"})])
 
 
-HERMES: list[tuple[str, Found | None]] = [
+SAID: list[tuple[str, Found | None]] = [
     ("It is sunny.", ("It is sunny.", [])),
     (f"<tool_call>{CALL}</tool_call>\n<tool_call>\n{CALL}\n</tool_call>", ("", [("weather", ROME)] * 2)),
     (f"<tool_call>{CALL}", ("", [("weather", ROME)])),  # the closing tag was what ended the answer
@@ -183,26 +184,26 @@ HERMES: list[tuple[str, Found | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("said", "found"), HERMES, ids=[said[:40] for said, _ in HERMES])
+@pytest.mark.parametrize(("said", "found"), SAID, ids=[said[:40] for said, _ in SAID])
 def test_what_is_a_call_is_read_as_json_and_what_is_none_is_text(said: str, found: Found | None):
     for size in (1, 3, len(said)):
-        assert read(FreeReader(hermes.SYNTAX, ["weather"]), said, size) == (found or (said, []))
+        assert read(FreeReader(HERMES, ["weather"]), said, size) == (found or (said, []))
 
 
 def test_text_without_calls_is_not_held_back():
-    reader = FreeReader(hermes.SYNTAX, ["weather"])
+    reader = FreeReader(HERMES, ["weather"])
     assert reader.push("It is ") + reader.push("sunny <b") == ["It is", " sunny <b"]
 
 
 @pytest.mark.parametrize(
     ("syntax", "said"),
     [
-        (llama.SYNTAX, '{"name": "weather", "parameters": {"city": "Rome"}}; {"name": "weather", "parameters": {}}'),
-        (llama.SYNTAX, '<|python_tag|>{"name": "weather", "parameters": {"city": "Rome"}}{"name": "weather"}'),
-        (mistral.NAMED, '[TOOL_CALLS]weather[CALL_ID]abc[ARGS]{"city": "Rome"}[TOOL_CALLS]weather{}'),
-        (gemma.FUNCTION_GEMMA, "<start_function_call>call:weather{city:<escape>Rome<escape>}<end_function_call>"
+        (LLAMA, '{"name": "weather", "parameters": {"city": "Rome"}}; {"name": "weather", "parameters": {}}'),
+        (LLAMA, '<|python_tag|>{"name": "weather", "parameters": {"city": "Rome"}}{"name": "weather"}'),
+        (MISTRAL_NAMED, '[TOOL_CALLS]weather[CALL_ID]abc[ARGS]{"city": "Rome"}[TOOL_CALLS]weather{}'),
+        (FUNCTION_GEMMA, "<start_function_call>call:weather{city:<escape>Rome<escape>}<end_function_call>"
                                "<start_function_call>call:weather{}<end_function_call>"),
-        (plain.SYNTAX, f'[{CALL}, {{"name": "weather", "arguments": {{}}}}]'),
+        (PLAIN, f'[{CALL}, {{"name": "weather", "arguments": {{}}}}]'),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else value.family,
 )  # fmt: skip
@@ -222,14 +223,14 @@ UNFRAMED = [
 @pytest.mark.parametrize("said", UNFRAMED, ids=[said[:30] for said in UNFRAMED])
 def test_calls_without_their_frame_are_held_to_their_schema_too(pamphlet: Model, said: str):
     grammars = Grammars(pamphlet.tokenizer, pamphlet.bound.vocab_size, pamphlet.eos_ids)
-    grammar = calls_grammar(hermes.SYNTAX, FUNCTIONS, {}, must=False, parallel=True)
+    grammar = calls_grammar(HERMES, FUNCTIONS, {}, must=False, parallel=True)
     assert takes(grammars, grammar, said)
     assert not takes(grammars, grammar, said.replace("Rome", "Oslo"))
     for other in ('{"name": "Rome"}', "```json\n[1]\n```", '{"name": "other", "arguments": {"a": 1}}'):
         assert takes(grammars, grammar, other)
-        assert read(ConstrainedReader(hermes.SYNTAX, ["weather"]), other, 3) == (other, [])
+        assert read(ConstrainedReader(HERMES, ["weather"]), other, 3) == (other, [])
     for size in (1, 5, len(said)):
-        assert read(ConstrainedReader(hermes.SYNTAX, ["weather"]), said, size) == (
+        assert read(ConstrainedReader(HERMES, ["weather"]), said, size) == (
             "",
             [("weather", ROME)] * said.count("Rome"),
         )
@@ -238,16 +239,16 @@ def test_calls_without_their_frame_are_held_to_their_schema_too(pamphlet: Model,
 def test_an_answer_that_must_call_may_end_after_a_call_and_after_the_line_break_behind_it(pamphlet: Model):
     """Small models write the line break that stands between calls, and then want to end: another call is not forced."""
     grammars = Grammars(pamphlet.tokenizer, pamphlet.bound.vocab_size, pamphlet.eos_ids)
-    grammar = calls_grammar(hermes.SYNTAX, FUNCTIONS, {}, must=True, parallel=True)
+    grammar = calls_grammar(HERMES, FUNCTIONS, {}, must=True, parallel=True)
     block = f"<tool_call>\n{CALL}\n</tool_call>"
     for said, calls in ((block, 1), (f"{block}\n", 1), (f"{block}\n{block}", 2), (f"{block}\n{block}\n", 2)):
         assert takes(grammars, grammar, said)
-        assert read(ConstrainedReader(hermes.SYNTAX, ["weather"]), said, 3) == ("", [("weather", ROME)] * calls)
+        assert read(ConstrainedReader(HERMES, ["weather"]), said, 3) == ("", [("weather", ROME)] * calls)
     assert not takes(grammars, grammar, f"{block}\nIt is sunny.")
 
 
 def test_arguments_of_held_calls_are_passed_on_as_they_come():
-    reader, text = ConstrainedReader(hermes.SYNTAX, ["weather"]), f"<tool_call>\n{CALL}\n</tool_call>"
+    reader, text = ConstrainedReader(HERMES, ["weather"]), f"<tool_call>\n{CALL}\n</tool_call>"
     pieces = [part for sign in text for part in reader.push(sign) if isinstance(part, CallDelta)]
     assert (pieces[0].name, pieces[0].arguments) == ("weather", "")
     assert "".join(piece.arguments for piece in pieces) == '{"city": "Rome"}'
@@ -255,8 +256,8 @@ def test_arguments_of_held_calls_are_passed_on_as_they_come():
 
 
 def test_mistrals_ids_are_those_that_its_template_takes():
-    assert len(mistral.LIST.new_id()) == 9
-    known = mistral.LIST.known_id
+    assert len(MISTRAL_LIST.new_id()) == 9
+    known = MISTRAL_LIST.known_id
     assert known("abcdefgh1") == "abcdefgh1"
     assert len(known("call_0123456789abcdef")) == 9
     assert known("call_1") == known("call_1") != known("call_2")

@@ -11,7 +11,7 @@ from octavo import OctavoError
 from octavo.grammars import Grammars
 from octavo.models.model import Model
 from octavo.serve.calls import calls_grammar
-from octavo.serve.calls.families.gemma import FUNCTION_GEMMA
+from octavo.serve.calls.gemma import FUNCTION_GEMMA
 from tests.serve.calls.published import TEMPLATES
 from tests.serve.calls.test_families import called, takes, tokens_for
 

@@ -1,7 +1,5 @@
 """`/v1/responses`: OpenAI's newer form of a chat, in which the server can keep the conversation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from starlette.requests import Request

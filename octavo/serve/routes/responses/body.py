@@ -1,7 +1,5 @@
 """What `/v1/responses` answers: items, one for each text and each call, and the events of their growing."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Sequence
 from typing import Any

@@ -1,13 +1,11 @@
 """Gemma 4 and FunctionGemma: `call:NAME{key:value,…}` between two special tokens, strings between two others. Gemma 3
 and older have no template for tools."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 
-from octavo.serve.calls.families.gemma.grammar import rules
-from octavo.serve.calls.families.gemma.reading import read
+from octavo.serve.calls.gemma.grammar import rules
+from octavo.serve.calls.gemma.reading import read
 from octavo.serve.calls.syntax import Syntax
 
 HEAD = re.compile(r"\s*call:\s*(?P<name>[\w.-]+)\s*")
@@ -35,7 +33,3 @@ GEMMA4 = _syntax("Gemma 4", "<|tool_call>", "<tool_call|>", '<|"|>', "<|tool_res
 FUNCTION_GEMMA = _syntax(
     "FunctionGemma", "<start_function_call>", "<end_function_call>", "<escape>", "<start_function_response>"
 )
-
-
-def of(template: str) -> Syntax | None:
-    return next((syntax for syntax in (GEMMA4, FUNCTION_GEMMA) if syntax.begin in template), None)

@@ -4,8 +4,6 @@ Strings stand between two quotes that are tokens of their own, and nothing in th
 come in the order of the alphabet; there is no white space. Numbers, true, false and null are as in JSON.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from typing import Any

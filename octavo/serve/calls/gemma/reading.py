@@ -1,7 +1,5 @@
 """Reading values in Gemma's form: `{key:value,…}`, with strings between two quotes that are tokens of their own."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

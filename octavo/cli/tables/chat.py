@@ -1,20 +1,47 @@
-"""`/stats`: the bytes of a conversation in its cache's format, beside what 16 bits would take."""
+"""What `/params` and `/stats` print in a chat."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Collection
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from octavo.cli.conversation import Conversation
+from octavo.cli.conversation import Conversation
+from octavo.engine.params import DEFAULTS, allowed
+from octavo.units import format_bytes
+
+ALWAYS = ("max_tokens", "temperature")  # others are shown where they change something
 
 
-def show(conversation: Conversation, console: Console) -> None:
-    from octavo.units import format_bytes
+def show_params(conversation: Conversation, given: Collection[str], console: Console) -> None:
+    """Every parameter that changes what is drawn or shown, and who has set it. `given` are those that the command line
+    has set."""
+    params, llm = conversation.params, conversation.llm
+    model = llm.default_params
+    asked = {"max_tokens" if name == "max_new_tokens" else name for name in llm.model.generation}
+    for name in allowed("command line"):
+        value = getattr(params, name)
+        if value == DEFAULTS[name] and name not in (*ALWAYS, *given):
+            continue
+        if name in given:
+            source = "the command line"
+        elif name in asked and value == getattr(model, name):
+            source = "the model's generation config"
+        elif name == "max_tokens" and value == llm.session_len:
+            source = "what a session holds"
+        else:
+            source = "default"
+        console.print(f"  [bold]{name:<20}[/]{_shown(name, value):<12} ({source})")
 
+
+def _shown(name: str, value: object) -> str:
+    if name == "temperature" and not value:
+        return "0: greedy, always the most likely token"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def show_stats(conversation: Conversation, console: Console) -> None:
+    """The bytes of a conversation in its cache's format, beside what 16 bits would take."""
     llm, here = conversation.llm, conversation.footprint()
     size, cache, whole_16 = here.size, llm.cache, here.size_16.of_blocks(llm.cache.blocks)
 

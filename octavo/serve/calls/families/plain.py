@@ -1,7 +1,0 @@
-"""Any other template: the answer is JSON, one call or a list of them, as OpenAI's API names their parts."""
-
-from __future__ import annotations
-
-from octavo.serve.calls.syntax import Syntax
-
-SYNTAX = Syntax(family="plain JSON", bare=True, joint=None)
