@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from octavo.errors import OctavoError
-from octavo.quant.format import (
-    CODECS,
-    DEFAULT_GRANULARITY,
-    DEFAULT_HEADROOM,
-    NAMES,
-    RAW_NAMES,
-    TUNED,
-    validate_choice,
-)
+from octavo.quant.format import CODECS, DEFAULT_GRANULARITY, DEFAULT_HEADROOM, NAMES, RAW_NAMES, TUNED, validate_choice
 from octavo.units import parse_bytes
 
 if TYPE_CHECKING:
