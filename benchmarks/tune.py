@@ -73,7 +73,7 @@ def candidates(
         for name in uniform
     ]
     for bits in sizes:
-        chosen = choose(parts.parts, token_budget(parts, bits))
+        chosen = choose(parts.parts, token_budget(model.bound, bits))
         expected = sum(part.kl[codec] for part, codec in zip(parts.parts, chosen, strict=True))
         formats = formats_of(model.bound, parts.parts, chosen)
         several.append((Candidate(f"tuned, {bits:g} bits", formats, calibration), expected))

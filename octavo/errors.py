@@ -53,8 +53,9 @@ def warn_once(message: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what an error of another library says, or its name."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of what an error of another library says, with the next where it ends in a colon; or its name."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first
 
 
 def install(extra: str) -> str:

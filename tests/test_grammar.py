@@ -208,6 +208,17 @@ def test_an_end_that_tokens_forced_is_told_as_one(llm: LLM):
     assert all(json.loads(answer.text)["name"] for answer in answers[1:])
     [whole] = llm.generate("A", SamplingParams(max_tokens=60, json_schema={"enum": [1]}))
     assert (whole.text, whole.finish_reason) == ("1", "stop")
+    [soon] = llm.generate("A", SamplingParams(max_tokens=8, regex="[0-9]{3}"))
+    assert soon.finish_reason == "stop", "few tokens are left, and none was needed"
+
+
+def test_an_answer_that_tokens_forced_to_end_is_whole_where_special_tokens_are_shown(llm: LLM):
+    shown = SamplingParams(
+        max_tokens=8, temperature=1.5, top_k=50, seed=8, skip_special_tokens=False, json_schema=UNBOUNDED["an array"]
+    )
+    [answer] = llm.generate("Once upon a time", shown)
+    assert (answer.finish_reason, answer.token_ids[-1] in llm.model.eos_ids) == ("length", True)
+    assert json.loads(answer.text)
 
 
 def test_lengths_that_a_schema_sets_are_kept(llm: LLM):

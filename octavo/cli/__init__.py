@@ -1,5 +1,6 @@
 """The `octavo` command: one short file for each verb, each calls functions that Python can call too."""
 
+import errno
 import os
 import sys
 import warnings
@@ -40,7 +41,7 @@ def _options(
 def commands(wanted: Collection[str] = KNOWN) -> Verbs:
     """The command line with the verbs that are wanted: to import and describe all of them takes a tenth of a second."""
     app = Verbs(
-        help="Calibrated int8 KV caches for Hugging Face language models. MODEL is a directory, Hub id or .gguf file; "
+        help="KV caches in 8 and 4 bits for Hugging Face language models. MODEL is a directory, Hub id or .gguf file; "
         "with none, the small bundled model `pamphlet`.",
         rich_markup_mode="markdown",  # rich would take "[default: …]" for markup and drop it
         pretty_exceptions_enable=False,
@@ -66,8 +67,11 @@ def _verb(name: str) -> Callable[..., None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line. Bad input is one line on stderr and status 2, an interrupt status 130."""
+    """Run the command line. Bad input is one error on stderr and status 2, an interrupt status 130."""
     argv = sys.argv[1:] if argv is None else argv
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who has started us
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (as long as the process)
     for name in BARS_OF_OTHERS:
         os.environ.setdefault(name, "1")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
@@ -75,9 +79,20 @@ def main(argv: list[str] | None = None) -> None:
         argv = ["chat", *argv[2:]]
     wanted = argv[:1] if argv and argv[0] in KNOWN else KNOWN
     try:
-        commands(wanted)(argv)
+        try:
+            commands(wanted)(argv)
+        finally:
+            sys.stdout.flush()
     except OctavoError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at the exit
+        if error.errno == errno.EPIPE:  # who reads no further knows
+            sys.exit(1)
+        print(f"error: {error.filename or 'the output'} cannot be written: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

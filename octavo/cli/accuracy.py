@@ -86,6 +86,7 @@ def accuracy(
     model, begun = options.load(), perf_counter()
     from octavo.cli.tables.accuracy import show_retrieval, show_tasks, show_text, show_theory
     from octavo.measure.accuracy.results import about
+    from octavo.measure.accuracy.retrieval import LEAST
     from octavo.measure.as_json import dumps
     from octavo.measure.candidate import beside
 
@@ -94,6 +95,9 @@ def accuracy(
         compared = beside(load_baseline(options, baseline, model), model, compared)
     compared = [one.choosing(granularity, headroom) for one in compared]  # type: ignore[arg-type]  # checked
     context = min(model.bound.max_context, options.session_len or model.bound.max_context)
+    for length in lengths:
+        if not LEAST <= length <= context:
+            raise OctavoError(f"--retrieval {length}: {model.name} can be asked about {LEAST} to {context:,} tokens")
     drawn = on_text.draw(model, source, len(compared), context, time) if source is not None else None
     found = about(model, compared)
 
@@ -108,7 +112,7 @@ def accuracy(
             found["text"] = on_text.read(model, compared, source.name, *drawn, lambda: time.over(begun), measure)
             tell(show_text)
         if lengths:
-            found["retrieval"] = _retrieval(model, compared, lengths, context)
+            found["retrieval"] = _retrieval(model, compared, lengths)
             tell(show_retrieval)
         if subtasks:
             tested = on_tasks.run(model, compared, subtasks, context, time, _asking(options, workers))
@@ -129,16 +133,13 @@ def _candidates(model: Model, kv: str | None, calibration: Path | None) -> list[
     return found
 
 
-def _retrieval(model: Model, candidates: Sequence[Candidate], lengths: Sequence[int], context: int) -> dict[str, Any]:
+def _retrieval(model: Model, candidates: Sequence[Candidate], lengths: Sequence[int]) -> dict[str, Any]:
     """Rows of every format at every length. Says how long they take."""
     from octavo.cli.progress import say, telling
-    from octavo.measure.accuracy.retrieval import LEAST, make_context, retrieve
+    from octavo.measure.accuracy.retrieval import make_context, retrieve
     from octavo.measure.budget import duration
     from octavo.measure.pace import Pace
 
-    for length in lengths:
-        if not LEAST <= length <= context:
-            raise OctavoError(f"--retrieval {length}: {model.name} can be asked about {LEAST} to {context:,} tokens")
     say("measuring a few steps")
     pace = Pace.measure(model.bound, max(lengths))
     say(f"looking up values: about {duration(len(candidates) * pace.read(sum(lengths)))}")

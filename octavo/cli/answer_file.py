@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from octavo.cli.loading import ServeOptions
 from octavo.errors import OctavoError
 from octavo.jsonl import own_id
+from octavo.quant.format import is_tuned
 
 # Options that change how fast answers are made, and not what they are.
 WITHOUT_EFFECT = {
@@ -51,12 +52,11 @@ def read_lines(file: BinaryIO, options: dict[str, Any]) -> list[Line]:
 
 def shaping_of(options: ServeOptions, chat: bool, logprobs: int | None) -> dict[str, Any]:
     """The options that shape answers, beside those of sampling."""
-    from octavo.models.locate import locate
-    from octavo.models.model import tuned_formats
-    from octavo.quant.format import is_tuned
-
     shaping = {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}
     if is_tuned(options.format_name() or ""):
+        from octavo.models.locate import locate
+        from octavo.models.model import tuned_formats  # imports torch
+
         place = locate(options.model)
         shaping["formats"] = tuned_formats(*place, options.calibration).header.formats
     return shaping | {"kv": options.format_name(), "quant_policy": None, "chat": chat, "logprobs": logprobs}

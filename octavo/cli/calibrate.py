@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,11 +77,8 @@ def _show(options: LoadOptions, calibration: Calibration, path: Path, work_dir: 
     console, header = Console(highlight=False, soft_wrap=True), calibration.header
     console.print(range_table(calibration))
     console.print(
-        f"{header.samples} windows of {header.seqlen} tokens of {header.dataset}, at positions "
-        f"{header.positions[0]} to {header.positions[1]}"
+        f"{header.samples} window{'s' * (header.samples > 1)} of {header.seqlen} tokens of {header.dataset}, "
+        f"at positions {header.positions[0]} to {header.positions[1]}"
     )
     console.print(f"saved to {path}")
-    words = ["octavo", "chat", *([options.model] if options.model else []), "--kv", "kv8"]
-    words += ["--model-format", options.model_format] if options.model_format != "hf" else []
-    words += ["--calibration", str(work_dir)] if work_dir is not None else []
-    console.print(f"next: {shlex.join(words)}", markup=False)
+    console.print(options.next("kv8", work_dir), markup=False)

@@ -26,7 +26,9 @@ class FleetOptions:
     )
 
     def check(self) -> None:
-        """Raise OctavoError for options that change nothing without --fleet."""
+        """Raise OctavoError for options that change nothing without --fleet, and for a fleet that serves nothing."""
+        if self.fleet and self.sessions is None:
+            raise OctavoError("--fleet needs --sessions: how many are open at a time")
         given = [name for name, value in vars(self).items() if value is not None and name != "fleet"]
         if given and not self.fleet:
             raise OctavoError(f"--{given[0].replace('_', '-')} says what a fleet is to serve: give --fleet too")
@@ -44,8 +46,7 @@ def plan_fleet(
     from octavo.quant.format import ADVISED
     from octavo.units import parse_bytes
 
-    if asked.sessions is None:
-        raise OctavoError("--fleet needs --sessions: how many are open at a time")
+    assert asked.sessions is not None, "checked"
     gpu = Gpu()
     whole = parse_bytes(memory) if memory is not None else gpu.memory
     kept = parse_bytes(reserve) / whole if parse_bytes(reserve) else gpu.kept

@@ -117,10 +117,11 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
         print(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2))
         return
     print(flush=True)
+    edges = f" ({format_bytes(held.size.session(0))} for edges)" if held.size.ring else ""
     say(
         f"{completion.prompt_tokens:,} tokens in, {len(completion.token_ids):,} out in {seconds:.1f} s "
         f"({rate:.1f} tok/s) · finish: {completion.finish_reason} · "
-        f"KV {held.format}: {format_bytes(held.nbytes)}, in 16 bits {format_bytes(held.nbytes_16)}"
+        f"KV {held.format}: {format_bytes(held.nbytes)}{edges}, in 16 bits {format_bytes(held.nbytes_16)}"
     )
 
 

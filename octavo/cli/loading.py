@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ from octavo.cli.options import (
     OtherHeadroom,
     amount,
     check_calibration,
-    check_choice,
     check_file,
     check_model,
     complete,
@@ -58,10 +58,8 @@ class LoadOptions:
     ] = False
 
     def check(self) -> None:
-        """Raise OctavoError for what names no model, file or choice: without torch, before a weight is read."""
+        """Raise OctavoError for what names no model or file: without torch, before a weight is read."""
         check_model(self.model)
-        check_choice("--dtype", self.dtype, ("auto", *RAW_NAMES.values(), *RAW_NAMES))
-        check_choice("--load-format", self.load_format, ("auto", "dummy"))
         if self.chat_template is not None:
             check_file("--chat-template", self.chat_template)
 
@@ -69,6 +67,13 @@ class LoadOptions:
     def ranks(self) -> int:
         """Processes that the model is divided among."""
         return 1
+
+    def next(self, kv: str, calibration: Path | None) -> str:
+        """The command to type once the model was prepared for a format; `calibration` is where, if that was said."""
+        words = ["octavo", "chat", *([self.model] if self.model else []), "--kv", kv]
+        words += ["--model-format", self.model_format] if self.model_format != "hf" else []
+        words += ["--calibration", str(calibration)] if calibration is not None else []
+        return f"next: {shlex.join(words)}"
 
     def loading(self) -> dict[str, Any]:
         """The same as arguments of Model.load, for processes elsewhere: plain values, and paths that are absolute."""
@@ -114,8 +119,7 @@ class ShapeOptions:
     )
 
     def check(self) -> None:
-        """Raise OctavoError for what names no model or no type, before torch is imported."""
-        check_choice("--dtype", self.dtype, ("auto", *RAW_NAMES.values(), *RAW_NAMES))
+        """Raise OctavoError for what names no model, before torch is imported."""
         if self.config is None:
             check_model(self.model)
         elif self.model is not None:
@@ -159,7 +163,8 @@ class ServeOptions(LoadOptions):
     headroom: OtherHeadroom = None
     max_batch_size: Annotated[int, of_model("Sequences that run at a time.", min=1)] = 16
     cache_max_entry_count: Annotated[
-        float | None, of_model("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]")
+        float | None,
+        of_model("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]", min=0, max=1),
     ] = None
     kv_cache_memory: Annotated[
         str | None, of_model("Size of the KV cache, like 4GiB; of each rank's.", callback=amount)

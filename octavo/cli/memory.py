@@ -4,7 +4,7 @@ from typing import Annotated
 
 from octavo.cli.candidates import formats_option
 from octavo.cli.loading import ShapeOptions
-from octavo.cli.options import DeviceName, Json, numbers, of_model, option, takes
+from octavo.cli.options import DeviceName, Json, LoadFormat, numbers, of_model, option, takes
 from octavo.quant.format import dtype_name
 
 
@@ -26,7 +26,7 @@ def memory(
         str | None, of_model("The same model with 16-bit weights, to measure beside MODEL with 4-bit ones.")
     ] = None,
     device: DeviceName = "auto",
-    load_format: Annotated[str, of_model("auto, or dummy to measure with random weights.")] = "auto",
+    load_format: LoadFormat = "auto",
     fill_seconds: Annotated[
         float, option("How long the model may fill sessions in one measurement; then random rows do.", min=0)
     ] = 20.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from octavo.errors import OctavoError
-from octavo.quant.format import CODECS, DEFAULT_GRANULARITY, DEFAULT_HEADROOM, NAMES, TUNED, validate_choice
+from octavo.quant.format import CODECS, DEFAULT_GRANULARITY, DEFAULT_HEADROOM, NAMES, RAW_NAMES, TUNED, validate_choice
 from octavo.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def tell_loading(model: str | None) -> None:
     from octavo.models.locate import BUNDLED, find_here, is_bundled
 
     path = BUNDLED if is_bundled(model) else find_here(str(model))
-    files = [] if path is None else [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    files = [] if path is None else [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin")]
     size = sum(file.stat().st_size for file in files) / 2**20
     weights = "from the Hub" if path is None else f"{size:,.0f} MiB of weights"
     print(f"loading {model or BUNDLED.name}: {weights}", file=sys.stderr, flush=True)
@@ -93,10 +94,30 @@ ModelName = Annotated[
     str | None,
     typer.Argument(help="A directory, Hub id or .gguf file. [default: the bundled model]", show_default=False),
 ]
-ModelFormat = Annotated[str, of_model("How the weights are stored: hf, awq.")]
-Dtype = Annotated[str, of_model("auto, bf16, fp16 or fp32.")]
-DeviceName = Annotated[str, of_model("auto, cpu, cuda, cuda:1, …")]
-LoadFormat = Annotated[str, of_model("auto, or dummy for random weights of the config's shape.")]
+
+
+def _one_of(flag: str, help: str, *choices: str) -> Any:
+    """An option whose value is one of these, which is known before torch is imported."""
+
+    def check(value: str) -> str:
+        check_choice(flag, value, choices)
+        return value
+
+    return of_model(help, callback=check)
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name):
+        raise OctavoError(f"--device: there is no device {name!r}; name auto, cpu, cuda or cuda:1")
+    return name
+
+
+ModelFormat = Annotated[str, _one_of("--model-format", "How the weights are stored: hf, awq.", "hf", "awq")]
+Dtype = Annotated[str, _one_of("--dtype", "auto, bf16, fp16 or fp32.", "auto", *RAW_NAMES.values(), *RAW_NAMES)]
+DeviceName = Annotated[str, of_model("auto, cpu, cuda, cuda:1, …", callback=_device)]
+LoadFormat = Annotated[
+    str, _one_of("--load-format", "auto, or dummy for random weights of the config's shape.", "auto", "dummy")
+]
 ChatTemplate = Annotated[Path | None, of_model("A Jinja file in place of the model's template.")]
 CalibrationPath = Annotated[Path | None, calibration_option("[default: beside the model]")]
 CalibrationDir = Annotated[

@@ -68,7 +68,7 @@ class ServerOptions:
     ] = None
     grace: Annotated[float, serving("Seconds that running answers have to end at SIGTERM or Ctrl-C.", min=0)] = 30
     replicas: Annotated[
-        int | None, serving("Models side by side behind one address, each a process; needs octavo[ray].", min=1)
+        int | None, serving("Models side by side behind one address, each a process; needs the extra `ray`.", min=1)
     ] = None
     session_dir: Annotated[
         Path | None, serving("Keep conversations' caches here, over restarts too.", file_okay=False)

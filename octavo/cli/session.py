@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from octavo.cli.loading import ServeOptions
-from octavo.cli.options import check_file, takes
+from octavo.cli.options import check_file, takes, tell_loading
 from octavo.cli.verbs import Verbs
 
 app = Verbs(help="Saved sessions as plain numbers, K and V row by row, and back.")
@@ -26,11 +26,12 @@ def export(
     """Write the rows of a saved session of MODEL as float32: SAVED, PLAIN, then MODEL. --kv is the session's own
     unless it is said."""
     check_file("SAVED", saved)
+    tell_loading(options.model)
     from octavo.cache.session import SavedSession
     from octavo.plain_sessions import export_session
 
     options = _in_format(options, SavedSession.open(saved).header.identity.formats)
-    count = export_session(options.llm(), saved, plain)
+    count = export_session(options.llm(told=True), saved, plain)
     print(f"saved to {plain}: K and V of {count} tokens")
 
 
@@ -43,9 +44,10 @@ def import_(
 ) -> None:
     """Make a session of MODEL from plain rows: PLAIN, SAVED, then MODEL. --kv may be another format than it was."""
     check_file("PLAIN", plain)
+    tell_loading(options.model)
     from octavo.plain_sessions import format_of, import_session
 
-    count = import_session(_in_format(options, [format_of(plain)]).llm(), plain, saved)
+    count = import_session(_in_format(options, [format_of(plain)]).llm(told=True), plain, saved)
     print(f"saved to {saved}: codes of {count} tokens")
 
 

@@ -19,10 +19,12 @@ from octavo.cli.options import (
     takes,
     tell_loading,
 )
-from octavo.errors import OctavoError
+from octavo.corpus import load_texts
+from octavo.errors import OctavoError, require_writable
 from octavo.measure.budget import DEFAULT, Budget, Windows
 
 if TYPE_CHECKING:
+    from octavo.corpus import Texts
     from octavo.models.model import Model
 
 WANTED, LEAST = Windows(4, 512), Windows(1, 256)
@@ -64,8 +66,9 @@ def tune(
 
     if (bits is None) == (memory is None):
         raise OctavoError("how large may it be? Give --bits 5, or --memory 4GiB with --sessions and --context")
-    room, time = parse_bytes(memory) if memory is not None else None, Budget.parse(budget)
+    room, time = parse_bytes(memory or "0"), Budget.parse(budget)
     check_calibration(calibration, None, None)
+    texts = load_texts(text, data_dir)
     tell_loading(options.model)
     import torch
 
@@ -79,10 +82,13 @@ def tune(
     from octavo.quant.format import KVFormat
 
     bound, where = model.bound, _directory(model, calibration)
-    if room is not None:
-        room = token_room(bound, room, sessions, context or bound.max_context)
+    require_writable(where, "--calibration")
+    if bits is not None:
+        size = token_budget(bound, bits)
+    else:
+        size = token_room(bound, room, sessions, context or bound.max_context)
     known = calibration_with_bar(model, calibration, KVFormat.parse("kv4"))
-    name, pieces = _windows(model, text, data_dir, windows, window, time)
+    name, pieces = _windows(model, texts, windows, window, time)
     start, work, done = perf_counter(), len(pieces) * (readings(bound) + LAST), 0
     with telling("measuring") as tell:
 
@@ -96,7 +102,6 @@ def tune(
 
         found = measure(bound, known, pieces, go_on, step)
         pieces = pieces[: found.windows]
-        size = room if room is not None else token_budget(found, bits or 0.0)
         chosen = choose(bound, known, found, size, pieces, name, step)
         tell("storing one side of one layer in 4 bits", work, work)
     path = chosen.artefact(model.fingerprint).save(where)
@@ -104,8 +109,7 @@ def tune(
         print(dumps({"command": "tune", "model": model.name, **chosen.document(), "saved": str(path)}))
         return
     show(chosen)
-    beside = f" --calibration {calibration}" if calibration is not None else ""
-    print(f"saved to {path}\nnext: octavo chat {model.name} --kv tuned{beside}")
+    print(f"saved to {path}\n{options.next('tuned', calibration)}")
 
 
 def _directory(model: Model, given: Path | None) -> Path:
@@ -118,16 +122,14 @@ def _directory(model: Model, given: Path | None) -> Path:
 
 
 def _windows(
-    model: Model, text: str | None, data_dir: Path | None, count: int | None, length: int | None, budget: Budget
+    model: Model, texts: Texts, count: int | None, length: int | None, budget: Budget
 ) -> tuple[str, list[list[int]]]:
     """The text's name, and windows of it: those asked for, or what the budget allows. Says how long it takes."""
     from octavo.cli.progress import say
-    from octavo.corpus import load_texts
     from octavo.measure.pace import Pace
     from octavo.measure.tune.sensitivity import readings
     from octavo.text_windows import token_windows
 
-    texts = load_texts(text, data_dir)
     bound, work = model.bound, readings(model.bound) + LAST
     longest = min(WANTED.length, bound.max_context)
     wanted = Windows(count or WANTED.count, length or longest)

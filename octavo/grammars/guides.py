@@ -103,7 +103,7 @@ class GrammarGuide:
             allowed.flatten()[only] = 0
             allowed.flatten()[spelled[0]] = 1
         row.masked_fill_((allowed.flatten()[: len(row)] == 0).to(row.device), -torch.inf)
-        if room <= self.next_look:
+        if room <= self.next_look and not self.matcher.is_stopped():  # else nothing but the end may come
             self._end_in_time(row, room)
 
     def accept(self, token: int) -> None:

@@ -89,8 +89,7 @@ class Model:
         what is computed together with it. With `division` this process holds a share of the model (octavo/parallel).
         """
         name, path = locate(model)
-        if device == "auto":
-            device = str(find_device(device))
+        device = str(find_device(device))
         settings = generation_settings(base_of(path))
         hf = load_model(
             path,

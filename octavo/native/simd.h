@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -95,6 +96,14 @@ inline float max(f32v a) {
 inline float sum(f32v a) {
     return reduce(a, [](f32v x, f32v y) { return x + y; });
 }
+// f(n as a constant of at most MOST).
+template <int MOST, class F>
+inline void with_constant(int64_t n, F&& f) {
+    if constexpr (MOST > 1)
+        if (n < MOST) return with_constant<MOST - 1>(n, f);
+    f(std::integral_constant<int, MOST>{});
+}
+
 // The low byte of each lane, W bytes in a row.
 inline void store_bytes(void* p, i32v x) {
     typedef uint8_t u8q __attribute__((vector_size(W)));
@@ -172,6 +181,25 @@ inline f32v load_float(const fp8* p) {
     const f32v size = (f32v)((code & 0x7f) << 20) * 0x1p120f;
     return (f32v)((i32v)size | (code & 0x80) << 24);
 }
+
+// 2·W neighbouring numbers in two registers, whose lanes stand as is quickest; `in_order` brings them, or sums of such, into
+// the order of memory.
+template <class T>
+inline void load_pair(const T* p, f32v& a, f32v& b) { a = load_float(p), b = load_float(p + W); }
+template <class T>
+inline void in_order(f32v&, f32v&) {}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline void load_pair(const bf16* p, f32v& a, f32v& b) {  // zeros below each: two operations in place of four
+    const __m256i both = load<__m256i>(p);
+    a = (f32v)_mm256_unpacklo_epi16(__m256i{}, both), b = (f32v)_mm256_unpackhi_epi16(__m256i{}, both);
+}
+template <>
+inline void in_order<bf16>(f32v& a, f32v& b) {
+    const f32v low = a;
+    a = (f32v)_mm256_permute2f128_ps((__m256)low, (__m256)b, 0x20);
+    b = (f32v)_mm256_permute2f128_ps((__m256)low, (__m256)b, 0x31);
+}
+#endif
 
 constexpr float LOG2E = 1.44269504f;
 constexpr float MAGIC = 0x1.8p23f;  // added to |x| < 2²²: rounds to an integer, half to even, and holds it in the low bits

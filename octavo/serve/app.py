@@ -61,7 +61,7 @@ def _refuse(request: Request, error: Exception) -> Response:
 
 def _refuse_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return refusal(request.scope, ApiError(error.status_code, error.detail))
+    return refusal(request.scope, ApiError(error.status_code, error.detail, headers=dict(error.headers or {})))
 
 
 def _fail(request: Request, _: Exception) -> Response:  # starlette logs it

@@ -256,7 +256,7 @@ class Service:
     def _generations(self, job: Job, request: GenerateRequest) -> list[Generation]:
         names: Mapping[str, str] = request.names
         try:
-            for prompt in request.prompts:
+            for prompt in request.prompts if request.longest_prompt is None else ():
                 self.check_length(prompt)
             generations = []
             for i, one in enumerate(engine_requests(self.llm, self.functions, request, self.defaults)):

@@ -159,6 +159,12 @@ WRONG = {
     "serve --calibration nowhere": "there is no calibration at nowhere",
     "generate --prompt x --headroom 0": "a headroom of 0.0 makes no sense",
     "chat --chat-template none.jinja": "--chat-template none.jinja: there is no such file",
+    "memory --device gpu": "there is no device 'gpu'",
+    "plan --model-format gguf": "--model-format gguf: choose hf, awq",
+    "quantize --work-dir x --dtype int8": "--dtype int8: choose auto",
+    "generate --input nothing.jsonl": "nothing.jsonl cannot be read",
+    "tune --bits 5 --text nothing.txt": "no set of texts named nothing.txt",
+    "plan --fleet": "--fleet needs --sessions",
 }
 EACH = """
 import sys

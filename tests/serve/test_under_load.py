@@ -160,7 +160,8 @@ def test_what_is_no_request_is_refused_in_openais_form(running: Running, content
 
 def test_unknown_paths_and_methods_are_refused_in_the_same_form(running: Running):
     assert httpx.get(f"{running.url}/v1/embeddings").json()["error"]["type"] == "not_found_error"
-    assert httpx.get(f"{running.url}/v1/completions").status_code == 405
+    refused = httpx.get(f"{running.url}/v1/completions")
+    assert (refused.status_code, refused.headers["Allow"]) == (405, "POST")
 
 
 def test_a_request_whose_sampling_fails_costs_the_others_nothing(running: Running, monkeypatch: pytest.MonkeyPatch):

@@ -5,13 +5,22 @@
 
 namespace octavo::ISA {
 
-// The next page, asked for at the pace at which this one is read: a burst would only queue, and leave the memory idle in
-// between. `passes`: how often the page is read; `times`: how many times as large as it the next one is.
+struct Bytes {
+    const uint8_t* at;
+    int64_t count, step = 64;  // of each so many only the first 64
+};
+
+// The next page, asked for at the pace at which this one is read for the first time: a burst would only queue, and leave the
+// memory idle in between.
 struct Ahead {
     const uint8_t *at, *end;
-    int passes, times = 1;
+    int64_t step;  // from line to line
+    int64_t asked, total;  // bytes that are asked for while so many are read
+    int64_t owed = 0;
+    Ahead(Bytes next, int64_t total)
+        : at(next.at), end(next.at + next.count), step(next.step), asked(next.count / next.step * 64), total(total) {}
     void read(int bytes) {
-        for (bytes *= times; bytes > 0 && at < end; bytes -= 64 * passes, at += 64) __builtin_prefetch(at, 0, 2);
+        for (owed += bytes * asked; owed > 0 && at < end; owed -= 64 * total, at += step) __builtin_prefetch(at, 0, 2);
     }
 };
 struct Near {  // nothing to ask for: it is in the cache

@@ -34,15 +34,19 @@ struct Unit {
     int64_t first, last;  // positions of its new tokens [first, last)
     int64_t page, end;  // pages that some of them see [page, end)
     int64_t own;  // first page of their own span; without edges `end`
+    int64_t part, parts;  // the first of its parts, and how many: segments of coded pages; then, with edges, the raw pages
     int64_t cost;
     int64_t sums = -1;  // where its rows' sums stand, if the context is split
 };
 
 struct Place {  // of one head's rows of a page
     const Side &k, &v;
-    int64_t cell;
+    int64_t cell, rows;  // rows: how many of them are there
     const uint8_t* codes(const Side& side) const { return side.codes + cell * side.head_bytes; }
-    Bytes bytes(const Side& side) const { return {codes(side), side.head_bytes}; }
+    Bytes keys() const {  // of a few, a line of each channel
+        return {codes(k), k.head_bytes, rows * octavo::cell(k) <= 64 ? std::max<int64_t>(64, BLOCK * octavo::cell(k)) : 64};
+    }
+    Bytes values() const { return {codes(v), v.head_bytes / BLOCK * (is_integer(v.code) ? (rows + 3) / 4 * 4 : rows)}; }
 };
 
 struct Part {  // pages that are summed together: page 0, or not, and those of a range
@@ -63,6 +67,7 @@ struct Call {
     void* out;
     int group, v_row;
     bool write_late;  // where it is read, each row
+    std::vector<Part> parts;
 
     // The oldest position that a query at `position` sees.
     int64_t oldest(int64_t position) const {
@@ -76,32 +81,26 @@ struct Call {
     bool is_raw(const Unit& unit, int64_t page) const { return edges && (page == 0 || page >= unit.own); }
     Place place(const Unit& unit, int64_t page) const {
         const int s = unit.sequence;
-        if (!is_raw(unit, page)) return {k, v, step.table[s * step.table_width + page] * k.heads + unit.head};
+        const int64_t rows = std::clamp<int64_t>(unit.last - page * BLOCK, 0, BLOCK);
+        if (!is_raw(unit, page)) return {k, v, step.table[s * step.table_width + page] * k.heads + unit.head, rows};
         const int64_t pages = edges->span / BLOCK;
         if (page > 0 && edges->hand[s] >= 0) {
             const int64_t at = edges->hand[s] + page - oldest_new(s) / edges->span * pages;
-            return {edges->hand_k, edges->hand_v, at * k.heads + unit.head};
+            return {edges->hand_k, edges->hand_v, at * k.heads + unit.head, rows};
         }
         const int64_t at = page > 0 ? edges->ring[s] + page % pages : edges->first[s];
-        return {edges->k, edges->v, at * k.heads + unit.head};
+        return {edges->k, edges->v, at * k.heads + unit.head, rows};
     }
 
-    // A unit's parts: segments of coded pages, in order; then, with edges, the raw pages.
-    int64_t first_coded(const Unit& unit) const { return edges ? std::max<int64_t>(unit.page, 1) : unit.page; }
-    int64_t segments(const Unit& unit) const {
-        const int64_t first = first_coded(unit), end = std::min(unit.own, unit.end);
-        return first < end ? (end - 1) / SEGMENT - first / SEGMENT + 1 : 0;
-    }
-    int64_t parts(const Unit& unit) const { return segments(unit) + (edges ? 1 : 0); }
-    Part part(const Unit& unit, int64_t number) const {
-        if (number == segments(unit)) {
-            const int64_t own = std::max({unit.own, unit.page, int64_t(1)});
-            return {unit.page == 0 && unit.end > 0, own, unit.end};
-        }
-        const int64_t coded = first_coded(unit), segment = (coded / SEGMENT + number) * SEGMENT;
-        return {false, std::max(coded, segment), std::min({unit.own, unit.end, segment + SEGMENT})};
-    }
+    const Part& part(const Unit& unit, int64_t number) const { return parts[unit.part + number]; }
+    int64_t coded_parts(const Unit& unit) const { return unit.parts - (edges ? 1 : 0); }
 
+    // The places of one head's codes of a new row, if no query reads what lies around them, are fetched before.
+    void expect(int64_t t, int head) const {
+        if (!edges || !fresh.slots) return;
+        expect_row(k, head, fresh.slots[t]);
+        expect_row(v, head, fresh.slots[t]);
+    }
     // One head's K and V of a new row go to their places.
     void put(int64_t t, int head) const {
         alignas(64) float row[LARGEST];
@@ -163,6 +162,7 @@ public:
         sums = call.sums_at(scratch.take(call.floats(rows)), rows);
         whole = call.sums_at(scratch.take(call.floats(rows)), rows);
         panel = scratch.take(tile);
+        if (call.write_late) call.expect(call.row(unit.sequence, unit.first), unit.head);
         for (int r = 0; r < rows; r++) {
             float* row = folded.from(r).at;
             widen(call.q, call.row(unit.sequence, position(r)), unit.head * call.group + r % call.group, call.k.dim, row);
@@ -178,7 +178,7 @@ public:
     template <class F>
     Sums of_part(int64_t number, int64_t end, F&& after) {
         sums.clear(rows, call.v.dim);
-        const Part part = call.part(unit, number);
+        const Part& part = call.part(unit, number);
         for (int64_t i = 0; i < part.pages(); i++) {
             const bool last = i + 1 == part.pages();
             over_page(part.page(i), !last ? call.place(unit, part.page(i + 1))
@@ -189,11 +189,11 @@ public:
 
     template <class F>
     void of_all(F&& after) {
-        const int64_t parts = call.parts(unit), segments = call.segments(unit);
         whole.clear(rows, call.v.dim);
-        for (int64_t part = 0; part < parts; part++) {
-            of_part(part, parts, after);
-            for (int r = 0; r < rows && part < segments; r++) join(whole.from(r), sums.from(r), call.v.dim);
+        for (int64_t part = 0; part < unit.parts; part++) {
+            of_part(part, unit.parts, after);
+            for (int r = 0; r < rows && part < call.coded_parts(unit); r++)
+                join(whole.from(r), sums.from(r), call.v.dim);
         }
         call.finish_rows(unit, whole, call.edges ? &sums : nullptr);
     }
@@ -218,12 +218,12 @@ private:
         const float* k_scales = scales_of(here.k, here.cell, next.k, next.cell, k_scale);
         const float* v_scales = scales_of(here.v, here.cell, next.v, next.cell, v_scale);
         const Range any = see(page);
-        product(here.k, here, next.bytes(next.k), raw ? natural : folded, any, scores, nullptr);
+        product(here.k, here, next.keys(), raw ? natural : folded, any, scores, nullptr);
         for (int r = 0; r < rows; r++)
             keep[r] = soften(scores.from(r).at, k_scales, v_scales, raw ? 0 : shift[r], call.attention.softcap, seen[r],
                              sums.from(r));
         // Only of tokens that are seen: the rest of a page is its last owner's, and a weight of 0 does not undo a NaN.
-        product(here.v, here, next.bytes(next.v), scores, any, sums.out, keep);
+        product(here.v, here, next.values(), scores, any, sums.out, keep);
     }
 
     // Sets what each row sees of the page; returns what any of them sees.
@@ -256,22 +256,28 @@ private:
     }
 };
 
-std::vector<Unit> units_of(const Call& call) {
+std::vector<Unit> units_of(Call& call) {
     int64_t together = BLOCK;  // positions of a unit, cut where pages are
     while (together > 1 && together * call.group > ROWS_OF_A_UNIT) together /= 2;
     std::vector<Unit> units;
+    auto add = [&](int s, int64_t first, int64_t last, int64_t page, int64_t end, int64_t own) {
+        const int64_t part = int64_t(call.parts.size()), coded = std::min(own, end);
+        for (int64_t from = call.edges ? std::max<int64_t>(page, 1) : page, to; from < coded; from = to) {
+            to = std::min(coded, (from / SEGMENT + 1) * SEGMENT);
+            call.parts.push_back({false, from, to});
+        }
+        if (call.edges) call.parts.push_back({page == 0 && end > 0, std::max({own, page, int64_t(1)}), end});
+        const int64_t parts = int64_t(call.parts.size()) - part, cost = (end - page) * ((last - first) * call.group + 4);
+        for (int h = 0; h < call.k.heads; h++) units.push_back({s, h, first, last, page, end, own, part, parts, cost});
+    };
     for (int s = 0; s < call.step.sequences; s++) {
         const int64_t end = call.step.kv_len[s], begin = call.oldest_new(s);
-        if (end == 0) {  // a padded row has no pages, and its answer is 0
-            for (int h = 0; h < call.k.heads; h++) units.push_back({s, h, begin, end, 0, 0, 0, 0});
-            continue;
-        }
-        for (int64_t first = begin, last; first < end; first = last) {
+        if (end == 0) add(s, begin, end, 0, 0, 0);  // a padded row has no pages, and its answer is 0
+        for (int64_t first = begin, last; 0 < end && first < end; first = last) {
             last = std::min(end, (first / together + 1) * together);
             const int64_t page = call.oldest(first) / BLOCK, pages_end = (last - 1) / BLOCK + 1;
-            const int64_t own = call.edges ? first / call.edges->span * (call.edges->span / BLOCK) : pages_end;
-            const int64_t cost = (pages_end - page) * ((last - first) * call.group + 4);
-            for (int h = 0; h < call.k.heads; h++) units.push_back({s, h, first, last, page, pages_end, own, cost});
+            add(s, first, last, page, pages_end,
+                call.edges ? first / call.edges->span * (call.edges->span / BLOCK) : pages_end);
         }
     }
     return units;
@@ -294,8 +300,8 @@ void attend(const Side& k, const Side& v, const Edges* edges, const Attention& n
             const NewRows& fresh, const Rows& q, void* out, const Pool& pool) {
     const Attention attention = in_bits(natural);
     const int64_t rows = step.q_start[step.sequences];
-    const Call call = {k, v, edges, attention, step, fresh, q, out, attention.heads / k.heads, panels(v.dim) * PANEL,
-                       one_each(step)};
+    Call call = {k, v, edges, attention, step, fresh, q, out, attention.heads / k.heads, panels(v.dim) * PANEL,
+                 one_each(step), {}};
     if (!call.write_late)
         over_rows(rows, k.heads, k.dim + v.dim, pool, [&](int64_t t, int head) { call.put(t, head); });
     std::vector<Unit> units = units_of(call);
@@ -310,7 +316,7 @@ void attend(const Side& k, const Side& v, const Edges* edges, const Attention& n
     const int64_t most = std::max<int64_t>(1, cost / (int64_t(pool.threads) * UNITS_A_THREAD));
     for (size_t i = 0; i < units.size(); i++) {
         Unit& unit = units[i];
-        const int64_t parts = call.parts(unit);
+        const int64_t parts = unit.parts;
         const int64_t count = worth_it && pool.threads > 1 ? std::min(parts, (unit.cost + most - 1) / most) : 1;
         if (count < 2) {
             pieces.push_back({int(i), 0, parts});
@@ -348,9 +354,9 @@ void attend(const Side& k, const Side& v, const Edges* edges, const Attention& n
     parallel(pool, int64_t(units.size()), worth_it, [&](int64_t i) {
         const Unit& unit = units[i];
         if (unit.sums < 0) return;
-        const int64_t segments = call.segments(unit);
-        const Sums whole = sums_of(unit, 0), raw = sums_of(unit, segments);
-        for (int64_t part = 1; part < segments; part++)
+        const int64_t coded = call.coded_parts(unit);
+        const Sums whole = sums_of(unit, 0), raw = sums_of(unit, coded);
+        for (int64_t part = 1; part < coded; part++)
             for (int r = 0; r < call.rows(unit); r++) join(whole.from(r), sums_of(unit, part).from(r), v.dim);
         call.finish_rows(unit, whole, edges ? &raw : nullptr);
     });

@@ -11,7 +11,6 @@
 #include <bit>
 #include <vector>
 
-#include "ahead.h"
 #include "parallel.h"
 #include "softmax.h"
 
@@ -46,14 +45,12 @@ struct Row {
     Sum so_far;
 };
 
-inline bool is_integer(const Side& side) { return side.code == Code::INT8 || side.code == Code::INT4; }
-
 void prepare(Row& row, const Side& k, const Attention& attention, int head) {
     float* q = row.real;
     const int dim = k.dim;
     // q·mu is the same for every key: plain softmax drops it, a soft cap and a sink do not.
     row.shift = fold(q, k, attention.scale, head, attention.softcap || attention.sinks);
-    if (!is_integer(k)) return;
+    if (!is_integer(k.code)) return;
     f32v most = {};
     for (int d = 0; d < dim; d += W) most = max(abs(load<f32v>(q + d)), most);
     const float largest = max(most);
@@ -164,7 +161,8 @@ void by_rows(int from, int rows, F&& f) {
 template <class F>
 void over_block(const Side& side, const uint8_t* next, int rows, F&& work) {
     auto grouped = [&](auto four) {
-        Ahead ahead = {next, next + side.head_bytes, rows / ROWS + std::popcount(unsigned(rows % ROWS))};
+        const int passes = rows / ROWS + std::popcount(unsigned(rows % ROWS));
+        Ahead ahead({next, side.head_bytes}, passes * side.head_bytes);
         by_rows<ROWS>(0, rows, [&](int first, auto together) { work(four, together, first, ahead); });
     };
     if (side.code == Code::INT4) grouped(std::true_type{});
@@ -174,7 +172,7 @@ void over_block(const Side& side, const uint8_t* next, int rows, F&& work) {
 constexpr int64_t APART = sizeof(Row) / sizeof(float);  // of two rows' numbers
 
 void scores_of(const Side& k, const uint8_t* block, const uint8_t* next, Row* rows, int count) {
-    if (!is_integer(k))
+    if (!is_integer(k.code))
         return multiply(k, {rows->real, APART}, count, block, {next, k.head_bytes}, {0, BLOCK}, {rows->weight, APART}, nullptr);
     over_block(k, next, count, [&](auto four, auto together, int first, Ahead& ahead) {
         dot_codes<decltype(four)::value, decltype(together)::value>(block, ahead, rows + first, k.dim);
@@ -183,7 +181,7 @@ void scores_of(const Side& k, const uint8_t* block, const uint8_t* next, Row* ro
 
 // Raw values only of tokens that are seen: the rest of a block is its last owner's, and a weight of 0 does not undo a NaN.
 void add_values(const Side& v, const uint8_t* block, const uint8_t* next, Row* rows, int count, Range seen) {
-    if (!is_integer(v)) {
+    if (!is_integer(v.code)) {
         for (int r = 0; r < count; r += KEPT)
             multiply(v, {rows[r].weight, APART}, std::min(KEPT, count - r), block,
                      {next, v.head_bytes}, seen,
@@ -234,7 +232,7 @@ constexpr struct Dither {
     }
     so_far.total += sum(total) * row.factor;
 
-    if (!is_integer(v)) {
+    if (!is_integer(v.code)) {
         for (int i = 0; i < N; i++) store(row.weight + i * W, s[i] * row.factor);
         return;
     }

@@ -12,6 +12,7 @@ constexpr int BLOCK = 64;  // tokens of a block
 constexpr int LARGEST = 512;  // dim of a row: up to there, 15-bit queries times codes fit int32
 
 enum class Code : int { BF16, FP16, FP32, INT8, INT4, FP8 };
+inline bool is_integer(Code code) { return code == Code::INT8 || code == Code::INT4; }
 
 // One side, K or V, of one layer's cache. A head's rows of a block are `head_bytes` apart, blocks `heads·head_bytes`:
 //
@@ -31,6 +32,9 @@ struct Side {
     int64_t* saturated;
     int64_t blocks = 0;  // that there are, for whoever checks
 };
+
+// Bytes of a token's numbers of K that lie together.
+inline int64_t cell(const Side& k) { return is_integer(k.code) ? 4 : k.head_bytes / BLOCK / k.dim; }
 
 struct Attention {
     int heads;  // of queries

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "ahead.h"
+#include "rows.h"
 
 namespace octavo::ISA {
 namespace {
@@ -42,12 +42,18 @@ inline f32v widen(u8v signs) {
     return to_float(top);
 }
 
-// What a sum of such numbers is multiplied with.
-inline float unit(Code code) { return code == Code::INT8 ? 0x1p-24f : code == Code::INT4 ? 0x1p-28f : 1.0f; }
+// Registers that there are.
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
 
 template <class T>
 constexpr bool is_code = !std::is_same_v<T, bf16> && !std::is_same_v<T, fp16> && !std::is_same_v<T, float> &&
                         !std::is_same_v<T, fp8>;
+template <class T>
+constexpr bool is_int4 = std::is_same_v<T, Int4K> || std::is_same_v<T, Int4Low> || std::is_same_v<T, Int4High>;
 template <class T>
 constexpr int CELL = is_code<T> ? 4 : sizeof(T);  // bytes of a column: of one k, of codes of four
 
@@ -55,15 +61,23 @@ constexpr int CELL = is_code<T> ? 4 : sizeof(T);  // bytes of a column: of one k
 template <class T, int R, int N, class Next>
 [[gnu::always_inline]] inline void walk(const float* a, int64_t row, const uint8_t* page, int64_t pitch, Range k,
                                         Next& ahead, f32v (&sum)[R][N]) {
-    auto add = [&](int at, auto&& value) __attribute__((always_inline)) {
-        f32v x[N];
+    // value(i, x) makes one k's numbers of P registers of columns. Of factors and columns the fewer stay in registers.
+    auto add = [&](int at, auto pair, auto&& value) __attribute__((always_inline)) {
+        constexpr int P = decltype(pair)::value, COLUMNS = R < N ? P : N, FACTORS = R < N ? R : 1;
+        f32v x[COLUMNS], factor[FACTORS];
 #pragma GCC unroll 16
-        for (int i = 0; i < N; i++) x[i] = value(i);
+        for (int r = 0; r < R && FACTORS == R; r++) factor[r] = splat(a[r * row + at]);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-            const f32v factor = splat(a[r * row + at]);
+        for (int first = 0; first < N; first += COLUMNS) {
 #pragma GCC unroll 16
-            for (int i = 0; i < N; i++) sum[r][i] = fma(factor, x[i], sum[r][i]);
+            for (int i = 0; i < COLUMNS; i += P) value(first + i, x + i);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                if (FACTORS < R) factor[0] = splat(a[r * row + at]);
+#pragma GCC unroll 16
+                for (int i = 0; i < COLUMNS; i++)
+                    sum[r][first + i] = fma(factor[FACTORS == R ? r : 0], x[i], sum[r][first + i]);
+            }
         }
     };
     if constexpr (is_code<T>) {
@@ -73,16 +87,24 @@ template <class T, int R, int N, class Next>
             u8v quad[N];
 #pragma GCC unroll 16
             for (int i = 0; i < N; i++) quad[i] = T::signs(load<u8v>(page + 4 * i * W));
-            add(at, [&](int i) { return widen<0>(quad[i]); });
-            add(at + 1, [&](int i) { return widen<1>(quad[i]); });
-            add(at + 2, [&](int i) { return widen<2>(quad[i]); });
-            add(at + 3, [&](int i) { return widen<3>(quad[i]); });
+            // Where registers are few, codes wait in memory: else GCC keeps sums there.
+            if constexpr (R * N + N > REGISTERS - 2) asm volatile("" : "+m"(quad));
+            constexpr std::integral_constant<int, 1> one;
+            add(at, one, [&](int i, f32v* x) { *x = widen<0>(quad[i]); });
+            add(at + 1, one, [&](int i, f32v* x) { *x = widen<1>(quad[i]); });
+            add(at + 2, one, [&](int i, f32v* x) { *x = widen<2>(quad[i]); });
+            add(at + 3, one, [&](int i, f32v* x) { *x = widen<3>(quad[i]); });
         }
     } else {
+        constexpr int PAIR = N > 1 ? 2 : 1;
         page += k.from * pitch;
         for (int at = k.from; at < k.to; at++, page += pitch) {
             ahead.read(N * W * sizeof(T));
-            add(at, [&](int i) { return load_float(reinterpret_cast<const T*>(page) + i * W); });
+            add(at, std::integral_constant<int, PAIR>{}, [&](int i, f32v* x) {
+                const T* from = reinterpret_cast<const T*>(page) + i * W;
+                if constexpr (PAIR == 2) load_pair(from, x[0], x[1]);
+                else *x = load_float(from);
+            });
         }
     }
 }
@@ -91,19 +113,23 @@ template <class T, int R, int N, class Next>
 // becomes the sum times `unit`, with it c·keep[r] + that. Of a last, single register (N = 1) only `left` lanes are columns. A
 // function of its own, its last loops unrolled by force: else GCC keeps the sums in memory.
 template <class T, int R, int N, class Next>
-[[gnu::noinline]] void chains(Matrix a, const uint8_t* page, int64_t pitch, Range k, Next& ahead, float unit,
+[[gnu::noinline]] void chains(Matrix a, const uint8_t* page, int64_t pitch, Range k, Next& next, float unit,
                               Matrix c, const float* keep, int left) {
     f32v sum[R][N] = {};
+    Next ahead = next;  // in registers
     if constexpr (std::is_same_v<T, Int4K>) {
         walk<Int4Low>(a.at, a.row, page, pitch, {0, k.to / 2}, ahead, sum);
         walk<Int4High>(a.at + k.to / 2, a.row, page, pitch, {0, k.to / 2}, ahead, sum);
     } else {
         walk<T>(a.at, a.row, page, pitch, k, ahead, sum);
     }
+    next = ahead;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
         for (int i = 0; i < N; i++) {
+            if constexpr (N > 1)
+                if (i % 2 == 0) in_order<T>(sum[r][i], sum[r][i + 1]);
             float* to = c.at + r * c.row + i * W;
             f32v x = sum[r][i] * unit;
             if (keep) x = fma(load<f32v>(to), splat(keep[r]), x);
@@ -112,24 +138,16 @@ template <class T, int R, int N, class Next>
         }
 }
 
-// f(rows as a constant of at most MOST).
-template <int MOST, class F>
-inline void with_rows(int rows, F&& f) {
-    if constexpr (MOST > 1)
-        if (rows < MOST) return with_rows<MOST - 1>(rows, f);
-    f(std::integral_constant<int, MOST>{});
-}
-
 // ------------------------------------------------------------------------------------- few rows: widened in registers
 
 // Rows of a pass, and registers of columns for so many rows: sums enough that the next multiply-add need not wait for the
 // last one's, and no more than there are registers for.
 #if defined(__AVX512F__) || defined(__ARM_NEON)
 constexpr int DIRECT_ROWS = 4;
-constexpr int registers(int) { return 4; }
+constexpr int registers(int, bool) { return 4; }
 #else
 constexpr int DIRECT_ROWS = 6;
-constexpr int registers(int rows) { return rows > 2 ? 2 : 4; }
+constexpr int registers(int rows, bool four_bits) { return rows < 3 || (rows == 3 && four_bits) ? 4 : 2; }
 #endif
 
 // The first `columns` from n on, N registers of them at a time and fewer at the end.
@@ -148,9 +166,9 @@ void direct(Matrix a, int rows, const uint8_t* page, int width, int columns, Ran
     const int passes = (rows + DIRECT_ROWS - 1) / DIRECT_ROWS;
     for (int pass = 0; pass < passes; pass++) {  // as equal as they can be
         const int r = rows * pass / passes, end = rows * (pass + 1) / passes;
-        with_rows<DIRECT_ROWS>(end - r, [&](auto together) {
+        with_constant<DIRECT_ROWS>(end - r, [&](auto together) {
             constexpr int R = decltype(together)::value;
-            direct_columns<T, R, registers(R)>(a.from(r), page, width, columns, k, ahead, unit, c.from(r),
+            direct_columns<T, R, registers(R, is_int4<T>)>(a.from(r), page, width, columns, k, ahead, unit, c.from(r),
                                                keep ? keep + r : nullptr);
         });
     }
@@ -160,17 +178,11 @@ void direct(Matrix a, int rows, const uint8_t* page, int width, int columns, Ran
 template <class F>
 void by_kind(const Side& side, F&& f) {
     const int width = side.is_k ? BLOCK : side.dim;
-    switch (side.code) {
-        case Code::BF16: return f(bf16{}, 0, width);
-        case Code::FP16: return f(fp16{}, 0, width);
-        case Code::FP32: return f(float{}, 0, width);
-        case Code::FP8: return f(fp8{}, 0, width);
-        case Code::INT8: return side.is_k ? f(Int8K{}, 0, width) : f(Int8V{}, 0, width);
-        case Code::INT4:
-            if (side.is_k) return f(Int4K{}, 0, width);
-            f(Int4Low{}, 0, width / 2);
-            f(Int4High{}, width / 2, width / 2);
-    }
+    if (!is_integer(side.code)) return with_number(side.code, [&](auto number) { f(number, 0, width); });
+    if (side.code == Code::INT8) return side.is_k ? f(Int8K{}, 0, width) : f(Int8V{}, 0, width);
+    if (side.is_k) return f(Int4K{}, 0, width);
+    f(Int4Low{}, 0, width / 2);
+    f(Int4High{}, width / 2, width / 2);
 }
 
 // A page's rows of k as a tile of `depth` rows.
@@ -205,9 +217,7 @@ void widen_into(const uint8_t* page, int width, Range k, float* tile, int depth,
 void multiply(const Side& side, Matrix a, int rows, const uint8_t* page, Bytes next, Range tokens, Matrix c,
               const float* keep) {
     const Range k = side.is_k ? Range{0, side.dim} : tokens;
-    const int passes = (rows + DIRECT_ROWS - 1) / DIRECT_ROWS * (side.code == Code::INT4 ? 2 : 1);
-    const int times = std::max<int>(1, int(next.count / side.head_bytes));  // a raw page after one of codes
-    Ahead ahead = {next.at, next.at + next.count, passes, times};
+    Ahead ahead(next, side.head_bytes * (side.is_k ? tokens.to : tokens.to - tokens.from) / BLOCK);
     by_kind(side, [&](auto kind, int first, int width) {
         direct<decltype(kind)>(a, rows, page, width, side.is_k ? tokens.to : width, k, ahead, unit(side.code),
                                c.from(0, first), keep);
@@ -228,7 +238,7 @@ void widen_page(const Side& side, const uint8_t* page, Range k, float* tile) {
 
 void multiply_panel(const Side& side, Matrix a, int rows, const float* panel, Range k, Matrix c, const float* keep) {
     Near none;
-    with_rows<TILE_ROWS>(rows, [&](auto together) {
+    with_constant<TILE_ROWS>(rows, [&](auto together) {
         chains<float, decltype(together)::value, TILE_REGISTERS>(a, reinterpret_cast<const uint8_t*>(panel),
                                                                  PANEL * sizeof(float), k, none, unit(side.code), c,
                                                                  keep, PANEL);

@@ -6,6 +6,7 @@
 // codes are widened in registers (few rows) or once into a tile of floats (many), changes no bit of it.
 #pragma once
 
+#include "ahead.h"
 #include "kernel.h"
 #include "simd.h"
 
@@ -19,11 +20,6 @@ struct Matrix {  // of rows: element [r, i] is at[r·row + i]
 
 struct Range {  // [from, to)
     int from, to;
-};
-
-struct Bytes {
-    const uint8_t* at;
-    int64_t count;
 };
 
 // Few rows: c = a·page, or c·keep[r] + a·page, the page's codes widened in registers; `next` is read soon. Only `tokens`
@@ -41,6 +37,9 @@ constexpr int TILE_ROWS = 6, TILE_REGISTERS = 4;
 constexpr int TILE_ROWS = 6, TILE_REGISTERS = 2;
 #endif
 constexpr int PANEL = TILE_REGISTERS * W;  // columns of a tile that lie side by side: a tile is [panels, depth, PANEL]
+
+// What codes are multiplied with that were widened, or sums of them: those of a byte are numbers in its highest bits.
+inline float unit(Code code) { return code == Code::INT8 ? 0x1p-24f : code == Code::INT4 ? 0x1p-28f : 1.0f; }
 
 inline int panels(int width) { return (width + PANEL - 1) / PANEL; }
 

@@ -10,6 +10,15 @@ namespace octavo::ISA {
 
 inline int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
+// f(a number of the type that a side lies in), if it is none of integer codes.
+template <class F>
+inline void with_number(Code code, F&& f) {
+    if (code == Code::BF16) f(bf16{});
+    else if (code == Code::FP16) f(fp16{});
+    else if (code == Code::FP32) f(float{});
+    else f(fp8{});
+}
+
 // A row as floats: out[dim], and zeros to a whole number of registers.
 inline void widen(const Rows& x, int64_t token, int head, int dim, float* out) {
     with_float(x.type, [&](auto type) {

@@ -62,11 +62,14 @@ void place(const Side& side, uint8_t* block, int token, uint8_t* code) {
         for (int d = 0; d < width; d++) block[(int64_t(token / 4) * width + d) * 4 + token % 4] = code[d];
 }
 
+// The same of numbers.
 template <class T>
-void place_raw(const Side& side, uint8_t* block, int token, const float* y) {
-    T* values = reinterpret_cast<T*>(block);
-    for (int d = 0; d < side.dim; d++)
-        from_float(y[d], values[side.is_k ? int64_t(d) * BLOCK + token : int64_t(token) * side.dim + d]);
+void place(const Side& side, uint8_t* block, int token, const float* y) {
+    T row[LARGEST], *to = reinterpret_cast<T*>(block) + (side.is_k ? token : token * side.dim);
+    for (int d = 0; d < side.dim; d++) from_float(y[d], row[d]);
+    if (!side.is_k) std::copy_n(row, side.dim, to);
+    else
+        for (int d = 0; d < side.dim; d++) to[d * BLOCK] = row[d];
 }
 
 void count(const Side& side, int out_of_range) {
@@ -77,12 +80,9 @@ void count(const Side& side, int out_of_range) {
 
 void put_row(const Side& side, int head, int64_t slot, float* row) {
     if (slot < 0) return;
-    const int64_t cell = slot / BLOCK * side.heads + head;
-    uint8_t* block = side.codes + cell * side.head_bytes;
+    const int64_t at = slot / BLOCK * side.heads + head;
+    uint8_t* block = side.codes + at * side.head_bytes;
     const int token = int(slot % BLOCK);
-    if (side.code == Code::BF16) return place_raw<bf16>(side, block, token, row);
-    if (side.code == Code::FP16) return place_raw<fp16>(side, block, token, row);
-    if (side.code == Code::FP32) return place_raw<float>(side, block, token, row);
     if (side.mu)
         for (int d = 0; d < side.dim; d++)
             row[d] = (row[d] - side.mu[head * side.dim + d]) * side.reciprocal[head * side.dim + d];
@@ -93,13 +93,27 @@ void put_row(const Side& side, int head, int64_t slot, float* row) {
             if (std::isnan(row[d])) row[d] = 0;
         }
         count(side, out_of_range);
-        return place_raw<fp8>(side, block, token, row);
     }
+    if (!is_integer(side.code))
+        return with_number(side.code, [&](auto kind) { place<decltype(kind)>(side, block, token, row); });
     alignas(64) uint8_t code[LARGEST];
     uint8_t index = 0;
     count(side, encode(side, row, code, &index));
     place(side, block, token, code);
-    if (side.scales) side.scales[cell * BLOCK + token] = index;
+    if (side.scales) side.scales[at * BLOCK + token] = index;
+}
+
+void expect_row(const Side& side, int head, int64_t slot) {
+    if (slot < 0) return;
+    const uint8_t* block = side.codes + (slot / BLOCK * side.heads + head) * side.head_bytes;
+    if (side.is_k) {
+        for (int64_t at = slot % BLOCK * cell(side); at < side.head_bytes; at += BLOCK * cell(side))
+            __builtin_prefetch(block + at, 1);
+    } else {
+        const int64_t rows = is_integer(side.code) ? 4 : 1, bytes = side.head_bytes / BLOCK * rows;  // that lie together
+        block += slot % BLOCK / rows * bytes;
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(block + at, 1);
+    }
 }
 
 void write(const Side& side, const Rows& x, const int64_t* slots, int64_t tokens, const Pool& pool) {

@@ -12,6 +12,9 @@ namespace octavo::ISA {
 // Raw pages leave `row` as it is, codes do not.
 void put_row(const Side& side, int head, int64_t slot, float* row);
 
+// Fetches the memory of that place.
+void expect_row(const Side& side, int head, int64_t slot);
+
 // f(t, head) for every row and head, some rows at a time.
 template <class F>
 void over_rows(int64_t rows, int heads, int64_t dim, const Pool& pool, F&& f) {

@@ -11,21 +11,17 @@ import torch
 
 from octavo.cache.size import CacheSize
 from octavo.errors import OctavoError
-from octavo.measure.tune.sensitivity import CacheSide, Sensitivity
+from octavo.measure.tune.sensitivity import CacheSide
 from octavo.models.bind import BoundModel
 from octavo.quant.format import SPAN, Codec, KVFormat, LayerFormats
 from octavo.units import format_bytes
 
 
 def choose(parts: Sequence[CacheSide], budget: int) -> list[Codec]:
-    """A codec for each part: the least total KL of all choices of at most `budget` bytes a token, exactly."""
+    """A codec for each part: the least total KL of all choices of at most `budget` bytes a token, exactly. The budget
+    is one of `token_budget` or `token_room`, which 4 bits everywhere do not exceed."""
     least = sum(min(part.nbytes.values()) for part in parts)
-    if least > budget:
-        values = sum(part.values for part in parts)
-        raise OctavoError(
-            f"{8 * budget / values:.2f} bits a value are too few: with 4 bits everywhere and a scale for each row "
-            f"it is {8 * least / values:.2f}"
-        )
+    assert least <= budget
     extra = [{codec: size - min(part.nbytes.values()) for codec, size in part.nbytes.items()} for part in parts]
     room = min(budget - least, sum(max(sizes.values()) for sizes in extra))
     unit = math.gcd(*(size for sizes in extra for size in sizes.values())) or 1
@@ -55,9 +51,17 @@ def formats_of(bound: BoundModel, parts: Sequence[CacheSide], codecs: Sequence[C
     return LayerFormats(tuple(KVFormat(k, v, 0 if k.is_raw and v.is_raw else SPAN) for k, v in pairs))
 
 
-def token_budget(sensitivity: Sensitivity, bits: float) -> int:
-    """Bytes of a token at so many bits a value, scales included."""
-    return int(bits * sensitivity.values / 8)
+def token_budget(bound: BoundModel, bits: float) -> int:
+    """Bytes of a token at so many bits a value, scales included. Raises OctavoError where 4 bits everywhere take
+    more."""
+    values = sum(shape.kv_heads * (shape.k_dim + shape.v_dim) for shape in bound.shapes if shape.shares is None)
+    least = CacheSize.of(bound.shapes, KVFormat.parse("kv4")).token
+    if not (budget := bits * values / 8) >= least:
+        raise OctavoError(
+            f"{bits:g} bits a value are too few: with 4 bits everywhere and a scale for each row it is "
+            f"{8 * least / values:.3f}"
+        )
+    return int(budget)
 
 
 def token_room(bound: BoundModel, memory: int, sessions: int, context: int) -> int:

@@ -54,8 +54,9 @@ def parse(body: bytes, kind: type[R], longest: int, ignore_unknown: bool = False
 
 
 def _refusal(errors: list[Any]) -> ApiError:
-    # Of a union every member complains: the one that came furthest is meant.
-    first = max((one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]), key=lambda one: len(one["loc"]))
+    # Of a union every member complains: the one that came furthest is meant, and of those one that fits its type.
+    about = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
+    first = max(about, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     where = ".".join(map(str, _path(first)))
     code = CODES.get(first["type"], "invalid_type" if first["type"].endswith("_type") else "invalid_value")
     if first["type"] == "extra_forbidden":

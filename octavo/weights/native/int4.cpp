@@ -139,13 +139,6 @@ void product(const Matrix& m, int64_t tile, int column, const uint8_t* x, const 
     for (int r = 0; r < R; r++) store(y + r * TILE + place, out[r]);
 }
 
-template <class S, int R = PANEL>
-void product(int rows, const Matrix& m, int64_t tile, const uint8_t* x, const float* scale, const float* sum, float* y) {
-    if constexpr (R > 1)
-        if (rows < R) return product<S, R - 1>(rows, m, tile, x, scale, sum, y);
-    for (int column = 0; column < COLUMNS; column++) product<R, S>(m, tile, column, x, scale, sum, y);
-}
-
 template <class T>
 void finish(const Matrix& m, int64_t tile, int rows, const float* y, const T* bias, T* out) {
     const int64_t first = tile * TILE, n = std::min<int64_t>(TILE, m.out - first);
@@ -175,7 +168,12 @@ void multiply(const Matrix& m, const void* x, int64_t rows, int64_t stride, Floa
             const float* sum = inputs.sum.get() + first * inputs.groups;
             for (int64_t tile = item * chunk; tile < end; tile++) {
                 float out[PANEL * TILE];
-                with_float(m.scale, [&](auto s) { product<decltype(s)>(height, m, tile, bytes, scale, sum, out); });
+                with_float(m.scale, [&](auto s) {
+                    with_constant<PANEL>(height, [&](auto rows) {
+                        for (int column = 0; column < COLUMNS; column++)
+                            product<decltype(rows)::value, decltype(s)>(m, tile, column, bytes, scale, sum, out);
+                    });
+                });
                 with_float(type, [&](auto kind) {
                     using T = decltype(kind);
                     finish(m, tile, height, out, static_cast<const T*>(bias), static_cast<T*>(y) + first * m.out);

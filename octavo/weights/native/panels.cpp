@@ -128,25 +128,6 @@ inline void fetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
-// 2·W neighbouring numbers in two registers, whose lanes stand as is quickest; `in_order` brings them, or sums of such, into
-// the order of memory.
-template <class T>
-inline void load_pair(const T* p, f32v& a, f32v& b) { a = load_float(p), b = load_float(p + W); }
-template <class T>
-inline void in_order(f32v&, f32v&) {}
-#if defined(__AVX2__) && !defined(__AVX512F__)
-inline void load_pair(const bf16* p, f32v& a, f32v& b) {  // zeros below each: two operations in place of four
-    const __m256i both = load<__m256i>(p);
-    a = (f32v)_mm256_unpacklo_epi16(__m256i{}, both), b = (f32v)_mm256_unpackhi_epi16(__m256i{}, both);
-}
-template <>
-inline void in_order<bf16>(f32v& a, f32v& b) {
-    const f32v low = a;
-    a = (f32v)_mm256_permute2f128_ps((__m256)low, (__m256)b, 0x20);
-    b = (f32v)_mm256_permute2f128_ps((__m256)low, (__m256)b, 0x31);
-}
-#endif
-
 // One chain for R rows and C registers of columns: x [R, LINE], panels of w `apart` elements from one to the next.
 // c [R, row] becomes the sums, or has them added. Before input k of every STRIDE, ahead(k) fetches what is read later.
 template <int R, int C, class T, class Ahead>
@@ -185,12 +166,9 @@ inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool fir
         }
 }
 
-// A chain of TOGETHER panels for `height` ≤ ROWS rows.
-template <int R = ROWS, class T, class Ahead>
-void group_chain(int64_t height, const float* x, const T* w, int64_t apart, int64_t n, bool first, float* c,
-                 Ahead ahead) {
-    if constexpr (R > 1)
-        if (height < R) return group_chain<R - 1>(height, x, w, apart, n, first, c, ahead);
+// A chain of TOGETHER panels for R rows.
+template <int R, class T, class Ahead>
+[[gnu::noinline]] void group_chain(const float* x, const T* w, int64_t apart, int64_t n, bool first, float* c, Ahead ahead) {
     for (int i = 0; i < R * COLUMNS; i += 16) __builtin_prefetch(c + i, 1);
     chain<R, REGISTERS>(x, w, apart, n, first, c, COLUMNS, ahead);
 }
@@ -259,13 +237,6 @@ void few(const Call& call, const float* x, const Pool& pool) {
     });
 }
 
-template <class T, int R = ROWS>
-void few(const Call& call, const float* x, const Pool& pool) {
-    if constexpr (R > 1)
-        if (call.rows.count < R) return few<T, R - 1>(call, x, pool);
-    few<R, T>(call, x, pool);
-}
-
 // Many rows: a block of them and a range of tiles at a time.
 template <class T>
 void many(const Call& call, const Pool& pool) {
@@ -323,8 +294,11 @@ void many(const Call& call, const Pool& pool) {
                         for (int t = 0; t < TOGETHER; t++)
                             fetch(share + t * in * PANEL + i / STRIDE * each, each * int64_t(sizeof(T)));
                     };
-                    if (direct) group_chain(groups.size(g), x, w, apart, n, k == 0, to, ahead);
-                    else group_chain(groups.size(g), x, tile, n * PANEL, n, k == 0, to, ahead);
+                    with_constant<ROWS>(groups.size(g), [&](auto height) {
+                        constexpr int R = decltype(height)::value;
+                        if (direct) group_chain<R>(x, w, apart, n, k == 0, to, ahead);
+                        else group_chain<R>(x, tile, n * PANEL, n, k == 0, to, ahead);
+                    });
                 }
             }
         }
@@ -351,7 +325,7 @@ void multiply(const Product* products, int number, bool gated, const void* x, in
         float* inputs = scratch.reset((in + CHAIN - 1) / CHAIN * count * LINE);
         for (int64_t k = 0; k < in; k += CHAIN)
             rows.take(0, count, k, std::min(CHAIN, in - k), inputs + k / CHAIN * count * LINE);
-        few<T>(call, inputs, pool);
+        with_constant<ROWS>(count, [&](auto rows) { few<decltype(rows)::value, T>(call, inputs, pool); });
     });
 }
 

@@ -9,7 +9,7 @@ import pytest
 
 from octavo.cache.size import CacheSize
 from octavo.errors import OctavoError
-from octavo.measure.tune.choice import choose, formats_of, token_room
+from octavo.measure.tune.choice import choose, formats_of, token_budget, token_room
 from octavo.measure.tune.sensitivity import CacheSide
 from octavo.models.bind import BoundModel
 from octavo.quant.format import CODECS, Codec
@@ -50,9 +50,10 @@ def test_no_other_choice_of_as_many_bytes_loses_less(seed: int) -> None:
         assert loss == pytest.approx(min(kl for bytes_, kl in every if bytes_ <= budget))
 
 
-def test_a_size_below_4_bits_is_refused_with_the_least_there_is() -> None:
-    with pytest.raises(OctavoError, match=r"3\.00 bits a value are too few: .* it is 4\.12"):
-        choose([part(0, "k", 2, 64, 1e-3), part(0, "v", 2, 64, 1e-3)], 2 * 2 * 24)
+@pytest.mark.parametrize("bits", [3, float("nan")])
+def test_a_size_below_4_bits_is_refused_with_the_least_there_is(llama: BoundModel, bits: float) -> None:
+    with pytest.raises(OctavoError, match=r"bits a value are too few: .* it is 5\.000"):
+        token_budget(llama, bits)
 
 
 def test_so_many_sessions_fit_into_the_memory_that_they_were_chosen_for(llama: BoundModel) -> None:

@@ -42,7 +42,7 @@ def found(pamphlet: Model, calibration: Calibration, window: list[int]) -> Sensi
 
 @pytest.fixture(scope="module")
 def tuned(pamphlet: Model, calibration: Calibration, found: Sensitivity, window: list[int]) -> Tuning:
-    size = token_budget(found, 5.2)
+    size = token_budget(pamphlet.bound, 5.2)
     return tune(pamphlet.bound, calibration, found, size, [window], "a text", lambda: None)
 
 
