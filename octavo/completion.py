@@ -76,7 +76,7 @@ class Generation:
     def _ends_unseen(self) -> bool:
         """Whether the latest token ended the answer and is no part of its text."""
         sequence = self.sequence
-        ended = sequence.finish_reason == "stop" and sequence.tokens[-1] in sequence.stop_ids
+        ended = sequence.answered > 0 and sequence.tokens[-1] in sequence.stop_ids
         return ended and not sequence.params.include_stop_str_in_output
 
     def _sampled(self) -> list[Sampled]:

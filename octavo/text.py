@@ -116,13 +116,15 @@ class TextStream:
         self.count += 1
         if mark := self.marks.get(token):
             self._take(mark)
-        elif name := self._hidden_name(token):
+        elif self.params.stop and (name := self._hidden_name(token)):
             self.hidden.append((len(self.held), len(self.held) + len(name)))
             self._take(name)
         elif (new := self._new()) and not new.endswith(REPLACEMENT):
             self._take(new)
             self._advance()
         else:
+            if self._hidden_name(token):
+                self.ids.pop()  # no text depends on it, and a run of them would be decoded for each
             return ""
         return self._release(len(self.held) - self._uncertain())
 
@@ -159,8 +161,8 @@ class TextStream:
         self.scene = self._decode(self.ids[self.context :])
 
     def _hidden_name(self, token: int) -> str:
-        """A special token as it is written in a stop string, if it is not shown and there are stop strings."""
-        if not self.params.stop or not self.params.skip_special_tokens or self._decode([token]):
+        """A special token as it is written in a stop string, if it is not shown."""
+        if not self.params.skip_special_tokens or self._decode([token]):
             return ""
         return self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 

@@ -168,6 +168,20 @@ def test_a_stream_decodes_a_few_tokens_at_a_time_however_long_it_is():
     assert longest <= 4
 
 
+def test_a_run_of_special_tokens_is_not_decoded_again_for_each():
+    longest = 0
+
+    def decode_some(ids: list[int], **how: Any) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return BYTES.decode(ids, **how)
+
+    text = TextStream(SimpleNamespace(decode=decode_some), SamplingParams())
+    run = [BYTES.convert_tokens_to_ids("<|end|>")] * 100
+    assert "".join(text.push(token) for token in [*byte_ids("a"), *run, *byte_ids("b")]) == "ab"
+    assert longest <= 4
+
+
 def test_an_empty_stream_is_empty_text():
     text = TextStream(BYTES, SamplingParams(stop="stop"))
     assert text.flush() == ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -34,16 +33,14 @@ class CodedCache(Cache):
         self.sequences = sequences
         self.seen = torch.ones(0, 0, dtype=torch.bool)  # [batch, columns]: which tokens the mask showed
         self.running = False  # a forward is on its way
-        self.broken = False  # one has failed, and states have gone on
+        self.broken = False  # one has begun that overwrites what it goes on from, and has not ended
         self._attached = False
         self._step: tuple[Batch | None, Tensor | None, Tensor] = None, None, self.seen
 
     def __enter__(self) -> CodedCache:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
     def __deepcopy__(self, _: dict[int, Any]) -> CodedCache:
@@ -91,9 +88,7 @@ class CodedCache(Cache):
         tokens that nobody sees."""
         self.running = False
         if self.broken:
-            raise OctavoError(
-                "a forward has failed, and some layers' states have gone on without the others': reset() it"
-            )
+            raise OctavoError("a forward has failed, and what the next would go on from is overwritten: reset() it")
         if not self.columns:
             self.sequences.start(batch)
             self.seen = torch.ones(batch, 0, dtype=torch.bool)
@@ -111,6 +106,7 @@ class CodedCache(Cache):
             raise OctavoError(f"attached, this model has a context of {context} tokens; its RoPE changes beyond them")
         at = None if bool(new.all()) else new.flatten().nonzero()[:, 0]
         self._step = self.sequences.begin(counts), at, seen
+        self.broken = bool(state_layers(self.layers)) or self.sequences.overwrites  # until it has ended
         self.running = True
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -136,10 +132,10 @@ class CodedCache(Cache):
         return out.view(shape)[:, -asked:]
 
     def end(self, done: bool) -> None:
-        """The forward is over. If it failed, the cache is as it was before; with states it has to be reset."""
+        """The forward is over. If it failed, the cache is as it was before, or has to be reset."""
         self.running = False
-        self.broken = not done and bool(state_layers(self.layers))
         if done:
+            self.broken = False
             self.sequences.commit()
             self.seen = self._step[2]
 

@@ -85,6 +85,7 @@ class Hook:
 
     def release(self) -> None:
         """One cache less; without any the model is as it was before."""
+        self._end()
         self.users -= 1
         if self.users == 0:
             delattr(self.hf, HOOK)
@@ -114,6 +115,7 @@ class Hook:
                 vars(module).pop(NAME, None)
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._end()
         given = inspect.signature(self.hf.forward).bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         cache: Any = given.get("past_key_values")
@@ -130,8 +132,8 @@ class Hook:
         cache.begin(*rows.shape[:2], mask)
         attended.set(cache)
 
-    def _end(self, _: nn.Module, __: Any, output: Any) -> None:
-        """After a forward, `output` None if it failed."""
+    def _end(self, _: Any = None, __: Any = None, output: Any = None) -> None:
+        """After a forward, `output` None if it failed. After a Ctrl-C torch calls no hook: then it is late."""
         if (step := _step()) is not None:
             attended.set(None)
             step.end(output is not None)

@@ -39,7 +39,6 @@ class Row(Held):
     are only the model knows."""
 
     before: int | None = None  # the number of the span that is recorded
-    num_new: int = 0
 
 
 @dataclass
@@ -65,10 +64,10 @@ class Sequences:
 
     def begin(self, counts: Sequence[int]) -> Batch | None:
         """The step in which sequence i writes counts[i] rows; None if none writes any. A step that was begun and not
-        committed has changed nothing."""
+        committed has changed nothing, unless it `overwrites`."""
         work = []
         for row, count in zip(self.rows, counts, strict=True):
-            row.num_new, row.tokens = count, range(row.num_cached + count)
+            row.tokens = range(row.num_cached + count)
             self._cut(row)  # of a step that failed
             if not self.records:
                 self._let_go(row)
@@ -93,11 +92,10 @@ class Sequences:
     def commit(self) -> None:
         """The rows of the step are in the cache."""
         for row in self.rows:
-            own, after = self._span_of(row.num_cached), self._span_of(row.num_cached + row.num_new)
+            own, after = self._spans(row)
             if after > own:
                 row.before = after - 1 if self.records else None
-            row.num_cached += row.num_new
-            row.num_new = 0
+            row.num_cached = len(row.tokens)
 
     def select(self, indices: Sequence[int]) -> None:
         """The sequences of these numbers, in their order, each as often as it is named."""
@@ -152,6 +150,11 @@ class Sequences:
         return other
 
     @property
+    def overwrites(self) -> bool:
+        """Whether the step that was begun writes a new span over one that had rows."""
+        return any(own < after for own, after in (self._spans(row) for row in self.rows if row.num_cached))
+
+    @property
     def pages_each(self) -> int:
         """Raw pages of a sequence."""
         ring = self.span // self.size
@@ -160,6 +163,10 @@ class Sequences:
     def _span_of(self, rows: int) -> int:
         """The number of the own span of a sequence of so many rows."""
         return max(0, rows - 1) // self.span if self.span else 0
+
+    def _spans(self, row: Row) -> tuple[int, int]:
+        """The numbers of its own span before the step and after it."""
+        return self._span_of(row.num_cached), self._span_of(len(row.tokens))
 
     def _ring(self, page: int) -> range:
         return range(page, page + self.span // self.size)
@@ -246,7 +253,7 @@ class Sequences:
         slots = torch.full((sum(count for _, count in work),), -1)
         start = 0
         for row, count in work:
-            own, after = self._span_of(row.num_cached), self._span_of(row.num_cached + count)
+            own, after = self._spans(row)
             if after > own:
                 kept = row.first_page + 1
                 if own == after - 1:

@@ -65,7 +65,7 @@ class Engine:
         asynchronous = device.asynchronous and model.alone
         self.overlap = asynchronous if overlap is None else overlap
         self.launched: Launched | None = None
-        self.interrupted = False  # whether the last step has not ended, and states have gone on in it
+        self.interrupted = False  # whether the last step has not ended, and what it read may be gone
         if device.asynchronous:
             self.runner.capture(max_batch_size, self.scheduler.max_context)
         else:
@@ -98,13 +98,13 @@ class Engine:
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """Around a step. One that does not end is computed again, and writes the same rows; what was launched after it
-        is dropped, or its tokens would be missing. But states have gone on: where there are any, what still runs when
-        the next step begins goes on from its last snapshot, as if it had been preempted."""
+        is dropped, or its tokens would be missing. But states have gone on, and a ring may hold the next span: where
+        there are any, what still runs when the next step begins is computed again, as if it had been preempted."""
         try:
             yield
         except BaseException:
             self.launched = None
-            self.interrupted = self.cache.states is not None
+            self.interrupted = self.cache.states is not None or self.cache.span > 0
             raise
 
     def _launch(self, work: Work, newest: Tensor | None = None) -> Launched:

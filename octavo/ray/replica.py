@@ -51,7 +51,7 @@ class Replica:
             sessions = SessionDir(Path(args.session_dir), args.session_dir_bytes, llm, shared=True)
         limits = Limits(args.max_queue, args.timeout, args.max_body)
         names = args.served_model_name or [llm.model.name]
-        self.failed = False
+        self.failed = self.ending = False
         self.service = Service(
             llm, names, limits, self._give_up, sessions, args.grace, ignore_unknown=args.ignore_unknown_fields
         )
@@ -90,13 +90,14 @@ class Replica:
         return name, start["status"], start["headers"], b"".join(part["body"] for part in parts)
 
     def check_health(self) -> None:
-        """Ray replaces a replica whose engine had to be given up."""
-        if self.failed or not self.service.worker.alive:
+        """Ray replaces a replica whose engine had to be given up; it may ask one that it has told to end."""
+        if self.failed or not (self.ending or self.service.worker.alive):
             raise RuntimeError("the engine failed in every one of its last steps")
 
     async def __del__(self) -> None:
         """Ray calls it when the last request has ended: conversations are saved, the engine's thread ends."""
         if hasattr(self, "lifespan"):
+            self.ending = True
             await self.lifespan.__aexit__(None, None, None)
 
     def _give_up(self) -> None:

@@ -14,7 +14,7 @@ import octavo
 import octavo.attachment
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import bind
-from octavo.models.hook import NAME
+from octavo.models.hook import NAME, attended
 from octavo.models.load import load_model
 from octavo.models.model import BUNDLED, Model
 from tests.conftest import tiny_llama
@@ -361,6 +361,48 @@ def test_forwards_without_the_cache_are_as_before(hf: PreTrainedModel, implement
             assert torch.equal(hf(**inputs).logits, expected)
             assert torch.equal(hf(**inputs, past_key_values=DynamicCache(config=hf.config)).logits, expected)
             assert generated(hf, random_prompts(30, 12), 10) == answer
+
+
+def interrupted(hf: PreTrainedModel, ids: Tensor, cache: octavo.attachment.CodedCache) -> None:
+    """A forward that Ctrl-C ends once all layers have run; torch then calls no hook."""
+
+    def ctrl_c(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = hf.get_output_embeddings().register_forward_pre_hook(ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        hf(ids, past_key_values=cache)
+    handle.remove()
+
+
+def test_forwards_without_the_cache_are_as_before_after_an_interrupt(hf: PreTrainedModel):
+    ids, others = torch.tensor(random_prompts(30, 40)[:1]), torch.tensor(random_prompts(40, 30)[1:])
+    with torch.no_grad():
+        expected = hf(others).logits
+        with octavo.attach(hf, kv="kv8") as cache:
+            interrupted(hf, ids, cache)
+            assert torch.equal(hf(others).logits, expected)
+            assert cache.get_seq_length() == 0
+            interrupted(hf, ids, cache)
+        assert torch.equal(hf(others).logits, expected)
+        assert attended.get() is None
+
+
+def test_a_failed_forward_leaves_no_trace_or_asks_for_a_reset(hf: PreTrainedModel):
+    """Raw rows of the span before are overwritten where it began a new one."""
+    ids = torch.tensor(random_prompts(170))
+    with torch.no_grad(), octavo.attach(hf, kv="kv8") as cache:
+        for read, failed in ((100, 20), (100, 70)):
+            cache.reset()
+            hf(ids[:, :read], past_key_values=cache)
+            kept = deepcopy(cache)
+            interrupted(hf, ids[:, read : read + failed], cache)
+            if failed == 70:
+                with pytest.raises(OctavoError, match=r"reset\(\) it"):
+                    hf(ids[:, read:], past_key_values=cache)
+            else:
+                expected = hf(ids[:, read:], past_key_values=kept).logits
+                assert torch.equal(hf(ids[:, read:], past_key_values=cache).logits, expected)
 
 
 def test_bad_input_is_one_sentence(hf: PreTrainedModel):

@@ -22,7 +22,7 @@ from octavo.engine.sequence import Sequence
 from octavo.models.bind import BoundModel
 from octavo.quant.format import KVFormat
 from tests.conftest import slow
-from tests.engine.driving import drain, run, step
+from tests.engine.driving import drain, interrupt, run, step
 
 SIZE = 16
 SPANS = [SIZE, 4 * SIZE, *slow(2 * SIZE)]
@@ -63,6 +63,20 @@ def test_a_prompt_in_chunks_or_found_in_the_cache_answers_as_a_cold_one(
     [again] = run(warm, [text])
     assert again.output == cold[0]
     assert again.prefix_hit == (length - 1) // span * span
+
+
+@pytest.mark.parametrize(("span", "steps"), [(SIZE, 2), (4 * SIZE, 3)])
+def test_a_chunk_that_was_interrupted_finds_the_raw_rows_that_it_had_overwritten(
+    llama: BoundModel, span: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, made = prompt(llama, 150), engine(llama, span, budget=33)
+    sequence = Sequence(text, SamplingParams(max_tokens=24))
+    made.add(sequence)
+    for _ in range(steps):
+        step(made)
+    interrupt(made, monkeypatch)
+    drain(made)
+    assert [sequence.output] == answers(run(engine(llama, span), [text]))
 
 
 @pytest.mark.parametrize("span", SPANS)

@@ -12,10 +12,11 @@ import pytest
 from openai import OpenAI
 
 from octavo import SamplingParams
+from octavo.engine.params import MAX_TOKENS
 from octavo.engine.params import SamplingParams as Params
 from octavo.serve.errors import ApiError
 from octavo.serve.fair_queue import FairQueue
-from octavo.serve.requests import ChatRequest, parsing
+from octavo.serve.requests import ChatRequest, CompletionRequest, parsing
 from octavo.serve.requests.anthropic import MessagesRequest
 from octavo.serve.requests.responses import ResponsesRequest
 from octavo.serve.requests.sampling import WITHOUT_EFFECT
@@ -103,6 +104,9 @@ def test_other_servers_names_act_as_ours(running: Running):
     assert len(choice["logprobs"]["content"][0]["top_logprobs"]) == 3
     refused = post(running, "completions", n_predict=5).json()["error"]
     assert "another name" in refused["message"]
+    assert post(running, max_tokens=None, n_predict=0).status_code == 400
+    for endless in (CompletionRequest(prompt="a", n_predict=-1), ChatRequest(messages=HELLO, n_predict=-1)):
+        assert endless.generate_request().sampling["max_tokens"] == MAX_TOKENS
 
 
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}

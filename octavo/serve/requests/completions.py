@@ -32,12 +32,9 @@ class CompletionRequest(Sampling):
 
     def generate_request(self) -> GenerateRequest:
         """What it asks for, in the form that all routes share."""
-        limit = {} if self.n_predict == -1 else {"max_tokens": SIXTEEN}
         logprobs = self.n_probs if self.n_probs else self.logprobs
-        own = self.sampling(logprobs=logprobs)
+        own = {"max_tokens": SIXTEEN} | self.sampling(logprobs=logprobs)
         delivery = self.delivery()
         if self.echo and logprobs is not None and self.prompt_logprobs is None:
             delivery["prompt_logprobs"] = logprobs
-        return GenerateRequest(
-            self.prompts, limit | own, special_tokens=self.add_special_tokens is not False, **delivery
-        )
+        return GenerateRequest(self.prompts, own, special_tokens=self.add_special_tokens is not False, **delivery)

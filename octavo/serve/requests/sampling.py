@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, JsonValue, create_model, model_validator
 
-from octavo.engine.params import MAX_LOGPROBS, allowed
+from octavo.engine.params import MAX_LOGPROBS, MAX_TOKENS, allowed
 from octavo.engine.values import Biases, Kind, Number, Strings, Switch, TokenIds
 from octavo.serve.requests.constraints import Constrained
 from octavo.serve.requests.strict import Caller, Int31, Strict
@@ -108,8 +108,8 @@ class Sampling(_Table, Caller):
         given = self.given(allowed("HTTP").keys() - {"logprobs"})  # each kind of request has its own form of that
         if self.repeat_penalty is not None:
             given["repetition_penalty"] = self.repeat_penalty
-        if self.n_predict is not None and self.n_predict > 0:
-            given["max_tokens"] = self.n_predict
+        if self.n_predict is not None:
+            given["max_tokens"] = MAX_TOKENS if self.n_predict == -1 else self.n_predict
         return given | self.constraint | {name: value for name, value in more.items() if value is not None}
 
     @property
