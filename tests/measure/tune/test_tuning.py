@@ -174,7 +174,7 @@ def test_the_verb_chooses_saves_and_says_how_to_serve(
     calibration.save(tmp_path)
     size = ("--memory", "32MiB", "--sessions", 16, "--context", 1024)
     out = octavo("tune", *size, "--windows", 1, "--window", 256, "--work-dir", tmp_path)
-    assert f"octavo chat pamphlet --kv tuned --calibration {tmp_path}" in out
+    assert f"octavo chat --kv tuned --calibration {tmp_path}" in out
     llm = LLM(pamphlet, "tuned", calibration=tmp_path, session_len=1024, max_batch_size=16)
     assert 0.95 * (32 << 20) < llm.cache.nbytes <= 32 << 20
 
