@@ -6,8 +6,7 @@
 #   make test-clients   real clients against a server of the bundled model, or of MODEL=DIR; installed below .clients/
 PYTHON ?= python3
 BIN := .venv/bin
-# Modules are compiled to byte code when they are first imported; most of them never are.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo wheel test test-slow test-all test-clients lint format clean
 

@@ -214,7 +214,7 @@ def test_an_end_that_tokens_forced_is_told_as_one(llm: LLM):
 
 def test_an_answer_that_tokens_forced_to_end_is_whole_where_special_tokens_are_shown(llm: LLM):
     shown = SamplingParams(
-        max_tokens=8, temperature=1.5, top_k=50, seed=8, skip_special_tokens=False, json_schema=UNBOUNDED["an array"]
+        max_tokens=20, temperature=1.5, top_k=50, seed=8, skip_special_tokens=False, json_schema=UNBOUNDED["a string"]
     )
     [answer] = llm.generate("Once upon a time", shown)
     assert (answer.finish_reason, answer.token_ids[-1] in llm.model.eos_ids) == ("length", True)

@@ -128,7 +128,7 @@ def test_formats_and_transformers_decode_in_turn(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(engine_cpu, "FORMATS", ("bf16", "kv8"))
     monkeypatch.setattr(engine_cpu, "PAIRS", (("kv8", "bf16"),))
-    row = engine_cpu.measure(None, None, batch=2, context=70, steps=6)
+    row = engine_cpu.measure(None, None, batch=2, context=70, steps=6, transformers=True)
     assert set(row["step_ms"]) == {"transformers' forward", "bf16", "kv8"}
     assert all(value > 0 for value in (*row["step_ms"].values(), *row["prefill_tokens_per_second"].values()))
     low, middle, high = row["pairs"][0]["quartiles"]

@@ -105,7 +105,7 @@ def test_the_report_of_all_four(octavo: Run, awq: Path, monkeypatch: pytest.Monk
         "doctor.diagnose": {"WANTED": Windows(2, 64), "LEAST": Windows(2, 64), "CALIBRATED": 2},
         "report.sizes": {"COMPARED": Windows(2, 256), "CALIBRATED": Windows(2, 64), "LONGEST": 256, "SHORTEST": 256,
                          "TIMED": (((1,), 64),)},
-        "report.survey": {"TOKENS": 2, "ROUNDS": 1},
+        "report.combinations": {"TOKENS": 2, "ROUNDS": 1},
         "speed.roofline": {"READ_BYTES": 1 << 20},
     }  # fmt: skip
     for module, values in sizes.items():

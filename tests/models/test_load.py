@@ -331,7 +331,6 @@ def test_unsupported_models_are_refused_with_a_reason(tmp_path):
         ({"model_format": "gguf"}, "choose hf or awq"),
         ({"load_format": "pt"}, "choose auto or dummy"),
         ({"dtype": "int8"}, "choose auto, bfloat16"),
-        ({"device": "abacus"}, "'abacus' cannot be used"),
     ):
         with pytest.raises(OctavoError, match=message):
             load_model(tmp_path, **{"load_format": "dummy", **options})

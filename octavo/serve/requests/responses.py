@@ -10,7 +10,7 @@ from octavo.serve.requests.generate import Conversation, GenerateRequest
 from octavo.serve.requests.messages import plain_call, text_of
 from octavo.serve.requests.sampling import http
 from octavo.serve.requests.strict import Caller, Name, Schema, Strict, read_json
-from octavo.serve.requests.tools import Function, NamedFunction, check_choice
+from octavo.serve.requests.tools import check_choice
 from octavo.text import Message
 
 Status = Literal["in_progress", "completed", "incomplete"] | None
@@ -88,12 +88,17 @@ Item = Annotated[
 ]
 
 
-class FunctionTool(Function):
+class FunctionTool(Strict):
     type: Literal["function"]
+    name: Name
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
 
 
-class NamedTool(NamedFunction):
+class NamedTool(Strict):
     type: Literal["function"]
+    name: str
 
 
 class TextFormat(Strict):
