@@ -173,7 +173,8 @@ def engine() -> str:
 ## A decode step
 
 The engine's whole step (schedule, batch, forward, sample) in milliseconds. Formats decode in turn, one step each, and
-beside them, where it is named, transformers' forward alone with its DynamicCache. The row of 8 × 2048 is of 6027f5f. {commits(found)}.
+beside them, where it is named, transformers' forward alone with its DynamicCache. The row of 8 × 2048 is of 6027f5f.
+{commits(found)}.
 """
     for label, document in found.items():
         cases = [f"{row['model']}, {row['batch']} × {row['context']}" for row in document["rows"]]
