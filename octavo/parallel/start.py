@@ -34,7 +34,7 @@ def start(model: str | Path | None, count: int, *, device: str = "auto", **loadi
         raise OctavoError("a process holds one divided model: share it between LLMs with LLM(llm.model, …)")
     name, path = locate(model)
     check(path, name, loading)
-    kind = torch.device(device) if device != "auto" else find_device("auto")
+    kind = find_device(device)
     if RUN in os.environ:
         ranks = _of_torchrun(count)
         if ranks.rank:

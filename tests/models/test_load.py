@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -16,6 +17,8 @@ from octavo.errors import OctavoError, Unsupported
 from octavo.models.files import weight_files
 from octavo.models.load import load_config, load_model
 from octavo.models.locate import require_known, resolve
+from octavo.models.model import Model
+from octavo.parallel.start import start
 
 IDS = torch.tensor([[1, 5, 9, 2, 7]])
 
@@ -334,6 +337,9 @@ def test_unsupported_models_are_refused_with_a_reason(tmp_path):
     ):
         with pytest.raises(OctavoError, match=message):
             load_model(tmp_path, **{"load_format": "dummy", **options})
+    for load in (Model.load, partial(start, count=2)):
+        with pytest.raises(OctavoError, match="there is no device 'abacus'"):
+            load(tmp_path, device="abacus")
     file.write_text("{")
     with pytest.raises(OctavoError, match=r"config\.json cannot be read"):
         load_config(tmp_path)
