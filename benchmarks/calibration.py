@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from machine import describe
+from machine import describe, here
 from over_models import keep, kept, options
 
 from octavo import LLM, KVFormat
@@ -32,8 +32,8 @@ TRIALS = (
     ("ptb", 2, 512),
     ("c4", 8, 512),
     ("prose", 8, 256),
-    ("self", 8, 512),
     ("ptb", 16, 512),
+    ("self", 8, 512),
     ("ptb", 4, 512),
     ("ptb", 32, 512),
     ("ptb", 16, 256),
@@ -66,7 +66,7 @@ def trial(
     scores = compare(model, [BASELINE, *candidates], read, lambda *step: tell("comparing", *step))[1:]
     same = {"model": model.path.name, "text": text, "windows": count, "length": length}
     return [
-        same | {"name": score.name, "kl": score.kl, "kl_error": score.kl_error, "tokens": score.tokens,
+        same | here() | {"name": score.name, "kl": score.kl, "kl_error": score.kl_error, "tokens": score.tokens,
                 "seconds": round(seconds, 1)}
         for score in scores
     ]  # fmt: skip

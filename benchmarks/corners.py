@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import describe
+from machine import describe, here
 from over_models import keep, kept, options
 from tasks import run
 
@@ -89,7 +89,7 @@ def main() -> None:
     rows = kept(args.out)
     for model in args.models:
         four, seconds = quantized(model, args)
-        found = [row | {"quantize_seconds": seconds} for row in measure(model, four, args)]
+        found = [row | {"quantize_seconds": seconds} | here() for row in measure(model, four, args)]
         rows = [row for row in rows if row["model"] != model.name] + found
         keep(args.out, {"benchmark": "corners", **describe(), "rows": rows})
     print(table(rows))

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import peer_formats
-from machine import describe
+from machine import describe, here
 from over_models import calibrated, keep, kept, options
 
 from octavo import KVFormat
@@ -77,14 +77,13 @@ def measure(model: Model, calibration: Calibration, rows: list[Row], args: argpa
             title = f"{model.path.name} on {text}: {', '.join(c.name for c in group)}"
             with telling(title) as tell:
                 scores = compare(model, [BASELINE, *group], windows, partial(tell, title))
-            where = describe()
             for candidate, score in zip((BASELINE, *group), scores, strict=True):
                 found = {key: value for key, value in asdict(score).items() if key in KEPT}
-                row = how | {"name": candidate.name, "bits": bits(candidate, model)} | found
+                row = how | {"name": candidate.name, "bits": bits(candidate, model)} | found | here()
                 same = ("model", "text", "window", "name")
                 rows[:] = [old for old in rows if any(old[key] != row[key] for key in same)]
-                rows.append(row | {"commit": where["commit"], "date": where["date"]})
-            keep(args.out, {"benchmark": "formats", **where, "rows": rows})
+                rows.append(row)
+            keep(args.out, {"benchmark": "formats", **describe(), "rows": rows})
 
 
 def table(model: str, rows: Sequence[Row]) -> str:

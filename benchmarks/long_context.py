@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from formats import BASELINE
-from machine import describe
+from machine import describe, here
 from over_models import calibrated, keep, options
 
 from octavo.cli.progress import telling
@@ -162,7 +162,7 @@ def main() -> None:
             for length in lengths:
                 same = {"model": model.path.name, "length": length}
                 if not any(same.items() <= row.items() for row in found[kind]):
-                    found[kind] += measure(model, candidates, length, args)
+                    found[kind] += [row | here() for row in measure(model, candidates, length, args)]
                     keep(args.out, found | describe())
     print(table(found))
     if args.plot is not None:

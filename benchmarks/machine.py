@@ -21,6 +21,12 @@ def describe() -> dict[str, Any]:
     return {"commit": commit(), **machine.describe(torch.device("cpu"))}
 
 
+def here() -> dict[str, Any]:
+    """What a row of results says of where it was measured: a file may hold rows of several machines."""
+    found = describe()
+    return {key: found[key] for key in ("commit", "date", "processor")}
+
+
 def tell(document: dict[str, Any], out: Path | None) -> None:
     """Print the results on one line, and keep them in a file if one is named."""
     if out is not None:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from machine import describe
+from machine import describe, here
 from over_models import calibrated, keep, kept, options
 from torch import Tensor
 
@@ -111,7 +111,7 @@ def measure(model: Model, rows: list[Row], args: argparse.Namespace) -> None:
                 blocks = parts.view(-1, BLOCK).mean(1)  # neighbours are not independent
                 found = {"kl": parts.mean().item(), "kl_error": (blocks.std() / len(blocks) ** 0.5).item()}
                 size = session_bytes(model, KVFormat.parse(name), context)
-                rows.append(how | {"name": name, "context": context, "bytes": size} | found)
+                rows.append(how | {"name": name, "context": context, "bytes": size} | found | here())
             keep(args.out, {"benchmark": "spans", **describe(), "rows": rows})
 
 

@@ -19,7 +19,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from machine import describe
+from machine import describe, here
 
 from octavo.cli import main as octavo
 from octavo.measure.tasks import BENCHMARKS
@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace) -> Document:
             row[name] = found["tasks"][name]
         del found["tasks"][name]
     for row in found["tasks"]["rows"]:
-        row["commit"] = describe()["commit"]
+        row |= here()
     return {"benchmark": "tasks", "commit": describe()["commit"], **found}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from formats import AT_ONCE, BASELINE
-from machine import describe
+from machine import describe, here
 from over_models import calibrated, keep, options
 
 from octavo import KVFormat
@@ -53,7 +53,7 @@ def sensitivity(model: Model, calibration: Calibration, found: Document, args: a
             measured = measure(model.bound, calibration, windows, lambda _: True, lambda: bar.advance(task))
         found["parts"][name] = {
             "windows": measured.windows, "length": measured.length, "uniform": measured.uniform,
-            "kl": [[part.layer, part.side, part.kl[FEW]] for part in measured.parts],
+            "kl": [[part.layer, part.side, part.kl[FEW]] for part in measured.parts], **here(),
         }  # fmt: skip
         keep(args.out, found)
     kept = found["parts"][name]
@@ -94,7 +94,8 @@ def compared(model: Model, calibration: Calibration, parts: Sensitivity, found: 
             scores = compare(model, [BASELINE, *(candidate for candidate, _ in group)], windows, partial(tell, title))
         for (candidate, expected), score in zip(group, scores[1:], strict=True):
             row = how | {"name": candidate.name, "bits": bits(model, candidate), "expected_on_parts": expected}
-            found["rows"].append(row | {key: value for key, value in asdict(score).items() if key in KEPT})
+            row |= {key: value for key, value in asdict(score).items() if key in KEPT}
+            found["rows"].append(row | here())
         keep(args.out, found | describe())
 
 
