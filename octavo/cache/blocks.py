@@ -63,9 +63,9 @@ class BlockPool:
         return 0 if self.reach is None else max(0, tokens - self.reach + 1) // self.block_size
 
     def let_go(self, table: list[int], behind: int, tokens: int) -> int:
-        """Give back those blocks of a table that no query sees once so many tokens are stored. The first `behind` were
-        given back before; returns how many now are."""
-        after = max(behind, min(self.behind(tokens), len(table)))
+        """Give back those blocks of a table that no query sees once so many tokens are stored; where it ends before
+        them, it goes on without blocks. The first `behind` were given back before; returns how many now are."""
+        after = max(behind, self.behind(tokens))
         self.release(table[behind:after])
         table[behind:after] = [GONE] * (after - behind)
         return after

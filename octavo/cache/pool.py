@@ -147,8 +147,8 @@ class CachePool:
             parent, own = holder.prefixes[-1] if i else None, holder.tokens[i * size : (i + 1) * size]
             for pool, table, behind in zip(self.groups, holder.tables, holder.behind, strict=True):
                 if i >= behind:
-                    prefix = pool.seal(table[i], parent, own)
-            holder.prefixes.append(prefix)
+                    pool.seal(table[i], parent, own)
+            holder.prefixes.append(prefix_hash(parent, own))
             if self.edges is not None and i == 0:
                 self.edges.seal(holder.first_page, own)
 

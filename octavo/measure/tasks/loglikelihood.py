@@ -152,22 +152,29 @@ def _running(engine: Engine, texts: list[_Text], stem: _Text | None = None) -> I
 
 
 def _copy(engine: Engine, stem: _Text, text: _Text) -> None:
-    """Have the rows of `stem` in `text` that no hit has given it."""
-    cache, pool, start = engine.cache, engine.pool, len(text.prefixes)
-    if not pool.reserve(text, stem.num_cached - text.num_cached):
-        raise AssertionError("a step's texts fit into the cache")
+    """Have the rows of `stem` in `text` that no hit has given it. Of layers with a window both have the last ones."""
+    cache, pool, found = engine.cache, engine.pool, len(text.prefixes)
+    text.num_cached = stem.num_cached
+    _reserve(engine, text, 0)
+    starts = [max(found, behind) for behind in text.behind]  # of each group
 
     def pages(held: _Text) -> list[list[int]]:
         """Of each of the cache's paged stores."""
         raw = [held.first_page, *range(held.ring, held.ring + cache.span // pool.block_size)]
-        tables = [(held.tables[cache.group_of[i]][start:], layer.raw) for i, layer in cache.owners]
-        return [own for table, edges in tables for own in (table, table, *((raw, raw) if edges else ()))]
+        tables = [held.tables[group][start:] for group, start in enumerate(starts)]
+        layers = [(tables[cache.group_of[i]], layer.raw) for i, layer in cache.owners]
+        return [own for table, edges in layers for own in (table, table, *((raw, raw) if edges else ()))]
 
     cache.write_pages(pages(text), cache.read_pages(pages(stem)))
     if cache.states is not None and stem.state_slot is not None and text.state_slot is not None:
         cache.states.copy(stem.state_slot, text.state_slot)
-    text.num_cached = stem.num_cached
     pool.seal_full(text)
+
+
+def _reserve(engine: Engine, text: _Text, rows: int) -> None:
+    """Give back what the text no longer sees, and take blocks for its next rows."""
+    if not engine.pool.reserve(text, rows):
+        raise AssertionError("a step's texts fit into the cache")
 
 
 def _compute(engine: Engine, texts: list[_Text]) -> None:
@@ -175,12 +182,14 @@ def _compute(engine: Engine, texts: list[_Text]) -> None:
     while any(text.pending for text in texts):
         work, budget = [], engine.scheduler.max_batch_tokens
         for text in texts:
-            if rows := min(text.pending, budget):
-                if not engine.pool.reserve(text, rows):
-                    raise AssertionError("a step's texts fit into the cache")
+            rows = min(text.pending, budget)
+            _reserve(engine, text, rows)
+            if rows:
                 work.append((text, rows))
                 budget -= rows
         _forward(engine, work)
+    for text in texts:
+        _reserve(engine, text, 0)
 
 
 def _forward(engine: Engine, work: list[tuple[_Text, int]]) -> None:

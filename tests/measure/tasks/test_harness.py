@@ -18,13 +18,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from octavo import LLM, OctavoError, SamplingParams, Unsupported
+from octavo.cache.pool import CachePool, Hit
 from octavo.measure.tasks import HERE, select
 from octavo.measure.tasks.harness import OctavoLM
 from octavo.measure.tasks.loglikelihood import Request, score
 from octavo.measure.tasks.run import load_tasks, quiet
 from octavo.models.model import Model
 from tests.conftest import slow, tiny_llama
-from tests.engine.test_windows import build
+from tests.engine.test_windows import ask, build
 from tests.measure.tasks.raw_files import write_raw_files
 from tests.models import zoo
 
@@ -208,3 +209,34 @@ def test_the_harness_knows_octavo_by_name() -> None:
         "kv=int8-token,max_length=128,dtype=float32", {"batch_size": "auto", "device": None, "max_batch_size": None}
     )
     assert (str(lm.llm.format), lm.max_length, lm.llm.model.bound.dtype) == ("int8-token", 128, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "sliding"])
+def test_a_window_that_is_shared_leaves_nothing_false_in_the_prefix_cache(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What texts share is longer than the window, and copied where no hit gives it, as in a model with states: its
+    first blocks are another text's by then."""
+    served = Model.of(build(kind), Path(kind))
+    ids = served.bound.random_tokens(1500)
+    shared, rest = ids[:300], range(300, 1500, 60)
+    requests = [Request(shared + ids[at : at + 20], ids[at + 20 : at + 30]) for at in rest]
+    sizes = {"session_len": 512, "max_batch_size": 4, "max_batch_tokens": 64}
+    cold, llm = (LLM(served, "fp32", **sizes, prefix_caching=caching) for caching in (False, True))
+    alone = [score(cold.engine, [one])[0].logprob for one in requests]
+    with monkeypatch.context() as patch:
+        patch.setattr(CachePool, "match", lambda pool, _: Hit([], [[] for _ in pool.groups]))
+        assert [one.logprob for one in score(llm.engine, requests)] == pytest.approx(alone, rel=1e-3)
+    for end in range(65, 300, 64):  # prompts that part from it sooner
+        [(expected, _)], [(found, _)] = (ask(one, ids[:end] + ids[700:720], tokens=20) for one in (cold, llm))
+        assert found == expected
+
+
+def test_texts_that_are_read_give_back_what_lies_behind_their_windows() -> None:
+    """All texts of a step take more blocks of a window's than there are, had each kept what it was read into."""
+    served = Model.of(build("mixed"), Path("mixed"))
+    ids = served.bound.random_tokens(16 * 500)
+    llm = LLM(served, "fp32", session_len=1024, max_batch_size=16)
+    requests = [Request(ids[at : at + 490], ids[at + 490 : at + 500]) for at in range(0, len(ids), 500)]
+    assert len(score(llm.engine, requests)) == 16
+    llm.engine.scheduler.check()
