@@ -12,6 +12,7 @@ from octavo.errors import OctavoError
 
 Message = dict[str, Any]  # {"role": "user", "content": …}; a template may know more fields, such as tool_calls
 REPLACEMENT = "\ufffd"  # a decoder's mark for bytes that are not yet a character
+LONGEST_RUN = 16  # tokens that end in the middle of a character and are waited for
 
 
 def opening(tokenizer: Any) -> list[int]:
@@ -122,9 +123,10 @@ class TextStream:
         elif (new := self._new()) and not new.endswith(REPLACEMENT):
             self._take(new)
             self._advance()
-        else:
-            if self._hidden_name(token):
-                self.ids.pop()  # no text depends on it, and a run of them would be decoded for each
+        elif self._hidden_name(token):
+            self.ids.pop()  # no text depends on it, and a run of them would be decoded for each
+            return ""
+        elif len(self.ids) - self.read < LONGEST_RUN or not self._cut_run():
             return ""
         return self._release(len(self.held) - self._uncertain())
 
@@ -150,15 +152,27 @@ class TextStream:
             n *= 2
         return list(prompt[-n:])
 
-    def _new(self) -> str:
+    def _new(self, end: int | None = None) -> str:
         """The text of the tokens since `read`. They may complete a character that a prompt ends in the middle of."""
-        text = self._decode(self.ids[self.context :])
+        text = self._decode(self.ids[self.context : end])
         known = self.scene if text.startswith(self.scene) else self.scene.rstrip(REPLACEMENT)
         return text[len(known) :]
 
-    def _advance(self) -> None:
-        self.context, self.read = self.read, len(self.ids)
-        self.scene = self._decode(self.ids[self.context :])
+    def _advance(self, end: int | None = None) -> None:
+        self.context, self.read = self.read, len(self.ids) if end is None else end
+        self.scene = self._decode(self.ids[self.context : self.read])
+
+    def _cut_run(self) -> bool:
+        """Take the beginning of a run of bytes that are no characters: all of it would be decoded again for each token.
+        No character has more than four bytes, so later ones change nothing of it."""
+        for end in range(len(self.ids) - 4, len(self.ids) - 8, -1):
+            if self._decode(self.ids[self.read : end]) + self._decode(self.ids[end:]) == self._decode(
+                self.ids[self.read :]
+            ):
+                self._take(self._new(end))
+                self._advance(end)
+                return True
+        return False
 
     def _hidden_name(self, token: int) -> str:
         """A special token as it is written in a stop string, if it is not shown."""

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
 from octavo.models.model import BUNDLED, Model
-from octavo.text import REPLACEMENT, TextStream, encode_chat, token_text
+from octavo.text import LONGEST_RUN, REPLACEMENT, TextStream, encode_chat, token_text
+from octavo.token_bytes import TokenBytes
 
 PIECES = ("▁", "▁a", "a", "b", "▁the", "the", "re", "▁中", "中", "!", ".", "\n")
 
@@ -99,6 +100,8 @@ any_bytes = st.lists(st.one_of(st.integers(0, BYTES.vocab_size - 1), st.integers
 @settings(max_examples=300, deadline=None)
 @given(ids=any_bytes)
 @example(ids=byte_ids("😀") * 2 + byte_ids("中")[:2] + byte_ids("é中"))
+@example(ids=byte_ids("中")[1:2] * 21 + byte_ids("😀"))
+@example(ids=byte_ids("😀")[:2] * 20 + byte_ids("中"))
 def test_pieces_of_any_byte_level_tokens_make_the_full_text(ids: list[int]):
     pieces, _ = stream(BYTES, ids)
     assert "".join(pieces) == decode(BYTES, ids)
@@ -180,6 +183,24 @@ def test_a_run_of_special_tokens_is_not_decoded_again_for_each():
     run = [BYTES.convert_tokens_to_ids("<|end|>")] * 100
     assert "".join(text.push(token) for token in [*byte_ids("a"), *run, *byte_ids("b")]) == "ab"
     assert longest <= 4
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK], ids=["byte-level", "byte fallback"])
+def test_a_run_of_bytes_that_are_no_characters_comes_as_it_grows_and_is_not_decoded_again_for_each(tokenizer: Any):
+    longest = 0
+
+    def decode_some(ids: list[int], **how: Any) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return tokenizer.decode(ids, **how)
+
+    tokens = {TokenBytes(tokenizer)(token): token for token in range(len(tokenizer))}
+    text = TextStream(SimpleNamespace(decode=decode_some), SamplingParams())
+    pieces = [text.push(tokens[bytes([byte])]) for byte in b"a" + b"\x80" * 500]
+    assert len("".join(pieces)) > 500 - LONGEST_RUN
+    pieces += [text.push(tokens[b"b"]), text.flush()]
+    assert "".join(pieces) == "a" + REPLACEMENT * 500 + "b"
+    assert longest <= 2 * LONGEST_RUN
 
 
 def test_an_empty_stream_is_empty_text():
