@@ -9,10 +9,16 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from octavo.completion import Completion
+from octavo.serve.calls import CallDelta
+from octavo.serve.output.choices import ChoiceDelta, Output
 from octavo.serve.requests.responses import ResponsesRequest
 from octavo.serve.response_store import InMemory, Kept
+from octavo.serve.routes.responses.body import ResponsesBody
+from octavo.token_bytes import TokenBytes
 from tests.serve.conftest import Running
 from tests.serve.test_tools import WEATHER as NESTED
+from tests.test_text import FALLBACK
 
 ASK = "Tell me a story."
 GREEDY = {"temperature": 0, "max_output_tokens": 12}
@@ -217,3 +223,17 @@ def test_what_cannot_be_is_refused_by_its_name(running: Running, fields: Any, pa
     refused = post(running, **fields)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == param
+
+
+def test_an_item_that_another_follows_is_whole_though_the_answer_is_cut():
+    """All pieces come at once, as they do where a client reads slowly."""
+    request = ResponsesRequest(input=ASK, tools=[WEATHER], stream=True)
+    output = Output(request.generate_request(()), TokenBytes(FALLBACK), "resp_")
+    body = ResponsesBody("a", output, request, (), InMemory(most=1, room=1))
+    call = CallDelta(0, '{"city"', "call_a", "weather")
+    deltas = [ChoiceDelta(0, True, ["I look."], (), ()), ChoiceDelta(0, False, [call], (), (), "length")]
+    output.choices[0].reason, output.choices[0].completion = "length", Completion("", [1], "length", 1, 0, [])
+    output.choices[0].pieces = ["I look.", call]
+    streamed = events(httpx.Response(200, content=b"".join(map(body.events, deltas)) + body.end()))
+    done = [event["item"]["status"] for event in streamed if event["type"] == "response.output_item.done"]
+    assert done == [item["status"] for item in streamed[-1]["response"]["output"]] == ["completed", "incomplete"]

@@ -112,7 +112,7 @@ class ResponsesBody(ResponseBody):
 
     def end(self) -> bytes:
         events = b"" if self.items else self._open(_message(""))
-        events += self._close()
+        events += self._close("incomplete" if self.output.choices[0].reason == "length" else "completed")
         response = self._ended()
         return events + self._event(f"response.{response['status']}", response=response)
 
@@ -151,12 +151,12 @@ class ResponsesBody(ResponseBody):
         part = {**item["content"][0]}
         return events + self._event("response.content_part.added", **at, item_id=item["id"], content_index=0, part=part)
 
-    def _close(self) -> bytes:
-        """The end of the last item."""
+    def _close(self, status: str = "completed") -> bytes:
+        """The end of the last item. One that another follows is whole, however the answer ends."""
         if not self.items:
             return b""
         item = self.items[-1]
-        item["status"] = "incomplete" if self.output.choices[0].reason == "length" else "completed"
+        item["status"] = status
         at = {"item_id": item["id"], "output_index": len(self.items) - 1}
         if item["type"] == "message":
             part = item["content"][0]
