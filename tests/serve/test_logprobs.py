@@ -92,7 +92,7 @@ def test_pieces_of_sentencepiece_keep_the_space_that_they_begin_with():
     assert [bytes_of(token) for token in ids] == [b" a", b" ", b"a", b"\xe4", b"\xb8", b"\xad"]
     texts = TokenTexts(bytes_of, bytes_of.special)
     shown = texts.take([Sampled(token, -1.0, {token: -1.0}) for token in ids], " a a中", None)
-    told = text_logprobs(bytes_of, shown, 0)
+    told = text_logprobs(bytes_of, shown)
     assert told["tokens"] == [" a", " ", "a", "bytes:\\xe4", "bytes:\\xb8", "bytes:\\xad"]
     assert told["text_offset"] == [0, 2, 3, 4, 4, 4]
 
@@ -106,7 +106,7 @@ def test_two_tokens_of_one_text_have_two_names():
             return b"A" if token < 3 else b"B"
 
     shown = [ShownToken(Sampled(2, -2.0, {0: -1.0, 1: -1.5, 3: -3.0}), 0)]
-    [top] = text_logprobs(Twins(), shown, 0)["top_logprobs"]
+    [top] = text_logprobs(Twins(), shown)["top_logprobs"]
     assert top == {"A": -1.0, "bytes:\\x41": -1.5, "token_id:2": -2.0, "B": -3.0}
 
 
@@ -140,3 +140,24 @@ def test_an_echo_with_log_probabilities_scores_the_prompt_too(running: Running):
     assert all(math.isfinite(logprob) for logprob in found["token_logprobs"][1:])
     assert found["token_logprobs"][-3:] == pytest.approx(plain["logprobs"]["token_logprobs"], abs=1e-4)
     assert found["text_offset"] == [len("".join(found["tokens"][:i])) for i in range(len(found["tokens"]))]
+
+
+def test_an_echo_is_what_the_model_was_given_of_a_prompt_that_was_cut(running: Running):
+    choice = post(running, max_tokens=3, logprobs=1, echo=True, truncate_prompt_tokens=4)["choices"][0]
+    found = choice["logprobs"]
+    assert len(found["tokens"]) == 7
+    assert "".join(found["tokens"]) == choice["text"]
+    assert STORY.endswith(kept := "".join(found["tokens"][:4]))
+    assert kept != STORY
+    assert found["text_offset"] == [len("".join(found["tokens"][:i])) for i in range(7)]
+
+
+def test_special_tokens_that_stand_in_a_prompt_count_in_its_text(running: Running):
+    tokenizer = running.llm.tokenizer
+    [special] = tokenizer(tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    words = tokenizer(STORY, add_special_tokens=False)["input_ids"]
+    for prompt in ([special, *words], STORY[:9] + tokenizer.eos_token + STORY[9:]):
+        choice = post(running, prompt=prompt, max_tokens=3, logprobs=1, echo=True)["choices"][0]
+        names = choice["logprobs"]["tokens"]
+        assert "".join(names) == choice["text"]
+        assert choice["logprobs"]["text_offset"] == [len("".join(names[:i])) for i in range(len(names))]

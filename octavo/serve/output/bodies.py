@@ -1,6 +1,6 @@
 """The bodies of responses: how a route writes the output. These are OpenAI's two of completions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from octavo.engine.prompt_logprobs import Scored
@@ -159,13 +159,13 @@ def _streamed(call: CallDelta) -> dict[str, Any]:
 
 
 class TextBody(OpenAIBody):
-    """`echoes` are the prompts' texts where the answers begin with them."""
+    """`echo` gives the text of a prompt, by its number, where the answers begin with it."""
 
     object, chunk_object = "text_completion", "text_completion"
 
-    def __init__(self, model: str, output: Output, token_ids: bool = False, echoes: Sequence[str] | None = None):
+    def __init__(self, model: str, output: Output, token_ids: bool = False, echo: Callable[[int], str] | None = None):
         super().__init__(model, output, token_ids)
-        self.echoes = echoes
+        self.echo = echo
 
     def choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         text = self._echo(delta.index) + delta.text if delta.first else delta.text
@@ -177,14 +177,14 @@ class TextBody(OpenAIBody):
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.reason}
 
     def _echo(self, index: int) -> str:
-        return self.echoes[index // self.output.request.n] if self.echoes is not None else ""
+        return self.echo(index // self.output.request.n) if self.echo is not None else ""
 
     def _logprobs(self, index: int, tokens: Sequence[ShownToken], first: bool) -> dict[str, Any] | None:
         if self.output.request.sampling.get("logprobs") is None:
             return None
         prompt: Sequence[Scored | None] = ()
         ids: Sequence[int] = ()
-        if first and self.echoes is not None:
+        if first and self.echo is not None:
             at = index // self.output.request.n
             prompt, ids = self.output.prompt_tokens[at], self.output.prompts[at]
-        return text_logprobs(self.output.bytes_of, tokens, len(self._echo(index)), list(zip(ids, prompt, strict=True)))
+        return text_logprobs(self.output.bytes_of, tokens, self._echo(index), list(zip(ids, prompt, strict=True)))

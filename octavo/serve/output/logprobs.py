@@ -69,11 +69,11 @@ def chat_logprobs(bytes_of: TokenBytes, tokens: Iterable[ShownToken]) -> list[di
 def text_logprobs(
     bytes_of: TokenBytes,
     tokens: Iterable[ShownToken],
-    start: int,
+    echo: str = "",
     prompt: Iterable[tuple[int, Scored | None]] = (),
 ) -> dict[str, Any]:
-    """Tokens in the older form of completions. Before them come those of the prompt, where it is echoed; then the
-    answer's text begins at `start`."""
+    """Tokens in the older form of completions. Before them come those of the prompt, where it is echoed: the answer's
+    text begins after `echo`."""
     names: list[str] = []
     logprobs: list[float | None] = []
     tops: list[dict[str, float] | None] = []
@@ -85,13 +85,14 @@ def text_logprobs(
         tops.append(None if top is None or logprob is None else _keyed(bytes_of, {**top, token: logprob}))
         offsets.append(offset)
 
-    echoed = TokenTexts(bytes_of, bytes_of.special)
+    echoed = TokenTexts(bytes_of, ())
     for token, scored in prompt:
         logprob, top = (scored.logprob, scored.top) if scored is not None else (None, None)
-        tell(token, logprob, top, min(echoed.length, start))
-        echoed.follow(token)
+        tell(token, logprob, top, min(echoed.length, len(echo)))
+        if token not in bytes_of.special or echo.startswith(bytes_of(token).decode(), echoed.length):
+            echoed.follow(token)  # a special token may be the tokenizer's own, and not in the text
     for one in tokens:
-        tell(one.sampled.token, one.sampled.logprob, one.sampled.top, start + one.offset)
+        tell(one.sampled.token, one.sampled.logprob, one.sampled.top, len(echo) + one.offset)
     return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
 

@@ -1,5 +1,7 @@
 """`/v1/chat/completions` and `/v1/completions`: OpenAI's."""
 
+from functools import cache
+
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -27,7 +29,15 @@ def _chat(service: Service, account: Account, request: ChatRequest) -> Response:
 def _completions(service: Service, account: Account, request: CompletionRequest) -> Response:
     name = service.check_model(request.model)
     output = service.output(request.generate_request(), "cmpl-")
-    echoes = None
-    if request.echo:
-        echoes = [one if isinstance(one, str) else service.llm.tokenizer.decode(one) for one in request.prompts]
-    return GeneratedResponse(service, account, TextBody(name, output, bool(request.return_token_ids), echoes))
+
+    @cache
+    def echo(number: int) -> str:
+        """A prompt's text, or what the model was given of it."""
+        prompt = request.prompts[number]
+        if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
+            return prompt
+        given: str = service.llm.tokenizer.decode(output.prompts[number])
+        return prompt if isinstance(prompt, str) and prompt in given else given  # it may not have been cut
+
+    body = TextBody(name, output, bool(request.return_token_ids), echo if request.echo else None)
+    return GeneratedResponse(service, account, body)
