@@ -5,10 +5,11 @@ import logging
 import sys
 import time
 import traceback
+import warnings
 
 LONGEST = 2048  # bytes of a line
 PERIOD = 60.0  # seconds in which of one kind one line is written
-WARNINGS = "py.warnings"  # all of Python's, which one line of `logging` writes
+WARNINGS = "py.warnings"  # all of Python's, which one line below writes
 REQUESTS = "octavo.requests"  # a line of these is written for each
 KINDS = 256  # that are remembered
 # What these say comes from the system or from torch. Other errors may quote what they were given, a prompt among it.
@@ -22,7 +23,8 @@ def start(prompts: bool = False, level: str = "info", requests: bool = True) -> 
     handler.setFormatter(Line(prompts))
     handler.addFilter(Rarely())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.captureWarnings(True)
+    told = logging.getLogger(WARNINGS)
+    warnings.showwarning = lambda message, *_, **__: told.warning("%s", str(message))  # without the source it is in
     for name in ("transformers", "uvicorn", "uvicorn.error"):  # they bring handlers of their own
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [], True

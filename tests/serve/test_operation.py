@@ -9,6 +9,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,8 +86,9 @@ def test_a_client_that_leaves_is_logged_with_what_was_generated(running: Running
 def own_log() -> Iterator[None]:
     """Whatever the test does to this process's logging is undone."""
     root, requests, handlers = logging.getLogger(), logging.getLogger(logs.REQUESTS), logging.getLogger().handlers[:]
+    show = warnings.showwarning
     yield
-    logging.captureWarnings(False)
+    warnings.showwarning = show
     root.handlers[:] = handlers
     for logger in (root, requests.parent, requests):
         logger.setLevel(logging.WARNING if logger is root else logging.NOTSET)
@@ -103,6 +105,15 @@ def test_the_log_has_what_its_options_say(level: str, requests: bool, written: i
         logging.getLogger(logs.REQUESTS).info("POST /v1/completions 200")
         logging.getLogger("octavo").info("stopping")
     assert len(capsys.readouterr().err.splitlines()) == written
+
+
+@pytest.mark.usefixtures("own_log")
+def test_a_warning_is_logged_in_one_line_without_the_source_it_is_in(capsys: pytest.CaptureFixture[str]):
+    logs.start()
+    for _ in range(2):
+        warnings.warn("the calibration covers fewer positions", stacklevel=1)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith(" WARNING py.warnings: the calibration covers fewer positions")
 
 
 # --- names, doors ----------------------------------------------------------------------------------------------------
