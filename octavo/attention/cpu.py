@@ -141,6 +141,7 @@ def _attend_chunk(layer: _Layer, cache: LayerCache, q: Tensor, chunk: _Chunk) ->
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and spec.softcap is None else torch.float32
     blocks, parts = chunk.seen(spec.window)
 
+    expect(q.shape[1:] == (spec.heads, cache.k.dim), "queries of as many heads as the layer has")
     q = q.unflatten(1, (cache.k.heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, n, k_dim]
     folded = torch.tensor(spec.scale, dtype=torch.float32)
     shift = torch.zeros(

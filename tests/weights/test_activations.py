@@ -36,7 +36,7 @@ def test_a_function_is_that_of_torch(name: str, dtype: torch.dtype) -> None:
         [torch.linspace(-30, 30, 5003), torch.logspace(-30, 4, 50), torch.tensor([0.0, torch.inf, torch.nan])]
     )
     x = torch.cat([x, -x[5003:-2]]).to(dtype)
-    expected = MODULES[name](x.float())
+    expected = MODULES[name](x.double()).float()  # torch's GELU of float32 is NaN at infinity where there is AVX-512
     torch.testing.assert_close(
         ours(name)(x).float(), expected, equal_nan=True, atol=1e-6, rtol=max(2e-6, torch.finfo(dtype).eps)
     )
