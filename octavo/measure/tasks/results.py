@@ -78,6 +78,7 @@ def key_of(
     return {
         "model": own.fingerprint,
         "dtype": dtype_name(own.bound.dtype),
+        "computes": dtype_name(own.bound.computes),
         "kv": str(candidate.format),
         **({"layers": list(map(str, candidate.format))} if isinstance(candidate.format, LayerFormats) else {}),
         "calibration": calibration,

@@ -19,9 +19,11 @@ from lm_eval.tasks import TaskManager
 
 from octavo import LLM, OctavoError, SamplingParams, Unsupported
 from octavo.cache.pool import CachePool, Hit
+from octavo.measure.candidate import Candidate
 from octavo.measure.tasks import HERE, select
 from octavo.measure.tasks.harness import OctavoLM
 from octavo.measure.tasks.loglikelihood import Request, score
+from octavo.measure.tasks.results import key_of
 from octavo.measure.tasks.run import load_tasks, quiet
 from octavo.models.model import Model
 from tests.conftest import slow, tiny_llama
@@ -192,6 +194,19 @@ def test_a_context_in_several_chunks_scores_the_same(pamphlet: Model, text_ids: 
         for width in (1024, 64)
     ]
     assert scores[0].logprob == pytest.approx(scores[1].logprob, abs=1e-3)
+
+
+def test_results_are_kept_apart_by_what_the_model_computes_in(
+    pamphlet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor with bf16 units computes bf16 weights in bf16, one without them in float32."""
+    write_raw_files(tmp_path)
+    [part], _ = select("winogrande", tmp_path)
+    keys = []
+    for computes in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(pamphlet.bound, "computes", computes)
+        keys.append(key_of(pamphlet, Candidate("fp32", pamphlet.bound.raw_format), part, None))
+    assert keys[0] != keys[1]
 
 
 def test_what_cannot_be_run_is_refused(octavo_lm: OctavoLM) -> None:
