@@ -1,6 +1,6 @@
 """The fastest a decode step can be: the bytes it must read over the machine's bandwidth.
 
-A step reads every weight once and the codes of every session's whole context. Both are counted, from the tensors and
+A step reads every weight once and the rows of every session's whole context. Both are counted, from the tensors and
 from the format; the bandwidth is measured here, by a plain streaming read in the same run as what it is compared with.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from octavo.cache.size import BLOCK_SIZE
 from octavo.devices import device_of
 from octavo.measure.candidate import Candidate
 from octavo.models.bind import BoundModel
@@ -52,14 +53,17 @@ def read_bytes(bound: BoundModel) -> int:
 
 
 def cache_bytes(bound: BoundModel, format: Format, context: int) -> int:
-    """What a decode step reads of one session's codes and token scales; a layer with a window reads that far back, and
-    states are read and written."""
+    """What a decode step reads of one session's codes, token scales and, at edges, raw rows: those of page 0 and half
+    an own span. A layer with a window reads that far back, and states are read and written."""
     each = by_layer(format, len(bound.shapes))
 
     def of_layer(layer: int, window: int | None) -> int:
         shared = bound.shapes[layer].shares
         owner = layer if shared is None else shared
-        return bound.shapes[owner].token_bytes(each[owner]) * min(context, window or context)
+        shape, own, seen = bound.shapes[owner], each[owner], min(context, window or context)
+        page_0 = max(0, seen - max(0, context - BLOCK_SIZE))  # of its rows those that a window reaches
+        raw = min(seen, page_0 + own.edges // 2) if own.edges else 0
+        return shape.token_bytes(own) * (seen - raw) + shape.raw_token_bytes(own) * raw
 
     return sum(of_layer(i, layer.window) for i, layer in enumerate(bound.layers)) + 2 * bound.states.nbytes
 

@@ -43,6 +43,18 @@ def test_a_step_reads_the_codes_of_the_whole_context_and_a_window_reads_less(lla
     assert cache_bytes(windowed, RAW, 100) == 130 * token
 
 
+def test_at_edges_a_step_reads_raw_rows(llama: BoundModel) -> None:
+    """Page 0, and half an own span."""
+    kv8, shape = KVFormat.parse("kv8"), llama.shapes[0]
+    code, raw = shape.token_bytes(kv8), shape.raw_token_bytes(kv8)
+    assert code < raw
+    assert cache_bytes(llama, kv8, 40) == 2 * 40 * raw
+    assert cache_bytes(llama, kv8, 200) == 2 * (104 * code + 96 * raw)
+    windowed = bind(LlamaForCausalLM(LlamaConfig(**llama.hf.config.to_diff_dict())))
+    windowed.layers[1] = replace(windowed.layers[1], window=150)
+    assert cache_bytes(windowed, kv8, 200) == 104 * code + 96 * raw + 104 * code + 46 * raw
+
+
 def test_a_layer_that_shares_anothers_cache_reads_it_too(llama: BoundModel) -> None:
     shared = bind(LlamaForCausalLM(LlamaConfig(**llama.hf.config.to_diff_dict())))
     shared.layers[1] = replace(shared.layers[1], shape=replace(shared.layers[1].shape, shares=0))
