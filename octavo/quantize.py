@@ -37,10 +37,13 @@ SAMPLE = 256  # outputs of a layer that the searches are timed on
 
 @dataclass
 class Input:
-    """What linear layers that share an input took: the mean of |x| of its channels, and some rows of it."""
+    """One input of linear layers: what they took of it, and how it was scaled."""
 
-    mean: Tensor
-    rows: list[Tensor] = field(default_factory=list)
+    fold: Fold
+    mean: Tensor  # of |x|, of each channel
+    rows: list[Tensor] = field(default_factory=list)  # some of them
+    scale: Tensor | float = 1.0
+    alpha: float | None = None  # None where there is nothing to absorb a scale
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,11 @@ def quantize(
     run = partial(_trial, bound)
     with torch.inference_mode(False), torch.no_grad():
         before = run()
-        folds = find_folds(bound.hf, linear, run)
-        inputs = _watch(bound, {fold: linear[fold.layers[0]] for fold in folds}, windows, progress)
-        search = search or SEARCHES[0]
-        scales = _scale(bound.hf, folds, linear, inputs, group_size, search, progress) if method == "awq" else {}
-        _require_same(run(), before, bound.dtype)
-        return _round(bound.hf, folds, linear, inputs, scales, group_size, method, progress)
+        inputs = _watch(bound, find_folds(bound.hf, linear, run), linear, windows, progress)
+        if method == "awq":
+            _scale(bound.hf, linear, inputs, group_size, search or SEARCHES[0], progress)
+            _require_same(run(), before, bound.dtype)
+        return _round(bound.hf, linear, inputs, group_size, method, progress)
 
 
 def quantizable(hf: PreTrainedModel, group_size: int) -> dict[str, nn.Linear]:
@@ -160,27 +162,24 @@ def choose_search(hf: PreTrainedModel, group_size: int, method: Method, seconds:
 
 def _scale(
     hf: nn.Module,
-    folds: list[Fold],
     linear: dict[str, nn.Linear],
-    inputs: dict[Fold, Input],
+    inputs: Sequence[Input],
     group_size: int,
     search: Search,
     progress: Progress,
-) -> dict[Fold, tuple[Tensor, float]]:
-    """Move a scale into the weights of every fold that has where to put one; returns each scale with its α."""
-    found = {}
-    for done, fold in enumerate(folds):
-        progress("searching scales", done, len(folds))
-        if fold.source is not None:
-            layers, seen = [linear[name] for name in fold.layers], inputs[fold]
+) -> None:
+    """Move a scale into the weights of every fold that has where to put one."""
+    for done, own in enumerate(inputs):
+        progress("searching scales", done, len(inputs))
+        if own.fold.source is not None:
+            layers = [linear[name] for name in own.fold.layers]
             weights = [layer.weight.float() for layer in layers]
-            scale, alpha = search_scale(weights, torch.cat(seen.rows).float(), seen.mean, group_size, search)
+            scale, own.alpha = search_scale(weights, torch.cat(own.rows).float(), own.mean, group_size, search)
             for layer in layers:
                 layer.weight.data.mul_(scale)
-            absorb(hf.get_submodule(fold.source), scale)
-            found[fold] = scale, alpha
-    progress("searching scales", len(folds), len(folds))
-    return found
+            absorb(hf.get_submodule(own.fold.source), scale)
+            own.scale = scale
+    progress("searching scales", len(inputs), len(inputs))
 
 
 def _trial(bound: BoundModel) -> Tensor:
@@ -189,25 +188,30 @@ def _trial(bound: BoundModel) -> Tensor:
 
 
 def _watch(
-    bound: BoundModel, first: dict[Fold, nn.Linear], windows: Sequence[Sequence[int]], progress: Progress
-) -> dict[Fold, Input]:
+    bound: BoundModel,
+    folds: Sequence[Fold],
+    linear: dict[str, nn.Linear],
+    windows: Sequence[Sequence[int]],
+    progress: Progress,
+) -> list[Input]:
     """One pass over `windows`, from position 0, that sees the input of the first layer of each fold."""
-    inputs = {fold: Input(layer.weight.new_zeros(layer.in_features).float()) for fold, layer in first.items()}
     tokens = sum(map(len, windows))
     generator = torch.Generator().manual_seed(0)
-    handles = (
-        layer.register_forward_pre_hook(partial(_take, inputs[fold], ROWS / tokens, tokens, generator))
-        for fold, layer in first.items()
-    )
+    inputs: list[Input] = []
+    handles = []
+    for fold in folds:
+        layer = linear[fold.layers[0]]
+        inputs.append(Input(fold, layer.weight.new_zeros(layer.in_features).float()))
+        handles.append(layer.register_forward_pre_hook(partial(_take, inputs[-1], ROWS / tokens, tokens, generator)))
     with watched(handles):
         for done, window in enumerate(windows):
             progress("watching inputs", done, len(windows))
             Reading(bound).run(window)
     progress("watching inputs", len(windows), len(windows))
-    for fold, seen in inputs.items():
-        if not seen.mean.isfinite().all():
+    for own in inputs:
+        if not own.mean.isfinite().all():
             raise OctavoError(
-                f"the inputs of {fold.layers[0]} are not finite: the model overflows in {bound.dtype}; "
+                f"the inputs of {own.fold.layers[0]} are not finite: the model overflows in {bound.dtype}; "
                 "load it with --dtype bf16 or fp32, or check its weights"
             )
     return inputs
@@ -234,38 +238,36 @@ def _require_same(logits: Tensor, before: Tensor, dtype: torch.dtype) -> None:
 
 def _round(
     hf: nn.Module,
-    folds: list[Fold],
     linear: dict[str, nn.Linear],
-    inputs: dict[Fold, Input],
-    scales: dict[Fold, tuple[Tensor, float]],
+    inputs: list[Input],
     group_size: int,
     method: Method,
     progress: Progress,
 ) -> Quantized:
-    """Round every layer, put its packed self in its place, and take it out of `linear`, so that none is kept."""
+    """Round every layer, put its packed self in its place, and take it out of `linear`, and what it took out of
+    `inputs`, so that none is kept."""
     tensors: dict[str, Tensor] = {}
     groups: list[Rounded] = []
     weights = done = 0
-    count = sum(len(fold.layers) for fold in folds)
-    for fold in folds:
-        rows = torch.cat(inputs.pop(fold).rows).float()
-        scale, alpha = scales.pop(fold, (torch.ones_like(rows[0]), None))
-        rows = rows / scale
+    count = sum(len(own.fold.layers) for own in inputs)
+    while inputs:
+        own = inputs.pop(0)
+        rows = torch.cat(own.rows).float() / own.scale
         plain = error = 0.0
-        for name in fold.layers:
+        for name in own.fold.layers:
             progress("rounding", done, count)
             weight = linear.pop(name).weight.float()
             shrink = search_shrink(weight, rows, group_size) if method == "awq" else 1.0
             rounded = round_to_nearest(weight, group_size, shrink)
-            unscaled = round_to_nearest(weight / scale, group_size).dequantize() * scale
+            unscaled = round_to_nearest(weight / own.scale, group_size).dequantize() * own.scale
             output = (rows @ weight.T).square().mean().clamp(min=TINY)
-            plain += ((rows @ (unscaled - weight).T).square().mean() / output).item() / len(fold.layers)
-            error += ((rows @ (rounded.dequantize() - weight).T).square().mean() / output).item() / len(fold.layers)
+            plain += ((rows @ (unscaled - weight).T).square().mean() / output).item() / len(own.fold.layers)
+            error += ((rows @ (rounded.dequantize() - weight).T).square().mean() / output).item() / len(own.fold.layers)
             tensors |= {f"{name}.{key}": tensor.cpu() for key, tensor in pack_awq(rounded).items()}
             _replace(hf, name, rounded)
             weights += weight.numel()
             done += 1
-        groups.append(Rounded(fold, alpha, plain, error))
+        groups.append(Rounded(own.fold, own.alpha, plain, error))
     progress("rounding", count, count)
     return Quantized(tensors, group_size, groups, weights)
 
