@@ -46,7 +46,6 @@ from octavo.inputs import (
 )
 from octavo.interrupts import held
 from octavo.models.bound import NO_ROWS
-from octavo.models.generation import is_greedy
 from octavo.models.model import Model
 from octavo.parallel import load
 from octavo.quant.calibration import SYNTHETIC, Calibration
@@ -173,18 +172,7 @@ class LLM:
     @property
     def default_params(self) -> SamplingParams:
         """What the model's own generation config asks for."""
-        asked = self.model.generation
-        greedy = not asked.get("do_sample") or is_greedy(asked)
-        if greedy:
-            asked = {name: asked[name] for name in ("repetition_penalty", "max_new_tokens") if name in asked}
-        return SamplingParams(
-            max_tokens=asked.get("max_new_tokens") or SamplingParams.max_tokens,
-            temperature=0.0 if greedy else asked.get("temperature", 1.0),
-            top_k=asked.get("top_k") or 0,
-            top_p=asked.get("top_p") or 1.0,
-            min_p=asked.get("min_p") or 0.0,
-            repetition_penalty=asked.get("repetition_penalty") or 1.0,
-        )
+        return SamplingParams.of_model(self.model.generation)
 
     @overload
     def generate(self, prompts: Prompt | Rows[Prompt], sampling_params: Params = None) -> list[Completion]: ...

@@ -10,7 +10,7 @@ It is a dataclass and no pydantic model: nothing has to be imported for it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from octavo.engine.values import Biases, Kind, Number, Schema, Strings, Switch, Text, TokenIds, brief
 from octavo.errors import OctavoError
@@ -141,6 +141,23 @@ class SamplingParams:
             if self.ignore_eos or self.min_tokens:
                 other = "ignore_eos" if self.ignore_eos else "min_tokens"
                 raise OctavoError(f"{constraint} and {other} exclude each other: it has an end", constraint)
+
+    @classmethod
+    def of_model(cls, settings: Mapping[str, Any], temperature: float = 0.0) -> Self:
+        """What a model's generation_config.json asks for. One that does not sample has that `temperature`, unless a
+        temperature or a top-p of 0 says that it is greedy."""
+        greedy = 0 in (settings.get("temperature"), settings.get("top_p"))
+        if greedy or not settings.get("do_sample"):
+            kept = {name: settings.get(name) for name in ("max_new_tokens", "repetition_penalty")}
+            settings = kept | {"temperature": 0.0 if greedy else temperature}
+        return cls(
+            max_tokens=settings.get("max_new_tokens") or cls.max_tokens,
+            temperature=settings.get("temperature", 1.0),
+            top_k=settings.get("top_k") or 0,
+            top_p=settings.get("top_p") or 1.0,
+            min_p=settings.get("min_p") or 0.0,
+            repetition_penalty=settings.get("repetition_penalty") or 1.0,
+        )
 
     @property
     def constraint(self) -> str | None:

@@ -47,11 +47,6 @@ def generation_settings(path: Path) -> dict[str, Any]:
     return {name: found[name] for name in SETTINGS if found.get(name) is not None}
 
 
-def is_greedy(settings: dict[str, Any]) -> bool:
-    """Whether a temperature or a top-p of 0 asks for the most likely token."""
-    return 0 in (settings.get("temperature"), settings.get("top_p"))
-
-
 def eos_token_ids(
     config: dict[str, Any], settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
@@ -15,6 +14,7 @@ from octavo.serve.requests.generate import Conversation, GenerateRequest, Prompt
 from octavo.text import Message, encode_chat, encode_prompt, takes_tools
 
 logger = logging.getLogger("octavo")
+SILENT = 1.0  # temperature where neither the request nor the model names one, as in OpenAI's API
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,9 @@ def _constrains(conversation: Conversation) -> bool:
     return bool(conversation.functions) and (conversation.must_call or promised)
 
 
-def engine_requests(
-    llm: LLM, functions: Functions, request: GenerateRequest, defaults: Mapping[str, Any]
-) -> list[EngineRequest]:
+def engine_requests(llm: LLM, functions: Functions, request: GenerateRequest) -> list[EngineRequest]:
     """What the engine is given for each choice; raises OctavoError for what cannot be served."""
+    defaults = SamplingParams.of_model(llm.model.generation, SILENT)
     found = []
     for prompt in request.prompts:
         sampling, names = dict(request.sampling), dict(request.names)
@@ -97,7 +96,7 @@ def engine_requests(
                 raise OctavoError(str(error), "tools") from None
             if grammar is not None:
                 sampling["grammar"], names["grammar"] = grammar, "tools"
-        params = SamplingParams(**{**defaults, **sampling})
+        params = replace(defaults, **sampling)
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *stops))
         tokens = tokens_of(llm, functions, request, prompt)
         for i in range(request.n):  # a seed gives each answer its own

@@ -6,13 +6,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from octavo.completion import Delta, Generation
 from octavo.engine.prompt_logprobs import Scored, score
 from octavo.errors import OctavoError
 from octavo.llm import LLM
-from octavo.models.generation import is_greedy
 from octavo.serve.errors import ApiError
 from octavo.serve.fair_queue import FairQueue
 from octavo.serve.limits import MAX_SCORES, SMALL, Limits
@@ -71,15 +70,6 @@ class Service:
     def waiting(self) -> int:
         """Of those, the ones that the engine has not taken up."""
         return max(0, self.admitted - len(self.llm.engine.scheduler.running))
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Sampling parameters where a request sets none: the model's own, or as in OpenAI's API temperature 1."""
-        chosen = self.llm.default_params
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        own = {name: getattr(chosen, name) for name in names}
-        asked = self.llm.model.generation
-        return own if asked.get("do_sample") or is_greedy(asked) else own | {"temperature": 1.0}
 
     def check_model(self, name: str | None) -> str:
         """The name that an answer bears: the one that was asked for, if the model has it."""
@@ -259,7 +249,7 @@ class Service:
             for prompt in request.prompts if request.longest_prompt is None else ():
                 self.check_length(prompt)
             generations = []
-            for i, one in enumerate(engine_requests(self.llm, self.functions, request, self.defaults)):
+            for i, one in enumerate(engine_requests(self.llm, self.functions, request)):
                 names = one.names
                 generations.append(self.llm.generation(one.tokens, one.params, job, i, one.marks))
                 self.llm.engine.scheduler.expect_room(generations[-1].sequence)

@@ -107,6 +107,17 @@ def test_parameters_that_contradict_each_other_are_refused():
         SamplingParams(json_schema={}, regex="a")
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 0.0, "do_sample": True}, {"top_p": 0}])
+def test_a_model_with_a_temperature_or_top_p_of_zero_is_greedy(settings: dict[str, Any]):
+    assert SamplingParams.of_model(settings, 1.0) == SamplingParams()
+
+
+def test_a_model_that_does_not_sample_has_the_temperature_that_is_said():
+    settings = {"temperature": 0.1, "top_k": 3, "repetition_penalty": 1.2, "do_sample": False}
+    assert SamplingParams.of_model(settings) == SamplingParams(repetition_penalty=1.2)
+    assert SamplingParams.of_model(settings, 1.0) == SamplingParams(temperature=1.0, repetition_penalty=1.2)
+
+
 def test_every_parameter_has_a_rule_and_every_default_keeps_its_own():
     assert list(TABLE) == [f.name for f in fields(SamplingParams)]
     for name, rule in TABLE.items():

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from octavo.errors import OctavoError
 from octavo.llm import LLM
-from octavo.models.generation import eos_token_ids, generation_settings, is_greedy
+from octavo.models.generation import eos_token_ids, generation_settings
 from octavo.models.model import Model
 from octavo.models.tokenizer import load_tokenizer, warn_of_strangers
 from octavo.text import encode_prompt
@@ -135,12 +135,6 @@ def test_settings_are_those_of_the_file_or_none(words):
     file.write_text("{")
     with pytest.raises(OctavoError, match=r"generation_config\.json cannot be read"):
         generation_settings(words)
-
-
-def test_a_temperature_or_top_p_of_zero_is_greedy():
-    assert is_greedy({"temperature": 0.0, "do_sample": True})
-    assert is_greedy({"top_p": 0})
-    assert not is_greedy({"temperature": 0.1, "top_p": 1.0, "do_sample": False})
 
 
 def test_a_directory_that_cannot_be_written_leaves_its_calibration_in_the_cache(words, monkeypatch):
