@@ -19,7 +19,6 @@ from typing import Any, Literal, NoReturn, TypeVar, overload
 from octavo.artefact import Damaged
 from octavo.attention import backend_for
 from octavo.cache import session
-from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.plan import plan_layers
 from octavo.cache.session import Identity, SavedSession
 from octavo.cache.size import CacheSize, num_blocks, num_snapshots
@@ -30,6 +29,7 @@ from octavo.devices import device_of
 from octavo.engine.engine import Engine
 from octavo.engine.params import SamplingParams
 from octavo.engine.reading import Reading
+from octavo.engine.scheduler import CHUNK_TOKENS
 from octavo.engine.sequence import FinishReason, Sequence
 from octavo.engine.threads import EngineTurns
 from octavo.engine.warmup import LargestStep
@@ -91,7 +91,7 @@ class LLM:
         headroom: float | None = None,
         session_len: int | None = None,
         max_batch_size: int = 16,
-        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        max_batch_tokens: int = CHUNK_TOKENS,
         kv_cache_memory: str | int | None = None,
         cache_max_entry_count: float | None = None,
         prefix_caching: bool = True,

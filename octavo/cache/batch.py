@@ -18,8 +18,6 @@ from torch import Tensor
 from octavo.cache.holding import Held
 from octavo.devices import HOST, send
 
-MAX_BATCH_TOKENS = 1024  # tokens of a step unless said otherwise, and so rows of a chunk of a long prompt
-
 
 @dataclass
 class Batch:

@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, own_span, reaches
 from octavo.cache.snapshots import EACH
@@ -37,7 +36,7 @@ class CacheSize:
     groups: tuple[GroupSize, ...]  # the widest reach first
     raw_page: int  # bytes of `block_size` rows at an edge, in the model's own type; 0 without edges
     ring: int  # raw pages of a running session's own span; 0 without edges
-    step: int = MAX_BATCH_TOKENS  # most tokens of a step: their blocks are taken before those behind are free
+    step: int = 0  # most tokens of a step, whose blocks are taken before those behind a window are free
     states: int = 0  # of a running session in the layers that keep states of fixed size
     snapshots: int | None = None  # of states, for prefixes; None: some for each session
 
@@ -47,7 +46,7 @@ class CacheSize:
         shapes: Sequence[LayerShape],
         formats: KVFormat | Iterable[KVFormat],
         block_size: int = BLOCK_SIZE,
-        step: int = MAX_BATCH_TOKENS,
+        step: int = 0,
         states: StatePlan | None = None,
         snapshots: int | None = None,
     ) -> CacheSize:

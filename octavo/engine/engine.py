@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.blocks import BlockPool
 from octavo.cache.edges import EdgePool
 from octavo.cache.pool import CachePool
@@ -24,7 +23,7 @@ from octavo.cache.store import KVCache
 from octavo.devices import device_of
 from octavo.engine.runner import Runner
 from octavo.engine.sampling import Choice, choose
-from octavo.engine.scheduler import Scheduler, Work
+from octavo.engine.scheduler import CHUNK_TOKENS, Scheduler, Work
 from octavo.engine.sequence import FinishReason, Sequence
 from octavo.models.bind import BoundModel
 
@@ -46,7 +45,7 @@ class Engine:
         model: BoundModel,
         cache: KVCache,
         max_batch_size: int = 16,
-        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        max_batch_tokens: int = CHUNK_TOKENS,
         max_context: int | None = None,
         prefix_caching: bool = True,
         overlap: bool | None = None,

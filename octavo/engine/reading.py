@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from octavo.attention import backend_for
-from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.edges import EdgePool
 from octavo.cache.holding import Holding
 from octavo.cache.plan import own_span, plan_layers
+from octavo.engine.scheduler import CHUNK_TOKENS
 from octavo.models.bind import BoundModel
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat
@@ -42,7 +42,7 @@ class Reading:
 
     def run(self, tokens: Sequence[int], observe: Observe | None = None, positions: Tensor | None = None) -> None:
         """Read a text. It stands at `positions` [len(tokens)], int64, by default 0, 1, …"""
-        for _ in self.steps([tokens], _chunks(len(tokens), MAX_BATCH_TOKENS), observe, positions, every=False):
+        for _ in self.steps([tokens], _chunks(len(tokens), CHUNK_TOKENS), observe, positions, every=False):
             pass
 
     def logits(self, tokens: Sequence[int]) -> Generator[Tensor, None, None]:

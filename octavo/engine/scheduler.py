@@ -13,6 +13,7 @@ from octavo.engine.sequence import FinishReason, Sampled, Sequence
 from octavo.errors import OctavoError
 
 Work = list[tuple[Sequence, int]]
+CHUNK_TOKENS = 1024  # of a step unless said otherwise, and so rows of a chunk of a long prompt
 
 
 class Scheduler:

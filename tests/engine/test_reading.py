@@ -53,7 +53,7 @@ def test_an_observer_sees_every_row_once_and_in_order(llama, monkeypatch):
         return torch.cat(seen)
 
     whole = keys(TEXT)
-    monkeypatch.setattr(reading, "MAX_BATCH_TOKENS", 33)
+    monkeypatch.setattr(reading, "CHUNK_TOKENS", 33)
     torch.testing.assert_close(keys(TEXT), whole, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(keys(TEXT, 50), whole, atol=1e-2), "a text's keys turn with its position"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwe
 
 from octavo.cache.size import CacheSize
 from octavo.engine.params import SamplingParams
+from octavo.engine.scheduler import CHUNK_TOKENS
 from octavo.engine.sequence import Sequence
 from octavo.llm import LLM
 from octavo.models.model import Model
@@ -95,7 +97,7 @@ def test_a_prefix_hit_and_a_preemption_change_no_answer(model: Model, words: lis
     assert [answer for answer, _ in again] == expected
     assert again[0][1] == 384  # the window before the prompt's end was still there
     if model.name == "mixed":  # group 0 is what can be too small
-        size = CacheSize.of(model.bound.shapes, KVFormat.parse(kv))
+        size = CacheSize.of(model.bound.shapes, KVFormat.parse(kv), step=CHUNK_TOKENS)
         small = LLM(model, kv, session_len=1024, max_batch_size=4, kv_cache_memory=size.cache(14, 4))
         assert [answer for answer, _ in ask(small, *prompts)] == expected
 
@@ -145,7 +147,7 @@ def check_long_answer(model: Model, words: list[int], tokens: int) -> None:
 
 def test_sizes_count_a_window_once(model: Model):
     whole = LLM(model, "fp32", session_len=2048, max_batch_size=3)
-    size = whole.cache.size
+    size = replace(whole.cache.size, step=CHUNK_TOKENS)
     slack = 64 * len(whole.cache.stores)  # after the last block, at most
     assert 0 <= whole.cache.nbytes - size.cache(3 * 32, 3) <= slack
     sliding = size.groups[-1].block

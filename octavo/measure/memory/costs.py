@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.cache.size import CacheSize
+from octavo.engine.scheduler import CHUNK_TOKENS
 from octavo.errors import OctavoError
 from octavo.models.geometry import Geometry
 from octavo.quant.format import Format, KVFormat, by_layer
@@ -87,7 +88,7 @@ def costs(
     weights, found = weight_kinds(geometry), []
     for kind in kinds if kinds is not None else [own_kind(geometry)]:
         for format in formats:
-            size = CacheSize.of(geometry.shapes, format, states=geometry.states)
+            size = CacheSize.of(geometry.shapes, format, step=CHUNK_TOKENS, states=geometry.states)
             session, spare = size.session(context), size.cache(0, 0)
             fit = max(0, (memory - weights[kind] - spare) // session)
             static = _static(geometry, format)

@@ -9,8 +9,8 @@ from functools import cache
 
 import torch
 
-from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.holding import Holding
+from octavo.engine.scheduler import CHUNK_TOKENS
 from octavo.llm import LLM
 
 ROWS = 128  # random rows written at a time, so few that they need no memory to speak of
@@ -24,7 +24,7 @@ def fill(llm: LLM, sessions: list[Holding], seconds: float) -> int:
     for session in sessions:
         rest = len(session.tokens) - 1
         while session.num_cached < rest and time.monotonic() < deadline:
-            n = min(MAX_BATCH_TOKENS, rest - session.num_cached)
+            n = min(CHUNK_TOKENS, rest - session.num_cached)
             pool.reserve(session, n)
             runner.run(llm.cache.batch([(session, n)]))
             session.num_cached += n

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from octavo.cache.batch import MAX_BATCH_TOKENS
 from octavo.cache.size import CacheSize
 from octavo.devices import device_of
 from octavo.engine.params import SamplingParams
+from octavo.engine.scheduler import CHUNK_TOKENS
 from octavo.errors import OctavoError
 from octavo.llm import LLM
 from octavo.measure.candidate import Candidate
@@ -87,7 +87,7 @@ class _Rounds:
 
 def step_tokens(batch_size: int) -> int:
     """The most tokens of a step: large batches still leave most of it to prompts."""
-    return max(MAX_BATCH_TOKENS, 8 * batch_size)
+    return max(CHUNK_TOKENS, 8 * batch_size)
 
 
 def prompt_length(batch_size: int, context: int, tokens: int) -> int:

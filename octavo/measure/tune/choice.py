@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from octavo.cache.size import CacheSize
+from octavo.engine.scheduler import CHUNK_TOKENS
 from octavo.errors import OctavoError
 from octavo.measure.tune.sensitivity import CacheSide
 from octavo.models.bind import BoundModel
@@ -67,7 +68,7 @@ def token_budget(bound: BoundModel, bits: float) -> int:
 def token_room(bound: BoundModel, memory: int, sessions: int, context: int) -> int:
     """Bytes that a token's codes may take where `sessions` of `context` tokens are to fit into `memory`, raw pages and
     whole blocks included."""
-    size = CacheSize.of(bound.shapes, KVFormat.parse("kv4"), states=bound.states)
+    size = CacheSize.of(bound.shapes, KVFormat.parse("kv4"), step=CHUNK_TOKENS, states=bound.states)
     fixed, blocks = size.cache(0, sessions), sessions * size.blocks(context)
     room = (memory - fixed) // (blocks * size.block_size)
     if room < size.token:
