@@ -29,7 +29,7 @@ from octavo.measure.accuracy.compare import compare
 from octavo.measure.candidate import Candidate
 from octavo.measure.report.svg import LIGHT, drawn, standalone
 from octavo.measure.tune.choice import choose, formats_of, token_budget
-from octavo.measure.tune.sensitivity import FEW, UNIFORM, Sensitivity, measure, parts_of, readings
+from octavo.measure.tune.sensitivity import FEW, UNIFORM, Sensitivity, measure, readings, sides_of
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.text_windows import consecutive_windows, token_windows
@@ -53,13 +53,13 @@ def sensitivity(model: Model, calibration: Calibration, found: Document, args: a
             measured = measure(model.bound, calibration, windows, lambda _: True, lambda: bar.advance(task))
         found["parts"][name] = {
             "windows": measured.windows, "length": measured.length, "uniform": measured.uniform,
-            "kl": [[part.layer, part.side, part.kl[FEW]] for part in measured.parts], **here(),
+            "kl": [[part.layer, part.side, part.kl[FEW]] for part in measured.sides], **here(),
         }  # fmt: skip
         keep(args.out, found)
     kept = found["parts"][name]
     few = {(layer, side): kl for layer, side, kl in kept["kl"]}
     return Sensitivity(
-        parts_of(model.bound, few, kept["uniform"]["kv8"]), kept["uniform"], kept["windows"], kept["length"]
+        sides_of(model.bound, few, kept["uniform"]["kv8"]), kept["uniform"], kept["windows"], kept["length"]
     )
 
 
@@ -67,15 +67,15 @@ def candidates(
     model: Model, calibration: Calibration, parts: Sensitivity, uniform: Sequence[str], sizes: Sequence[float]
 ) -> list[tuple[Candidate, float | None]]:
     """What is compared, each with the KL that it is expected to have on the windows of the parts."""
-    few = {part.side: sum(p.kl[FEW] for p in parts.parts if p.side == part.side) for part in parts.parts}
+    few = {part.side: sum(p.kl[FEW] for p in parts.sides if p.side == part.side) for part in parts.sides}
     several: list[tuple[Candidate, float | None]] = [
         (Candidate(name, KVFormat.parse(name), calibration), sum(few.values()) if name == "kv4" else None)
         for name in uniform
     ]
     for bits in sizes:
-        chosen = choose(parts.parts, token_budget(model.bound, bits))
-        expected = sum(part.kl[codec] for part, codec in zip(parts.parts, chosen, strict=True))
-        formats = formats_of(model.bound, parts.parts, chosen)
+        chosen = choose(parts.sides, token_budget(model.bound, bits))
+        expected = sum(part.kl[codec] for part, codec in zip(parts.sides, chosen, strict=True))
+        formats = formats_of(model.bound, parts.sides, chosen)
         several.append((Candidate(f"tuned, {bits:g} bits", formats, calibration), expected))
     return several
 

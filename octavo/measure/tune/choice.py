@@ -18,22 +18,22 @@ from octavo.quant.format import SPAN, Codec, KVFormat, LayerFormats
 from octavo.units import format_bytes
 
 
-def choose(parts: Sequence[CacheSide], budget: int) -> list[Codec]:
-    """A codec for each part: the least total KL of all choices of at most `budget` bytes a token, exactly. The budget
+def choose(sides: Sequence[CacheSide], budget: int) -> list[Codec]:
+    """A codec for each side: the least total KL of all choices of at most `budget` bytes a token, exactly. The budget
     is one of `token_budget` or `token_room`, which 4 bits everywhere do not exceed."""
-    least = sum(min(part.nbytes.values()) for part in parts)
+    least = sum(min(one.nbytes.values()) for one in sides)
     assert least <= budget
-    extra = [{codec: size - min(part.nbytes.values()) for codec, size in part.nbytes.items()} for part in parts]
+    extra = [{codec: size - min(one.nbytes.values()) for codec, size in one.nbytes.items()} for one in sides]
     room = min(budget - least, sum(max(sizes.values()) for sizes in extra))
     unit = math.gcd(*(size for sizes in extra for size in sizes.values())) or 1
     best = torch.zeros(room // unit + 1, dtype=torch.float64)  # the least loss so far, with at most so many units
-    chosen: list[torch.Tensor] = []  # for each part, which of its codecs that takes
-    for part, sizes in zip(parts, extra, strict=True):
+    chosen: list[torch.Tensor] = []  # for each side, which of its codecs that takes
+    for one, sizes in zip(sides, extra, strict=True):
         losses = torch.full((len(sizes), len(best)), math.inf, dtype=torch.float64)
         for i, (codec, size) in enumerate(sizes.items()):
             taken = size // unit
             if taken < len(best):
-                losses[i, taken:] = best[: len(best) - taken] + part.kl[codec]
+                losses[i, taken:] = best[: len(best) - taken] + one.kl[codec]
         best, which = losses.min(0)
         chosen.append(which)
     left, found = len(best) - 1, []
@@ -44,9 +44,9 @@ def choose(parts: Sequence[CacheSide], budget: int) -> list[Codec]:
     return found[::-1]
 
 
-def formats_of(bound: BoundModel, parts: Sequence[CacheSide], codecs: Sequence[Codec]) -> LayerFormats:
-    """The layers' formats with these codecs for the parts. A layer that shares another's cache has its format."""
-    chosen = {(part.layer, part.side): codec for part, codec in zip(parts, codecs, strict=True)}
+def formats_of(bound: BoundModel, sides: Sequence[CacheSide], codecs: Sequence[Codec]) -> LayerFormats:
+    """The layers' formats with these codecs for the sides. A layer that shares another's cache has its format."""
+    chosen = {(one.layer, one.side): codec for one, codec in zip(sides, codecs, strict=True)}
     owners = (i if shape.shares is None else shape.shares for i, shape in enumerate(bound.shapes))
     pairs = [(chosen[owner, "k"], chosen[owner, "v"]) for owner in owners]
     return LayerFormats(tuple(KVFormat(k, v, 0 if k.is_raw and v.is_raw else SPAN) for k, v in pairs))

@@ -35,7 +35,7 @@ class CacheSide:
 class Sensitivity:
     """What was measured over `windows` windows of `length` tokens."""
 
-    parts: list[CacheSide]
+    sides: list[CacheSide]
     uniform: dict[str, float]  # mean KL with all layers in one format
     windows: int
     length: int
@@ -43,12 +43,12 @@ class Sensitivity:
     @property
     def values(self) -> int:
         """Of a token, in all layers."""
-        return sum(part.values for part in self.parts)
+        return sum(one.values for one in self.sides)
 
 
 def readings(bound: BoundModel) -> int:
     """Of each window, that `measure` takes."""
-    return 1 + len(UNIFORM) + len(_sides(bound))
+    return 1 + len(UNIFORM) + len(_owned(bound))
 
 
 def measure(
@@ -59,14 +59,14 @@ def measure(
     progress: Callable[[], None],
 ) -> Sensitivity:
     """Over `windows` of one length, as many as `go_on(windows done)` wants, one at least."""
-    sides, raw = _sides(bound), bound.raw_format
+    owned, raw = _owned(bound), bound.raw_format
     found: list[list[float]] = []  # of each window
 
     def alone(layer: int, side: Side) -> list[KVFormat]:
         own = KVFormat(FEW, raw.v, SPAN) if side == "k" else KVFormat(raw.k, FEW, SPAN)
         return [own if i == layer else raw for i in range(len(bound.shapes))]
 
-    formats: list[KVFormat | Iterable[KVFormat]] = [*map(KVFormat.parse, UNIFORM), *(alone(*side) for side in sides)]
+    formats: list[KVFormat | Iterable[KVFormat]] = [*map(KVFormat.parse, UNIFORM), *(alone(*side) for side in owned)]
     trials = [Reading(bound, own, calibration) for own in formats]
     for window in windows:
         if found and not go_on(len(found)):
@@ -74,22 +74,22 @@ def measure(
         found.append(list(losses(trials, window, progress)))
     means = [sum(column) / len(found) for column in zip(*found, strict=True)]
     uniform, few = dict(zip(UNIFORM, means[: len(UNIFORM)], strict=True)), means[len(UNIFORM) :]
-    parts = parts_of(bound, dict(zip(sides, few, strict=True)), uniform["kv8"])
-    return Sensitivity(parts, uniform, len(found), len(windows[0]))
+    sides = sides_of(bound, dict(zip(owned, few, strict=True)), uniform["kv8"])
+    return Sensitivity(sides, uniform, len(found), len(windows[0]))
 
 
-def parts_of(bound: BoundModel, few: Mapping[tuple[int, Side], float], more: float) -> list[CacheSide]:
-    """All parts, from the KL of each in 4 bits and of all together in 8."""
-    raw, share, parts = bound.raw_format, more / max(sum(few.values()), 1e-30), []
+def sides_of(bound: BoundModel, few: Mapping[tuple[int, Side], float], more: float) -> list[CacheSide]:
+    """All of them, from the KL of each in 4 bits and of all together in 8."""
+    raw, share, sides = bound.raw_format, more / max(sum(few.values()), 1e-30), []
     for (layer, side), loss in few.items():
         shape = bound.shapes[layer]
         dim, own = (shape.k_dim, raw.k) if side == "k" else (shape.v_dim, raw.v)
         lost = {FEW: loss, MORE: loss * share, own: 0.0}
         nbytes = {codec: shape.kv_heads * codec.row_bytes(dim) for codec in lost}
-        parts.append(CacheSide(layer, side, shape.kv_heads * dim, nbytes, lost))
-    return parts
+        sides.append(CacheSide(layer, side, shape.kv_heads * dim, nbytes, lost))
+    return sides
 
 
-def _sides(bound: BoundModel) -> list[tuple[int, Side]]:
+def _owned(bound: BoundModel) -> list[tuple[int, Side]]:
     """K and V of every layer with a cache of its own."""
     return [(i, side) for i, shape in enumerate(bound.shapes) if shape.shares is None for side in SIDES]

@@ -43,8 +43,8 @@ class Tuning:
     def artefact(self, fingerprint: str) -> Tuned:
         found, row = self.sensitivity, self.chosen
         kl = torch.full((len(self.formats), 2), torch.nan)
-        for part in found.parts:
-            kl[part.layer, SIDES.index(part.side)] = part.kl[FEW]
+        for one in found.sides:
+            kl[one.layer, SIDES.index(one.side)] = one.kl[FEW]
         names = [str(format) for format in self.formats]
         header = Header(fingerprint, names, row.bits, row.kl, row.expected, self.text, found.windows, found.length)
         return Tuned(header, kl)
@@ -59,7 +59,7 @@ class Tuning:
             "rows": [vars(row) for row in self.rows],
             "layers": [str(format) for format in self.formats],
             "kl_of_4_bits": [
-                {"layer": part.layer, "side": part.side, "kl": part.kl[FEW]} for part in found.parts
+                {"layer": one.layer, "side": one.side, "kl": one.kl[FEW]} for one in found.sides
             ],
         }  # fmt: skip
 
@@ -75,7 +75,7 @@ def tune(
 ) -> Tuning:
     """The formats that lose least within `budget` bytes a token, measured once over `windows`, those of `sensitivity`,
     which are of `text`."""
-    formats = formats_of(bound, sensitivity.parts, choose(sensitivity.parts, budget))
+    formats = formats_of(bound, sensitivity.sides, choose(sensitivity.sides, budget))
     found = [next(losses([Reading(bound, formats, calibration)], window, progress)) for window in windows]
     measured = sensitivity.uniform | {formats.name: sum(found) / len(found)}
     each = {name: [KVFormat.parse(name)] * len(formats) for name in UNIFORM} | {formats.name: list(formats)}
@@ -88,6 +88,6 @@ def tune(
 
 def _sums(sensitivity: Sensitivity, formats: Sequence[KVFormat]) -> tuple[float, float]:
     """Bits of a value, and the expected KL, of these formats of the layers."""
-    parts = [(part, getattr(formats[part.layer], part.side)) for part in sensitivity.parts]
-    size = sum(part.nbytes[own] for part, own in parts)
-    return 8 * size / sensitivity.values, sum(part.kl[own] for part, own in parts)
+    pairs = [(one, getattr(formats[one.layer], one.side)) for one in sensitivity.sides]
+    size = sum(one.nbytes[own] for one, own in pairs)
+    return 8 * size / sensitivity.values, sum(one.kl[own] for one, own in pairs)

@@ -68,8 +68,8 @@ def test_the_document_tells_what_each_layer_got_and_lost(tuned: Tuning) -> None:
 
 
 def test_8_bits_lose_in_proportion_to_4(found: Sensitivity) -> None:
-    assert sum(part.kl[MORE] for part in found.parts) == pytest.approx(found.uniform["kv8"])
-    ratios = [part.kl[FEW] / part.kl[MORE] for part in found.parts]
+    assert sum(one.kl[MORE] for one in found.sides) == pytest.approx(found.uniform["kv8"])
+    ratios = [one.kl[FEW] / one.kl[MORE] for one in found.sides]
     assert max(ratios) == pytest.approx(min(ratios))
     assert min(ratios) > 50
 
