@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from octavo import LLM, OctavoError, SamplingParams
-from octavo.attention import AttentionSpec, attend, backend_for, cpu, prefill
+from octavo.attention import AttentionSpec, attend, backend_for, cpu
 from octavo.cache.batch import Batch
 from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerShape, plan_layers
@@ -38,10 +38,7 @@ from tests.conftest import ranging
 
 native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 ISAS = cpu.extension.isas or ["none"]
-CLOSE = {
-    True: 2e-5,
-    False: 1e-3,
-}  # of each row's norm: float32, rotated rows included; 15-bit queries, 16-bit weights and bf16 values
+CLOSE = {True: 2e-5, False: 2e-4}  # of each row's norm: float32, rotated rows included; 15-bit queries, 16-bit weights
 
 CASES = [
     Case("bf16", 64, 64, 2, 3, 64),
@@ -82,7 +79,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(params=[True, False], ids=["exact", "fastest"])
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the test in float32, and by the products of bytes and of bf16 that newer processors have."""
+    """Runs the test in float32, and by the products of bytes that newer processors have."""
     monkeypatch.setattr(cpu, "exact", request.param)
 
 
@@ -144,27 +141,6 @@ def test_a_long_context_is_split_over_threads_and_joined(name: str) -> None:
     sequence.num_cached = tokens
     keys, values = (stored(store, sequence) for store in cache.stores)
     assert_close(out, numpy_attention(layer.spec, q[-1:].double().numpy(), keys, values, first=tokens - 1))
-
-
-@native
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("int8", 64, 64, 3, 2, 64, window=30),
-        Case("int4-token", 64, 128, 3, 2, 64, sinks=True),
-        Case("int8", 64, 64, 3, 2, 64, softcap=5.0, place=2.0, sinks=True),
-        Case("int8-token", 64, 64, 3, 2, 64, window=30, softcap=20.0, sinks=True),
-    ],
-    ids=str,
-)
-def test_a_chunk_may_be_cut_into_any_tiles(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "exact", False)
-    monkeypatch.setattr(cpu, "TILE_ELEMENTS", 1 << 13)
-    monkeypatch.setattr(prefill, "SCORES", 1 << 13)
-    monkeypatch.setattr(prefill, "WINDOW_ROWS", 16)
-    layer = NativeLayer(case, sequences=2)
-    layer.step([(0, 130), (1, 70)])
-    layer.step([(0, 70), (1, 1)])
 
 
 @every_way
@@ -269,7 +245,7 @@ def test_a_rows_bits_do_not_depend_on_its_company(case: Case, monkeypatch: pytes
     assert torch.equal(answers(5, [65] * 20, [130, 2] * 5 + [0] * 10), whole)
 
 
-@every_isa
+@every_way
 @native
 @pytest.mark.parametrize(
     "case",
@@ -392,8 +368,6 @@ def test_what_lies_beyond_the_cache_is_refused() -> None:
         lambda: cpu.write(store, k, far),
         lambda: cpu.write(store, k, torch.arange(5, dtype=torch.int32)),
         lambda: cpu.write(store, k[:, :1], torch.arange(5)),
-        lambda: cpu.read(store, slice(0, 3), torch.tensor([0]), torch.float32),
-        lambda: cpu.read(store, slice(0, 2), torch.tensor([blocks]), torch.float32),
         lambda: layer.feed([(0, 5)], q[:, :3], k, v),
         lambda: layer.feed([(0, 5)], q, k[:4], v),
         lambda: layer.feed([(0, 5)], q, k, v, replace(batch, slots=far, plan={})),

@@ -1,4 +1,5 @@
-// Attention in float32 of any number of new tokens, one or thousands; a row's bits are the same in any company.
+// Attention of any number of new tokens, one or thousands. In float32 a row's bits are the same in any company; by products
+// of bytes, which only sequences with one new token take (integer.h), they are the same among other such sequences.
 //
 // A step's rows are written first. Where each sequence has one, whoever reads its newest page writes it, just before:
 // nobody else of the step reads that row, and the page's memory is then in the nearest cache once, for both.
@@ -14,6 +15,7 @@
 #include <memory>
 #include <vector>
 
+#include "integer.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "softmax.h"
@@ -56,6 +58,8 @@ struct Part {  // pages that are summed together: page 0, or not, and those of a
     int64_t page(int64_t i) const { return page_0 ? (i == 0 ? 0 : first + i - 1) : first + i; }
 };
 
+bool is_single(const Step& step, int sequence) { return step.q_start[sequence + 1] - step.q_start[sequence] == 1; }
+
 // What the threads of a call share.
 struct Call {
     const Side &k, &v;
@@ -67,6 +71,7 @@ struct Call {
     void* out;
     int group, v_row;
     bool write_late;  // where it is read, each row
+    bool bytes;  // where a sequence has one new token, integer codes are multiplied as bytes
     std::vector<Part> parts;
 
     // The oldest position that a query at `position` sees.
@@ -77,6 +82,7 @@ struct Call {
     // The row, of q and of out, of a sequence's token.
     int64_t row(int s, int64_t position) const { return step.q_start[s] + position - oldest_new(s); }
     int rows(const Unit& unit) const { return int(unit.last - unit.first) * group; }
+    bool in_bytes(const Unit& unit) const { return bytes && is_single(step, unit.sequence); }
 
     bool is_raw(const Unit& unit, int64_t page) const { return edges && (page == 0 || page >= unit.own); }
     Place place(const Unit& unit, int64_t page) const {
@@ -150,10 +156,10 @@ struct Call {
 class Pass {
 public:
     Pass(const Call& call, const Unit& unit, Scratch& scratch)
-        : call(call), unit(unit), rows(call.rows(unit)), tiled(rows > DIRECT), seen(rows) {
+        : call(call), unit(unit), rows(call.rows(unit)), tiled(rows > DIRECT), bytes(call.in_bytes(unit)), seen(rows) {
         const int64_t k_row = padded(call.k.dim), tile = int64_t(BLOCK) * std::max<int64_t>(k_row, call.v_row);
-        const int sets = call.edges ? 2 : 1;
-        scratch.reset(rows * (sets * k_row + BLOCK) + 2 * (padded(rows) + call.floats(rows)) + tile);
+        const int64_t sets = call.edges ? 2 : 1, rounded = bytes ? rows * int64_t(sizeof(IntegerRow) / sizeof(float)) : 0;
+        scratch.reset(rows * (sets * k_row + BLOCK) + 2 * (padded(rows) + call.floats(rows) + rounded) + tile);
         folded = natural = {scratch.take(rows * k_row), k_row};
         if (call.edges) natural = {scratch.take(rows * k_row), k_row};
         scores = {scratch.take(int64_t(rows) * BLOCK), BLOCK};
@@ -162,6 +168,8 @@ public:
         sums = call.sums_at(scratch.take(call.floats(rows)), rows);
         whole = call.sums_at(scratch.take(call.floats(rows)), rows);
         panel = scratch.take(tile);
+        queries = reinterpret_cast<IntegerRow*>(scratch.take(rounded));
+        weights = reinterpret_cast<IntegerRow*>(scratch.take(rounded));
         if (call.write_late) call.expect(call.row(unit.sequence, unit.first), unit.head);
         for (int r = 0; r < rows; r++) {
             float* row = folded.from(r).at;
@@ -171,6 +179,7 @@ public:
             // q·mu is the same for every code: plain softmax over codes alone drops it.
             const bool shifted = call.attention.softcap || call.attention.sinks || call.edges;
             shift[r] = fold(row, call.k, call.attention.scale, unit.head, shifted);
+            if (bytes) round_query(row, call.k.dim, queries[r]);
         }
     }
 
@@ -202,9 +211,10 @@ private:
     const Call& call;
     const Unit& unit;
     const int rows;
-    const bool tiled;
+    const bool tiled, bytes;
     Matrix folded, natural, scores;  // queries for codes, for raw rows
     float *shift, *keep, *panel;
+    IntegerRow *queries, *weights;  // with `bytes`: those for codes, and of the page
     Sums sums, whole;
     std::vector<Range> seen;  // tokens of the page that each row sees
 
@@ -241,6 +251,10 @@ private:
     // Products with a page of one side, of which some row sees `tokens`. Of a tile only what some of its rows see:
     // neighbours see up to nearly the same token.
     void product(const Side& side, const Place& place, Bytes next, Matrix a, Range tokens, Matrix c, const float* keep) {
+        if (bytes && is_integer(side.code)) {
+            for (int r = 0; r < rows && !side.is_k; r++) round_weights(a.from(r).at, weights[r]);
+            return multiply(side, side.is_k ? queries : weights, rows, place.codes(side), next, tokens, c, keep);
+        }
         if (!tiled) return multiply(side, a, rows, place.codes(side), next, tokens, c, keep);
         const int depth = side.is_k ? side.dim : BLOCK;
         const Range k = side.is_k ? Range{0, depth} : tokens;
@@ -285,7 +299,7 @@ std::vector<Unit> units_of(Call& call) {
 
 bool one_each(const Step& step) {
     for (int s = 0; s < step.sequences; s++)
-        if (step.q_start[s + 1] - step.q_start[s] != 1) return false;
+        if (!is_single(step, s)) return false;
     return true;
 }
 
@@ -297,11 +311,11 @@ struct Piece {
 }  // namespace
 
 void attend(const Side& k, const Side& v, const Edges* edges, const Attention& natural, const Step& step,
-            const NewRows& fresh, const Rows& q, void* out, const Pool& pool) {
+            const NewRows& fresh, const Rows& q, void* out, bool bytes, const Pool& pool) {
     const Attention attention = in_bits(natural);
     const int64_t rows = step.q_start[step.sequences];
     Call call = {k, v, edges, attention, step, fresh, q, out, attention.heads / k.heads, panels(v.dim) * PANEL,
-                 one_each(step), {}};
+                 one_each(step), bytes, {}};
     if (!call.write_late)
         over_rows(rows, k.heads, k.dim + v.dim, pool, [&](int64_t t, int head) { call.put(t, head); });
     std::vector<Unit> units = units_of(call);

@@ -81,14 +81,10 @@ struct Edges {
 struct Kernels {
     const char* name;
     void (*write)(const Side&, const Rows& x, const int64_t* slots, int64_t tokens, const Pool&);
-    // Attention in float32 of all new tokens, whose rows it first writes: a row's bits are the same in any company.
+    // Attention of all new tokens, whose rows it first writes: in float32, a row's bits the same in any company. With
+    // `bytes` sequences with one new token multiply integer codes as bytes, queries and weights rounded to 15 and 16 bits.
     void (*attend)(const Side& k, const Side& v, const Edges* edges, const Attention&, const Step&, const NewRows&,
-                   const Rows& q, void* out, const Pool&);
-    // Attention of the sequences with one new token, by products of bytes; other sequences' rows are left alone.
-    void (*decode)(const Side& k, const Side& v, const Attention&, const Step&, const Rows& q, void* out, const Pool&);
-    // Rows of some blocks of some heads as numbers: out [heads, count·64, dim], all but the static part undone.
-    void (*read)(const Side&, int head, int heads, const int64_t* blocks, int64_t count, Float type, void* out,
-                 const Pool&);
+                   const Rows& q, void* out, bool bytes, const Pool&);
     // Nothing but reading the codes of the blocks, all heads: what the memory allows. Returns their sum.
     int64_t (*stream)(const Side&, const int64_t* blocks, int64_t count, const Pool&);
 };

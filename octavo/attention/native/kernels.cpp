@@ -6,11 +6,9 @@ namespace octavo::ISA {
 
 std::remove_pointer_t<decltype(Kernels::write)> write;
 std::remove_pointer_t<decltype(Kernels::attend)> attend;
-std::remove_pointer_t<decltype(Kernels::decode)> decode;
-std::remove_pointer_t<decltype(Kernels::read)> read;
 std::remove_pointer_t<decltype(Kernels::stream)> stream;
 
 extern const Kernels kernels;
-const Kernels kernels = {ISA_NAME, write, attend, decode, read, stream};
+const Kernels kernels = {ISA_NAME, write, attend, stream};
 
 }  // namespace octavo::ISA

@@ -73,7 +73,7 @@ int64_t write_rows(const Side& side, const Given& x, uint64_t slots, int64_t row
 // Attention of a layer. `owner`: it writes the step's rows into the cache; a layer that shares another's only reads.
 void attend(const Side& k, const Side& v, const Side* raw_k, const Side* raw_v, const Side* hand_k, const Side* hand_v,
             const Attention& attention, const Plan& plan, bool owner, const Given& q, const Given& new_k,
-            const Given& new_v, uint64_t out, int threads) {
+            const Given& new_v, uint64_t out, bool bytes, int threads) {
     const int64_t rows = plan.rows();
     plan.check(k.blocks);
     const NewRows fresh = {rows_of(new_k, rows, k.heads, k.dim), rows_of(new_v, rows, v.heads, v.dim),
@@ -85,22 +85,7 @@ void attend(const Side& k, const Side& v, const Side* raw_k, const Side* raw_v, 
                  hand_k ? *hand_k : *raw_k, hand_v ? *hand_v : *raw_v, plan.hand, hand_k ? plan.hand_slots : nullptr};
     }
     compiled->attend(k, v, raw_k ? &edges : nullptr, attention, plan.step, fresh,
-                     rows_of(q, rows, attention.heads, k.dim), at<void>(out), compiled.pool(threads));
-}
-
-void decode(const Side& k, const Side& v, const Attention& attention, const Plan& plan, const Given& q, uint64_t out,
-            int threads) {
-    plan.check(k.blocks);
-    compiled->decode(k, v, attention, plan.step, rows_of(q, plan.rows(), attention.heads, k.dim), at<void>(out),
-                     compiled.pool(threads));
-}
-
-void read_rows(const Side& side, int head, int heads, uint64_t blocks, int64_t count, int type, uint64_t out,
-               int threads) {
-    const auto* from = at<const int64_t>(blocks);
-    expect(head >= 0 && heads >= 0 && head + heads <= side.heads, "heads that the cache has");
-    expect(within(from, count, 0, side.blocks), "blocks that there are");
-    compiled->read(side, head, heads, from, count, Float(type), at<void>(out), compiled.pool(threads));
+                     rows_of(q, rows, attention.heads, k.dim), at<void>(out), bytes, compiled.pool(threads));
 }
 
 }  // namespace
@@ -131,8 +116,6 @@ NB_MODULE(_native, m) {
     const auto given = nb::arg();
     const auto optional = nb::arg().none();
     m.def("attend", &attend, given, given, optional, optional, optional, optional, given, given, given, given, given,
-          given, given, given, nb::call_guard<nb::gil_scoped_release>());
-    m.def("decode", &decode, nb::call_guard<nb::gil_scoped_release>());
+          given, given, given, given, nb::call_guard<nb::gil_scoped_release>());
     compiled.def(m, "stream", &Kernels::stream);
-    m.def("read", &read_rows, nb::call_guard<nb::gil_scoped_release>());
 }
