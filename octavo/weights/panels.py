@@ -1,7 +1,8 @@
 """Linear layers whose weights lie in panels, in the order in which the native CPU product reads them.
 
-Weights keep their type, of 16 or 32 bits; products and sums are float32 (native/panels.cpp). There is one copy of them:
-the panels are the layer's own parameter. An output's bits depend on its row alone, never on how many rows are
+Weights keep their type, of 16 or 32 bits, and sums are float32; on a processor that multiplies pairs of bf16 numbers rows
+are rounded to bf16 before their products (native/panels.cpp). There is one copy of the weights: the panels are the
+layer's own parameter. An output's bits depend on its row alone, never on how many rows are
 multiplied together.
 """
 
@@ -12,7 +13,7 @@ from octavo.weights import cpu
 
 
 class PanelLinear(nn.Linear):
-    """`nn.Linear` of which `weight` is in panels of 16 outputs: [⌈out/16⌉, in, 16], the last padded with zeros."""
+    """`nn.Linear` of which `weight` is in panels of 16 outputs (cpu.pack_panels)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] of x's type."""
@@ -40,10 +41,16 @@ class PanelEmbedding(TypedEmbedding):
     """The same, of a weight in panels: that of a tied head."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        panel = self.weight.shape[-1]
-        return self.weight[ids // panel, :, ids % panel].to(self.leaves_as or self.weight.dtype)
+        panels = _steps(self.weight)
+        rows = panels[ids // cpu.PANEL, :, ids % cpu.PANEL].view(self.weight.dtype)
+        return rows.to(self.leaves_as or self.weight.dtype)
 
 
 def unpacked(panels: Tensor, out: int) -> Tensor:
     """The rows of a weight in panels: [out, in]."""
-    return panels.transpose(1, 2).flatten(0, 1)[:out].contiguous()
+    return _steps(panels).transpose(1, 2).flatten(0, 1)[:out].contiguous().view(panels.dtype)
+
+
+def _steps(panels: Tensor) -> Tensor:
+    """With one number for each output and step: pairs of bf16 as int32."""
+    return panels.view(torch.int32) if cpu.in_pairs(panels) else panels

@@ -93,7 +93,7 @@ bool products_together_are_right() {
             bias[n].resize(out[n]), own[n].resize(size_t(rows) * out[n]), y[n].resize(own[n].size());
             for (float& value : bias[n]) value = std::normal_distribution<float>()(random_source);
             kernels.pack(w.data(), out[n], in, in, 2, packed[n].data(), POOL);
-            const weights::Panels weight{out[n], in, packed[n].data(), Float::BF16};
+            const weights::Panels weight{out[n], in, packed[n].data(), Float::BF16, false};
             const weights::Product alone{weight, n || gated ? bias[n].data() : nullptr, own[n].data()};
             kernels.multiply(&alone, 1, false, x.data(), rows, in, Float::FP32, POOL);
             products.push_back({weight, alone.bias, n && gated ? nullptr : y[n].data()});
@@ -130,7 +130,7 @@ bool panels_are_right() {
             for (float& value : *values) value = std::normal_distribution<float>()(random_source);
         const auto& kernels = weights::TESTED::panels;
         kernels.pack(w.data(), out, in, in, 2, packed.data(), POOL);
-        const weights::Panels matrix{out, in, packed.data(), Float::BF16};
+        const weights::Panels matrix{out, in, packed.data(), Float::BF16, false};
         const weights::Product product{matrix, bias.data(), y.data()};
         kernels.multiply(&product, 1, false, x.data(), rows, stride, Float::FP32, POOL);
         for (int r = 0; r < rows; r++) {

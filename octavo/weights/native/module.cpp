@@ -32,11 +32,11 @@ OCTAVO_ISAS(OCTAVO_KERNELS)
 Compiled<Kernels> compiled{OCTAVO_ISAS(OCTAVO_LIST)};
 
 // Of each product four numbers: outputs, and the addresses of its panels, of its bias or 0, and of its y.
-void multiply_panels(const std::vector<uint64_t>& products, bool gated, int64_t in, int weight_type, uint64_t x,
+void multiply_panels(const std::vector<uint64_t>& products, bool gated, int64_t in, int weight_type, bool pairs, uint64_t x,
                      int64_t rows, int64_t stride, int type, int threads) {
     std::vector<weights::Product> list;
     for (size_t i = 0; i + 3 < products.size(); i += 4)
-        list.push_back({{int64_t(products[i]), in, at<const void>(products[i + 1]), Float(weight_type)},
+        list.push_back({{int64_t(products[i]), in, at<const void>(products[i + 1]), Float(weight_type), pairs},
                         at<const void>(products[i + 2]), at<void>(products[i + 3]), nullptr});
     compiled->PanelKernels::multiply(list.data(), int(list.size()), gated, at<const void>(x), rows, stride, Float(type),
                               compiled.pool(threads));
@@ -45,12 +45,12 @@ void multiply_panels(const std::vector<uint64_t>& products, bool gated, int64_t 
 using weights::Layer;
 
 // Four norms of a weight's address and an epsilon; seven linear layers of outputs, inputs, a weight's and a bias' address.
-Layer make_layer(int64_t heads, int64_t kv_heads, int64_t dim, int weight_type,
+Layer make_layer(int64_t heads, int64_t kv_heads, int64_t dim, int weight_type, bool pairs,
                  const std::vector<std::pair<uint64_t, float>>& norms, const std::vector<std::vector<uint64_t>>& linears) {
     auto norm = [&](int i) { return weights::Norm{at<const float>(norms.at(i).first), norms[i].second}; };
     auto linear = [&](int i) {
         const std::vector<uint64_t>& x = linears.at(i);
-        const weights::Panels panels = {int64_t(x.at(0)), int64_t(x.at(1)), at<const void>(x.at(2)), Float(weight_type)};
+        const weights::Panels panels = {int64_t(x.at(0)), int64_t(x.at(1)), at<const void>(x.at(2)), Float(weight_type), pairs};
         return weights::Linear{panels, at<const void>(x.at(3))};
     };
     return {heads, kv_heads, dim, norm(0), norm(1), norm(2), norm(3), linear(0), linear(1), linear(2), linear(3),
@@ -92,6 +92,7 @@ NB_MODULE(_native, m) {
     compiled.def(m, "multiply", &weights::Int4Kernels::multiply);
     compiled.def(m, "decode", &weights::Int4Kernels::decode);
     m.def("multiply_panels", &multiply_panels, nb::call_guard<nb::gil_scoped_release>());
+    m.def("multiplies_pairs", [] { return compiled->pairs && has_bf16(); });
     compiled.def(m, "pack_panels", &weights::PanelKernels::pack);
     compiled.def(m, "activate", &Kernels::activate);
     compiled.def(m, "rms_norm", &Kernels::rms_norm);

@@ -1,4 +1,4 @@
-// Products with 16- and 32-bit weights in float32. Compiled once for each instruction set (see CMakeLists.txt, simd.h).
+// Products with 16- and 32-bit weights, summed in float32. Compiled once for each instruction set (see CMakeLists.txt, simd.h).
 //
 // Every element of y is summed in one order: the inputs in blocks of CHAIN, each block one chain of fused multiply-adds
 // in ascending k that starts from 0, the blocks' sums added in ascending order, and the bias last. Which rows share a
@@ -14,6 +14,7 @@
 #include "panels.h"
 
 #include <algorithm>
+#include <bit>
 #include <numeric>
 #include <vector>
 
@@ -26,7 +27,7 @@ namespace {
 
 using namespace octavo::ISA;
 
-constexpr int64_t CHAIN = 512;
+constexpr int64_t CHAIN = 512;  // steps
 constexpr int64_t LINE = CHAIN + 16;  // floats from row to row of inputs: not a power of 2, whose rows would share a set
 #if defined(__AVX512F__)
 constexpr int ROWS = 12, REGISTERS = 2;  // the kernel's accumulators, as there are registers for
@@ -54,6 +55,34 @@ constexpr int floor_power_of_2(int n) { return n < 2 ? 1 : 2 * floor_power_of_2(
 
 thread_local Scratch scratch;
 
+// A step of a chain: one input and its weight, or where the processor multiplies them a pair of bf16 numbers, four bytes too.
+struct Pair { uint32_t bits; };
+template <class T>
+constexpr int INPUTS = std::is_same_v<T, Pair> ? 2 : 1;  // of a step
+
+#if defined(__AVX512F__)
+constexpr bool PAIRS = true;
+// By their names in assembly: older compilers, and this file's flags, do not know the instructions.
+inline f32v multiply_add(Pair, f32v x, f32v w, f32v sum) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    return sum;
+}
+inline f32v pairs_of(f32v first, f32v later) {  // of 2·W neighbours, rounded to even
+    f32v pairs;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pairs) : "v"(first), "v"(later));
+    return pairs;
+}
+#else
+constexpr bool PAIRS = false;
+inline f32v multiply_add(Pair, f32v, f32v, f32v sum) { return sum; }
+inline f32v pairs_of(f32v first, f32v) { return first; }
+#endif
+template <class T>
+inline f32v multiply_add(T, f32v x, f32v w, f32v sum) { return fma(x, w, sum); }
+
+inline f32v load_float(const Pair* p) { return load<f32v>(p); }  // as they lie
+using octavo::ISA::load_float;
+
 // `total` in `count` parts, as equal as they can be.
 struct Parts {
     int64_t total, count;
@@ -68,18 +97,28 @@ struct Rows {
     int64_t count, stride;
     Float type;  // of x, biases and y
 
-    // `height` rows from `first`, n ≤ CHAIN inputs of each from k, as floats, LINE apart.
+    // `height` rows from `first`, n ≤ CHAIN steps of each from step k on, LINE apart: inputs as floats, or in pairs.
+    template <class T>
     void take(int64_t first, int64_t height, int64_t k, int64_t n, float* to) const {
         with_float(type, [&](auto kind) {
             for (int64_t r = 0; r < height; r++, to += LINE) {
-                const auto* from = static_cast<const decltype(kind)*>(x) + (first + r) * stride + k;
+                const auto* from = static_cast<const decltype(kind)*>(x) + (first + r) * stride + k * INPUTS<T>;
                 const auto* later = from + std::min(NEXT, height - 1 - r) * stride;
                 int64_t i = 0;
-                for (; i + W <= n; i += W) {
-                    __builtin_prefetch(later + i);
-                    store(to + i, load_float(from + i));
+                if constexpr (INPUTS<T> == 2) {
+                    for (; i + 2 * W <= 2 * n; i += 2 * W) {
+                        __builtin_prefetch(later + i);
+                        __builtin_prefetch(later + i + W);
+                        store(to + i / 2, pairs_of(load_float(from + i), load_float(from + i + W)));
+                    }
+                    for (; i < 2 * n; i++) from_float(to_float(from[i]), reinterpret_cast<bf16*>(to)[i]);
+                } else {
+                    for (; i + W <= n; i += W) {
+                        __builtin_prefetch(later + i);
+                        store(to + i, load_float(from + i));
+                    }
+                    for (; i < n; i++) to[i] = to_float(from[i]);
                 }
-                for (; i < n; i++) to[i] = to_float(from[i]);
             }
         });
     }
@@ -128,8 +167,8 @@ inline void fetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
-// One chain for R rows and C registers of columns: x [R, LINE], panels of w `apart` elements from one to the next.
-// c [R, row] becomes the sums, or has them added. Before input k of every STRIDE, ahead(k) fetches what is read later.
+// One chain of n steps for R rows and C registers of columns: x [R, LINE], panels of w `apart` elements from one to the next.
+// c [R, row] becomes the sums, or has them added. Before step k of every STRIDE, ahead(k) fetches what is read later.
 template <int R, int C, class T, class Ahead>
 inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool first, float* c, int64_t row,
                   Ahead ahead) {
@@ -149,9 +188,9 @@ inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool fir
             }
 #pragma GCC unroll 32
             for (int r = 0; r < R; r++) {
-                const f32v a = splat(x[r * LINE]);
+                const f32v a = (f32v)splat(std::bit_cast<int32_t>(x[r * LINE]));
 #pragma GCC unroll 16
-                for (int j = 0; j < C; j++) sum[r][j] = fma(a, b[j], sum[r][j]);
+                for (int j = 0; j < C; j++) sum[r][j] = multiply_add(T{}, a, b[j], sum[r][j]);
             }
         }
     }
@@ -182,6 +221,7 @@ struct Call {
     bool gated;
     const Rows& rows;
     int64_t in() const { return products->weight.in; }
+    int64_t steps() const { return in() / (products->weight.pairs ? 2 : 1); }
     int64_t outputs() const {
         int64_t all = 0;
         for (int i = 0; i < count; i++) all += products[i].weight.out;
@@ -194,7 +234,7 @@ struct Call {
 template <int R, class T>
 void few(const Call& call, const float* x, const Pool& pool) {
     constexpr int SIDE = floor_power_of_2(std::min(ROWS * REGISTERS / R, 8)) / WIDE;  // panels there are registers for
-    const int64_t in = call.in();
+    const int64_t steps = call.steps();
     struct Piece {
         const Product* product;
         int64_t first, last;  // panels
@@ -214,12 +254,12 @@ void few(const Call& call, const float* x, const Pool& pool) {
             constexpr int P = decltype(panels)::value;
             alignas(64) float sums[2][R * P * PANEL];
             auto sum = [&](const Panels& m, float* to) {
-                for (int64_t k = 0; k < in; k += CHAIN) {
-                    const T* w = static_cast<const T*>(m.weight) + (p * in + k) * PANEL;
+                for (int64_t k = 0; k < steps; k += CHAIN) {
+                    const T* w = static_cast<const T*>(m.weight) + (p * steps + k) * PANEL;
                     const auto ahead = [=](int64_t i) {
-                        for (int64_t j = 0; j < P; j++) fetch(w + (j * in + i) * PANEL + AHEAD, STRIDE * PANEL * sizeof(T));
+                        for (int64_t j = 0; j < P; j++) fetch(w + (j * steps + i) * PANEL + AHEAD, STRIDE * PANEL * sizeof(T));
                     };
-                    chain<R, P * WIDE>(x + k / CHAIN * R * LINE, w, in * PANEL, std::min(CHAIN, in - k), k == 0, to,
+                    chain<R, P * WIDE>(x + k / CHAIN * R * LINE, w, steps * PANEL, std::min(CHAIN, steps - k), k == 0, to,
                                        P * PANEL, ahead);
                 }
             };
@@ -242,20 +282,21 @@ template <class T>
 void many(const Call& call, const Pool& pool) {
     struct Tile {
         const Product* product;
-        int64_t panel;
-        // Its weights from input k on, in its first panel.
+        int64_t panel, steps;
+        // Its weights from step k on, in its first panel.
         const T* weights(int64_t k) const {
-            return static_cast<const T*>(product->weight.weight) + (panel * product->weight.in + k) * PANEL;
+            return static_cast<const T*>(product->weight.weight) + (panel * steps + k) * PANEL;
         }
     };
+    const int64_t steps = call.steps();
     std::vector<Tile> tiles;
     for (int i = 0; i < (call.gated ? 1 : call.count); i++)
         for (int64_t panel = 0; panel < panels_of(call.products[i].weight); panel += TOGETHER) {
-            tiles.push_back({call.products + i, panel});
-            if (call.gated) tiles.push_back({call.products + 1, panel});
+            tiles.push_back({call.products + i, panel, steps});
+            if (call.gated) tiles.push_back({call.products + 1, panel, steps});
         }
     const Rows& rows = call.rows;
-    const int64_t in = call.in(), turn = call.gated ? 2 : 1, turns = int64_t(tiles.size()) / turn;
+    const int64_t turn = call.gated ? 2 : 1, turns = int64_t(tiles.size()) / turn;
     const Parts blocks = Parts::of_at_most(rows.count, BLOCK);
     // Pieces are of one size, and their number a multiple of the threads'.
     const int64_t step = pool.threads / std::gcd(blocks.count, int64_t(pool.threads));
@@ -266,20 +307,20 @@ void many(const Call& call, const Pool& pool) {
         const int64_t height = blocks.size(block), first = blocks.first(block);
         const int64_t begin = ranges.first(range) * turn, end = ranges.first(range + 1) * turn;
         const Parts groups = Parts::of_at_most(height, ROWS);
-        const bool direct = groups.count <= DIRECT;
+        const bool direct = INPUTS<T> == 2 || groups.count <= DIRECT;
         float* tile = scratch.reset(CHAIN * COLUMNS + height * (LINE + (end - begin) * COLUMNS));
         float* inputs = tile + CHAIN * COLUMNS;
         float* sums = inputs + height * LINE;  // [end − begin, height, COLUMNS]
-        for (int64_t k = 0; k < in; k += CHAIN) {
-            const int64_t n = std::min(CHAIN, in - k);
-            rows.take(first, height, k, n, inputs);
+        for (int64_t k = 0; k < steps; k += CHAIN) {
+            const int64_t n = std::min(CHAIN, steps - k);
+            rows.take<T>(first, height, k, n, inputs);
             float* c = sums;
             for (int64_t at = begin; at < end; at++, c += height * COLUMNS) {
                 const T* w = tiles[at].weights(k);
                 const T* next = at + 1 < end ? tiles[at + 1].weights(k) : tiles[begin].weights(k + n);
                 // A panel that is not there is computed from another, and not kept.
                 const int64_t apart =
-                    tiles[at].panel + TOGETHER <= panels_of(tiles[at].product->weight) ? in * PANEL : 0;
+                    tiles[at].panel + TOGETHER <= panels_of(tiles[at].product->weight) ? steps * PANEL : 0;
                 if (!direct)
                     for (int t = 0; t < TOGETHER; t++)
                         for (int64_t i = 0; i < n * PANEL; i += W)
@@ -292,12 +333,12 @@ void many(const Call& call, const Pool& pool) {
                     const int64_t each = STRIDE * PANEL / groups.count;
                     const auto ahead = [=](int64_t i) {
                         for (int t = 0; t < TOGETHER; t++)
-                            fetch(share + t * in * PANEL + i / STRIDE * each, each * int64_t(sizeof(T)));
+                            fetch(share + t * steps * PANEL + i / STRIDE * each, each * int64_t(sizeof(T)));
                     };
                     with_constant<ROWS>(groups.size(g), [&](auto height) {
                         constexpr int R = decltype(height)::value;
                         if (direct) group_chain<R>(x, w, apart, n, k == 0, to, ahead);
-                        else group_chain<R>(x, tile, n * PANEL, n, k == 0, to, ahead);
+                        else if constexpr (INPUTS<T> == 1) group_chain<R>(x, tile, n * PANEL, n, k == 0, to, ahead);
                     });
                 }
             }
@@ -318,15 +359,17 @@ void multiply(const Product* products, int number, bool gated, const void* x, in
     if (count == 0) return;
     const Rows rows{x, count, stride, type};
     const Call call{products, number, gated, rows};
-    const int64_t in = call.in();
-    with_float(products->weight.type, [&](auto weight) {
+    const auto by = [&](auto weight) {
         using T = decltype(weight);
         if (count > ROWS) return many<T>(call, pool);
-        float* inputs = scratch.reset((in + CHAIN - 1) / CHAIN * count * LINE);
-        for (int64_t k = 0; k < in; k += CHAIN)
-            rows.take(0, count, k, std::min(CHAIN, in - k), inputs + k / CHAIN * count * LINE);
+        const int64_t steps = call.steps();
+        float* inputs = scratch.reset((steps + CHAIN - 1) / CHAIN * count * LINE);
+        for (int64_t k = 0; k < steps; k += CHAIN)
+            rows.take<T>(0, count, k, std::min(CHAIN, steps - k), inputs + k / CHAIN * count * LINE);
         with_constant<ROWS>(count, [&](auto rows) { few<decltype(rows)::value, T>(call, inputs, pool); });
-    });
+    };
+    if (PAIRS && products->weight.pairs) by(Pair{});
+    else with_float(products->weight.type, by);
 }
 
 template <class T>
@@ -362,6 +405,6 @@ int64_t spin(int64_t steps, const Pool& pool) {
 }  // namespace
 
 extern const PanelKernels panels;
-const PanelKernels panels = {multiply, pack, spin};
+const PanelKernels panels = {PAIRS, multiply, pack, spin};
 
 }  // namespace octavo::weights::ISA
