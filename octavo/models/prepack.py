@@ -1,11 +1,10 @@
 """A model's weights in the order in which the processor multiplies them, and the type that it computes in.
 
-Where the processor multiplies bf16 numbers, bf16 weights go into oneDNN's tiles: given rows, its product rearranges the
-whole matrix in every call. Elsewhere torch's products of 16-bit numbers are slow, and weights of any type go into
-panels (weights/panels.py): they stay in 16 bits, products and sums are float32, and unless a type was asked for so are
-activations, norms and residuals, which are small; what comes between products is then fused (fused.py, joined.py,
-whole_layers.py). Either way each weight is rearranged once, when the model is loaded, and no second copy of it is kept.
-A tied embedding reads its rows out of the head's panels. The last layer then computes only what is due (due.py).
+torch's products of few rows, and of 16-bit numbers on most processors, are slow. So weights of any type go into panels
+(weights/panels.py): they stay in 16 bits, sums are float32, and unless a type was asked for so are activations, norms and
+residuals, which are small; what comes between products is then fused (fused.py, joined.py, whole_layers.py). Each weight is
+rearranged once, when the model is loaded, and no second copy of it is kept. A tied embedding reads its rows out of the
+head's panels. The last layer then computes only what is due (due.py).
 
 A rearranged weight has no rows that a model's own code could read, as some routers' does. So only layers that a trial
 run calls are rearranged, and if the model then fails or computes something else, all is put back. What is left slower
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo import processor
 from octavo.cache.states import StatePool
 from octavo.errors import Unsupported, one_line
 from octavo.models import states
@@ -43,7 +41,6 @@ from octavo.weights.panels import PanelEmbedding, PanelLinear, TypedEmbedding, u
 
 logger = logging.getLogger("octavo")
 OWN_ORDER = "multiplies weights in their own order, which is slower"
-OPERATORS = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")  # private: not in every torch
 TRIAL = 16  # sessions of one token
 COMPANY = 45
 GOLDEN = (math.sqrt(5) - 1) / 2  # the fractions of its multiples fill [0, 1) evenly, however many there are
@@ -53,19 +50,13 @@ CLOSE = 0.25  # the same where each number is rounded otherwise: bf16 costs deep
 SMALL = 0.1  # of a model's bytes: more than that is not doubled to compute in float32
 
 
-class PrepackedLinear(nn.Linear):
-    """`nn.Linear` in bf16 on a CPU, in oneDNN's order. `weight.to_dense()` gives the weight's rows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
 def prepack(bound: BoundModel, computing: torch.dtype | None = None, deterministic: bool = False) -> None:
     """Rearrange the weights of a model on a CPU in place, one at a time, choose what it computes in, and then have its
     layers that keep states show that they compute packed steps exactly.
 
-    `computing` is the type of its activations; None leaves it to the processor. `deterministic` takes panels on every
-    processor, for sums whose bits do not depend on what is computed together; it raises OctavoError where it cannot.
+    `computing` is the type of its activations; None: float32, but for models with much beside their linear layers.
+    `deterministic` takes float32 products on every processor, for bits that do not depend on what is computed together; it
+    raises OctavoError where it cannot.
     """
     _rearrange(bound, computing, deterministic)
     prove_states(bound)
@@ -85,12 +76,7 @@ def _rearrange(bound: BoundModel, computing: torch.dtype | None, deterministic: 
         if deterministic:
             raise Unsupported(f"deterministic sums need a CPU and the native kernels: {why}")
         return
-    if deterministic or not processor.has_bf16():
-        _compute_in_panels(bound, computing, deterministic)
-    elif onednn_available():
-        attempt(bound, OWN_ORDER, lambda called: into_tiles(bound.hf, called), SAME)
-    else:
-        note(bound, OWN_ORDER, "this torch has no product of bf16 numbers in oneDNN's order")
+    _compute_in_panels(bound, computing, deterministic)
     every = "computes all rows in its last layer, which is slower"
     attempt(bound, every, lambda _: shorten(bound), SAME, due=slice(3, None, 5))
 
@@ -100,8 +86,8 @@ def _compute_in_panels(bound: BoundModel, computing: torch.dtype | None, determi
         bound.layers = [replace(layer, exact=True) for layer in bound.layers]
         for packed in packed_layers(bound.hf).values():
             packed.exact = True
-    name = bound.hf.config.model_type
-    if not attempt(bound, OWN_ORDER, lambda called: into_panels(bound.hf, called), SAME):
+    name, pairs = bound.hf.config.model_type, cpu.multiplies_pairs() and not deterministic
+    if not attempt(bound, OWN_ORDER, lambda called: into_panels(bound.hf, called, pairs), SAME):
         if deterministic:
             raise Unsupported(f"{name} reads weights beside calling their layers: leave --deterministic out")
         return
@@ -125,17 +111,12 @@ def _compute_in_panels(bound: BoundModel, computing: torch.dtype | None, determi
 
 
 def is_prepacked(model: nn.Module) -> bool:
-    return any(isinstance(module, PrepackedLinear | PanelLinear) for module in model.modules())
+    return any(isinstance(module, PanelLinear) for module in model.modules())
 
 
-def onednn_available() -> bool:
-    """Whether this torch and this processor have oneDNN's product."""
-    own = torch.ops.mkldnn
-    return (
-        torch.backends.mkldnn.is_available()
-        and all(hasattr(own, name) for name in OPERATORS)
-        and own._is_mkldnn_bf16_supported()
-    )
+def multiplies_pairs(model: nn.Module) -> bool:
+    """Whether rows are rounded to bf16 for some of its products."""
+    return any(isinstance(module, PanelLinear) and cpu.in_pairs(module.weight) for module in model.modules())
 
 
 def attempt(
@@ -218,21 +199,14 @@ def _text(bound: BoundModel, cuts: Sequence[int]) -> Tensor:
     return torch.cat(found)
 
 
-def into_tiles(model: nn.Module, called: set[nn.Module]) -> Iterator[Undo]:
-    """bf16 weights in oneDNN's order. One that two modules share (tied embeddings) stays: it would be there twice."""
-    for modules in _by_weight(model):
-        if len(modules) == 1 and modules[0] in called and modules[0].weight.dtype == torch.bfloat16:
-            new = torch.ops.mkldnn._reorder_linear_weight(modules[0].weight.detach())
-            yield replace_weights(modules, new, [PrepackedLinear], lambda weight: weight.to_dense())
-
-
-def into_panels(model: nn.Module, called: set[nn.Module]) -> Iterator[Undo]:
-    """Weights of linear layers in panels, with those embeddings that share them."""
+def into_panels(model: nn.Module, called: set[nn.Module], pairs: bool = False) -> Iterator[Undo]:
+    """Weights of linear layers in panels, with those embeddings that share them; `pairs`: as pairs where they can be."""
     for modules in _by_weight(model):
         linear = [module for module in modules if not isinstance(module, nn.Embedding)]
         if linear and called.issuperset(linear) and linear[0].weight.dtype in cpu.FLOATS:
             kinds = [PanelLinear if module in called else PanelEmbedding for module in modules]
-            new = cpu.pack_panels(linear[0].weight.detach())
+            weight = linear[0].weight.detach()
+            new = cpu.pack_panels(weight, pairs and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0)
             yield replace_weights(modules, new, kinds, partial(unpacked, out=linear[0].out_features))
 
 

@@ -111,14 +111,14 @@ def _native(bound: BoundModel, layer: nn.Module, number: int) -> cpu.Layer | Non
     x = torch.empty(0)
     weights = [cast(PanelLinear, linear).operand(x) for linear in linears]
     scales = [None if norm is None else (norm.scale, norm.epsilon) for norm in cast(list[FusedNorm | None], norms)]
-    width = weights[0][0].shape[1]
+    width = cpu.inputs(weights[0][0])
     outputs = [heads * dim, kv_heads * dim, kv_heads * dim, width, weights[4][1], weights[4][1], width]
     inputs = [width, width, width, heads * dim, width, width, weights[4][1]]
     sizes = [width, width, dim, dim]
     if (
         [out for _, out, _ in weights] != outputs
-        or [panels.shape[1] for panels, _, _ in weights] != inputs
-        or len({panels.dtype for panels, _, _ in weights}) > 1
+        or [cpu.inputs(panels) for panels, _, _ in weights] != inputs
+        or len({(panels.dtype, cpu.in_pairs(panels)) for panels, _, _ in weights}) > 1
         or any(scale is not None and len(scale[0]) != size for scale, size in zip(scales, sizes, strict=True))
     ):
         return None

@@ -93,15 +93,13 @@ def pack_panels(weight: Tensor, pairs: bool = False) -> Tensor:
     """A weight [out, in] in panels of 16 outputs: [⌈out/16⌉, in, 16], the last padded with zeros. As `pairs`, of bf16 and
     an even `in`, two inputs of an output lie side by side: [⌈out/16⌉, in/2, 32]. Rows are then rounded to bf16 when they
     are multiplied, by the processor's own instruction, which is twice as fast."""
-    weight = in_rows(weight)
-    if pairs:
-        return pack_panels(weight.view(torch.int32)).view(weight.dtype)
-    out, columns = weight.shape
-    panels = torch.empty(-(-out // PANEL), columns, PANEL, dtype=weight.dtype)
+    steps = weight.contiguous().view(torch.int32) if pairs else in_rows(weight)
+    out, columns = steps.shape
+    panels = torch.empty(-(-out // PANEL), columns, PANEL, dtype=steps.dtype)
     _native.pack_panels(
-        weight.data_ptr(), out, columns, weight.stride(0), weight.itemsize, panels.data_ptr(), torch.get_num_threads()
+        steps.data_ptr(), out, columns, steps.stride(0), steps.itemsize, panels.data_ptr(), torch.get_num_threads()
     )
-    return panels
+    return panels.view(weight.dtype)
 
 
 def multiply_panels(panels: Tensor, out: int, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -48,7 +48,13 @@ class PanelEmbedding(TypedEmbedding):
 
 def unpacked(panels: Tensor, out: int) -> Tensor:
     """The rows of a weight in panels: [out, in]."""
-    return _steps(panels).transpose(1, 2).flatten(0, 1)[:out].contiguous().view(panels.dtype)
+    return (
+        _steps(panels)
+        .transpose(1, 2)
+        .flatten(0, 1)[:out]
+        .clone(memory_format=torch.contiguous_format)
+        .view(panels.dtype)
+    )
 
 
 def _steps(panels: Tensor) -> Tensor:

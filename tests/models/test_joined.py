@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from octavo import processor
 from octavo.models.bind import bind
 from octavo.models.joined import JoinedLinear
 from octavo.models.prepack import prepack
@@ -19,9 +18,8 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the nativ
 
 
 @pytest.fixture
-def hf(monkeypatch: pytest.MonkeyPatch) -> Qwen2ForCausalLM:
-    """A Qwen2, whose q, k and v have biases, loaded as on a processor without bf16."""
-    monkeypatch.setattr(processor, "has_bf16", lambda: False)
+def hf() -> Qwen2ForCausalLM:
+    """A Qwen2, whose q, k and v have biases, as it is loaded."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     hf = Qwen2ForCausalLM(Qwen2Config(vocab_size=96, num_hidden_layers=2, **sizes)).bfloat16().eval()

@@ -11,34 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from octavo import LLM, SamplingParams, processor
+from octavo import LLM, SamplingParams
 from octavo.errors import OctavoError
 from octavo.models import prepack as prepacking
 from octavo.models.bind import bind
 from octavo.models.load import load_model
 from octavo.models.model import BUNDLED, Model
 from octavo.models.packed import parameters, weight_bytes
-from octavo.models.prepack import PrepackedLinear, is_prepacked, prepack
+from octavo.models.prepack import is_prepacked, prepack
 from octavo.weights import cpu
 from octavo.weights.panels import PanelEmbedding, PanelLinear
 from tests.models import zoo
 
-KINDS = {"tiles": PrepackedLinear, "panels": PanelLinear}
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native extension is not built")
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[nn.Linear]:
-    """What linear layers become on a processor with a product of bf16 and on one without."""
-    if request.param == "tiles" and not prepacking.onednn_available():
-        pytest.skip("oneDNN has no bf16 product on this processor")
-    if request.param == "panels" and cpu.unavailable() is not None:
-        pytest.skip("the native extension is not built")
-    monkeypatch.setattr(processor, "has_bf16", lambda: request.param == "tiles")
-    return KINDS[request.param]
+@pytest.fixture(params=["panels", "pairs"])
+def pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """On a processor without products of pairs of bf16 numbers, and on one that has them."""
+    if request.param == "pairs" and not cpu.multiplies_pairs():
+        pytest.skip("this processor does not multiply pairs of bf16 numbers")
+    monkeypatch.setattr(cpu, "multiplies_pairs", lambda: request.param == "pairs")
+    return request.param == "pairs"
 
 
-def packed_alone(plain: nn.Linear, kind: type[nn.Linear]) -> nn.Linear:
-    """A layer of `kind` with the weight of another."""
+def packed_alone(plain: nn.Linear, pairs: bool) -> nn.Linear:
+    """A layer in panels with the weight of another."""
 
     class Model(nn.Module):
         pass
@@ -47,9 +45,8 @@ def packed_alone(plain: nn.Linear, kind: type[nn.Linear]) -> nn.Linear:
     layer = nn.Linear(plain.in_features, plain.out_features, plain.bias is not None, dtype=torch.bfloat16)
     layer.load_state_dict(plain.state_dict())
     model.layer = layer.requires_grad_(False)
-    into = prepacking.into_tiles if kind is PrepackedLinear else prepacking.into_panels
-    assert len(list(into(model, {layer}))) == 1
-    assert type(layer) is kind
+    assert len(list(prepacking.into_panels(model, {layer}, pairs))) == 1
+    assert type(layer) is PanelLinear
     return layer
 
 
@@ -70,15 +67,14 @@ def logits(hf: PreTrainedModel) -> Tensor:
 
 
 def packed_names(model: nn.Module) -> set[str]:
-    kinds = tuple(KINDS.values())
-    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name for name, module in model.named_modules() if isinstance(module, PanelLinear)}
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_are_those_of_the_plain_layer(bias: bool, kind: type[nn.Linear]) -> None:
+def test_products_are_those_of_the_plain_layer(bias: bool, pairs: bool) -> None:
     """Of any leading dimensions and strides, also without a row."""
     plain = nn.Linear(96, 40, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
-    packed = packed_alone(plain, kind)
+    packed = packed_alone(plain, pairs)
     with torch.inference_mode():
         for shape in ((1, 0), (1, 1), (1, 7), (2, 3, 33)):
             x = torch.randn(*shape, 96, dtype=torch.bfloat16)
@@ -87,15 +83,15 @@ def test_products_are_those_of_the_plain_layer(bias: bool, kind: type[nn.Linear]
         torch.testing.assert_close(packed(strided), plain(strided))
 
 
-def test_the_weight_stays_countable_and_is_put_back_whole(kind: type[nn.Linear]) -> None:
+def test_the_weight_stays_countable_and_is_put_back_whole(pairs: bool) -> None:
     """What a model does not bear is undone to the bit."""
     hf = tiny(tied=True)
     before, size, count = weights(hf), weight_bytes(hf), parameters(hf)
 
     def refused(called: set[nn.Module]) -> object:
-        yield from (prepacking.into_tiles if kind is PrepackedLinear else prepacking.into_panels)(hf, called)
+        yield from prepacking.into_panels(hf, called, pairs)
         assert (weight_bytes(hf), parameters(hf)) == (size, count)
-        yield from prepacking.retype(hf, torch.float32) if kind is PanelLinear else ()
+        yield from prepacking.retype(hf, torch.float32)
         hf.lm_head.forward = None
 
     bound = bind(hf)
@@ -112,17 +108,14 @@ def test_a_rearrangement_that_fails_midway_is_put_back_and_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the log, and for the doctor; of a model that is taken as it can be nothing is said."""
-    if cpu.unavailable() is not None:
-        pytest.skip("the native extension is not built")
-    monkeypatch.setattr(processor, "has_bf16", lambda: False)
     assert Model.of(tiny(), Path("tiny")).bound.slower == []
     hf, pack, calls = tiny(), cpu.pack_panels, []
 
-    def fails_later(weight: Tensor) -> Tensor:
+    def fails_later(weight: Tensor, pairs: bool) -> Tensor:
         calls.append(weight)
         if len(calls) > 1:
             raise RuntimeError("no memory")
-        return pack(weight)
+        return pack(weight, pairs)
 
     before = weights(hf)
     monkeypatch.setattr(cpu, "pack_panels", fails_later)
@@ -133,16 +126,17 @@ def test_a_rearrangement_that_fails_midway_is_put_back_and_said(
     assert "no memory" in caplog.text
 
 
-def test_a_loaded_model_is_prepacked_and_computes_the_same(kind: type[nn.Linear]) -> None:
+def test_a_loaded_model_is_prepacked_and_computes_the_same(pairs: bool) -> None:
     """With its type named, so that activations are bf16 either way."""
     model = Model.load(device="cpu", dtype="bfloat16")
-    assert isinstance(model.bound.hf.model.layers[0].mlp.up_proj, kind)
+    assert isinstance(model.bound.hf.model.layers[0].mlp.up_proj, PanelLinear)
+    assert cpu.in_pairs(model.bound.hf.lm_head.weight) == pairs
     assert model.bound.computes == model.bound.dtype == torch.bfloat16
     expected = logits(load_model(BUNDLED, dtype="bfloat16")).float()
     assert (logits(model.bound.hf) - expected).norm() <= 0.01 * expected.norm()
 
 
-@pytest.mark.usefixtures("kind")
+@pytest.mark.usefixtures("pairs")
 def test_each_old_weight_is_gone_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight at a time is there twice."""
     hf = tiny()
@@ -160,17 +154,18 @@ def test_each_old_weight_is_gone_before_the_next_is_packed(monkeypatch: pytest.M
     assert alive == list(reversed(range(len(old))))
 
 
-def test_a_layer_of_two_parents_is_packed_once_and_for_both(kind: type[nn.Linear]) -> None:
+@pytest.mark.usefixtures("pairs")
+def test_a_layer_of_two_parents_is_packed_once_and_for_both() -> None:
     hf = tiny()
     shared = hf.model.layers[1].mlp.up_proj = hf.model.layers[0].mlp.up_proj
     expected = logits(hf)
     Model.of(hf, Path("tiny"), computing=hf.dtype)
-    assert isinstance(shared, kind)
+    assert isinstance(shared, PanelLinear)
     assert hf.model.layers[0].mlp.up_proj is hf.model.layers[1].mlp.up_proj is shared
     torch.testing.assert_close(logits(hf), expected, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.usefixtures("kind")
+@pytest.mark.usefixtures("pairs")
 def test_a_layer_whose_weight_is_read_in_place_of_its_call_stays_plain() -> None:
     hf = tiny()
     mlp = hf.model.layers[0].mlp
@@ -182,7 +177,7 @@ def test_a_layer_whose_weight_is_read_in_place_of_its_call_stays_plain() -> None
     torch.testing.assert_close(logits(hf), expected, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.usefixtures("kind")
+@pytest.mark.usefixtures("pairs")
 def test_a_model_that_reads_a_weight_beside_its_call_stays_plain_altogether() -> None:
     hf = tiny()
     mlp = hf.model.layers[0].mlp
@@ -194,7 +189,7 @@ def test_a_model_that_reads_a_weight_beside_its_call_stays_plain_altogether() ->
     assert torch.equal(logits(hf), expected)
 
 
-@pytest.mark.usefixtures("kind")
+@pytest.mark.usefixtures("pairs")
 def test_a_router_that_reads_its_layer_s_weight() -> None:
     hf = zoo.build("longcat_flash").bfloat16()
     expected = logits(hf)
@@ -204,24 +199,13 @@ def test_a_router_that_reads_its_layer_s_weight() -> None:
     torch.testing.assert_close(logits(hf), expected, rtol=0.05, atol=0.05)
 
 
-def test_a_torch_without_the_operators_leaves_the_model_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN's operators are private to torch, and may be gone."""
-    monkeypatch.setattr(prepacking, "OPERATORS", ("_linear_of_another_torch",))
-    monkeypatch.setattr(processor, "has_bf16", lambda: True)
-    bound = bind(tiny())
-    prepack(bound)
-    assert not packed_names(bound.hf)
-
-
 @pytest.fixture
-def no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that does not multiply bf16 numbers."""
-    if cpu.unavailable() is not None:
-        pytest.skip("the native extension is not built")
-    monkeypatch.setattr(processor, "has_bf16", lambda: False)
+def no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without products of pairs of bf16 numbers, which round what they are given."""
+    monkeypatch.setattr(cpu, "multiplies_pairs", lambda: False)
 
 
-@pytest.mark.usefixtures("no_bf16")
+@pytest.mark.usefixtures("no_pairs")
 @pytest.mark.parametrize("tied", [False, True])
 def test_16_bit_weights_compute_in_float32_where_nobody_says_otherwise(tied: bool) -> None:
     """Weights of linear layers and embeddings keep their bits and bytes; what is computed is what float32 weights of
@@ -241,7 +225,6 @@ def test_16_bit_weights_compute_in_float32_where_nobody_says_otherwise(tied: boo
     torch.testing.assert_close(logits(hf), logits(plain))
 
 
-@pytest.mark.usefixtures("no_bf16")
 def test_what_would_double_the_model_is_computed_in_its_own_type() -> None:
     """Most weights of a mixture of experts are in no linear layer: they stay in 16 bits, and so does what they meet."""
     hf = zoo.build("qwen3_moe").bfloat16()
@@ -250,7 +233,7 @@ def test_what_would_double_the_model_is_computed_in_its_own_type() -> None:
     assert packed_names(hf)
 
 
-@pytest.mark.usefixtures("no_bf16")
+@pytest.mark.usefixtures("no_pairs")
 def test_an_embedding_s_own_forward_is_kept() -> None:
     """Gemma scales its embedding, whose weight is the head's."""
     hf, plain = zoo.build("gemma3_text").bfloat16(), zoo.build("gemma3_text").bfloat16().float()
@@ -260,7 +243,6 @@ def test_an_embedding_s_own_forward_is_kept() -> None:
     torch.testing.assert_close(logits(hf), logits(plain), rtol=0.02, atol=0.02)  # the scale is rounded to 16 bits
 
 
-@pytest.mark.usefixtures("no_bf16")
 def test_a_named_type_is_computed_in() -> None:
     """--dtype is obeyed for weights and activations."""
     for dtype in (torch.float32, torch.float16):
@@ -270,13 +252,10 @@ def test_a_named_type_is_computed_in() -> None:
         assert is_prepacked(bound.hf)
 
 
-def test_deterministic_takes_panels_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_takes_float32_products_on_every_processor() -> None:
     """An answer's log-probabilities are the same bits alone and among others."""
-    if cpu.unavailable() is not None:
-        pytest.skip("the native extension is not built")
-    monkeypatch.setattr(processor, "has_bf16", lambda: True)
     model = Model.load(device="cpu", deterministic=True)
-    assert isinstance(model.bound.hf.lm_head, PanelLinear)
+    assert not cpu.in_pairs(model.bound.hf.lm_head.weight)
     llm = LLM(model, session_len=256, prefix_caching=False)
     prompts = [list(range(first, first + length)) for first, length in ((5, 3), (20, 70), (100, 41), (7, 1))]
     params = SamplingParams(max_tokens=8, logprobs=0, ignore_eos=True)
@@ -298,8 +277,6 @@ def test_deterministic_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyP
 
 def test_deterministic_is_refused_to_a_model_with_products_of_its_own() -> None:
     """Experts in one tensor are multiplied by torch, whose sums depend on how many rows an expert is given."""
-    if cpu.unavailable() is not None:
-        pytest.skip("the native extension is not built")
     config = Qwen3MoeConfig(
         vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,

@@ -11,6 +11,7 @@ from octavo.weights.panels import PanelEmbedding, PanelLinear, unpacked
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native extension is not built")
 
+pairs = pytest.mark.skipif(not cpu.multiplies_pairs(), reason="this processor does not multiply pairs of bf16 numbers")
 SHAPES = [(1, 1), (16, 8), (40, 96), (33, 1100), (7, 513), (130, 1537)]  # out, in
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -62,6 +63,30 @@ def test_a_row_s_bits_do_not_depend_on_its_company(shape: tuple[int, int], dtype
         torch.set_num_threads(threads)
 
 
+@pairs
+@pytest.mark.parametrize("shape", [(1, 2), (16, 8), (40, 96), (33, 1100), (7, 1026), (130, 3074)], ids=str)
+def test_pairs_are_products_of_rows_rounded_to_bf16(shape: tuple[int, int]) -> None:
+    """Of rows of every type, alone the same bits as among others."""
+    weight, x, bias = draw(*shape, torch.bfloat16)
+    panels, out = cpu.pack_panels(weight, pairs=True), len(weight)
+    assert torch.equal(unpacked(panels, out), weight)
+    assert panels.nbytes == -(-out // 16) * 16 * shape[1] * 2
+    for kind in TYPES:
+        own, shift = x.to(kind), bias.to(kind)
+        exact = own.bfloat16().double() @ weight.double().T + shift.double()
+        alone = torch.cat([cpu.multiply_panels(panels, out, row[None], shift) for row in own])
+        assert (
+            (alone.double() - exact).abs() <= 2 * torch.finfo(kind).eps * exact.abs() + 1e-5 * shape[1] ** 0.5
+        ).all()
+        for rows in [*range(2, 30), 191, 193, 450]:
+            assert torch.equal(cpu.multiply_panels(panels, out, own[:rows], shift), alone[:rows]), rows
+
+
+@pairs
+def test_modules_multiply_and_look_up_pairs() -> None:
+    check_modules(pairs=True)
+
+
 def test_every_instruction_set_that_fuses_has_the_same_bits() -> None:
     """Sums are defined by their order and not by registers: all x86 sets but the portable one agree."""
     fused = [isa for isa in cpu.extension.isas if isa != "portable"]
@@ -99,11 +124,16 @@ def test_panels_hold_the_weight_and_nothing_more(dtype: torch.dtype) -> None:
 
 
 def test_modules_multiply_and_look_up() -> None:
+    check_modules(pairs=False)
+
+
+def check_modules(pairs: bool) -> None:
     """The linear layer and the embedding of one weight in panels, for any leading dimensions, also none and empty."""
     weight, x, bias = draw(40, 96, torch.bfloat16)
+    x = x.bfloat16().float()
     linear, table = nn.Linear(96, 40), nn.Embedding(40, 96)
     linear.bias = nn.Parameter(bias)
-    linear.weight = table.weight = nn.Parameter(cpu.pack_panels(weight), requires_grad=False)
+    linear.weight = table.weight = nn.Parameter(cpu.pack_panels(weight, pairs), requires_grad=False)
     linear.__class__, table.__class__ = PanelLinear, PanelEmbedding
     with torch.inference_mode():
         for given in (x[0], x[:7], x[:6].view(1, 2, 3, 96), x[:0]):
