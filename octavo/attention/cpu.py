@@ -1,9 +1,9 @@
 """Attention on codes with the native CPU kernels (native/): the fast counterpart of reference.py.
 
 One kernel call writes a step's rows and computes all its attention, in float32, where a row's bits are the same in any
-company. Where the processor has products of bytes and bf16, sequences with one new token take those of bytes, with queries and
-weights rounded to 15 and 16 bits, which halves their time; what is then computed for a row depends on whether its sequence has
-others in the step.
+company. Where the processor has products of bytes and bf16, sequences with one new token take those of bytes, with
+queries and weights rounded to 15 and 16 bits, which halves their time; what is then computed for a row depends on
+whether its sequence has others in the step.
 
 The extension may be missing (no compiler when the package was installed): `unavailable()` says why.
 """

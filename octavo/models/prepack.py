@@ -1,10 +1,10 @@
 """A model's weights in the order in which the processor multiplies them, and the type that it computes in.
 
 torch's products of few rows, and of 16-bit numbers on most processors, are slow. So weights of any type go into panels
-(weights/panels.py): they stay in 16 bits, sums are float32, and unless a type was asked for so are activations, norms and
-residuals, which are small; what comes between products is then fused (fused.py, joined.py, whole_layers.py). Each weight is
-rearranged once, when the model is loaded, and no second copy of it is kept. A tied embedding reads its rows out of the
-head's panels. The last layer then computes only what is due (due.py).
+(weights/panels.py): they stay in 16 bits, sums are float32, and unless a type was asked for so are activations, norms
+and residuals, which are small; what comes between products is then fused (fused.py, joined.py, whole_layers.py). Each
+weight is rearranged once, when the model is loaded, and no second copy of it is kept. A tied embedding reads its rows
+out of the head's panels. The last layer then computes only what is due (due.py).
 
 A rearranged weight has no rows that a model's own code could read, as some routers' does. So only layers that a trial
 run calls are rearranged, and if the model then fails or computes something else, all is put back. What is left slower
@@ -55,8 +55,8 @@ def prepack(bound: BoundModel, computing: torch.dtype | None = None, determinist
     layers that keep states show that they compute packed steps exactly.
 
     `computing` is the type of its activations; None: float32, but for models with much beside their linear layers.
-    `deterministic` takes float32 products on every processor, for bits that do not depend on what is computed together; it
-    raises OctavoError where it cannot.
+    `deterministic` takes float32 products on every processor, for bits that do not depend on what is computed together;
+    it raises OctavoError where it cannot.
     """
     _rearrange(bound, computing, deterministic)
     prove_states(bound)
@@ -200,7 +200,7 @@ def _text(bound: BoundModel, cuts: Sequence[int]) -> Tensor:
 
 
 def into_panels(model: nn.Module, called: set[nn.Module], pairs: bool = False) -> Iterator[Undo]:
-    """Weights of linear layers in panels, with those embeddings that share them; `pairs`: as pairs where they can be."""
+    """Weights of linear layers in panels, with those embeddings that share them; with `pairs` those of bf16 as pairs."""
     for modules in _by_weight(model):
         linear = [module for module in modules if not isinstance(module, nn.Embedding)]
         if linear and called.issuperset(linear) and linear[0].weight.dtype in cpu.FLOATS:

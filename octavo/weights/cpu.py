@@ -90,9 +90,9 @@ def multiplies_pairs() -> bool:
 
 
 def pack_panels(weight: Tensor, pairs: bool = False) -> Tensor:
-    """A weight [out, in] in panels of 16 outputs: [⌈out/16⌉, in, 16], the last padded with zeros. As `pairs`, of bf16 and
-    an even `in`, two inputs of an output lie side by side: [⌈out/16⌉, in/2, 32]. Rows are then rounded to bf16 when they
-    are multiplied, by the processor's own instruction, which is twice as fast."""
+    """A weight [out, in] in panels of 16 outputs: [⌈out/16⌉, in, 16], the last padded with zeros. As `pairs`, of bf16
+    and an even `in`, two inputs of an output lie side by side: [⌈out/16⌉, in/2, 32]. Rows are then rounded to bf16 when
+    they are multiplied, by the processor's own instruction, which is twice as fast."""
     steps = weight.contiguous().view(torch.int32) if pairs else in_rows(weight)
     out, columns = steps.shape
     panels = torch.empty(-(-out // PANEL), columns, PANEL, dtype=steps.dtype)

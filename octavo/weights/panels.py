@@ -1,7 +1,7 @@
 """Linear layers whose weights lie in panels, in the order in which the native CPU product reads them.
 
-Weights keep their type, of 16 or 32 bits, and sums are float32; on a processor that multiplies pairs of bf16 numbers rows
-are rounded to bf16 before their products (native/panels.cpp). There is one copy of the weights: the panels are the
+Weights keep their type, of 16 or 32 bits, and sums are float32; on a processor that multiplies pairs of bf16 numbers
+rows are rounded to bf16 before their products (native/panels.cpp). There is one copy of the weights: the panels are the
 layer's own parameter. An output's bits depend on its row alone, never on how many rows are
 multiplied together.
 """
