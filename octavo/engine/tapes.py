@@ -160,9 +160,8 @@ class Recorder:
 
 
 def _place(x: Tensor) -> int:
-    """The address of the memory that a tensor lies in; of a weight in oneDNN's order, whose memory torch does not show, of
-    the tensor itself."""
-    return id(x) if x.is_mkldnn else x.untyped_storage().data_ptr()
+    """The address of the memory that a tensor lies in."""
+    return x.untyped_storage().data_ptr()
 
 
 def _looks(function: Any, given: Iterable[Tensor]) -> bool:

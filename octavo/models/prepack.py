@@ -200,7 +200,7 @@ def _text(bound: BoundModel, cuts: Sequence[int]) -> Tensor:
 
 
 def into_panels(model: nn.Module, called: set[nn.Module], pairs: bool = False) -> Iterator[Undo]:
-    """Weights of linear layers in panels, with those embeddings that share them; with `pairs` those of bf16 as pairs."""
+    """Weights of linear layers in panels, those of bf16 with `pairs` as such, and embeddings that share them."""
     for modules in _by_weight(model):
         linear = [module for module in modules if not isinstance(module, nn.Embedding)]
         if linear and called.issuperset(linear) and linear[0].weight.dtype in cpu.FLOATS:
