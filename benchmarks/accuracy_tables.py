@@ -22,6 +22,7 @@ import long_context as of_contexts
 import spans as of_spans
 import tasks as of_tasks
 import tool_calls as of_calls
+import tune as of_tuning
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -105,6 +106,11 @@ def tool_calls() -> str:
     return of_calls.table(load("tool-calls")["rows"])
 
 
+def tuned() -> str:
+    """Formats chosen layer by layer beside one for all layers."""
+    return short(of_tuning.table(load("tune")).strip())
+
+
 def corners() -> str:
     return short(of_corners.table(load("corners")["rows"]))
 
@@ -131,7 +137,7 @@ TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
         lead, formats, eight_bits, admitted, spans, whole_spans, tasks, calibrations, long_context, tool_calls, corners,
-        answers, budgets,
+        tuned, answers, budgets,
     )
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ measured in another way before is measured anew.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -94,13 +95,12 @@ def table(model: str, rows: Sequence[Row]) -> str:
         f"| {model} | bits | " + " | ".join(f"{text}, {window:,}" for window, text in columns) + " | perplexity |",
         "|---|" + "---:|" * (len(columns) + 2),
     ]
-    base = {(row["window"], row["text"]): row["perplexity"] for row in own if row["name"] == BASELINE.name}
     for name in dict.fromkeys((*NAMES, *(row["name"] for row in own if row["name"] != BASELINE.name))):
         found = {(row["window"], row["text"]): row for row in own if row["name"] == name}
         if not found:
             continue
         cells = [f"{found[key]['kl']:.1e}" if key in found else "" for key in columns]
-        change = max((row["perplexity"] / base[key] - 1 for key, row in found.items()), key=abs)
+        change = max((math.expm1(row["loss_change"]) for row in found.values()), key=abs)
         lines.append(f"| {name} | {next(iter(found.values()))['bits']:.2f} | {' | '.join(cells)} | {change:+.2%} |")
     return "\n".join(lines)
 
