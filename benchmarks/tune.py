@@ -112,7 +112,7 @@ def table(found: Document) -> str:
     for model in dict.fromkeys(row["model"] for row in found["rows"]):
         own = [row for row in found["rows"] if row["model"] == model]
         lines += [f"| {model} | bits a value | " + " | ".join(TEXTS) + " |", "|---|" + "---:|" * (1 + len(TEXTS))]
-        for name in sorted({row["name"] for row in own}, key=lambda name: -_of(own, name)[0]["bits"]):
+        for name in sorted(dict.fromkeys(row["name"] for row in own), key=lambda name: -_of(own, name)[0]["bits"]):
             rows = _of(own, name)
             kl = {row["text"]: row["kl"] for row in rows}
             cells = " | ".join(f"{kl[text]:.2e}" if text in kl else "" for text in TEXTS)
