@@ -82,6 +82,13 @@ def test_native_kernels_know_the_recurrence(name: str):
     assert [mixer.native is not None for mixer in bound.mixers] == [True] * len(bound.states.layers)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1", "jamba", "mamba2"])
+def test_a_model_that_computes_in_bf16_is_served(name: str):
+    """Whatever the processor: what its mixers are shown has the type that they compute in."""
+    bound = bind(zoo.build(name).bfloat16())
+    assert len(bound.mixers) == len(bound.states.layers) > 0
+
+
 @pytest.mark.parametrize("name", ["qwen3_5_text", "granitemoehybrid", "lfm2", "falcon_h1", "mamba2"])
 def test_a_config_alone_tells_what_a_session_takes(name: str, tmp_path: Path):
     """Traced without values, a model's rows and states have the sizes that they have when it is bound."""

@@ -35,7 +35,8 @@ def prove(name: str, found: Sequence[Found]) -> None:
     forget what was before, and whose calls of one do not, is told to compute such chunks token by token."""
     for each in found:
         mixer, kind = each.mixer, f"{type(each.module).__name__}, layer {each.mixer.layer} of {name},"
-        each.rows = torch.where(torch.arange(TOKENS, device=each.rows.device)[:, None] % 3 == 1, LARGE, 1) * each.rows
+        larger = torch.where(torch.arange(TOKENS, device=each.rows.device)[:, None] % 3 == 1, LARGE, 1)
+        each.rows = larger.to(each.rows.dtype) * each.rows
         rows = each.rows.split(LENGTHS, 1)
         alone = [own_forward(each.module)(**{mixer.rows: own, mixer.cache: None}, **each.beside) for own in rows]
         if not all(isinstance(own, Tensor) for own in alone):
