@@ -26,10 +26,10 @@ NAMES = (
 LENGTHS = (31, 5, 18, 40, 12, 1, 23, 9)  # tokens of the prompts
 ANSWER = 12
 NEAR = 1e-4  # of log-probabilities
-# Four whose sizes are multiples of 16, as real models' are: torch computes the last numbers of a row of another length
-# by another formula, so that they depend on what lies behind them.
+# Four whose sizes are multiples of 32, as most real models' are: torch computes two registers at a time, of 16 numbers
+# where there is AVX-512, and the last ones by another formula, so that they depend on what lies behind them.
 SIZED: dict[str, dict[str, Any]] = {
-    "qwen3_5_text": {"head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 16},
+    "qwen3_5_text": {"head_dim": 64, "linear_num_key_heads": 8, "linear_num_value_heads": 32},
     "granitemoehybrid": {"mamba_d_head": 16, "num_local_experts": 0, "num_experts_per_tok": 0},
     "lfm2": {},
     "falcon_h1": {"head_dim": 16},
