@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from octavo import processor
 from octavo.models.bind import BoundModel, bind
 from octavo.models.model import Model
 from octavo.models.whole_layers import WholeLayer
@@ -18,12 +17,6 @@ from octavo.weights import cpu
 from tests.models import zoo
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native extension is not built")
-
-
-@pytest.fixture(autouse=True)
-def _in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What processors without bf16 units do is tested on all."""
-    monkeypatch.setattr(processor, "has_bf16", lambda: False)
 
 
 def tiny() -> Qwen2ForCausalLM:
