@@ -16,7 +16,8 @@ from octavo.cli.progress import progress
 from octavo.corpus import load_texts
 from octavo.measure.accuracy.compare import Score, compare
 from octavo.measure.candidate import Candidate
-from octavo.measure.report.page import render, require_directory
+from octavo.measure.report.page import render
+from octavo.measure.report.picture import require_directory
 from octavo.measure.report.survey import gather
 from octavo.models.model import BUNDLED, Model
 from octavo.text_windows import consecutive_windows

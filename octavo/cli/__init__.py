@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from octavo import __version__
-from octavo.cli.verbs import Verbs
+from octavo.cli.verbs import Verbs, tell_interrupted
 from octavo.errors import OctavoError
 
 VERBS = (  # each a function in a file of its name
@@ -94,5 +94,6 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(1)
         print(f"error: {error.filename or 'the output'} cannot be written: {error.strerror}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:  # typer's exits with the same status once a verb has begun
+        tell_interrupted(interrupt)
         sys.exit(130)

@@ -167,7 +167,7 @@ class TaskOptions:
         elsewhere: Elsewhere | None,
     ) -> dict[str, Any]:
         """Rows of every benchmark, in sessions of `context` tokens; `elsewhere` asks on a cluster."""
-        from octavo.cli.progress import say, telling
+        from octavo.cli.progress import telling
         from octavo.measure.tasks.results import Results
         from octavo.measure.tasks.run import run
 
@@ -188,7 +188,6 @@ class TaskOptions:
                     **sizes,  # type: ignore[arg-type]
                 )
         except KeyboardInterrupt:
-            say(f"interrupted: what is done is kept in {directory}; the same command goes on")
-            raise
+            raise KeyboardInterrupt(f"what is done is kept in {directory}; the same command goes on") from None
         found = [asdict(row) | {"solved": row.solved} for row in rows]
         return {"how": "measured", **sizes, "results": str(directory), "rows": found}

@@ -25,12 +25,14 @@ def calibrate(
     options: LoadOptions,
     shown: CalibrationTexts,
     work_dir: CalibrationDir = None,
-    granularity: Annotated[str, option("Default of this calibration: tensor, head or channel.")] = DEFAULT_GRANULARITY,
-    headroom: Annotated[float, option("Default of this calibration: range served over range seen.")] = DEFAULT_HEADROOM,
+    granularity: Annotated[
+        str, option("Of int8: values that share a scale, tensor, head or channel.")
+    ] = DEFAULT_GRANULARITY,
+    headroom: Annotated[float, option("Of int8: range stored over range seen.")] = DEFAULT_HEADROOM,
     ray: Ray = None,
     replicas: Replicas = None,
 ) -> None:
-    """Calibrate MODEL: see what its K and V are like, once. `int8` needs that, the other formats lose less with it."""
+    """Calibrate MODEL: see the ranges of its K and V, once. `int8` needs that, the other formats lose less with it."""
     validate_choice(granularity, headroom)
     check_replicas(ray, replicas)
     time, texts = shown.time, shown.open()

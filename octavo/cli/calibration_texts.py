@@ -28,17 +28,20 @@ class CalibrationTexts:
 
     calib_dataset: Annotated[
         str | None,
-        of_texts("ptb, c4, wikitext2, pileval, a .txt or .jsonl file, or self: the model writes. [default: self]"),
+        of_texts(
+            "What the model reads: ptb, c4, wikitext2, pileval, a .txt or .jsonl file, or self: what it writes itself. "
+            "[default: self]"
+        ),
     ] = None
     calib_samples: Annotated[
-        int | None, of_texts("Windows of text. [default: what is of use, or what --budget allows]", min=1)
+        int | None, of_texts("Windows of text. [default: as many as are of use, or what --budget allows]", min=1)
     ] = None
     calib_seqlen: Annotated[
         int | None, of_texts("Tokens in a window. [default: 512, or what --budget allows]", min=2)
     ] = None
     budget: Annotated[str, budget_option("--calib-samples or --calib-seqlen")] = DEFAULT
     data_dir: Annotated[Path | None, of_texts("Where files of the named data sets are looked for first.")] = None
-    seed: Annotated[int, of_texts("Which windows are drawn.")] = 0
+    seed: Annotated[int, of_texts("Random seed that chooses the windows.")] = 0
 
     @property
     def time(self) -> Budget:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from octavo.cli.loading import ServeOptions
-from octavo.cli.options import option, takes
+from octavo.cli.options import option, takes, tell_loading
 from octavo.cli.sampling import SamplingOptions
 from octavo.errors import OctavoError
 
@@ -44,10 +44,11 @@ def chat(
     options: ServeOptions, sampling: SamplingOptions, system: Annotated[str | None, option("System prompt.")] = None
 ) -> None:
     """Talk to a model in the terminal, or pipe in a message per line."""
+    tell_loading(options.model)
     from octavo.cli.conversation import Conversation
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    llm = options.llm()
+    llm = options.llm(told=True)
     defaults = llm.default_params
     if not llm.model.generation.get("max_new_tokens"):
         defaults = replace(defaults, max_tokens=llm.session_len)  # an answer ends where its model ends it

@@ -16,9 +16,10 @@ class FleetOptions:
     """What the command line says of a fleet; None leaves it to what is assumed."""
 
     fleet: Annotated[bool, of_fleet("Compute how many replicas and GPUs serve --sessions.", "--fleet")] = False
-    sessions: Annotated[int | None, of_fleet("Open at a time.", min=1, max=10**9)] = None
+    sessions: Annotated[int | None, of_fleet("Sessions open at a time.", min=1, max=10**9)] = None
     tokens_per_second: Annotated[
-        float | None, of_fleet("Generated, of all sessions together. [default: 1 for each]", min=0)
+        float | None,
+        of_fleet("Tokens generated a second by all sessions together. [default: 1 for each session]", min=0),
     ] = None
     bandwidth: Annotated[float | None, of_fleet("TB/s of a GPU's memory. [default: 3.35]", min=1e-3)] = None
     prompt: Annotated[float | None, of_fleet("Prompt tokens computed for each generated one. [default: 1]", min=0)] = (

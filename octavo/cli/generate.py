@@ -32,7 +32,7 @@ def generate(
     options: ServeOptions,
     sampling: SamplingOptions,
     text: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="The text to continue; - reads it from stdin.")
+        str | None, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")
     ] = None,
     prompt: Annotated[str | None, option("The same; with it MODEL may be left out.")] = None,
     input: Annotated[
@@ -94,7 +94,7 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
             if not as_json:
                 print(delta.text, end="", flush=True)
     except KeyboardInterrupt:
-        say("\ninterrupted")
+        print(flush=True)  # ends the answer's line
         raise
     seconds, completion = time.perf_counter() - start, delta.completion
     assert completion is not None
@@ -187,10 +187,8 @@ def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams
                     rate = tokens / (time.perf_counter() - start)
                     bar.update(task, advance=1, description=f"answering, {rate:.0f} tok/s")
         except KeyboardInterrupt:
-            bar.stop()
             again = f"; the same command goes on with {output.path}" if output.path else ""
-            say(f"interrupted: {_lines(done)} answered{again}")
-            raise
+            raise KeyboardInterrupt(f"{_lines(done)} answered{again}") from None
     seconds = time.perf_counter() - start
     say(f"{_lines(done)} answered, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tok/s)")
     if refused:

@@ -114,9 +114,9 @@ class ShapeOptions:
     config: Annotated[Path | None, of_model("A config.json in place of MODEL; no weights are needed.")] = None
     model_format: ModelFormat = "hf"
     dtype: Dtype = "auto"
-    context: Annotated[int | None, option(f"Tokens of every session. [default: {CONTEXT}, or the model's context]")] = (
-        None
-    )
+    context: Annotated[
+        int | None, option(f"Tokens of every session. [default: {CONTEXT}, or the model's context]", min=2)
+    ] = None
 
     def check(self) -> None:
         """Raise OctavoError for what names no model, before torch is imported."""
@@ -157,7 +157,9 @@ class ServeOptions(LoadOptions):
             "KV cache format: kv8, k8v4, kv4, tuned, int8, … [default: the model's 16 bits]", autocompletion=complete
         ),
     ] = None
-    quant_policy: Annotated[int | None, of_model("0: 16 bits, 4 or 8: int8, as on LMDeploy's page.")] = None
+    quant_policy: Annotated[
+        int | None, of_model("LMDeploy's numbers in place of --kv: 0 is 16 bits, 4 and 8 are int8.")
+    ] = None
     calibration: CalibrationPath = None
     granularity: OtherGranularity = None
     headroom: OtherHeadroom = None
@@ -167,13 +169,17 @@ class ServeOptions(LoadOptions):
         of_model("Share of the free memory the KV cache may take. [default: 0.5 on a CPU, 0.8 on a GPU]", min=0, max=1),
     ] = None
     kv_cache_memory: Annotated[
-        str | None, of_model("Size of the KV cache, like 4GiB; of each rank's.", callback=amount)
+        str | None, of_model("Size of the KV cache, like 4GiB; with several ranks, of each one's.", callback=amount)
     ] = None
     snapshot_memory: Annotated[
         str | None,
-        of_model("Of it, for snapshots of a hybrid's states. [default: two for each session]", callback=amount),
+        of_model(
+            "Part of that for snapshots of a hybrid model's states. [default: two for each session]", callback=amount
+        ),
     ] = None
-    tensor_parallel_size: Annotated[int, of_model("Ranks to divide the model among, a GPU for each.", min=1)] = 1
+    tensor_parallel_size: Annotated[
+        int, of_model("Processes (ranks) that the model is divided among, a GPU for each.", min=1)
+    ] = 1
 
     @property
     def ranks(self) -> int:

@@ -11,7 +11,7 @@ from octavo.quant.format import dtype_name
 @takes(ShapeOptions)
 def memory(
     options: ShapeOptions,
-    batch_size: Annotated[str, option("Sessions at a time.")] = "8,16,32,48",
+    batch_size: Annotated[str, option("Sessions at a time: one number, or several with commas.")] = "8,16,32,48",
     kv: Annotated[
         str | None,
         formats_option(

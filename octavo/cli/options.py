@@ -92,7 +92,9 @@ def complete(incomplete: str) -> list[str]:
 
 ModelName = Annotated[
     str | None,
-    typer.Argument(help="A directory, Hub id or .gguf file. [default: the bundled model]", show_default=False),
+    typer.Argument(
+        metavar="MODEL", help="A directory, Hub id or .gguf file. [default: the bundled model]", show_default=False
+    ),
 ]
 
 
@@ -113,25 +115,32 @@ def _device(name: str) -> str:
 
 
 ModelFormat = Annotated[str, _one_of("--model-format", "How the weights are stored: hf, awq.", "hf", "awq")]
-Dtype = Annotated[str, _one_of("--dtype", "auto, bf16, fp16 or fp32.", "auto", *RAW_NAMES.values(), *RAW_NAMES)]
-DeviceName = Annotated[str, of_model("auto, cpu, cuda, cuda:1, …", callback=_device)]
+Dtype = Annotated[
+    str, _one_of("--dtype", "Type: auto (the checkpoint's), bf16, fp16, fp32.", "auto", *RAW_NAMES.values(), *RAW_NAMES)
+]
+DeviceName = Annotated[
+    str, of_model("Where it runs: auto (a GPU if there is one), cpu, cuda, cuda:1, …", callback=_device)
+]
 LoadFormat = Annotated[
-    str, _one_of("--load-format", "auto, or dummy for random weights of the config's shape.", "auto", "dummy")
+    str, _one_of("--load-format", "Weights: auto, or dummy for random ones of the config's shape.", "auto", "dummy")
 ]
 ChatTemplate = Annotated[Path | None, of_model("A Jinja file in place of the model's template.")]
 CalibrationPath = Annotated[Path | None, calibration_option("[default: beside the model]")]
 CalibrationDir = Annotated[
     Path | None, option("Where the calibration is saved. [default: the model's directory, or a cache]", "--work-dir")
 ]
-OtherGranularity = Annotated[str | None, of_model("tensor, head or channel, in place of the calibration's.")]
-OtherHeadroom = Annotated[float | None, of_model("Range served over range seen, in place of the calibration's.")]
+OtherGranularity = Annotated[
+    str | None, of_model("Of int8: values that share a scale, tensor, head or channel. [default: the calibration's]")
+]
+OtherHeadroom = Annotated[float | None, of_model("Of int8: range stored over range seen. [default: the calibration's]")]
 Json = Annotated[bool, option("One JSON document on stdout.", "--json")]
 Ray = Annotated[
     str | None,
     option("Work on a Ray cluster: its address, like auto or 10.0.0.1:6379; local starts one here.", panel="Ray"),
 ]
 Replicas = Annotated[
-    int | None, option("Models on it. [default: one on each GPU, or on each machine]", min=1, panel="Ray")
+    int | None,
+    option("Copies of the model on the cluster. [default: one on each GPU, or on each machine]", min=1, panel="Ray"),
 ]
 
 

@@ -27,7 +27,10 @@ def plan(
     ] = None,
     reserve: Annotated[
         str,
-        option("Held back for activations and the runtime, like 2GiB. [default: 10 % with --fleet]", callback=amount),
+        option(
+            "Memory held back for activations and the runtime, like 2GiB. [default: none; 10 % with --fleet]",
+            callback=amount,
+        ),
     ] = "0",
     plot: Annotated[
         Path | None, option("Draw memory over sessions, of the first two formats, to a .png, .svg or .pdf file.")
@@ -36,13 +39,17 @@ def plan(
 ) -> None:
     """Compute how many sessions of MODEL fit, or how many GPUs they need. Nothing is run, and a config is enough."""
     options.tell()
+    if plot is not None:
+        from octavo.measure.report.picture import check_picture
+
+        check_picture(plot)
     from octavo.cli.candidates import formats
     from octavo.cli.tables import console
     from octavo.cli.tables.memory import fit_table
     from octavo.devices import device_of, find_device
     from octavo.measure.as_json import dumps
     from octavo.measure.memory.costs import costs, int4_bits, weight_kinds
-    from octavo.measure.report.picture import check_picture, draw_growth
+    from octavo.measure.report.picture import draw_growth
     from octavo.quant.format import ADVISED
     from octavo.units import format_bytes, parse_bytes
 
@@ -51,8 +58,6 @@ def plan(
             raise OctavoError("--fleet draws nothing: leave --plot out")
         plan_fleet(options, asked, memory, reserve, kv, json)
         return
-    if plot is not None:
-        check_picture(plot)
     whole = parse_bytes(memory) if memory is not None else device_of(find_device("auto")).memory()
     room = whole - parse_bytes(reserve)
     if room <= 0:

@@ -20,7 +20,7 @@ def quantize(
     shown: CalibrationTexts,
     work_dir: Annotated[Path, option("A new directory for the 4-bit model.", show_default=False)],
     model: ModelName = None,
-    bits: Annotated[int, option("Of a weight: 4.")] = 4,
+    bits: Annotated[int, option("Bits of a weight; 4 is the only choice.")] = 4,
     group_size: Annotated[
         int | None,
         option("Weights that share a scale and a zero: 32, 64 or 128. [default: the largest that fits the layers]"),

@@ -33,13 +33,15 @@ def report(
     time = Budget.parse(budget)
     load_texts(text)  # a name mistyped is known before the model is loaded
     tell_loading(options.model)
+    from octavo.measure.report.picture import require_directory
+
+    require_directory(out)
     from octavo.cli.progress import progress
     from octavo.measure.as_json import dumps
-    from octavo.measure.report.page import render, require_directory
+    from octavo.measure.report.page import render
     from octavo.measure.report.survey import gather
     from octavo.units import parse_bytes
 
-    require_directory(out)
     size = parse_bytes(memory) if memory is not None else None
     model = options.load(told=True)
     sixteen = load_baseline(options, baseline, model) if baseline is not None else None

@@ -18,6 +18,14 @@ app = Verbs(
 NAMES = "compressed-tensors (also llm-compressor, vllm), modelopt, onnxruntime-genai, sglang, lmdeploy, turbomind."
 From = Annotated[Path, typer.Argument(help="The file or directory of the scales.", metavar="PATH", show_default=False)]
 To = Annotated[Path, typer.Argument(help="The file or directory to write.", metavar="PATH", show_default=False)]
+
+
+def _require(path: Path) -> None:
+    """Before torch is imported."""
+    if not path.exists():
+        raise OctavoError(f"there is no {path}: name the file or directory of the scales")
+
+
 As = Annotated[str, option(f"Whose format: {NAMES}", "--as", show_default=False)]
 
 
@@ -29,6 +37,7 @@ def show(
     ] = None,
 ) -> None:
     """Show what a file of scales says, layer by layer."""
+    _require(path)
     from rich.console import Console
 
     from octavo.cli.tables.calibrate import found_table, range_table
@@ -48,6 +57,7 @@ def import_(
     replace: Annotated[bool, option("Replace the calibration that is there.", "--replace")] = False,
 ) -> None:
     """Make a calibration of MODEL from another project's scales: PATH, then MODEL."""
+    _require(path)
     tell_loading(options.model)
     from octavo.quant.calibration import FILE_NAME
     from octavo.scales import import_scales

@@ -17,7 +17,6 @@ from octavo.serve.limits import keep_few_shapes
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
-    from octavo.serve.listening import Tls
 
 logger = logging.getLogger("octavo")
 
@@ -33,7 +32,6 @@ def serve(
     keep_few_shapes()
     try:
         from octavo.serve import logs
-        from octavo.serve.listening import Tls
 
         if server.replicas is None:  # they import the rest, seconds of it, themselves
             import_module("octavo.serve.server")
@@ -41,22 +39,21 @@ def serve(
         raise OctavoError(f"`octavo serve` needs {error.name}: {install('serve')}") from None
 
     logs.start(**server.logging)
-    if tls := Tls(server.ssl_certfile, server.ssl_keyfile) if server.ssl_certfile else None:
-        tls.check()
     if server.replicas is None:
-        _serve_one(options, server, tls, as_json)
+        _serve_one(options, server, as_json)
     else:
         from octavo.cli.replicas import serve_replicas
 
         serve_replicas(options, server, server.replicas, as_json)
 
 
-def _serve_one(options: ServeOptions, asked: ServerOptions, tls: Tls | None, as_json: bool) -> None:
+def _serve_one(options: ServeOptions, asked: ServerOptions, as_json: bool) -> None:
     from octavo.serve.listening import bind, bind_unix, curl, listening, url
     from octavo.serve.server import Server
     from octavo.serve.sessions import SessionDir
     from octavo.units import parse_bytes
 
+    secure = asked.tls is not None
     with listening(bind_unix(asked.uds) if asked.uds else bind(asked.host, asked.port)) as sock:
         llm = _loaded(options)
         server = Server(
@@ -64,20 +61,20 @@ def _serve_one(options: ServeOptions, asked: ServerOptions, tls: Tls | None, as_
             sock,
             asked.served_model_name or (),
             asked.limits,
-            tls=tls,
+            tls=asked.tls,
             api_key=asked.api_key or (),
             cors_origins=tuple(asked.cors_origin or ()),
             grace=asked.grace,
             sessions=SessionDir(asked.session_dir, parse_bytes(asked.session_room), llm) if asked.session_dir else None,
             ignore_unknown=asked.ignore_unknown_fields,
         )
-        state = {"url": url(sock, tls is not None), "model": server.service.name, **_facts(llm)}
+        state = {"url": url(sock, secure), "model": server.service.name, **_facts(llm)}
         if as_json:
             print(json.dumps(state), flush=True)
         else:
             _banner(state)
             chat = bool(getattr(llm.tokenizer, "chat_template", None))
-            say(curl(sock, tls is not None, bool(asked.api_key), chat))
+            say(curl(sock, secure, bool(asked.api_key), chat))
         gc.freeze()  # what is loaded stays: looking through all of it again and again would stop the server for a while
         try:
             server.run()

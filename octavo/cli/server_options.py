@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from octavo.cli.options import amount, option
 from octavo.errors import OctavoError
 from octavo.serve.limits import Limits
+from octavo.serve.listening import Tls
 
 SESSIONS = "10GiB"
 serving = partial(option, panel="Server")
@@ -31,17 +32,17 @@ class ServerOptions:
     """Of one server, or of several replicas behind one address."""
 
     host: Annotated[str, serving("Address to listen on; 0.0.0.0 for every one of this machine's.")] = "127.0.0.1"
-    port: Annotated[int, serving("0 takes a free one.", min=0, max=65535)] = 8000
+    port: Annotated[int, serving("Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000
     uds: Annotated[Path | None, serving("A UNIX socket to listen on, in place of an address.", dir_okay=False)] = None
     ssl_certfile: Annotated[Path | None, serving("Serve HTTPS by this certificate and its chain (PEM).")] = None
-    ssl_keyfile: Annotated[Path | None, serving("Its key, if that is a file of its own.")] = None
+    ssl_keyfile: Annotated[Path | None, serving("The certificate's key, if it is not in the same file.")] = None
     served_model_name: Annotated[
         list[str] | None, serving("The model's name in the API; may be repeated: each is served. [default: MODEL]")
     ] = None
     api_key: Annotated[
         list[str] | None,
         serving(
-            "Clients must send it: Authorization: Bearer KEY. May be repeated: then each key is a client of its own.",
+            "Key that clients must send (Authorization: Bearer KEY). May be repeated: each is a client of its own.",
             envvar="OCTAVO_API_KEY",
         ),
     ] = None
@@ -49,14 +50,17 @@ class ServerOptions:
         list[str] | None, serving("A web page's origin that may ask from a browser; may be repeated.")
     ] = None
     max_queue: Annotated[
-        int, serving("Answers that may wait; beyond, the client with the most is refused with 429.", min=0)
+        int, serving("Answers that may wait; beyond that, the client with the most is refused with 429.", min=0)
     ] = Limits.max_queue
     timeout: Annotated[float, serving("Seconds an answer may take, its time in the queue included.", min=0.001)] = (
         Limits.timeout
     )
     max_body: Annotated[int, serving("Bytes a request may have.", min=1)] = Limits.max_body
     max_connections: Annotated[
-        int | None, serving(f"Open at a time; beyond, idle ones are closed. [default: {Limits.max_connections}]", min=1)
+        int | None,
+        serving(
+            f"Connections open at a time; beyond that, idle ones are closed. [default: {Limits.max_connections}]", min=1
+        ),
     ] = None
     patience: Annotated[
         float | None,
@@ -68,20 +72,24 @@ class ServerOptions:
     ] = None
     grace: Annotated[float, serving("Seconds that running answers have to end at SIGTERM or Ctrl-C.", min=0)] = 30
     replicas: Annotated[
-        int | None, serving("Models side by side behind one address, each a process; needs the extra `ray`.", min=1)
+        int | None, serving("Copies of the model behind one address, each a process; needs the extra `ray`.", min=1)
     ] = None
     session_dir: Annotated[
         Path | None, serving("Keep conversations' caches here, over restarts too.", file_okay=False)
     ] = None
     session_dir_size: Annotated[
         str | None,
-        serving(f"Bytes they may take; the least recently used are removed. [default: {SESSIONS}]", callback=amount),
+        serving(
+            f"Size that --session-dir may reach; the least recently used go first. [default: {SESSIONS}]",
+            callback=amount,
+        ),
     ] = None
     ignore_unknown_fields: Annotated[
         bool, serving("Leave out fields of requests that are not known, in place of refusing them.")
     ] = False
     log_level: Annotated[
-        LogLevel, serving("What is logged of: with debug, also why a request is refused, and where loading failed.")
+        LogLevel,
+        serving("The least that is logged; debug also says why a request is refused, and where loading failed."),
     ] = LogLevel.info
     log_requests: Annotated[LogRequests, serving("A line for each request, or none.")] = LogRequests.line
     log_prompts: Annotated[bool, serving("Log errors with all they say, which may quote what clients sent.")] = False
@@ -98,6 +106,13 @@ class ServerOptions:
             raise OctavoError("--session-dir-size bounds what --session-dir keeps: give one")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise OctavoError("--ssl-keyfile belongs to a certificate: give --ssl-certfile too")
+        if self.tls is not None:
+            self.tls.check()
+
+    @property
+    def tls(self) -> Tls | None:
+        """What HTTPS is served by; None for HTTP."""
+        return Tls(self.ssl_certfile, self.ssl_keyfile) if self.ssl_certfile is not None else None
 
     @property
     def logging(self) -> dict[str, Any]:

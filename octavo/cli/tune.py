@@ -37,13 +37,15 @@ measuring = partial(option, panel="Measuring")
 def tune(
     options: LoadOptions,
     bits: Annotated[
-        float | None, option("Bits of a value on average, scales included: from 4.1 to 16.", min=1, max=32)
+        float | None, option("Bits of a value on average, scales included: from 4.1 to 16.", min=4, max=16)
     ] = None,
     memory: Annotated[
-        str | None, option("In place of --bits: what the KV cache may take, like 4GiB, …", callback=amount)
+        str | None, option("In place of --bits: what the KV cache may take, like 4GiB.", callback=amount)
     ] = None,
-    sessions: Annotated[int, option("… for so many sessions at a time …", min=1)] = 16,
-    context: Annotated[int | None, option("… of so many tokens. [default: the model's context]", min=2)] = None,
+    sessions: Annotated[int, option("With --memory: sessions at a time.", min=1)] = 16,
+    context: Annotated[
+        int | None, option("With --memory: tokens of a session. [default: the model's context]", min=2)
+    ] = None,
     calibration: Annotated[Path | None, calibration_option("The formats go beside it.")] = None,
     text: Annotated[str | None, measuring(f"What is read: {TEXTS}. [default: a bundled English text]")] = None,
     data_dir: Annotated[Path | None, measuring("Where files of the named text are.")] = None,
@@ -65,7 +67,9 @@ def tune(
     from octavo.units import parse_bytes
 
     if (bits is None) == (memory is None):
-        raise OctavoError("how large may it be? Give --bits 5, or --memory 4GiB with --sessions and --context")
+        raise OctavoError(
+            "how large may the cache be? Give --bits 5, or --memory 4GiB with --sessions and --context: one of them"
+        )
     room, time = parse_bytes(memory or "0"), Budget.parse(budget)
     check_calibration(calibration, None, None)
     texts = load_texts(text, data_dir)

@@ -1,5 +1,7 @@
-"""Verbs as typer has them, but for their help: typer names a type, <bool>, even of options that take no value."""
+"""Verbs as typer has them, but for their help: typer names a type, <bool>, even of options that take no value; and for
+Ctrl-C, at which typer ends without a word."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +19,22 @@ class _FlagsWithoutType:
 
 
 class _Verb(_FlagsWithoutType, TyperCommand):
-    pass
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            tell_interrupted(interrupt)
+            raise
 
 
 class _Group(_FlagsWithoutType, TyperGroup):
     pass
+
+
+def tell_interrupted(interrupt: KeyboardInterrupt) -> None:
+    """The last line of a command that Ctrl-C ends. A verb that leaves something to go on with says so in the
+    exception."""
+    print(": ".join(("interrupted", *map(str, interrupt.args))), file=sys.stderr, flush=True)
 
 
 class Verbs(typer.Typer):

@@ -165,6 +165,11 @@ WRONG = {
     "generate --input nothing.jsonl": "nothing.jsonl cannot be read",
     "tune --bits 5 --text nothing.txt": "no set of texts named nothing.txt",
     "plan --fleet": "--fleet needs --sessions",
+    "plan --plot x.bmp": "--plot x.bmp: a picture's name ends with .png",
+    "report --out /dev/null/x": "nothing can be written in /dev/null/x",
+    "scales show nowhere": "there is no nowhere",
+    "serve --ssl-certfile none.pem": "TLS by none.pem is not possible: No such file",
+    "tune --bits 5 --memory 4GiB": "one of them",
 }
 EACH = """
 import sys
@@ -183,5 +188,17 @@ def test_wrong_arguments_are_refused_before_torch_is_imported() -> None:
     done = subprocess.run([sys.executable, "-c", EACH, *WRONG], capture_output=True, text=True, env=offline)
     assert done.stdout.splitlines() == ["2 False"] * len(WRONG), done.stderr
     for told, message in zip(done.stderr.strip().split("\n\n"), WRONG.values(), strict=True):
-        assert told.startswith("error: ")
+        assert told.splitlines()[-1].startswith("error: ")
         assert message in told
+
+
+@pytest.mark.parametrize("said", [(), ("3 lines are answered",)])
+def test_ctrl_c_ends_a_command_with_one_line_and_status_130(
+    said: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt(*said)
+
+    monkeypatch.setattr(LoadOptions, "load", load)
+    assert status_of("doctor") == 130
+    assert capsys.readouterr().err == ": ".join(("interrupted", *said)) + "\n"

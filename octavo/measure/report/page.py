@@ -13,7 +13,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from octavo.errors import require_writable
 from octavo.measure import machine
 from octavo.measure.as_json import dumps
 from octavo.measure.report import plots, svg
@@ -22,12 +21,6 @@ from octavo.units import format_bytes
 
 RETRIEVAL = "Values found, by where in the context they stand"
 NBSP, MINUS = "\u00a0", "\u2212"
-
-
-def require_directory(directory: Path) -> None:
-    """Raise OctavoError where no report can be drawn or written, before the work."""
-    svg.require_matplotlib()
-    require_writable(directory / "plots", "--out")
 
 
 def render(found: Survey, directory: Path) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo.errors import OctavoError
-from octavo.measure.memory.costs import Cost
+from octavo.errors import OctavoError, require_writable
 from octavo.measure.report.svg import LIGHT, ROLES, STYLE, drawn, require_matplotlib, standalone
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from octavo.measure.memory.costs import Cost
 
 PICTURES = (".png", ".svg", ".pdf")
 COLOURS = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor")  # that an artist may have
@@ -22,6 +23,12 @@ def check_picture(path: Path) -> None:
     if path.suffix.lower() not in PICTURES:
         raise OctavoError(f"--plot {path}: a picture's name ends with {', '.join(PICTURES)}")
     require_matplotlib()
+
+
+def require_directory(directory: Path) -> None:
+    """Raise OctavoError where no report can be drawn or written, before the work."""
+    require_matplotlib()
+    require_writable(directory / "plots", "--out")
 
 
 def draw_growth(plan: Sequence[Cost], memory: int, context: int, name: str, path: Path) -> None:

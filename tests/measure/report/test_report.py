@@ -16,8 +16,9 @@ from octavo.errors import OctavoError, install
 from octavo.measure.budget import Windows
 from octavo.measure.doctor import diagnose as doctor
 from octavo.measure.memory.costs import Cost
-from octavo.measure.report import combinations, page, plots, sizes, svg
+from octavo.measure.report import combinations, plots, sizes, svg
 from octavo.measure.report.page import numbers, prose, render, scientific
+from octavo.measure.report.picture import require_directory
 from octavo.measure.report.survey import Survey, gather
 from octavo.measure.speed import roofline
 from octavo.models.model import Model
@@ -42,7 +43,7 @@ def written(pamphlet: Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[
             for name, value in values.items():
                 patch.setattr(module, name, value)
         found = gather(pamphlet, memory=8 << 30)
-        page.require_directory(directory)
+        require_directory(directory)
         render(found, directory)
         return found, directory
 
@@ -179,10 +180,10 @@ def test_numbers_are_written_as_people_do() -> None:
 def test_where_nothing_can_be_written_fails_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OctavoError, match=r"nothing can be written in .*--out"):
-        page.require_directory(tmp_path / "file" / "x")
+        require_directory(tmp_path / "file" / "x")
 
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(OctavoError, match=re.escape(install("report"))):
-        page.require_directory(tmp_path)
+        require_directory(tmp_path)
