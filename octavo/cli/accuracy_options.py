@@ -68,8 +68,8 @@ class TextOptions:
 
     def draw(
         self, model: Model, texts: Texts, formats: int, context: int, budget: Budget
-    ) -> tuple[list[list[int]], Windows]:
-        """The windows to read, and how many answers to write. Says how long they take."""
+    ) -> tuple[list[list[int]], float, Windows]:
+        """The windows to read, the seconds that this takes, and how many answers to write. Says so before."""
         from octavo.cli.progress import say
         from octavo.measure.accuracy.sizes import choose
         from octavo.measure.pace import Pace
@@ -87,7 +87,8 @@ class TextOptions:
         say(f"{texts.name}: {read.of(formats)}")
         if write.size.count:
             say(f"greedy answers: {write.of(formats)}")
-        return consecutive_windows(texts, model.tokenizer, read.size.length, read.size.count), write.size
+        windows = consecutive_windows(texts, model.tokenizer, read.size.length, read.size.count)
+        return windows, read.seconds, write.size
 
     def read(
         self,
@@ -95,19 +96,20 @@ class TextOptions:
         compared: Sequence[Candidate],
         name: str,
         windows: list[list[int]],
+        seconds: float,
         answers: Windows,
         late: Callable[[], bool],
         elsewhere: Callable[[Count], Callable[..., Any]] | None,
     ) -> dict[str, Any]:
-        """The text of that name in every format; of windows that were not asked for by number fewer where it gets
-        `late`. `elsewhere` makes what reads them on a cluster."""
+        """The text of that name in every format, which was estimated to take so many `seconds`; fewer of windows that
+        were not asked for by number where it gets `late`. `elsewhere` makes what reads them on a cluster."""
         from octavo.cli.progress import telling
         from octavo.measure.accuracy.results import measure_text
 
         def enough(done: int) -> bool:
             return (self.windows, self.window) == (None, None) and done >= LEAST.count and late()
 
-        with telling("reading") as tell:
+        with telling("reading", seconds) as tell:
             measure = elsewhere(partial(tell, "reading")) if elsewhere is not None else None
             return measure_text(model, compared, name, windows, answers, tell, enough, measure)
 

@@ -21,7 +21,7 @@ def say(line: str) -> None:
 
 def progress() -> Any:
     """Progress bars on stderr, each of which leaves its last line. A task's field `seconds` is what it was estimated to
-    take: it stands there as the time left until the work itself tells."""
+    take: it stands there as the time left until something is done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.text import Text
@@ -30,7 +30,9 @@ def progress() -> Any:
         def render(self, task: Task) -> Text:
             elapsed = task.finished_time if task.finished_time is not None else task.elapsed or 0.0
             left = task.time_remaining
-            if left is None and task.fields.get("seconds") is not None:
+            if left is None and task.completed and task.total:
+                left = elapsed * task.remaining / task.completed
+            elif left is None and task.fields.get("seconds") is not None:
                 left = max(0.0, task.fields["seconds"] - elapsed)
             if task.finished or left is None:
                 return Text(f"{_clock(elapsed)} passed", style="progress.elapsed")
@@ -52,18 +54,20 @@ def _clock(seconds: float) -> str:
 
 
 class Tell:
-    """A bar for each thing that is done: called with what, how much of it, and of how much, 0 if that is not known."""
+    """A bar for each thing that is done: called with what, how much of it, and of how much, 0 if that is not known.
+    `seconds` is what the first of them that tells of how much was estimated to take."""
 
-    def __init__(self, bars: Any, first: str):
-        self.bars = bars
-        self.tasks = {first: bars.add_task(first, total=None)}  # so that something is there at once
+    def __init__(self, bars: Any, first: str, seconds: float | None = None):
+        self.bars, self.seconds = bars, seconds
+        self.tasks = {first: bars.add_task(first, total=None, seconds=seconds)}  # so that something is there at once
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what not in self.tasks:
             for name, task in list(self.tasks.items()):
                 if self.bars.tasks[self.bars.task_ids.index(task)].total is None:  # nothing to be seen of it
                     self.bars.remove_task(self.tasks.pop(name))
-            self.tasks[what] = self.bars.add_task(what, total=None)
+            self.tasks[what] = self.bars.add_task(what, total=None, seconds=self.seconds)
+            self.seconds = None
         self.bars.update(self.tasks[what], completed=done, total=total or None)
 
     def say(self, line: str) -> None:
@@ -72,10 +76,10 @@ class Tell:
 
 
 @contextmanager
-def telling(first: str) -> Iterator[Tell]:
-    """Bars on stderr for a work of several parts, the first of which is `first`."""
+def telling(first: str, seconds: float | None = None) -> Iterator[Tell]:
+    """Bars on stderr for a work of several parts, the first of which is `first`; `seconds` as in Tell."""
     with progress() as bars:
-        yield Tell(bars, first)
+        yield Tell(bars, first, seconds)
 
 
 def calibration_with_bar(model: Model, given: Path | None, format: Format) -> Calibration | None:
