@@ -18,9 +18,10 @@ DIST = ROOT / "dist"
 CHECK = """
 from octavo import LLM, SamplingParams
 from octavo.attention import cpu as attention
+from octavo.recurrences import cpu as recurrences
 from octavo.weights import cpu as weights
-for part in (attention, weights):
-    assert part.unavailable() is None, part.unavailable()
+for part in (attention, recurrences, weights):
+    assert part.extension.unavailable is None, part.extension.unavailable
 completion = LLM(kv="kv8", session_len=128).generate(["Once upon a time"], [SamplingParams(max_tokens=8)])[0]
 assert completion.error is None and len(completion.token_ids) == 8, completion
 print("the wheel answers:", repr(completion.text))
