@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2 as httpx
@@ -12,6 +13,7 @@ import pytest
 from openai import OpenAI
 
 from octavo import SamplingParams
+from octavo.completion import Delta
 from octavo.engine.params import MAX_TOKENS
 from octavo.engine.params import SamplingParams as Params
 from octavo.serve.errors import ApiError
@@ -20,6 +22,7 @@ from octavo.serve.requests import ChatRequest, CompletionRequest, parsing
 from octavo.serve.requests.anthropic import MessagesRequest
 from octavo.serve.requests.responses import ResponsesRequest
 from octavo.serve.requests.sampling import WITHOUT_EFFECT
+from octavo.serve.worker import Job
 from tests.serve.conftest import Running
 
 HELLO: Any = [{"role": "user", "content": "Tell me a story about a dog."}]
@@ -252,6 +255,20 @@ def test_a_request_may_name_itself_and_a_stream_may_count_as_it_goes(running: Ru
     assert counts == sorted(counts)
     assert counts[-1] == last.usage.completion_tokens == 6
     assert {piece.usage.prompt_tokens for piece in pieces} == {last.usage.prompt_tokens}
+
+
+def test_a_piece_counts_what_was_told_by_then_though_all_come_at_once(client: OpenAI, monkeypatch: pytest.MonkeyPatch):
+    batches = Job.batches
+
+    async def at_once(job: Job) -> AsyncIterator[list[Delta]]:
+        yield [delta async for deltas in batches(job) for delta in deltas]
+
+    monkeypatch.setattr(Job, "batches", at_once)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked: Any = {"model": "pamphlet", "messages": HELLO, "max_tokens": 6, "temperature": 0, "stream": True}
+    *pieces, last = client.chat.completions.create(**asked, stream_options=options)
+    counts = [piece.usage.completion_tokens for piece in pieces]
+    assert counts[0] < counts[-1] == last.usage.completion_tokens == 6
 
 
 def test_of_one_clients_requests_the_lowest_priority_number_is_next():

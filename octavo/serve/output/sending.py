@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, suppress
 
 from starlette.responses import Response
@@ -45,7 +45,8 @@ class GeneratedResponse(Response):
             with suppress(asyncio.CancelledError):  # the loop ends too
                 await asyncio.gather(work, gone, return_exceptions=True)
 
-    async def _batches(self) -> AsyncGenerator[list[ChoiceDelta]]:
+    async def _batches(self) -> AsyncGenerator[Iterator[ChoiceDelta]]:
+        """What has come, taken into the output as it is read: an event tells of what is before it."""
         account = self.account
         account.id, account.n = self.output.id, self.output.request.n
         async with self.service.job(account.client, self.output) as job:
@@ -53,13 +54,14 @@ class GeneratedResponse(Response):
             async for deltas in self.service.batches(job):
                 if account.first is None:
                     account.begun, account.first = job.begun, time.monotonic()
-                yield [self.output.take(delta) for delta in deltas]
+                yield map(self.output.take, deltas)
         self.service.metrics.answered(account)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._batches()) as batches:
-            async for _ in batches:
-                pass
+            async for deltas in batches:
+                for _ in deltas:
+                    pass
         body = dumps(self.form.whole())
         await self.form.keep()
         self.begun = True
