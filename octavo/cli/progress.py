@@ -30,7 +30,7 @@ def progress() -> Any:
         def render(self, task: Task) -> Text:
             elapsed = task.finished_time if task.finished_time is not None else task.elapsed or 0.0
             left = task.time_remaining
-            if left is None and task.completed and task.total:
+            if left is None and task.completed and task.remaining is not None:
                 left = elapsed * task.remaining / task.completed
             elif left is None and task.fields.get("seconds") is not None:
                 left = max(0.0, task.fields["seconds"] - elapsed)
