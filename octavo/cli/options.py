@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -40,8 +42,9 @@ def check_model(model: str | None) -> None:
 
     if is_bundled(model):
         return
-    if " " in str(model) and not Path(str(model)).exists():
-        raise OctavoError(f"{model!r} is no model: the prompt comes after MODEL, or goes after --prompt")
+    if " " in str(model) and not os.path.exists(str(model)):  # which bears a prompt longer than a name can be
+        told = shorten(str(model), 60, placeholder=" …")
+        raise OctavoError(f"{told!r} is no model: the prompt comes after MODEL, or goes after --prompt")
     require_known(str(model))
 
 

@@ -17,6 +17,10 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 def locate(model: str | Path | None) -> tuple[str, Path]:
     """Name and directory of a model as the user wrote it: a directory, a Hub id, or the bundled model if None."""
+    if model is not None and not isinstance(model, str | Path):
+        kind = type(model).__name__
+        told = f"A {kind} is no name of a model: give its directory or a Hub id; octavo.attach takes a {kind}."
+        raise OctavoError(told)
     name = str(model if model is not None else BUNDLED.name)
     return name, BUNDLED if is_bundled(model) else resolve(name)
 
@@ -44,8 +48,12 @@ def find_here(model: str | Path) -> Path | None:
     a calibration only.
     """
     path = Path(model).expanduser()
-    if (path / "config.json").is_file() or (path / ADAPTER).is_file() or is_gguf(path):
-        return path
+    try:
+        if (path / "config.json").is_file() or (path / ADAPTER).is_file() or is_gguf(path):
+            return path
+    except OSError as error:  # a prompt where the model belongs may be longer than a name can be
+        why = f"{str(model)[:60]} … ({error.strerror})"
+        raise OctavoError(f"{why}: name a directory that holds a Hugging Face model.") from None
     if path.is_file():
         raise OctavoError(f"{model} is a file: name the directory that holds config.json and the weights, or a .gguf.")
     if not _HUB_ID.fullmatch(str(model)):

@@ -145,6 +145,7 @@ def test_help_names_types_of_options_that_take_a_value_alone(verb: list[str], mo
 
 WRONG = {
     "chat ./nowhere": "There is no directory ./nowhere",
+    f"generate {'once' * 100}": "File name too long",
     "chat smollm/mistyped": "There is no directory smollm/mistyped with a config.json, and the Hub cannot be",
     "memory smollm/mistyped": "There is no directory smollm/mistyped with a config.json, and the Hub cannot be",
     "chat --kv kv9": "did you mean kv8?",

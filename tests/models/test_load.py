@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.files import weight_files
 from octavo.models.load import load_config, load_model
-from octavo.models.locate import require_known, resolve
+from octavo.models.locate import locate, require_known, resolve
 from octavo.models.model import Model
 from octavo.parallel.start import start
 
@@ -116,6 +116,10 @@ def test_what_cannot_be_resolved_says_why(tmp_path, monkeypatch):
         resolve(tmp_path / "model.onnx")
     with pytest.raises(OctavoError, match="no directory"):
         resolve(tmp_path / "nowhere")
+    with pytest.raises(OctavoError, match="File name too long"):
+        resolve("once" * 100)
+    with pytest.raises(OctavoError, match=r"A Linear is no name of a model: .* octavo\.attach takes a Linear"):
+        locate(torch.nn.Linear(1, 1))
     for error, message in (
         (hub.LocalEntryNotFoundError("offline"), "Hub cannot be reached"),
         (ConnectionError("refused"), "Hub cannot be reached"),
