@@ -86,16 +86,18 @@ class LoadOptions:
             **{name: getattr(self, name) for name in names},
         }
 
-    def load(self, computing: torch.dtype | None = None, say: bool = True, told: bool = False) -> Model:
-        """`computing` as in Model.load. Says at once what is loaded, unless that was `told`, and then of a CPU what
-        computes, and in what."""
+    def load(
+        self, computing: torch.dtype | None = None, say: bool = True, told: bool = False, pairs: bool = True
+    ) -> Model:
+        """`computing` and `pairs` as in Model.load. Says at once what is loaded, unless that was `told`, and then of a
+        CPU what computes, and in what."""
         if not told:
             tell_loading(self.model)
         from octavo import cores
         from octavo.parallel import load
 
         cores.use()
-        loading = self.loading() | {"chat_template": self.chat_template, "computing": computing}
+        loading = self.loading() | {"chat_template": self.chat_template, "computing": computing, "pairs": pairs}
         del loading["model"]  # its name stays as it was given
         model = load(self.model, self.ranks, **loading)
         if say and model.processor is not None:

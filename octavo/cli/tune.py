@@ -76,7 +76,7 @@ def tune(
     tell_loading(options.model)
     import torch
 
-    model = options.load(torch.float32, told=True)  # in bf16 rounding would hide what one side loses
+    model = options.load(torch.float32, told=True, pairs=False)  # bf16's rounding would hide what one side loses
     from octavo.cli.progress import calibration_with_bar, telling
     from octavo.cli.tables.tune import show
     from octavo.measure.as_json import dumps

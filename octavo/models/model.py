@@ -78,6 +78,7 @@ class Model:
         plain_weights: bool = False,
         computing: torch.dtype | None = None,
         deterministic: bool = False,
+        pairs: bool = True,
         division: Division | None = None,
     ) -> Model:
         """Load and bind a directory, a Hub id, or the bundled model if None.
@@ -86,7 +87,8 @@ class Model:
         contexts and others for long ones; without `context` sessions end where the first do. With `plain_weights` they
         stay in the order of the files, to be rewritten. `computing` is the type of activations, by default `dtype` or,
         where that is "auto", what suits the processor. `deterministic` makes the bits of a sum on a CPU independent of
-        what is computed together with it. With `division` this process holds a share of the model (octavo/parallel).
+        what is computed together with it. Without `pairs` products are float32 where the processor's own round to bf16.
+        With `division` this process holds a share of the model (octavo/parallel).
         """
         name, path = locate(model)
         device = str(find_device(device))
@@ -117,7 +119,7 @@ class Model:
         if deterministic and device_map is not None:
             raise OctavoError("deterministic sums need weights on one device: leave the device map out")
         if device_map is None and not plain_weights:  # accelerate moves weights about, which must stay plain for it
-            prepack(bound, computing, deterministic)
+            prepack(bound, computing, deterministic, pairs)
         else:
             prove_states(bound)
         known = [token for token in tokenizer(SENTENCE)["input_ids"] if token < bound.vocab_size]
@@ -157,7 +159,7 @@ class Model:
         """The processor, its instructions, and the types of weights and of what is computed; None on other devices."""
         if self.bound.device != HOST:
             return None
-        computes = dtype_name(self.bound.computes) + (", products bfloat16" if multiplies_pairs(self.bound.hf) else "")
+        computes = dtype_name(self.bound.computes) + (", products bf16" if multiplies_pairs(self.bound.hf) else "")
         return f"{processor.name()}, {processor.instructions()}; weights {self.weight_kind}, computing {computes}"
 
     @property

@@ -50,15 +50,18 @@ CLOSE = 0.25  # the same where each number is rounded otherwise: bf16 costs deep
 SMALL = 0.1  # of a model's bytes: more than that is not doubled to compute in float32
 
 
-def prepack(bound: BoundModel, computing: torch.dtype | None = None, deterministic: bool = False) -> None:
+def prepack(
+    bound: BoundModel, computing: torch.dtype | None = None, deterministic: bool = False, pairs: bool = True
+) -> None:
     """Rearrange the weights of a model on a CPU in place, one at a time, choose what it computes in, and then have its
     layers that keep states show that they compute packed steps exactly.
 
     `computing` is the type of its activations; None: float32, but for models with much beside their linear layers.
     `deterministic` takes float32 products on every processor, for bits that do not depend on what is computed together;
-    it raises OctavoError where it cannot.
+    it raises OctavoError where it cannot. Without `pairs` products are float32 too, for measurements that rounding to
+    bf16 would hide.
     """
-    _rearrange(bound, computing, deterministic)
+    _rearrange(bound, computing, deterministic, pairs)
     prove_states(bound)
     if own := sum(mixer.native is None for mixer in bound.mixers if cpu.refuses(bound.device) is None):
         what = f"computes {own} of {len(bound.mixers)} recurrent layers by its own code, which is slower"
@@ -71,22 +74,22 @@ def prepack(bound: BoundModel, computing: torch.dtype | None = None, determinist
         )
 
 
-def _rearrange(bound: BoundModel, computing: torch.dtype | None, deterministic: bool) -> None:
+def _rearrange(bound: BoundModel, computing: torch.dtype | None, deterministic: bool, pairs: bool) -> None:
     if why := cpu.refuses(bound.device):
         if deterministic:
             raise Unsupported(f"deterministic sums need a CPU and the native kernels: {why}")
         return
-    _compute_in_panels(bound, computing, deterministic)
+    _compute_in_panels(bound, computing, deterministic, pairs and not deterministic and cpu.multiplies_pairs())
     every = "computes all rows in its last layer, which is slower"
     attempt(bound, every, lambda _: shorten(bound), SAME, due=slice(3, None, 5))
 
 
-def _compute_in_panels(bound: BoundModel, computing: torch.dtype | None, deterministic: bool) -> None:
+def _compute_in_panels(bound: BoundModel, computing: torch.dtype | None, deterministic: bool, pairs: bool) -> None:
     if deterministic:
         bound.layers = [replace(layer, exact=True) for layer in bound.layers]
         for packed in packed_layers(bound.hf).values():
             packed.exact = True
-    name, pairs = bound.hf.config.model_type, cpu.multiplies_pairs() and not deterministic
+    name = bound.hf.config.model_type
     if not attempt(bound, OWN_ORDER, lambda called: into_panels(bound.hf, called, pairs), SAME):
         if deterministic:
             raise Unsupported(f"{name} reads weights beside calling their layers: leave --deterministic out")
