@@ -98,8 +98,9 @@ def positions(text: dict[str, Any]) -> Table:
 
 
 def answers(greedy: dict[str, Any], baseline: str) -> Table:
+    count = f"{greedy['prompts']} prompt{'s' * (greedy['prompts'] != 1)}"
     title = (
-        f"Greedy answers beside {baseline}'s: {greedy['prompts']} prompts of {greedy['prompt_tokens']} tokens of the "
+        f"Greedy answers beside {baseline}'s: {count} of {greedy['prompt_tokens']} tokens of the "
         f"text, answers of {greedy['answer_tokens']}"
     )
     found = table(title, "format", "part", "after tokens, median", "quartiles")
