@@ -33,3 +33,13 @@ def test_every_number_is_shown_whole_beside_the_names_of_its_row(width: int) -> 
 
 def test_where_there_is_room_it_is_one_table() -> None:
     assert shown(200).count("int8-token") == 1 < shown(80).count("int8-token")
+
+
+@pytest.mark.parametrize("width", range(52, 84, 4))
+def test_where_words_give_way_numbers_do_not(width: int) -> None:
+    found = table("Formats", "format", "bytes", "KL ± error", "same top token", "is")
+    found.add_row("kv8, uncalibrated", "0.51", NUMBERS[0], "99.4%", "[green]usable[/]")
+    out = io.StringIO()
+    Console(file=out, width=width).print(found)
+    shown = out.getvalue()
+    assert all(cell in shown for cell in ("uncalibrated", "0.51", NUMBERS[0], "99.4%", "usable"))

@@ -37,13 +37,16 @@ class Fitted(Table):
             while count < len(rest) and (not count or taken + _width(rest[count]) <= room):
                 taken += _width(rest[count])
                 count += 1
-            yield self._of([*keys, *rest[:count]], title)
+            yield self._of([*keys, *rest[:count]], title, width)
             rest, title = rest[count:], None
 
-    def _of(self, columns: Sequence[Column], title: TextType | None) -> Table:
+    def _of(self, columns: Sequence[Column], title: TextType | None, width: int) -> Table:
         part = Table(title=title, **LOOK)
+        narrow = sum(map(_wanted, columns)) > width  # then rich would take from the widest columns, numbers too
         for column in columns:
-            part.add_column(column.header, justify=column.justify, min_width=_width(column) - BETWEEN)
+            least, numbers = _width(column) - BETWEEN, column.justify == "right"
+            own = least if narrow and numbers else None
+            part.add_column(column.header, justify=column.justify, min_width=least, width=own)
         for row, cells in zip(self.rows, zip(*(column.cells for column in columns), strict=True), strict=True):
             part.add_row(*cells, style=row.style, end_section=row.end_section)
         return part
@@ -52,11 +55,20 @@ class Fitted(Table):
 def _width(column: Column) -> int:
     """The least that shows it, with what stands between columns: a cell whole, unless it is of words; of the header the
     longest word."""
-    header = str(column.header).split()
-    cells = [Text.from_markup(str(cell)).plain for cell in column.cells]
+    cells = _shown(column)
     if column.justify == "left":
         cells = [word for cell in cells for word in cell.split()]
-    return max((cell_len(part) for part in (*header, *cells)), default=0) + BETWEEN
+    return max((cell_len(part) for part in (*str(column.header).split(), *cells)), default=0) + BETWEEN
+
+
+def _wanted(column: Column) -> int:
+    """What shows it without a break."""
+    return max(map(cell_len, (*str(column.header).splitlines(), *_shown(column), ""))) + BETWEEN
+
+
+def _shown(column: Column) -> list[str]:
+    """Its cells as they stand on the screen."""
+    return [Text.from_markup(str(cell)).plain for cell in column.cells]
 
 
 def table(title: str, *columns: str, keys: int = 1) -> Table:
