@@ -11,7 +11,7 @@ from octavo.serve.requests.generate import Conversation, GenerateRequest
 from octavo.serve.requests.messages import TextPart, plain_call, text_of
 from octavo.serve.requests.sampling import http
 from octavo.serve.requests.strict import Name, Schema, Strict
-from octavo.serve.requests.tools import check_choice
+from octavo.serve.requests.tools import calls
 from octavo.text import Message
 
 Cache = dict[str, JsonValue] | None
@@ -107,10 +107,6 @@ class ToolChoice(Strict):
             raise ValueError("name: belongs to the type tool, and it alone")
         return self
 
-    @property
-    def must(self) -> bool:
-        return self.type in ("any", "tool")
-
 
 class Format(Strict):
     type: Literal["json_schema"]
@@ -145,9 +141,7 @@ class Conversing(Strict):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        choice = self.tool_choice or ToolChoice(type="auto")
-        check_choice([tool.name for tool in self.tools or ()], choice.must, choice.name)
-        if self.format is not None and self.callable:
+        if self.choice()["functions"] and self.format is not None:
             raise ValueError("output_config: excludes calls of tools, unless tool_choice is none")
         return self
 
@@ -155,23 +149,22 @@ class Conversing(Strict):
     def format(self) -> Format | None:
         return (self.output_config.format if self.output_config else None) or self.output_format
 
-    @property
-    def callable(self) -> list[AnthropicTool]:
-        return [] if self.tool_choice and self.tool_choice.type == "none" else self.tools or []
+    def choice(self) -> dict[str, Any]:
+        """The fields of Conversation that are about calls."""
+        choice = self.tool_choice or ToolChoice(type="auto")
+        functions = [_function(tool) for tool in self.tools or ()]
+        must = choice.type in ("any", "tool")
+        return calls(functions, choice.type != "none", must, choice.name, not choice.disable_parallel_tool_use)
 
     def conversation(self) -> Conversation:
-        choice = self.tool_choice or ToolChoice(type="auto")
         system = [{"role": "system", "content": text_of(self.system)}] if self.system else []
         go_on = self.messages[-1].role == "assistant"
         return Conversation(
             [*system, *(plain for message in self.messages for plain in message.plain())],
-            [_function(tool) for tool in self.callable],
-            must_call=choice.must,
-            only=choice.name,
-            parallel=not choice.disable_parallel_tool_use,
             reply=not go_on,
             go_on=go_on,  # the answer's beginning is given
             variables={"enable_thinking": self.thinking.type != "disabled"} if self.thinking else {},
+            **self.choice(),
         )
 
 

@@ -8,12 +8,12 @@ from octavo.engine.params import MAX_TOKENS, TABLE
 from octavo.serve.requests.generate import Conversation, GenerateRequest
 from octavo.serve.requests.messages import ChatMessage
 from octavo.serve.requests.sampling import Sampling, http
-from octavo.serve.requests.tools import Tools
+from octavo.serve.requests.tools import NamedTool, Tool, Tools
 
 MAX_TOP = 20  # of top_logprobs, as at OpenAI
 
 
-class ChatRequest(Sampling, Tools):
+class ChatRequest(Sampling, Tools[Tool, NamedTool]):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: http(TABLE["max_tokens"].kind) | None = None  # type: ignore[valid-type]
     logprobs: bool | None = None
@@ -34,7 +34,7 @@ class ChatRequest(Sampling, Tools):
             raise ValueError("top_logprobs: only allowed with logprobs=true")
         self._one_of("max_tokens", "max_completion_tokens", "n_predict")
         self._one_of("top_logprobs", "n_probs")
-        if self.callable and self.constraint:
+        if self.choice()["functions"] and self.constraint:
             raise ValueError("response_format: excludes calls of tools, unless tool_choice is none")
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message: excludes add_generation_prompt")

@@ -14,7 +14,8 @@ from octavo.serve.requests.sampling import WITHOUT_EFFECT, without_effect
 
 logger = logging.getLogger("octavo")
 R = TypeVar("R", bound=BaseModel)
-MEMBERS = ("str", "int", "constrained-str", "NamedTool")  # of unions, by their names; others' have brackets
+# Of unions, by their names; others have brackets.
+MEMBERS = ("str", "int", "constrained-str", "NamedTool", "NamedFlatTool")
 CODES = {
     "extra_forbidden": "unknown_parameter",
     "missing": "missing_required_parameter",

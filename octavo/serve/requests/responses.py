@@ -10,7 +10,7 @@ from octavo.serve.requests.generate import Conversation, GenerateRequest
 from octavo.serve.requests.messages import plain_call, text_of
 from octavo.serve.requests.sampling import http
 from octavo.serve.requests.strict import Caller, Name, Schema, Strict, read_json
-from octavo.serve.requests.tools import check_choice
+from octavo.serve.requests.tools import FlatTool, NamedFlatTool, Tools
 from octavo.text import Message
 
 Status = Literal["in_progress", "completed", "incomplete"] | None
@@ -88,19 +88,6 @@ Item = Annotated[
 ]
 
 
-class FunctionTool(Strict):
-    type: Literal["function"]
-    name: Name
-    description: str | None = None
-    parameters: Schema | None = None
-    strict: bool | None = None
-
-
-class NamedTool(Strict):
-    type: Literal["function"]
-    name: str
-
-
 class TextFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     name: Name | None = None
@@ -130,14 +117,11 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class ResponsesRequest(Caller):
+class ResponsesRequest(Caller, Tools[FlatTool, NamedFlatTool]):
     model: str | None = None
     input: str | list[Item]
     instructions: str | None = None
     previous_response_id: str | None = None
-    tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     max_output_tokens: http(TABLE["max_tokens"].kind) | None = None  # type: ignore[valid-type]
     temperature: http(TABLE["temperature"].kind) | None = None  # type: ignore[valid-type]
@@ -159,24 +143,11 @@ class ResponsesRequest(Caller):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        check_choice([tool.name for tool in self.tools or ()], self.must_call, self.only)
-        if self.answer_schema is not None and self.callable:
+        if self.answer_schema is not None and self.choice()["functions"]:
             raise ValueError("text: a format excludes calls of tools, unless tool_choice is none")
         if not self.input:
             raise ValueError("input: is empty")
         return self
-
-    @property
-    def must_call(self) -> bool:
-        return self.tool_choice not in (None, "none", "auto")
-
-    @property
-    def only(self) -> str | None:
-        return self.tool_choice.name if isinstance(self.tool_choice, NamedTool) else None
-
-    @property
-    def callable(self) -> list[FunctionTool]:
-        return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def answer_schema(self) -> Schema | None:
@@ -204,11 +175,8 @@ class ResponsesRequest(Caller):
         instructions = [{"role": "system", "content": self.instructions}] if self.instructions else []
         conversation = Conversation(
             _one_system([*instructions, *before, *self.messages()]),
-            [tool.model_dump(exclude_none=True, exclude={"type"}) for tool in self.callable],
-            must_call=self.must_call,
-            only=self.only,
-            parallel=self.parallel_tool_calls is not False,
             variables={"reasoning_effort": self.reasoning.effort} if self.reasoning and self.reasoning.effort else {},
+            **self.choice(),
         )
         sampling = self.given(("temperature", "top_p", "top_k", "min_p", "seed"))
         sampling["max_tokens"] = self.max_output_tokens or MAX_TOKENS
