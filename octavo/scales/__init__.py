@@ -4,39 +4,39 @@ A scale says less than a calibration: how far K and V reach, and not what reads 
 serves formats that need ranges alone (`int8`, `fp8`).
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from octavo.cache.plan import LayerShape
 from octavo.errors import OctavoError
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import Granularity
-from octavo.scales import compressed_tensors, lmdeploy, modelopt, onnxruntime, sglang, turbomind
+from octavo.scales import checkpoint, compressed_tensors, lmdeploy, modelopt, onnxruntime, sglang, turbomind
 from octavo.scales.ranges import Layers, calibration_of, check
 
 
-class Format(Protocol):
-    """What the module of a format has."""
+@dataclass(frozen=True)
+class Format:
+    """How one project keeps scales."""
 
-    GRANULARITIES: tuple[Granularity, ...]  # that it can hold, the usual one first
-    HEADROOM: float | None  # that it is written with unless said otherwise; None: the calibration's
-
-    def read(self, path: Path, shapes: list[LayerShape] | None) -> Layers: ...
-    def write(self, path: Path, calibration: Calibration, model: Model) -> list[str]:
-        """Returns what to do with it."""
-        ...
+    read: Callable[[Path, Sequence[LayerShape] | None], Layers]
+    write: Callable[[Path, Calibration, Model], list[str]]  # returns what to do with it
+    granularities: tuple[Granularity, ...]  # that it can hold, the usual one first
+    headroom: float | None = 1.0  # that it is written with unless said otherwise; None: the calibration's
 
 
-FORMATS: dict[str, Format] = {
-    "compressed-tensors": compressed_tensors,  # type: ignore[dict-item]  # modules with the members of a Format
-    "llm-compressor": compressed_tensors,  # type: ignore[dict-item]
-    "vllm": compressed_tensors,  # type: ignore[dict-item]
-    "modelopt": modelopt,  # type: ignore[dict-item]
-    "onnxruntime-genai": onnxruntime,  # type: ignore[dict-item]
-    "sglang": sglang,  # type: ignore[dict-item]
-    "lmdeploy": lmdeploy,  # type: ignore[dict-item]
-    "turbomind": turbomind,  # type: ignore[dict-item]
+FORMATS = {
+    **dict.fromkeys(
+        ("compressed-tensors", "llm-compressor", "vllm"),
+        Format(checkpoint.read, compressed_tensors.write, ("tensor", "head")),
+    ),
+    "modelopt": Format(checkpoint.read, modelopt.write, ("tensor",)),
+    "onnxruntime-genai": Format(onnxruntime.read, onnxruntime.write, ("channel", "tensor"), headroom=None),
+    "sglang": Format(sglang.read, sglang.write, ("tensor",)),
+    "lmdeploy": Format(lmdeploy.read, lmdeploy.write, ("channel",)),
+    "turbomind": Format(turbomind.read, turbomind.write, ("tensor",)),
 }
 
 
@@ -72,8 +72,8 @@ def export_scales(
 ) -> list[str]:
     """Write the scales of a calibration of `model` for another project; returns what to do with them there."""
     format = format_of(name)
-    granularity = granularity or format.GRANULARITIES[0]
-    if granularity not in format.GRANULARITIES:
-        raise OctavoError(f"{name} holds scales per {' or '.join(format.GRANULARITIES)}, not per {granularity}")
-    headroom = format.HEADROOM if headroom is None else headroom
+    granularity = granularity or format.granularities[0]
+    if granularity not in format.granularities:
+        raise OctavoError(f"{name} holds scales per {' or '.join(format.granularities)}, not per {granularity}")
+    headroom = format.headroom if headroom is None else headroom
     return format.write(path, calibration.choosing(granularity, headroom), model)

@@ -18,8 +18,6 @@ from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.scales.ranges import Found, Layers
 
-GRANULARITIES = ("channel",)
-HEADROOM = 1.0  # the ranges themselves: scales are made of them later
 FILES: dict[Side, str] = {"k": "key_stats.pth", "v": "value_stats.pth"}
 
 

@@ -12,13 +12,7 @@ from octavo.cache.plan import SIDES
 from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.scales import checkpoint
-from octavo.scales.checkpoint import read
 from octavo.scales.ranges import FP8, symmetric
-
-__all__ = ["GRANULARITIES", "HEADROOM", "read", "write"]
-
-GRANULARITIES = ("tensor",)
-HEADROOM = 1.0  # absmax/448
 
 
 def write(path: Path, calibration: Calibration, model: Model) -> list[str]:

@@ -22,8 +22,6 @@ from octavo.models.model import Model
 from octavo.quant.calibration import Calibration
 from octavo.scales.ranges import Found, Layers, symmetric
 
-GRANULARITIES = ("channel", "tensor")
-HEADROOM = None  # that of the calibration
 QMAX = 128.0
 
 

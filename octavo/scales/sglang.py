@@ -20,9 +20,6 @@ from octavo.quant.calibration import Calibration
 from octavo.scales.ranges import FP8, Found, Layers, symmetric
 from octavo.scales.ranks import over_heads
 
-GRANULARITIES = ("tensor",)
-HEADROOM = 1.0
-
 
 def read(path: Path, shapes: Sequence[LayerShape] | None) -> Layers:
     found = read_json(path).get("kv_cache")

@@ -23,8 +23,6 @@ from octavo.quant.calibration import Calibration
 from octavo.scales.ranges import INT8, Found, Layers, asymmetric
 from octavo.scales.ranks import over_heads
 
-GRANULARITIES = ("tensor",)
-HEADROOM = 1.0  # the page's recipe
 NAME = re.compile(r"layers\.(\d+)\.past_kv_scale\.(\d+)\.weight")
 SYMMETRIC = 127.0
 

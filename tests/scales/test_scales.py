@@ -167,7 +167,7 @@ def test_what_is_exported_comes_back_and_goes_out_again_unchanged(
     name: str, granularity: Any, model: Model, calibration: Calibration, tmp_path: Path
 ):
     """Exported, imported and exported again: the same numbers to the last bit."""
-    if granularity is not None and granularity not in FORMATS[name].GRANULARITIES:
+    if granularity is not None and granularity not in FORMATS[name].granularities:
         with pytest.raises(OctavoError, match=f"{name} holds scales per .*, not per head"):
             export_scales(tmp_path / "out", name, model, calibration, granularity)
         return
