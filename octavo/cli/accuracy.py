@@ -83,7 +83,7 @@ def accuracy(
     lengths = numbers(retrieval, "--retrieval") if retrieval is not None else []
     subtasks, skipped = on_tasks.subtasks(data_dir)
     source = on_text.open(data_dir) if reads else None
-    model, begun = options.load(), perf_counter()
+    model, begun = options.load(pairs=False), perf_counter()  # as tune: bf16's rounding is four times what kv8 loses
     from octavo.cli.tables.accuracy import show_retrieval, show_tasks, show_text, show_theory
     from octavo.measure.accuracy.results import about
     from octavo.measure.accuracy.retrieval import LEAST

@@ -48,7 +48,7 @@ def candidates(model: Model, kv: str | None, calibration: Path | None) -> list[C
 
 def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:
     """The 16-bit model to compare `model` with."""
-    return baseline_of(options, name, model).load(model.bound.computes, say=False)
+    return baseline_of(options, name, model).load(model.bound.computes, say=False, pairs=False)
 
 
 def baseline_of(options: LoadOptions, name: str, model: Model) -> LoadOptions:

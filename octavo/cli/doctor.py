@@ -26,7 +26,7 @@ def doctor(
     if text != "self":
         load_texts(text)  # refuses what is not there before the model is loaded
     try:
-        model = options.load(say=False)  # it is in the table
+        model = options.load(say=False, pairs=False)  # said in the table; float32 products as in accuracy
     except Unsupported as refusal:
         from octavo.measure.doctor.diagnosis import Diagnosis
 
