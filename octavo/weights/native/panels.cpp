@@ -111,7 +111,11 @@ struct Rows {
                         __builtin_prefetch(later + i + W);
                         store(to + i / 2, pairs_of(load_float(from + i), load_float(from + i + W)));
                     }
-                    for (; i < 2 * n; i++) from_float(to_float(from[i]), reinterpret_cast<bf16*>(to)[i]);
+                    for (; i < 2 * n; i += 2) {
+                        bf16 pair[2];
+                        for (int j = 0; j < 2; j++) from_float(to_float(from[i + j]), pair[j]);
+                        std::memcpy(to + i / 2, pair, sizeof pair);
+                    }
                 } else {
                     for (; i + W <= n; i += W) {
                         __builtin_prefetch(later + i);
