@@ -1,6 +1,8 @@
 """The `octavo` command: one short file for each verb, each calls functions that Python can call too."""
 
+import atexit
 import errno
+import gc
 import os
 import sys
 import warnings
@@ -77,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     if argv[:2] == ["chat", "turbomind"]:  # as on LMDeploy's page, which names its engine here
         argv = ["chat", *argv[2:]]
+    atexit.register(gc.freeze)  # or leaving takes a second: the interpreter looks through all that torch has made
     wanted = argv[:1] if argv and argv[0] in KNOWN else KNOWN
     try:
         try:
