@@ -96,6 +96,7 @@ public:
     }
 
     void define(nanobind::module_& m) {
+        nanobind::set_leak_warnings(false);  // a command ends without looking for garbage (cli/__init__.py)
         m.def("isas", [this] {
             std::vector<std::string> names;
             for (const Kernels* kernels : usable) names.push_back(kernels->name);
