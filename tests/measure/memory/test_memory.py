@@ -135,8 +135,9 @@ def test_code_that_looks_at_values_is_traced_with_random_weights(
 def test_the_process_takes_what_theory_says_and_no_more(tmp_path: Path) -> None:
     """128 MiB of fp16 cache against 64 MiB of int8, all of it touched: resident sets differ by as much, within 8 %.
 
-    Seen: 0.2 to 1 %, and once 4.8 % beside other tests. Beside the cache the processes do the same; many layers of small heads keep small what a step
-    holds at a time, and random rows alone leave the allocator in the same state every time.
+    Seen: 0.2 to 1 %, and once 4.8 % beside other tests. Beside the cache the processes do the same; many layers of
+    small heads keep small what a step holds at a time, and random rows alone leave the allocator in the same state
+    every time.
     """
     config = tmp_path / "deep.json"
     config.write_text(json.dumps({
