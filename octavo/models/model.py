@@ -24,7 +24,7 @@ from octavo.models.locate import BUNDLED as BUNDLED
 from octavo.models.locate import find_artefact, is_directory, locate, work_dir
 from octavo.models.magnitude import TOKENS, fit_table
 from octavo.models.packed import packed_layers
-from octavo.models.prepack import multiplies_pairs, prepack
+from octavo.models.prepack import prepack, rounds_rows
 from octavo.models.rope import short_context
 from octavo.models.tokenizer import load_tokenizer, warn_of_strangers
 from octavo.quant import tuned
@@ -159,7 +159,7 @@ class Model:
         """The processor, its instructions, and the types of weights and of what is computed; None on other devices."""
         if self.bound.device != HOST:
             return None
-        computes = dtype_name(self.bound.computes) + (", products bf16" if multiplies_pairs(self.bound.hf) else "")
+        computes = dtype_name(self.bound.computes) + (", products bf16" if rounds_rows(self.bound.hf) else "")
         return f"{processor.name()}, {processor.instructions()}; weights {self.weight_kind}, computing {computes}"
 
     @property

@@ -117,7 +117,7 @@ def is_prepacked(model: nn.Module) -> bool:
     return any(isinstance(module, PanelLinear) for module in model.modules())
 
 
-def multiplies_pairs(model: nn.Module) -> bool:
+def rounds_rows(model: nn.Module) -> bool:
     """Whether rows are rounded to bf16 for some of its products."""
     return any(isinstance(module, PanelLinear) and cpu.in_pairs(module.weight) for module in model.modules())
 

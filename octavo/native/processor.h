@@ -33,7 +33,7 @@ inline bool supported(const std::string& isa) {
     return false;
 }
 
-// Whether the processor multiplies bf16 numbers: torch's products of them are then faster than any of float32.
+// Whether the processor multiplies bf16 numbers.
 inline bool has_bf16() {
 #if defined(__x86_64__)
     __builtin_cpu_init();

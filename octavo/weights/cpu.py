@@ -21,7 +21,6 @@ from octavo.native import address, expect, in_rows
 extension = native.load("octavo.weights._native")
 _native = native.functions(extension)
 FLOATS = extension.floats
-PANEL: int = getattr(_native, "PANEL", 16)  # outputs of a panel
 
 Weight = tuple[Tensor, int, Tensor | None]
 """Panels, outputs, and a bias of the rows' type. What is multiplied together has one type and number of inputs."""
@@ -95,7 +94,7 @@ def pack_panels(weight: Tensor, pairs: bool = False) -> Tensor:
     they are multiplied, by the processor's own instruction, which is twice as fast."""
     steps = weight.contiguous().view(torch.int32) if pairs else in_rows(weight)
     out, columns = steps.shape
-    panels = torch.empty(-(-out // PANEL), columns, PANEL, dtype=steps.dtype)
+    panels = torch.empty(-(-out // _native.PANEL), columns, _native.PANEL, dtype=steps.dtype)
     _native.pack_panels(
         steps.data_ptr(), out, columns, steps.stride(0), steps.itemsize, panels.data_ptr(), torch.get_num_threads()
     )
@@ -137,16 +136,17 @@ def _multiply(weights: Sequence[Weight], x: Tensor, ys: Sequence[Tensor | None],
 
 
 def in_pairs(panels: Tensor) -> bool:
-    return panels.shape[2] != PANEL
+    return panels.shape[2] != _native.PANEL
 
 
 def inputs(panels: Tensor) -> int:
     """Of the weight that lies in them."""
-    return panels.shape[1] * panels.shape[2] // PANEL
+    return panels.shape[1] * panels.shape[2] // _native.PANEL
 
 
 def _expect_panels(panels: Tensor, out: int) -> None:
-    right = panels.shape[2] in (PANEL, 2 * PANEL) and out <= len(panels) * PANEL and panels.is_contiguous()
+    panel: int = _native.PANEL
+    right = panels.shape[2] in (panel, 2 * panel) and out <= len(panels) * panel and panels.is_contiguous()
     expect(right, "contiguous panels of all outputs")
 
 

@@ -42,19 +42,15 @@ class PanelEmbedding(TypedEmbedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         panels = _steps(self.weight)
-        rows = panels[ids // cpu.PANEL, :, ids % cpu.PANEL].view(self.weight.dtype)
+        panel = panels.shape[-1]
+        rows = panels[ids // panel, :, ids % panel].view(self.weight.dtype)
         return rows.to(self.leaves_as or self.weight.dtype)
 
 
 def unpacked(panels: Tensor, out: int) -> Tensor:
     """The rows of a weight in panels: [out, in]."""
-    return (
-        _steps(panels)
-        .transpose(1, 2)
-        .flatten(0, 1)[:out]
-        .clone(memory_format=torch.contiguous_format)
-        .view(panels.dtype)
-    )
+    rows = _steps(panels).transpose(1, 2).flatten(0, 1)[:out]
+    return rows.clone(memory_format=torch.contiguous_format).view(panels.dtype)
 
 
 def _steps(panels: Tensor) -> Tensor:

@@ -159,8 +159,8 @@ def test_a_prompt_in_chunks_answers_as_one_in_a_piece(
     assert_same: Compare,
     how: tuple[str, str],
 ):
-    if budget == 1 and "native" in how[1] and not cpu.exact:
-        pytest.skip("here a piece of one token is computed as the token of an answer is, by products of bytes")
+    if budget == 1 and "int4" in how[0] and "native" in how[1] and not cpu.exact:
+        pytest.skip("a piece of one token goes by products of bytes here, whose rounding moves codes of 4 bits")
     assert_same([ask(make(batch=1, budget=budget), [prompts[i]])[0] for i in chosen], [cold[i] for i in chosen])
 
 

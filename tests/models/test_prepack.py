@@ -256,7 +256,7 @@ def test_without_pairs_products_are_float32_on_every_processor() -> None:
     """As `octavo tune` measures: rounding to bf16 would hide what one side of one layer loses."""
     model = Model.load(device="cpu", computing=torch.float32, pairs=False)
     assert is_prepacked(model.bound.hf)
-    assert not prepacking.multiplies_pairs(model.bound.hf)
+    assert not prepacking.rounds_rows(model.bound.hf)
 
 
 def test_deterministic_takes_float32_products_on_every_processor() -> None:

@@ -133,11 +133,11 @@ def test_code_that_looks_at_values_is_traced_with_random_weights(
 
 @pytest.mark.slow
 def test_the_process_takes_what_theory_says_and_no_more(tmp_path: Path) -> None:
-    """128 MiB of fp16 cache against 64 MiB of int8, all of it touched: resident sets differ by as much, within 8 %.
+    """256 MiB of fp16 cache against 128 MiB of int8, all of it touched: resident sets differ by as much, within 4 %.
 
-    Seen: 0.2 to 1 %, and once 4.8 % beside other tests. Beside the cache the processes do the same; many layers of
-    small heads keep small what a step holds at a time, and random rows alone leave the allocator in the same state
-    every time.
+    Seen: 0.2 to 1 %, and beside other tests 3 MB. Beside the cache the processes do the same; many layers of small
+    heads keep small what a step holds at a time, and random rows alone leave the allocator in the same state every
+    time.
     """
     config = tmp_path / "deep.json"
     config.write_text(json.dumps({
@@ -149,7 +149,7 @@ def test_the_process_takes_what_theory_says_and_no_more(tmp_path: Path) -> None:
     theory = costs(geometry, [FP16, INT8], 1024, 1 << 30)
     source = Source(config, load_format="dummy", fill_seconds=0)
     seen = []
-    found = points(theory, [8], 1024, {"fp32": source}, seen.append)
+    found = points(theory, [16], 1024, {"fp32": source}, seen.append)
     assert seen == found
     assert [point.how for point in found] == ["measured"] * 2, found[0].reason
     for point in found:
@@ -158,11 +158,11 @@ def test_the_process_takes_what_theory_says_and_no_more(tmp_path: Path) -> None:
         assert 0 <= point.cache - point.batch * 1024 * geometry_bytes(geometry, point.format) < MIB // 64
         assert point.found.before < point.found.settled <= point.found.peak
         assert point.rest == point.total - point.weights - point.cache
-        assert point.found.by_model == 8, "the last token of each session"
+        assert point.found.by_model == 16, "the last token of each session"
     of_cache, in_total = saved(found[1], found)
-    assert of_cache == pytest.approx(64 * MIB, rel=1e-3)
+    assert of_cache == pytest.approx(128 * MIB, rel=1e-3)
     assert in_total is not None
-    assert in_total == pytest.approx(of_cache, rel=0.08)
+    assert in_total == pytest.approx(of_cache, rel=0.04)
 
 
 def geometry_bytes(geometry: Geometry, format: str) -> int:
