@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from octavo.progress import Count
     from octavo.ray.measuring import Workers
 
+# float32 products, here and on a cluster, as in tune: rounding to bf16 moves answers four times as far as kv8 does.
+EXACT = {"pairs": False}
+
 
 @takes(LoadOptions, TextOptions, TaskOptions)
 def accuracy(
@@ -83,7 +86,7 @@ def accuracy(
     lengths = numbers(retrieval, "--retrieval") if retrieval is not None else []
     subtasks, skipped = on_tasks.subtasks(data_dir)
     source = on_text.open(data_dir) if reads else None
-    model, begun = options.load(pairs=False), perf_counter()  # as tune: bf16's rounding is four times what kv8 loses
+    model, begun = options.load(pairs=EXACT["pairs"]), perf_counter()
     from octavo.cli.tables.accuracy import show_retrieval, show_tasks, show_text, show_theory
     from octavo.measure.accuracy.results import about
     from octavo.measure.accuracy.retrieval import LEAST
@@ -161,8 +164,8 @@ def _comparing(
 
     other = None
     if baseline is not None:
-        other = baseline_of(options, baseline, model).loading() | {"computing": model.bound.computes}
-    return partial(comparing, options.loading(), other, compared, workers)
+        other = baseline_of(options, baseline, model).loading() | EXACT | {"computing": model.bound.computes}
+    return partial(comparing, options.loading() | EXACT, other, compared, workers)
 
 
 def _asking(options: LoadOptions, workers: Workers | None) -> Elsewhere | None:
@@ -170,4 +173,4 @@ def _asking(options: LoadOptions, workers: Workers | None) -> Elsewhere | None:
         return None
     from octavo.ray.measuring import asking
 
-    return asking(options.loading(), workers)
+    return asking(options.loading() | EXACT, workers)
