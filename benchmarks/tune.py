@@ -1,8 +1,9 @@
 """What formats that are tuned layer by layer lose beside one format for all layers: KL over bits, as a picture.
 
-Models in float32, calibrated on PTB; what each part of the cache loses is measured on other windows of PTB, formats are
-chosen for several sizes, and all are measured by `octavo accuracy`'s own code on WikiText-2 and C4, which neither has
-seen. Whatever is done is kept in --out, and the same command goes on where it was interrupted.
+Models in float32, calibrated on PTB; what each part of the cache loses is measured on the bundled English prose, the
+default of `octavo tune`, formats are chosen for several sizes, and all are measured by `octavo accuracy`'s own code on
+WikiText-2 and C4, which neither has seen. Whatever is done is kept in --out, and the same command goes on where it was
+interrupted; with more --parts it adds windows, and measures anew the formats that are then chosen.
 
     python benchmarks/tune.py MODEL … --data ../shared/data/text --out benchmarks/results/tune.json --plot docs/tune.svg
 """
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from formats import AT_ONCE, BASELINE
@@ -25,7 +27,7 @@ from octavo import KVFormat
 from octavo.cache.size import CacheSize
 from octavo.cli.progress import progress, telling
 from octavo.corpus import load_texts
-from octavo.measure.accuracy.compare import compare
+from octavo.measure.accuracy.compare import measured, scores
 from octavo.measure.candidate import Candidate
 from octavo.measure.report.svg import LIGHT, drawn, standalone
 from octavo.measure.tune.choice import choose, formats_of, token_budget
@@ -37,30 +39,33 @@ from octavo.text_windows import consecutive_windows, token_windows
 TEXTS = ("wikitext2", "c4")
 FOR_ALL = (*UNIFORM, "k4v8")
 BITS = (4.5, 5.0, 5.5, 6.0, 6.125, 6.5, 7.0, 7.5)
-SEED = 7  # of the windows on which parts are measured; those of the calibration have 0
+DRAWN = 8  # windows of the prose, of which the first so many as are asked for are read
 KEPT = ("kl", "kl_error", "agreement", "tokens")
 
 Document = dict[str, Any]
 
 
 def sensitivity(model: Model, calibration: Calibration, found: Document, args: argparse.Namespace) -> Sensitivity:
-    """What each part loses, kept between runs."""
+    """What each part loses, over so many windows; each window is kept between runs."""
     name = model.path.name
-    if name not in found["parts"]:
-        windows = token_windows(load_texts("ptb", args.data), model.tokenizer, args.parts, args.length, seed=SEED)
+    kept = found["parts"].setdefault(name, {"text": "prose", "length": args.length, "windows": []})
+    assert kept["length"] == args.length, "windows of another length are kept in --out: name another file"
+    windows = token_windows(load_texts(None), model.tokenizer, DRAWN, args.length)
+    for window in windows[len(kept["windows"]) : args.parts]:
         with progress() as bar:
-            task = bar.add_task(f"{name}: parts", total=len(windows) * readings(model.bound))
-            measured = measure(model.bound, calibration, windows, lambda _: True, lambda: bar.advance(task))
-        found["parts"][name] = {
-            "windows": measured.windows, "length": measured.length, "uniform": measured.uniform,
-            "kl": [[part.layer, part.side, part.kl[FEW]] for part in measured.sides], **here(),
-        }  # fmt: skip
+            task = bar.add_task(f"{name}: parts", total=readings(model.bound))
+            own = measure(model.bound, calibration, [window], lambda _: True, lambda: bar.advance(task))
+        kl = [[part.layer, part.side, part.kl[FEW]] for part in own.sides]
+        kept["windows"].append({"uniform": own.uniform, "kl": kl, **here()})
         keep(args.out, found)
-    kept = found["parts"][name]
-    few = {(layer, side): kl for layer, side, kl in kept["kl"]}
-    return Sensitivity(
-        sides_of(model.bound, few, kept["uniform"]["kv8"]), kept["uniform"], kept["windows"], kept["length"]
-    )
+    read = kept["windows"][: args.parts]
+    few = {(layer, side): fmean(_lost(window, layer, side) for window in read) for layer, side, _ in read[0]["kl"]}
+    uniform = {name: fmean(window["uniform"][name] for window in read) for name in UNIFORM}
+    return Sensitivity(sides_of(model.bound, few, uniform["kv8"]), uniform, len(read), args.length)
+
+
+def _lost(window: Document, layer: int, side: str) -> float:
+    return next(kl for *part, kl in window["kl"] if part == [layer, side])
 
 
 def candidates(
@@ -81,21 +86,27 @@ def candidates(
 
 
 def compared(model: Model, calibration: Calibration, parts: Sensitivity, found: Document, text: str, args: Any) -> None:
-    """Add the rows of a text that are missing, and keep them after every few."""
+    """Add the rows of a text that are missing, in place of those that were measured in another way, and keep them after
+    every few."""
     how = {"model": model.path.name, "text": text, "window": args.window, "windows": args.windows}
-    known = {row["name"] for row in found["rows"] if how.items() <= row.items()}
-    missing = [
-        pair for pair in candidates(model, calibration, parts, args.uniform, args.bits) if pair[0].name not in known
-    ]
+    on = {"parts": parts.windows, "length": parts.length}  # what formats are chosen from
+
+    def row_of(name: str) -> Document:
+        return how | {"name": name} | (on if name.startswith("tuned") else {})
+
+    several = candidates(model, calibration, parts, args.uniform, args.bits)
+    missing = [pair for pair in several if not any(row_of(pair[0].name).items() <= row.items() for row in found["rows"])]
     windows = consecutive_windows(load_texts(text, args.data, "test"), model.tokenizer, args.window, args.windows)
     for group in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
         title = f"{model.path.name} on {text}: {group[0][0].name} …"
         with telling(title) as tell:
-            scores = compare(model, [BASELINE, *(candidate for candidate, _ in group)], windows, partial(tell, title))
-        for (candidate, expected), score in zip(group, scores[1:], strict=True):
-            row = how | {"name": candidate.name, "bits": bits(model, candidate), "expected_on_parts": expected}
+            read = measured(model, [BASELINE, *(candidate for candidate, _ in group)], windows, partial(tell, title))
+        for (candidate, expected), one, score in zip(group, read[1:], scores(read)[1:], strict=True):
+            row = row_of(candidate.name) | {"bits": bits(model, candidate), "expected_on_parts": expected}
             row |= {key: value for key, value in asdict(score).items() if key in KEPT}
-            found["rows"].append(row | here())
+            row["kl_of_windows"] = one.kl.mean(1).tolist()
+            same = ("model", "text", "name")
+            found["rows"] = [old for old in found["rows"] if any(old[key] != row[key] for key in same)] + [row | here()]
         keep(args.out, found | describe())
 
 
@@ -161,7 +172,7 @@ def _mean(rows: list[Document]) -> tuple[float, float]:
 def main() -> None:
     cli = options(__doc__, "ptb.*.txt, wikitext2.*.txt, c4_sample.jsonl", models="*")
     cli.add_argument("--parts", type=int, default=2, help="windows on which each part is measured")
-    cli.add_argument("--length", type=int, default=512, help="tokens in one of them")
+    cli.add_argument("--length", type=int, default=1024, help="tokens in one of them")
     cli.add_argument("--window", type=int, default=1024)
     cli.add_argument("--windows", type=int, default=1, help="of each text")
     cli.add_argument("--uniform", nargs="*", choices=FOR_ALL, default=FOR_ALL, help="formats for all layers")
