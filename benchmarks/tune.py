@@ -54,7 +54,7 @@ def sensitivity(model: Model, calibration: Calibration, found: Document, args: a
     for window in windows[len(kept["windows"]) : args.parts]:
         with progress() as bar:
             task = bar.add_task(f"{name}: parts", total=readings(model.bound))
-            own = measure(model.bound, calibration, [window], lambda _: True, lambda: bar.advance(task))
+            own = measure(model.bound, calibration, [window], lambda _: True, partial(bar.advance, task))
         kl = [[part.layer, part.side, part.kl[FEW]] for part in own.sides]
         kept["windows"].append({"uniform": own.uniform, "kl": kl, **here()})
         keep(args.out, found)
@@ -94,8 +94,11 @@ def compared(model: Model, calibration: Calibration, parts: Sensitivity, found: 
     def row_of(name: str) -> Document:
         return how | {"name": name} | (on if name.startswith("tuned") else {})
 
+    def known(name: str) -> bool:
+        return any(row_of(name).items() <= row.items() for row in found["rows"])
+
     several = candidates(model, calibration, parts, args.uniform, args.bits)
-    missing = [pair for pair in several if not any(row_of(pair[0].name).items() <= row.items() for row in found["rows"])]
+    missing = [(candidate, expected) for candidate, expected in several if not known(candidate.name)]
     windows = consecutive_windows(load_texts(text, args.data, "test"), model.tokenizer, args.window, args.windows)
     for group in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
         title = f"{model.path.name} on {text}: {group[0][0].name} …"

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from octavo.corpus import Texts
     from octavo.models.model import Model
 
-WANTED, LEAST = Windows(4, 512), Windows(1, 256)
+# Long rather than many: the first 128 rows read no codes, and in long contexts K loses more beside V (docs/FORMATS.md).
+WANTED, LEAST = Windows(2, 1024), Windows(1, 512)
+SHORTEST = 256  # what --window may ask for
 LAST = 2  # readings of each window that the check of the choice takes
 
 measuring = partial(option, panel="Measuring")
@@ -54,7 +56,7 @@ def tune(
     ] = None,
     window: Annotated[
         int | None,
-        measuring(f"Tokens in a window. [default: {WANTED.length}, or what --budget allows]", min=LEAST.length),
+        measuring(f"Tokens in a window. [default: {WANTED.length:,}, or what --budget allows]", min=SHORTEST),
     ] = None,
     budget: Annotated[str, budget_option("--windows and --window")] = DEFAULT,
     json: Json = False,

@@ -179,6 +179,15 @@ def test_the_verb_chooses_saves_and_says_how_to_serve(
     assert 0.95 * (32 << 20) < llm.cache.nbytes <= 32 << 20
 
 
+def test_a_time_that_is_too_short_still_reads_512_tokens(
+    octavo: Callable[..., str], calibration: Calibration, tmp_path: Path
+) -> None:
+    """The first 128 rows read no codes: shorter windows would choose by few rows."""
+    calibration.save(tmp_path)
+    found = json.loads(octavo("tune", "--bits", 5.2, "--budget", "0.01s", "--work-dir", tmp_path, "--json"))
+    assert (found["windows"], found["window"]) == (1, 512)
+
+
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
