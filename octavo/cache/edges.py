@@ -3,7 +3,7 @@ pages between.
 
 A raw page is as large as a block. A running sequence has
 
-    first   page 0, shared with every sequence of the same first block: a prefix hit needs both
+    first   page 0, shared with every sequence of the same first block; one that is gone is computed before a hit
     ring    span/block_size pages in a row: row t beyond page 0 lies at t mod span, until the next span overwrites it
 
 so a hit is cut to whole spans, and a sequence that stops running gives both back. Pure Python, no tensors.

@@ -24,5 +24,6 @@ class Holding(Held):
     """A sequence, as far as the cache knows it: what it holds while it runs, and what others find it by."""
 
     tokens: list[int]
+    lacks_first: bool = False  # whether it computes a first page, to go on from what is cached behind it
     prefixes: list[bytes] = field(default_factory=list)  # hash of the prefix that each full block ends
     trail: Trail | None = None  # its snapshots of states, until it ends

@@ -29,6 +29,7 @@ class Hit:
     tables: list[list[int]]  # of each group, GONE where no query at their end sees a block
     snapshot: Snapshot | None = None  # of the states at their end, where there are states
     cached: int = 0  # blocks that are cached, those beyond the snapshot included
+    lacks_first: bool = False  # whether there are more, which need a first page that is no longer there
 
     def __len__(self) -> int:
         return len(self.prefixes)
@@ -67,8 +68,9 @@ class CachePool:
             parent = prefix_hash(parent, own)
             yield parent, own
 
-    def find(self, tokens: Sequence[int]) -> Hit:
-        """The longest cached prefix of `tokens`. With edges it is whole spans, and its first page is there."""
+    def find(self, tokens: Sequence[int], has_first: bool = False) -> Hit:
+        """The longest cached prefix of `tokens`. With edges it is whole spans, and its first page is there, or the
+        caller's own."""
         prefixes: list[bytes] = []
         found: list[list[int | None]] = [[] for _ in self.groups]
         for prefix, own in self.prefixes(tokens) if self.groups[0].by_prefix else ():
@@ -79,7 +81,8 @@ class CachePool:
             for table, block in zip(found, blocks, strict=True):
                 table.append(block)
         count = len(prefixes) // self._whole * self._whole
-        if self.edges is not None and count and self.edges.find(tokens) is None:
+        lacks_first = self.edges is not None and count > 0 and not has_first and self.edges.find(tokens) is None
+        if lacks_first:
             count = 0
 
         def lacks(count: int) -> bool:
@@ -96,15 +99,15 @@ class CachePool:
         tables = []
         for table, behind in zip(found, self.behinds(count), strict=True):
             tables.append([GONE] * behind + [block for block in table[behind:count] if block is not None])
-        return Hit(prefixes[:count], tables, snapshot, cached)
+        return Hit(prefixes[:count], tables, snapshot, cached, lacks_first)
 
     def behinds(self, count: int) -> list[int]:
         """Of each group, how many of the first `count` blocks no query after them sees."""
         return [pool.behind(count * self.block_size) for pool in self.groups]
 
-    def match(self, tokens: Sequence[int]) -> Hit:
+    def match(self, tokens: Sequence[int], has_first: bool = False) -> Hit:
         """As `find`, with a reference on each block."""
-        hit = self.find(tokens)
+        hit = self.find(tokens, has_first)
         for pool, table, behind in zip(self.groups, hit.tables, self.behinds(len(hit)), strict=True):
             pool.share(table[behind:])
         return hit
@@ -116,12 +119,24 @@ class CachePool:
 
     def start(self, holder: Holding, hit: Hit) -> None:
         """Let a sequence that holds nothing start on a hit, whose references become its own."""
-        holder.tables, holder.behind = hit.tables, self.behinds(len(hit))
-        holder.prefixes, holder.num_cached = hit.prefixes, len(hit) * self.block_size
         if self.edges is not None:
             holder.first_page, holder.ring = self.edges.take(holder.tokens, bool(hit))
+        self._take_over(holder, hit)
         if self.states is not None:
             self.states.start(holder, hit.snapshot, hit.cached * self.block_size)
+
+    def skip(self, holder: Holding) -> bool:
+        """Let a sequence that has computed its first page go on from what else is cached of its prefix; False if there
+        is no more. First pages are few, and so most are gone before the blocks behind them."""
+        hit = self.match(holder.tokens, has_first=True)
+        if len(hit) * self.block_size <= holder.num_cached:
+            self.unmatch(hit)
+            return False
+        self._release(holder)
+        self._take_over(holder, hit)
+        if self.states is not None:
+            self.states.skip(holder, hit.snapshot, hit.cached * self.block_size)
+        return True
 
     def lacking(self, holder: Holding, tokens: int) -> list[int]:
         """Blocks of each group that a sequence needs more for its first `tokens` tokens."""
@@ -154,8 +169,7 @@ class CachePool:
 
     def free_all(self, holder: Holding) -> None:
         """Take back all that a sequence holds."""
-        for pool, table, behind in zip(self.groups, holder.tables, holder.behind, strict=True):
-            pool.release(table[behind:])
+        self._release(holder)
         if self.edges is not None:
             self.edges.release(holder.first_page, holder.ring)
         if self.states is not None:
@@ -182,6 +196,14 @@ class CachePool:
             self.edges.check([(holder.first_page, holder.ring) for holder in holders])
         if self.states is not None:
             self.states.check(holders)
+
+    def _take_over(self, holder: Holding, hit: Hit) -> None:
+        holder.tables, holder.behind = hit.tables, self.behinds(len(hit))
+        holder.prefixes, holder.num_cached = hit.prefixes, len(hit) * self.block_size
+
+    def _release(self, holder: Holding) -> None:
+        for pool, table, behind in zip(self.groups, holder.tables, holder.behind, strict=True):
+            pool.release(table[behind:])
 
     def _findable(self, prefix: bytes) -> bool:
         """Whether a prefix is cached, but for its states. Without attention there is nothing to be cached."""

@@ -37,6 +37,12 @@ class SequenceStates:
         for length in [length for length in trail.marks if length >= trail.prompt]:
             trail.marks[length] = "answer"  # that it had said when it was preempted
 
+    def skip(self, holder: Holding, snapshot: Snapshot | None, cached: int) -> None:
+        """A sequence that has begun to compute goes on as one that starts there."""
+        self.stop(holder)
+        self.finish(holder)
+        self.start(holder, snapshot, cached)
+
     def part(self, holder: Holding, waiting: Iterable[Holding]) -> None:
         """Have a sequence that starts take a snapshot where those who wait part from its prompt."""
         if (trail := holder.trail) is not None and self.snapshots.slots:

@@ -122,6 +122,8 @@ class Scheduler:
             self.pool.seal_full(sequence)
             if self.pool.states is not None:
                 self.pool.states.taken_in(sequence)
+            if sequence.lacks_first and sequence.num_cached == self.pool.block_size:
+                self._skip(sequence)
             if sequence.pending:
                 continue
             result = next(results)
@@ -166,8 +168,11 @@ class Scheduler:
         assert not any(sequence.tables for sequence in self.waiting), "a waiting sequence holds blocks"
 
     def _tokens(self, sequence: Sequence, budget: int) -> int:
-        """That it computes in this step: as many as there may be, or those until a snapshot of its states is due."""
+        """That it computes in this step: as many as there may be, or those until a snapshot of its states is due, or
+        those of a first page after which it can skip."""
         tokens = min(sequence.pending, budget)
+        if sequence.lacks_first:
+            tokens = min(tokens, self.pool.block_size - sequence.num_cached)
         return tokens if self.pool.states is None else self.pool.states.until_mark(sequence, tokens)
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -176,11 +181,22 @@ class Scheduler:
         if hit is None:
             return False
         self.pool.start(sequence, hit)
+        sequence.lacks_first = hit.lacks_first
         if self.pool.states is not None:
             self.pool.states.part(sequence, islice(self.waiting, 1, self.max_batch_size))
         if not sequence.preemptions:
             sequence.prefix_hit = sequence.num_cached
         return True
+
+    def _skip(self, sequence: Sequence) -> None:
+        """Go on from what is cached of a sequence's prefix: its first page, which it lacked, is computed."""
+        sequence.lacks_first, computed = False, sequence.num_cached
+        if not self.pool.skip(sequence):
+            return
+        if self.pool.states is not None:
+            self.pool.states.part(sequence, islice(self.waiting, self.max_batch_size))
+        if not sequence.preemptions:
+            sequence.prefix_hit = sequence.num_cached - computed
 
     def _may_start(self, sequence: Sequence) -> bool:
         """Whether `_admit` would start it."""

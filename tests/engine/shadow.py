@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 
 from octavo.cache.blocks import BlockPool
+from octavo.cache.edges import EdgePool
 from octavo.cache.pool import CachePool
 from octavo.cache.states import StatePlan, StatePool
 from octavo.engine.params import SamplingParams
@@ -49,16 +50,20 @@ class Shadow(Scheduler):
         reach: int | None = None,
         windows: tuple[int, ...] = (),
         snapshots: int | None = None,
+        ring: int = 0,
     ):
         """`reach` of group 0, and of further groups. With `snapshots` there are states, and room for so many of them;
-        they are taken wherever they save a block."""
+        they are taken wherever they save a block. With `ring` there are raw pages, so many for a sequence's own span,
+        and one first page more than there are sequences."""
         self.states = None if snapshots is None else ShadowStates(batch, snapshots)
         groups = [BlockPool(blocks, block_size, hits, window) for window in (reach, *windows)]
-        pool = CachePool(groups, None, self.states)
+        edges = EdgePool(ring * block_size, block_size, batch * (ring + 1) + 1, batch, hits) if ring else None
+        pool = CachePool(groups, edges, self.states)
         if pool.states is not None:
             pool.states.snapshots.LEAST, pool.states.snapshots.EVERY = block_size, 4 * block_size
         super().__init__(pool, batch, budget, context)
         self.slots: dict[tuple[int, int], tuple[int, ...]] = {}  # by group and slot
+        self.raw: dict[int, tuple[int, ...]] = {}  # by slot of the raw pages
         self.order: list[Sequence] = []  # by their first tokens
         self.unique = 99  # the token that prompts without content were last made of
 
@@ -89,6 +94,11 @@ class Shadow(Scheduler):
                     assert self.slots[self._slot(sequence, group, i)] == tuple(sequence.tokens[: i + 1]), (
                         f"position {i} is another's"
                     )
+        for sequence, n in work if self.pool.edges is not None else ():
+            for i in self._raw(sequence):
+                assert self.raw[self._raw_slot(sequence, i)] == tuple(sequence.tokens[: i + 1]), f"{i}: another's row"
+            for i in range(sequence.num_cached, sequence.num_cached + n):
+                self.raw[self._raw_slot(sequence, i)] = tuple(sequence.tokens[: i + 1])
         if self.states is not None:
             for sequence, n in work:
                 known = tuple(sequence.tokens[: sequence.num_cached])
@@ -115,6 +125,18 @@ class Shadow(Scheduler):
     def _slot(self, sequence: Sequence, group: int, position: int) -> tuple[int, int]:
         size = self.pool.block_size
         return group, sequence.tables[group][position // size] * size + position % size
+
+    def _raw(self, sequence: Sequence) -> set[int]:
+        """Positions of the stored rows that the next query reads raw: those of page 0 and of its own span."""
+        size, stored = self.pool.block_size, sequence.num_cached
+        span = self.pool.edges.ring_pages * size
+        return {*range(min(size, stored)), *range(stored // span * span, stored)}
+
+    def _raw_slot(self, sequence: Sequence, position: int) -> int:
+        size = self.pool.block_size
+        if position < size:
+            return sequence.first_page * size + position
+        return sequence.ring * size + position % (self.pool.edges.ring_pages * size)
 
     def _check_work(self, work: Work, before: list[Sequence]) -> None:
         assert work, "a step without work"

@@ -80,14 +80,27 @@ def test_a_chunk_that_was_interrupted_finds_the_raw_rows_that_it_had_overwritten
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_a_hit_needs_the_first_page_of_its_prefix(llama: BoundModel, span: int) -> None:
-    text, made = prompt(llama, 100), engine(llama, span)
+@pytest.mark.parametrize("budget", [7, 1024])
+def test_a_first_page_that_is_gone_is_computed_and_the_rest_of_the_prefix_is_found(
+    llama: BoundModel, span: int, budget: int
+) -> None:
+    text, made = prompt(llama, 100), engine(llama, span, budget=budget)
     cold = answers(run(made, [text]))
     assert made.pool.edges is not None
     made.pool.edges.firsts.clear()
-    for expected in (0, 99 // span * span):
+    whole = 99 // span * span
+    for expected in (whole - SIZE, whole):
         [found] = run(made, [text])
         assert (found.prefix_hit, found.output) == (expected, cold[0])
+
+
+def test_more_beginnings_than_there_are_first_pages_are_found(llama: BoundModel) -> None:
+    made = engine(llama, SIZE, batch=1)
+    texts = [prompt(llama, 40, seed) for seed in range(8)]
+    cold = [answers(run(made, [text])) for text in texts]
+    for text, expected in zip(texts, cold, strict=True):
+        [found] = run(made, [text])
+        assert (found.prefix_hit, [found.output]) == (SIZE, expected)
 
 
 @pytest.mark.parametrize("span", SPANS)

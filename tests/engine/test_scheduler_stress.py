@@ -67,12 +67,13 @@ events = st.one_of(
     context=st.integers(4, 60),
     hits=st.booleans(),
     snapshots=st.one_of(st.none(), st.integers(0, 6)),
+    ring=st.integers(0, 2),
     happenings=st.lists(events, max_size=40),
 )
 def test_any_requests_and_aborts_give_each_its_own_answer_and_leave_the_pool_whole(
-    blocks, block_size, batch, budget, context, hits, snapshots, happenings
+    blocks, block_size, batch, budget, context, hits, snapshots, ring, happenings
 ):
-    s = Shadow(blocks, block_size, batch, budget, context, hits, snapshots=snapshots)
+    s = Shadow(blocks, block_size, batch, budget, context, hits, snapshots=snapshots, ring=ring)
     arrived: list[Sequence] = []
     for what, *details in happenings:
         if what == "request":
