@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from octavo.attention import cpu as attention
+from octavo.weights import cpu as weights
 
 _SETS = {
     "avx512vnni": "AVX-512", "avxvnni": "AVX2 with VNNI", "avx2": "AVX2", "neon_i8mm": "NEON with I8MM",
@@ -61,4 +62,5 @@ def instructions() -> str:
     """The instruction set that the native kernels use, in words."""
     if attention.unavailable() is not None:
         return "without native kernels"
-    return _SETS[attention.isa()] + (" with BF16" if has_bf16() else "")
+    unit = " and AMX" if weights.has_tiles() else ""
+    return _SETS[attention.isa()] + (f" with BF16{unit}" if has_bf16() else "")

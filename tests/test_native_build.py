@@ -82,6 +82,12 @@ def test_avxvnni_agrees_in_the_encoding_of_avx512(tmp_path: Path) -> None:
     check(tmp_path, "attention", "avxvnni", "g++", [], encoding=("{vex} vpdpbusd", "vpdpbusd"))
 
 
+def test_products_by_a_matrix_unit_are_right_where_it_is_emulated(tmp_path: Path) -> None:
+    if "avx512vnni" not in weights.extension.isas:
+        pytest.skip("this processor has no AVX-512")
+    check(tmp_path, "weights", "avx512vnni", "g++", ["-DEMULATE_TILES"])
+
+
 @pytest.mark.parametrize("isa", ["neon_dotprod", "neon_i8mm"])
 @pytest.mark.parametrize("part", ["attention", "weights"])
 def test_neon_is_right_under_emulation(part: str, isa: str, tmp_path: Path) -> None:

@@ -88,6 +88,11 @@ def multiplies_pairs() -> bool:
     return extension.has_bf16 and bool(_native.multiplies_pairs())
 
 
+def has_tiles() -> bool:
+    """Whether a matrix unit (AMX) multiplies the pairs."""
+    return multiplies_pairs() and bool(_native.has_tiles())
+
+
 def pack_panels(weight: Tensor, pairs: bool = False) -> Tensor:
     """A weight [out, in] in panels of 16 outputs: [⌈out/16⌉, in, 16], the last padded with zeros. As `pairs`, of bf16
     and an even `in`, two inputs of an output lie side by side: [⌈out/16⌉, in/2, 32]. Rows are then rounded to bf16 when

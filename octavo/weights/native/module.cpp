@@ -93,6 +93,7 @@ NB_MODULE(_native, m) {
     compiled.def(m, "decode", &weights::Int4Kernels::decode);
     m.def("multiply_panels", &multiply_panels, nb::call_guard<nb::gil_scoped_release>());
     m.def("multiplies_pairs", [] { return compiled->pairs && has_bf16(); });
+    m.def("has_tiles", [] { return compiled->pairs && has_bf16() && compiled->has_tiles(); });
     compiled.def(m, "pack_panels", &weights::PanelKernels::pack);
     compiled.def(m, "activate", &Kernels::activate);
     compiled.def(m, "rms_norm", &Kernels::rms_norm);

@@ -9,6 +9,9 @@
 // groups over a tile of weights, CHAIN inputs of some panels: the first group reads it into the nearest cache. For many
 // groups it is widened once, into that cache. While a tile is multiplied, the next is fetched.
 //
+// Where the processor has a matrix unit (tiles.h), pairs are multiplied by it, however few the rows; its sums of 16 pairs
+// take the place of one multiply-add each.
+//
 // Several weights that multiply the same rows share one pass over them. Of a gate and what it opens, tiles take turns, so
 // that the two products meet before they leave the cache.
 #include "panels.h"
@@ -20,6 +23,7 @@
 
 #include "parallel.h"
 #include "scratch.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace octavo::weights::ISA {
@@ -57,8 +61,11 @@ thread_local Scratch scratch;
 
 // A step of a chain: one input and its weight, or where the processor multiplies them a pair of bf16 numbers, four bytes too.
 struct Pair { uint32_t bits; };
+struct TilePair : Pair {};  // for the matrix unit
 template <class T>
-constexpr int INPUTS = std::is_same_v<T, Pair> ? 2 : 1;  // of a step
+constexpr int INPUTS = std::is_base_of_v<Pair, T> ? 2 : 1;  // of a step
+template <class T>
+constexpr bool BY_TILES = std::is_same_v<T, TilePair>;  // in groups of two tiles of rows
 
 #if defined(__AVX512F__)
 constexpr bool PAIRS = true;
@@ -209,6 +216,33 @@ inline void chain(const float* x, const T* w, int64_t apart, int64_t n, bool fir
         }
 }
 
+// The same by the matrix unit, for R times TILE_ROWS rows and TOGETHER panels, of which there are two; n is a multiple of
+// STRIDE.
+template <int R, class Ahead>
+void tile_chain(const float* x, const Pair* w, int64_t apart, int64_t n, bool first, float* c, Ahead ahead) {
+    constexpr int64_t LINES = LINE * sizeof(float), PANELS = PANEL * sizeof(Pair), ROW = COLUMNS * sizeof(float);
+    static_assert(TOGETHER == 2 && STRIDE == TILE_ROWS && PANEL == TILE_ROWS && R <= 2);
+    float* below = c + TILE_ROWS * COLUMNS;
+    if (first) {
+        Tiles::zero<0>(), Tiles::zero<1>(), Tiles::zero<2>(), Tiles::zero<3>();
+    } else {
+        Tiles::load<0>(c, ROW), Tiles::load<1>(c + PANEL, ROW);
+        if constexpr (R == 2) Tiles::load<2>(below, ROW), Tiles::load<3>(below + PANEL, ROW);
+    }
+    for (int64_t k = 0; k < n; k += STRIDE, x += STRIDE, w += STRIDE * PANEL) {
+        ahead(k);
+        Tiles::load<6>(w, PANELS), Tiles::load<7>(w + apart, PANELS);
+        Tiles::load<4>(x, LINES);
+        Tiles::multiply_add<0, 4, 6>(), Tiles::multiply_add<1, 4, 7>();
+        if constexpr (R == 2) {
+            Tiles::load<5>(x + TILE_ROWS * LINE, LINES);
+            Tiles::multiply_add<2, 5, 6>(), Tiles::multiply_add<3, 5, 7>();
+        }
+    }
+    Tiles::save<0>(c, ROW), Tiles::save<1>(c + PANEL, ROW);
+    if constexpr (R == 2) Tiles::save<2>(below, ROW), Tiles::save<3>(below + PANEL, ROW);
+}
+
 // A chain of TOGETHER panels for R rows.
 template <int R, class T, class Ahead>
 [[gnu::noinline]] void group_chain(const float* x, const T* w, int64_t apart, int64_t n, bool first, float* c, Ahead ahead) {
@@ -310,16 +344,21 @@ void many(const Call& call, const Pool& pool) {
         const int64_t block = item % blocks.count, range = item / blocks.count;
         const int64_t height = blocks.size(block), first = blocks.first(block);
         const int64_t begin = ranges.first(range) * turn, end = ranges.first(range + 1) * turn;
-        const Parts groups = Parts::of_at_most(height, ROWS);
+        // The matrix unit takes whole tiles of rows; what lies in those beyond `height` meets nobody else's sums.
+        constexpr int64_t UNIT = BY_TILES<T> ? TILE_ROWS : 1;
+        constexpr int MOST = BY_TILES<T> ? 2 : ROWS;
+        const Parts groups = Parts::of_at_most((height + UNIT - 1) / UNIT, MOST);
+        const int64_t lines = groups.total * UNIT, size = lines * COLUMNS;
         const bool direct = INPUTS<T> == 2 || groups.count <= DIRECT;
-        float* tile = scratch.reset(CHAIN * COLUMNS + height * (LINE + (end - begin) * COLUMNS));
+        float* tile = scratch.reset(CHAIN * COLUMNS + lines * (LINE + (end - begin) * COLUMNS));
         float* inputs = tile + CHAIN * COLUMNS;
-        float* sums = inputs + height * LINE;  // [end − begin, height, COLUMNS]
+        float* sums = inputs + lines * LINE;  // [end − begin, lines, COLUMNS]
+        if constexpr (BY_TILES<T>) Tiles::begin();
         for (int64_t k = 0; k < steps; k += CHAIN) {
             const int64_t n = std::min(CHAIN, steps - k);
             rows.take<T>(first, height, k, n, inputs);
             float* c = sums;
-            for (int64_t at = begin; at < end; at++, c += height * COLUMNS) {
+            for (int64_t at = begin; at < end; at++, c += size) {
                 const T* w = tiles[at].weights(k);
                 const T* next = at + 1 < end ? tiles[at + 1].weights(k) : tiles[begin].weights(k + n);
                 // A panel that is not there is computed from another, and not kept.
@@ -330,8 +369,8 @@ void many(const Call& call, const Pool& pool) {
                         for (int64_t i = 0; i < n * PANEL; i += W)
                             store(tile + t * n * PANEL + i, load_float(w + t * apart + i));
                 for (int64_t g = 0; g < groups.count; g++) {
-                    const float* x = inputs + groups.first(g) * LINE;
-                    float* to = c + groups.first(g) * COLUMNS;
+                    const float* x = inputs + groups.first(g) * UNIT * LINE;
+                    float* to = c + groups.first(g) * UNIT * COLUMNS;
                     // Each group fetches its share of the next tile.
                     const T* share = next + g * n / groups.count * PANEL;
                     const int64_t each = STRIDE * PANEL / groups.count;
@@ -339,15 +378,16 @@ void many(const Call& call, const Pool& pool) {
                         for (int t = 0; t < TOGETHER; t++)
                             fetch(share + t * steps * PANEL + i / STRIDE * each, each * int64_t(sizeof(T)));
                     };
-                    with_constant<ROWS>(groups.size(g), [&](auto height) {
+                    with_constant<MOST>(groups.size(g), [&](auto height) {
                         constexpr int R = decltype(height)::value;
-                        if (direct) group_chain<R>(x, w, apart, n, k == 0, to, ahead);
+                        if constexpr (BY_TILES<T>) tile_chain<R>(x, w, apart, n, k == 0, to, ahead);
+                        else if (direct) group_chain<R>(x, w, apart, n, k == 0, to, ahead);
                         else if constexpr (INPUTS<T> == 1) group_chain<R>(x, tile, n * PANEL, n, k == 0, to, ahead);
                     });
                 }
             }
         }
-        const int64_t size = height * COLUMNS;
+        if constexpr (BY_TILES<T>) Tiles::end();
         for (int64_t at = begin; at < end; at += turn, sums += turn * size) {
             const Tile& own = tiles[at];
             if (call.gated)
@@ -372,7 +412,9 @@ void multiply(const Product* products, int number, bool gated, const void* x, in
             rows.take<T>(0, count, k, std::min(CHAIN, steps - k), inputs + k / CHAIN * count * LINE);
         with_constant<ROWS>(count, [&](auto rows) { few<decltype(rows)::value, T>(call, inputs, pool); });
     };
-    if (PAIRS && products->weight.pairs) by(Pair{});
+    if (products->weight.pairs && call.steps() % STRIDE == 0 && has_tiles())
+        many<std::conditional_t<TILES, TilePair, Pair>>(call, pool);
+    else if (PAIRS && products->weight.pairs) by(Pair{});
     else with_float(products->weight.type, by);
 }
 
@@ -409,6 +451,6 @@ int64_t spin(int64_t steps, const Pool& pool) {
 }  // namespace
 
 extern const PanelKernels panels;
-const PanelKernels panels = {PAIRS, multiply, pack, spin};
+const PanelKernels panels = {PAIRS, has_tiles, multiply, pack, spin};
 
 }  // namespace octavo::weights::ISA

@@ -28,10 +28,12 @@ struct Product {
 
 struct PanelKernels {
     bool pairs;  // whether it can be given them, on a processor that has bf16
+    bool (*has_tiles)();  // whether a matrix unit then multiplies them
     // Products of the rows x [rows, in] with some weights, all of one `in` and one type; x, biases and y are of one type
-    // too, x rows contiguous and `stride` apart; with pairs of weights they are rounded to bf16 first. With `gated`, of two weights of one size and x in float32, the first's y
-    // becomes silu(its product) ∘ the second's product, and the second has none. Sums are float32 and y is
-    // rounded once. Every element is summed in one order, whatever the shape of the rest: see panels.cpp.
+    // too, x rows contiguous and `stride` apart; with pairs of weights they are rounded to bf16 first. With `gated`, of
+    // two weights of one size and x in float32, the first's y becomes silu(its product) ∘ the second's product, and the
+    // second has none. Sums are float32 and y is rounded once. Every element is summed in one order, whatever the shape
+    // of the rest: see panels.cpp.
     void (*multiply)(const Product*, int products, bool gated, const void* x, int64_t rows, int64_t stride, Float,
                      const Pool&);
     // The panels of W [out, in], `stride` elements from row to row, of any type of that many bytes.
