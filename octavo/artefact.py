@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -102,6 +102,18 @@ def write(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     with replacing(path, private=private) as part:
         save_file(dict(tensors), part, metadata)
     return path.stat().st_size
+
+
+def save(path: Path, header: Any, tensors: Mapping[str, Tensor], what: str) -> Path:
+    """Write a file with a dataclass for its header, in a directory that is made where there is none; return its path.
+    `what` it holds is told where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, asdict(header), tensors)
+    except (OSError, OctavoError) as error:
+        remedy = "free some space there or name another directory with --work-dir"
+        raise OctavoError(f"the {what} could not be written to {path}: {error}; {remedy}") from None
+    return path
 
 
 @contextmanager

@@ -37,10 +37,13 @@ class LayerShape:
         """That keeps rows as the model computes them."""
         return KVFormat.raw(self.dtype).k
 
+    def dim(self, side: Side) -> int:
+        return self.k_dim if side == "k" else self.v_dim
+
     def power_of_two(self, side: Side) -> Static | None:
         """The static part of one side that is a power of two alone; None if that is 1."""
         exponent = self.exponents[0 if side == "k" else 1]
-        like = torch.zeros(self.kv_heads, self.k_dim if side == "k" else self.v_dim)
+        like = torch.zeros(self.kv_heads, self.dim(side))
         return Static(like, torch.full_like(like, 2.0**exponent)) if exponent else None
 
     def token_bytes(self, format: KVFormat) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from octavo.engine.reading import Reading
 from octavo.models.bind import BoundModel
+from octavo.models.hook import itself
 
 NEAR = 128  # positions up to here get as many windows as each doubling beyond
 FARTHEST = 1 << 17  # where windows end for a model that names no context of its own
@@ -41,10 +42,10 @@ def shift_invariant(bound: BoundModel, offset: int) -> bool:
     scores: dict[int, list[Tensor]] = {0: [], offset: []}
     for start, seen in scores.items():
 
-        def record(_layer: int, q: Tensor, k: Tensor, v: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            group = q.shape[1] // k.shape[1]
-            seen.append(torch.einsum("qhd,khd->hqk", q.float(), k.float().repeat_interleave(group, 1)).cpu())
-            return v.repeat_interleave(group, 1)
+        def record(layer: int, q: Tensor, k: Tensor, v: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)
+            seen.append(torch.einsum("qhd,khd->hqk", q.float(), keys).cpu())
+            return itself(layer, q, k, v)
 
         Reading(bound).run(ids, record, torch.arange(start, start + n))
     return all(

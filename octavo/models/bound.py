@@ -159,7 +159,11 @@ class BoundModel:
         snapshots: int = 0,
     ) -> KVCache:
         """A cache for this model, as KVCache makes it of `plans` of the layers in `whole`."""
-        return KVCache(plans, blocks, layout, raw_pages, self.states, sessions, snapshots)
+        return self.make_cache(plans, blocks, layout, raw_pages, self.states, sessions, snapshots)
+
+    def make_cache(self, *arguments: Any) -> KVCache:
+        """What `new_cache` makes, in each process that holds a share of the model."""
+        return KVCache(*arguments)
 
     def step(self, cache: KVCache, batch: Batch, every: bool = False, watch: Watch | None = None) -> Tensor:
         """A forward over a cache of `new_cache`: logits [n, vocabulary] of the rows that are due, or of `every` row, in

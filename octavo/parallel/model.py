@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from octavo.cache.batch import Batch
-from octavo.cache.layout import Layout
 from octavo.cache.plan import LayerPlan, LayerShape
 from octavo.cache.store import KVCache
 from octavo.devices import HOST, device_of
 from octavo.errors import Unsupported
 from octavo.interrupts import held
 from octavo.models.bound import BoundModel, Watch
+from octavo.models.hook import itself
 from octavo.parallel.cache import ParallelCache
 from octavo.parallel.heads import Share
 from octavo.parallel.ranks import RankFailed, Ranks
@@ -61,21 +61,11 @@ class ParallelModel(BoundModel):
     def everywhere(self, x: Tensor) -> Tensor:
         return self.ranks.each(x).flatten(0, 1)
 
-    def new_cache(
-        self,
-        plans: Sequence[LayerPlan],
-        blocks: int | Sequence[int],
-        layout: Layout,
-        raw_pages: int = 0,
-        sessions: int = 0,
-        snapshots: int = 0,
-    ) -> KVCache:
+    def make_cache(self, plans: Sequence[LayerPlan], *size: Any) -> KVCache:
         with self.turn:
             self._made += 1
             number = self._made
-            cache: KVCache = self.together(
-                "cache", number, list(plans), blocks, layout, raw_pages, self.states, sessions, snapshots
-            )
+            cache: KVCache = self.together("cache", number, list(plans), *size)
             finalize(cache, self._dropped.append, number)
             return cache
 
@@ -146,7 +136,7 @@ class ParallelModel(BoundModel):
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             seen[layer] = k
-            return v.repeat_interleave(q.shape[1] // v.shape[1], 1)  # a row sees itself alone
+            return itself(layer, q, k, v)
 
         ids = torch.tensor(self.random_tokens(SHOWN), device=self.device)
         rows = torch.arange(SHOWN, device=self.device)

@@ -8,7 +8,7 @@ corrupted, or made for other weights or another geometry is an error with its re
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -109,22 +109,13 @@ class Calibration:
 
     def save(self, directory: str | Path) -> Path:
         """Write the artefact, whole or not at all, and return its path."""
-        path = Path(directory) / FILE_NAME
         tensors = {
             f"layers.{i}.{side}.{name}": tensor.clone(memory_format=torch.contiguous_format)  # layers may share one
             for i, sides in enumerate(self.layers)
             for side, statistics in sides.items()
             for name, tensor in statistics.items()
         }
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            artefact.write(path, asdict(self.header), tensors)
-        except (OSError, OctavoError) as error:
-            raise OctavoError(
-                f"the calibration could not be written to {path}: {error}; "
-                "free some space there or name another directory with --work-dir"
-            ) from None
-        return path
+        return artefact.save(Path(directory) / FILE_NAME, self.header, tensors, "calibration")
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

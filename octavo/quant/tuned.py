@@ -7,7 +7,7 @@ has no cache of its own).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -60,15 +60,7 @@ class Tuned:
 
     def save(self, directory: Path) -> Path:
         """Write the artefact, whole or not at all, and return its path."""
-        path = directory / FILE_NAME
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            artefact.write(path, asdict(self.header), {"kl": self.kl})
-        except (OSError, OctavoError) as error:
-            raise OctavoError(
-                f"the formats could not be written to {path}: {error}; name another directory with --work-dir"
-            ) from None
-        return path
+        return artefact.save(directory / FILE_NAME, self.header, {"kl": self.kl}, "formats")
 
     @classmethod
     def load(cls, path: Path) -> Tuned:

@@ -43,12 +43,12 @@ class Found:
     def granularity(self) -> Granularity:
         return "channel" if self.low.shape[1] > 1 else "head" if self.low.shape[0] > 1 else "tensor"
 
-    @property
-    def statistics(self) -> dict[str, Tensor]:
+    def over(self, heads: int, dim: int) -> dict[str, Tensor]:
+        """The statistics of a calibration, [heads, dim] each."""
         found = {"min": self.low, "max": self.high}
         if self.scale is not None and self.zero is not None:
             found |= {"scale": self.scale, "zero": self.zero, "levels": torch.full_like(self.scale, self.levels)}
-        return found
+        return {name: x.expand(heads, dim).contiguous() for name, x in found.items()}
 
 
 def check(path: Path, layers: Layers, shapes: Sequence[LayerShape] | None) -> None:
@@ -82,7 +82,7 @@ def _check_side(what: str, found: Found, shape: LayerShape | None, side: Side) -
     if bool((found.low > found.high).any()):
         raise OctavoError(f"{what} has a range that ends below its begin")
     if shape is not None:
-        heads, dim = shape.kv_heads, shape.k_dim if side == "k" else shape.v_dim
+        heads, dim = shape.kv_heads, shape.dim(side)
         if found.low.shape not in ((1, 1), (heads, 1), (heads, dim)):
             raise OctavoError(
                 f"{what} is of shape {list(found.low.shape)}, and the model has {heads} KV heads of {dim}"
@@ -95,15 +95,7 @@ def calibration_of(layers: Layers, model: Model, source: str) -> Calibration:
     sides: list[dict[str, dict[str, Tensor]]] = []
     for i, shape in enumerate(shapes):
         own = layers[i if shape.shares is None else shape.shares]
-        dims: dict[Side, int] = {"k": shape.k_dim, "v": shape.v_dim}
-        sides.append(
-            {
-                side: {
-                    name: x.expand(shape.kv_heads, dims[side]).contiguous() for name, x in own[side].statistics.items()
-                }
-                for side in SIDES
-            }
-        )
+        sides.append({side: own[side].over(shape.kv_heads, shape.dim(side)) for side in SIDES})
     found = {f.granularity for own in layers.values() for f in own.values()}
     finest: Granularity = "channel" if "channel" in found else "head" if "head" in found else "tensor"
     header = Header(

@@ -146,29 +146,22 @@ class _Run:
     def __init__(self, model: Model, candidate: Candidate):
         self.bound, self.candidate = (candidate.model or model).bound, candidate
         self.reading = Reading(self.bound, candidate.format, candidate.calibration, candidate.simulate)
-        self.loss: list[list[Tensor]] = []  # by window, by chunk: [rows]
-        self.kl: list[list[Tensor]] = []
-        self.kl_alone: list[list[Tensor]] = []  # from the first with the same weights
-        self.same: list[list[Tensor]] = []
+        self.windows: list[list[Tensor]] = []  # each in chunks [4, rows]: loss, KL, KL alone and agreement
 
     def start(self, window: Sequence[int]) -> None:
         self.logits = self.reading.logits(window[:-1])
-        for measured in (self.loss, self.kl, self.kl_alone, self.same):
-            measured.append([])
+        self.windows.append([])
 
     def take(self, reference: Tensor, first: Tensor, own: Tensor, targets: Tensor) -> None:
-        self.loss[-1].append(-own.gather(-1, targets[:, None])[:, 0])
-        self.kl[-1].append(kl(reference, own))
-        self.kl_alone[-1].append(self.kl[-1][-1] if first is reference else kl(first, own))
-        self.same[-1].append((reference.argmax(-1) == own.argmax(-1)).float())
+        loss, lost = -own.gather(-1, targets[:, None])[:, 0], kl(reference, own)
+        alone = lost if first is reference else kl(first, own)
+        same = (reference.argmax(-1) == own.argmax(-1)).to(loss.dtype)
+        self.windows[-1].append(torch.stack((loss, lost, alone, same)))
 
     def measured(self, first: int) -> Measured:
-        loss, kl, kl_alone, same = (
-            torch.stack([torch.cat(chunks) for chunks in measured]).double()
-            for measured in (self.loss, self.kl, self.kl_alone, self.same)
-        )
+        loss, kl, alone, same = torch.stack([torch.cat(chunks, 1) for chunks in self.windows], 1).double()
         outside, written = self.reading.outside, self.reading.written
-        return Measured(self.candidate.name, first, loss, kl, kl_alone, same, outside, written)
+        return Measured(self.candidate.name, first, loss, kl, alone, same, outside, written)
 
 
 def _score(own: Measured, baseline: Measured, first: Measured) -> Score:

@@ -83,8 +83,7 @@ def sides_of(bound: BoundModel, few: Mapping[tuple[int, Side], float], more: flo
     raw, share, sides = bound.raw_format, more / max(sum(few.values()), 1e-30), []
     for (layer, side), loss in few.items():
         shape = bound.shapes[layer]
-        dim, own = (shape.k_dim, raw.k) if side == "k" else (shape.v_dim, raw.v)
-        lost = {FEW: loss, MORE: loss * share, own: 0.0}
+        dim, lost = shape.dim(side), {FEW: loss, MORE: loss * share, raw.k: 0.0}
         nbytes = {codec: shape.kv_heads * codec.row_bytes(dim) for codec in lost}
         sides.append(CacheSide(layer, side, shape.kv_heads * dim, nbytes, lost))
     return sides
