@@ -192,4 +192,4 @@ def find_device(name: str) -> torch.device:
         raise OctavoError(f"there is no device {name!r}: name auto, cpu, cuda or cuda:1") from None
     if found.type not in KINDS or (KINDS[found.type] is Gpu and (found.index or 0) >= torch.cuda.device_count()):
         raise OctavoError(f"the device {name!r} cannot be used here: name auto, cpu, cuda or cuda:1")
-    return found
+    return HOST if found.type == "cpu" else found  # which may have been named cpu:0

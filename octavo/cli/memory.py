@@ -42,7 +42,7 @@ def memory(
     from octavo.cli.progress import progress
     from octavo.cli.tables import console
     from octavo.cli.tables.memory import cost_table, show
-    from octavo.devices import device_of, find_device
+    from octavo.devices import HOST, device_of, find_device
     from octavo.measure import machine
     from octavo.measure.as_json import dumps
     from octavo.measure.memory.costs import costs, own_kind
@@ -60,7 +60,7 @@ def memory(
     about, out = machine.describe(where), console()
     if not json:
         out.print(f"{name} on {machine.sentence(about)}", markup=False)
-        if where.type == "cpu":
+        if where == HOST:
             out.print(f"CPU: {processor.name()}, {processor.instructions()}", markup=False)
         out.print(cost_table(theory, length, room))
     sources = {own_kind(geometry): with_weights} if options.config is None or load_format == "dummy" else {}

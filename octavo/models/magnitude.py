@@ -24,7 +24,8 @@ STEP = 4  # exponents are multiples of it, so that another device's rounding giv
 
 def fit_table(bound: BoundModel, tokens: Sequence[int]) -> None:
     """Set the exponents of all layers by a forward over some tokens. A model without values keeps 0."""
-    if bound.device.type == "meta":
+    ids = torch.tensor(tokens[:TOKENS], device=bound.device)
+    if ids.is_meta:
         return
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -35,7 +36,6 @@ def fit_table(bound: BoundModel, tokens: Sequence[int]) -> None:
         out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=spec.scale, enable_gqa=True)
         return out[0].transpose(0, 1).to(q.dtype)
 
-    ids = torch.tensor(tokens[:TOKENS], device=bound.device)
     rows = torch.arange(len(ids), device=bound.device)
     bound.forward(ids, rows, rows[-1:], attend)
     bound.layers = [

@@ -106,7 +106,7 @@ def noise(
 ) -> PreTrainedModel:
     """A model of random weights, of the deviation that training starts from."""
     packed = with_packed_layers(architecture, format.packs)
-    if torch.get_default_device().type == "meta":
+    if torch.empty(0).is_meta:
         model = packed._from_config(config, dtype=dtype)
     else:
         model = packed.from_pretrained(None, config=config, state_dict={}, dtype=dtype)

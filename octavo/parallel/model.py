@@ -39,7 +39,7 @@ class ParallelModel(BoundModel):
         super().__init__(bound.hf, bound.max_context)
         self.layers, self.computes, self.slower, self.ranks = bound.layers, bound.computes, bound.slower, ranks
         self.shares = self._find_shares()
-        self._commands: dict[str, Callable[..., Any]] = {
+        self.commands: dict[str, Callable[..., Any]] = {
             "cache": self._new_cache,
             "count": lambda number: self._caches[number].gather_counts(),
             "drop": self._drop,
@@ -51,7 +51,7 @@ class ParallelModel(BoundModel):
         # Caches by number. On rank 0 they belong to whoever has asked for them; the others keep them until told.
         self._caches: MutableMapping[int, ParallelCache] = {} if ranks.rank else WeakValueDictionary()
         self._made = 0
-        self._dropped: list[int] = []  # caches that rank 0 has no longer
+        self.dropped: list[int] = []  # caches that rank 0 has no longer
         self.turn = RLock()  # one command at a time, whatever the threads
 
     @property
@@ -66,7 +66,7 @@ class ParallelModel(BoundModel):
             self._made += 1
             number = self._made
             cache: KVCache = self.together("cache", number, list(plans), *size)
-            finalize(cache, self._dropped.append, number)
+            finalize(cache, self.dropped.append, number)
             return cache
 
     def step(self, cache: KVCache, batch: Batch, every: bool = False, watch: Watch | None = None) -> Tensor:
@@ -94,19 +94,19 @@ class ParallelModel(BoundModel):
     def obey(self) -> None:
         """What a rank other than 0 does for the rest of its life."""
         while (command := self.ranks.receive())[0] != "stop":
-            self._commands[command[0]](*command[1])
+            self.commands[command[0]](*command[1])
 
     def together(self, command: str, *arguments: Any) -> Any:
         """Have all ranks do something; what it returns here."""
         with self.turn, held():  # Ctrl-C in between would leave the others waiting
             dropped: list[int] = []
-            while self._dropped:  # one by one: a cache may be collected at any moment, and add its number
-                dropped.append(self._dropped.pop())
+            while self.dropped:  # one by one: a cache may be collected at any moment, and add its number
+                dropped.append(self.dropped.pop())
             if dropped:
                 self.ranks.send("drop", dropped)
             self.ranks.send(command, *arguments)
             try:
-                return self._commands[command](*arguments)
+                return self.commands[command](*arguments)
             except Exception as error:
                 raise self.ranks.explain(error) from error
 

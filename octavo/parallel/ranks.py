@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from octavo.devices import HOST
 from octavo.errors import OctavoError, one_line
 
 PATIENCE = timedelta(minutes=10)  # that a rank waits for the others in one operation: kernels may be compiled first
@@ -200,7 +201,7 @@ def _is_rank(pid: int, rank: int) -> bool:
 
 def connect(ranks: Ranks, device: torch.device) -> None:
     """Make the group of all ranks, once they all are there."""
-    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+    backend = "gloo" if device == HOST else f"cpu:gloo,{device.type}:nccl"
     store = dist.PrefixStore("group", ranks.store)
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.count, timeout=PATIENCE)
 
@@ -209,8 +210,8 @@ def own_device(device: torch.device, ranks: Ranks) -> torch.device:
     """The device of this rank, which is also the one that transformers will choose."""
     rank = ranks.rank % ranks.local
     accelerator = torch.accelerator.current_accelerator()
-    if device.type == "cpu":
-        if accelerator is not None and accelerator.type != "cpu":
+    if device == HOST:
+        if accelerator not in (None, HOST):
             raise OctavoError(
                 "transformers divides a model over the GPUs that it sees: to divide it among ranks on the CPU, set "
                 "CUDA_VISIBLE_DEVICES to nothing"

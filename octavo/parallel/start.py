@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from octavo.cores import TOLD
-from octavo.devices import find_device
+from octavo.devices import HOST, find_device
 from octavo.errors import OctavoError, one_line
 from octavo.models.locate import locate
 from octavo.models.model import Model
@@ -63,7 +63,7 @@ def _started(count: int, path: Path, device: torch.device, loading: dict[str, An
     store = dist.TCPStore("127.0.0.1", 0, None, True, PATIENCE, wait_for_workers=False)
     ranks = Ranks(0, count, count, store, secrets.token_bytes(32))
     threads = torch.get_num_threads()
-    if device.type == "cpu" and not any(map(os.environ.get, TOLD)):
+    if device == HOST and not any(map(os.environ.get, TOLD)):
         threads = max(1, threads // count)
         torch.set_num_threads(threads)
     for rank in range(1, count):

@@ -106,7 +106,7 @@ def test_a_cache_that_is_collected_while_others_are_told_of_is_told_of_too():
     sent: list[tuple[Any, ...]] = []
     model = ParallelModel.__new__(ParallelModel)
     model.turn, model.ranks = RLock(), SimpleNamespace(send=lambda *command: sent.append(command))  # type: ignore[assignment]
-    model._commands, model._dropped = {"free": lambda: 0}, Late([1])
+    model.commands, model.dropped = {"free": lambda: 0}, Late([1])
     model.together("free")
     model.together("free")
     told = [number for command, *rest in sent if command == "drop" for number in rest[0]]

@@ -22,9 +22,7 @@ from octavo.models.packed import parameters
 from octavo.quant.calibration import Calibration
 from octavo.quant.format import KVFormat, dtype_name
 
-OFFSET = (
-    20  # a channel whose mean is that many times its head's median spread; trained models without biases stay at 10
-)
+OFFSET = 20  # times its head's median spread, the mean of a channel; trained models without biases stay at 10
 KEY_BIAS = re.compile(r"(^|\.)(k|key|k_proj|key_proj|k_linear|wk)\.bias$")
 
 
