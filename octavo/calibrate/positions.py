@@ -12,6 +12,7 @@ from torch import Tensor
 
 from octavo.engine.reading import Reading
 from octavo.models.bind import BoundModel
+from octavo.models.changes import close
 from octavo.models.hook import itself
 
 NEAR = 128  # positions up to here get as many windows as each doubling beyond
@@ -48,7 +49,4 @@ def shift_invariant(bound: BoundModel, offset: int) -> bool:
             return itself(layer, q, k, v)
 
         Reading(bound).run(ids, record, torch.arange(start, start + n))
-    return all(
-        (moved - placed).norm() <= SCORES_DIFFER * placed.norm()
-        for placed, moved in zip(scores[0], scores[offset], strict=True)
-    )
+    return all(close(moved, placed, SCORES_DIFFER) for placed, moved in zip(scores[0], scores[offset], strict=True))

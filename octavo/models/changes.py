@@ -1,11 +1,11 @@
-"""Changes to a model in place that can be taken back."""
+"""Changes to a model in place that can be taken back, and whether what it computes is still the same."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 Undo = Callable[[], None]
 
@@ -39,6 +39,11 @@ def with_functions(forward: FunctionType, ours: Mapping[str, Callable[..., Any]]
     same = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     same.__kwdefaults__ = forward.__kwdefaults__
     return same
+
+
+def close(own: Tensor, asked: Tensor, tolerance: float) -> bool:
+    """Whether the norm of the difference is at most that share of the norm of what is asked for. NaN is not close."""
+    return bool((own - asked).norm() <= tolerance * asked.norm())
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.models.changes import Undo, become, with_functions
+from octavo.models.changes import Undo, become, close, with_functions
 from octavo.weights import cpu
 from octavo.weights.panels import PanelLinear
 
@@ -198,7 +198,7 @@ def _answers(module: nn.Module, rows: Sequence[Tensor], formula: Callable[..., T
         with torch.inference_mode():
             expected = formula(*rows)
             sizes = zip(module(*rows).float().chunk(len(SIZES)), expected.chunk(len(SIZES)), strict=True)
-            return all(bool((own - asked).norm() <= SAME * asked.norm()) for own, asked in sizes)
+            return all(close(own, asked, SAME) for own, asked in sizes)
     except Exception:  # whatever a module does that is something else
         logger.debug("%s is not fused", type(module).__name__, exc_info=True)
         return False

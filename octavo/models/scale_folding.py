@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.models.changes import watched
+from octavo.models.changes import close, watched
 
 SAME = 1e-5  # relative; powers of two leave every bit as it was
 
@@ -109,7 +109,7 @@ def _shift(norm: Any) -> int | None:
         for shift in (0, 1):
             weight.copy_(2 * (kept + shift) - shift)
             twice = norm(x) - offset
-            if (twice - 2 * once).norm() <= 0.02 * twice.norm():  # what rounding the weight leaves
+            if close(2 * once, twice, 0.02):  # what rounding the weight leaves
                 return shift
     except Exception:  # a module that takes more than x
         return None
@@ -173,7 +173,7 @@ def _hold(
             for name in fold.layers
         ]
     with watched(handles):
-        return bool((run() - logits).norm() <= SAME * logits.norm())
+        return close(run(), logits, SAME)
 
 
 def _place(x: Tensor) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from octavo.attention import AttentionSpec
 from octavo.cache.plan import LayerShape
 from octavo.errors import Unsupported, one_line
 from octavo.models.bound import BoundModel
+from octavo.models.changes import close
 from octavo.models.hook import NAME, attended, attending, attention
 from octavo.quant.format import dtype_name
 
@@ -178,8 +179,7 @@ def _window(shown: Callable[..., Tensor], context: int, default: int | None, dev
 def _alike(a: Tensor, b: Tensor) -> bool:
     """Equal but for rounding, which recurrences in 16 bits add up. A model on the meta device has shapes and no values:
     all are."""
-    limit = 0.01 if a.dtype == torch.float32 else 0.05
-    return a.is_meta or bool((a.float() - b.float()).norm() <= limit * b.float().norm())
+    return a.is_meta or close(a.float(), b.float(), 0.01 if a.dtype == torch.float32 else 0.05)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from octavo.models import hook
 from octavo.models.bind import BoundModel
-from octavo.models.changes import Undo, become, watched
+from octavo.models.changes import Undo, become, close, watched
 from octavo.models.fused import SAME, FusedNorm
 from octavo.weights import cpu
 from octavo.weights.panels import PanelLinear
@@ -145,6 +145,6 @@ def _answers(native: cpu.Layer, args: Any, kwargs: Any, sides: tuple[Tensor, ...
 
     found.append(_compute(native, given, attend, 0))
     return all(
-        own.shape == theirs.shape and bool((own - theirs).norm() <= SAME * theirs.norm())
+        own.shape == theirs.shape and close(own, theirs, SAME)
         for own, theirs in zip(found, (*sides, output), strict=True)
     )

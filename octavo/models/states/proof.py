@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo.cache.states import StatePlan, StatePool
 from octavo.errors import Unsupported
+from octavo.models.changes import close
 from octavo.models.states.find import Found
 from octavo.models.states.mixers import StateStep, own_class, own_forward, stepping
 from octavo.models.states.native import native_forward
@@ -72,7 +73,7 @@ def _agrees(each: Found, alone: Sequence[Tensor]) -> bool:
 
 def _same(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
     limit = SAME.get(wanted[0].dtype, 5e-2)
-    return all(bool((a - b).norm() <= limit * b.norm()) for a, b in zip(got, wanted, strict=True))
+    return all(close(a, b, limit) for a, b in zip(got, wanted, strict=True))
 
 
 def _read(each: Found, cuts: Sequence[Sequence[int]]) -> list[Tensor]:
