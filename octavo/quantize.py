@@ -20,14 +20,13 @@ from octavo.engine.reading import Reading
 from octavo.errors import OctavoError, Unsupported
 from octavo.models.bind import BoundModel
 from octavo.models.changes import watched
-from octavo.models.packed import fitting_groups, packable
+from octavo.models.packed import fitting_groups, pack, packable
 from octavo.models.prepack import is_prepacked
 from octavo.models.scale_folding import Fold, absorb, find_folds
 from octavo.progress import Progress, silent
 from octavo.weights import GROUP_SIZES, Method, validate
 from octavo.weights.awq import TINY, Search, round_to_nearest, search_scale, search_shrink
-from octavo.weights.layouts import Int4Weight, pack_awq
-from octavo.weights.linear import PackedLinear
+from octavo.weights.layouts import pack_awq
 
 ROWS = 512  # of each input that are kept, from all windows alike
 TRIAL = 32  # tokens on which folds are tried
@@ -264,17 +263,9 @@ def _round(
             plain += ((rows @ (unscaled - weight).T).square().mean() / output).item() / len(own.fold.layers)
             error += ((rows @ (rounded.dequantize() - weight).T).square().mean() / output).item() / len(own.fold.layers)
             tensors |= {f"{name}.{key}": tensor.cpu() for key, tensor in pack_awq(rounded).items()}
-            _replace(hf, name, rounded)
+            pack(hf, name, rounded)
             weights += weight.numel()
             done += 1
         groups.append(Rounded(own.fold, own.alpha, plain, error))
     progress("rounding", count, count)
     return Quantized(tensors, group_size, groups, weights)
-
-
-def _replace(hf: nn.Module, name: str, weight: Int4Weight) -> None:
-    old = hf.get_submodule(name)
-    new = PackedLinear(old.in_features, old.out_features, bias=False)  # type: ignore[arg-type]
-    new.bias = old.bias  # type: ignore[assignment]
-    new.fill(weight)
-    hf.set_submodule(name, new)

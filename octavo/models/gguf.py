@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from octavo.errors import OctavoError, install, one_line
+from octavo.models.packed import pack
 from octavo.weights.layouts import Int4Weight
-from octavo.weights.linear import PackedLinear
 
 GROUP, MIDDLE = 32, 8  # of Q4_0: weights that share a scale, and the code of 0
 
@@ -70,11 +70,7 @@ def _keep_in_4_bits(path: Path, model: PreTrainedModel) -> None:
         if layer is None or layer.weight is model.get_input_embeddings().weight:
             continue
         if torch.equal(weight.dequantize().to(layer.weight.dtype), layer.weight):
-            own = PackedLinear(layer.in_features, layer.out_features, layer.bias is not None, layer.weight.dtype)
-            own.fill(weight)
-            if layer.bias is not None:
-                own.bias = layer.bias
-            model.set_submodule(name, own)
+            pack(model, name, weight)
 
 
 def _q4_0(path: Path, model: PreTrainedModel) -> Iterator[tuple[str, Int4Weight]]:

@@ -83,6 +83,15 @@ def fitting_groups(model: PreTrainedModel) -> list[int]:
     return [group for group in GROUP_SIZES if packed[group] == max(packed.values())]
 
 
+def pack(model: nn.Module, name: str, weight: Int4Weight) -> None:
+    """Put a packed layer in place of the linear layer of that name, whose bias it keeps."""
+    old: Any = model.get_submodule(name)
+    new = PackedLinear(old.in_features, old.out_features, bias=False)
+    new.bias = old.bias
+    new.fill(weight)
+    model.set_submodule(name, new)
+
+
 def fill(model: PreTrainedModel, packed: PackedLayers, share: Callable[[str, int], slice] | None = None) -> None:
     """Pack every layer anew, one at a time; of its outputs those that `share` says, by its name and their number.
     Raises OctavoError naming what is missing, left over or misshapen."""
