@@ -62,7 +62,7 @@ def token_windows(
     chars = _chars_a_token(text, tokenizer, rng)
     if len(text) < 1.25 * count * body * chars:  # too close to tell: count
         _check_enough(texts, len(_encode(tokenizer, text)), count, body)
-    chats = set(rng.sample(range(count), _chats(tokenizer, count, chat_share)))
+    chats = set(rng.sample(range(count), chats_of(tokenizer, count, chat_share)))
     windows = []
     for i in range(count):
         # A stratum for each window: no place twice, and none left out.
@@ -133,7 +133,7 @@ def self_windows(
             f"a window of {length} tokens does not fit a session of {room}: lower --calib-seqlen or raise --session-len"
         )
     rng = random.Random(seed)
-    chats = _chats(llm.tokenizer, count, chat_share)
+    chats = chats_of(llm.tokenizer, count, chat_share)
     plain = max(1, count - chats)  # at least one, to be quoted
     done, total = 0, (plain + chats) * length
 
@@ -258,7 +258,8 @@ def _encode(tokenizer: Any, text: str) -> Window:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _chats(tokenizer: Any, count: int, share: float) -> int:
+def chats_of(tokenizer: Any, count: int, share: float = CHAT_SHARE) -> int:
+    """How many of `count` windows go through the chat template."""
     return round(count * share) if getattr(tokenizer, "chat_template", None) else 0
 
 

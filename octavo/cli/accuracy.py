@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from octavo.cli.accuracy_options import TaskOptions, TextOptions
-from octavo.cli.candidates import BASELINE, COMPARED, baseline_of, candidates, formats_option, load_baseline
+from octavo.cli.candidates import BASELINE, COMPARED, baseline_of, candidates, formats_option, with_baseline
 from octavo.cli.loading import LoadOptions
 from octavo.cli.options import (
     CalibrationPath,
@@ -91,11 +91,8 @@ def accuracy(
     from octavo.measure.accuracy.results import about
     from octavo.measure.accuracy.retrieval import LEAST
     from octavo.measure.as_json import dumps
-    from octavo.measure.candidate import beside
 
-    compared = _candidates(model, kv, calibration)
-    if baseline is not None:
-        compared = beside(load_baseline(options, baseline, model), model, compared)
+    compared = with_baseline(options, baseline, model, _candidates(model, kv, calibration))
     compared = [one.choosing(granularity, headroom) for one in compared]  # type: ignore[arg-type]  # checked
     context = min(model.bound.max_context, options.session_len or model.bound.max_context)
     for length in lengths:

@@ -63,7 +63,7 @@ class CalibrationTexts:
         `least`."""
         from octavo.llm import LLM
         from octavo.measure.pace import Pace
-        from octavo.text_windows import CHAT_SHARE, self_windows, token_windows
+        from octavo.text_windows import chats_of, self_windows, token_windows
 
         count, length, context = self.calib_samples, self.calib_seqlen, model.bound.max_context
         if length is not None and length > context:
@@ -78,14 +78,13 @@ class CalibrationTexts:
         start = perf_counter()
         say("measuring a few steps")
         pace = Pace.measure(model.bound, wanted.length)
-        chats = CHAT_SHARE if model.tokenizer.chat_template else 0
 
         def writing(size: Windows) -> float:
-            """Of sampling the windows from the model, in two turns: texts, then answers in chats."""
-            turns = (round(size.count * (1 - chats)), round(size.count * chats))
-            whole, rest = zip(*(divmod(n, WIDTH) for n in turns), strict=True)
-            last = sum(pace.write(n, size.length) for n in rest if n)
-            return sum(whole) * pace.write(WIDTH, size.length) + last if texts is None else 0.0
+            """Of sampling the windows from the model: texts, then answers in chats."""
+            if texts is not None:
+                return 0.0
+            chats = chats_of(model.tokenizer, size.count)
+            return sum(pace.write(n, size.length, WIDTH) for n in (size.count - chats, chats))
 
         fit = time.less(perf_counter() - start).fit(wanted, least, lambda size: pace.read(size.tokens) + writing(size))
         count, length, seconds = fit.size.count, fit.size.length, pace.read(fit.size.tokens)

@@ -46,6 +46,15 @@ def candidates(model: Model, kv: str | None, calibration: Path | None) -> list[C
     return [Candidate(str(f), f, calibration_with_bar(model, calibration, f)) for f in dict.fromkeys(formats)]
 
 
+def with_baseline(options: LoadOptions, name: str | None, model: Model, own: list[Candidate]) -> list[Candidate]:
+    """Also, and first, those of the same model with 16-bit weights, where --baseline names it."""
+    from octavo.measure.candidate import beside
+
+    if name is None:
+        return own
+    return beside(load_baseline(options, name, model), model, own)
+
+
 def load_baseline(options: LoadOptions, name: str, model: Model) -> Model:
     """The 16-bit model to compare `model` with."""
     return baseline_of(options, name, model).load(model.bound.computes, say=False, pairs=False)

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from octavo.cli.candidates import BASELINE, COMPARED, candidates, formats_option, load_baseline
+from octavo.cli.candidates import BASELINE, COMPARED, candidates, formats_option, with_baseline
 from octavo.cli.loading import LoadOptions
 from octavo.cli.options import CalibrationPath, Json, numbers, option, takes, tell_loading
 
@@ -31,14 +31,11 @@ def speed(
     from octavo.cli.tables.speed import ceiling_table, speed_table
     from octavo.measure import machine
     from octavo.measure.as_json import dumps
-    from octavo.measure.candidate import beside
     from octavo.measure.speed.roofline import bandwidth, ceilings
     from octavo.measure.speed.throughput import check, measure
 
     model = options.load(told=True)
-    compared = candidates(model, kv, calibration)
-    if baseline is not None:
-        compared = beside(load_baseline(options, baseline, model), model, compared)
+    compared = with_baseline(options, baseline, model, candidates(model, kv, calibration))
     check(model, batch_sizes, contexts, tokens)
     rate = bandwidth(model.bound.device)
     theory = ceilings(model.bound, compared, batch_sizes, contexts, tokens, rate)

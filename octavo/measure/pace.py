@@ -48,9 +48,10 @@ class Pace:
         """Of texts of `tokens` tokens in all."""
         return tokens * (self.row + self.logits * logits)
 
-    def write(self, count: int, length: int) -> float:
-        """Of decoding `length` tokens of `count` sequences at a time."""
-        return length * (self.step + self.more * (count - 1))
+    def write(self, count: int, length: int, most: int | None = None) -> float:
+        """Of decoding `length` tokens of `count` sequences, all or `most` at a time."""
+        rounds = 1 if most is None else -(-count // most)
+        return length * (rounds * self.step + (count - rounds) * self.more)
 
 
 def _decode(reading: Reading, count: int) -> None:
