@@ -36,8 +36,8 @@ struct Unit {
     int64_t first, last;  // positions of its new tokens [first, last)
     int64_t page, end;  // pages that some of them see [page, end)
     int64_t own;  // first page of their own span; without edges `end`
-    int64_t part, parts;  // the first of its parts, and how many: segments of coded pages; then, with edges, the raw pages
-    int64_t cost;
+    int64_t parts = 0;  // segments of coded pages; then, with edges, the raw pages
+    int64_t cost = 0;
     int64_t sums = -1;  // where its rows' sums stand, if the context is split
 };
 
@@ -72,7 +72,6 @@ struct Call {
     int group, v_row;
     bool write_late;  // where it is read, each row
     bool bytes;  // where a sequence has one new token, integer codes are multiplied as bytes
-    std::vector<Part> parts;
 
     // The oldest position that a query at `position` sees.
     int64_t oldest(int64_t position) const {
@@ -98,8 +97,16 @@ struct Call {
         return {edges->k, edges->v, at * k.heads + unit.head, rows};
     }
 
-    const Part& part(const Unit& unit, int64_t number) const { return parts[unit.part + number]; }
+    Part coded(const Unit& unit) const {
+        return {false, std::max<int64_t>(unit.page, edges ? 1 : 0), std::min(unit.own, unit.end)};
+    }
     int64_t coded_parts(const Unit& unit) const { return unit.parts - (edges ? 1 : 0); }
+    Part part(const Unit& unit, int64_t number) const {
+        const Part all = coded(unit);
+        if (number == coded_parts(unit)) return {unit.page == 0 && unit.end > 0, std::max(all.first, unit.own), unit.end};
+        const int64_t at = (all.first / SEGMENT + number) * SEGMENT;
+        return {false, std::max(all.first, at), std::min(all.last, at + SEGMENT)};
+    }
 
     // The places of one head's codes of a new row, if no query reads what lies around them, are fetched before.
     void expect(int64_t t, int head) const {
@@ -187,7 +194,7 @@ public:
     template <class F>
     Sums of_part(int64_t number, int64_t end, F&& after) {
         sums.clear(rows, call.v.dim);
-        const Part& part = call.part(unit, number);
+        const Part part = call.part(unit, number);
         for (int64_t i = 0; i < part.pages(); i++) {
             const bool last = i + 1 == part.pages();
             over_page(part.page(i), !last ? call.place(unit, part.page(i + 1))
@@ -270,28 +277,25 @@ private:
     }
 };
 
-std::vector<Unit> units_of(Call& call) {
+std::vector<Unit> units_of(const Call& call) {
     int64_t together = BLOCK;  // positions of a unit, cut where pages are
     while (together > 1 && together * call.group > ROWS_OF_A_UNIT) together /= 2;
     std::vector<Unit> units;
-    auto add = [&](int s, int64_t first, int64_t last, int64_t page, int64_t end, int64_t own) {
-        const int64_t part = int64_t(call.parts.size()), coded = std::min(own, end);
-        for (int64_t from = call.edges ? std::max<int64_t>(page, 1) : page, to; from < coded; from = to) {
-            to = std::min(coded, (from / SEGMENT + 1) * SEGMENT);
-            call.parts.push_back({false, from, to});
-        }
-        if (call.edges) call.parts.push_back({page == 0 && end > 0, std::max({own, page, int64_t(1)}), end});
-        const int64_t parts = int64_t(call.parts.size()) - part, cost = (end - page) * ((last - first) * call.group + 4);
-        for (int h = 0; h < call.k.heads; h++) units.push_back({s, h, first, last, page, end, own, part, parts, cost});
+    auto add = [&](Unit unit) {
+        const Part coded = call.coded(unit);
+        if (coded.pages() > 0) unit.parts = (coded.last - 1) / SEGMENT - coded.first / SEGMENT + 1;
+        unit.parts += call.edges ? 1 : 0;
+        unit.cost = (unit.end - unit.page) * ((unit.last - unit.first) * call.group + 4);
+        for (; unit.head < call.k.heads; unit.head++) units.push_back(unit);
     };
     for (int s = 0; s < call.step.sequences; s++) {
         const int64_t end = call.step.kv_len[s], begin = call.oldest_new(s);
-        if (end == 0) add(s, begin, end, 0, 0, 0);  // a padded row has no pages, and its answer is 0
+        if (end == 0) add({s, 0, begin, end, 0, 0, 0});  // a padded row has no pages, and its answer is 0
         for (int64_t first = begin, last; 0 < end && first < end; first = last) {
             last = std::min(end, (first / together + 1) * together);
             const int64_t page = call.oldest(first) / BLOCK, pages_end = (last - 1) / BLOCK + 1;
-            add(s, first, last, page, pages_end,
-                call.edges ? first / call.edges->span * (call.edges->span / BLOCK) : pages_end);
+            add({s, 0, first, last, page, pages_end,
+                 call.edges ? first / call.edges->span * (call.edges->span / BLOCK) : pages_end});
         }
     }
     return units;
@@ -314,8 +318,8 @@ void attend(const Side& k, const Side& v, const Edges* edges, const Attention& n
             const NewRows& fresh, const Rows& q, void* out, bool bytes, const Pool& pool) {
     const Attention attention = in_bits(natural);
     const int64_t rows = step.q_start[step.sequences];
-    Call call = {k, v, edges, attention, step, fresh, q, out, attention.heads / k.heads, panels(v.dim) * PANEL,
-                 one_each(step), bytes, {}};
+    const Call call = {k, v, edges, attention, step, fresh, q, out, attention.heads / k.heads, panels(v.dim) * PANEL,
+                       one_each(step), bytes};
     if (!call.write_late)
         over_rows(rows, k.heads, k.dim + v.dim, pool, [&](int64_t t, int head) { call.put(t, head); });
     std::vector<Unit> units = units_of(call);
