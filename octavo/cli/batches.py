@@ -11,6 +11,7 @@ from octavo.cli.loading import ServeOptions
 from octavo.cli.progress import progress, say
 from octavo.cli.sampling import SamplingOptions
 from octavo.errors import OctavoError
+from octavo.measure.answered import Answered
 from octavo.ray.cluster import cluster, placement, require
 
 
@@ -41,28 +42,23 @@ def generate_on_ray(
         from octavo.ray.generate import answer_files
 
         place = placement(replicas, options.device)
-        start, total = time.perf_counter(), {"answered": 0, "refused": 0, "tokens": 0}
-        by_replica: dict[str, dict[str, float]] = defaultdict(lambda: {"shards": 0, "tokens": 0, "seconds": 0.0})
+        start, total = time.perf_counter(), Answered()
+        by_replica: dict[str, Answered] = defaultdict(Answered)
         with progress() as bar:
             task = bar.add_task(f"answering, {place.count} models", total=sum(shard.rows for shard in left))
 
             def show(one: dict[str, Any]) -> None:
-                for name in total:
-                    total[name] += one[name]
-                own = by_replica[one["replica"]]
-                own["shards"] += 1
-                own["tokens"] += one["tokens"]
-                own["seconds"] += one["seconds"]
-                rate = total["tokens"] / (time.perf_counter() - start)
-                rows = total["answered"] + total["refused"]
-                bar.update(task, completed=rows, description=f"answering, {place.count} models, {rate:.0f} tok/s")
+                part = Answered(one["answered"], one["refused"], one["tokens"], one["seconds"])
+                by_replica[one["replica"]].add(part)
+                total.add(part)
+                total.seconds = time.perf_counter() - start
+                title = f"answering, {place.count} models, {total.rate:.0f} tok/s"
+                bar.update(task, completed=total.done, description=title)
 
             answer_files(answers, options.arguments(), params, chat, place, show)
         for name, own in sorted(by_replica.items()):
-            rate = own["tokens"] / own["seconds"]
-            say(f"replica {name[:8]}: {own['shards']:.0f} shards, {own['tokens']:,.0f} tokens, {rate:.1f} tok/s")
-        seconds = time.perf_counter() - start
-        say(f"{total['answered']:,} rows answered, {total['tokens']:,} tokens in {seconds:.1f} s")
-        if total["refused"]:
-            say(f"{total['refused']:,} rows could not be served: see {output}/errors-*.jsonl")
+            say(f"replica {name[:8]}: {own.done:,} rows, {own.tokens:,} tokens, {own.rate:.1f} tok/s")
+        say(f"{total.rows:,} rows answered, {total.tokens:,} tokens in {total.seconds:.1f} s")
+        if total.refused:
+            say(f"{total.refused:,} rows could not be served: see {output}/errors-*.jsonl")
             raise typer.Exit(1)

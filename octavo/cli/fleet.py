@@ -48,25 +48,14 @@ def plan_fleet(
     from octavo.units import parse_bytes
 
     assert asked.sessions is not None, "checked"
-    gpu = Gpu()
-    whole = parse_bytes(memory) if memory is not None else gpu.memory
-    kept = parse_bytes(reserve) / whole if parse_bytes(reserve) else gpu.kept
-    if kept >= 1:
-        raise OctavoError(f"--reserve {reserve} leaves nothing of a GPU's memory")
-    gpu = Gpu(whole, kept, gpu.bandwidth if asked.bandwidth is None else 1e12 * asked.bandwidth)
+    gpu = Gpu().having(parse_bytes(memory or "0"), parse_bytes(reserve), asked.bandwidth)
     name, path = options.locate()
     geometry, length = options.trace(path)
-    wanted = Wanted(
-        asked.sessions,
-        length,
-        float(asked.sessions) if asked.tokens_per_second is None else asked.tokens_per_second,
-        Wanted.prompt if asked.prompt is None else asked.prompt,
-    )
+    wanted = Wanted.of(asked.sessions, length, asked.tokens_per_second, asked.prompt)
     found = fleets(geometry, formats(geometry, kv, (name, path), ADVISED), wanted, gpu)
     if json:
-        rows = [asdict(fleet) | {"gpus": fleet.gpus} for fleet in found]
         document = {"command": "plan", "how": "computed", "model": name, "unit": "bytes", "wanted": asdict(wanted)}
-        print(dumps(document | {"assumed": asdict(gpu), "fleets": rows}))
+        print(dumps(document | {"assumed": asdict(gpu), "fleets": [fleet.document() for fleet in found]}))
         return
     out = console()
     out.print(fleet_table(found, wanted))

@@ -21,6 +21,7 @@ from octavo.cli.progress import say
 from octavo.cli.sampling import SamplingOptions, sampling_option
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
+from octavo.measure.answered import Answered
 
 if TYPE_CHECKING:
     from octavo.cli.answer_file import Line, Output
@@ -96,21 +97,21 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
     except KeyboardInterrupt:
         print(flush=True)  # ends the answer's line
         raise
-    seconds, completion = time.perf_counter() - start, delta.completion
+    completion = delta.completion
     assert completion is not None
     if completion.error:
         say(f"\nerror: {completion.error}")
         raise typer.Exit(1)
     # The K and V of the last token are not in the cache: nothing came after it.
     held = Footprint.of(llm, completion.prompt_tokens + len(completion.token_ids) - 1)
-    rate = len(completion.token_ids) / seconds
+    found = Answered(tokens=len(completion.token_ids), seconds=time.perf_counter() - start)
     if as_json:
         document = {
             "model": llm.model.name,
             "kv": held.format,
             **answer(llm, completion),
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(rate, 1),
+            "seconds": round(found.seconds, 3),
+            "tokens_per_second": round(found.rate, 1),
             "kv_bytes": held.nbytes,
             "kv_bytes_16_bits": held.nbytes_16,
         }
@@ -119,8 +120,8 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
     print(flush=True)
     edges = f" ({format_bytes(held.size.session(0))} for edges)" if held.size.ring else ""
     say(
-        f"{completion.prompt_tokens:,} tokens in, {len(completion.token_ids):,} out in {seconds:.1f} s "
-        f"({rate:.1f} tok/s) · finish: {completion.finish_reason} · "
+        f"{completion.prompt_tokens:,} tokens in, {found.tokens:,} out in {found.seconds:.1f} s "
+        f"({found.rate:.1f} tok/s) · finish: {completion.finish_reason} · "
         f"KV {held.format}: {format_bytes(held.nbytes)}{edges}, in 16 bits {format_bytes(held.nbytes_16)}"
     )
 
@@ -157,15 +158,13 @@ def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams
 
     served: list[Line] = []
     requests: list[tuple[list[int], SamplingParams]] = []
-    refused: list[int] = []
-    tokens = done = 0
-    start = time.perf_counter()
+    found, start = Answered(), time.perf_counter()
     with progress() as bar:
         task = bar.add_task("answering", total=len(lines))
 
         def refuse(line: Line, why: str) -> None:
             output.write(line, {"error": why})
-            refused.append(line.number)
+            found.refused += 1
             bar.console.print(f"line {line.number}: {why}", markup=False, highlight=False, soft_wrap=True)
             bar.advance(task)
 
@@ -182,19 +181,17 @@ def _serve(llm: LLM, lines: Rows[Line], output: Output, defaults: SamplingParams
                     refuse(served[delta.index], delta.completion.error)
                 elif delta.completion:
                     output.write(served[delta.index], answer(llm, delta.completion))
-                    done += 1
-                    tokens += len(delta.completion.token_ids)
-                    rate = tokens / (time.perf_counter() - start)
-                    bar.update(task, advance=1, description=f"answering, {rate:.0f} tok/s")
+                    found.rows += 1
+                    found.tokens += len(delta.completion.token_ids)
+                    found.seconds = time.perf_counter() - start
+                    bar.update(task, advance=1, description=f"answering, {found.rate:.0f} tok/s")
         except KeyboardInterrupt:
             again = f"; the same command goes on with {output.path}" if output.path else ""
-            raise KeyboardInterrupt(f"{_lines(done)} answered{again}") from None
-    seconds = time.perf_counter() - start
-    say(f"{_lines(done)} answered, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tok/s)")
-    if refused:
-        say(
-            f"{_lines(len(refused))} could not be served and got the reason for an answer; the same command tries again"
-        )
+            raise KeyboardInterrupt(f"{_lines(found.rows)} answered{again}") from None
+    say(f"{_lines(found.rows)} answered, {found.tokens:,} tokens in {found.seconds:.1f} s ({found.rate:.1f} tok/s)")
+    if found.refused:
+        told = f"{_lines(found.refused)} could not be served and got the reason for an answer"
+        say(f"{told}; the same command tries again")
         raise typer.Exit(1)
 
 

@@ -48,6 +48,7 @@ def serve(
 
 
 def _serve_one(options: ServeOptions, asked: ServerOptions, as_json: bool) -> None:
+    from octavo.measure.memory.footprint import whole_cache
     from octavo.serve.listening import bind, bind_unix, curl, listening, url
     from octavo.serve.server import Server
     from octavo.serve.sessions import SessionDir
@@ -68,7 +69,7 @@ def _serve_one(options: ServeOptions, asked: ServerOptions, as_json: bool) -> No
             sessions=SessionDir(asked.session_dir, parse_bytes(asked.session_room), llm) if asked.session_dir else None,
             ignore_unknown=asked.ignore_unknown_fields,
         )
-        state = {"url": url(sock, secure), "model": server.service.name, **_facts(llm)}
+        state = {"url": url(sock, secure), "model": server.service.name, **whole_cache(llm)}
         if as_json:
             print(json.dumps(state), flush=True)
         else:
@@ -93,21 +94,6 @@ def _loaded(options: ServeOptions) -> LLM:
         raise OctavoError(
             f"the model cannot be loaded: {type(error).__name__}: {one_line(error)}; --log-level debug says where"
         ) from error
-
-
-def _facts(llm: LLM) -> dict[str, Any]:
-    from octavo.measure.memory.footprint import Footprint
-
-    cache, one = llm.cache, Footprint.of(llm, llm.session_len)
-    return {
-        "kv": str(llm.format),
-        "cache_bytes": cache.nbytes,
-        "cache_tokens": cache.num_blocks * cache.layout.block_size,
-        "session_len": llm.session_len,
-        "sessions": cache.num_blocks // one.blocks,
-        "token_bytes": one.size.token,
-        "token_bytes_16_bits": one.size_16.token,
-    }
 
 
 def _banner(state: dict[str, Any]) -> None:

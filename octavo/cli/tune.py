@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import count
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -95,20 +96,17 @@ def tune(
         size = token_room(bound, room, sessions, context or bound.max_context)
     known = calibration_with_bar(model, calibration, KVFormat.parse("kv4"))
     name, pieces = _windows(model, texts, windows, window, time)
-    start, work, done = perf_counter(), len(pieces) * (readings(bound) + LAST), 0
+    start, work, done = perf_counter(), len(pieces) * (readings(bound) + LAST), count(1)
     with telling("measuring") as tell:
 
         def step() -> None:
-            nonlocal done
-            done += 1
-            tell("storing one side of one layer in 4 bits", done, work)
+            tell("storing one side of one layer in 4 bits", next(done), work)
 
         def go_on(taken: int) -> bool:
-            return windows is not None or time.holds((perf_counter() - start) * (taken + 1) / taken)
+            return windows is not None or time.holds_another(start, taken)
 
         found = measure(bound, known, pieces, go_on, step)
-        pieces = pieces[: found.windows]
-        chosen = choose(bound, known, found, size, pieces, name, step)
+        chosen = choose(bound, known, found, size, pieces[: found.windows], name, step)
         tell("storing one side of one layer in 4 bits", work, work)
     path = chosen.artefact(model.fingerprint).save(where)
     if json:

@@ -84,6 +84,10 @@ class Budget:
     def holds(self, seconds: float) -> bool:
         return self.seconds is None or seconds <= self.seconds
 
+    def holds_another(self, begun: float, done: int) -> bool:
+        """Whether one more fits beside those `done` since that reading of `perf_counter`, as long as each of them."""
+        return self.holds((perf_counter() - begun) * (done + 1) / done)
+
     def over(self, begun: float) -> bool:
         """Whether it is spent by work that began at that reading of `perf_counter`: an estimate cannot know what else
         will run."""

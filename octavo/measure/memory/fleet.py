@@ -13,13 +13,15 @@ session's rows are on several of them. Operations of attention are left out; all
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any, Self
 
 from octavo.errors import OctavoError
 from octavo.measure.memory.costs import Cost, costs, weight_kinds
 from octavo.models.geometry import Geometry
 from octavo.quant.format import Format
+from octavo.units import format_bytes
 
 RANKS = (1, 2, 4, 8)  # GPUs of a replica that are tried, where the model can be divided so: those of one machine
 
@@ -38,6 +40,15 @@ class Gpu:
     gather: float = 10e-6  # seconds, between the GPUs of one machine
     overhead: float = 1e-3  # seconds of a step on the host
 
+    def having(self, memory: int, reserve: int, bandwidth: float | None) -> Self:
+        """The same with what is said of one: bytes of memory, those held back for the runtime, and TB/s; 0, 0 and None
+        leave what is assumed. Raises OctavoError where no memory is left."""
+        memory = memory or self.memory
+        if reserve >= memory:
+            raise OctavoError(f"--reserve {format_bytes(reserve)} leaves nothing of a GPU's {format_bytes(memory)}")
+        rate = self.bandwidth if bandwidth is None else 1e12 * bandwidth
+        return replace(self, memory=memory, kept=reserve / memory or self.kept, bandwidth=rate)
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -47,6 +58,12 @@ class Wanted:
     context: int  # tokens of each
     tokens_per_second: float  # generated, of all sessions together
     prompt: float = 1.0  # prompt tokens that are computed for each generated one, prefix hits left out
+
+    @classmethod
+    def of(cls, sessions: int, context: int, tokens_per_second: float | None, prompt: float | None) -> Self:
+        """None: a token a second for each session, and what is assumed of prompts."""
+        rate = float(sessions) if tokens_per_second is None else tokens_per_second
+        return cls(sessions, context, rate, cls.prompt if prompt is None else prompt)
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,10 @@ class Fleet:
     @property
     def gpus(self) -> int:
         return self.ranks * self.replicas
+
+    def document(self) -> dict[str, Any]:
+        """The numbers, ready for JSON."""
+        return vars(self) | {"gpus": self.gpus}
 
 
 def fleets(geometry: Geometry, formats: Sequence[Format], wanted: Wanted, gpu: Gpu | None = None) -> list[Fleet]:

@@ -7,7 +7,7 @@ slot of states where layers keep some.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from octavo.cache.size import CacheSize
 from octavo.quant.format import KVFormat
@@ -47,3 +47,17 @@ class Footprint:
     @property
     def nbytes_16(self) -> int:
         return self.size_16.session(self.tokens)
+
+
+def whole_cache(llm: LLM) -> dict[str, Any]:
+    """What all sessions have together, ready for JSON: `octavo serve` tells it."""
+    cache, one = llm.cache, Footprint.of(llm, llm.session_len)
+    return {
+        "kv": one.format,
+        "cache_bytes": cache.nbytes,
+        "cache_tokens": cache.num_blocks * cache.layout.block_size,
+        "session_len": llm.session_len,
+        "sessions": cache.num_blocks // one.blocks,
+        "token_bytes": one.size.token,
+        "token_bytes_16_bits": one.size_16.token,
+    }
