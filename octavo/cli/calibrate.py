@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from octavo.cli.calibration_texts import CalibrationTexts
 from octavo.cli.loading import LoadOptions
 from octavo.cli.options import CalibrationDir, Ray, Replicas, check_replicas, on_ray, option, takes
-from octavo.cli.progress import progress
+from octavo.cli.progress import telling
 from octavo.errors import OctavoError, require_writable
 from octavo.measure.budget import Windows
 from octavo.quant.format import DEFAULT_GRANULARITY, DEFAULT_HEADROOM, validate_choice
@@ -49,13 +50,13 @@ def calibrate(
     source, windows, seconds = shown.draw(model, texts, WANTED, LEAST, time)
     from octavo.calibrate import calibrate as observe
 
-    with on_ray(ray, replicas, options.device) as workers, progress() as bar:
-        task = bar.add_task("observing K and V", total=len(windows), seconds=seconds)
+    title = "observing K and V"
+    with on_ray(ray, replicas, options.device) as workers, telling(title, seconds) as tell:
         elsewhere = None
         if workers is not None:
             from octavo.ray.measuring import observing
 
-            elsewhere = observing(options.loading(), workers, lambda done, _: bar.update(task, completed=done))
+            elsewhere = observing(options.loading(), workers, partial(tell, title))
         calibration = observe(
             model,
             windows,
@@ -63,7 +64,7 @@ def calibrate(
             granularity=granularity,  # type: ignore[arg-type]  # validated above
             headroom=headroom,
             seed=shown.seed,
-            progress=lambda done, _: bar.update(task, completed=done),
+            progress=partial(tell, title),
             observe=elsewhere,
         )
     path = calibration.save(directory)

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 from octavo.cli.options import budget_option, option
-from octavo.cli.progress import progress, say
+from octavo.cli.progress import say, telling
 from octavo.errors import OctavoError
 from octavo.measure.budget import DEFAULT, Budget, Windows
 
@@ -91,12 +91,8 @@ class CalibrationTexts:
         say(f"{'text that the model writes' if texts is None else texts.name}: {fit}")
         if texts is not None:
             return texts.name, list(token_windows(texts, model.tokenizer, count, length, seed=self.seed)), seconds
-        with progress() as bar:
-            task = bar.add_task("sampling text from the model", total=count * length, seconds=writing(fit.size))
+        title = "sampling text from the model"
+        with telling(title, writing(fit.size)) as tell:
             llm = LLM(model, session_len=min(length + 1, context), max_batch_size=WIDTH)
-
-            def tell(done: int, _: int) -> None:
-                bar.update(task, completed=done)
-
-            windows = self_windows(llm, count, length, seed=self.seed, progress=tell)
+            windows = self_windows(llm, count, length, seed=self.seed, progress=partial(tell, title))
         return "self: text sampled from the model", windows, seconds

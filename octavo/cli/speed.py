@@ -25,8 +25,9 @@ def speed(
     batch_sizes, contexts = numbers(batch_size, "--batch-size"), numbers(context, "--context")
     tell_loading(options.model)
     from dataclasses import asdict
+    from functools import partial
 
-    from octavo.cli.progress import progress
+    from octavo.cli.progress import telling
     from octavo.cli.tables import console
     from octavo.cli.tables.speed import ceiling_table, speed_table
     from octavo.measure import machine
@@ -44,17 +45,10 @@ def speed(
         out.print(f"{model.name} on {machine.sentence(about)}", markup=False)
         out.print(f"a plain streaming read reaches {rate / 1e9:.1f} GB/s (measured)\n")
         out.print(ceiling_table(theory))
-    with progress() as bar:
-        task = bar.add_task("measuring", total=len(theory) * rounds)
+    with telling("measuring") as tell:
+        tell_round = partial(tell, "measuring")
         found = measure(
-            model,
-            compared,
-            batch_sizes,
-            contexts,
-            theory,
-            tokens=tokens,
-            rounds=rounds,
-            progress=lambda done, _: bar.update(task, completed=done),
+            model, compared, batch_sizes, contexts, theory, tokens=tokens, rounds=rounds, progress=tell_round
         )
     if not json:
         out.print(speed_table(found))
