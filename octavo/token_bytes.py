@@ -4,6 +4,8 @@ import json
 from functools import cache
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from octavo.text import token_text
 
 
@@ -56,7 +58,5 @@ def _spelling(tokenizer: Any) -> str:
 
 @cache
 def _byte_level() -> dict[str, int]:
-    """GPT-2's table (`bytes_to_unicode`): printable bytes stand for themselves, others for characters from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    """GPT-2's table: printable bytes stand for themselves, others for characters from 256 on."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}
