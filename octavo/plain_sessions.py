@@ -15,8 +15,10 @@ exported once more has the same rows.
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -63,7 +65,8 @@ def export_session(llm: LLM, saved: str | Path, plain: str | Path) -> int:
 
 def format_of(plain: str | Path) -> str:
     """The format of the session that a plain file was made of."""
-    return _about(Path(plain))["kv"]
+    with _opened(Path(plain)) as (_, about):
+        return about["kv"]
 
 
 def import_session(llm: LLM, plain: str | Path, saved: str | Path) -> int:
@@ -105,27 +108,24 @@ def import_session(llm: LLM, plain: str | Path, saved: str | Path) -> int:
     return session.rows(codes)
 
 
-def _about(path: Path) -> dict[str, str]:
-    """The metadata. Raises OctavoError for files that are none of this format and version."""
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """The file and its metadata. Raises OctavoError for what is none of this format and version, or cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+            if about.get("format") != FORMAT or about.get("version") != VERSION or "kv" not in about:
+                raise OctavoError(f"{path}: is no file of {FORMAT}, version {VERSION}")
+            yield file, about
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise OctavoError(f"{path}: cannot be read: {one_line(error)}") from None
-    if about.get("format") != FORMAT or about.get("version") != VERSION or "kv" not in about:
-        raise OctavoError(f"{path}: is no file of {FORMAT}, version {VERSION}")
-    return about
 
 
 def _read(path: Path, llm: LLM) -> tuple[list[int], int, dict[str, Tensor]]:
     """Token ids, how many of them have rows, and these."""
-    about = _about(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tokens, count = json.loads(about["tokens"]), int(about["rows"])
-            rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise OctavoError(f"{path}: cannot be read: {one_line(error)}") from None
+    with _opened(path) as (file, about):
+        tokens, count = json.loads(about["tokens"]), int(about["rows"])
+        rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     vocabulary = llm.model.bound.vocab_size
     if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < vocabulary for t in tokens):
         raise OctavoError(f"{path}: its tokens are not ids of this model's vocabulary of {vocabulary}")

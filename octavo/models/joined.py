@@ -6,7 +6,6 @@ that runs the forward, until they are asked for with the very same tensor.
 
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -14,27 +13,19 @@ from octavo.models.changes import Undo, become, watched
 from octavo.weights import cpu
 from octavo.weights.panels import PanelLinear
 
-
-@dataclass
-class Group:
-    """Layers of one number of inputs and one type of weights."""
-
-    layers: list[PanelLinear]
-
-
 # Rows, and what other layers of the group of which one was called make of them.
 _kept: ContextVar[tuple[Tensor, dict[nn.Module, Tensor]] | None] = ContextVar("kept", default=None)
 
 
 class JoinedLinear(PanelLinear):
-    group: Group
+    group: list[PanelLinear]  # of one number of inputs and one type of weights, itself among them
 
     def forward(self, x: Tensor) -> Tensor:
         kept = _kept.get()
         if kept is None or kept[0] is not x or self not in kept[1]:
-            operands = [layer.operand(x) for layer in self.group.layers]
+            operands = [layer.operand(x) for layer in self.group]
             ys = cpu.multiply_together(operands, x.reshape(-1, self.in_features))
-            kept = x, dict(zip(self.group.layers, ys, strict=True))
+            kept = x, dict(zip(self.group, ys, strict=True))
         y = kept[1].pop(self)
         _kept.set(kept if kept[1] else None)
         return y.view(*x.shape[:-1], self.out_features)
@@ -60,7 +51,4 @@ def join(model: nn.Module, run: Callable[[], object]) -> Iterator[Undo]:
     called = [id(module) for module, _ in calls]
     for layers in groups:
         if len(layers) > 1 and all(called.count(id(layer)) == 1 for layer in layers):
-            group = Group([])
-            for layer in layers:
-                group.layers.append(layer)
-                yield become(layer, JoinedLinear, group=group)
+            yield from (become(layer, JoinedLinear, group=layers) for layer in layers)

@@ -25,7 +25,7 @@ from octavo.cache.states import StatePool
 from octavo.errors import Unsupported, one_line
 from octavo.models import states
 from octavo.models.bind import UNLIMITED, BoundModel, prove_states
-from octavo.models.changes import Undo, become, put, watched
+from octavo.models.changes import Undo, become, close, put, watched
 from octavo.models.due import shorten
 from octavo.models.fused import fuse
 from octavo.models.hook import Attend, blended, itself
@@ -141,7 +141,7 @@ def attempt(
     try:
         for back in rearrange(called):
             undo.append(back)
-        if bool((_trial(bound, due=due) - before).norm() <= tolerance * before.norm()):
+        if close(_trial(bound, due=due), before, tolerance):
             return True
     except Exception as error:  # whatever a model does with rows that are not there
         logger.debug("a model is left as it was where a trial failed", exc_info=True)

@@ -95,10 +95,9 @@ def comparing(
     """`measured` on the cluster; `baseline` loads the model that candidates name which are not of the first."""
 
     def measure(windows: Windows) -> list[Measured]:
-        parts = workers.parts(len(windows))
-        others = [candidate.model is not None and baseline is not None for candidate in candidates]
+        each = [baseline if candidate.model is not None and baseline else loading for candidate in candidates]
         plain = [replace(candidate, model=None) for candidate in candidates]
-        jobs: list[Job] = [(_measured, loading, baseline, plain, others, windows[part]) for part in parts]
+        jobs: list[Job] = [(_measured, each, plain, windows[part]) for part in workers.parts(len(windows))]
         found: list[list[Measured]] = workers.all(jobs, progress, len(windows))
         return [Measured.of_all(own) for own in zip(*found, strict=True)]
 
@@ -124,13 +123,10 @@ def _observed(loading: Loading, windows: Windows, offsets: Sequence[int], first:
     return observed(_model(tuple(loading.items())), windows, offsets, first=first)
 
 
-def _measured(
-    loading: Loading, baseline: Loading | None, plain: list[Candidate], others: list[bool], windows: Windows
-) -> list[Measured]:
-    model = _model(tuple(loading.items()))
-    other = _model(tuple(baseline.items())) if baseline is not None else None
-    own = [replace(one, model=other) if is_other else one for one, is_other in zip(plain, others, strict=True)]
-    return measured(model, own, windows)
+def _measured(each: Sequence[Loading], plain: Sequence[Candidate], windows: Windows) -> list[Measured]:
+    """`each` loads the model of a candidate."""
+    models = [_model(tuple(loading.items())) for loading in each]
+    return measured(models[0], [replace(one, model=own) for one, own in zip(plain, models, strict=True)], windows)
 
 
 def _asked(

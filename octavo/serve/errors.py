@@ -8,7 +8,8 @@ from starlette.types import Scope
 
 from octavo.errors import OctavoError
 
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+BAD = "invalid_request_error"
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 ANTHROPIC_TYPES = {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}  # where they differ
 ANTHROPIC = "/v1/messages"  # the routes below it answer in Anthropic's form
 
@@ -36,13 +37,12 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        kind = TYPES.get(self.status, BAD if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def anthropic_body(self) -> dict[str, Any]:
-        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-        kind = ANTHROPIC_TYPES.get(self.status, kind)
+        kind = (TYPES | ANTHROPIC_TYPES).get(self.status, BAD if self.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
 
