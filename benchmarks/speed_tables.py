@@ -22,8 +22,8 @@ process or one script, with two threads; a ratio is the median over rounds of th
 what is named first is faster. The machines are virtual, of a cloud, and not quiet: ranges are in the JSON files.
 
 - **Zen 3**: AMD EPYC, AVX2, no bf16 unit. Octavo computes in float32, with 16-bit weights, by its own products.
-- **Zen 4 by AVX2**: the same processor as the next, `OCTAVO_ISA=avx2`: Octavo as on Zen 3; peers use all that they know,
-  but for torch in the table of products (`ATEN_CPU_CAPABILITY=avx2`).
+- **Zen 4 by AVX2**: the same processor as the next, `OCTAVO_ISA=avx2`: Octavo as on Zen 3; peers use all that they
+  know, but for torch in the table of products (`ATEN_CPU_CAPABILITY=avx2`).
 - **Zen 4**: AMD EPYC, AVX512-VNNI with bf16, no AMX. Octavo computes in float32, but for products: weights in pairs of
   bf16 numbers, codes that single new tokens read as bytes. *4-bit weights* and *the server* are of 2026-11-23, before.
 """
@@ -104,8 +104,9 @@ def products() -> str:
 
 Shapes of a Llama of a billion parameters, against torch's float32 `mm` on float32 weights, against its bf16 `linear`
 where we multiply bf16 too, and against a loop of float32 multiply-adds on all threads, the most that the processor can
-do in float32. Smallest and largest of four shapes. With 512 rows and more torch reaches 0.75 to 0.89 of that loop on Zen 3
-and we 0.84 to 0.90, so no product could be more than 1.12 to 1.34 times as fast as torch there. {commits(found)}.
+do in float32. Smallest and largest of four shapes. With 512 rows and more torch reaches 0.75 to 0.89 of that loop on
+Zen 3 and we 0.84 to 0.90, so no product could be more than 1.12 to 1.34 times as fast as torch there.
+{commits(found)}.
 """
     for label, document in found.items():
         by_rows: dict[int, list[Document]] = {}

@@ -10,6 +10,7 @@ A prefix is found where every group still has the blocks that a query at its end
 last blocks are enough. Pure Python, no tensors but those that the pool of states clears.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from octavo.cache.states import StatePool
 
 @dataclass(frozen=True)
 class Hit:
-    """Whole blocks of a prompt that are cached."""
+    """Whole blocks of a prompt that are cached. The sequence that starts on them has the lists for its own."""
 
     prefixes: list[bytes]  # the hash of the prefix that each of them ends
     tables: list[list[int]]  # of each group, GONE where no query at their end sees a block
@@ -73,7 +74,7 @@ class CachePool:
         caller's own."""
         prefixes: list[bytes] = []
         found: list[list[int | None]] = [[] for _ in self.groups]
-        for prefix, own in self.prefixes(tokens) if self.groups[0].by_prefix else ():
+        for prefix, own in self.prefixes(tokens) if self.prefix_caching else ():
             blocks = [pool.lookup(prefix, own) for pool in self.groups]
             if any(block is None and pool.reach is None for block, pool in zip(blocks, self.groups, strict=True)):
                 break
@@ -85,8 +86,11 @@ class CachePool:
         if lacks_first:
             count = 0
 
-        def lacks(count: int) -> bool:
-            return any(None in table[behind:count] for table, behind in zip(found, self.behinds(count), strict=True))
+        def lacks(count: int) -> bool:  # only blocks behind a window may be gone
+            return any(
+                pool.reach is not None and None in table[pool.behind(count * self.block_size) : count]
+                for table, pool in zip(found, self.groups, strict=True)
+            )
 
         while lacks(count):
             count -= self._whole
@@ -139,12 +143,12 @@ class CachePool:
         return True
 
     def lacking(self, holder: Holding, tokens: int) -> list[int]:
-        """Blocks of each group that a sequence needs more for its first `tokens` tokens."""
+        """How many more blocks of each group a sequence needs to hold `tokens` tokens."""
         return [self.blocks_for(tokens) - len(table) for table in holder.tables]
 
     def reserve(self, holder: Holding, tokens: int) -> bool:
-        """Give back what lies behind, and extend the block tables for `tokens` more tokens, if there are blocks enough;
-        else take none."""
+        """Give back what lies behind, and extend the block tables for `tokens` more tokens. If there are too few
+        blocks, none is taken, and it is False."""
         for i, pool in enumerate(self.groups):
             holder.behind[i] = pool.let_go(holder.tables[i], holder.behind[i], holder.num_cached)
         needed = self.lacking(holder, holder.num_cached + tokens)
@@ -159,7 +163,8 @@ class CachePool:
         size = self.block_size
         while (len(holder.prefixes) + 1) * size <= holder.num_cached:
             i = len(holder.prefixes)
-            parent, own = holder.prefixes[-1] if i else None, holder.tokens[i * size : (i + 1) * size]
+            parent = holder.prefixes[-1] if i else None
+            own = holder.tokens[i * size : (i + 1) * size]
             for pool, table, behind in zip(self.groups, holder.tables, holder.behind, strict=True):
                 if i >= behind:
                     pool.seal(table[i], parent, own)
@@ -190,8 +195,9 @@ class CachePool:
         """Raise AssertionError unless all pools are whole and the references are exactly those of `holders`."""
         for i, pool in enumerate(self.groups):
             pool.check()
-            held = sum(len(holder.tables[i]) - holder.behind[i] for holder in holders)
-            assert held == sum(block.references for block in pool.blocks), f"a block of group {i} leaked"
+            held = Counter(block for holder in holders for block in holder.tables[i][holder.behind[i] :])
+            there = {index: block.references for index, block in enumerate(pool.blocks) if block.references}
+            assert held == there, f"references to blocks of group {i} are not those of who runs"
         if self.edges is not None:
             self.edges.check([(holder.first_page, holder.ring) for holder in holders])
         if self.states is not None:
@@ -206,5 +212,6 @@ class CachePool:
             pool.release(table[behind:])
 
     def _findable(self, prefix: bytes) -> bool:
-        """Whether a prefix is cached, but for its states. Without attention there is nothing to be cached."""
+        """Whether the blocks of a prefix are cached, its states aside. A model without attention has one group of
+        reach 1, which needs none."""
         return self.groups[0].reach == 1 or prefix in self.groups[0].by_prefix

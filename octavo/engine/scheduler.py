@@ -13,7 +13,7 @@ from octavo.engine.sequence import FinishReason, Sampled, Sequence
 from octavo.errors import OctavoError
 
 Work = list[tuple[Sequence, int]]
-CHUNK_TOKENS = 1024  # of a step unless said otherwise, and so rows of a chunk of a long prompt
+CHUNK_TOKENS = 1024  # most tokens of a step unless said otherwise, and so rows of a long prompt's chunk
 
 
 class Scheduler:
@@ -23,7 +23,7 @@ class Scheduler:
         self.pool = pool
         self.max_batch_size = max_batch_size  # sequences in a step
         self.max_batch_tokens = max(max_batch_tokens, max_batch_size)  # tokens in a step
-        self.max_context = min(max_context, max_context if pool.capacity is None else pool.capacity)
+        self.max_context = max_context if pool.capacity is None else min(max_context, pool.capacity)
         self.cache_limited = self.max_context < max_context
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
@@ -53,7 +53,7 @@ class Scheduler:
         budget = self.max_batch_tokens
         preempted = False
         for sequence in list(self.running):
-            if preempted and sequence not in self.running:  # by an older one in this very step
+            if preempted and sequence not in self.running:  # preempted above, to make room for an older one
                 continue
             tokens = self._tokens(sequence, budget)
             while not self.pool.reserve(sequence, tokens):
@@ -65,6 +65,7 @@ class Scheduler:
                 if tokens:
                     work.append((sequence, tokens))
                     budget -= tokens
+        # After a preemption nobody starts: the blocks it freed are for those who run.
         while self.waiting and budget and len(self.running) < self.max_batch_size and not preempted:
             sequence = self.waiting[0]
             if not self._admit(sequence):
@@ -72,15 +73,17 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(sequence)
             tokens = self._tokens(sequence, budget)
-            self.pool.reserve(sequence, tokens)
+            reserved = self.pool.reserve(sequence, tokens)
+            assert reserved, "a sequence was admitted without room"
             work.append((sequence, tokens))
             budget -= tokens
         return work
 
     def following(self, work: Work) -> Work | None:
         """The step after `work`, which is not committed yet, if it is certain: the same sequences, each with the token
-        it is about to gain. None if one of them ends by its length, draws by what it has said or still has a prompt to
-        compute, if somebody waits and could run, or if blocks run out. Takes blocks."""
+        it is about to gain. None if one of them ends by its length, if its next token depends on those it has generated
+        (penalties, a grammar, min_tokens), if it still has a prompt to compute, if another one waits and could run, or
+        if blocks run out. Takes blocks."""
         room = len(self.running) < self.max_batch_size
         if len(work) < len(self.running) or (room and self.waiting and self._may_start(self.waiting[0])):
             return None
@@ -100,7 +103,7 @@ class Scheduler:
 
     def launched(self, work: Work, ahead: bool = False) -> None:
         """The forward of a step is launched; `ahead`: before the step before it is committed. Takes snapshots of the
-        states that it leaves behind."""
+        states at its end."""
         if self.pool.states is not None:
             for sequence, tokens in work:
                 length = len(sequence.tokens) + 1 if ahead else sequence.num_cached + tokens
@@ -114,7 +117,7 @@ class Scheduler:
         gained = []
         for sequence, tokens in work:
             if sequence.finished:
-                next(results)  # only a decode step is launched before the one before it is committed
+                next(results)  # dropped; it has just one: only decode steps are launched ahead of a commit
                 if self.pool.states is not None:
                     self.pool.states.forget_coming(sequence)
                 continue
@@ -143,7 +146,7 @@ class Scheduler:
         return gained
 
     def restart(self) -> None:
-        """Have everything that runs computed again."""
+        """Preempt all that run: they are computed again."""
         if self.pool.states is not None:
             self.pool.states.forget_all_coming()
         while self.running:
@@ -168,8 +171,8 @@ class Scheduler:
         assert not any(sequence.tables for sequence in self.waiting), "a waiting sequence holds blocks"
 
     def _tokens(self, sequence: Sequence, budget: int) -> int:
-        """That it computes in this step: as many as there may be, or those until a snapshot of its states is due, or
-        those of a first page after which it can skip."""
+        """How many tokens a sequence computes in this step: what the budget allows, or those until a snapshot of its
+        states is due, or those of a first page after which it can skip."""
         tokens = min(sequence.pending, budget)
         if sequence.lacks_first:
             tokens = min(tokens, self.pool.block_size - sequence.num_cached)

@@ -3,15 +3,16 @@
 //     c [16, 16 floats] += a [16, 16 pairs of bf16] · b [16 pairs, 16]      in one instruction
 //
 // Sources: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2, TDPBF16PS.
-// With EMULATE_TILES the same is plain C++, for tests on other processors.
+// With EMULATE_TILES the same is plain C++, for tests on other processors, but for denormals, which the unit takes for 0.
 #pragma once
 
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if !defined(EMULATE_TILES) && defined(__AVX512F__) && defined(__linux__) && __has_include(<amxtileintrin.h>)
-#define ASSEMBLE_TILES  // the compiler is young enough that its assembler knows their instructions
+#define ASSEMBLE_TILES  // the compiler is new enough that its assembler knows their instructions
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -22,13 +23,13 @@ namespace octavo::ISA {
 #if defined(EMULATE_TILES) || defined(ASSEMBLE_TILES)
 constexpr bool TILES = true;
 #else
-constexpr bool TILES = false;  // nothing of what follows is defined
+constexpr bool TILES = false;  // the functions below are then declared only
 #endif
 constexpr int TILE_ROWS = 16;
 
 struct Tiles {
     static bool permitted();  // whether the processor has them, and the system lets this process use them
-    static void begin();      // before others are called, on each thread
+    static void begin();      // call first, on each thread that uses tiles
     static void end();
     template <int I> static void zero();
     template <int I> static void load(const void* from, int64_t stride);  // bytes from row to row
@@ -64,7 +65,8 @@ template <int C, int A, int B> void Tiles::multiply_add() {
 #elif defined(ASSEMBLE_TILES)
 
 inline bool Tiles::permitted() {
-    constexpr long REQUEST = 0x1023, DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: threads' states grow
+    // Linux is asked to save the tiles of this process's threads: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
+    constexpr long REQUEST = 0x1023, DATA = 18;
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     const bool there = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1) && (edx >> 24 & 1);
     return there && syscall(SYS_arch_prctl, REQUEST, DATA) == 0;
@@ -92,10 +94,10 @@ template <int C, int A, int B> void Tiles::multiply_add() {
 
 #endif
 
-// Whether there are tiles, and two products of small numbers are right: a unit that was never tried is not trusted.
-inline bool has_tiles() {
-    if constexpr (!TILES) return false;
-    static const bool found = Tiles::permitted() && [] {
+// Whether there are tiles, and a product of small numbers is right: a unit that was never tried is not trusted. Not to be
+// called between begin and end.
+inline bool tiles_are_right() {
+    if constexpr (TILES) {
         uint16_t a[TILE_ROWS][32], b[16][32];
         float c[TILE_ROWS][16];
         const auto left = [](int m, int k) { return (7 * m + 3 * k) % 11 - 5; };
@@ -106,22 +108,31 @@ inline bool has_tiles() {
                 a[i][j] = bf16(left(i, j));
                 b[i][j] = bf16(right(2 * i + j % 2, j / 2));
             }
-        Tiles::begin();
-        Tiles::zero<0>();
-        Tiles::load<4>(a, sizeof a[0]);
-        Tiles::load<6>(b, sizeof b[0]);
-        Tiles::multiply_add<0, 4, 6>();
-        Tiles::multiply_add<0, 4, 6>();
-        Tiles::save<0>(c, sizeof c[0]);
-        Tiles::end();
-        for (int m = 0; m < TILE_ROWS; m++)
-            for (int n = 0; n < 16; n++) {
-                int exact = 0;
-                for (int k = 0; k < 32; k++) exact += left(m, k) * right(k, n);
-                if (c[m][n] != float(2 * exact)) return false;
-            }
-        return true;
-    }();
+        const auto by = [&]<int C, int A, int B>(std::integer_sequence<int, C, A, B>) {
+            Tiles::begin();
+            Tiles::zero<C>();
+            Tiles::load<A>(a, sizeof a[0]);
+            Tiles::load<B>(b, sizeof b[0]);
+            Tiles::multiply_add<C, A, B>();
+            Tiles::multiply_add<C, A, B>();
+            Tiles::save<C>(c, sizeof c[0]);
+            Tiles::end();
+            for (int m = 0; m < TILE_ROWS; m++)
+                for (int n = 0; n < 16; n++) {
+                    int exact = 0;
+                    for (int k = 0; k < 32; k++) exact += left(m, k) * right(k, n);
+                    if (c[m][n] != float(2 * exact)) return false;
+                }
+            return true;
+        };
+        return Tiles::permitted() && by(std::integer_sequence<int, 0, 4, 6>()) && by(std::integer_sequence<int, 1, 4, 7>()) &&
+               by(std::integer_sequence<int, 2, 5, 6>()) && by(std::integer_sequence<int, 3, 5, 7>());
+    }
+    return false;
+}
+
+inline bool has_tiles() {
+    static const bool found = TILES && tiles_are_right();
     return found;
 }
 
