@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -123,17 +123,29 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
     It is made in a directory that only its owner can enter, so a private one is private from its first byte. Raises
     OctavoError with the system's reason where it cannot be written; the old file is then as it was.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a device would be gone, and a file there in its place
+        raise OctavoError(f"{path} cannot be written: not a regular file")
     try:
         with TemporaryDirectory(PART, prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as own:
             probe, part = Path(own, "mode"), Path(own, path.name)
             probe.touch(0o666)  # the process's umask cannot be read without changing it for all threads
             yield part
             part.chmod(0o600 if private else probe.stat().st_mode & 0o777)
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
+            _to_disk(part)
             part.replace(path)
+            with suppress(OSError):  # not every file system keeps directories so
+                _to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         raise OctavoError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _to_disk(path: Path) -> None:
+    """What is written of a file, or which names a directory has, outlives a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

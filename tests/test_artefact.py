@@ -234,6 +234,27 @@ def test_a_private_file_is_private_from_its_first_byte(
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == (0o600 if private else 0o640)
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = tmp_path / "file", []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: seen.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), path.exists()))
+    )
+    artefact.write(path, {}, {"x": torch.zeros(1)})
+    assert seen == [(False, False), (True, True)]
+
+
+def test_what_is_no_file_is_not_written_over(tmp_path: Path) -> None:
+    """A device would be gone for all programs."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OctavoError, match=f"{path} cannot be written: not a regular file"):
+            artefact.write(path, {}, {"x": torch.zeros(1)})
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("where", ["save_file", "fsync"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
