@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -30,6 +31,7 @@ from octavo.weights.linear import PackedLinear
 from tests.conftest import status_of
 from tests.models.test_internlm import TOKENIZER_V1, V2, checkpoint_v2, vocabulary, write
 
+WEIGHTS = BUNDLED / "model.safetensors"
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # as published: the column of each 4-bit number of a word
 
 
@@ -43,12 +45,15 @@ def coarse() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
-    """`pamphlet` quantized in memory, and as it was written."""
-    model = Model.load(device="cpu", dtype="float32", plain_weights=True)
+    """`pamphlet`, as a checkpoint of float32, quantized in memory, and as it was written."""
+    source = tmp_path_factory.mktemp("source") / "pamphlet"
+    shutil.copytree(BUNDLED, source)
+    save_file({name: tensor.float() for name, tensor in load_file(WEIGHTS).items()}, source / WEIGHTS.name)
+    model = Model.load(source, device="cpu", dtype="float32", plain_weights=True)
     ids = model.tokenizer((BUNDLED / "evaluation.txt").read_text(encoding="utf-8")[:4000])["input_ids"]
     directory = tmp_path_factory.mktemp("awq") / "pamphlet-4bit"
     quantized = quantize(model.bound, [ids[:256], ids[256:512]], group_size=128)
-    save_awq(model.bound.hf, quantized.tensors, 128, BUNDLED, directory, shard="3MB")
+    save_awq(model.bound.hf, quantized.tensors, 128, source, directory, shard="3MB")
     return model, directory
 
 
@@ -166,6 +171,22 @@ def test_experts_stay_in_16_bits_and_are_named(tmp_path: Path) -> None:
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in quantized.tensors} == {
         "q_proj", "k_proj", "v_proj", "o_proj"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_not_quantized_keeps_the_types_of_the_checkpoint(tied: bool, tmp_path: Path) -> None:
+    """--dtype fp32 is what the work is computed in; the files do not grow by it."""
+    hf = tiny(tie_word_embeddings=tied).bfloat16()
+    hf.model.norm.float()
+    source = tmp_path / "source"
+    hf.save_pretrained(source)
+    bound = bind(load_model(source, dtype="fp32"))
+    quantized = quantize(bound, windows(), group_size=32)
+    save_awq(bound.hf, quantized.tensors, 32, source, tmp_path / "new")
+    stored = load_file(tmp_path / "new" / "model.safetensors")
+    assert ("lm_head.weight" in stored) != tied
+    assert {name for name, tensor in stored.items() if tensor.dtype == torch.float32} == {"model.norm.weight"}
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_internlm_is_written_as_the_llama_it_was_loaded_as(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from octavo.errors import OctavoError, require_new
 from octavo.models import internlm
-from octavo.models.files import read_json, weight_files
+from octavo.models.files import open_tensors, read_json, weight_files
 from octavo.quant.format import dtype_name
 
 SHARD = "5GB"  # the largest file of weights
@@ -41,10 +42,12 @@ def save_awq(
 ) -> list[str]:
     """Write `hf`, its 4-bit layers as the tensors `packed`, to the new `directory`; `source` is where it came from.
 
-    `chat_template` is what its tokenizer uses, written where the files of `source` do not hold it. Returns the names of
-    the modules that stay in 16 bits, as `modules_to_not_convert` lists them.
+    What is not packed gets the types that it has in `source`, where `hf` computes in wider ones. `chat_template` is
+    what its tokenizer uses, written where the files of `source` do not hold it. Returns the names of the modules that
+    stay in 16 bits, as `modules_to_not_convert` lists them.
     """
     require_new(directory, source)
+    _narrow(hf, source)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as temporary:
         new = Path(temporary) / "model"
         defaults, hf.generation_config = hf.generation_config, GenerationConfig()  # the file is copied as it is
@@ -71,6 +74,15 @@ def save_awq(
             directory.rmdir()  # empty
         new.rename(directory)
     return kept
+
+
+def _narrow(hf: PreTrainedModel, source: Path) -> None:
+    """Give parameters the types of `source`, where those are narrower: in place, so that what is tied stays one."""
+    types = {name: tensor.dtype for file in weight_files(source) for name, tensor in open_tensors(file).items()}
+    usual = Counter(types.values()).most_common(1)[0][0]  # of those that have another name in the files
+    for name, parameter in hf.named_parameters():
+        if (own := types.get(name, usual)).itemsize < parameter.dtype.itemsize:
+            parameter.data = parameter.data.to(own)
 
 
 def _kept(new: Path, hf: PreTrainedModel) -> list[str]:
