@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def require_new(directory: Path, source: Path | None) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise OctavoError(f"{directory} is there already and not empty: name a new directory with --work-dir")
     require_writable(directory.parent, "--work-dir")
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The one of the known names that was perhaps meant, as a question and a space; nothing if none is like it."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 @cache

@@ -6,6 +6,7 @@ for out in llm.generate(["Once upon a time"], SamplingParams(max_tokens=64)):
     print(out.text)
 """
 
+import inspect
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -13,8 +14,9 @@ from collections.abc import Sequence as Rows
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, overload
+from typing import Any, Literal, NoReturn, TypeVar, Unpack, overload
 
 from octavo.artefact import Damaged
 from octavo.attention import backend_for
@@ -32,8 +34,9 @@ from octavo.engine.reading import Reading
 from octavo.engine.scheduler import CHUNK_TOKENS
 from octavo.engine.sequence import FinishReason, Sequence
 from octavo.engine.threads import EngineTurns
+from octavo.engine.values import brief, is_number
 from octavo.engine.warmup import LargestStep
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, did_you_mean
 from octavo.grammars import Grammars
 from octavo.inputs import (
     Prompt,
@@ -46,7 +49,7 @@ from octavo.inputs import (
 )
 from octavo.interrupts import held
 from octavo.models.bound import NO_ROWS
-from octavo.models.model import Model
+from octavo.models.model import Loading, Model
 from octavo.parallel import load
 from octavo.quant.calibration import SYNTHETIC, Calibration
 from octavo.quant.format import Format, Granularity
@@ -97,12 +100,17 @@ class LLM:
         prefix_caching: bool = True,
         snapshot_memory: str | int | None = None,
         tensor_parallel_size: int = 1,
-        **loading: Any,
+        **loading: Unpack[Loading],
     ):
-        sizes = {"session_len": session_len, "max_batch_size": max_batch_size, "max_batch_tokens": max_batch_tokens}
+        if strange := sorted(loading.keys() - Loading.__annotations__.keys()):
+            known = list(inspect.signature(LLM).parameters)[:-1] + list(Loading.__annotations__)
+            hint = did_you_mean(strange[0], known)
+            raise TypeError(f"LLM has no argument {strange[0]!r}; {hint}choose {', '.join(known)}")
+        longest = 1 if session_len is None else session_len
+        sizes = {"session_len": longest, "max_batch_size": max_batch_size, "max_batch_tokens": max_batch_tokens}
         for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise OctavoError(f"{name} is {size}; it must be at least 1")
+            if not is_number(size, Integral) or size < 1:
+                raise OctavoError(f"{name} is {brief(size)}; it must be a whole number of at least 1")
         if not isinstance(model, Model):
             model = load(model, tensor_parallel_size, context=session_len, **loading)
         elif loading or tensor_parallel_size != 1:
@@ -131,7 +139,7 @@ class LLM:
 
         plans = plan_layers(bound.whole, self.format, self.calibration)
         layout = backend_for(plans).layout
-        memory = parse_bytes(kv_cache_memory) if isinstance(kv_cache_memory, str) else kv_cache_memory
+        memory = None if kv_cache_memory is None else parse_bytes(kv_cache_memory)
         in_step = max(max_batch_tokens, max_batch_size)
         formats = [plan.format for plan in plans]
         snapshots = num_snapshots(bound.states, snapshot_memory) if prefix_caching else 0

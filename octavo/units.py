@@ -7,8 +7,13 @@ from octavo.errors import OctavoError
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def parse_bytes(text: str) -> int:
-    """'4GiB', '512 MB', '1e9B' → bytes. A number needs a unit: who writes 80 means GiB, and would get bytes."""
+def parse_bytes(text: str | int) -> int:
+    """'4GiB', '512 MB', '1e9B' → bytes. A number in a text needs a unit: who writes 80 means GiB, and would get bytes;
+    one that is no text is of bytes."""
+    if type(text) is int and text >= 0:
+        return text
+    if not isinstance(text, str):
+        raise OctavoError(f"{text!r} is not an amount of memory; write it like '4GiB' or as a number of bytes")
     match = re.fullmatch(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[0-9]+)?)\s*([kmgt]i?b?|b|)", text.strip().lower())
     if not match:
         raise OctavoError(f"{text!r} is not an amount of memory; write it like 4GiB or 512MB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -422,6 +423,36 @@ def test_an_unknown_format_lists_those_there_are(pamphlet: Model):
         LLM(pamphlet, kv="int7")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("kvv", "LLM has no argument 'kvv'; did you mean kv? choose model, kv, "),
+        ("dtpe", "did you mean dtype?"),
+        ("plain_weights", "LLM has no argument 'plain_weights'; choose model, "),
+    ],
+)
+def test_an_unknown_argument_is_named_with_those_there_are(wrong: str, says: str):
+    with pytest.raises(TypeError, match=re.escape(says)):
+        LLM(**{wrong: "kv8"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"kv": 8}, "named by text like 'kv8', not by a value of type int"),
+        ({"kv": ["kv8"]}, "of type list"),
+        ({"cache_max_entry_count": "0.5"}, "between 0 and 1, not '0.5'"),
+        ({"kv": "int8", "headroom": "1"}, "a headroom of '1' makes no sense"),
+        ({"max_batch_size": None}, "max_batch_size is None"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(
+    pamphlet: Model, calibration: Calibration, wrong: dict[str, object], says: str
+):
+    with pytest.raises(OctavoError, match=re.escape(says)):
+        LLM(pamphlet, calibration=calibration, **wrong)  # type: ignore[arg-type]
+
+
 def test_options_of_loading_for_a_loaded_model_are_refused(pamphlet: Model):
     with pytest.raises(TypeError, match="dtype"):
         LLM(pamphlet, dtype="float32")
@@ -480,7 +511,14 @@ def test_a_cache_takes_memory_as_it_is_written(pamphlet: Model):
 
 @pytest.mark.parametrize(
     ("memory", "said"),
-    [("4 apples", "4 apples"), ("3000", ".3000. has no unit"), ("1.2.3GiB", "1.2.3GiB"), ("10KiB", "not one block")],
+    [
+        ("4 apples", "4 apples"),
+        ("3000", ".3000. has no unit"),
+        ("1.2.3GiB", "1.2.3GiB"),
+        ("10KiB", "not one block"),
+        (-1, "-1 is not an amount"),
+        (0.5, "0.5 is not an amount"),
+    ],
 )
 def test_a_senseless_amount_of_memory_is_refused(pamphlet: Model, memory: str, said: str):
     with pytest.raises(OctavoError, match=said):
@@ -488,9 +526,9 @@ def test_a_senseless_amount_of_memory_is_refused(pamphlet: Model, memory: str, s
 
 
 @pytest.mark.parametrize("name", ["session_len", "max_batch_size", "max_batch_tokens"])
-@pytest.mark.parametrize("size", [0, -5])
-def test_a_size_below_one_is_refused_by_its_name(pamphlet: Model, name: str, size: int):
-    with pytest.raises(OctavoError, match=f"{name} is {size}"):
+@pytest.mark.parametrize("size", [0, -5, "512", 2.5, True])
+def test_a_size_that_is_no_number_above_zero_is_refused_by_its_name(pamphlet: Model, name: str, size: object):
+    with pytest.raises(OctavoError, match=f"{name} is {size!r}; it must be a whole number"):
         LLM(pamphlet, kv="fp32", **{name: size})
 
 

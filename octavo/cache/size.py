@@ -167,8 +167,8 @@ def num_blocks(
             raise OctavoError(f"{cache}; a block takes {format_bytes(size.block)}{more}")
         return blocks
     share = device.cache_share if share is None else share
-    if not 0 < share <= 1:
-        raise OctavoError(f"--cache-max-entry-count is a share of the free memory between 0 and 1, not {share}")
+    if not isinstance(share, int | float) or not 0 < share <= 1:
+        raise OctavoError(f"--cache-max-entry-count is a share of the free memory between 0 and 1, not {share!r}")
     fits = size.blocks_within(int(free * share), sessions)
     if fits < 1:
         needed = format_bytes(size.cache(1, sessions))
@@ -182,4 +182,4 @@ def num_snapshots(states: StatePlan, memory: str | int | None) -> int | None:
         return None
     if not states:
         raise OctavoError("this model keeps no states, of which snapshots could be taken: leave --snapshot-memory out")
-    return (parse_bytes(memory) if isinstance(memory, str) else memory) // states.nbytes
+    return parse_bytes(memory) // states.nbytes

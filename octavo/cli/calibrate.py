@@ -37,6 +37,8 @@ def calibrate(
     validate_choice(granularity, headroom)
     check_replicas(ray, replicas)
     time, texts = shown.time, shown.open()
+    if work_dir is not None:
+        require_writable(work_dir, "--work-dir")
     model = options.load()
     if model.synthetic and work_dir is None:
         raise OctavoError("--load-format dummy makes a calibration of random weights: name a --work-dir for it")

@@ -48,12 +48,14 @@ class CalibrationTexts:
         return Budget.parse(self.budget)
 
     def open(self) -> Texts | None:
-        """The texts; None where the model writes. Raises OctavoError for what is not there."""
+        """The texts; None where the model writes. Raises OctavoError for what is not there or cannot be read."""
         from octavo.corpus import load_texts
 
         if self.calib_dataset is None or self.calib_dataset == SELF:
             return None
-        return load_texts(self.calib_dataset, self.data_dir)
+        texts = load_texts(self.calib_dataset, self.data_dir)
+        next(iter(texts))
+        return texts
 
     def draw(
         self, model: Model, texts: Texts | None, wanted: Windows, least: Windows, time: Budget

@@ -24,7 +24,7 @@ def doctor(
     something is advised against."""
     time = Budget.parse(budget)
     if text != "self":
-        load_texts(text)  # refuses what is not there before the model is loaded
+        next(iter(load_texts(text)))  # refuses what cannot be read before the model is loaded
     try:
         model = options.load(say=False, pairs=False)  # said in the table; float32 products as in accuracy
     except Unsupported as refusal:

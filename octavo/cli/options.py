@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
 from textwrap import shorten
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, did_you_mean
 from octavo.quant.format import CODECS, DEFAULT_GRANULARITY, DEFAULT_HEADROOM, NAMES, RAW_NAMES, TUNED, validate_choice
 from octavo.units import parse_bytes
 
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
 
 def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        near = get_close_matches(value, choices, n=1)
-        raise OctavoError(f"{flag} {value}: {f'did you mean {near[0]}? ' if near else ''}choose {', '.join(choices)}")
+        raise OctavoError(f"{flag} {value}: {did_you_mean(value, choices)}choose {', '.join(choices)}")
 
 
 def check_file(flag: str, path: Path) -> None:
@@ -108,7 +106,10 @@ def _one_of(flag: str, help: str, *choices: str) -> Any:
         check_choice(flag, value, choices)
         return value
 
-    return of_model(help, callback=check)
+    def told(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return of_model(help, callback=check, autocompletion=told)
 
 
 def _device(name: str) -> str:

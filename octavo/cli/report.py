@@ -31,7 +31,7 @@ def report(
     from octavo.corpus import load_texts
 
     time = Budget.parse(budget)
-    load_texts(text)  # a name mistyped is known before the model is loaded
+    next(iter(load_texts(text)))  # refuses what cannot be read before the model is loaded
     tell_loading(options.model)
     from octavo.measure.report.picture import require_directory
 

@@ -76,6 +76,7 @@ def tune(
     room, time = parse_bytes(memory or "0"), Budget.parse(budget)
     check_calibration(calibration, None, None)
     texts = load_texts(text, data_dir)
+    next(iter(texts))  # refuses what cannot be read
     tell_loading(options.model)
     import torch
 

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import PreTrainedModel
@@ -36,6 +36,18 @@ SENTENCE = (  # any text, by which the size of K and V is seen
     "The old lighthouse keeper wrote down the weather every evening, and in forty years he never missed a day, "
     "although nobody had asked him to."
 )
+
+
+class Loading(TypedDict, total=False):
+    """The arguments of `Model.load` that `LLM` takes too."""
+
+    dtype: str
+    device: str
+    device_map: str | None
+    load_format: str
+    model_format: str
+    chat_template: str | Path | None
+    deterministic: bool
 
 
 def tuned_formats(name: str, path: Path, beside: str | Path | None = None) -> Tuned:
@@ -180,7 +192,7 @@ class Model:
         for beside the calibration that is `given`, or where calibrations are found."""
         if kv is None:
             return self.bound.raw_format
-        if not isinstance(kv, str):
+        if isinstance(kv, Format):
             return kv
         if not is_tuned(kv):
             return KVFormat.parse(kv)

@@ -25,8 +25,8 @@ def load(model: str | Path | None, ranks: int = 1, **loading: Any) -> Model:
     Where torchrun has started this process the ranks are those of torchrun: the call returns on rank 0 alone, and ends
     the processes of the others when rank 0 does. Raises OctavoError for a model that cannot be divided so.
     """
-    if not 1 <= ranks <= MOST:
-        raise OctavoError(f"tensor_parallel_size is {ranks}; it must be from 1 to {MOST}")
+    if ranks not in range(1, MOST + 1):
+        raise OctavoError(f"tensor_parallel_size is {ranks!r}; it must be a whole number from 1 to {MOST}")
     if ranks == 1:
         return Model.load(model, **loading)
     from octavo.parallel.start import start  # torch.distributed takes a second to import

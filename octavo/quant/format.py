@@ -22,10 +22,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal, get_args
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, did_you_mean
 
 Kind = Literal["raw", "static", "token", "float"]
 Granularity = Literal["tensor", "head", "channel"]
@@ -38,8 +37,8 @@ DEFAULT_HEADROOM = 1.4
 def validate_choice(granularity: str, headroom: float) -> None:
     if granularity not in get_args(Granularity):
         raise OctavoError(f"granularity {granularity!r} is none of {', '.join(get_args(Granularity))}")
-    if not 0.1 <= headroom <= 100:
-        raise OctavoError(f"a headroom of {headroom} makes no sense: 1.0 is the calibrated range")
+    if not isinstance(headroom, int | float) or not 0.1 <= headroom <= 100:
+        raise OctavoError(f"a headroom of {headroom!r} makes no sense: 1.0 is the calibrated range")
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,8 @@ class KVFormat:
     @classmethod
     def parse(cls, name: str) -> KVFormat:
         """The format of that name; raises `OctavoError` that lists the names there are."""
+        if not isinstance(name, str):
+            raise OctavoError(f"a KV format is named by text like 'kv8', not by a value of type {type(name).__name__}")
         base, plus, edges = name.strip().lower().partition("+")
         short = re.fullmatch(r"k(16|8|4)v(16|8|4)|kv(8|4)", base)
         if short and base != "k16v16":
@@ -140,11 +141,10 @@ class KVFormat:
         try:
             format = cls(CODECS[k], CODECS[v], EDGES[edges] if plus else SPAN if short else 0)
         except KeyError as missing:
-            near = get_close_matches(str(missing.args[0]), [*NAMES, TUNED, *CODECS, *EDGES], n=1)
-            hint = f"did you mean {near[0]}? The" if near else "the"
+            hint = did_you_mean(str(missing.args[0]), [*NAMES, TUNED, *CODECS, *EDGES])
             where = f" in {name!r}" if missing.args[0] != name else ""
             raise OctavoError(
-                f"there is no KV format {missing}{where}; {hint} formats are "
+                f"there is no KV format {missing}{where}; {hint}choose "
                 f"{', '.join((*NAMES, TUNED, *CODECS))}, K/V pairs such as int8/int4-token, and any of them with "
                 "+edges, +edges128 or +edges256"
             ) from None
@@ -229,4 +229,4 @@ def check_name(name: str) -> None:
 
 
 def is_tuned(name: str) -> bool:
-    return name.strip().lower() == TUNED
+    return isinstance(name, str) and name.strip().lower() == TUNED

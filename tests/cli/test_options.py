@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -119,8 +120,9 @@ def test_the_pages_chat_command(reached: list[Any]) -> None:
     assert (options.model, options.model_format, options.format_name()) == ("internlm/internlm-chat-7b", "hf", "int8")
 
 
-def test_the_pages_calibrate_command(reached: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.corpus.load_texts", lambda *_: None)  # would ask the Hub, before the model is loaded
+def test_the_pages_calibrate_command(reached: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # it makes the directory MODEL
+    monkeypatch.setattr("octavo.corpus.load_texts", lambda *_: ["text"])  # the Hub's, before the model is loaded
     line = "lite calibrate MODEL --calib-dataset ptb --calib-samples 128 --calib-seqlen 2048 --work-dir MODEL"
     with pytest.raises(Reached):
         main(line.split())
@@ -171,9 +173,15 @@ WRONG = {
     "scales show nowhere": "there is no nowhere",
     "serve --ssl-certfile none.pem": "TLS by none.pem is not possible: No such file",
     "tune --bits 5 --memory 4GiB": "one of them",
+    "calibrate --work-dir /dev/null/x": "nothing can be written in /dev/null/x",
+    "calibrate --calib-dataset blank.txt": "blank.txt holds no text",
+    "tune --bits 5 --text latin.txt": "latin.txt is not UTF-8 text",
+    "doctor --text blank.txt": "blank.txt holds no text",
+    "report --out x --text latin.txt": "latin.txt is not UTF-8 text",
 }
 EACH = """
 import sys
+from pathlib import Path
 from octavo.cli import main
 for line in sys.argv[1:]:
     try:
@@ -184,13 +192,35 @@ for line in sys.argv[1:]:
 """
 
 
-def test_wrong_arguments_are_refused_before_torch_is_imported() -> None:
+def test_wrong_arguments_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", EACH, *WRONG], capture_output=True, text=True, env=offline)
+    command = [sys.executable, "-c", EACH, *WRONG]
+    done = subprocess.run(command, capture_output=True, text=True, env=offline, cwd=tmp_path)
     assert done.stdout.splitlines() == ["2 False"] * len(WRONG), done.stderr
     for told, message in zip(done.stderr.strip().split("\n\n"), WRONG.values(), strict=True):
         assert told.splitlines()[-1].startswith("error: ")
         assert message in told
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("octavo gen", ["generate"]),
+        ("octavo scales e", ["export"]),
+        ("octavo chat --max-b", ["--max-batch-size"]),
+        ("octavo serve --kv tun", ["tuned"]),
+        ("octavo accuracy --kv bf16,kv", ["bf16,kv8", "bf16,kv4"]),
+        ("octavo doctor --dtype bf", ["bf16", "bfloat16"]),
+    ],
+)
+def test_the_shell_completes_verbs_options_and_their_values(typed: str, told: list[str]) -> None:
+    """As the script does that `octavo --install-completion` puts into a bash's start."""
+    asked = {"_OCTAVO_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    command = [sys.executable, "-c", "import sys; sys.argv = ['octavo']; from octavo.cli import main; main()"]
+    done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True)
+    assert done.stdout.split() == told, done.stderr
 
 
 @pytest.mark.parametrize("said", [(), ("3 lines are answered",)])
