@@ -69,7 +69,8 @@ def encode_chat(
             **(variables or {}),
         )
     except Exception as error:  # a template is code of the model's: jinja's errors, and its own raise_exception
-        raise OctavoError(f"the model's chat template refused the conversation: {error}") from None
+        remedy = "change the messages, or give another template with --chat-template FILE"
+        raise OctavoError(f"the model's chat template refused the conversation ({error}): {remedy}") from None
     return list(encoded["input_ids"])
 
 

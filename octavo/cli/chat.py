@@ -119,8 +119,12 @@ class Chat:
         getattr(self, "_" + name[1:])(argument)
 
     def _help(self, _: str) -> None:
+        from octavo.cli.tables import listing
+
+        rows = listing()
         for usage, meaning in (COMMANDS | KEYS if self.interactive else COMMANDS).items():
-            self.screen.print(f"  [bold]{usage:<14}[/]{meaning}")
+            rows.add_row(f"[bold]{usage}[/]", meaning)
+        self.screen.print(rows)
 
     def _system(self, argument: str) -> None:
         if argument:

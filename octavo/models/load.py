@@ -90,8 +90,8 @@ def load_config(path: Path) -> PreTrainedConfig:
     path = base_of(path)
     raw = config_json(path)
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str | None):
-        raise OctavoError(f"{path}/config.json: model_type is not text: download the file again.")
+    if not isinstance(model_type, str):
+        raise OctavoError(f"{path}: the config names no model_type: name a model's config.json, or download it again.")
     if model_type not in CONFIG_MAPPING and model_type not in internlm.MODEL_TYPES:
         if "auto_map" in raw:
             raise Unsupported(

@@ -124,12 +124,26 @@ def test_params_says_what_is_in_force_and_who_has_set_it(
     monkeypatch.setattr(sys, "stdin", io.StringIO("/params\n"))
     with pytest.raises(SystemExit):
         main(["chat", "--session-len", "128", "--top-p", "0.8", "--stop", "END"])
-    assert [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()] == [
-        ["max_tokens", "256          (the model's generation config)"],
-        ["temperature", "0.7          (the model's generation config)"],
-        ["top_p", "0.8          (the command line)"],
-        ["stop", "END          (the command line)"],
+    assert [line.rstrip().split(maxsplit=2) for line in capsys.readouterr().out.splitlines()] == [
+        ["max_tokens", "256", "(the model's generation config)"],
+        ["temperature", "0.7", "(the model's generation config)"],
+        ["top_p", "0.8", "(the command line)"],
+        ["stop", "END", "(the command line)"],
     ]
+
+
+@pytest.mark.parametrize("command", ["/help", "/params"])
+def test_what_is_too_wide_for_the_screen_stays_in_its_column(
+    command: str, pamphlet: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    Chat(Conversation(Scripted(pamphlet), SamplingParams(temperature=0)), interactive=True).command(command, "")
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    column = re.match(r"  \S+( [A-Z]+)?  +", lines[0]).end()  # type: ignore[union-attr]
+    starts = [len(line) - len(line.lstrip()) for line in lines]
+    assert set(starts) >= {2, column}
+    assert all(start == 2 or start >= column for start in starts)
+    assert max(map(len, lines)) <= 50
 
 
 def test_stats(

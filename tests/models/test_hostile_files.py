@@ -87,7 +87,7 @@ def test_values_of_wrong_types_and_sizes_are_never_a_traceback(name: str, direct
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model_type": ["llama"]}, "model_type is not text"),
+        ({"model_type": ["llama"]}, "names no model_type"),
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers is 1099511627776"),
         ({"hidden_size": -32}, "hidden_size is -32"),
         ({"vocab_size": "many"}, "vocab_size is many"),

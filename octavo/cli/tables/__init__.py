@@ -80,6 +80,13 @@ def table(title: str, *columns: str, keys: int = 1) -> Table:
     return found
 
 
+def listing() -> Table:
+    """Empty, for rows of words: what is too wide goes on in its own column, and the first one is never broken."""
+    found = Table.grid(padding=(0, 0, 0, 2), pad_edge=True)
+    found.add_column(no_wrap=True)
+    return found
+
+
 def console() -> Console:
     """On stdout."""
     return Console(highlight=False)

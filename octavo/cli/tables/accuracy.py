@@ -22,10 +22,8 @@ def show_text(document: dict[str, Any]) -> None:
     console.print(scores(text, baseline))
     if len({row["weights"] for row in text["kv_loss"]}) > 1:
         console.print(cache_alone(text["kv_loss"]))
-    if document["dtype"] != "float32":
-        console.print(
-            f"The model computes in {document['dtype']}: its rounding is part of KL. --dtype fp32 shows less.\n"
-        )
+    if (computes := document["computes"]) != "float32":
+        console.print(f"The model computes in {computes}: its rounding is part of KL. --dtype fp32 shows less.\n")
     if len(text["scores"]) > 1:
         console.print(positions(text))
     if "greedy" in text and len(text["scores"]) > 1:

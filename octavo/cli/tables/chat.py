@@ -4,9 +4,11 @@ from collections.abc import Collection
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from octavo.cli.conversation import Conversation
+from octavo.cli.tables import listing
 from octavo.engine.params import DEFAULTS, allowed
 from octavo.units import format_bytes
 
@@ -19,6 +21,7 @@ def show_params(conversation: Conversation, given: Collection[str], console: Con
     params, llm = conversation.params, conversation.llm
     model = llm.default_params
     asked = {"max_tokens" if name == "max_new_tokens" else name for name in llm.model.generation}
+    rows = listing()
     for name in allowed("command line"):
         value = getattr(params, name)
         if value == DEFAULTS[name] and name not in (*ALWAYS, *given):
@@ -31,7 +34,8 @@ def show_params(conversation: Conversation, given: Collection[str], console: Con
             source = "what a session holds"
         else:
             source = "default"
-        console.print(f"  [bold]{name:<20}[/]{_shown(name, value):<12} ({source})")
+        rows.add_row(f"[bold]{name}[/]", escape(_shown(name, value)), f"({source})")
+    console.print(rows)
 
 
 def _shown(name: str, value: object) -> str:

@@ -26,6 +26,7 @@ def about(model: Model, candidates: Sequence[Candidate]) -> dict[str, Any]:
         "model": model.name,
         "fingerprint": model.fingerprint,
         "dtype": dtype_name(model.bound.dtype),
+        "computes": dtype_name(model.bound.computes),
         "machine": describe(model.bound.device),
         "baseline": candidates[0].name,
         "theory": [
