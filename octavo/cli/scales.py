@@ -60,8 +60,9 @@ def import_(
     _require(path)
     tell_loading(options.model)
     from octavo.quant.calibration import FILE_NAME
-    from octavo.scales import import_scales
+    from octavo.scales import format_of, import_scales
 
+    format_of(format)
     model = options.load(say=False, told=True)
     directory = work_dir or model.work_dir
     if (directory / FILE_NAME).exists() and not replace:

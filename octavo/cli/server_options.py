@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from octavo.cli.options import amount, option
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, require_writable
 from octavo.serve.limits import Limits
 from octavo.serve.listening import Tls
 
@@ -102,6 +102,8 @@ class ServerOptions:
             require("octavo serve --replicas")
             if any(given is not None for given in (self.uds, self.max_connections, self.patience)):
                 raise OctavoError("--uds, --max-connections and --patience are a single server's: leave them out")
+        if self.session_dir is not None and self.replicas is None:
+            require_writable(self.session_dir, "--session-dir")
         if self.session_dir_size is not None and self.session_dir is None:
             raise OctavoError("--session-dir-size bounds what --session-dir keeps: give one")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
