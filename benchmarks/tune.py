@@ -142,7 +142,7 @@ def draw(found: Document, path: Path) -> None:
 
     models = list(dict.fromkeys(row["model"] for row in found["rows"]))
     figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(models), sharex=True, sharey=True, squeeze=False)[0]
     for plot, model in zip(axes, models, strict=True):
         own = [row for row in found["rows"] if row["model"] == model]
         of_texts = {name: {row["text"] for row in _of(own, name)} for name in {row["name"] for row in own}}
@@ -157,6 +157,7 @@ def draw(found: Document, path: Path) -> None:
             side = {"kv8": ((-6, 4), "right")}.get(name, ((6, 4), "left"))
             plot.annotate(name, point, side[0], textcoords="offset points", color=LIGHT["c3"], ha=side[1])
         plot.set_yscale("log")
+        plot.margins(0.08)
         plot.set_xlabel("bits a value, scales included")
         plot.set_title(model, loc="left", fontsize=11)
     axes[0].set_ylabel("KL from the unquantized cache, nats a token")
