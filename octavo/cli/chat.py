@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from octavo.cli.loading import ServeOptions
 from octavo.cli.options import option, takes, tell_loading
+from octavo.cli.progress import warnings_after
 from octavo.cli.sampling import SamplingOptions
 from octavo.errors import OctavoError
 
@@ -90,7 +91,8 @@ class Chat:
         from octavo.cli.wrap import Wrap
 
         wrap = Wrap() if self.interactive else None
-        with closing(self.conversation.ask(text)) as pieces, _stoppable(self.interactive) as stop:
+        asked = closing(self.conversation.ask(text))
+        with warnings_after(), asked as pieces, _stoppable(self.interactive) as stop:
             try:
                 for piece in pieces:
                     stop.speaking = True

@@ -17,7 +17,7 @@ import typer
 
 from octavo.cli.loading import ServeOptions
 from octavo.cli.options import Ray, Replicas, option, takes
-from octavo.cli.progress import say
+from octavo.cli.progress import say, warnings_after
 from octavo.cli.sampling import SamplingOptions, sampling_option
 from octavo.engine.params import SamplingParams
 from octavo.errors import OctavoError
@@ -90,17 +90,20 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
         if chat
         else llm.generate(text, params, stream=True)
     )
-    try:
-        for delta in pieces:
-            if not as_json:
-                print(delta.text, end="", flush=True)
-    except KeyboardInterrupt:
-        print(flush=True)  # ends the answer's line
-        raise
+    with warnings_after():
+        try:
+            for delta in pieces:
+                if not as_json:
+                    print(delta.text, end="", flush=True)
+        except KeyboardInterrupt:
+            print(flush=True)  # ends the answer's line
+            raise
+        if not as_json:
+            print(flush=True)
     completion = delta.completion
     assert completion is not None
     if completion.error:
-        say(f"\nerror: {completion.error}")
+        say(f"error: {completion.error}")
         raise typer.Exit(1)
     # The K and V of the last token are not in the cache: nothing came after it.
     held = Footprint.of(llm, completion.prompt_tokens + len(completion.token_ids) - 1)
@@ -117,7 +120,6 @@ def _one(llm: LLM, text: str, params: SamplingParams, chat: bool, as_json: bool)
         }
         print(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2))
         return
-    print(flush=True)
     edges = f" ({format_bytes(held.size.session(0))} for edges)" if held.size.ring else ""
     say(
         f"{completion.prompt_tokens:,} tokens in, {found.tokens:,} out in {found.seconds:.1f} s "

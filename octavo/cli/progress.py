@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
 def say(line: str) -> None:
     """What a command is about to do, on stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def warnings_after() -> Iterator[None]:
+    """The block's warnings are shown at its end, and not in the middle of the answer that it writes."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            yield
+    finally:
+        for warning in caught:
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def progress() -> Any:

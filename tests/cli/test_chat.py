@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +93,23 @@ def test_a_chat_from_a_pipe(
         "<|user|>Hi<|end|><|assistant|>Hello.<|end|><|user|>two\nlines<|end|><|assistant|>",
     ]
     assert llm.closed == 2
+
+
+@pytest.mark.filterwarnings("always:too large")
+def test_a_warning_comes_after_the_answer_that_it_is_about(pamphlet: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the middle of its last line."""
+
+    class Warned(Scripted):
+        def _pieces(self, prompt: list[int]) -> Iterator[Delta]:
+            yield Delta(0, "Hel")
+            warnings.warn("too large", stacklevel=1)
+            yield from super()._pieces(prompt)
+
+    llm, seen = Warned(pamphlet, ["lo."]), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", seen)
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: seen.write(f"warning: {message}\n"))
+    talk(llm, "Hi", monkeypatch=monkeypatch)
+    assert seen.getvalue() == "Hello.\nwarning: too large\n"
 
 
 def test_commands(pamphlet: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
