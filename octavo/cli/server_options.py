@@ -102,6 +102,8 @@ class ServerOptions:
             require("octavo serve --replicas")
             if any(given is not None for given in (self.uds, self.max_connections, self.patience)):
                 raise OctavoError("--uds, --max-connections and --patience are a single server's: leave them out")
+        if "" in (self.api_key or ()):
+            raise OctavoError("--api-key is empty: is the variable set that it comes from?")
         if self.session_dir is not None and self.replicas is None:
             require_writable(self.session_dir, "--session-dir")
         if self.session_dir_size is not None and self.session_dir is None:

@@ -53,6 +53,10 @@ def open_tensors(file: Path) -> dict[str, torch.Tensor]:
     """A weight file's tensors by name, mapped from disk and not read yet. Raises OctavoError that names the file where
     it is incomplete or corrupted."""
     try:
+        file.open("rb").close()
+    except OSError as error:
+        raise OctavoError(f"The weight file {file} cannot be read: {error.strerror}.") from error
+    try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
@@ -76,7 +80,9 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises OctavoError where there is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise OctavoError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise OctavoError(f"{file} cannot be read ({one_line(error)}): download it again.") from error
     if not isinstance(found, dict):
         raise OctavoError(f"{file} is not a JSON object: download it again.")

@@ -173,6 +173,7 @@ WRONG = {
     "scales show nowhere": "there is no nowhere",
     "serve --ssl-certfile none.pem": "TLS by none.pem is not possible: No such file",
     "tune --bits 5 --memory 4GiB": "one of them",
+    "serve --api-key=": "--api-key is empty",
     "serve --session-dir /dev/null/x": "nothing can be written in /dev/null/x",
     "calibrate --work-dir /dev/null/x": "nothing can be written in /dev/null/x",
     "calibrate --calib-dataset blank.txt": "blank.txt holds no text",

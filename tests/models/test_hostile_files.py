@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo.errors import OctavoError
 from octavo.llm import LLM
+from octavo.models.files import open_tensors, read_json
 from octavo.models.model import BUNDLED, Model
 from tests.test_artefact import mutated
 
@@ -51,6 +52,13 @@ def one_line(path: Path) -> str | None:
         return None
     assert "\n" not in message
     return message
+
+
+def test_a_file_that_may_not_be_read_is_not_called_corrupted(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "pytorch_model.bin", "config.json"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(OctavoError, match=rf"{name} cannot be read: Is a directory"):
+            (read_json if name == "config.json" else open_tensors)(tmp_path / name)
 
 
 def test_the_model_itself_is_used(directory: Path) -> None:

@@ -324,7 +324,7 @@ def test_unsupported_models_are_refused_with_a_reason(tmp_path):
     for raw, error, message in (
         ({"model_type": "sparkle"}, Unsupported, "'sparkle' .*unknown to transformers"),
         ({"model_type": "sparkle", "auto_map": {"AutoConfig": "x.Y"}}, Unsupported, "asks to run its own Python"),
-        ({}, Unsupported, "None .*unknown to transformers"),
+        ({}, OctavoError, "names no model_type"),
         ({"model_type": "vit"}, Unsupported, "not a causal language model"),
         ({"model_type": "llama", "hidden_size": "big"}, OctavoError, "hidden_size is big"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}}, Unsupported, "bitsandbytes"),

@@ -360,6 +360,12 @@ def test_with_several_keys_each_is_a_client(pamphlet: Model):
     assert seen == ["key 0", "key 1"]
 
 
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer"}, {"x-api-key": ""}])
+def test_an_empty_key_opens_nothing(pamphlet: Model, headers: dict[str, str]):
+    with serving(small(pamphlet), api_key=("",)) as running:
+        assert httpx.get(f"{running.url}/v1/models", headers=headers).status_code == 401
+
+
 # --- the log ---------------------------------------------------------------------------------------------------------
 
 
