@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
+from copy import deepcopy
 from functools import cache
 from itertools import cycle, islice
 from typing import Any
@@ -221,7 +222,8 @@ def names() -> list[str]:
 def build(name: str, seed: int = 0, **more: Any) -> PreTrainedModel:
     """A tiny random float32 model in eval mode, the same for the same name and seed; `more` is for its config."""
     model_class = _classes()[_architecture(name)]
-    config = tiny_config(model_class.config_class, OVERRIDES.get(name, {}) | more)
+    # A copy: mistral4's config writes into the dict it is given, which ministral3 has too.
+    config = tiny_config(model_class.config_class, deepcopy(OVERRIDES.get(name, {})) | more)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(name.encode()) + seed)
         model = model_class(config).float().eval()
