@@ -6,7 +6,6 @@ torch's own int4 operators are not used, on a GPU neither.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +89,7 @@ class PackedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         if self.order is not None:
             rows = rows[:, self.order]
-        sliced = not self.exact and len(rows) >= MANY and x.dtype == torch.bfloat16 and _has_amx()
+        sliced = not self.exact and len(rows) >= MANY and x.dtype == torch.bfloat16 and cpu.has_tiles()
         packed = not sliced and _by_kernels(x.device)
         return (self._packed(rows) if packed else self._sliced(rows)).unflatten(0, x.shape[:-1])
 
@@ -120,11 +119,6 @@ class PackedLinear(nn.Module):
 def _tiled(x: Tensor) -> Tensor:
     """[out, n] → [tiles, 16, n], padded with zeros."""
     return F.pad(x, (0, 0, 0, -len(x) % TILE)).unflatten(0, (-1, TILE))
-
-
-def _has_amx() -> bool:
-    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch that is accepted
-    return bool(capabilities().get("amx_bf16"))
 
 
 def _by_kernels(device: torch.device) -> bool:

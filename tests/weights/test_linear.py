@@ -98,7 +98,7 @@ def test_an_input_far_above_its_neighbours_leaves_them_their_share(isa: str):
 
 
 def test_many_rows_are_left_to_a_matrix_unit(isa: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    monkeypatch.setattr(cpu, "has_tiles", lambda: True)
     monkeypatch.setattr("octavo.weights.linear.SLICE", 16 * 100)
     weight = random_weight(37, 96, 32)
     layer = layer_of(weight, torch.bfloat16)
